@@ -1,0 +1,85 @@
+# Each target does all its own set-up, and only what is not done yet.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# The active environment if it has torch >= 2.10, else our own; `make ACTIVE= ...` insists on our own.
+ACTIVE := $(shell $(PYTHON) .ci/env.py active 2>/dev/null)
+PY := $(or $(ACTIVE),.venv/bin/python)
+BIN := $(dir $(PY))
+# Stamps, one per set of requirements installed into that environment. They don't count once the
+# environment is a new one, or another checkout has been installed into it.
+STAMPS := build/env/$(subst /,_,$(PY))
+STALE := $(if $(wildcard $(PY)),$(if $(shell $(PY) .ci/env.py installed),,stale),stale)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-full bench docs lint format clean stale
+.SECONDARY:
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo       the main job: python -m custom_ops demo'
+	@echo 'make test       the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
+	@echo 'make test-full  the tests with the whole capability matrix'
+	@echo 'make bench      side by side with the peers, small sizes'
+	@echo 'make docs       the generated parts of README.md (runs the whole matrix)'
+	@echo 'make lint       ruff, mypy, clang-format;  make format  applies them'
+	@echo 'make build      the C++ kernels, in place'
+	@echo 'make clean      removes what these made, .venv included'
+	@echo
+	@echo 'Environment: the active one if it has torch >= 2.10, else .venv, made here with $(TORCH).'
+	@echo 'Variables: PYTHON=$(PYTHON) (>= 3.10, makes .venv), TORCH=$(TORCH), ACTIVE= (use .venv regardless)'
+
+demo: $(STAMPS)/tools build
+	$(PY) -m custom_ops demo
+
+bench: $(STAMPS)/tools build
+	$(PY) -m custom_ops bench --quick
+
+docs: $(STAMPS)/tools build
+	$(PY) docs/update_readme.py
+
+test: $(STAMPS)/test build
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+test-full: $(STAMPS)/test build
+	CUSTOM_OPS_FULL=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(STAMPS)/lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(BIN)clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(STAMPS)/lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(BIN)clang-format -i csrc/*.cpp csrc/*.h
+
+# ninja decides what there is to compile.
+build: | $(STAMPS)/env
+	$(PY) setup.py -q build_ext --inplace
+
+clean:
+	rm -rf .venv build dist out *.egg-info custom_ops/_C.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch is there before anything that depends on it, and nothing is built in isolation: else pip
+# would fetch a torch of its own choice.
+$(STAMPS)/env: $(if $(STALE),stale)
+ifeq ($(ACTIVE),)
+	@$(PYTHON) .ci/env.py supported
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q $(TORCH)
+endif
+	$(PY) -m pip install -q "setuptools>=77" ninja
+	@mkdir -p $(@D) && touch $@
+
+# Installs the package in editable form, with the extra that the stamp is named after.
+$(STAMPS)/%: $(STAMPS)/env pyproject.toml setup.py
+	$(PY) -m pip install -q --no-build-isolation -e '.[$*]'
+	@touch $@
+
+stale:

@@ -1,0 +1,155 @@
+// What every kernel file shares: types, checks, dtype dispatch, fresh outputs, and the table of
+// C++ signatures that Python compares with each op's schema when the library is loaded.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace custom_ops {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+// A Python RuntimeError with just this message (STD_TORCH_CHECK puts a file and line before it).
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// ---------------------------------------------------------------- tensors
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline int64_t product(const Shape& shape) {
+  int64_t n = 1;
+  for (int64_t s : shape) n *= s;
+  return n;
+}
+
+// Sizes of dims [begin, end).
+inline Shape sizes(const Tensor& t, int64_t begin, int64_t end) {
+  Shape out;
+  for (int64_t d = begin; d < end; ++d) out.push_back(t.size(d));
+  return out;
+}
+inline Shape sizes(const Tensor& t) { return sizes(t, 0, t.dim()); }
+
+inline Shape append(Shape shape, std::initializer_list<int64_t> tail) {
+  shape.insert(shape.end(), tail);
+  return shape;
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// A fresh, contiguous, uninitialised output. Large ones ask for huge pages: filling fresh memory
+// in 4 KiB pages costs more than most kernels here.
+Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype);
+inline Tensor fresh(const Tensor& like, const Shape& shape) { return fresh(like, shape, like.scalar_type()); }
+
+// ---------------------------------------------------------------- dtypes
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Sums of 16-bit types are kept in float; float and double in themselves.
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class F>
+void dispatch_floating(const Tensor& t, const char* argument, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(Type<float>{});
+    case ScalarType::Double: return f(Type<double>{});
+    case ScalarType::Half: return f(Type<Half>{});
+    case ScalarType::BFloat16: return f(Type<BFloat16>{});
+    default:
+      check(false, argument, ": expected float16, bfloat16, float32 or float64, got ",
+            torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+template <class F>
+void dispatch_index(const Tensor& t, const char* argument, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Int: return f(Type<int32_t>{});
+    case ScalarType::Long: return f(Type<int64_t>{});
+    default: check(false, argument, ": expected int32 or int64, got ", torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+// ---------------------------------------------------------------- signatures
+
+template <class T>
+struct SchemaType;
+template <>
+struct SchemaType<Tensor> {
+  static std::string name() { return "Tensor"; }
+};
+template <>
+struct SchemaType<int64_t> {
+  static std::string name() { return "int"; }
+};
+template <>
+struct SchemaType<double> {
+  static std::string name() { return "float"; }
+};
+template <>
+struct SchemaType<bool> {
+  static std::string name() { return "bool"; }
+};
+template <class T>
+struct SchemaType<std::optional<T>> {
+  static std::string name() { return SchemaType<T>::name() + "?"; }
+};
+template <class... T>
+struct SchemaType<std::tuple<T...>> {
+  static std::string name() {
+    std::string out;
+    ((out += (out.empty() ? "" : ", ") + SchemaType<T>::name()), ...);
+    return out;
+  }
+};
+
+template <class R, class... A>
+std::string signature(R (*)(A...)) {
+  return SchemaType<std::tuple<std::decay_t<A>...>>::name() + " -> " + SchemaType<R>::name();
+}
+
+void record_signature(const char* name, std::string signature);
+
+}  // namespace custom_ops
+
+// Registers `fn` as the CPU kernel of the op of the same name.
+#define CUSTOM_OPS_CPU_KERNEL(fn)                                              \
+  STABLE_TORCH_LIBRARY_IMPL(custom_ops, CPU, m) {                              \
+    m.impl(#fn, TORCH_BOX(&custom_ops::fn));                                   \
+    custom_ops::record_signature(#fn, custom_ops::signature(&custom_ops::fn)); \
+  }

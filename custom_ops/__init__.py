@@ -1,0 +1,16 @@
+"""PyTorch custom ops that compose with all of PyTorch, every derivative verified."""
+
+from custom_ops import (
+    _requirements,  # noqa: F401 (first: checks torch)
+    activation,
+    ranking,
+    voxel,
+)
+from custom_ops.activation import *  # noqa: F403
+from custom_ops.ranking import *  # noqa: F403
+from custom_ops.voxel import *  # noqa: F403
+
+__all__: list[str] = []
+__all__ += activation.__all__
+__all__ += ranking.__all__
+__all__ += voxel.__all__

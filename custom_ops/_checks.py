@@ -1,0 +1,52 @@
+"""Checks of user-facing arguments: every message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX = (torch.int32, torch.int64)
+
+
+def is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def has_dtype(name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> None:
+    is_tensor(name, tensor)
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected one of {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def has_dims(name: str, tensor: Tensor, layout: str) -> None:
+    """``layout`` names the dimensions, as in "[N, C]"."""
+    if tensor.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name}: expected {layout}, got shape {list(tensor.shape)}")
+
+
+def same_device(**tensors: Tensor) -> None:
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != reference.device:
+            raise ValueError(f"{name}: expected on {reference.device} as {first}, got {tensor.device}")
+
+
+def is_one_of(name: str, value: Any, choices: Collection[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def is_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def is_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

@@ -1,0 +1,54 @@
+"""Loads the C++ kernels and defines the package's own ops against them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from custom_ops import library
+
+_PATH = Path(__file__).parent / "_C.abi3.so"
+
+if not _PATH.exists():
+    raise ImportError(
+        f"custom_ops: the compiled kernels are missing ({_PATH}). Build them in the project's folder "
+        "with `pip install --no-build-isolation -e .` (this needs a C++ compiler)."
+    )
+torch.ops.load_library(str(_PATH))
+_signature = ctypes.CDLL(str(_PATH)).custom_ops_signature
+_signature.restype = ctypes.c_char_p
+
+OPS: dict[OpOverload, str] = {}  # each op and its family, the module of its kernels
+
+
+def define(fake: Callable[..., Any]) -> OpOverload:
+    """`library.define` for this package: C++ kernel on the CPU, Triton launcher on CUDA.
+
+    Both carry the name of the op; the launcher is looked up in the module of ``triton_kernels``
+    named as the family's. A C++ kernel whose signature isn't the schema's is an error here, at import.
+    """
+    op = library.define(f"custom_ops::{fake.__name__}")(fake)
+    kernel = _signature(op._opname.encode()).decode()
+    expected = _schema_signature(op)
+    if kernel != expected:
+        raise ImportError(
+            f"custom_ops: the C++ kernel of {op._opname} is `{kernel or 'missing'}`, its schema says `{expected}`. "
+            "If the library is older than the Python code, rebuild it: `pip install --no-build-isolation -e .`"
+        )
+    family = fake.__module__.rpartition(".")[2]
+    library.kernel(op, "cuda")(f"custom_ops.triton_kernels.{family}:{op._opname}")
+    OPS[op] = family
+    return op
+
+
+def _schema_signature(op: OpOverload) -> str:
+    def side(values: Any) -> str:
+        return ", ".join(re.sub(r"Optional\[(.*)\]", r"\1?", str(v.type)) for v in values)
+
+    return f"{side(op._schema.arguments)} -> {side(op._schema.returns)}"

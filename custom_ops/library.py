@@ -1,0 +1,436 @@
+"""The bridge: attach an ``autograd.Function`` to an operator so that it composes with all of PyTorch.
+
+An op is defined in a handful of lines, each saying one thing once::
+
+    import torch
+    from torch import Tensor
+    from custom_ops import library
+
+    @library.define("mylib::scale")              # the schema comes from the annotations,
+    def scale(x: Tensor, factor: float) -> Tensor:
+        return torch.empty_like(x)               # the body is the fake (meta) kernel
+
+    @library.kernel(scale, "cpu", "cuda")        # any callable: Python, a Triton launcher, ...
+    def _(x, factor):
+        return x * factor
+
+    class Scale(library.Function, op=scale):     # derivatives, in terms of ops only
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.factor = inputs[1]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return scale(grad, ctx.factor), None
+
+        @staticmethod
+        def jvp(ctx, tangent, _):
+            return scale(tangent, ctx.factor)
+
+    @library.vmap(scale)
+    def _(info, in_dims, x, factor):
+        return scale(x, factor), in_dims[0]
+
+``scale(x, 2.0)`` and ``Scale.apply(x, 2.0)`` now work eagerly, under ``torch.compile``,
+``torch.export`` and ``torch.func``, in forward mode and to any order of differentiation.
+
+Why not ``torch.library.register_autograd``: it attaches a plain ``autograd.Function``, so
+``torch.func`` transforms raise, and forward-mode AD returns zeros without a word. Here the
+Function is applied one level at a time on the op's ``Autograd`` dispatch key, where functorch
+unwraps every level for us; this also saves the re-dispatch and signature binding of each call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Private names, each needed because no public one does the same; tests/test_library.py fails
+# first if torch moves one.
+from torch._C import (
+    _any_requires_grad,  # whether to build a graph at all, without a Python loop
+    _are_functorch_transforms_active,  # whether a transform will see this call
+    _AutoDispatchBelowAutograd,  # calls the op's own kernel from its Autograd kernel
+)
+from torch._functorch.utils import enable_single_level_autograd_function  # see _attach
+from torch._library.utils import fill_defaults  # see _with_defaults
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.autograd.function import (
+    FunctionMeta,
+    _SingleLevelFunction,  # a Function without functorch's re-dispatch
+)
+
+__all__ = [
+    "Function",
+    "autocast",
+    "define",
+    "function_of",
+    "kernel",
+    "override_kernel",
+    "row_placement",
+    "sharding",
+    "to_front",
+    "vmap",
+]
+
+_libraries: dict[OpOverload, torch.library.Library] = {}
+_functions: dict[OpOverload, type[Function]] = {}
+_applied: dict[OpOverload, list[Callable[..., Any]]] = {}  # by the Autograd kernel: the apply of a _twin
+
+
+def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Define the operator ``name`` ("namespace::op") from an annotated Python function.
+
+    The annotations give the schema (``Tensor``, ``int``, ``float``, ``bool``, ``str``,
+    ``torch.dtype``, their ``Optional``, sequences of them; a tuple of ``Tensor`` for several
+    outputs). The body is the fake kernel: it returns empty tensors of the right shape, dtype, stride and
+    device and never reads data; for a data-dependent size use
+    ``torch.library.get_ctx().new_dynamic_size()``.
+
+    Ops are functional: they neither mutate nor alias their inputs. Until a `Function` is attached, a
+    derivative of the op raises.
+
+    Returns the operator itself, ``torch.ops.namespace.op.default``.
+    """
+    namespace, separator, opname = name.partition("::")
+    if not (namespace and separator and opname):
+        raise ValueError(f'name: expected "namespace::op", got {name!r}')
+
+    def decorate(fake: Callable[..., Any]) -> OpOverload:
+        for parameter in inspect.signature(fake).parameters.values():
+            if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+                raise ValueError(f"{fake.__name__}: expected positional arguments only, got {parameter}")
+        lib = torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept in _libraries)
+        schema = torch.library.infer_schema(fake, mutates_args=(), op_name=opname)
+        lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        op: OpOverload = getattr(getattr(torch.ops, namespace), opname).default
+        op.__doc__ = fake.__doc__
+        _libraries[op] = lib
+        torch.library.register_fake(name, _refusing_mixtures(opname, fake), lib=lib)
+        _applied[op] = [_twin(op, None).apply]
+        lib.impl(opname, _with_defaults(op, _autograd_kernel(op, _applied[op])), "Autograd")
+        return op
+
+    return decorate
+
+
+def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
+    """Register the decorated callable as ``op``'s kernel on ``devices`` ("cpu", "cuda", ...).
+
+    ``kernel(op, "cuda")("package.module:function")`` takes the kernel from there on its first
+    call, so that defining the op imports nothing.
+    """
+
+    def decorate(fn: Any) -> Any:
+        run = _with_defaults(op, _imported_on_first_call(fn) if isinstance(fn, str) else fn)
+        for device in devices:
+            _library_of(op).impl(op._opname, run, _dispatch_key(device))
+        return fn
+
+    return decorate
+
+
+@contextmanager
+def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iterator[None]:
+    """Within the context ``fn`` stands in for ``op``'s kernel on ``device``."""
+    _library_of(op)
+    lib = torch.library.Library(op.namespace, "IMPL")  # noqa: TOR901 (destroyed below)
+    try:
+        with warnings.catch_warnings():  # torch warns that a kernel is overridden
+            warnings.simplefilter("ignore")
+            lib.impl(op._opname, _with_defaults(op, fn), _dispatch_key(device), allow_override=True)
+        yield
+    finally:
+        lib._destroy()  # no public way to end a registration before the object is collected
+
+
+def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``rule(info, in_dims, *args) -> (outputs, out_dims)`` as ``op``'s batching rule.
+
+    See ``torch.library.register_vmap``; `to_front` helps to write one.
+    """
+
+    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def run(info: Any, in_dims: Any, *args: Any) -> Any:
+            return _with_defaults(op, functools.partial(rule, info, in_dims))(*args)
+
+        torch.library.register_vmap(op._name, run, lib=_library_of(op))
+        return rule
+
+    return decorate
+
+
+def to_front(x: Tensor, in_dim: int | None, batch: int) -> Tensor:
+    """``x`` with its vmapped dimension first; expanded to ``batch`` if it isn't vmapped."""
+    return x.expand(batch, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
+
+
+def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu", "cuda")) -> None:
+    """Under autocast compute ``op`` in ``dtype``; an op without this keeps its inputs' dtypes."""
+    for device in devices:
+        torch.library.register_autocast(op._name, device, dtype, lib=_library_of(op))
+
+
+def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as ``op``'s DTensor sharding rule.
+
+    The rule takes the op's arguments (specs in place of tensors) and returns the acceptable
+    shardings, as for ``torch.distributed.tensor.experimental.register_sharding``. It is handed
+    over when ``torch.distributed.tensor`` is first imported, not before: that import takes long.
+
+    DTensor caches a rule's answer by the tensors and by the arguments from the op's first ``int`` on:
+    arguments that a rule depends on must not come before that.
+    """
+
+    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def register() -> None:
+            from torch.distributed.tensor.experimental import register_sharding
+
+            register_sharding(op)(rule)
+
+        if _AfterImport.module in sys.modules:
+            register()
+        else:
+            _AfterImport.callbacks.append(register)
+        return rule
+
+    return decorate
+
+
+def row_placement(*tensors: Any) -> Any:
+    """One placement for all mesh dimensions, for a sharding rule of an op that packs rows into bits.
+
+    ``Shard(0)`` if a tensor is sharded and has a row for each process, else ``Replicate()``. Each rank
+    packs its own rows, so the tensors and the mask must lie alike on every dimension of the mesh.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    sharded = any(isinstance(p, Shard) for t in tensors for p in t.placements)
+    enough = all(t.ndim and t.shape[0] >= t.mesh.size() for t in tensors)
+    return Shard(0) if sharded and enough else Replicate()
+
+
+class _FunctionMeta(FunctionMeta):
+    """Keeps Dynamo from special-casing these classes by their metaclass.
+
+    Dynamo traces ``X.apply`` of a plain ``autograd.Function`` by inlining forward and backward,
+    which refuses a class with a ``jvp``. It knows such a class by ``type(X) is FunctionMeta``; for
+    any other metaclass it inlines ``apply`` itself, here a call of the registered op.
+    """
+
+    def __init__(cls, name: str, bases: tuple[type, ...], attrs: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(name, bases, attrs)  # FunctionMeta takes no class arguments
+
+
+class Function(torch.autograd.Function, metaclass=_FunctionMeta):
+    """An ``autograd.Function`` that is the derivative of one operator.
+
+    Subclass it with ``op=``, and write ``setup_context``, ``backward`` and ``jvp`` as PyTorch
+    documents them for a Function with a separate ``setup_context``; ``forward`` is the op's kernel
+    and isn't written again. ``apply`` calls the op; override it to shape inputs or outputs.
+
+    Undefined gradients arrive as ``None`` (there is no ``set_materialize_grads`` to call), at
+    least one of them isn't. Derivatives are taken of whatever ``backward`` and ``jvp`` compute, so
+    anything they save besides inputs must be an integer or bit mask, or carry its own derivative. Save
+    tensors with ``save_for_backward`` and ``save_for_forward``, never as attributes of ``ctx``. A
+    missing ``jvp`` or ``backward`` raises where it is needed.
+
+    Raises ``TypeError`` if ``op`` wasn't made by `define`, takes or returns a list of tensors, or has
+    a Function already.
+    """
+
+    def __init_subclass__(cls, op: OpOverload | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if op is not None:
+            _attach(cls, op)
+
+
+def function_of(op: OpOverload) -> type[Function] | None:
+    """The Function attached to ``op``, if any."""
+    return _functions.get(op)
+
+
+def _attach(function: type[Function], op: OpOverload) -> None:
+    _library_of(op)
+    if op in _functions:
+        raise TypeError(f"op: {op} already has the Function {_functions[op].__name__}")
+    for value in (*op._schema.arguments, *op._schema.returns):
+        if "List[Tensor]" in str(value.type):
+            raise TypeError(f"op: {op} takes or returns a list of tensors, for which there are no gradients here")
+    _functions[op] = function
+    _applied[op][0] = _twin(op, function).apply
+    if "apply" not in function.__dict__:
+        function.apply = staticmethod(op)  # type: ignore[method-assign]
+
+
+def _twin(op: OpOverload, function: type[Function] | None) -> Any:
+    """``function`` at a single autograd level; one whose derivatives raise if it is None.
+
+    This is what functorch itself builds for each level of a Function, without binding a signature at
+    every call.
+    """
+
+    def own(name: str) -> Any:
+        method = getattr(function, name, None)
+        return None if method is getattr(torch.autograd.Function, name) else method
+
+    call = op._op  # op.__call__ without its Python frame
+    setup_context, backward, jvp = own("setup_context"), own("backward"), own("jvp")
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        if _are_functorch_transforms_active():
+            # autograd turns gradients off in here, but the outer transforms still want theirs.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+                output = call(*args)
+        else:
+            with _AutoDispatchBelowAutograd():
+                output = call(*args)
+        ctx.materialize_grads = False
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    def backward_of_defined(ctx: Any, *grads: Tensor | None) -> Any:
+        if backward is None:
+            raise NotImplementedError(f"{op} has no backward: give one to the custom_ops.library.Function of this op")
+        if grads[0] is None and all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    def jvp_at_all_levels(ctx: Any, *tangents: Tensor | None) -> Any:
+        if jvp is None:
+            raise NotImplementedError(f"{op} has no jvp: give one to the custom_ops.library.Function of this op")
+        if not _are_functorch_transforms_active():
+            return jvp(ctx, *tangents)
+        # As in forward; and at this level the saved tensors are constants.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(_Primals(ctx), *tangents)
+
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(backward_of_defined),
+        "jvp": staticmethod(jvp_at_all_levels),
+        "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
+        "__module__": __name__ if function is None else function.__module__,
+    }
+    name = op._opname if function is None else function.__name__
+    twin: Any = type(name, (_SingleLevelFunction,), members)
+    twin._backward_cls.apply = backward_of_defined  # the engine's call, without looking it up again
+    return twin
+
+
+class _Primals:
+    """A Function's ctx, with the tangents of the current level taken off the saved tensors."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in self._ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _autograd_kernel(op: OpOverload, applied: list[Callable[..., Any]]) -> Callable[..., Any]:
+    call = op._op
+
+    def run(*args: Any) -> Any:
+        if _are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return applied[0](*args)
+        # A dual tensor carries its tangent even where gradients are off.
+        if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            with _AutoDispatchBelowAutograd():
+                return call(*args)
+        return applied[0](*args)
+
+    return run
+
+
+def _refusing_mixtures(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """One argument on the meta device is enough for the dispatcher to call ``fake`` and nothing else."""
+
+    def run(*args: Any) -> Any:
+        devices = {a.device for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1 and any(d.type == "meta" for d in devices):
+            raise ValueError(
+                f"{name}: expected all tensors or none on the meta device, got {sorted(map(str, devices))}"
+            )
+        return fake(*args)
+
+    return run
+
+
+def _library_of(op: OpOverload) -> torch.library.Library:
+    if op not in _libraries:
+        raise TypeError(f"op: expected an operator made by custom_ops.library.define, got {op!r}")
+    return _libraries[op]
+
+
+def _with_defaults(op: OpOverload, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` called with all of ``op``'s arguments: the dispatcher drops those equal to a default."""
+    if not any(argument.has_default_value() for argument in op._schema.arguments):
+        return fn
+    return lambda *args: fn(*fill_defaults(op._schema, args, {})[0])
+
+
+def _dispatch_key(device: str) -> str:
+    return torch._C._dispatch_key_for_device(device)
+
+
+def _imported_on_first_call(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    target: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal target
+        if target is None:
+            target = getattr(importlib.import_module(module), attribute)
+        return target(*args)
+
+    return run
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs the callbacks once ``torch.distributed.tensor`` has been imported."""
+
+    module = "torch.distributed.tensor"
+    callbacks: list[Callable[[], None]] = []
+    searching = False
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.module or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            while self.callbacks:
+                self.callbacks.pop(0)()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _AfterImport())

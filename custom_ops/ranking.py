@@ -1,0 +1,306 @@
+"""Ranking losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._bits import empty_mask
+from custom_ops._native import define
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
+
+__all__ = ["MarginRanking", "MarginRankingLoss", "margin_ranking_loss"]
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+@define
+def margin_ranking(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float, divisor: int, reduce: bool, batch_dims: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of each of a batch of problems, and one bit per element: whether its gradient passes.
+
+    The first ``batch_dims`` dimensions are a batch; ``reduce`` sums over the others and divides by
+    ``divisor``, which is given because the elements may be spread over processes. The mask has shape
+    ``[*batch, ceil(n / 8)]`` for n elements each.
+    """
+    mask = empty_mask(target, batch_dims)
+    return target.new_empty(mask.shape[:-1] if reduce else target.shape), mask
+
+
+@define
+def margin_ranking_backward(
+    grad: Tensor, input1: Tensor | None, input2: Tensor | None, target: Tensor, mask: Tensor, divisor: int, reduce: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``grad`` times the loss's derivatives in input1, input2 and target (empty without the inputs).
+
+    With b the mask's bit, and grad divided by ``divisor`` where the loss was reduced, they are
+    -b t grad, b t grad and -b (x1 - x2) grad.
+    """
+    of_target = target.new_empty(target.shape if input1 is not None else (0,))
+    return target.new_empty(target.shape), target.new_empty(target.shape), of_target
+
+
+def _contract(moves: Sequence[Tensor | None], slopes: Sequence[Tensor], reduce: bool, batch_dims: int) -> Tensor:
+    """The sum of move times slope, over all but the batch dimensions if ``reduce``."""
+    total = sum(move * slope for move, slope in zip(moves, slopes) if move is not None)
+    assert isinstance(total, Tensor)
+    dims = tuple(range(batch_dims, total.dim()))
+    return total.sum(dims) if reduce and dims else total
+
+
+class MarginRanking(Function, op=margin_ranking):
+    """``MarginRanking.apply`` is `margin_ranking_loss`, in the idiom of ``torch.autograd.Function``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input1, input2, target, _, ctx.divisor, ctx.reduce, ctx.batch_dims = inputs
+        mask = output[1]
+        ctx.mark_non_differentiable(mask)
+        # The inputs are needed only for the target's gradient.
+        scores = (input1, input2) if ctx.needs_input_grad[2] else (None, None)
+        ctx.save_for_backward(*scores, target, mask)
+        ctx.save_for_forward(input1, input2, target, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        grad1, grad2, grad_target = margin_ranking_backward(grad, *ctx.saved_tensors, ctx.divisor, ctx.reduce)
+        return grad1, grad2, grad_target if ctx.needs_input_grad[2] else None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+        target = ctx.saved_tensors[2]
+        ones = target.new_ones(target.shape[: ctx.batch_dims] if ctx.reduce else target.shape)
+        slopes = margin_ranking_backward(ones, *ctx.saved_tensors, ctx.divisor, ctx.reduce)
+        return _contract(tangents[:3], slopes, ctx.reduce, ctx.batch_dims), None
+
+    @staticmethod
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        return margin_ranking_loss(*args, **kwargs)
+
+
+class MarginRankingBackward(Function, op=margin_ranking_backward):
+    """Linear in grad, and linear and self-adjoint in (input1, input2, target)."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.divisor, ctx.reduce = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, input1, _, target, mask = ctx.saved_tensors
+        if input1 is None:  # then the third output is empty
+            cotangents = (*cotangents[:2], None)
+        ones = torch.ones_like(grad)
+        slopes = margin_ranking_backward(ones, *ctx.saved_tensors[1:], ctx.divisor, ctx.reduce)
+        of_grad = _contract(cotangents, slopes, ctx.reduce, mask.dim() - 1)
+        v1, v2, v3 = (torch.zeros_like(target) if v is None else v for v in cotangents)
+        of_input1, of_input2, of_target = margin_ranking_backward(grad, v1, v2, v3, mask, ctx.divisor, ctx.reduce)
+        if input1 is None:
+            of_input1 = of_input2 = None
+        return of_grad, of_input1, of_input2, of_target, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        grad, input1, _, target, mask = ctx.saved_tensors
+        grad_t, *moves = tangents[:4]
+        outputs = []
+        if grad_t is not None:
+            outputs.append(margin_ranking_backward(grad_t, *ctx.saved_tensors[1:], ctx.divisor, ctx.reduce))
+        if any(move is not None for move in moves):
+            t1, t2, t3 = (torch.zeros_like(target) if move is None else move for move in moves)
+            if input1 is None:
+                t1 = t2 = None
+            outputs.append(margin_ranking_backward(grad, t1, t2, t3, mask, ctx.divisor, ctx.reduce))
+        return tuple(sum(parts[1:], parts[0]) for parts in zip(*outputs))
+
+
+@library.vmap(margin_ranking)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    *tensors, margin, divisor, reduce, batch_dims = args
+    tensors = [library.to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims)]
+    return margin_ranking(*tensors, margin, divisor, reduce, batch_dims + 1), (0, 0)
+
+
+@library.vmap(margin_ranking_backward)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    *tensors, divisor, reduce = args
+    tensors = [None if t is None else library.to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims)]
+    out_dims = (0, 0, None if tensors[1] is None else 0)
+    return margin_ranking_backward(*tensors, divisor, reduce), out_dims
+
+
+@library.sharding(margin_ranking)
+def _(input1: Any, input2: Any, target: Any, margin: float, divisor: int, reduce: bool, batch_dims: int) -> Any:
+    from torch.distributed.tensor import Partial, Shard
+
+    rows = library.row_placement(input1, input2, target)
+    summed = reduce and not batch_dims and rows == Shard(0)
+    return [([Partial() if summed else rows, rows], [rows] * 3 + [None] * 4)]
+
+
+@library.sharding(margin_ranking_backward)
+def _(grad: Any, input1: Any, input2: Any, target: Any, mask: Any, divisor: int, reduce: bool) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    packed = mask.placements[0]
+    of_loss = Replicate() if reduce and mask.ndim == 1 else packed
+    scores = [None if input1 is None else packed] * 2
+    of_target = Replicate() if input1 is None else packed
+    return [([packed, packed, of_target], [of_loss, *scores, packed, packed, None, None])]
+
+
+library.autocast(margin_ranking, torch.float32)
+
+
+def margin_ranking_loss(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    """``max(0, -target (input1 - input2) + margin)``: input1 should score higher where target is 1.
+
+    An exact drop-in for ``torch.nn.functional.margin_ranking_loss`` in one pass without temporaries,
+    keeping ``target`` and one bit per element for backward: at the kink the gradient passes, the target
+    has a gradient too, the mean over no element is NaN; only an unsigned target isn't wrapped around.
+    Differentiable to any order and in forward mode. 16-bit inputs are computed in float32 and rounded
+    once; under autocast the loss is float32.
+
+    Args:
+        input1, input2: scores; float16, bfloat16, float32 or float64.
+        target: 1 or -1 (any number: it scales), floating or integer. The three shapes broadcast.
+        margin: by how much the right one should lead, in units of the scores.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
+
+    Raises:
+        TypeError: no tensor, a wrong dtype, ``margin`` no number.
+        ValueError: shapes that don't broadcast, several devices, an unknown ``reduction``.
+
+    O(n) time and memory. An expanded input is copied in full.
+
+    Source: torch.nn.MarginRankingLoss.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> better = torch.tensor([0.2, 0.9], requires_grad=True)
+        >>> loss = custom_ops.margin_ranking_loss(better, torch.tensor([0.5, 0.1]), torch.ones(2), margin=0.1)
+        >>> loss.backward()
+        >>> loss, better.grad
+        (tensor(0.2000, grad_fn=<MarginRankingBackward>), tensor([-0.5000,  0.0000]))
+    """
+    tensors = (input1, input2, target)
+    _checks.has_dtype("input1", input1, _checks.FLOATING)
+    _checks.has_dtype("input2", input2, _checks.FLOATING)
+    _checks.is_tensor("target", target)
+    if target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target: expected real numbers, got {str(target.dtype).removeprefix('torch.')}")
+    _checks.same_device(input1=input1, input2=input2, target=target)
+    _checks.is_number("margin", margin)
+    _checks.is_one_of("reduction", reduction, _REDUCTIONS)
+    if not (input1.dtype == input2.dtype == target.dtype):
+        difference = torch.empty_like(input1, device="meta") - torch.empty_like(input2, device="meta")
+        dtype = torch.result_type(difference, torch.empty_like(target, device="meta"))
+        tensors = input1.to(dtype), input2.to(dtype), target.to(dtype)
+    if not (input1.shape == input2.shape == target.shape):
+        try:
+            input1, input2, target = torch.broadcast_tensors(*tensors)
+        except RuntimeError:
+            shapes = ", ".join(str(list(t.shape)) for t in tensors)
+            raise ValueError(f"input1, input2, target: expected shapes that broadcast, got {shapes}") from None
+        tensors = input1, input2, target
+    divisor = tensors[0].numel() if reduction == "mean" else 1
+    return margin_ranking(*tensors, float(margin), divisor, reduction != "none", 0)[0]
+
+
+class MarginRankingLoss(torch.nn.Module):
+    """`margin_ranking_loss` as a layer."""
+
+    def __init__(self, margin: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__()
+        _checks.is_number("margin", margin)
+        _checks.is_one_of("reduction", reduction, _REDUCTIONS)
+        self.margin, self.reduction = margin, reduction
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return margin_ranking_loss(input1, input2, target, self.margin, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, reduction={self.reduction!r}"
+
+
+def margin_ranking_loss_reference(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    loss = (-target * (input1 - input2) + margin).clamp_min(0)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    margin = 0.5
+
+    def away_from_the_kink(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        while True:
+            draws = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+            hinge = -draws[2] * (draws[0] - draws[1]) + margin
+            if (hinge.abs() > 0.05).all():
+                return tuple(t.to(device, dtype).requires_grad_() for t in draws)
+
+    scores = away_from_the_kink((3, 4), (3, 4), (3, 4))
+    signs = (scores[0].detach(), scores[1], scores[2].detach().sign())
+    return [
+        Sample((*scores, margin, "mean"), dynamic={0: 0, 1: 0, 2: 0}),
+        Sample((*scores, margin, "sum")),
+        Sample((*scores, margin, "none")),
+        Sample((*signs, margin)),
+        Sample((*away_from_the_kink((3, 1), (4,), ()), margin)),
+        Sample((*away_from_the_kink((0, 2), (0, 2), (0, 2)), margin, "sum")),
+    ]
+
+
+_two, _three = torch.ones(2), torch.ones(3)
+register(
+    OpInfo(
+        name="margin_ranking_loss",
+        summary="Margin ranking loss, fused",
+        function=margin_ranking_loss,
+        reference=margin_ranking_loss_reference,
+        apply=MarginRanking.apply,
+        samples=_samples,
+        modules=lambda: [
+            (MarginRankingLoss(), {}),
+            (MarginRankingLoss(0.5, "sum"), {"margin": 0.5, "reduction": "sum"}),
+        ],
+        bad_calls=lambda: [
+            BadCall((1.0, _two, _two), "input1: expected a tensor, got float"),
+            BadCall((_two, _two.int(), _two), "input2: expected one of float16"),
+            BadCall((_two, _two, _two > 0), "target: expected real numbers, got bool"),
+            BadCall((_two, _two, _two.to("meta")), "target: expected on cpu as input1, got meta"),
+            BadCall((_two, _three, _two), r"input1, input2, target: expected shapes that broadcast, got \[2\]"),
+            BadCall((_two, _two, _two, "1"), "margin: expected a number, got str"),
+            BadCall((_two, _two, _two, True), "margin: expected a number, got bool"),
+            BadCall((_two, _two, _two, 0.0, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
+        ],
+        benchmark=Benchmark(
+            unit="pairs",
+            sizes=(10_000, 1_000_000, 10_000_000),
+            make=lambda n, device: (
+                torch.randn(n, device=device, requires_grad=True),
+                torch.randn(n, device=device, requires_grad=True),
+                torch.randn(n, device=device).sign(),
+                0.5,
+            ),
+            peers={"F.margin_ranking_loss": torch.nn.functional.margin_ranking_loss},
+            target_peer="F.margin_ranking_loss",
+            targets={1_000_000: 1 / 8, 10_000_000: 1 / 10},
+        ),
+    )
+)

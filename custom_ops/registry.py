@@ -1,0 +1,90 @@
+"""The registry: one entry per public op gives it the battery, its benchmark and its README row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "register"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op; tensors with ``requires_grad`` are those it is differentiated in.
+
+    ``dynamic`` names a dimension whose size may vary under ``torch.compile(dynamic=True)`` and
+    export, as {position in args or name in kwargs: dimension}; tensors named together share one size.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    dynamic: dict[int | str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """Wrong arguments, and what the error must say: a regular expression naming the argument."""
+
+    args: tuple[Any, ...]
+    message: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    error: type[Exception] | tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One table of timings: inputs of each size, and the op beside its peers.
+
+    ``make(size, device)`` returns the arguments; tensors with ``requires_grad`` get a gradient. The
+    peers, callables or "module:name" of one, are called with the same arguments. ``targets`` are the
+    ratios of our time to the named peer's that forward and backward must not exceed, per size, in
+    fresh memory.
+    """
+
+    sizes: Sequence[int]
+    make: Callable[[int, torch.device], tuple[Any, ...]]
+    peers: dict[str, Callable[..., Any] | str]
+    unit: str
+    target_peer: str
+    targets: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """A public op and all that the tools need to know of it.
+
+    ``function`` and ``reference`` take the same arguments; the reference is plain PyTorch, correct in
+    float64. ``samples(device, dtype)`` returns small calls that cover the op's arguments and edge
+    cases. ``apply`` is the ``Function.apply`` idiom. ``modules`` maps a description to a module and
+    the keyword arguments of ``function`` it stands for. ``dtypes`` are the floating dtypes supported.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any] | None
+    samples: Callable[[torch.device, torch.dtype], list[Sample]]
+    summary: str
+    apply: Callable[..., Any] | None = None
+    modules: Callable[[], list[tuple[torch.nn.Module, dict[str, Any]]]] = list
+    bad_calls: Callable[[], list[BadCall]] = list
+    benchmark: Benchmark | None = None
+    not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+REGISTRY: dict[str, OpInfo] = {}
+
+
+def register(info: OpInfo) -> None:
+    if info.name in REGISTRY:
+        raise ValueError(f"name: {info.name!r} is registered already")
+    REGISTRY[info.name] = info
+
+
+def leaves(args: Any) -> list[Tensor]:
+    """The tensors among the arguments that are differentiated in."""
+    return [a for a in args if isinstance(a, Tensor) and a.requires_grad]

@@ -1,0 +1,47 @@
+"""Where the battery runs: the C++ kernels, the Triton kernels under the interpreter, or a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+BACKENDS = {
+    "cpp": "the registered CPU kernels",
+    "triton": "the Triton kernels on the CPU, under TRITON_INTERPRET=1",
+    "cuda": "the registered kernels of a GPU",
+}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[torch.device]:
+    """Within the context the ops of this package run on backend ``name``; gives the samples' device.
+
+    Raises ``RuntimeError`` where the machine or the process can't run it.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("backend cuda: this machine has no CUDA device (torch.cuda.is_available() is False)")
+        if _interpreted():
+            raise RuntimeError("backend cuda: unset TRITON_INTERPRET, under which Triton kernels don't run on the GPU")
+        yield torch.device("cuda")
+        return
+    with ExitStack() as stack:
+        if name == "triton":
+            if not _interpreted():
+                raise RuntimeError("backend triton: set TRITON_INTERPRET=1 before triton is imported")
+            from custom_ops import _native, library
+
+            for op, family in _native.OPS.items():
+                launchers = importlib.import_module(f"custom_ops.triton_kernels.{family}")
+                stack.enter_context(library.override_kernel(op, "cpu", getattr(launchers, op._opname)))
+        yield torch.device("cpu")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,319 @@
+"""What every capability works on: an op's sample calls, its reference, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.registry import OpInfo, Sample
+
+Key = int | str
+
+
+class NotApplicable(Exception):
+    """Raised by a capability that has nothing to check for this op; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One row of the matrix; one that ``may_be_refused`` must raise where the op declares it not applicable."""
+
+    name: str
+    meaning: str
+    check: Callable[[Case], str | None]
+    full_only: bool = False
+    may_be_refused: bool = False
+
+
+CAPABILITIES: dict[str, Capability] = {}
+
+
+def capability(name: str, **flags: bool) -> Callable[[Callable[[Case], str | None]], Callable[[Case], str | None]]:
+    """Add the decorated check to the matrix; its docstring is the row's meaning.
+
+    It returns (perhaps a remark to print), raises `NotApplicable`, or raises any other exception,
+    which is the failure.
+    """
+
+    def decorate(check: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+        CAPABILITIES[name] = Capability(name, " ".join((check.__doc__ or "").split()), check, **flags)
+        return check
+
+    return decorate
+
+
+@dataclass
+class Call:
+    """A sample as a function of its tensors; ``inputs`` are those that it is differentiated in."""
+
+    function: Callable[..., Any]
+    sample: Sample
+    _outputs: tuple[int, ...] | None = field(default=None, repr=False)
+
+    @property
+    def keys(self) -> list[Key]:
+        return [key for key, _ in _tensors(self.sample)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for _, tensor in _tensors(self.sample)]
+
+    @property
+    def input_keys(self) -> list[Key]:
+        return [key for key, tensor in _tensors(self.sample) if tensor.requires_grad]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Fresh leaves, so that no graph and no ``.grad`` is shared between checks."""
+        return [leaf(tensor) for tensor in self.tensors if tensor.requires_grad]
+
+    def with_tensors(self, tensors: Sequence[Tensor], keys: Sequence[Key] | None = None) -> Call:
+        new = dict(zip(self.keys if keys is None else keys, tensors))
+        args = tuple(new.get(i, a) for i, a in enumerate(self.sample.args))
+        kwargs = {k: new.get(k, a) for k, a in self.sample.kwargs.items()}
+        return replace(self, sample=replace(self.sample, args=args, kwargs=kwargs))
+
+    def run(self) -> list[Tensor]:
+        """All output tensors."""
+        return flatten(self.function(*self.sample.args, **self.sample.kwargs))
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The differentiable outputs as a function of the differentiable inputs."""
+        return self.chosen(self.with_tensors(inputs, self.input_keys).run())
+
+    def chosen(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(outputs[i] for i in self.differentiable)
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Which outputs depend on the inputs, by the function's own account."""
+        return self.find_differentiable() if self._outputs is None else self._outputs
+
+    def find_differentiable(self) -> tuple[int, ...]:
+        """To be called once outside of any transform, inside of which it couldn't be told."""
+        outputs = self.with_tensors(self.inputs, self.input_keys).run()
+        self._outputs = tuple(i for i, y in enumerate(outputs) if y.requires_grad)
+        if not self._outputs:
+            raise AssertionError("inputs require grad, but no output does: the derivative is cut off")
+        return self._outputs
+
+    def weights(self) -> list[Tensor]:
+        """A fixed random cotangent for each differentiable output."""
+        return randn_like(self(*self.inputs), seed=1)
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """A scalar, not linear in the outputs, so that every op has a second derivative."""
+        return squares(self(*inputs))
+
+    @property
+    def is_empty(self) -> bool:
+        return any(t.numel() == 0 for t in self.tensors)
+
+
+@dataclass
+class Case:
+    """An op on one device, as the capabilities see it."""
+
+    info: OpInfo
+    device: torch.device
+    quick: bool
+    interpreted: bool = False
+
+    def samples(self, dtype: torch.dtype = torch.float64) -> list[Sample]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            samples = self.info.samples(self.device, dtype)
+        if not samples:
+            raise NotApplicable(f"no sample of dtype {short(dtype)}")
+        refuse_nested(samples)
+        return samples
+
+    def calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
+        return [Call(self.info.function, sample) for sample in self.samples(dtype)]
+
+    def differentiable_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
+        """The non-empty calls with an input to differentiate in."""
+        calls = [c for c in self.calls(dtype) if c.input_keys and not c.is_empty]
+        for call in calls:
+            call.find_differentiable()
+        if not calls:
+            raise NotApplicable("no sample has an input that requires grad")
+        return calls
+
+    def few_input_calls(self) -> list[Call]:
+        """Those for rows whose work is quadratic in the inputs: on the interpreter, where each program counts."""
+        calls = self.differentiable_calls()
+        if not self.interpreted:
+            return calls
+        calls = sorted(calls, key=lambda c: sum(x.numel() for x in c.inputs))
+        return calls[:1] + [c for c in calls[1:] if sum(x.numel() for x in c.inputs) <= 24]
+
+    def compiled_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
+        """Compilation is what costs: the first calls stand for all, in quick mode the first."""
+        calls = [c for c in self.calls(dtype) if not c.is_empty]
+        return calls[: 1 if self.quick else 3]
+
+    def dynamic_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
+        calls = [c for c in self.calls(dtype) if c.sample.dynamic]
+        if not calls:
+            raise NotApplicable("no sample names a dynamic dimension")
+        return calls[: 1 if self.quick else 3]
+
+    def reference(self, call: Call) -> Call:
+        if self.info.reference is None:
+            raise NotApplicable("no reference given")
+        return Call(self.info.reference, call.sample)
+
+    def oracle(self, call: Call) -> Call:
+        """What derivatives are compared with: the reference, else the function's own backward."""
+        function = self.info.function if self.info.reference is None else self.info.reference
+        return Call(function, call.sample, call.differentiable)
+
+    @property
+    def backend(self) -> str:
+        return "aot_eager" if self.quick else "inductor"
+
+
+def refuse_nested(samples: Sequence[Sample]) -> None:
+    """Only tensors that are arguments themselves are moved, batched and differentiated in."""
+    for i, sample in enumerate(samples):
+        for key, value in [*enumerate(sample.args), *sample.kwargs.items()]:
+            if not isinstance(value, Tensor) and flatten(value):
+                raise ValueError(
+                    f"sample_inputs: argument {key!r} of sample {i} is a {type(value).__name__} with tensors in it, "
+                    "expected each tensor as an argument of its own: give a function that takes them so"
+                )
+
+
+def _tensors(sample: Sample) -> Iterator[tuple[Key, Tensor]]:
+    named: list[tuple[Key, Any]] = [*enumerate(sample.args), *sample.kwargs.items()]
+    for key, value in named:
+        if isinstance(value, Tensor):
+            yield key, value
+
+
+def flatten(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [t for branch in tree for t in flatten(branch)] if isinstance(tree, (tuple, list)) else []
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The same values and strides in fresh memory, detached from any graph."""
+    return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(tensor.requires_grad)
+
+
+def randn_like(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in tensors]
+
+
+def grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], **flags: Any) -> list[Tensor]:
+    """Vector-Jacobian product; zeros where nothing depends."""
+    found = torch.autograd.grad(list(outputs), list(inputs), list(weights), allow_unused=True, **flags)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def jacobian(call: Call) -> Tensor:
+    """The matrix of all outputs by all inputs, one backward for each output element."""
+    inputs = call.inputs
+    y = flat(call(*inputs))
+    rows = [flat(grads([y], inputs, [e], retain_graph=True)) for e in torch.eye(y.numel()).to(y)]
+    return torch.stack(rows)
+
+
+def hessian(call: Call) -> Tensor:
+    """The matrix of second derivatives of `Call.loss`, by reverse over reverse mode."""
+    inputs = call.inputs
+    one = torch.ones((), dtype=inputs[0].dtype, device=inputs[0].device)
+    gradient = flat(grads([call.loss(*inputs)], inputs, [one], create_graph=True))
+    if not gradient.requires_grad:
+        return torch.zeros(gradient.numel(), gradient.numel()).to(gradient)
+    return torch.stack(
+        [flat(grads([gradient], inputs, [e], retain_graph=True)) for e in torch.eye(gradient.numel()).to(gradient)]
+    )
+
+
+def matrix(blocks: Any, columns: Sequence[Tensor]) -> Tensor:
+    """Join torch.func's nested tuples of Jacobian blocks."""
+    joined = (torch.cat([b.reshape(-1, c.numel()) for b, c in zip(row, columns)], 1) for row in blocks)
+    return torch.cat(list(joined))
+
+
+def squares(outputs: Sequence[Tensor]) -> Tensor:
+    """A sum of squares, weighted so that the elements differ; traceable, and no random numbers under vmap."""
+    return torch.stack([(y * y * torch.arange(1, y.numel() + 1).to(y).view(y.shape)).sum() for y in outputs]).sum()
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(call: Call) -> str:
+    def one(value: Any) -> str:
+        return f"{short(value.dtype)}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+    parts = [one(a) for a in call.sample.args] + [f"{k}={one(v)}" for k, v in call.sample.kwargs.items()]
+    return f"({', '.join(parts)})"
+
+
+# Rounding differs between two orders of summation; anything beyond a few dozen ulp is a mistake.
+TOLERANCE = 1e-10
+
+
+def check_close(
+    actual: Any, expected: Any, what: str, rtol: float = TOLERANCE, atol: float | None = None, dtypes: bool = True
+) -> None:
+    """Equal structure, shapes, dtypes and nearly equal values; ``atol`` is relative to the largest value."""
+    actual, expected = flatten(actual), flatten(expected)
+    if len(actual) != len(expected):
+        raise AssertionError(f"{what}: {len(actual)} tensors, expected {len(expected)}")
+    for i, (a, e) in enumerate(zip(actual, expected)):
+        name = what if len(actual) == 1 else f"{what} [{i}]"
+        if a.shape != e.shape:
+            raise AssertionError(f"{name}: shape {list(a.shape)}, expected {list(e.shape)}")
+        if dtypes and a.dtype != e.dtype:
+            raise AssertionError(f"{name}: {short(a.dtype)}, expected {short(e.dtype)}")
+        if a.is_floating_point():
+            a, e = a.detach().double(), e.detach().double()
+        finite = e[e.isfinite()].abs() if e.is_floating_point() else e.new_empty(0)
+        scale = finite.max().item() if finite.numel() else 0.0
+        absolute = (rtol if atol is None else atol) * scale + 1e-300
+        torch.testing.assert_close(a, e, rtol=rtol, atol=absolute, equal_nan=True, msg=partial("{}: {}".format, name))
+
+
+def check_same_bits(actual: Any, expected: Any, what: str) -> None:
+    for i, (a, e) in enumerate(zip(flatten(actual), flatten(expected), strict=True)):
+        a, e = a.detach(), e.detach()
+        same = a.shape == e.shape and a.dtype == e.dtype and bool(((a == e) | ((a != a) & (e != e))).all())
+        if not same:
+            raise AssertionError(f"{what}: tensor {i} differs")
+
+
+def everything(call: Call) -> list[Tensor]:
+    """Outputs, gradients, gradients of the gradients and tangents, as far as the op has them."""
+    inputs = call.inputs
+    outputs = call.with_tensors(inputs, call.input_keys).run()
+    results = list(outputs)
+    if not inputs:
+        return results
+    outputs = [outputs[i] for i in call.differentiable]
+    weights = [w.requires_grad_() for w in randn_like(outputs, seed=1)]
+    first = grads(outputs, inputs, weights, create_graph=True)
+    results += first
+    connected = [g for g in first if g.requires_grad]
+    if connected:
+        results += grads(connected, [*inputs, *weights], randn_like(connected, seed=3))
+    return [t.detach() for t in results]

@@ -1,0 +1,424 @@
+"""Derivatives by every route PyTorch has, against the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from custom_ops.verify._case import (
+    Call,
+    Case,
+    NotApplicable,
+    capability,
+    check_close,
+    describe,
+    flat,
+    grads,
+    hessian,
+    jacobian,
+    leaf,
+    matrix,
+    randn_like,
+)
+
+
+@capability("gradcheck")
+def gradcheck(case: Case) -> None:
+    """Finite differences in float64: reverse mode, forward mode, and both batched."""
+    for call in case.differentiable_calls():
+        with _no_fallback():
+            torch.autograd.gradcheck(
+                call,
+                call.inputs,
+                check_forward_ad="forward AD" not in case.info.not_applicable,
+                check_batched_grad=True,
+                check_batched_forward_grad="forward AD" not in case.info.not_applicable,
+                fast_mode=case.quick,
+            )
+
+
+@capability("gradgradcheck", may_be_refused=True)
+def gradgradcheck(case: Case) -> None:
+    """Finite differences of the gradient of the op's square, and in the full matrix of the op."""
+    forward_over_reverse = "forward AD" not in case.info.not_applicable
+    for call in case.few_input_calls():
+        for function in (call.loss,) if case.quick else (call, call.loss):
+            torch.autograd.gradgradcheck(
+                function,
+                call.inputs,
+                check_fwd_over_rev=forward_over_reverse,
+                check_batched_grad=True,
+                fast_mode=case.quick,
+            )
+
+
+@capability("second derivative", may_be_refused=True)
+def second_derivative(case: Case) -> None:
+    """Gradients of the gradient, in inputs and incoming gradient, equal the reference's; never a silent zero."""
+    for call in case.differentiable_calls():
+        case.reference(call)
+        check_close(_second(call), _second(case.oracle(call)), f"second derivatives of {describe(call)}")
+
+
+def _second(call: Call) -> list[Tensor]:
+    inputs = call.inputs
+    outputs = call(*inputs)
+    weights = [w.requires_grad_() for w in randn_like(outputs, seed=1)]
+    first = grads(outputs, inputs, weights, create_graph=True)
+    # The square makes it depend on the gradient even where that doesn't depend on the inputs.
+    total = sum((g * g * v).sum() for g, v in zip(first, randn_like(first, seed=3)))
+    assert isinstance(total, Tensor)
+    if not total.requires_grad:
+        return [torch.zeros_like(t) for t in (*inputs, *weights)]
+    return grads([total], [*inputs, *weights], [torch.ones_like(total)])
+
+
+@capability("forward AD")
+def forward_mode(case: Case) -> None:
+    """Dual tensors: the tangent of each input alone and of all together equals the reference's Jacobian times it."""
+    for call in case.differentiable_calls():
+        expected = jacobian(case.oracle(call))
+        inputs = [x.detach() for x in call.inputs]
+        directions = randn_like(inputs, seed=4)
+        for chosen in [range(len(inputs)), *([i] for i in range(len(inputs)))]:
+            moving = [d if i in chosen else torch.zeros_like(d) for i, d in enumerate(directions)]
+            with forward_ad.dual_level():
+                duals = [
+                    forward_ad.make_dual(x, d) if i in chosen else x for i, (x, d) in enumerate(zip(inputs, directions))
+                ]
+                parts = [forward_ad.unpack_dual(y) for y in call(*duals)]
+                tangents = [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in parts]
+            check_close(flat(tangents), expected @ flat(moving), f"tangent of {describe(call)} in {list(chosen)}")
+
+
+@capability("batched grad")
+def batched_grad(case: Case) -> None:
+    """``autograd.grad(is_grads_batched=True)`` equals the rows one by one."""
+    for call in case.differentiable_calls():
+        inputs = call.inputs
+        outputs = call(*inputs)
+        batches = [torch.stack(rows) for rows in zip(*(randn_like(outputs, seed=s) for s in range(3)))]
+        with _no_fallback():
+            actual = grads(outputs, inputs, batches, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            expected = grads(outputs, inputs, [b[i] for b in batches], retain_graph=True)
+            check_close([g[i] for g in actual], expected, f"batched gradients of {describe(call)}")
+
+
+def _detached(call: Call) -> tuple[Tensor, ...]:
+    return tuple(x.detach() for x in call.inputs)
+
+
+def _all(call: Call) -> tuple[int, ...]:
+    return tuple(range(len(call.inputs)))
+
+
+def _weighted(call: Call) -> Callable[..., Tensor]:
+    weights = call.weights()
+    return lambda *inputs: sum((y * w).sum() for y, w in zip(call(*inputs), weights))  # type: ignore[return-value]
+
+
+@capability("each input alone")
+def each_input_alone(case: Case) -> None:
+    """The gradient of each input, and of each pair, is the same when only those inputs require one."""
+    calls = [c for c in case.differentiable_calls() if len(c.input_keys) > 1]
+    if not calls:
+        raise NotApplicable("no sample has several inputs that require grad")
+    for call in calls:
+        weights, indices = call.weights(), range(len(call.inputs))
+        inputs = call.inputs
+        expected = grads(call(*inputs), inputs, weights)
+        subsets = [*combinations(indices, 1), *combinations(indices, 2)]
+        for chosen in [subset for subset in subsets if len(subset) < len(indices)][: 6 if case.quick else None]:
+            inputs = [x if i in chosen else x.detach() for i, x in enumerate(call.inputs)]
+            wanted = [inputs[i] for i in chosen]
+            pairs = [(y, w) for y, w in zip(call(*inputs), weights) if y.requires_grad]
+            actual = (
+                grads([y for y, _ in pairs], wanted, [w for _, w in pairs])
+                if pairs
+                else list(map(torch.zeros_like, wanted))
+            )
+            what = f"gradients of {describe(call)} in {list(chosen)} alone"
+            check_close(actual, [expected[i] for i in chosen], what)
+
+
+@capability("checkpoint")
+def checkpointed(case: Case) -> None:
+    """Gradients under ``checkpoint``, reentrant and not, and with saved tensors moved (``save_on_cpu``) or copied."""
+    for call in case.differentiable_calls()[: 2 if case.interpreted else None]:
+        weights = call.weights()
+        expected = _gradients_of_two_layers(case.oracle(call), weights)
+        for reentrant in (True, False):
+            through = partial(checkpoint, use_reentrant=reentrant)
+            what = f"gradients of {describe(call)}, checkpoint(use_reentrant={reentrant})"
+            check_close(_gradients_of_two_layers(call, weights, through), expected, what)
+        hooks = {
+            "save_on_cpu": torch.autograd.graph.save_on_cpu(),
+            "copied": torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t),
+        }
+        for name, hook in hooks.items():
+            with hook:
+                actual = _gradients_of_two_layers(call, weights)
+            check_close(actual, expected, f"gradients of {describe(call)}, saved tensors {name}")
+
+
+def _gradients_of_two_layers(
+    call: Call, weights: Sequence[Tensor], through: Callable[..., Any] = lambda layer, *inputs: layer(*inputs)
+) -> list[Tensor]:
+    """Of the op twice on different values, within other functions; `checkpoint` is for ``backward`` only."""
+
+    def layer(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.sin() for y in call(*inputs))
+
+    inputs = call.inputs
+    outputs = [through(layer, *(x * factor for x in inputs)) for factor in (1, 1.125)]
+    torch.autograd.backward([y for ys in outputs for y in ys], [*weights, *weights])
+    return [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
+
+
+@capability("version check")
+def version_check(case: Case) -> None:
+    """Writing to an argument or output before the backward is an error there, or the gradients are still right."""
+    for call in case.differentiable_calls():
+        weights = call.weights()
+        oracle = case.oracle(call)
+        inputs = oracle.inputs
+        expected = grads(oracle(*inputs), inputs, weights)
+        for i in range(len(call.tensors) + len(weights)):
+            tensors = [leaf(t) for t in call.tensors]
+            outputs = call.chosen(call.with_tensors(tensors).run())
+            written = [*tensors, *outputs][i]
+            with torch.no_grad():
+                written.mul_(-3) if written.is_floating_point() else written.zero_()
+            try:
+                actual = grads(outputs, [t for t in tensors if t.requires_grad], weights)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                continue
+            what = f"argument {call.keys[i]}" if i < len(tensors) else f"output {i - len(tensors)}"
+            check_close(actual, expected, f"gradients of {describe(call)} after writing to {what}")
+
+
+@capability("func.grad")
+def func_grad(case: Case) -> None:
+    """``torch.func.grad`` of a weighted sum of the outputs."""
+    for call in case.differentiable_calls():
+        actual = torch.func.grad(_weighted(call), _all(call))(*_detached(call))
+        check_close(flat(actual), flat(call.weights()) @ jacobian(case.oracle(call)), f"func.grad of {describe(call)}")
+
+
+@capability("func.vjp")
+def func_vjp(case: Case) -> None:
+    """``torch.func.vjp``, applied to a random cotangent."""
+    for call in case.differentiable_calls():
+        outputs, pull_back = torch.func.vjp(call, *_detached(call))[:2]
+        weights = randn_like(outputs, seed=1)
+        expected = flat(weights) @ jacobian(case.oracle(call))
+        check_close(flat(pull_back(tuple(weights))), expected, f"func.vjp of {describe(call)}")
+
+
+@capability("func.jvp")
+def func_jvp(case: Case) -> None:
+    """``torch.func.jvp`` along a random direction; also under ``no_grad``."""
+    for call in case.differentiable_calls():
+        inputs = _detached(call)
+        direction = randn_like(inputs, seed=4)
+        expected = jacobian(case.oracle(call)) @ flat(direction)
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                actual = torch.func.jvp(call, inputs, tuple(direction))[1]
+            check_close(flat(actual), expected, f"func.jvp of {describe(call)}")
+
+
+@capability("func.jacrev")
+def func_jacrev(case: Case) -> None:
+    """``torch.func.jacrev`` (a vmap over reverse mode), without the fallback of vmap."""
+    _check_jacobian(case, torch.func.jacrev)
+
+
+@capability("func.jacfwd")
+def func_jacfwd(case: Case) -> None:
+    """``torch.func.jacfwd`` (a vmap over forward mode), without the fallback of vmap."""
+    _check_jacobian(case, torch.func.jacfwd)
+
+
+def _check_jacobian(case: Case, transform: Callable[..., Any]) -> None:
+    for call in case.few_input_calls():
+        inputs = _detached(call)
+        with _no_fallback():
+            blocks = transform(call, _all(call))(*inputs)
+        actual = matrix(blocks, inputs)
+        check_close(actual, jacobian(case.oracle(call)), f"{transform.__name__} of {describe(call)}")
+
+
+@capability("func.hessian", may_be_refused=True)
+def func_hessian(case: Case) -> None:
+    """``torch.func.hessian`` (forward over reverse) and reverse over reverse, of a weighted sum of squares."""
+    for call in case.few_input_calls():
+        inputs = _detached(call)
+        expected = hessian(case.oracle(call))
+        transforms = {
+            "hessian": torch.func.hessian(call.loss, _all(call)),
+            "jacrev(jacrev)": torch.func.jacrev(torch.func.jacrev(call.loss, _all(call)), _all(call)),
+        }
+        for name, transform in transforms.items():
+            with _no_fallback():
+                blocks = transform(*inputs)
+            check_close(matrix(blocks, inputs), expected, f"{name} of {describe(call)}")
+
+
+@capability("forward over forward", may_be_refused=True)
+def forward_over_forward(case: Case) -> None:
+    """``jacfwd`` of ``jacfwd``, and ``jvp`` of ``jvp``, of a weighted sum of squares: the reference's Hessian."""
+    for call in case.few_input_calls():
+        inputs = _detached(call)
+        expected = hessian(case.oracle(call))
+        nested = torch.func.jacfwd(torch.func.jacfwd(call.loss, _all(call)), _all(call))
+        with _no_fallback():
+            blocks = nested(*inputs)
+        check_close(matrix(blocks, inputs), expected, f"jacfwd(jacfwd) of {describe(call)}")
+        first, second = (tuple(randn_like(inputs, seed=seed)) for seed in (4, 5))
+        along = partial(_tangent, call.loss, first)
+        actual = _tangent(along, second, *inputs)
+        check_close(actual, flat(first) @ expected @ flat(second), f"jvp(jvp) of {describe(call)}")
+
+
+def _tangent(function: Callable[..., Any], direction: tuple[Tensor, ...], *inputs: Tensor) -> Any:
+    return torch.func.jvp(function, inputs, direction)[1]
+
+
+# --- vmap --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _no_fallback() -> Iterator[None]:
+    """Makes an error of vmap's slow loop, of which it only warns, and that past Python's warnings."""
+    functorch: Any = torch._C._functorch
+    enabled = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(enabled)
+
+
+@capability("vmap")
+def vmap(case: Case) -> str | None:
+    """Equals a Python loop: over each tensor and all together, first and last dimension, nested; no fallback."""
+    remarks = set()
+    checked = False
+    for call in case.calls():
+        if call.is_empty or not call.keys:
+            continue
+        for keys in _choices(call):
+            try:
+                batch, expected = _batch(call, keys)
+            except NotApplicable as reason:
+                remarks.add(f"not over argument {', '.join(map(str, keys))}: {reason}")
+                continue
+            try:
+                _check_vmap(call, keys, batch, expected)
+                checked = True
+            except AssertionError:
+                raise
+            except Exception as error:
+                if keys[0] in call.input_keys and len(keys) == 1:
+                    raise
+                if not _refused_by_reference(case, call, keys, batch):
+                    raise
+                remarks.add(f"not over argument {', '.join(map(str, keys))}: {str(error).splitlines()[0]}")
+    if not checked:
+        raise NotApplicable("; ".join(sorted(remarks)) or "no sample to batch")
+    return "; ".join(sorted(remarks)) or None
+
+
+def _choices(call: Call) -> list[list[Any]]:
+    """All tensors together, those differentiated in, each one alone."""
+    choices = [call.keys, call.input_keys, *([key] for key in call.keys)]
+    return [c for i, c in enumerate(choices) if c and c not in choices[:i]]
+
+
+def _batch(call: Call, keys: Sequence[Any], size: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    """Different examples, of the sample's own values so that they are in the op's domain; and their outputs."""
+    tensors = dict(zip(call.keys, call.tensors))
+    shuffled, repeated = (
+        [torch.stack([change(tensors[k].detach(), i) for i in range(size)]) for k in keys]
+        for change in (_shuffled, _repeated)
+    )
+    try:
+        return shuffled, _loop(call, keys, shuffled)
+    except Exception:  # the op refuses these values: sorted indices are sorted no more
+        return repeated, _loop(call, keys, repeated)
+
+
+def _shuffled(tensor: Tensor, i: int) -> Tensor:
+    values = tensor.reshape(-1)
+    return (values.roll(i) if i % 2 else values.flip(0).roll(-i) if i else values).view(tensor.shape)
+
+
+def _repeated(tensor: Tensor, i: int) -> Tensor:
+    return tensor * (1 + i / 8) if tensor.is_floating_point() else tensor
+
+
+def _loop(call: Call, keys: Sequence[Any], batch: Sequence[Tensor]) -> list[Tensor]:
+    examples = [call.with_tensors([b[i] for b in batch], keys).run() for i in range(len(batch[0]))]
+    try:
+        return [torch.stack(outputs) for outputs in zip(*examples, strict=True)]
+    except RuntimeError:
+        raise NotApplicable("the examples' outputs differ in size") from None
+
+
+def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call.with_tensors(tensors, keys).run())
+
+    what = f"{describe(call)} over arguments {list(keys)}"
+    with _no_fallback():
+        for dim in (0, -1):
+            actual = torch.vmap(function, in_dims=dim)(*(b.movedim(0, dim) for b in batch))
+            check_close(actual, expected, f"vmap(in_dims={dim}) of {what}")
+        if call.input_keys and set(call.input_keys) <= set(
+            keys
+        ):  # an output that isn't batched breaks torch's own out_dims
+            chosen = [expected[i] for i in call.differentiable]
+            last = tuple(e.dim() - 1 for e in chosen)
+            actual = torch.vmap(lambda *ts: call.chosen(function(*ts)), out_dims=last)(*batch)
+            check_close([y.movedim(-1, 0) for y in actual], chosen, f"vmap(out_dims={last}) of {what}")
+        twice = [torch.stack([b, b.flip(0)]).movedim(1, -1) for b in batch]
+        nested = torch.vmap(torch.vmap(function, in_dims=-1))(*twice)
+        check_close(nested, [torch.stack([e, e.flip(0)]) for e in expected], f"vmap(vmap) of {what}")
+
+
+def _refused_by_reference(case: Case, call: Call, keys: Sequence[Any], batch: Sequence[Tensor]) -> bool:
+    """Whether plain PyTorch can't be vmapped over these arguments either."""
+    if case.info.reference is None:
+        return not set(keys) & set(call.input_keys) or len(keys) > 1
+    reference = case.reference(call)
+    try:
+        torch.vmap(lambda *tensors: tuple(reference.with_tensors(tensors, keys).run()))(*batch)
+    except Exception:
+        return True
+    return False
+
+
+@capability("vmap(grad)")
+def vmap_of_grad(case: Case) -> None:
+    """Per-example gradients, ``vmap(grad(f))``, equal a Python loop over the reference."""
+    for call in case.differentiable_calls():
+        batch, _ = _batch(call, call.input_keys)
+        with _no_fallback():
+            actual = torch.vmap(torch.func.grad(call.loss, _all(call)))(*batch)
+        oracle = case.oracle(call)
+        for i in range(len(batch[0])):
+            inputs = [b[i].clone().requires_grad_() for b in batch]
+            expected = torch.autograd.grad(oracle.loss(*inputs), inputs, allow_unused=True, materialize_grads=True)
+            check_close([g[i] for g in actual], expected, f"vmap(grad) of {describe(call)}")

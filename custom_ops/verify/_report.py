@@ -1,0 +1,89 @@
+"""The matrix as data, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+__all__ = ["Cell", "Report"]
+
+PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
+_MARKS = {PASS: "✓", FAIL: "✗", NOT_APPLICABLE: "–"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: ``status`` is "pass", "fail" or "not applicable"; ``detail`` the remark, failure or reason."""
+
+    op: str
+    backend: str
+    capability: str
+    status: str
+    detail: str = ""
+    seconds: float = 0.0
+
+    @property
+    def column(self) -> str:
+        return f"{self.op} ({self.backend})"
+
+    @property
+    def mark(self) -> str:
+        return _MARKS[self.status]
+
+
+@dataclass
+class Report:
+    """The cells of one or several ops; truthy questions are asked of ``ok``."""
+
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no cell failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.status == FAIL]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(cell.column for cell in self.cells))
+
+    @property
+    def rows(self) -> dict[str, dict[str, Cell]]:
+        """{capability: {column: cell}}"""
+        rows: dict[str, dict[str, Cell]] = {}
+        for cell in self.cells:
+            rows.setdefault(cell.capability, {})[cell.column] = cell
+        return rows
+
+    def __getitem__(self, capability: str) -> Cell:
+        """The first cell of a capability; of a single op's report, the only one."""
+        return next(cell for cell in self.cells if cell.capability == capability)
+
+    def raise_on_failure(self) -> None:
+        """Raise ``AssertionError`` with every failure's detail."""
+        if not self.ok:
+            raise AssertionError("\n".join(f"{c.column}, {c.capability}: {c.detail}" for c in self.failures))
+
+    def to_json(self) -> str:
+        return json.dumps({"ok": self.ok, "cells": [asdict(cell) for cell in self.cells]}, indent=2)
+
+    def to_markdown(self) -> str:
+        """The matrix as a table, with a numbered note for every cell that isn't a pass."""
+        notes: list[str] = []
+        lines = [f"| | {' | '.join(self.columns)} |", f"|---|{':-:|' * len(self.columns)}"]
+        for capability, cells in self.rows.items():
+            shown = []
+            for column in self.columns:
+                cell = cells.get(column)
+                if cell is None or cell.status == PASS:
+                    shown.append(cell.mark if cell else "")
+                    continue
+                note = f"{cell.status}: {' '.join(cell.detail.split())}"
+                if note not in notes:
+                    notes.append(note)
+                shown.append(f"{cell.mark} ({notes.index(note) + 1})")
+            lines.append(f"| {capability} | {' | '.join(shown)} |")
+        return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])

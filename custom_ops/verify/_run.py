@@ -1,0 +1,176 @@
+"""Running the matrix."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.registry import BadCall, OpInfo, Sample
+from custom_ops.verify._backends import backend as on_backend
+from custom_ops.verify._case import CAPABILITIES, Capability, Case, NotApplicable, refuse_nested
+from custom_ops.verify._report import FAIL, NOT_APPLICABLE, PASS, Cell, Report
+
+Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
+
+
+def verify(
+    op: Callable[..., Any] | OpInfo,
+    sample_inputs: Samples | None = None,
+    *,
+    reference: Callable[..., Any] | None = None,
+    apply: Callable[..., Any] | None = None,
+    modules: Callable[[], list[tuple[torch.nn.Module, dict[str, Any]]]] = list,
+    bad_calls: Callable[[], list[BadCall]] = list,
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    not_applicable: dict[str, str] | None = None,
+    name: str | None = None,
+    backend: str = "cpp",
+    quick: bool = False,
+    only: Iterable[str] | None = None,
+    on_cell: Callable[[Cell], None] | None = None,
+) -> Report:
+    """Check an op, or any function of tensors, against the whole capability matrix.
+
+    Args:
+        op: the function as its users call it: a registered op, or a Python function around some. Or
+            the `OpInfo` of an op of this package, which brings all of the rest.
+        sample_inputs: the calls to make: a list of `Sample` or of tuples of arguments, with float64 tensors,
+            ``requires_grad`` where it is differentiated; or ``(device, dtype) -> list of Sample``.
+            Small tensors, away from kinks (finite differences are taken), covering the edge cases.
+            A `Sample` also names its dynamic dimensions, without which the rows on dynamic shapes
+            don't apply.
+        reference: the same function in plain PyTorch. Without it derivatives are compared
+            with finite differences and with each other only.
+        apply: the ``autograd.Function.apply`` idiom of the same function.
+        modules: gives (module, keyword arguments of ``op`` that it stands for).
+        bad_calls: gives wrong calls with the messages they must raise.
+        dtypes: the floating dtypes supported.
+        not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
+        name: what the report calls it; by default the function's name.
+        backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
+        quick: capture with ``aot_eager`` mostly, and skip AOTInductor.
+        only: the capabilities to check; all by default (`capabilities` lists them).
+        on_cell: called with each `Cell` as it is done.
+
+    Returns:
+        A `Report`; ``verify(...).raise_on_failure()`` in a test.
+
+    Raises:
+        ValueError: an unknown capability or backend, no samples, tensors within a sample's lists or dicts.
+        RuntimeError: the backend can't run here.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.verify import verify
+        >>> x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+        >>> verify(torch.sin, [(x,)], reference=torch.sin, only=["value", "gradcheck", "vmap"]).ok
+        True
+    """
+    if isinstance(op, OpInfo):
+        info = op
+    else:
+        if sample_inputs is None or (not callable(sample_inputs) and not sample_inputs):
+            raise ValueError("sample_inputs: expected at least one sample")
+        info = OpInfo(
+            name=name or getattr(op, "__name__", None) or str(op),
+            function=op,
+            reference=reference,
+            samples=sample_inputs if callable(sample_inputs) else _converter(sample_inputs),
+            summary="",
+            apply=apply,
+            modules=modules,
+            bad_calls=bad_calls,
+            dtypes=tuple(dtypes),
+            not_applicable=not_applicable or {},
+        )
+    chosen = _chosen(only, quick)
+    unknown = info.not_applicable.keys() - CAPABILITIES.keys()
+    if unknown:
+        raise ValueError(f"not_applicable: unknown capabilities {sorted(unknown)}, see verify.capabilities()")
+    report = Report()
+    with on_backend(backend) as device:
+        case = Case(info, device, quick, interpreted=backend == "triton")
+        for row in chosen:
+            cell = _cell(row, case, backend)
+            report.cells.append(cell)
+            if on_cell is not None:
+                on_cell(cell)
+    return report
+
+
+def capabilities(quick: bool = False) -> dict[str, str]:
+    """The rows of the matrix and what each means; those of quick mode, or all."""
+    return {row.name: row.meaning for row in _chosen(None, quick)}
+
+
+def _chosen(only: Iterable[str] | None, quick: bool) -> list[Capability]:
+    if only is None:
+        return [row for row in CAPABILITIES.values() if not (quick and row.full_only)]
+    names = list(only)
+    for name in names:
+        if name not in CAPABILITIES:
+            raise ValueError(f"only: unknown capability {name!r}, expected some of {', '.join(CAPABILITIES)}")
+    return [CAPABILITIES[name] for name in names]
+
+
+def _cell(row: Capability, case: Case, backend: str) -> Cell:
+    start = time.perf_counter()
+    status, detail = _outcome(row, case)
+    return Cell(case.info.name, backend, row.name, status, detail, time.perf_counter() - start)
+
+
+def _outcome(row: Capability, case: Case) -> tuple[str, str]:
+    reason = case.info.not_applicable.get(row.name)
+    if reason is not None and not row.may_be_refused:
+        return NOT_APPLICABLE, reason
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            remark = row.check(case)
+    except NotApplicable as inapplicable:
+        return NOT_APPLICABLE, str(inapplicable)
+    except Exception as error:
+        if reason is not None and not isinstance(error, AssertionError):
+            return NOT_APPLICABLE, f"{reason} (raises {type(error).__name__})"
+        return FAIL, _explain(error)
+    if reason is not None:
+        return FAIL, f"declared not applicable ({reason}), yet it raises nothing"
+    return PASS, remark or ""
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, AssertionError):
+        return str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}\n(at {where.name}, line {where.lineno} of {where.filename})"
+
+
+def _converter(
+    sample_inputs: Sequence[Sample | tuple[Any, ...]],
+) -> Callable[[torch.device, torch.dtype], list[Sample]]:
+    samples = [s if isinstance(s, Sample) else Sample(tuple(s)) for s in sample_inputs]
+    refuse_nested(samples)
+
+    def convert(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        moved = value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
+        return moved.requires_grad_(value.requires_grad)
+
+    def make(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+        return [
+            Sample(
+                tuple(convert(a, device, dtype) for a in s.args),
+                {k: convert(a, device, dtype) for k, a in s.kwargs.items()},
+                s.dynamic,
+            )
+            for s in samples
+        ]
+
+    return make

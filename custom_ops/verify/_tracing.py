@@ -1,0 +1,389 @@
+"""The op as the compiler sees it: schema, fake kernel, compile, export."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from custom_ops.verify._case import (
+    Call,
+    Case,
+    NotApplicable,
+    capability,
+    check_close,
+    check_same_bits,
+    describe,
+    everything,
+    flatten,
+    grads,
+    randn_like,
+    short,
+    squares,
+)
+from custom_ops.verify._values import LAYOUTS, resized
+
+TORCH_NAMESPACES = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional", "inductor", "profiler"}
+
+
+@dataclass
+class Record:
+    """One call of a registered op, seen below autograd."""
+
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return flatten([self.args, self.kwargs])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Record:
+        def walk(tree: Any) -> Any:
+            if isinstance(tree, (tuple, list)):
+                return type(tree)(walk(t) for t in tree)
+            return change(tree) if isinstance(tree, Tensor) else tree
+
+        return Record(self.op, walk(self.args), {k: walk(v) for k, v in self.kwargs.items()}, self.outputs)
+
+    def run(self) -> Any:
+        return self.op(*self.args, **self.kwargs)
+
+    def signature(self) -> tuple[Any, ...]:
+        def one(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.dtype, value.shape, value.stride(), value.requires_grad
+            return repr(value)
+
+        return self.op, *map(one, self.args), *(one(v) for v in self.kwargs.values())
+
+    def __str__(self) -> str:
+        shown = [f"{short(t.dtype)}{list(t.shape)} strides {list(t.stride())}" for t in self.tensors]
+        return f"{self.op}({', '.join(shown)})"
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[tuple[Any, ...], Record] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if func.namespace not in TORCH_NAMESPACES:
+            record = Record(func, args, kwargs or {}, [y.detach() for y in flatten(outputs)])
+            record = record.map(lambda t: t.detach().requires_grad_(t.requires_grad))
+            self.records.setdefault(record.signature(), record)
+        return outputs
+
+
+def records(case: Case, dtypes: Sequence[torch.dtype], layouts: Sequence[str] = ()) -> list[Record]:
+    """Every distinct call of a registered op that forward, both backwards, jvp and vmap of the samples make."""
+    recorder = _Recorder()
+    for dtype in dtypes:
+        for call in case.calls(dtype):
+            variants = [call]
+            for name in layouts:
+                moved = [LAYOUTS[name](t.detach()).requires_grad_(t.requires_grad) for t in call.tensors]
+                variants.append(call.with_tensors(moved))
+            for variant in variants:
+                with recorder:
+                    _exercise(variant)
+    if not recorder.records:
+        raise NotApplicable("reaches no registered op")
+    return list(recorder.records.values())
+
+
+def _exercise(call: Call) -> None:
+    call.run()
+    # What raises from here on is the failure of another row.
+    with suppress(Exception):
+        everything(call)
+    inputs = tuple(t.detach() for t in call.inputs)
+    if not inputs:
+        return
+    with suppress(Exception):
+        torch.func.jvp(call, inputs, tuple(randn_like(inputs, seed=4)))
+    with suppress(Exception):
+        torch.vmap(torch.func.grad(call.loss))(*(torch.stack([x, x]) for x in inputs))
+
+
+@capability("opcheck")
+def opcheck(case: Case) -> str:
+    """``torch.library.opcheck`` of every registered op reached, forward and backward."""
+    seen: dict[OpOverload, list[Record]] = {}
+    for record in records(case, [torch.float64]):
+        seen.setdefault(record.op, []).append(record)
+    for op, calls in seen.items():
+        for record in _varied(calls)[: 2 if case.quick else 8]:
+            try:
+                torch.library.opcheck(op, record.args, record.kwargs)
+            except Exception as error:
+                raise AssertionError(f"{record}: {error}") from error
+    return ", ".join(op._opname for op in seen)
+
+
+def _varied(calls: Sequence[Record]) -> list[Record]:
+    """First those that need a gradient, biggest first: the most telling."""
+    return sorted(
+        calls, key=lambda r: (any(t.requires_grad for t in r.tensors), sum(t.numel() for t in r.tensors)), reverse=True
+    )
+
+
+@capability("fake kernel")
+def fake_kernel(case: Case) -> str | None:
+    """Under ``FakeTensorMode`` every registered op reached gives its real shape, dtype, strides and device."""
+    dtypes = [d for d in (torch.float64, torch.bfloat16) if d in case.info.dtypes]
+    for record in records(case, dtypes, ["transposed"]):
+        record = record.map(lambda t: t.detach())
+        _check_metadata(_faked(record), record.outputs, f"fake kernel of {record}")
+    return None
+
+
+@capability("meta device")
+def meta_device(case: Case) -> str | None:
+    """On the meta device every registered op reached gives that shape, dtype and those strides."""
+    dependent = set()
+    done = 0
+    for record in records(case, [torch.float64], ["transposed"]):
+        record = record.map(lambda t: t.detach())
+        try:
+            outputs = record.map(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")).run()
+        except (DynamicOutputShapeException, NotImplementedError, RuntimeError) as error:
+            if not _data_dependent(record):
+                raise error
+            dependent.add(record.op._opname)
+            continue
+        done += 1
+        _check_metadata(outputs, record.outputs, f"meta kernel of {record}", device=False)
+    remark = f"{', '.join(sorted(dependent))}: the output's size depends on data" if dependent else None
+    if not done:
+        raise NotApplicable(remark or "reaches no registered op")
+    return remark
+
+
+def _data_dependent(record: Record) -> bool:
+    """Whether the fake output has a size that isn't known from the inputs' sizes."""
+    return any(not isinstance(size, int) for y in flatten(_faked(record)) for size in y.shape)
+
+
+def _faked(record: Record) -> Any:
+    """The fake result: sizes are integers, except where they depend on data."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake = record.map(lambda t: mode.from_tensor(t, static_shapes=True))
+    with mode:
+        return fake.run()
+
+
+def _check_metadata(fake: Any, real: Any, what: str, device: bool = True) -> None:
+    fakes, reals = flatten(fake), flatten(real)
+    if len(fakes) != len(reals):
+        raise AssertionError(f"{what}: {len(fakes)} outputs, really {len(reals)}")
+    for i, (f, r) in enumerate(zip(fakes, reals)):
+        if f.dtype != r.dtype or f.dim() != r.dim():
+            raise AssertionError(f"{what}: output {i} is {f.dtype}, {f.dim()}-d, really {r.dtype}, {r.dim()}-d")
+        if device and f.device != r.device:
+            raise AssertionError(f"{what}: output {i} is on {f.device}, really on {r.device}")
+        # A data-dependent size is a symbol, equal to whatever comes.
+        if any(isinstance(a, int) and a != b for a, b in zip(f.shape, r.shape)):
+            raise AssertionError(f"{what}: output {i} has shape {list(f.shape)}, really {list(r.shape)}")
+        strides = zip(f.stride(), r.stride(), r.shape)
+        if r.numel() and any(isinstance(a, int) and a != b and size > 1 for a, b, size in strides):
+            raise AssertionError(f"{what}: output {i} has strides {list(f.stride())}, really {list(r.stride())}")
+
+
+@capability("ops functional")
+def ops_functional(case: Case) -> None:
+    """No registered op reached mutates an argument or returns memory of one, or the same memory twice."""
+    for record in records(case, [torch.float64]):
+        record = record.map(lambda t: t.detach())
+        copies = [t.clone() for t in record.tensors]
+        with torch.no_grad():
+            outputs = flatten(record.run())
+        check_same_bits(record.tensors, copies, f"{record} mutated its arguments")
+        taken = {t.untyped_storage().data_ptr() for t in record.tensors if t.numel()}
+        for i, y in enumerate(outputs):
+            if y.numel() and y.untyped_storage().data_ptr() in taken:
+                raise AssertionError(f"{record}: output {i} aliases an argument or another output")
+            taken.add(y.untyped_storage().data_ptr())
+
+
+# --- compile -----------------------------------------------------------------------------------
+
+
+def _compile(function: Callable[..., Any], backend: str, **flags: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True, **flags)
+
+
+def _leaves(call: Call) -> list[Tensor]:
+    return [t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.requires_grad) for t in call.tensors]
+
+
+def _forward_backward(call: Call, function: Callable[..., Any]) -> list[Tensor]:
+    """Outputs of ``function`` and their gradients."""
+    tensors = _leaves(call)
+    outputs = flatten(function(*tensors))
+    inputs = [t for t in tensors if t.requires_grad]
+    differentiable = [y for y in outputs if y.requires_grad]
+    results = [y.detach() for y in outputs]
+    if inputs:
+        if not differentiable:
+            raise AssertionError(f"{describe(call)}: no output requires grad")
+        results += grads(differentiable, inputs, randn_like(differentiable, seed=1))
+    return results
+
+
+def _outputs(call: Call, only: Sequence[int] | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """The outputs as a function of all tensors, closing over none: Dynamo would guard on it."""
+    function, keys = call.function, call.keys
+    args = [None if isinstance(a, Tensor) else a for a in call.sample.args]
+    kwargs = {k: v for k, v in call.sample.kwargs.items() if not isinstance(v, Tensor)}
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        positional, named = list(args), dict(kwargs)
+        for key, tensor in zip(keys, tensors):
+            if isinstance(key, int):
+                positional[key] = tensor
+            else:
+                named[key] = tensor
+        found = flatten(function(*positional, **named))
+        return tuple(found if only is None else [found[i] for i in only])
+
+    return outputs
+
+
+@capability("compile")
+def compiled(case: Case) -> str:
+    """``torch.compile(fullgraph=True)``, forward and backward, equals eager; with Inductor also in quick mode."""
+    for call in case.compiled_calls(torch.float32):
+        function = _outputs(call)
+        actual = _forward_backward(call, _compile(function, "inductor", dynamic=False))
+        check_close(actual, _forward_backward(call, function), f"compiled {describe(call)}", rtol=1e-5)
+    return "inductor"
+
+
+@capability("compile dynamic")
+def compiled_dynamic(case: Case) -> str:
+    """``torch.compile(fullgraph=True, dynamic=True)`` at three sizes, forward and backward, without a recompile."""
+    for call in case.dynamic_calls():
+        function = _outputs(call)
+        dynamic = _compile(function, case.backend, dynamic=True)
+        for times in (1, 2, 3):
+            sized = resized(call, times)
+            with torch._dynamo.config.patch(error_on_recompile=times > 1):
+                actual = _forward_backward(sized, dynamic)
+            check_close(actual, _forward_backward(sized, function), f"compiled {describe(sized)}")
+    return case.backend
+
+
+def _transformed(case: Case, transform: Callable[[Call], tuple[Callable[..., Any], Sequence[Tensor]]]) -> str:
+    for call in case.differentiable_calls()[: 1 if case.quick else 3]:
+        function, arguments = transform(call)
+        actual = _compile(function, case.backend)(*arguments)
+        check_close(actual, function(*arguments), f"compiled, {describe(call)}")
+    return case.backend
+
+
+def _grad(call: Call) -> Callable[..., Any]:
+    """The gradient of a scalar as a function of all tensors."""
+    function = _outputs(call, call.differentiable)
+    argnums = tuple(i for i, t in enumerate(call.tensors) if t.requires_grad)
+    return torch.func.grad(lambda *tensors: squares(function(*tensors)), argnums)
+
+
+@capability("compile(grad)")
+def compiled_grad(case: Case) -> str:
+    """``torch.compile(torch.func.grad(f))``."""
+    return _transformed(case, lambda call: (_grad(call), [t.detach() for t in call.tensors]))
+
+
+@capability("compile(vmap(grad))")
+def compiled_vmap_grad(case: Case) -> str:
+    """``torch.compile(torch.vmap(torch.func.grad(f)))``, over the inputs it is differentiated in."""
+
+    def transform(call: Call) -> Any:
+        in_dims = tuple(0 if t.requires_grad else None for t in call.tensors)
+        tensors = [torch.stack([t.detach(), 2 * t.detach()]) if t.requires_grad else t for t in call.tensors]
+        return torch.vmap(_grad(call), in_dims), tensors
+
+    return _transformed(case, transform)
+
+
+@capability("compile(jvp)")
+def compiled_jvp(case: Case) -> str:
+    """``torch.compile`` of a function that calls ``torch.func.jvp``."""
+
+    def transform(call: Call) -> Any:
+        function = _outputs(call, call.differentiable)
+        tensors = [t.detach() for t in call.tensors]
+        moving = [i for i, t in enumerate(call.tensors) if t.requires_grad]
+        count = len(tensors)
+
+        def tangent(*arguments: Tensor) -> Any:
+            def of_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+                every = list(arguments[:count])
+                for i, x in zip(moving, inputs):
+                    every[i] = x
+                return function(*every)
+
+            return torch.func.jvp(of_inputs, tuple(arguments[i] for i in moving), tuple(arguments[count:]))[1]
+
+        return tangent, [*tensors, *randn_like(call.inputs, seed=4)]
+
+    return _transformed(case, transform)
+
+
+# --- export ------------------------------------------------------------------------------------
+
+
+class _Program(torch.nn.Module):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.outputs = _outputs(call)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.outputs(*tensors)
+
+
+def _exported(call: Call) -> torch.export.ExportedProgram:
+    # A size that gets specialised all the same shows when the program runs on others.
+    auto = torch.export.Dim.AUTO
+    shapes = tuple({call.sample.dynamic[k]: auto} if k in call.sample.dynamic else {} for k in call.keys)
+    tensors = tuple(t.detach() for t in call.tensors)
+    return torch.export.export(_Program(call), tensors, dynamic_shapes=(shapes,))
+
+
+@capability("export")
+def export(case: Case) -> None:
+    """``torch.export`` with the dynamic dimensions dynamic; the program runs on other sizes."""
+    for call in case.dynamic_calls():
+        program = _exported(call).module()
+        for times in (1, 2, 3):
+            sized = resized(call, times)
+            tensors = [t.detach() for t in sized.tensors]
+            check_close(program(*tensors), sized.run(), f"exported, {describe(sized)}")
+
+
+@capability("AOTInductor", full_only=True)
+def aot_inductor(case: Case) -> None:
+    """Exported, compiled to a package, loaded and run on another size."""
+    for call in case.dynamic_calls(torch.float32):
+        with tempfile.TemporaryDirectory() as folder:
+            package = str(Path(folder) / "model.pt2")
+            torch._inductor.aoti_compile_and_package(_exported(call), package_path=package)
+            model = torch._inductor.aoti_load_package(package)
+            for times in (1, 3):
+                sized = resized(call, times)
+                tensors = [t.detach() for t in sized.tensors]
+                check_close(model(*tensors), sized.run(), f"package on {describe(sized)}", rtol=1e-5)

@@ -1,0 +1,413 @@
+"""Values, dtypes, layouts, memory: everything but derivatives of higher kinds and tracing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.verify._case import (
+    TOLERANCE,
+    Call,
+    Case,
+    NotApplicable,
+    capability,
+    check_close,
+    check_same_bits,
+    describe,
+    everything,
+    flatten,
+    grads,
+    leaf,
+    randn_like,
+    short,
+)
+
+
+@capability("value")
+def value(case: Case) -> None:
+    """In float64 every output equals the reference's: shape, dtype, values, and whether it has a gradient."""
+    for call in case.calls():
+        reference = case.reference(call)
+        actual, expected = call.run(), reference.run()
+        check_close(actual, expected, f"value of {describe(call)}")
+        for i, (a, e) in enumerate(zip(actual, expected)):
+            if call.input_keys and a.requires_grad != e.requires_grad:
+                flags = f"requires_grad={a.requires_grad}, the reference's is {e.requires_grad}"
+                raise AssertionError(f"output {i} of {describe(call)}: {flags}")
+
+
+@capability("gradient")
+def gradient(case: Case) -> None:
+    """In float64 the gradient of each input equals the reference's, each output by itself and all together."""
+    for call in case.calls():
+        if call.input_keys:
+            reference = Call(case.reference(call).function, call.sample, call.differentiable)
+            for weights in _cotangents(call.weights()):
+                expected = _gradients(reference, weights)
+                check_close(_gradients(call, weights), expected, f"gradients of {describe(call)}")
+    case.differentiable_calls()
+
+
+def _cotangents(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    yield list(weights)
+    if len(weights) > 1:
+        for i in range(len(weights)):
+            yield [w if i == j else torch.zeros_like(w) for j, w in enumerate(weights)]
+
+
+def _gradients(call: Call, weights: Sequence[Tensor]) -> list[Tensor]:
+    inputs = call.inputs
+    return grads(call(*inputs), inputs, weights)
+
+
+def _check_dtype(case: Case, dtype: torch.dtype) -> None:
+    if dtype not in case.info.dtypes:
+        raise NotApplicable("not among the op's dtypes")
+    for call in case.calls(dtype):
+        _check_rounded(case, call, dtype)
+
+
+def _check_rounded(case: Case, call: Call, dtype: torch.dtype) -> None:
+    """Against the float64 reference on the same (rounded) values.
+
+    16-bit results may be off by two roundings of their own size, so accumulation must have been wider;
+    float32 by a few dozen roundings of the largest. The gradient may also be summed over broadcast
+    dimensions in its own dtype, by autograd.
+    """
+    eps, wide = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    half = dtype.itemsize == 2
+    call64 = call.with_tensors([_double(t) for t in call.tensors])
+    oracle = case.reference(call64) if case.info.reference is not None else call64
+    actual, expected = call.run(), oracle.run()
+    rounding = max(64 * eps, TOLERANCE)
+    rtol, atol = (2 * eps, 64 * wide) if half else (rounding, rounding)
+    check_close(actual, expected, f"{short(dtype)} value of {describe(call)}", rtol, atol, dtypes=False)
+    with suppress(NotApplicable, NotImplementedError):
+        for i, (a, e) in enumerate(zip(actual, flatten(case.reference(call).run()))):
+            if a.dtype != e.dtype:
+                raise AssertionError(f"output {i} of {describe(call)}: {short(a.dtype)}, expected {short(e.dtype)}")
+    if not call.input_keys:
+        return
+    weights = call.weights()
+    expected = _gradients(Call(oracle.function, call64.sample, call.differentiable), [_double(w) for w in weights])
+    actual = _gradients(call, weights)
+    atol = 2 * eps if half else atol
+    check_close(actual, expected, f"{short(dtype)} gradients of {describe(call)}", rtol, atol, dtypes=False)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+
+
+@capability("float32")
+def float32(case: Case) -> None:
+    """Values and gradients in float32, against the float64 reference on the same values."""
+    _check_dtype(case, torch.float32)
+
+
+@capability("bfloat16")
+def bfloat16(case: Case) -> None:
+    """Values and gradients in bfloat16, accumulated in float32 and rounded once."""
+    _check_dtype(case, torch.bfloat16)
+
+
+@capability("float16")
+def float16(case: Case) -> None:
+    """Values and gradients in float16, accumulated in float32 and rounded once."""
+    _check_dtype(case, torch.float16)
+
+
+@capability("autocast")
+def autocast(case: Case) -> str:
+    """Float32 inputs under autocast: gradients float32, all near the float32 results."""
+    dtypes = set()
+    for call in case.differentiable_calls(torch.float32):
+        expected = call(*call.inputs)
+        weights = call.weights()
+        for low in (torch.bfloat16, torch.float16):
+            if low not in case.info.dtypes:
+                continue
+            inputs = call.inputs
+            with torch.autocast(case.device.type, dtype=low):
+                outputs = call(*inputs)
+            tolerance = 8 * torch.finfo(low).eps
+            what = f"{describe(call)} under autocast to {short(low)}"
+            dtypes |= {short(y.dtype) for y in outputs}
+            check_close(outputs, expected, f"value of {what}", tolerance, tolerance, dtypes=False)
+            actual = grads(outputs, inputs, [w.to(y.dtype) for w, y in zip(weights, outputs)])
+            check_close(actual, _gradients(call, weights), f"gradients of {what}", tolerance, tolerance)
+    return f"gives {', '.join(sorted(dtypes))}"
+
+
+# --- layouts -----------------------------------------------------------------------------------
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def _junk(tensor: Tensor) -> Tensor:
+    """What lies between the elements of a strided view: reading it must show."""
+    if tensor.is_floating_point():
+        return torch.full_like(tensor, float("nan"))
+    return torch.full_like(tensor, 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "strided": lambda t: torch.stack([t, _junk(t)], -1)[..., 0],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t,
+    "sliced from cat": lambda t: torch.cat([_junk(t), t], -1).narrow(-1, t.shape[-1], t.shape[-1]) if t.dim() else t,
+    "storage offset": lambda t: torch.cat([_junk(t).reshape(-1), t.reshape(-1)])[t.numel() :].view(t.shape),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
+}
+# These change the values, so they are compared with a contiguous copy of themselves.
+EXPANDED: dict[str, Layout] = {
+    "expanded": lambda t: t.reshape(-1)[:1].view((1,) * t.dim()).expand(t.shape) if t.numel() else t,
+    "expanded in the first dimension": lambda t: t[:1].expand(t.shape) if t.dim() and t.numel() else t,
+    "expanded in the last dimension": lambda t: t[..., :1].expand(t.shape) if t.dim() and t.numel() else t,
+}
+
+
+def _laid_out(tensor: Tensor, layout: Layout) -> Tensor:
+    return layout(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def _same_layout(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(s.stride() == t.stride() and s.storage_offset() == t.storage_offset() for s, t in zip(a, b))
+
+
+def _run_leaves(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs and gradients with exactly these tensors (a clone would change their strides)."""
+    outputs = call.with_tensors(tensors).run()
+    inputs = [t for t in tensors if t.requires_grad]
+    if not inputs:
+        return outputs
+    differentiable = [y for y in outputs if y.requires_grad]
+    return [y.detach() for y in outputs] + grads(differentiable, inputs, randn_like(differentiable, seed=1))
+
+
+def _subsets(case: Case, name: str, count: int) -> Iterator[set[int]]:
+    """All tensors together; one by one with every layout only in the full matrix."""
+    yield set(range(count))
+    if count > 1 and (name == "strided" or not case.quick):
+        yield from ({i} for i in range(count))
+
+
+@capability("input layouts")
+def input_layouts(case: Case) -> None:
+    """Strided, transposed, sliced-from-cat, offset, channels-last and expanded inputs, together and one by one."""
+    for call in case.calls():
+        tensors = [_laid_out(t, _row_major) for t in call.tensors]
+        contiguous = _run_leaves(call, tensors)
+        for name, layout in {**LAYOUTS, **EXPANDED}.items():
+            for chosen in _subsets(case, name, len(tensors)):
+                moved = [_laid_out(t, layout) if i in chosen else t for i, t in enumerate(tensors)]
+                if _same_layout(moved, tensors):
+                    continue
+                expected = contiguous
+                if name in EXPANDED:
+                    try:
+                        expected = _run_leaves(call, [_laid_out(t, _row_major) for t in moved])
+                    except Exception:  # expanding made values that the op doesn't accept
+                        continue
+                what = f"{describe(call)} with {name} tensors {sorted(chosen)}"
+                check_close(_run_leaves(call, moved), expected, what)
+
+
+@capability("gradient layouts")
+def gradient_layouts(case: Case) -> None:
+    """Incoming gradients and tangents with those layouts (expanded as from ``sum``), to second order."""
+    for call in case.differentiable_calls()[: 2 if case.quick and case.interpreted else None]:
+        weights = call.weights()
+        tangents = () if "func.jvp" in case.info.not_applicable else randn_like(call.inputs, seed=4)
+        contiguous = _derivatives(call, weights, tangents, _row_major)
+        for name, layout in {**LAYOUTS, **EXPANDED}.items():
+            expected = contiguous
+            if name in EXPANDED:
+                expected = _derivatives(call, weights, tangents, _contiguous_after(layout))
+            elif _same_layout([layout(t) for t in (*weights, *tangents)], [*weights, *tangents]):
+                continue
+            actual = _derivatives(call, weights, tangents, layout)
+            check_close(actual, expected, f"derivatives of {describe(call)} with {name} gradients and tangents")
+
+
+def _contiguous_after(layout: Layout) -> Layout:
+    return lambda t: layout(t).contiguous()
+
+
+def _derivatives(call: Call, weights: Sequence[Tensor], tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """First and second derivatives and tangents, for gradients and tangents of that layout."""
+    inputs = call.inputs
+    weights = [layout(w.detach()).requires_grad_() for w in weights]
+    results = grads(call(*inputs), inputs, weights, create_graph=True)
+    connected = [g for g in results if g.requires_grad]
+    with suppress(RuntimeError):  # a second derivative that doesn't exist is for another row to report
+        directions = [layout(d) for d in randn_like(connected, seed=3)]
+        results = results + grads(connected, [*inputs, *weights], directions) if connected else results
+    if tangents:
+        plain = tuple(x.detach() for x in inputs)
+        results = results + list(torch.func.jvp(call, plain, tuple(layout(t) for t in tangents))[1])
+    return results
+
+
+@capability("zero size")
+def zero_size(case: Case) -> str | None:
+    """With size 0 along the dynamic dimensions: the reference's values, and a connected gradient."""
+    refused = 0
+    for call in case.dynamic_calls():
+        empty = resized(call, 0)
+        try:
+            expected = everything(case.reference(empty))
+        except NotApplicable:
+            expected = None
+        except Exception:
+            refused += 1
+            continue
+        actual = everything(empty)
+        if expected is not None:
+            check_close(actual[: len(expected)], expected, f"{describe(empty)}")
+    if refused:
+        return f"the reference refuses {refused} of the samples"
+    return None
+
+
+def resized(call: Call, times: int) -> Call:
+    """The dynamic dimensions ``times`` as long, element by element so that sorted stays sorted."""
+    tensors = [
+        leaf(t.detach().repeat_interleave(times, call.sample.dynamic[key]).requires_grad_(t.requires_grad))
+        if key in call.sample.dynamic
+        else t
+        for key, t in zip(call.keys, call.tensors)
+    ]
+    return call.with_tensors(tensors)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@capability("inputs unmutated")
+def inputs_unmutated(case: Case) -> None:
+    """Forward, backward and tangent leave inputs and incoming gradients as they were, bit by bit."""
+    for call in case.calls():
+        tensors = [leaf(t) for t in call.tensors]
+        _unchanged(call.with_tensors(tensors).run, tensors, f"forward of {describe(call)}")
+        inputs = call.inputs
+        if not inputs:
+            continue
+        weights = call.weights()
+        outputs = call(*inputs)
+        backward = partial(grads, outputs, inputs, weights)
+        _unchanged(backward, [*inputs, *weights], f"backward of {describe(call)}")
+
+
+def _unchanged(run: Callable[[], object], tensors: Sequence[Tensor], what: str) -> None:
+    copies, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
+    run()
+    check_same_bits(tensors, copies, f"{what} mutated its arguments")
+    if [t._version for t in tensors] != versions:
+        raise AssertionError(f"{what} wrote to its arguments in place")
+
+
+@capability("outputs own memory")
+def outputs_own_memory(case: Case) -> None:
+    """No output shares memory with an input, no gradient with an incoming one."""
+    for call in case.calls():
+        tensors = [leaf(t) for t in call.tensors]
+        _disjoint(call.with_tensors(tensors).run(), tensors, f"output of {describe(call)}")
+        inputs = call.inputs
+        if inputs:
+            weights = call.weights()
+            outputs = call(*inputs)
+            _disjoint(grads(outputs, inputs, weights), [*inputs, *weights], f"gradient of {describe(call)}")
+
+
+def _disjoint(outputs: Sequence[Tensor], inputs: Sequence[Tensor], what: str) -> None:
+    taken = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
+    for i, y in enumerate(outputs):
+        if y.numel() and y.untyped_storage().data_ptr() in taken:
+            raise AssertionError(f"{what}: tensor {i} aliases an argument")
+
+
+@capability("deterministic")
+def deterministic(case: Case) -> str:
+    """Bitwise: outputs, gradients, second derivatives when run again; outputs and gradients on other threads."""
+    threads = torch.get_num_threads()
+    sizes = []
+    for call in case.calls(torch.float32):
+        big = _large(call)
+        sizes.append(max((t.numel() for t in big.tensors), default=0))
+        results = []
+        try:
+            for count in (1, 2, 2):
+                torch.set_num_threads(count)
+                results.append(everything(big))
+        finally:
+            torch.set_num_threads(threads)
+        check_same_bits(results[1], results[2], f"two runs of {describe(big)}")
+        # Not second derivatives: they may contain torch's own sums, which depend on the threads.
+        first = len(big.run()) + len(big.inputs)
+        check_same_bits(results[0][:first], results[1][:first], f"one thread and two on {describe(big)}")
+    return f"up to {max(sizes)} elements"
+
+
+def _large(call: Call, elements: int = 1 << 18, seconds: float = 0.1) -> Call:
+    """The call grown along its dynamic dimensions until threads matter, or until it takes long."""
+    times = 1
+    everything(call)  # the first run takes longer
+    while call.sample.dynamic:
+        start = time.perf_counter()
+        everything(resized(call, times))
+        if time.perf_counter() - start > seconds or max(t.numel() for t in call.tensors) * times > elements:
+            break
+        times *= 4
+    if times == 1:
+        return call
+    big = resized(call, times)
+    noise = randn_like(big.inputs, seed=5)
+    spread = [x.detach().mul(1 + 0.1 * n).requires_grad_() for x, n in zip(big.inputs, noise)]
+    return big.with_tensors(spread, big.input_keys)
+
+
+@capability("large")
+def large(case: Case) -> str:
+    """Grown until kernels take their other paths (blocks, threads), values and gradients equal the reference's."""
+    sizes = []
+    for dtype in [d for d in (torch.float64, torch.float32) if d in case.info.dtypes]:
+        for call in case.dynamic_calls(dtype):
+            case.reference(call)
+            big = _large(call)
+            sizes.append(max(t.numel() for t in big.tensors))
+            _check_rounded(case, big, dtype)
+    return f"up to {max(sizes)} elements"
+
+
+@capability("no uninitialised memory")
+def no_uninitialised_memory(case: Case) -> None:
+    """The same results when fresh memory is filled with NaN (integers: the largest)."""
+    for dtype in (torch.float64, torch.float32):
+        for call in case.calls(dtype):
+            expected = everything(call)
+            with _poisoned_memory():
+                actual = everything(call)
+            check_close(actual, expected, f"{describe(call)} in poisoned memory", rtol=0.0)
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    settings: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = True
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill

@@ -1,0 +1,5 @@
+"""Real models on real data: ``python -m custom_ops demo``, or each example by itself.
+
+python -m custom_ops.examples.rank_mslr     learning to rank web pages
+python -m custom_ops.examples.bev_lidar     a bird's-eye view of LiDAR scans
+"""

@@ -1,0 +1,12 @@
+"""``python -m custom_ops demo``: the examples one after another, their tables at the end, pictures in out/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from custom_ops.examples import bev_lidar, rank_mslr, report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "Train on real data through custom_ops, beside what it replaces."
+    return report.run([rank_mslr.example, bev_lidar.example], "python -m custom_ops demo", description, argv)

@@ -1,0 +1,143 @@
+"""Builds custom_ops/_C.abi3.so, the C++ kernels on the LibTorch stable ABI; the rest is in pyproject.toml.
+
+The library has no CPython module in it: `torch.ops.load_library` loads it. So ninja is driven
+directly, with the same command on every machine, where torch.utils.cpp_extension would add the
+interpreter's own compile flags and link c10.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp"))
+TORCH = (2, 10)  # the oldest torch the library runs on; also in pyproject.toml and custom_ops/_requirements.py
+FOLDERS = ("triton_kernels", "benchmarks", "examples")  # top-level folders, installed inside custom_ops
+
+CXXFLAGS = [
+    "-std=c++17",
+    "-O3",
+    # No -march, and no fusing of a * b + c: a result must not depend on the machine's instruction set.
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
+]
+LDFLAGS = ["-shared", "-s", "-Wl,--as-needed", "-Wl,-z,defs"]
+
+NINJA = """\
+cxx = {cxx}
+rule compile
+  command = $cxx {cxxflags} -MMD -MF $out.d -c $in -o $out
+  description = compile $in
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx $in {ldflags} -o $out
+  description = link $out
+"""
+
+
+def fail(message: str) -> NoReturn:
+    raise SystemExit(f"\ncustom_ops: {message}\n")
+
+
+def torch_folder() -> Path:
+    """The folder of the torch to build against, found without importing it."""
+    wanted = ".".join(map(str, TORCH))
+    remedy = (
+        f'install it first with `pip install "torch>={wanted}" setuptools ninja`, '
+        "then `pip install --no-build-isolation .`"
+    )
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        fail(f"torch is needed to build, and this environment has none: {remedy}")
+    version = importlib.metadata.version("torch")
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < TORCH:
+        fail(f"torch >= {wanted} is needed to build, and this environment has {version}: {remedy}")
+    return Path(spec.submodule_search_locations[0]).resolve()
+
+
+def compiler() -> list[str]:
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    if not command or shutil.which(command[0]) is None:
+        fail(
+            f"a C++17 compiler is needed to build, and {' '.join(command)!r} isn't one on the PATH: install one "
+            "(`apt install g++`, `dnf install gcc-c++`), or name yours in the environment variable CXX"
+        )
+    return command
+
+
+def ninja() -> str:
+    # pip puts it beside the interpreter, which isn't on the PATH of an environment that isn't activated.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    found = shutil.which("ninja", path=path)
+    return found or fail("ninja is needed to build, and it isn't on the PATH: `pip install ninja`")
+
+
+def werror() -> list[str]:
+    strict = os.environ.get("CUSTOM_OPS_WERROR") or os.environ.get("CI")
+    return ["-Werror"] if strict and strict.lower() not in ("0", "false") else []
+
+
+class BuildWithNinja(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch, cxx, run = torch_folder(), compiler(), ninja()
+        folder = ROOT / "build" / "native"  # not setuptools' own: it is another one on each editable install
+        folder.mkdir(parents=True, exist_ok=True)
+
+        # A packager's flags come first, so that ours win.
+        cxxflags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXXFLAGS, *werror(), "-isystem", f"{torch}/include"]
+        ldflags = [*shlex.split(os.environ.get("LDFLAGS", "")), *LDFLAGS, f"-L{torch}/lib", "-ltorch_cpu"]
+        objects = [f"{Path(source).stem}.o" for source in ext.sources]
+        rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
+        builds = [f"build {o}: compile {_path(ROOT / source)}\n" for o, source in zip(objects, ext.sources)]
+        build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)}\n"
+        (folder / "build.ninja").write_text(build)
+
+        if subprocess.run([run, "-C", str(folder)]).returncode:
+            fail("the C++ kernels did not compile; the compiler's message is above")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(folder / "_C.abi3.so"), str(target))
+
+
+class CheckedDistInfo(dist_info):
+    """Metadata comes first in every build: fails there, before pip fetches a torch of its own choice."""
+
+    def run(self) -> None:
+        torch_folder()
+        super().run()
+
+
+def _quoted(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def _path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+inside = [package for folder in FOLDERS for package in find_packages(include=[folder, f"{folder}.*"])]
+setup(
+    packages=[*find_packages(include=["custom_ops", "custom_ops.*"]), *(f"custom_ops.{package}" for package in inside)],
+    package_dir={f"custom_ops.{folder}": folder for folder in FOLDERS},
+    ext_modules=[Extension("custom_ops._C", SOURCES, py_limited_api=True)],
+    cmdclass={"build_ext": BuildWithNinja, "dist_info": CheckedDistInfo},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,95 @@
+"""The ops on DTensors over two processes: the results of one process, without hidden gathers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import custom_ops
+from custom_ops.voxel import segment_sum
+
+
+def worker() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    for placement in (Shard(0), Replicate()):
+        relu_agrees(mesh, placement)
+        margin_ranking_loss_agrees(mesh, placement)
+    for placement in (Shard(1), Replicate()):
+        segment_sum_agrees(mesh, placement)
+    mixed = init_device_mesh("cpu", (2, 1))
+    for placements in ([Shard(0), Replicate()], [Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(1), Replicate()]):
+        mixtures_agree(mixed, placements)
+    dist.destroy_process_group()
+
+
+def relu_agrees(mesh, placement) -> None:
+    x = torch.randn(5, 7, requires_grad=True)  # odd: each rank's mask has padding bits of its own
+    grad = torch.randn(5, 7)
+    sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
+    sharded_grad = distribute_tensor(grad, mesh, [placement])
+    with CommDebugMode() as communication:
+        y = custom_ops.relu(sharded)
+        y.backward(sharded_grad)
+    assert communication.get_total_counts() == 0
+    custom_ops.relu(x).backward(grad)
+    torch.testing.assert_close(y.full_tensor(), custom_ops.relu(x))
+    torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
+
+
+def mixtures_agree(mesh, placements) -> None:
+    """Placements that differ between mesh dimensions: right, though what isn't sharded by rows is moved."""
+    x = torch.randn(5, 8, requires_grad=True)
+    sharded = distribute_tensor(x.detach(), mesh, placements).requires_grad_()
+    y = custom_ops.relu(sharded)
+    custom_ops.margin_ranking_loss(y, sharded * 2, sharded.detach()).backward()
+    custom_ops.margin_ranking_loss(custom_ops.relu(x), x * 2, x.detach()).backward()
+    torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
+
+
+def margin_ranking_loss_agrees(mesh, placement) -> None:
+    for reduction in ("mean", "sum", "none"):
+        tensors = [torch.randn(5, 3, requires_grad=True) for _ in range(3)]
+        sharded = [distribute_tensor(t.detach(), mesh, [placement]).requires_grad_() for t in tensors]
+        loss = custom_ops.margin_ranking_loss(*sharded, 0.5, reduction)
+        expected = custom_ops.margin_ranking_loss(*tensors, 0.5, reduction)
+        with CommDebugMode() as communication:
+            loss.sum().backward()
+        assert communication.get_total_counts() == 0
+        expected.sum().backward()
+        torch.testing.assert_close(loss.full_tensor(), expected)
+        for ours, whole in zip(sharded, tensors):
+            torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
+
+
+def segment_sum_agrees(mesh, placement) -> None:
+    indptr = torch.tensor([0, 2, 2, 5, 6])
+    x = torch.randn(6, 4, requires_grad=True)
+    sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
+    whole = distribute_tensor(indptr, mesh, [Replicate()])
+    with CommDebugMode() as communication:
+        sums = segment_sum(sharded, whole)
+        (sums * sums).sum().backward()
+    assert communication.get_total_counts() == 0
+    expected = segment_sum(x, indptr)
+    (expected * expected).sum().backward()
+    torch.testing.assert_close(sums.full_tensor(), expected)
+    torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
+
+
+def test_two_processes_agree_with_one() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    worker()

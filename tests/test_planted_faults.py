@@ -1,0 +1,508 @@
+"""The battery catches what it says it catches: for every row of the matrix there is a faulty op that fails it.
+
+All are variations of one healthy op, the elementwise product, which is closed under differentiation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from custom_ops import library
+from custom_ops.verify import BadCall, Sample, capabilities, verify
+
+_names = (f"product_{i}" for i in range(1000))
+
+
+def contiguous_result(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    return a.contiguous() * b.contiguous()
+
+
+def flat_storage(t: Tensor) -> Tensor:
+    """What a kernel sees that takes the pointer and never looks at the strides."""
+    missing = max(t.numel() - (t.untyped_storage().nbytes() // t.itemsize - t.storage_offset()), 0)
+    memory = torch.cat([t.as_strided((t.numel() - missing,), (1,)), t.new_full((missing,), 7.0)])
+    return memory.view(t.shape)
+
+
+def pair_rule(op: Any, change: Callable[[Tensor], Tensor] = lambda b: b) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: Any, a: Tensor, b: Tensor) -> Any:
+        a, b = (library.to_front(t, d, info.batch_size) for t, d in zip((a, b), in_dims))
+        return op(a, change(b)), 0
+
+    return rule
+
+
+def product(
+    kernel: Callable[..., Tensor] = multiply,
+    fake: Callable[..., Tensor] = contiguous_result,
+    backward: Callable[..., Any] | None = None,
+    jvp: Callable[..., Any] | None = None,
+    vmap: Callable[[Any], Any] | None = pair_rule,
+) -> Any:
+    """The elementwise product as an op, any of its parts replaced; backward and jvp are given the op first."""
+    op = library.define(f"planted::{next(_names)}")(fake)
+    library.kernel(op, "cpu", "cuda")(kernel)
+    if vmap is not None:
+        library.vmap(op)(vmap(op))
+    backward = backward or (lambda op, grad, a, b: (op(grad, b), op(grad, a)))
+    jvp = jvp or (lambda op, da, db, a, b: _sum(None if da is None else op(da, b), None if db is None else op(a, db)))
+
+    class Product(library.Function, op=op):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return backward(op, grad, *ctx.saved_tensors)
+
+        @staticmethod
+        def jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Any:
+            return jvp(op, da, db, *ctx.saved_tensors)
+
+    return op
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return [
+        Sample((leaf(4, 3), leaf(4, 3)), dynamic={0: 0, 1: 0}),
+        Sample((leaf(2, 3), leaf(2, 3).detach())),
+    ]
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.function(a, b)
+
+
+@dataclass
+class Fault:
+    """``make`` gives the faulty function; ``rows`` must fail; ``options`` go to `verify`."""
+
+    make: Callable[[], Callable[..., Any]]
+    rows: list[str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# --- the faults --------------------------------------------------------------------------------
+
+
+def wrong_second_derivative() -> Any:
+    inner = product(backward=lambda op, grad, a, b: (op(grad, b), 2 * op(grad, a)))
+    return product(backward=lambda op, grad, a, b: (inner(grad, b), inner(grad, a)))
+
+
+def tangents_of_register_autograd() -> Any:
+    """What torch.library alone gives: torch.func.jvp returns zeros without a word."""
+
+    @torch.library.custom_op(f"planted::{next(_names)}", mutates_args=())
+    def op(a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    op.register_fake(lambda a, b: torch.empty_like(a))
+    op.register_autograd(
+        lambda ctx, grad: (grad * ctx.saved_tensors[1], grad * ctx.saved_tensors[0]),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return op
+
+
+def no_fake_kernel() -> Any:
+    @torch.library.custom_op(f"planted::{next(_names)}", mutates_args=())
+    def op(a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    return op
+
+
+def written_in_place(a: Tensor, b: Tensor) -> Tensor:
+    result = a * b
+    a.mul_(2)
+    return result
+
+
+def written_behind_the_version_counter(a: Tensor, b: Tensor) -> Tensor:
+    result = a * b
+    b.data.mul_(2)
+    return result
+
+
+def gradient_written_in_place(op: Any, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    grads = op(grad, b), op(grad, a)
+    grad.data.mul_(2)
+    return grads
+
+
+def aliasing() -> Any:
+    op = product(kernel=lambda a, b: a.view(a.shape))
+    return lambda a, b: op(a, b)
+
+
+def expanded_gradients_ignored() -> Any:
+    adjoint = product(kernel=lambda grad, t: flat_storage(grad) * t.contiguous())
+    return product(backward=lambda op, grad, a, b: (adjoint(grad, b), adjoint(grad, a)))
+
+
+def noisy(a: Tensor, b: Tensor) -> Tensor:
+    return a * b * (1 + 4 * torch.finfo(a.dtype).eps * torch.randint(0, 2, a.shape))
+
+
+def dependent_on_threads(a: Tensor, b: Tensor) -> Tensor:
+    return a * b * (1 + 4 * torch.finfo(a.dtype).eps * torch.get_num_threads())
+
+
+def wrong_tail_of_large(a: Tensor, b: Tensor) -> Tensor:
+    result = a * b
+    result.view(-1)[1000:] *= 2
+    return result
+
+
+def half_written(a: Tensor, b: Tensor) -> Tensor:
+    result = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    result[1:] = a[1:] * b[1:]
+    return result
+
+
+def stale_scratch(a: Tensor, b: Tensor) -> Tensor:
+    return a * b + 0 * torch.empty_like(a).nan_to_num(nan=1 / 3).mul(3e300 if a.dtype == torch.float64 else 3e37) * 1e-3
+
+
+def refuses_empty(a: Tensor, b: Tensor) -> Tensor:
+    if a.numel() == 0:
+        raise RuntimeError("invalid configuration argument")
+    return a * b
+
+
+def refuses_mixed(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != b.dtype:
+        raise RuntimeError(f"expected {b.dtype}, got {a.dtype}")
+    return a * b
+
+
+def under_autocast() -> Any:
+    op = product(kernel=refuses_mixed)
+    return lambda a, b: op(a @ torch.eye(a.shape[1]).to(a), b)
+
+
+def refuses_half(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.float16:
+        raise RuntimeError("not implemented for 'Half'")
+    return a * b
+
+
+def old_style_function() -> Any:
+    """forward with ctx, as most of the world writes it."""
+
+    class Old(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+            ctx.save_for_backward(a, b)
+            return a * b
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = ctx.saved_tensors
+            return grad * b, grad * a
+
+    return Old.apply
+
+
+def once_differentiable() -> Any:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(a: Tensor, b: Tensor) -> Tensor:
+            return a * b
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = ctx.saved_tensors
+            return grad * b, grad * a
+
+    return Once.apply
+
+
+def own_function(save: Callable[..., None], backward: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """The product as a plain Function, ``save`` called with ctx and the inputs."""
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(a: Tensor, b: Tensor) -> Tensor:
+            return a * b
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+            save(ctx, *inputs)
+
+    Own.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
+    return Own.apply
+
+
+def saved(ctx: Any, a: Tensor, b: Tensor) -> None:
+    ctx.save_for_backward(a, b)
+
+
+def state_of_the_last_forward() -> Any:
+    last: dict[str, Tensor] = {}
+    return own_function(
+        lambda ctx, a, b: last.update(a=a, b=b),
+        lambda ctx, grad: (grad * last["b"], grad * last["a"]),
+    )
+
+
+def saved_tensors_that_depend_on_the_count_of_calls() -> Any:
+    calls: list[int] = []
+
+    def save(ctx: Any, a: Tensor, b: Tensor) -> None:
+        calls.append(0)
+        ctx.save_for_backward(a * len(calls), b * len(calls))
+        ctx.count = len(calls)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return grad * b / ctx.count, grad * a / ctx.count
+
+    return own_function(save, backward)
+
+
+def tensors_as_attributes() -> Any:
+    def save(ctx: Any, a: Tensor, b: Tensor) -> None:
+        ctx.a, ctx.b = a, b
+
+    return own_function(save, lambda ctx, grad: (grad * ctx.b, grad * ctx.a))
+
+
+def wrong_where_the_other_needs_no_gradient() -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return grad * b * (1 if ctx.needs_input_grad[1] else 7), grad * a
+
+    return own_function(saved, backward)
+
+
+def refusing() -> Any:
+    """A second derivative that doesn't exist, and says so."""
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError("no second derivative")
+
+    inner = product(backward=refuse, jvp=refuse)
+    return product(backward=lambda op, grad, a, b: (inner(grad, b), inner(grad, a)))
+
+
+def specialised_on_size() -> Any:
+    op = product()
+    return lambda a, b: op(a, b) if a.shape[0] < 10 else op(b, a)
+
+
+def graph_break() -> Any:
+    op = product()
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return op(a, b)
+
+    return function
+
+
+def depends_on_values() -> Any:
+    op = product()
+    return lambda a, b: op(a, b) if a.sum().item() < 1e6 else op(b, a)
+
+
+def wrong_module(a: Tensor, b: Tensor) -> Tensor:
+    return a * b + 1
+
+
+def cut_off() -> Any:
+    op = product()
+    return lambda a, b: op(a.detach(), b.detach())
+
+
+_FUNC = ["func.grad", "func.vjp", "func.jvp", "func.jacrev", "func.jacfwd", "func.hessian", "vmap", "vmap(grad)"]
+_COMPILED = ["compile", "compile dynamic", "compile(grad)", "compile(vmap(grad))", "compile(jvp)", "export"]
+_SECOND = ["gradgradcheck", "second derivative", "func.hessian"]
+
+FAULTS = {
+    "wrong value": Fault(lambda: product(lambda a, b: a * b + 1e-4), ["value", "float32"]),
+    "wrong backward": Fault(
+        lambda: product(backward=lambda op, grad, a, b: (op(grad, b), op(grad, b))),
+        ["gradient", "gradcheck", "func.grad", "func.vjp", "func.jacrev", "vmap(grad)"],
+    ),
+    "gradient of the wrong sign in 16 bits": Fault(
+        lambda: product(backward=lambda op, g, a, b: (op(g, b), op(g, a) * (-1 if g.itemsize == 2 else 1))),
+        ["bfloat16", "float16"],
+    ),
+    "wrong tangent": Fault(
+        lambda: product(jvp=lambda op, da, db, a, b: op(da if da is not None else db, b)),
+        ["gradcheck", "forward AD", "func.jvp", "func.jacfwd"],
+    ),
+    "tangent left out": Fault(tangents_of_register_autograd, ["func.jvp", "func.jacfwd", "func.grad"]),
+    "wrong second derivative": Fault(wrong_second_derivative, _SECOND),
+    "silently zero second derivative": Fault(
+        lambda: product(backward=lambda op, grad, a, b: (op(grad, b.detach()), op(grad, a.detach()))), _SECOND
+    ),
+    "tangent of the tangent cut off": Fault(
+        lambda: product(
+            jvp=lambda op, da, db, a, b: _sum(
+                None if da is None else op(da, b.detach()), None if db is None else op(a.detach(), db)
+            )
+        ),
+        ["forward over forward"],
+    ),
+    "forward over forward said to be refused, yet it isn't": Fault(
+        product, ["forward over forward"], {"not_applicable": {"forward over forward": "no second tangent"}}
+    ),
+    "backward reads the state of the last forward": Fault(state_of_the_last_forward, ["checkpoint"]),
+    "what is saved depends on the count of calls": Fault(
+        saved_tensors_that_depend_on_the_count_of_calls, ["checkpoint"]
+    ),
+    "saved tensors kept as attributes": Fault(tensors_as_attributes, ["version check"]),
+    "wrong gradient where the other input needs none": Fault(
+        wrong_where_the_other_needs_no_gradient, ["each input alone"]
+    ),
+    "second derivative lost by once_differentiable": Fault(once_differentiable, _SECOND),
+    "refused second derivative, undeclared": Fault(refusing, _SECOND),
+    "second derivative said to be refused, yet it isn't": Fault(
+        product, _SECOND, {"not_applicable": dict.fromkeys(_SECOND, "no second derivative")}
+    ),
+    "gradient cut off": Fault(cut_off, ["value", "gradient", "gradcheck", "batched grad", "func.grad"]),
+    "no fake kernel": Fault(no_fake_kernel, ["opcheck", "fake kernel", "meta device", *_COMPILED]),
+    "no fake kernel, packaged": Fault(no_fake_kernel, ["AOTInductor"]),
+    "fake of wrong shape": Fault(
+        lambda: product(fake=_fake(lambda a: a.new_empty(a.shape[::-1]))), ["opcheck", "fake kernel", "meta device"]
+    ),
+    "fake of wrong dtype": Fault(
+        lambda: product(fake=_fake(lambda a: a.new_empty(a.shape, dtype=torch.float32))),
+        ["opcheck", "fake kernel", "meta device"],
+    ),
+    "fake of wrong strides": Fault(lambda: product(fake=_fake(torch.empty_like)), ["fake kernel", "meta device"]),
+    "input written in place": Fault(
+        lambda: product(written_in_place), ["inputs unmutated", "ops functional", "opcheck"]
+    ),
+    "input written behind the version counter": Fault(
+        lambda: product(written_behind_the_version_counter), ["inputs unmutated", "ops functional"]
+    ),
+    "gradient written in place": Fault(lambda: product(backward=gradient_written_in_place), ["inputs unmutated"]),
+    "output aliases an input": Fault(aliasing, ["outputs own memory", "ops functional", "opcheck"]),
+    "strides ignored": Fault(
+        lambda: product(lambda a, b: flat_storage(a) * flat_storage(b)), ["input layouts", "gradient layouts"]
+    ),
+    "expanded gradients ignored": Fault(expanded_gradients_ignored, ["gradient layouts"]),
+    "not deterministic": Fault(lambda: product(noisy), ["deterministic"]),
+    "dependent on the number of threads": Fault(lambda: product(dependent_on_threads), ["deterministic"]),
+    "wrong above 1,000 elements": Fault(lambda: product(wrong_tail_of_large), ["large"]),
+    "a part of the output never written": Fault(lambda: product(half_written), ["no uninitialised memory"]),
+    "scratch memory never written": Fault(lambda: product(stale_scratch), ["no uninitialised memory"]),
+    "examples mixed under vmap": Fault(
+        lambda: product(vmap=lambda op: pair_rule(op, lambda b: b.flip(0))), ["vmap", "vmap(grad)"]
+    ),
+    "no vmap rule": Fault(lambda: product(vmap=None), ["vmap", "vmap(grad)", "func.jacrev"]),
+    "empty refused": Fault(lambda: product(refuses_empty), ["zero size"]),
+    "half refused": Fault(lambda: product(refuses_half), ["float16"]),
+    "accumulated in 16 bits": Fault(
+        lambda: product(lambda a, b: (a.bfloat16() * b.bfloat16()).to(a.dtype)), ["float32", "float16"]
+    ),
+    "breaks under autocast": Fault(under_autocast, ["autocast"]),
+    "Function of the old style": Fault(old_style_function, [*_FUNC, "forward AD", "compile(grad)"]),
+    "specialised on the size": Fault(specialised_on_size, ["compile dynamic", "export"]),
+    "graph break": Fault(graph_break, ["compile", "compile dynamic"]),
+    "dependent on values": Fault(depends_on_values, ["compile", "export", "vmap"]),
+    "module unlike the function": Fault(product, ["modules"], {"modules": lambda: [(Layer(wrong_module), {})]}),
+    "module that can't be saved": Fault(product, ["modules"], {"modules": lambda: [(Layer(lambda a, b: a * b), {})]}),
+    "apply unlike the function": Fault(product, ["apply"], {"apply": lambda a, b: a * b * 2}),
+    "apply that breaks the graph": Fault(product, ["apply"], {"apply": graph_break()}),
+    "no error raised": Fault(product, ["error messages"], {"bad_calls": lambda: [_bad("a: expected")]}),
+    "error that doesn't name the argument": Fault(
+        lambda: _raising("wrong size"), ["error messages"], {"bad_calls": lambda: [_bad("a: expected")]}
+    ),
+    "error of the wrong type": Fault(
+        lambda: _raising("a: expected"), ["error messages"], {"bad_calls": lambda: [_bad("a: expected", TypeError)]}
+    ),
+}
+
+
+def _fake(make: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def fake(a: Tensor, b: Tensor) -> Tensor:
+        return make(a)
+
+    return fake
+
+
+def _bad(message: str, error: type[Exception] = ValueError) -> BadCall:
+    return BadCall((torch.ones(2), torch.ones(2)), message, error=error)
+
+
+def _raising(message: str) -> Callable[..., Tensor]:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        raise ValueError(message)
+
+    return function
+
+
+def healthy_options() -> dict[str, Any]:
+    return {
+        "apply": torch.mul,
+        "modules": lambda: [(Layer(torch.mul), {})],
+        "bad_calls": lambda: [BadCall((torch.ones(2), torch.ones(3)), "must match")],
+    }
+
+
+def test_the_healthy_op_passes_every_row() -> None:
+    report = verify(product(), samples(), reference=torch.mul, name="product", quick=True, **healthy_options())
+    report.raise_on_failure()
+    assert {cell.status for cell in report.cells} == {"pass"}, report.to_markdown()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_caught(name: str) -> None:
+    fault = FAULTS[name]
+    report = verify(fault.make(), samples(), reference=torch.mul, quick=True, only=fault.rows, **fault.options)
+    missed = [cell for cell in report.cells if cell.status != "fail"]
+    assert not missed
+
+
+def test_every_row_can_fail() -> None:
+    assert {row for fault in FAULTS.values() for row in fault.rows} == set(capabilities())
+
+
+def test_faults_show_without_a_reference() -> None:
+    rows = ["gradcheck", "forward AD", "func.jvp", "gradgradcheck", "func.hessian"]
+    report = verify(FAULTS["wrong tangent"].make(), samples(), quick=True, only=rows)
+    assert report["forward AD"].status == report["func.jvp"].status == report["gradcheck"].status == "fail"
+    assert verify(FAULTS["wrong second derivative"].make(), samples(), quick=True, only=["gradgradcheck"]).failures
+    assert verify(product(), samples(), quick=True, only=rows).ok
+
+
+def test_a_refused_second_derivative_may_be_declared() -> None:
+    declared = dict.fromkeys(_SECOND, "backward isn't differentiable")
+    report = verify(refusing(), samples(), reference=torch.mul, quick=True, only=_SECOND, not_applicable=declared)
+    assert [cell.status for cell in report.cells] == ["not applicable"] * 3

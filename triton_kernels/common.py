@@ -1,0 +1,165 @@
+"""What every kernel file shares: declared kernels, packed masks, accumulators."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# ---------------------------------------------------------------- kernels
+
+NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+FLOATING = ("fp32", "bf16", "fp16", "fp64")
+INDEX = ("i32", "i64")
+
+BLOCK = 1024  # elements of a pointwise kernel's program: of 16-bit types, 16 bytes for each of 128 threads
+
+KERNELS: list[Kernel] = []
+
+
+class Kernel:
+    """A ``@triton.jit`` function with everything it is compiled with.
+
+    Launching it and compiling it ahead of time (``aot``) read the same variants and options.
+    """
+
+    def __init__(
+        self,
+        fn: Any,
+        arguments: str,
+        dtypes: Sequence[str],
+        variants: Mapping[Any, Mapping[str, Any]],
+        options: Mapping[str, Any],
+    ) -> None:
+        self.fn, self.dtypes, self.variants, self.options = fn, dtypes, variants, options
+        self.name: str = fn.__name__
+        self.arguments = arguments.split()
+        taken = len(inspect.signature(fn.fn).parameters) - len(next(iter(variants.values())))
+        if len(self.arguments) != taken:
+            raise TypeError(f"{self.name}: declares {len(self.arguments)} argument types, takes {taken} arguments")
+        KERNELS.append(self)
+
+    def _check_types(self, args: Sequence[Any]) -> None:
+        """The tensors are of the declared types: what is compiled ahead of time is what is launched."""
+        given = [_triton_name(a) for a in args]
+        common = next((g[1:] for g, declared in zip(given, self.arguments) if declared == "*T"), "")
+        wide = "fp64" if common == "fp64" else "fp32"
+        expected = [a.replace("T", common).replace("A", wide) if a.startswith("*") else "" for a in self.arguments]
+        if given != expected:
+            raise TypeError(f"{self.name}: expected tensors of {expected}, got {given}")
+
+    def __call__(self, programs: int, *args: Any, variant: Any = None) -> None:
+        """Launch over a one-dimensional grid, on the device of the first argument."""
+        self._check_types(args)
+        if programs:
+            device = args[0].device
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                self.fn[(programs,)](*args, **self.variants[variant], **self.options)
+
+
+def _triton_name(value: Any) -> str:
+    return "*" + NAMES[value.dtype] if isinstance(value, Tensor) else ""
+
+
+def kernel(
+    arguments: str,
+    dtypes: Sequence[str],
+    variants: Mapping[Any, Mapping[str, Any]],
+    num_warps: int = 4,
+    enable_fp_fusion: bool = True,
+) -> Callable[[Any], Kernel]:
+    """Declare the decorated ``@triton.jit`` function as a kernel.
+
+    ``arguments`` are the types of its arguments before the compile-time ones, as Triton writes them:
+    T stands for each of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time ones.
+    """
+    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+    return lambda fn: Kernel(fn, arguments, dtypes, variants, options)
+
+
+# ---------------------------------------------------------------- accumulators
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def widen(x):
+    """x in its accumulator's dtype."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+# ---------------------------------------------------------------- packed masks
+
+
+class MaskLayout(NamedTuple):
+    """``examples`` masks of ``elements`` bits in ``bytes`` bytes each, as in csrc/bits.h."""
+
+    examples: int
+    elements: int
+    bytes: int
+
+    @staticmethod
+    def of(x: Tensor, batch_dims: int) -> MaskLayout:
+        if not 0 <= batch_dims <= x.dim():
+            raise RuntimeError(f"batch_dims: expected 0 to {x.dim()}, got {batch_dims}")
+        elements = math.prod(x.shape[batch_dims:])
+        return MaskLayout(math.prod(x.shape[:batch_dims]), elements, (elements + 7) // 8)
+
+    def flat(self) -> MaskLayout:
+        """One example with the same bits, where no example has padding."""
+        if self.elements % 8 == 0:
+            return MaskLayout(1, self.examples * self.elements, self.examples * self.bytes)
+        return self
+
+    def check(self, mask: Tensor) -> None:
+        if mask.dtype != torch.uint8 or mask.numel() != self.examples * self.bytes:
+            raise RuntimeError(f"mask: expected {self.bytes} bytes for each of {self.examples} examples")
+
+
+@triton.jit
+def locate(blocks):
+    """The example of this program, and its block of that example."""
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), (program % blocks).to(tl.int64)
+
+
+@triton.jit
+def tile(first, BLOCK: tl.constexpr):
+    """BLOCK consecutive indices from ``first``, one row for each byte of a mask."""
+    return first + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def store_bits(mask_ptr, first, bytes, keep, BLOCK: tl.constexpr):
+    """Pack a `tile` of booleans into the bytes from ``first``; those past the end must be False."""
+    packed = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+    at = first + tl.arange(0, BLOCK // 8)
+    tl.store(mask_ptr + at, packed.to(tl.uint8), mask=at < bytes)
+
+
+@triton.jit
+def load_bits(mask_ptr, first, bytes, BLOCK: tl.constexpr):
+    """The inverse of `store_bits`."""
+    at = first + tl.arange(0, BLOCK // 8)
+    packed = tl.load(mask_ptr + at, mask=at < bytes, other=0).to(tl.int32)
+    return (packed[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0
