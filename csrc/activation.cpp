@@ -29,14 +29,12 @@ struct Relu {
 
 #ifdef CUSTOM_OPS_AVX2
   TARGET_AVX2 static __m256i lanes_kept(__m256i x) {
-    const __m256i zero = _mm256_setzero_si256();
     if constexpr (kWidth == 2)
-      return _mm256_andnot_si256(_mm256_cmpeq_epi16(x, zero), _mm256_cmpgt_epi16(x, _mm256_set1_epi16(kMinusInfinity)));
+      return _mm256_andnot_si256(_mm256_cmpeq_epi16(x, _mm256_setzero_si256()),
+                                 _mm256_cmpgt_epi16(x, _mm256_set1_epi16(kMinusInfinity)));
     else if constexpr (kWidth == 4)
-      return _mm256_andnot_si256(_mm256_cmpeq_epi32(x, zero), _mm256_cmpgt_epi32(x, _mm256_set1_epi32(kMinusInfinity)));
-    else
-      return _mm256_andnot_si256(_mm256_cmpeq_epi64(x, zero),
-                                 _mm256_cmpgt_epi64(x, _mm256_set1_epi64x(kMinusInfinity)));
+      return _mm256_castps_si256(_mm256_cmp_ps(_mm256_castsi256_ps(x), _mm256_setzero_ps(), _CMP_NLE_UQ));
+    else return _mm256_castpd_si256(_mm256_cmp_pd(_mm256_castsi256_pd(x), _mm256_setzero_pd(), _CMP_NLE_UQ));
   }
 
   TARGET_AVX2 static int64_t vectorised(const Word* x, Word* y, uint8_t* mask, int64_t n) {

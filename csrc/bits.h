@@ -94,22 +94,28 @@ namespace avx2 {
 TARGET_AVX2 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 TARGET_AVX2 inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-// A vector of lanes: all ones where the lane's bit of `bits` is set.
+// The lanes of x from bit `first` of `bits` on, 0 where the lane's bit isn't set. Each bit of `bits` is
+// moved to its lane's sign, by which wide lanes are selected.
 template <size_t kWidth>
-TARGET_AVX2 inline __m256i spread(uint32_t bits) {
+TARGET_AVX2 inline __m256i select(__m256i x, uint32_t bits, int first) {
   if constexpr (kWidth == 2) {
     const __m256i lane = _mm256_set_epi16(-32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1);
-    return _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits)), lane), lane);
+    const __m256i spread = _mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits >> first)), lane);
+    return _mm256_and_si256(x, _mm256_cmpeq_epi16(spread, lane));
   } else if constexpr (kWidth == 4) {
-    const __m256i lane = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
-    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits)), lane), lane);
+    const __m256i to_sign = _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), _mm256_set1_epi32(first));
+    const __m256i sign = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int32_t>(bits)), to_sign);
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_setzero_ps(), _mm256_castsi256_ps(x), _mm256_castsi256_ps(sign)));
   } else {
-    const __m256i lane = _mm256_set_epi64x(8, 4, 2, 1);
-    return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(bits)), lane), lane);
+    const __m256i to_sign = _mm256_sub_epi64(_mm256_set_epi64x(60, 61, 62, 63), _mm256_set1_epi64x(first));
+    const __m256i sign = _mm256_sllv_epi64(_mm256_set1_epi64x(bits), to_sign);
+    return _mm256_castpd_si256(
+        _mm256_blendv_pd(_mm256_setzero_pd(), _mm256_castsi256_pd(x), _mm256_castsi256_pd(sign)));
   }
 }
 
-// The inverse of spread.
+// One bit for each lane: its sign.
 template <size_t kWidth>
 TARGET_AVX2 inline uint32_t gather(__m256i lanes) {
   if constexpr (kWidth == 2) {
@@ -134,7 +140,7 @@ TARGET_AVX2 int64_t select_bits(const Word* x, const uint8_t* mask, Word* out, i
     uint32_t bits;
     std::memcpy(&bits, mask + i / 8, sizeof(bits));
     for (int64_t k = 0; k < kStep; k += kLanes<kWidth>)
-      store(out + i + k, _mm256_and_si256(load(x + i + k), spread<kWidth>(bits >> k)));
+      store(out + i + k, select<kWidth>(load(x + i + k), bits, static_cast<int>(k)));
   }
   return i;
 }

@@ -13,11 +13,11 @@ namespace {
 
 void advise_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr size_t kThreshold = size_t{8} << 20;  // smaller blocks mostly reuse mapped memory
-  constexpr uintptr_t kPage = 4096;
+  constexpr size_t kThreshold = size_t{2} << 20;  // smaller blocks mostly reuse mapped memory
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // the advice covers the huge pages that the block lies in
   if (bytes < kThreshold) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kHuge - 1) & ~(kHuge - 1);
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a failure changes nothing
 #else
   (void)data, (void)bytes;
