@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -53,22 +54,28 @@ def main(argv: list[str]) -> int:
     _print_overhead(console, results["overhead"])
     results["ops"] = {}
     for info in REGISTRY.values():
-        if info.benchmark is None or (options.op and info.name not in options.op):
+        if options.op and info.name not in options.op:
             continue
-        rows = [row for size in info.benchmark.sizes for row in _measure(info, info.benchmark, size, device, seconds)]
-        results["ops"][info.name] = rows
-        _print_rows(console, f"{info.name}, by {info.benchmark.unit} ({where})", rows)
+        for benchmark in info.benchmarks:
+            rows: list[dict[str, Any]] = []
+            for size in benchmark.sizes:
+                rows += _measure(info, benchmark, size, device, options.memory, seconds)
+            results["ops"].setdefault(info.name, []).extend(rows)
+            _print_rows(console, f"{info.name}, by {benchmark.unit} ({where})", rows)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 
-def _measure(info: OpInfo, benchmark: Benchmark, size: int, device: torch.device, seconds: float) -> list[dict]:
+def _measure(
+    info: OpInfo, benchmark: Benchmark, size: Any, device: torch.device, memory: str, seconds: float
+) -> list[dict[str, Any]]:
     args = benchmark.make(size, device)
-    contenders = {"custom_ops": info.function} | {k: _resolve(v) for k, v in benchmark.peers.items()}
+    function = functools.partial(info.function, **benchmark.kwargs)
+    contenders = {"custom_ops": function} | _installed(benchmark.peers)
     inputs = leaves(args)
-    grad = torch.randn_like(_first(info.function(*args)))
-    _refuse_wrong_answer(info, args, grad)
+    grad = torch.randn_like(_first(function(*args)))
+    _refuse_wrong_answer(info, benchmark, args, grad)
 
     def forward(fn: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: fn(*args)
@@ -89,16 +96,18 @@ def _measure(info: OpInfo, benchmark: Benchmark, size: int, device: torch.device
                 "spread": spread(values),
                 "ours_over_this": ours / median(values),
             }
-            if direction == "forward+backward" and name == benchmark.target_peer and size in benchmark.targets:
-                row["target"] = benchmark.targets[size]
+            for target in benchmark.targets:
+                if (target.size, target.peer, target.direction, target.memory) == (size, name, direction, memory):
+                    row["target"] = target.ratio
             rows.append(row)
     return rows
 
 
-def _refuse_wrong_answer(info: OpInfo, args: tuple[Any, ...], grad: Tensor) -> None:
+def _refuse_wrong_answer(info: OpInfo, benchmark: Benchmark, args: tuple[Any, ...], grad: Tensor) -> None:
     inputs = leaves(args)
     exact = tuple(_double(a) for a in args)
-    ours, truth = _first(info.function(*args)), _first(info.reference(*exact))
+    ours = _first(info.function(*args, **benchmark.kwargs))
+    truth = _first(info.reference(*exact, **benchmark.kwargs))
     pairs = [(ours, truth)]
     pairs += zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(truth, leaves(exact), grad.double()))
     for got, expected in pairs:
@@ -118,11 +127,18 @@ def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _resolve(peer: Callable[..., Any] | str) -> Callable[..., Any]:
-    if not isinstance(peer, str):
-        return peer
-    module, _, name = peer.partition(":")
-    return getattr(importlib.import_module(module), name)
+def _installed(peers: dict[str, Callable[..., Any] | str]) -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {}
+    for name, peer in peers.items():
+        if isinstance(peer, str):
+            module, _, attribute = peer.partition(":")
+            try:
+                peer = getattr(importlib.import_module(module), attribute)
+            except ImportError as error:
+                print(f"{name}: not installed ({error})")
+                continue
+        found[name] = peer
+    return found
 
 
 def _print_overhead(console: Any, results: dict[str, dict[str, float]]) -> None:
@@ -148,10 +164,14 @@ def _print_rows(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         target = _verdict(row["ours_over_this"], row["target"]) if "target" in row else ""
         table.add_row(
-            f"{row['size']:,}", row["direction"], row["contender"], f"{row['milliseconds']:.3g}",
+            _label(row["size"]), row["direction"], row["contender"], f"{row['milliseconds']:.3g}",
             f"{row['spread']:.0%}", f"{row['ours_over_this']:.3f}", target,
         )  # fmt: skip
     console.print(table)
+
+
+def _label(size: Any) -> str:
+    return f"{size:,}" if isinstance(size, int) else " × ".join(map(str, size))
 
 
 def _verdict(ratio: float, target: float) -> str:

@@ -11,7 +11,7 @@ from custom_ops import _checks, library
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["CustomReLU", "ReLU", "relu"]
 
@@ -178,13 +178,14 @@ register(
             BadCall(([1.0],), "x: expected a tensor, got list"),
             BadCall((torch.ones(2, dtype=torch.int64),), "x: expected one of float16, .* got int64"),
         ],
-        benchmark=Benchmark(
-            unit="elements",
-            sizes=(1 << 16, 1 << 20, 1 << 24),
-            make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
-            peers={"torch.relu": torch.relu},
-            target_peer="torch.relu",
-            targets={1 << 20: 1.0, 1 << 24: 0.5},
-        ),
+        benchmarks=[
+            Benchmark(
+                unit="elements",
+                sizes=(1 << 16, 1 << 20, 1 << 24),
+                make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
+                peers={"torch.relu": torch.relu},
+                targets=[Target(1 << 20, "torch.relu", 1.0), Target(1 << 24, "torch.relu", 0.5)],
+            )
+        ],
     )
 )

@@ -12,7 +12,7 @@ from custom_ops import _checks, library
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["MarginRanking", "MarginRankingLoss", "margin_ranking_loss"]
 
@@ -289,18 +289,22 @@ register(
             BadCall((_two, _two, _two, True), "margin: expected a number, got bool"),
             BadCall((_two, _two, _two, 0.0, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
         ],
-        benchmark=Benchmark(
-            unit="pairs",
-            sizes=(10_000, 1_000_000, 10_000_000),
-            make=lambda n, device: (
-                torch.randn(n, device=device, requires_grad=True),
-                torch.randn(n, device=device, requires_grad=True),
-                torch.randn(n, device=device).sign(),
-                0.5,
-            ),
-            peers={"F.margin_ranking_loss": torch.nn.functional.margin_ranking_loss},
-            target_peer="F.margin_ranking_loss",
-            targets={1_000_000: 1 / 8, 10_000_000: 1 / 10},
-        ),
+        benchmarks=[
+            Benchmark(
+                unit="pairs",
+                sizes=(10_000, 1_000_000, 10_000_000),
+                make=lambda n, device: (
+                    torch.randn(n, device=device, requires_grad=True),
+                    torch.randn(n, device=device, requires_grad=True),
+                    torch.randn(n, device=device).sign(),
+                    0.5,
+                ),
+                peers={"F.margin_ranking_loss": torch.nn.functional.margin_ranking_loss},
+                targets=[
+                    Target(1_000_000, "F.margin_ranking_loss", 1 / 8),
+                    Target(10_000_000, "F.margin_ranking_loss", 1 / 10),
+                ],
+            )
+        ],
     )
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "register"]
+__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "Target", "register"]
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,31 @@ class BadCall:
 
 
 @dataclass(frozen=True)
+class Target:
+    """The ratio of our time to ``peer``'s that must not be exceeded at ``size``."""
+
+    size: Any
+    peer: str
+    ratio: float
+    direction: str = "forward+backward"  # or "forward"
+    memory: str = "fresh"  # or "warm", on the CPU
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """One table of timings: inputs of each size, and the op beside its peers.
+    """One table of timings: inputs of each size (a number, or a tuple such as a shape), and the op beside its peers.
 
     ``make(size, device)`` returns the arguments; tensors with ``requires_grad`` get a gradient. The
-    peers, callables or "module:name" of one, are called with the same arguments. ``targets`` are the
-    ratios of our time to the named peer's that forward and backward must not exceed, per size, in
-    fresh memory.
+    peers, callables or "module:name" of one, are called with the same arguments; a module that can't be
+    imported is listed as not installed. ``kwargs`` go to the op and its reference, not to the peers.
     """
 
-    sizes: Sequence[int]
-    make: Callable[[int, torch.device], tuple[Any, ...]]
+    sizes: Sequence[Any]
+    make: Callable[[Any, torch.device], tuple[Any, ...]]
     peers: dict[str, Callable[..., Any] | str]
     unit: str
-    target_peer: str
-    targets: dict[int, float] = field(default_factory=dict)
+    targets: Sequence[Target] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class OpInfo:
     apply: Callable[..., Any] | None = None
     modules: Callable[[], list[tuple[torch.nn.Module, dict[str, Any]]]] = list
     bad_calls: Callable[[], list[BadCall]] = list
-    benchmark: Benchmark | None = None
+    benchmarks: Sequence[Benchmark] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from custom_ops import _checks, library
 from custom_ops._native import define
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["VoxelsSumming", "VoxelsSummingLayer", "voxels_summing"]
 
@@ -248,17 +248,20 @@ register(
             BadCall((_x, _geometry, _ranks, "no"), "check_sorted: expected True or False, got 'no'"),
             BadCall((_x, _geometry, _ranks.flip(0)), "ranks: expected non-decreasing values"),
         ],
-        benchmark=Benchmark(
-            unit="points of 64 features, 8 to a voxel",
-            sizes=(10_000, 172_824, 1_000_000),
-            make=lambda n, device: _points(n, n // 8, 64, device, torch.float32),
-            peers={
-                "FIERY's cumulative sum": "custom_ops.benchmarks.peers:cumulative_voxels_summing",
-                "index_add": "custom_ops.benchmarks.peers:index_add_voxels_summing",
-                "ours, unchecked": lambda x, geometry, ranks: voxels_summing(x, geometry, ranks, check_sorted=False),
-            },
-            target_peer="FIERY's cumulative sum",
-            targets={172_824: 0.1},
-        ),
+        benchmarks=[
+            Benchmark(
+                unit="points of 64 features, 8 to a voxel",
+                sizes=(10_000, 172_824, 1_000_000),
+                make=lambda n, device: _points(n, n // 8, 64, device, torch.float32),
+                peers={
+                    "FIERY's cumulative sum": "custom_ops.benchmarks.peers:cumulative_voxels_summing",
+                    "index_add": "custom_ops.benchmarks.peers:index_add_voxels_summing",
+                    "ours, unchecked": lambda x, geometry, ranks: voxels_summing(
+                        x, geometry, ranks, check_sorted=False
+                    ),
+                },
+                targets=[Target(172_824, "FIERY's cumulative sum", 0.1)],
+            )
+        ],
     )
 )
