@@ -103,7 +103,8 @@ TARGET_AVX2 inline __m256i select(__m256i x, uint32_t bits, int first) {
     const __m256i spread = _mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits >> first)), lane);
     return _mm256_and_si256(x, _mm256_cmpeq_epi16(spread, lane));
   } else if constexpr (kWidth == 4) {
-    const __m256i to_sign = _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), _mm256_set1_epi32(first));
+    const __m256i to_sign =
+        _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), _mm256_set1_epi32(first));
     const __m256i sign = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int32_t>(bits)), to_sign);
     return _mm256_castps_si256(
         _mm256_blendv_ps(_mm256_setzero_ps(), _mm256_castsi256_ps(x), _mm256_castsi256_ps(sign)));

@@ -13,7 +13,7 @@ namespace {
 
 void advise_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr size_t kThreshold = size_t{2} << 20;  // smaller blocks mostly reuse mapped memory
+  constexpr size_t kThreshold = size_t{2} << 20;   // smaller blocks mostly reuse mapped memory
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // the advice covers the huge pages that the block lies in
   if (bytes < kThreshold) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(kHuge - 1);

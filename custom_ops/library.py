@@ -77,6 +77,7 @@ __all__ = [
     "autocast",
     "define",
     "function_of",
+    "inductor",
     "kernel",
     "override_kernel",
     "row_placement",
@@ -200,11 +201,29 @@ def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
 
             register_sharding(op)(rule)
 
-        if _AfterImport.module in sys.modules:
-            register()
-        else:
-            _AfterImport.callbacks.append(register)
+        _after_import("torch.distributed.tensor", register)
         return rule
+
+    return decorate
+
+
+def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated composition of PyTorch ops as what Inductor compiles in place of ``op``.
+
+    For pointwise ops, which Inductor then fuses with their neighbours; the kernels of ``op`` stay what runs
+    everywhere else. The derivatives are those of ``op`` too: AOTAutograd takes the composition apart only
+    below them, so that what backward needs is still what the Function saves. It must return what the kernels
+    return, contiguous, bit for bit where it is packed: a graph may hand it to a kernel.
+    """
+
+    def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
+        def register() -> None:
+            from torch._inductor.decomposition import register_decomposition  # no public way for one op
+
+            register_decomposition([op])(_with_defaults(op, composition))
+
+        _after_import("torch._inductor.decomposition", register)
+        return composition
 
     return decorate
 
@@ -405,15 +424,20 @@ def _imported_on_first_call(path: str) -> Callable[..., Any]:
     return run
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Runs the callbacks once ``torch.distributed.tensor`` has been imported."""
+def _after_import(module: str, callback: Callable[[], None]) -> None:
+    """Call back once ``module``, slow to import, has been imported by someone else; now if it has been."""
+    if module in sys.modules:
+        callback()
+    else:
+        _AfterImport.callbacks.setdefault(module, []).append(callback)
 
-    module = "torch.distributed.tensor"
-    callbacks: list[Callable[[], None]] = []
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    callbacks: dict[str, list[Callable[[], None]]] = {}
     searching = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self.module or self.searching:
+        if fullname not in self.callbacks or self.searching:
             return None
         self.searching = True
         try:
@@ -426,8 +450,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            while self.callbacks:
-                self.callbacks.pop(0)()
+            for callback in self.callbacks.pop(fullname, []):
+                callback()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

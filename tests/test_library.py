@@ -176,14 +176,14 @@ def test_compiled_autograd():
 
 def test_meta_tensors_dont_mix():
     with pytest.raises(ValueError, match="expected all tensors or none on the meta device"):
-        torch.ops.custom_ops.apply_mask(torch.ones(8), torch.ones(1, dtype=torch.uint8, device="meta"))
+        torch.ops.custom_ops.apply_mask(torch.ones(8), torch.ones(1, dtype=torch.uint8, device="meta"), 1.0, 0.0)
 
 
 @pytest.mark.parametrize("batch_dims", [-2, -1, 3, 2**40])
 def test_raw_ops_refuse_wrong_batch_dims(batch_dims):
     x = torch.ones(3, 4)
     with pytest.raises(RuntimeError, match="batch_dims: expected 0 to 2"):
-        torch.ops.custom_ops.relu_forward(x, batch_dims)
+        torch.ops.custom_ops.piecewise_linear(x, None, 1, 0.0, None, 0.0, 0.0, 0.0, True, batch_dims)
     with pytest.raises(RuntimeError, match="batch_dims: expected 0 to 2"):
         torch.ops.custom_ops.margin_ranking(x, x, x, 0.1, 3, True, batch_dims)
 

@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: interpreted against the C++ kernels, and compiled ahead of time."""
 
 import ast
+import importlib
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.triton_kernels import activation, aot, common, ranking, voxel
+from custom_ops.triton_kernels import aot, common, dropout, piecewise, ranking, squared, voxel
 
 ops = torch.ops.custom_ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,20 +54,63 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=roundings, atol=roundings, equal_nan=True)
 
 
+# low, high, below, above, slope, nan_passes
+ACTIVATIONS = {
+    "relu": (0.0, None, 0.0, 0.0, 0.0, True),
+    "leaky_relu": (0.0, None, 0.0, 0.0, 0.3, False),
+    "hardtanh": (-0.5, 0.5, -0.5, 0.5, 0.0, False),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_relu_and_mask(dtype):
+def test_activation_and_mask(dtype, name):
     for shape, batch_dims in SHAPES:
         x, grad = draw(shape, dtype, special=True), draw(shape, dtype, seed=1)
-        y, mask = activation.relu_forward(x, batch_dims)
-        expected, expected_mask = ops.relu_forward.default(x, batch_dims)
-        same(y, expected)
+        arguments = (x, None, 1, *ACTIVATIONS[name], batch_dims)
+        y, mask = piecewise.piecewise_linear(*arguments)
+        expected, expected_mask = ops.piecewise_linear.default(*arguments)
+        rounded(y, expected)
         same(mask, expected_mask)
-        same(activation.apply_mask(grad, mask), ops.apply_mask.default(grad, mask))
+        for slopes in ((1.0, 0.0), (1.0, 0.3), (2.0, 0.0)):
+            rounded(piecewise.apply_mask(grad, mask, *slopes), ops.apply_mask.default(grad, mask, *slopes))
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_of_a_channel(dtype, inner):
+    x, bias = draw((2, 5, 4, 3), dtype), draw((2, 4), dtype, seed=1)
+    shape = (2, 5, 4, 3) if inner == 3 else (2, 5, 3, 4)
+    arguments = (x.reshape(shape), bias, inner, *ACTIVATIONS["leaky_relu"], 1)
+    y, mask = piecewise.piecewise_linear(*arguments)
+    expected, expected_mask = ops.piecewise_linear.default(*arguments)
+    rounded(y, expected)
+    same(mask, expected_mask)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_dropout(dtype, p):
+    for shape, batch_dims in SHAPES:
+        x = draw(shape, dtype, special=True)
+        seed = torch.arange(math.prod(shape[:batch_dims])).view(shape[:batch_dims]) * 0x123456789ABC - 5
+        y, mask = dropout.relu_dropout_forward(x, seed, p, batch_dims)
+        expected, expected_mask = ops.relu_dropout_forward.default(x, seed, p, batch_dims)
+        rounded(y, expected)
+        same(mask, expected_mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squared_relu(dtype):
+    for shape, _ in SHAPES:
+        x, grad = draw(shape, dtype, special=True), draw(shape, dtype, seed=1)
+        rounded(squared.squared_relu_forward(x), ops.squared_relu_forward.default(x))
+        rounded(squared.squared_relu_backward(grad, x), ops.squared_relu_backward.default(grad, x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_relu_keeps_nan_and_no_zero(dtype):
-    y, mask = activation.relu_forward(torch.tensor(SPECIAL, dtype=dtype), 0)
+    y, mask = piecewise.piecewise_linear(torch.tensor(SPECIAL, dtype=dtype), None, 1, *ACTIVATIONS["relu"], 0)
     assert mask.tolist() == [0b000111]
     assert y.isnan().tolist() == [True, True, False, False, False, False]
     assert y[2:].tolist() == [float("inf"), 0, 0, 0]
@@ -172,7 +216,7 @@ def test_corrupted_boundaries_reach_no_other_memory(bounds):
 def test_raw_checks():
     x, mask = torch.ones(9), torch.zeros(2, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="mask: expected 2 bytes for each of 1 examples"):
-        activation.apply_mask(x, mask[:1])
+        piecewise.apply_mask(x, mask[:1], 1.0, 0.0)
     with pytest.raises(RuntimeError, match="mask: expected 2 bytes"):
         ranking.margin_ranking_backward(x, None, None, x, mask[:1], 1, False)
     with pytest.raises(RuntimeError, match="grad: expected the shape"):
@@ -248,11 +292,9 @@ def test_every_jitted_function_is_declared():
 def test_every_op_has_a_launcher():
     from custom_ops._native import OPS
 
-    for op in OPS:
+    for op, family in OPS.items():
         schema = [a.name for a in op._schema.arguments]
-        launchers = [vars(m)[op._opname] for m in (activation, ranking, voxel) if op._opname in vars(m)]
-        assert len(launchers) == 1, op
-        code = launchers[0].__code__
+        code = getattr(importlib.import_module(f"custom_ops.triton_kernels.{family}"), op._opname).__code__
         assert list(code.co_varnames[: code.co_argcount]) == schema
 
 
@@ -260,7 +302,7 @@ CUOBJDUMP = """
 Resource usage:
  Common:
   GLOBAL:0
- Function relu_forward_kernel:
+ Function some_kernel:
   REG:28 STACK:{stack} SHARED:1024 LOCAL:{local} CONSTANT[0]:560 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 AMDGCN = """

@@ -1,0 +1,59 @@
+// What the one-bit activations share: a rule applied to every element, its bits packed.
+#pragma once
+
+#include "lanes.h"
+
+namespace custom_ops {
+
+constexpr int64_t kSpan = 1 << 14;  // elements of one piece of work
+constexpr int64_t kTile = 512;      // elements whose intermediate values stay in the first-level cache
+
+#ifdef CUSTOM_OPS_AVX2
+template <class T, class Rule>
+TARGET_LANES int64_t activate_vectors(const Rule& rule, const T* x, const Accumulator<T>* bias, const uint8_t* random,
+                                      T* y, uint8_t* mask, int64_t n) {
+  using V = Vector<Accumulator<T>>;
+  int64_t i = 0;
+  for (; i + avx2::kStep <= n; i += avx2::kStep) {
+    uint32_t bits = 0, draws = 0;
+    if (random != nullptr) std::memcpy(&draws, random + i / 8, sizeof(draws));
+    for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
+      V v = V::load(x + i + k), result;
+      if (bias != nullptr) v = v + V::load(bias + i + k);
+      bits |= rule.apply(v, V::signs_of(draws, static_cast<int>(k)), result).signs() << k;
+      result.store(y + i + k);
+    }
+    std::memcpy(mask + i / 8, &bits, sizeof(bits));
+  }
+  return i;
+}
+
+#endif
+
+inline bool bit(const uint8_t* mask, int64_t i) { return (mask[i >> 3] >> (i & 7)) & 1; }
+
+// `bias`, one value for each element, and `random`, one bit for each, may be null.
+template <class T, class Rule>
+void activate_span(const Rule& rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y, uint8_t* mask,
+                   int64_t n) {
+  using A = Accumulator<T>;
+  int64_t i = 0;
+#ifdef CUSTOM_OPS_AVX2
+  if (cpu_has_lanes()) i = activate_vectors(rule, x, bias, random, y, mask, n);
+#endif
+  for (; i < n; ++i) {
+    A result;
+    const A v = static_cast<A>(x[i]) + (bias != nullptr ? bias[i] : A(0));
+    const bool keep = rule.apply(v, random != nullptr && bit(random, i), result);
+    y[i] = static_cast<T>(result);
+    if (i % 8 == 0) mask[i / 8] = 0;
+    mask[i / 8] |= static_cast<uint8_t>(keep << (i % 8));
+  }
+}
+
+inline std::tuple<Tensor, Tensor, MaskLayout> activation_outputs(const Tensor& x, int64_t batch_dims) {
+  const MaskLayout layout(x, batch_dims);
+  return {fresh(x, sizes(x)), fresh(x, append(layout.batch, {layout.bytes}), ScalarType::Byte), layout};
+}
+
+}  // namespace custom_ops

@@ -1,0 +1,91 @@
+// Vectors of floats: 8 lanes of float for the 16- and 32-bit types, 4 of double for the 64-bit one.
+#pragma once
+
+#include "bits.h"
+
+#ifdef CUSTOM_OPS_AVX2
+#define TARGET_LANES __attribute__((target("avx2,f16c")))
+
+namespace custom_ops {
+
+inline bool cpu_has_lanes() {
+  static const bool yes = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  return yes;
+}
+
+template <class A>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  static constexpr int64_t kLanes = 8;
+  __m256 v;
+
+  TARGET_LANES static Vector all(float x) { return {_mm256_set1_ps(x)}; }
+  TARGET_LANES static Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  TARGET_LANES static Vector load(const Half* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  TARGET_LANES static Vector load(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  TARGET_LANES void store(float* p) const { _mm256_storeu_ps(p, v); }
+  TARGET_LANES void store(Half* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // To nearest, ties to even. The NaNs here carry 16 bits, so that rounding can't make an infinity of one.
+  TARGET_LANES void store(BFloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i high = _mm256_srli_epi32(rounded, 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_ps(v, o.v)}; }
+  TARGET_LANES Vector operator*(Vector o) const { return {_mm256_mul_ps(v, o.v)}; }
+  TARGET_LANES Vector operator&(Vector o) const { return {_mm256_and_ps(v, o.v)}; }
+  TARGET_LANES Vector and_not(Vector o) const { return {_mm256_andnot_ps(o.v, v)}; }  // this where not o
+  // All ones or zeros; a comparison with a NaN is false.
+  TARGET_LANES Vector operator>(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_GT_OQ)}; }
+  TARGET_LANES Vector operator>=(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_GE_OQ)}; }
+  TARGET_LANES Vector operator<=(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_LE_OQ)}; }
+  TARGET_LANES Vector is_nan() const { return {_mm256_cmp_ps(v, v, _CMP_UNORD_Q)}; }
+  TARGET_LANES uint32_t signs() const { return static_cast<uint32_t>(_mm256_movemask_ps(v)); }
+  // `yes` where the lane's sign is set, else this.
+  TARGET_LANES Vector replaced(Vector yes, Vector where) const { return {_mm256_blendv_ps(v, yes.v, where.v)}; }
+  // The bits from `first` on, each as the sign of its lane.
+  TARGET_LANES static Vector signs_of(uint32_t bits, int first) {
+    const __m256i to_sign =
+        _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), _mm256_set1_epi32(first));
+    return {_mm256_castsi256_ps(_mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int32_t>(bits)), to_sign))};
+  }
+};
+
+template <>
+struct Vector<double> {
+  static constexpr int64_t kLanes = 4;
+  __m256d v;
+
+  TARGET_LANES static Vector all(double x) { return {_mm256_set1_pd(x)}; }
+  TARGET_LANES static Vector load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  TARGET_LANES void store(double* p) const { _mm256_storeu_pd(p, v); }
+  TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_pd(v, o.v)}; }
+  TARGET_LANES Vector operator*(Vector o) const { return {_mm256_mul_pd(v, o.v)}; }
+  TARGET_LANES Vector operator&(Vector o) const { return {_mm256_and_pd(v, o.v)}; }
+  TARGET_LANES Vector and_not(Vector o) const { return {_mm256_andnot_pd(o.v, v)}; }
+  TARGET_LANES Vector operator>(Vector o) const { return {_mm256_cmp_pd(v, o.v, _CMP_GT_OQ)}; }
+  TARGET_LANES Vector operator>=(Vector o) const { return {_mm256_cmp_pd(v, o.v, _CMP_GE_OQ)}; }
+  TARGET_LANES Vector operator<=(Vector o) const { return {_mm256_cmp_pd(v, o.v, _CMP_LE_OQ)}; }
+  TARGET_LANES Vector is_nan() const { return {_mm256_cmp_pd(v, v, _CMP_UNORD_Q)}; }
+  TARGET_LANES uint32_t signs() const { return static_cast<uint32_t>(_mm256_movemask_pd(v)); }
+  TARGET_LANES Vector replaced(Vector yes, Vector where) const { return {_mm256_blendv_pd(v, yes.v, where.v)}; }
+  TARGET_LANES static Vector signs_of(uint32_t bits, int first) {
+    const __m256i to_sign = _mm256_sub_epi64(_mm256_set_epi64x(60, 61, 62, 63), _mm256_set1_epi64x(first));
+    return {_mm256_castsi256_pd(_mm256_sllv_epi64(_mm256_set1_epi64x(bits), to_sign))};
+  }
+};
+
+}  // namespace custom_ops
+#endif

@@ -1,0 +1,89 @@
+"""What the activations share: memory layouts, samples and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from custom_ops.registry import BadCall, Benchmark, Sample, Target
+
+
+def _by_stride(x: Tensor) -> list[int]:
+    """The dimensions of ``x``, largest stride first (Dynamo can't trace `sorted` over symbolic strides)."""
+    order: list[int] = []
+    for d in range(x.dim()):
+        at = len(order)
+        while at > 0 and x.stride(order[at - 1]) < x.stride(d):
+            at -= 1
+        order.insert(at, d)
+    return order
+
+
+def as_it_lies(x: Tensor, run: Callable[[Tensor, int], Tensor], dim: int = 0) -> Tensor:
+    """``run(x, dim)`` in the layout of x: an op, written for row-major memory, sees the dimensions as they lie."""
+    if x.is_contiguous():
+        return run(x, dim)
+    order = _by_stride(x)
+    inverse = [order.index(d) for d in range(x.dim())]
+    return run(x.permute(order), inverse[dim] if inverse else 0).permute(inverse)
+
+
+def away_from(kinks: tuple[float, ...], *shape: int) -> Tensor:
+    """Normal numbers, none of them near a kink."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for kink in kinks:
+        x = torch.where((x - kink).abs() < 0.1, x + 0.25, x)
+    return x
+
+
+def unary_samples(*kinks: float, parameters: tuple[Any, ...] = (), variant: tuple[Any, ...] | None = None) -> Any:
+    """Samples of f(x, *parameters), with another ``variant`` of the parameters on one of them."""
+
+    def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+        def x(*shape: int) -> Tensor:
+            return away_from(kinks, *shape).to(device, dtype).requires_grad_()
+
+        channels_last = x(2, 3, 4, 5).detach().to(memory_format=torch.channels_last).requires_grad_()
+        return [
+            Sample((x(3, 7), *parameters), dynamic={0: 0}),
+            Sample((x(), *parameters)),
+            Sample((x(0, 4), *parameters)),
+            Sample((x(37), *(parameters if variant is None else variant))),
+            Sample((channels_last, *parameters)),
+        ]
+
+    return samples
+
+
+def not_a_tensor(*parameters: Any) -> list[BadCall]:
+    return [
+        BadCall(([1.0], *parameters), "x: expected a tensor, got list"),
+        BadCall((torch.ones(2, dtype=torch.int64), *parameters), "x: expected one of float16, .* got int64"),
+    ]
+
+
+def against(peer: str, *parameters: Any) -> list[Benchmark]:
+    """The sizes and targets of every elementwise activation."""
+    function = getattr(F, peer.partition(".")[2])
+
+    def make(dtype: torch.dtype) -> Callable[[int, torch.device], tuple[Any, ...]]:
+        return lambda n, device: (torch.randn(n, device=device, dtype=dtype, requires_grad=True), *parameters)
+
+    return [
+        Benchmark(
+            unit=f"{str(dtype).removeprefix('torch.')} elements",
+            sizes=(1 << 16, 1 << 20, 1 << 24),
+            make=make(dtype),
+            peers={peer: function},
+            targets=[
+                Target(1 << 20, peer, 1.0),
+                Target(1 << 24, peer, 0.5),
+                Target(1 << 24, peer, 0.8, memory="warm"),
+            ],
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]

@@ -1,0 +1,183 @@
+"""Dropout of ReLU, both masks merged into one bit per element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._bits import empty_mask
+from custom_ops._native import define
+from custom_ops.activation._common import not_a_tensor, unary_samples
+from custom_ops.activation.piecewise import apply_mask, relu, relu_reference
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+
+__all__ = ["ReLUDropout", "relu_dropout"]
+
+
+@define
+def relu_dropout_forward(x: Tensor, seed: Tensor, p: float, batch_dims: int) -> tuple[Tensor, Tensor]:
+    """relu(x) / (1 - p) where the element's draw from [0, 1) is at least p, and that as one bit; a NaN stays.
+
+    Element i of an example draws number i of the Philox generator keyed by its ``seed [*batch]``.
+    """
+    return x.new_empty(x.shape), empty_mask(x, batch_dims)
+
+
+class ReLUDropoutForward(Function, op=relu_dropout_forward):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.scale = _dropout_scale(inputs[2])
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
+        return apply_mask(grad, *ctx.saved_tensors, ctx.scale, 0.0), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+        return apply_mask(tangent, *ctx.saved_tensors, ctx.scale, 0.0), None
+
+
+def _dropout_scale(p: float) -> float:
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+@library.vmap(relu_dropout_forward)
+def _(info: Any, in_dims: Any, x: Tensor, seed: Tensor, p: float, batch_dims: int) -> Any:
+    x, seed = (library.to_front(t, d, info.batch_size) for t, d in zip((x, seed), in_dims))
+    return relu_dropout_forward(x, seed, p, batch_dims + 1), (0, 0)
+
+
+@library.sharding(relu_dropout_forward)
+def _(x: Any, seed: Any, p: float, batch_dims: int) -> Any:
+    raise NotImplementedError("x: each element's draw depends on its place in the whole tensor, not in a shard")
+
+
+def relu_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | None = None) -> Tensor:
+    """Dropout of relu(x): each element is dropped with probability p, the others divided by 1 - p.
+
+    Both masks are merged into the one bit per element that backward keeps. The draws are counted, not
+    streamed: element i takes number i of the Philox generator keyed by the seed, whatever the number of threads, so
+    that a recomputation under activation checkpointing, which restores torch's generator, draws the same.
+
+    Args:
+        x: as for `relu`.
+        p: the probability of dropping an element, in steps of 2^-32.
+        training: without it this is `relu`.
+        seed: a scalar int64 tensor on x's device; by default drawn from torch's generator, so that
+            ``torch.manual_seed`` reproduces it.
+
+    Raises:
+        TypeError: a wrong dtype, ``p`` no number.
+        ValueError: ``p`` outside [0, 1], ``seed`` on another device or no scalar.
+
+    A NaN stays where it is, dropped or not. O(n) time; numel / 8 bytes kept for backward.
+
+    Source: torch.nn.functional.dropout; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.relu_dropout(torch.tensor([-1.0, 2.0]), p=0.0)
+        tensor([0., 2.])
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    _checks.is_number("p", p)
+    _checks.is_bool("training", training)
+    if not 0 <= p <= 1:
+        raise ValueError(f"p: expected a probability, got {p}")
+    if seed is not None:
+        _checks.has_dtype("seed", seed, (torch.int64,))
+        _checks.same_device(x=x, seed=seed)
+        if seed.dim():
+            raise ValueError(f"seed: expected a scalar, got shape {list(seed.shape)}")
+    if not training:
+        return relu(x)
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (), device=x.device)
+    return relu_dropout_forward(x, seed, float(p), 0)[0]
+
+
+class ReLUDropout(torch.nn.Module):
+    """`relu_dropout` as a layer; `relu` in evaluation mode."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu_dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def philox(seed: Tensor, n: int) -> Tensor:
+    """The first n draws of Philox 4x32-10 keyed by ``seed``, as integers in [0, 2^32)."""
+    low = 0xFFFFFFFF
+    counter = torch.arange((n + 3) // 4, device=seed.device)
+    zero = torch.zeros_like(counter)
+    c = [counter & low, counter >> 32, zero, zero]
+    keys = [seed & low, (seed >> 32) & low]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # the 64 bits of each product, whatever their sign
+        c = [((b >> 32) & low) ^ c[1] ^ keys[0], b & low, ((a >> 32) & low) ^ c[3] ^ keys[1], a & low]
+        keys = [(key + step) & low for key, step in zip(keys, (0x9E3779B9, 0xBB67AE85))]
+    return torch.stack(c, 1).flatten()[:n]
+
+
+def relu_dropout_reference(x: Tensor, p: float, training: bool, seed: Tensor | None = None) -> Tensor:
+    if not training or seed is None:
+        return relu_reference(x)
+    draws = philox(seed, x.numel())
+    kept = (draws >= round(p * 2**32)).view(x.shape)
+    y = torch.where(kept, relu_reference(x) * _dropout_scale(p), 0)
+    return torch.where(x.isnan(), x, y)
+
+
+def _dropout_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    seed = torch.tensor(0x123456789ABCDEF, device=device)
+    samples = unary_samples(0.0)(device, dtype)
+    evaluation = Sample((*samples[0].args, 0.4, False), dynamic={0: 0})
+    return [evaluation, *(Sample((*s.args, 0.4, True, seed), dynamic=s.dynamic) for s in samples)]
+
+
+_x = torch.ones(2, 3)
+register(
+    OpInfo(
+        name="relu_dropout",
+        summary="Dropout of ReLU, both masks in one bit per element",
+        function=relu_dropout,
+        reference=relu_dropout_reference,
+        samples=_dropout_samples,
+        bad_calls=lambda: [
+            *not_a_tensor(),
+            BadCall((_x, 1.5), "p: expected a probability, got 1.5"),
+            BadCall((_x, "half"), "p: expected a number, got str"),
+            BadCall((_x, 0.5, 1), "training: expected True or False, got 1"),
+            BadCall((_x, 0.5, True, 7), "seed: expected a tensor, got int"),
+            BadCall((_x, 0.5, True, torch.ones(2, dtype=torch.int64)), r"seed: expected a scalar, got shape \[2\]"),
+            BadCall((_x, 0.5, True, torch.ones(())), "seed: expected one of int64, got float32"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="float32 elements",
+                sizes=(1 << 20, 1 << 24),
+                make=lambda n, device: (
+                    torch.randn(n, device=device, requires_grad=True),
+                    0.5,
+                    True,
+                    torch.ones((), dtype=torch.int64, device=device),
+                ),
+                peers={"torch: dropout(relu(x))": lambda x, p, training, _: F.dropout(torch.relu(x), p, training)},
+                targets=[Target(1 << 24, "torch: dropout(relu(x))", 0.5)],
+            )
+        ],
+    )
+)

@@ -1,0 +1,610 @@
+"""Piecewise-linear activations: backward keeps one bit per element instead of a tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._bits import empty_mask, pack, unpack
+from custom_ops._native import define
+from custom_ops.activation._common import against, as_it_lies, away_from, not_a_tensor, unary_samples
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+
+__all__ = [
+    "BiasLeakyReLU",
+    "BiasReLU",
+    "CustomReLU",
+    "Hardtanh",
+    "LeakyReLU",
+    "ReLU",
+    "ReLU6",
+    "Threshold",
+    "bias_leaky_relu",
+    "bias_relu",
+    "hardtanh",
+    "leaky_relu",
+    "relu",
+    "relu6",
+    "threshold",
+]
+
+
+@define
+def piecewise_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    inner: int,
+    low: float,
+    high: float | None,
+    below: float,
+    above: float,
+    slope: float,
+    nan_passes: bool,
+    batch_dims: int,
+) -> tuple[Tensor, Tensor]:
+    """A piecewise-linear activation of v = x + bias, contiguous, and one bit per element: whether low < v < high.
+
+    It is v there, and elsewhere slope * v, or if the slope is 0 ``below`` and ``above``. A NaN stays, its
+    bit is ``nan_passes``. The first ``batch_dims`` dimensions are a batch: the mask has shape
+    ``[*batch, ceil(n / 8)]`` for n elements each, and bias ``[*batch, C]``; element i belongs to channel
+    i // inner % C.
+    """
+    return x.new_empty(x.shape), empty_mask(x, batch_dims)
+
+
+@define
+def apply_mask(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
+    """on * x where the bit of ``mask [*batch, ceil(n / 8)]`` is set, off * x elsewhere; 0 if off is 0."""
+    return x.new_empty(x.shape)
+
+
+class ApplyMask(Function, op=apply_mask):
+    """Linear and its own adjoint: the gradient and the tangent are masked alike."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mask, *ctx.slopes = inputs
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return apply_mask(grad, *ctx.saved_tensors, *ctx.slopes), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return apply_mask(tangent, *ctx.saved_tensors, *ctx.slopes)
+
+
+def _spread(bias: Tensor, inner: int, shape: torch.Size, batch_dims: int) -> Tensor:
+    """The bias of each element of a tensor of that shape."""
+    outer = math.prod(shape[batch_dims:]) // max(1, bias.shape[-1] * inner)
+    sizes = *shape[:batch_dims], outer, bias.shape[-1], inner
+    return bias[..., None, :, None].expand(sizes).reshape(shape)
+
+
+class PiecewiseLinear(Function, op=piecewise_linear):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, bias, ctx.inner, *_, ctx.slope, _, ctx.batch_dims = inputs
+        ctx.channels = None if bias is None else bias.shape[-1]
+        ctx.shape = x.shape
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        of_v = apply_mask(grad, *ctx.saved_tensors, 1.0, ctx.slope)
+        of_bias = None
+        if ctx.needs_input_grad[1]:
+            batch = grad.shape[: ctx.batch_dims]
+            of_bias = of_v.reshape(*batch, -1, ctx.channels, ctx.inner).sum((-3, -1))
+        return of_v, of_bias, *[None] * 8
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, of_bias: Tensor | None, *_: None) -> tuple[Tensor, None]:
+        if of_bias is not None:
+            spread = _spread(of_bias, ctx.inner, ctx.shape, ctx.batch_dims)
+            tangent = spread if tangent is None else tangent + spread
+        return apply_mask(tangent, *ctx.saved_tensors, 1.0, ctx.slope), None
+
+
+@library.vmap(piecewise_linear)
+def _(info: Any, in_dims: Any, x: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    x = library.to_front(x, in_dims[0], info.batch_size)
+    if bias is not None:
+        bias = library.to_front(bias, in_dims[1], info.batch_size)
+    *parameters, batch_dims = rest
+    return piecewise_linear(x, bias, *parameters, batch_dims + 1), (0, 0)
+
+
+@library.vmap(apply_mask)
+def _(info: Any, in_dims: Any, x: Tensor, mask: Tensor, on: float, off: float) -> Any:
+    x, mask = (library.to_front(t, d, info.batch_size) for t, d in zip((x, mask), in_dims))
+    return apply_mask(x, mask, on, off), 0
+
+
+@library.sharding(piecewise_linear)
+def _(x: Any, bias: Any, inner: int, *rest: Any) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    rows = library.row_placement(x)
+    if bias is not None and math.prod(x.shape[1:]) % (bias.shape[-1] * inner):
+        rows = Replicate()  # a row has only some of the channels
+    return [([rows, rows], [rows, None if bias is None else Replicate(), *[None] * 8])]
+
+
+@library.sharding(apply_mask)
+def _(x: Any, mask: Any, on: float, off: float) -> Any:
+    packed = mask.placements[0]
+    return [([packed], [packed, packed, None, None])]
+
+
+@library.inductor(piecewise_linear)
+def _(
+    x: Tensor,
+    bias: Tensor | None,
+    inner: int,
+    low: float,
+    high: float | None,
+    below: float,
+    above: float,
+    slope: float,
+    nan_passes: bool,
+    batch_dims: int,
+) -> tuple[Tensor, Tensor]:
+    v = x if bias is None else x + _spread(bias, inner, x.shape, batch_dims)
+    keep = v > low
+    y = torch.where(keep, v, slope * v if slope else torch.where(v <= low, below, v))
+    if high is not None:
+        keep = keep & (v < high)
+        y = torch.where(v >= high, above, y)
+    if nan_passes:
+        keep = keep | (v != v)  # Inductor doesn't vectorise a negated comparison
+    return y.to(x.dtype).contiguous(), pack(keep, batch_dims)
+
+
+@library.inductor(apply_mask)
+def _(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
+    return torch.where(unpack(mask, x), on * x, off * x if off else 0).to(x.dtype).contiguous()
+
+
+def _activate(
+    x: Tensor,
+    *,
+    low: float,
+    high: float | None = None,
+    below: float = 0.0,
+    above: float = 0.0,
+    slope: float = 0.0,
+    nan_passes: bool = False,
+    inplace: bool = False,
+    bias: Tensor | None = None,
+    dim: int = 0,
+) -> Tensor:
+    """The op's activation of x, in x's layout."""
+    _checks.has_dtype("x", x, _checks.FLOATING)
+
+    def run(rows: Tensor, dim: int) -> Tensor:
+        inner = 1 if bias is None else math.prod(rows.shape[dim + 1 :])
+        return piecewise_linear(rows, bias, inner, low, high, below, above, slope, nan_passes, 0)[0]
+
+    y = as_it_lies(x, run, dim)
+    return x.copy_(y) if inplace else y
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """``max(x, 0)``, keeping one bit per element for backward where torch keeps a tensor.
+
+    Equal to ``torch.relu`` everywhere: NaN propagates, the gradient at exactly 0 is 0 and that at NaN
+    passes. Differentiable to any order and in forward mode; the second derivative is 0.
+
+    Args:
+        x: any shape and strides; float16, bfloat16, float32 or float64. The result has the layout
+            of ``x`` (channels-last stays channels-last).
+        inplace: write the result into ``x`` and return it, where autograd allows that (a temporary of
+            x's size is needed for the time of the call).
+
+    Raises:
+        TypeError: ``x`` is no tensor, or of another dtype.
+        RuntimeError: ``inplace`` of a leaf that requires a gradient.
+
+    O(n) time; numel / 8 bytes kept for backward. Saves memory where no neighbour keeps the output
+    anyway: after a convolution whose next layer is linear in it, torch keeps that output once for both.
+
+    Source: torch.relu; the packed mask is asked for in pytorch#63644.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+        >>> custom_ops.relu(x).sum().backward()
+        >>> x.grad
+        tensor([0., 0., 1.])
+    """
+    return _activate(x, low=0.0, nan_passes=True, inplace=inplace)
+
+
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """``x`` where it is positive, ``negative_slope * x`` elsewhere, keeping one bit per element for backward.
+
+    Equal to ``torch.nn.functional.leaky_relu`` everywhere: the gradient at exactly 0 and at NaN is that of
+    the negative side. Any ``negative_slope``, a negative one too, also in place.
+
+    Args, errors, layout and cost as for `relu`; ``TypeError`` also if ``negative_slope`` is no number.
+
+    Source: torch.nn.LeakyReLU.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+        >>> custom_ops.leaky_relu(x, 0.5).sum().backward()
+        >>> x.grad
+        tensor([0.5000, 0.5000, 1.0000])
+    """
+    _checks.is_number("negative_slope", negative_slope)
+    return _activate(x, low=0.0, slope=float(negative_slope), inplace=inplace)
+
+
+def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """``x`` clamped to [min_val, max_val], keeping one bit per element for backward.
+
+    Equal to ``torch.nn.functional.hardtanh``: NaN propagates, the gradient is 0 at both bounds. At NaN
+    it is 0, as in torch's vectorised kernels (its scalar ones let it pass).
+
+    Args, errors, layout and cost as for `relu`; ``ValueError`` also unless ``min_val <= max_val``.
+
+    Source: torch.nn.Hardtanh.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.hardtanh(torch.tensor([-3.0, 0.5, 3.0]))
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+    _checks.is_number("min_val", min_val)
+    _checks.is_number("max_val", max_val)
+    if not min_val <= max_val:
+        raise ValueError(f"min_val: expected at most max_val, got {min_val} and {max_val}")
+    low, high = float(min_val), float(max_val)
+    return _activate(x, low=low, high=high, below=low, above=high, inplace=inplace)
+
+
+def relu6(x: Tensor, inplace: bool = False) -> Tensor:
+    """`hardtanh` between 0 and 6, as ``torch.nn.functional.relu6``; arguments, errors and cost as for `relu`.
+
+    Source: torch.nn.ReLU6.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.relu6(torch.tensor([-1.0, 3.0, 8.0]))
+        tensor([0., 3., 6.])
+    """
+    return _activate(x, low=0.0, high=6.0, above=6.0, inplace=inplace)
+
+
+def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    """``x`` where it exceeds ``threshold``, else ``value``, keeping one bit per element for backward.
+
+    Equal to ``torch.nn.functional.threshold``: NaN propagates and its gradient passes.
+
+    Args, errors, layout and cost as for `relu`; ``TypeError`` also if a bound is no number.
+
+    Source: torch.nn.Threshold.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.threshold(torch.tensor([0.5, 1.5]), 1.0, -2.0)
+        tensor([-2.0000,  1.5000])
+    """
+    _checks.is_number("threshold", threshold)
+    _checks.is_number("value", value)
+    return _activate(x, low=float(threshold), below=float(value), nan_passes=True, inplace=inplace)
+
+
+def bias_relu(x: Tensor, bias: Tensor, dim: int = 1) -> Tensor:
+    """``relu(x + bias)`` with one bias for each channel, in one pass, keeping one bit per element for backward.
+
+    Args:
+        x: as for `relu`; the channels are its dimension ``dim``, in any memory format.
+        bias: ``[C]``, of x's dtype.
+        dim: the channel dimension.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: ``bias`` has another size or device than the channels.
+        IndexError: ``x`` has no dimension ``dim``.
+
+    The sum is rounded once, after the activation. O(n) time; numel / 8 bytes kept for backward.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.bias_relu(torch.tensor([[1.0, -3.0]]), torch.tensor([0.5, 1.0]))
+        tensor([[1.5000, 0.0000]])
+    """
+    return _activate(x, low=0.0, nan_passes=True, bias=bias, dim=_channel_dim(x, bias, dim))
+
+
+def bias_leaky_relu(x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1) -> Tensor:
+    """``leaky_relu(x + bias, negative_slope)`` in one pass; arguments, errors and cost as for `bias_relu`.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.bias_leaky_relu(torch.tensor([[1.0, -3.0]]), torch.tensor([0.5, 1.0]), 0.5)
+        tensor([[ 1.5000, -1.0000]])
+    """
+    _checks.is_number("negative_slope", negative_slope)
+    return _activate(x, low=0.0, slope=float(negative_slope), bias=bias, dim=_channel_dim(x, bias, dim))
+
+
+def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    _checks.has_dtype("bias", bias, (x.dtype,))
+    _checks.has_dims("bias", bias, "[C]")
+    _checks.same_device(x=x, bias=bias)
+    if not -x.dim() <= dim < x.dim():
+        raise IndexError(f"dim: expected a dimension of x with shape {list(x.shape)}, got {dim}")
+    if bias.shape[0] != x.shape[dim]:
+        raise ValueError(f"bias: expected {x.shape[dim]} channels as in x, got {bias.shape[0]}")
+    return dim % x.dim()
+
+
+class CustomReLU(PiecewiseLinear):
+    """``CustomReLU.apply(x)`` is `relu(x)`, in the idiom of ``torch.autograd.Function``."""
+
+    @staticmethod
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        return relu(*args, **kwargs)
+
+
+class ReLU(torch.nn.ReLU):
+    """`relu` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(x, self.inplace)
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    """`leaky_relu` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return leaky_relu(x, self.negative_slope, self.inplace)
+
+
+class Hardtanh(torch.nn.Hardtanh):
+    """`hardtanh` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return hardtanh(x, self.min_val, self.max_val, self.inplace)
+
+
+class ReLU6(torch.nn.ReLU6):
+    """`relu6` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu6(x, self.inplace)
+
+
+class Threshold(torch.nn.Threshold):
+    """`threshold` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return threshold(x, self.threshold, self.value, self.inplace)
+
+
+class BiasReLU(torch.nn.Module):
+    """`bias_relu` with a learned bias ``[channels]``, which starts at 0."""
+
+    def __init__(self, channels: int, dim: int = 1) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(channels))
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_relu(x, self.bias, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.shape[0]}, dim={self.dim}"
+
+
+class BiasLeakyReLU(BiasReLU):
+    """`bias_leaky_relu` with a learned bias ``[channels]``, which starts at 0."""
+
+    def __init__(self, channels: int, negative_slope: float = 0.01, dim: int = 1) -> None:
+        super().__init__(channels, dim)
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_leaky_relu(x, self.bias, self.negative_slope, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, negative_slope={self.negative_slope}"
+
+
+def relu_reference(x: Tensor, inplace: bool = False) -> Tensor:
+    return torch.where(x <= 0, torch.zeros_like(x), x)
+
+
+def leaky_relu_reference(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    return torch.where(x > 0, x, negative_slope * x)
+
+
+def hardtanh_reference(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    return torch.where(x <= min_val, min_val, torch.where(x >= max_val, max_val, x))
+
+
+def relu6_reference(x: Tensor, inplace: bool = False) -> Tensor:
+    return hardtanh_reference(x, 0.0, 6.0)
+
+
+def threshold_reference(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    return torch.where(x <= threshold, value, x)
+
+
+def _with_bias(x: Tensor, bias: Tensor, dim: int) -> Tensor:
+    return x + bias.reshape(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+
+
+def bias_relu_reference(x: Tensor, bias: Tensor, dim: int = 1) -> Tensor:
+    return relu_reference(_with_bias(x, bias, dim))
+
+
+def bias_leaky_relu_reference(x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1) -> Tensor:
+    return leaky_relu_reference(_with_bias(x, bias, dim), negative_slope)
+
+
+def _bias_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    def make(dim: int, *shape: int) -> tuple[Tensor, Tensor]:
+        bias = torch.linspace(-1, 1, shape[dim], dtype=torch.float64)
+        x = _with_bias(away_from((0.0,), *shape), -bias, dim)
+        return x.to(device, dtype).requires_grad_(), bias.to(device, dtype).requires_grad_()
+
+    x, bias = make(1, 2, 3, 2, 5)
+    channels_last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    return [
+        Sample(make(1, 3, 7), dynamic={0: 0}),
+        Sample((x, bias)),
+        Sample((channels_last, bias)),
+        Sample(make(-1, 2, 3, 5), {"dim": -1}),
+        Sample(make(0, 4), {"dim": 0}),
+        Sample(make(1, 0, 3)),
+    ]
+
+
+def _unary(
+    name: str,
+    summary: str,
+    function: Any,
+    reference: Any,
+    kinks: tuple[float, ...],
+    parameters: tuple[Any, ...] = (),
+    variant: tuple[Any, ...] | None = None,
+    **info: Any,
+) -> None:
+    """Register f(x, *parameters), which torch.nn.functional has under the same name."""
+    register(
+        OpInfo(
+            name=name,
+            summary=summary,
+            function=function,
+            reference=reference,
+            samples=unary_samples(*kinks, parameters=parameters, variant=variant),
+            benchmarks=against(f"F.{name}", *parameters),
+            **info,
+        )
+    )
+
+
+_x = torch.ones(2, 3)
+
+_unary(
+    "relu",
+    "ReLU that keeps one bit per element for backward",
+    relu,
+    relu_reference,
+    kinks=(0.0,),
+    apply=CustomReLU.apply,
+    modules=lambda: [(ReLU(), {})],
+    bad_calls=lambda: [
+        *not_a_tensor(),
+        BadCall((_x.clone().requires_grad_(), True), "leaf Variable that requires grad"),
+    ],
+)
+_unary(
+    "leaky_relu",
+    "Leaky ReLU that keeps one bit per element for backward",
+    leaky_relu,
+    leaky_relu_reference,
+    kinks=(0.0,),
+    parameters=(0.1,),
+    variant=(-0.5,),
+    modules=lambda: [(LeakyReLU(), {}), (LeakyReLU(0.3), {"negative_slope": 0.3})],
+    bad_calls=lambda: [*not_a_tensor(), BadCall((_x, "steep"), "negative_slope: expected a number, got str")],
+)
+_unary(
+    "hardtanh",
+    "Clamp that keeps one bit per element for backward",
+    hardtanh,
+    hardtanh_reference,
+    kinks=(-0.5, 0.75),
+    parameters=(-0.5, 0.75),
+    modules=lambda: [(Hardtanh(), {}), (Hardtanh(-2.0, 0.5), {"min_val": -2.0, "max_val": 0.5})],
+    bad_calls=lambda: [
+        *not_a_tensor(),
+        BadCall((_x, 1.0, -1.0), "min_val: expected at most max_val, got 1.0 and -1.0"),
+        BadCall((_x, float("nan")), "min_val: expected at most max_val"),
+        BadCall((_x, -1.0, None), "max_val: expected a number, got NoneType"),
+    ],
+)
+_unary(
+    "relu6",
+    "ReLU6 that keeps one bit per element for backward",
+    relu6,
+    relu6_reference,
+    kinks=(0.0, 6.0),
+    modules=lambda: [(ReLU6(), {})],
+    bad_calls=not_a_tensor,
+)
+_unary(
+    "threshold",
+    "Threshold that keeps one bit per element for backward",
+    threshold,
+    threshold_reference,
+    kinks=(0.5,),
+    parameters=(0.5, -3.0),
+    modules=lambda: [(Threshold(0.5, -3.0), {"threshold": 0.5, "value": -3.0})],
+    bad_calls=lambda: [
+        *not_a_tensor(0.0, 0.0),
+        BadCall((_x, "0", 0.0), "threshold: expected a number, got str"),
+        BadCall((_x, 0.0, None), "value: expected a number, got NoneType"),
+    ],
+)
+
+_BAD_BIASES = [
+    BadCall((1.0, _x), "x: expected a tensor, got float"),
+    BadCall((_x, [1.0]), "bias: expected a tensor, got list"),
+    BadCall((_x, torch.ones(3).double()), "bias: expected one of float32, got float64"),
+    BadCall((_x, torch.ones(2)), "bias: expected 3 channels as in x, got 2"),
+    BadCall((_x, torch.ones(1, 3)), r"bias: expected \[C\], got shape \[1, 3\]"),
+    BadCall((_x, torch.ones(3, device="meta")), "bias: expected on cpu as x, got meta"),
+    BadCall((_x, torch.ones(3)), "dim: expected a dimension of x", {"dim": 2}, IndexError),
+]
+register(
+    OpInfo(
+        name="bias_relu",
+        summary="ReLU of x + bias in one pass, one bit per element for backward",
+        function=bias_relu,
+        reference=bias_relu_reference,
+        samples=_bias_samples,
+        bad_calls=lambda: _BAD_BIASES,
+        benchmarks=[
+            Benchmark(
+                unit="images of 64 channels, 56 x 56",
+                sizes=(1, 32),
+                make=lambda n, device: (
+                    torch.randn(n, 64, 56, 56, device=device, requires_grad=True),
+                    torch.randn(64, device=device, requires_grad=True),
+                ),
+                peers={"torch: relu(x + bias)": lambda x, bias: torch.relu(x + bias.view(-1, 1, 1))},
+                targets=[Target(32, "torch: relu(x + bias)", 0.5)],
+            )
+        ],
+    )
+)
+register(
+    OpInfo(
+        name="bias_leaky_relu",
+        summary="Leaky ReLU of x + bias in one pass, one bit per element for backward",
+        function=bias_leaky_relu,
+        reference=bias_leaky_relu_reference,
+        samples=_bias_samples,
+        bad_calls=lambda: [
+            *_BAD_BIASES,
+            BadCall((_x, torch.ones(3), None), "negative_slope: expected a number, got NoneType"),
+        ],
+    )
+)

@@ -1,0 +1,152 @@
+"""Squared ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._native import define
+from custom_ops.activation._common import as_it_lies, not_a_tensor, unary_samples
+from custom_ops.library import Function
+from custom_ops.registry import Benchmark, OpInfo, Target, register
+
+__all__ = ["SquaredReLU", "squared_relu"]
+
+
+@define
+def squared_relu_forward(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
+    return x.new_empty(x.shape)
+
+
+@define
+def squared_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """2 max(x, 0) grad."""
+    return x.new_empty(x.shape)
+
+
+class SquaredReLUForward(Function, op=squared_relu_forward):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return squared_relu_backward(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return squared_relu_backward(tangent, *ctx.saved_tensors)
+
+
+class SquaredReLUBackward(Function, op=squared_relu_backward):
+    """Linear in grad; its derivative in x is 2 grad where x is positive."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        grad, x = ctx.saved_tensors
+        return squared_relu_backward(cotangent, x), _where_positive(x, 2 * grad * cotangent)
+
+    @staticmethod
+    def jvp(ctx: Any, of_grad: Tensor | None, of_x: Tensor | None) -> Tensor:
+        grad, x = ctx.saved_tensors
+        parts = [] if of_grad is None else [squared_relu_backward(of_grad, x)]
+        if of_x is not None:
+            parts.append(_where_positive(x, 2 * grad * of_x))
+        return sum(parts[1:], parts[0])
+
+
+def _where_positive(x: Tensor, value: Tensor) -> Tensor:
+    return value.masked_fill(x <= 0, 0)
+
+
+@library.vmap(squared_relu_forward)
+def _(info: Any, in_dims: Any, x: Tensor) -> Any:
+    return squared_relu_forward(x), in_dims[0]
+
+
+@library.vmap(squared_relu_backward)
+def _(info: Any, in_dims: Any, grad: Tensor, x: Tensor) -> Any:
+    grad, x = (library.to_front(t, d, info.batch_size) for t, d in zip((grad, x), in_dims))
+    return squared_relu_backward(grad, x), 0
+
+
+@library.inductor(squared_relu_forward)
+def _(x: Tensor) -> Tensor:
+    kept = torch.where(x <= 0, 0, x)
+    return (kept * kept).contiguous()
+
+
+@library.inductor(squared_relu_backward)
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.where(x <= 0, 0, 2 * grad * x).contiguous()
+
+
+def _pointwise(*tensors: Any) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements = [Replicate(), *(Shard(d) for d in range(tensors[0].ndim))]
+    return [([p], [p] * len(tensors)) for p in placements]
+
+
+library.sharding(squared_relu_forward)(_pointwise)
+library.sharding(squared_relu_backward)(_pointwise)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """``max(x, 0)^2`` in one pass. Its slope isn't a bit: it keeps ``x`` for backward, where torch keeps relu(x) too.
+
+    Differentiable to any order and in forward mode; the second derivative is 2 where x is positive.
+    Arguments, errors and layout as for `relu`, but for ``inplace``. O(n) time.
+
+    Source: So et al., "Primer", NeurIPS 2021.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.squared_relu(torch.tensor([-1.0, 3.0]))
+        tensor([0., 9.])
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    return as_it_lies(x, lambda rows, _: squared_relu_forward(rows))
+
+
+class SquaredReLU(torch.nn.Module):
+    """`squared_relu` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return squared_relu(x)
+
+
+def squared_relu_reference(x: Tensor) -> Tensor:
+    return x.clamp_min(0) ** 2
+
+
+register(
+    OpInfo(
+        name="squared_relu",
+        summary="Squared ReLU in one pass",
+        function=squared_relu,
+        reference=squared_relu_reference,
+        samples=unary_samples(0.0),
+        modules=lambda: [(SquaredReLU(), {})],
+        bad_calls=not_a_tensor,
+        benchmarks=[
+            Benchmark(
+                unit="float32 elements",
+                sizes=(1 << 16, 1 << 20, 1 << 24),
+                make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
+                peers={"torch: relu(x) ** 2": lambda x: torch.relu(x) ** 2},
+                targets=[Target(1 << 24, "torch: relu(x) ** 2", 0.5)],
+            )
+        ],
+    )
+)
