@@ -66,6 +66,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+_COLUMNS = 4  # of one table: as many as fit a terminal
+
+
 class _Progress:
     """A bar on the terminal; nothing where the output is for machines."""
 
@@ -94,14 +97,16 @@ def _print_table(report: Report, verbose: bool) -> None:
     from rich.table import Table
 
     colours = {"pass": "green", "fail": "bold red", "not applicable": "yellow"}
-    table = Table("capability")
-    for column in report.columns:
-        table.add_column(column, justify="center")
-    for capability, cells in report.rows.items():
-        shown = [cells.get(column) for column in report.columns]
-        table.add_row(capability, *(f"[{colours[c.status]}]{c.mark}[/]" if c else "" for c in shown))
     console = Console()
-    console.print(table)
+    for first in range(0, len(report.columns), _COLUMNS):
+        columns = report.columns[first : first + _COLUMNS]
+        table = Table("capability")
+        for column in columns:
+            table.add_column(column, justify="center")
+        for capability, cells in report.rows.items():
+            shown = [cells.get(column) for column in columns]
+            table.add_row(capability, *(f"[{colours[c.status]}]{c.mark}[/]" if c else "" for c in shown))
+        console.print(table)
     for cell in report.cells:
         if cell.status != PASS or verbose:
             seconds = f" ({cell.seconds:.1f} s)" if verbose else ""
