@@ -1,23 +1,28 @@
-"""What one call of a registered op costs, on 16 elements: ours, ``torch.library``'s and native torch.
+"""What a call costs before there is any work: of the bridge on 16 elements, of each op on its first sample.
 
-The op saves its input, and its backward is an op with a backward of its own, on both sides; so the
-factor 2 is left out of the derivative of the square.
+The bridge is measured on an op that saves its input, and whose backward is an op with a backward of its
+own: ours, ``torch.library``'s and native torch. The factor 2 is left out of the derivative of the square.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from custom_ops import library
-from custom_ops.benchmarks.timing import interleave, median, per_call
+from custom_ops.benchmarks.answers import first
+from custom_ops.benchmarks.measure import OURS
+from custom_ops.benchmarks.timing import Call, interleave, median
+from custom_ops.registry import OpInfo, leaves
 
-TARGETS = {"forward": 0.5, "forward+backward": 0.65}
+TARGETS = {"forward": 0.5, "forward+backward": 0.65}  # of PEER's time
 PEER = "torch.library.custom_op + register_autograd"
-CALLS = 200
+OP_TARGET = 2.5  # of native torch's time
+CALLS = 50  # per measurement: one is too short to be timed
 
 
 def square(x: Tensor) -> Tensor:
@@ -28,6 +33,7 @@ def product(grad: Tensor, x: Tensor) -> Tensor:
     return grad * x
 
 
+@cache
 def _ours() -> Callable[[Tensor], Tensor]:
     @library.define("custom_ops_benchmark::square")
     def op(x: Tensor) -> Tensor:
@@ -62,6 +68,7 @@ def _ours() -> Callable[[Tensor], Tensor]:
     return op
 
 
+@cache
 def _peer() -> Callable[[Tensor], Tensor]:
     def define(name: str, kernel: Callable[..., Tensor], backward: Callable[..., Any]) -> Any:
         op = torch.library.custom_op(f"custom_ops_benchmark::{name}_peer", kernel, mutates_args=())
@@ -77,7 +84,7 @@ def _peer() -> Callable[[Tensor], Tensor]:
     return op
 
 
-def measure(seconds: float, device: torch.device) -> dict[str, dict[str, float]]:
+def of_library(seconds: float, device: torch.device) -> dict[str, dict[str, float]]:
     """Microseconds per call of each contender, for forward with gradient and for forward+backward."""
     x = torch.randn(16, device=device, requires_grad=True)
     grad = torch.ones_like(x)
@@ -86,11 +93,33 @@ def measure(seconds: float, device: torch.device) -> dict[str, dict[str, float]]
     def pair(op: Callable[[Tensor], Tensor]) -> None:
         torch.autograd.grad(op(x), x, grad)
 
-    runs = {
-        "forward": {name: per_call(lambda op=op: op(x), CALLS) for name, op in ops.items()},
-        "forward+backward": {name: per_call(lambda op=op: pair(op), CALLS) for name, op in ops.items()},
+    runs: dict[str, dict[str, Callable[[], Any]]] = {
+        "forward": {name: partial(op, x) for name, op in ops.items()},
+        "forward+backward": {name: partial(pair, op) for name, op in ops.items()},
     }
-    return {
-        direction: {name: median(times) / CALLS * 1e6 for name, times in interleave(contenders, seconds).items()}
-        for direction, contenders in runs.items()
-    }
+    return {direction: _microseconds(contenders, seconds, device) for direction, contenders in runs.items()}
+
+
+def of_op(info: OpInfo, seconds: float, device: torch.device) -> dict[str, float]:
+    """Microseconds of forward+backward, or forward where there is no backward, on the first sample."""
+    sample = info.samples(device, torch.float32)[0]
+    inputs = leaves([*sample.args, *sample.kwargs.values()])
+    grad = torch.ones_like(first(info.function(*sample.args, **sample.kwargs)))
+
+    def run(function: Callable[..., Any]) -> None:
+        output = function(*sample.args, **sample.kwargs)
+        if inputs:
+            torch.autograd.grad(first(output), inputs, grad, allow_unused=True)
+
+    functions = {OURS: info.function, "native": info.native, "reference": info.reference}
+    return _microseconds({name: partial(run, f) for name, f in functions.items() if f}, seconds, device)
+
+
+def _microseconds(runs: dict[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, float]:
+    def loop(run: Callable[[], Any], state: None) -> None:
+        for _ in range(CALLS):
+            run()
+
+    calls = {name: Call(partial(loop, run)) for name, run in runs.items()}
+    times = interleave(calls, seconds, device, rounds=5, warm_ups=1)
+    return {name: median(values) / CALLS * 1e6 for name, values in times.items()}

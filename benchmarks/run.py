@@ -3,176 +3,124 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
-import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from custom_ops.benchmarks import overhead
-from custom_ops.benchmarks.timing import interleave, machine, median, spread
-from custom_ops.registry import REGISTRY, Benchmark, OpInfo, leaves
+from custom_ops.benchmarks.compare import changes
+from custom_ops.benchmarks.environment import machine, trouble, versions
+from custom_ops.benchmarks.measure import measure
+from custom_ops.benchmarks.plan import Peers, Plan
+from custom_ops.benchmarks.report import Report, print_overhead, print_remarks, print_rows, read_json
+from custom_ops.registry import REGISTRY, OpInfo
 
 # With these the C library keeps what is freed, so that outputs land on memory already mapped.
 WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "200000000000"}
+QUICK_SECONDS = 130.0  # for the cells of a quick run, however many
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops bench", description=__doc__)
-    parser.add_argument("--op", action="append", choices=sorted(REGISTRY), help="only this op (may be repeated)")
-    parser.add_argument("--quick", action="store_true", help="under 3 minutes: fewer rounds")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--memory", choices=("fresh", "warm"), default="fresh", help="new pages or reused ones (CPU)")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    """0, or 1 if one of our answers was wrong or, with ``--against``, something got slower."""
+    parser = _parser()
     options = parser.parse_args(argv)
+    infos = [info for info in REGISTRY.values() if _is_chosen(info, options)]
+    if not infos:
+        parser.error("--op, --family: no op is both")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: there is no CUDA device")
-    if options.memory == "warm" and any(os.environ.get(k) != v for k, v in WARM.items()):
+    if options.device == "cpu" and options.memory == "warm" and any(os.environ.get(k) != v for k, v in WARM.items()):
         return subprocess.call([sys.executable, "-m", "custom_ops", "bench", *argv], env=os.environ | WARM)
+    try:
+        then = read_json(options.against) if options.against else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(f"--against: {options.against} can't be read as results of this command: {error}")
+    if then and (then.device, then.memory) != (options.device, options.memory):
+        parser.error(f"--against: {options.against} was measured on {then.device} with {then.memory} memory")
 
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    device, seconds = torch.device(options.device), 1.5 if options.quick else 8.0
-    where = f"{options.device}, {torch.get_num_threads()} threads" + (
-        f", {options.memory} memory" if options.device == "cpu" else ""
-    )
-    results: dict[str, Any] = {
-        "command": f"python -m custom_ops bench {' '.join(argv)}",
-        "machine": machine(),
-        "memory": options.memory,
-        "device": options.device,
-    }
-    results["overhead"] = overhead.measure(seconds / 2, device)
-    _print_overhead(console, results["overhead"])
-    results["ops"] = {}
-    for info in REGISTRY.values():
-        if options.op and info.name not in options.op:
-            continue
-        for benchmark in info.benchmarks:
-            rows: list[dict[str, Any]] = []
-            for size in benchmark.sizes:
-                rows += _measure(info, benchmark, size, device, options.memory, seconds)
-            results["ops"].setdefault(info.name, []).extend(rows)
-            _print_rows(console, f"{info.name}, by {benchmark.unit} ({where})", rows)
+    command = " ".join(["python -m custom_ops bench", *argv])
+    report = Report(command, options.device, options.memory, machine())
+    report.remarks += filter(None, [trouble(report.machine)])
+    _run(report, infos, options)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    print_overhead(console, report)
+    for rows in report.tables.values():
+        print_rows(console, rows, report.where)
+    print_remarks(console, report)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+        report.write_json(options.json)
+    if options.csv:
+        report.write_csv(options.csv)
+    if options.plots:
+        from custom_ops.benchmarks.plots import write_plots
+
+        for path in write_plots(report, options.plots):
+            console.print(f"plot: {escape(str(path))}")
+    slower = then is not None and _got_slower(console, report, then, options.noise)
+    return int(bool(report.wrong) or slower)
 
 
-def _measure(
-    info: OpInfo, benchmark: Benchmark, size: Any, device: torch.device, memory: str, seconds: float
-) -> list[dict[str, Any]]:
-    args = benchmark.make(size, device)
-    function = functools.partial(info.function, **benchmark.kwargs)
-    contenders = {"custom_ops": function} | _installed(benchmark.peers)
-    inputs = leaves(args)
-    grad = torch.randn_like(_first(function(*args)))
-    _refuse_wrong_answer(info, benchmark, args, grad)
-
-    def forward(fn: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: fn(*args)
-
-    def pair(fn: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(_first(fn(*args)), inputs, grad)
-
-    rows = []
-    for direction, wrap in (("forward", forward), ("forward+backward", pair)):
-        times = interleave({name: wrap(fn) for name, fn in contenders.items()}, seconds)
-        ours = median(times["custom_ops"])
-        for name, values in times.items():
-            row: dict[str, Any] = {
-                "size": size,
-                "direction": direction,
-                "contender": name,
-                "milliseconds": median(values) * 1e3,
-                "spread": spread(values),
-                "ours_over_this": ours / median(values),
-            }
-            for target in benchmark.targets:
-                if (target.size, target.peer, target.direction, target.memory) == (size, name, direction, memory):
-                    row["target"] = target.ratio
-            rows.append(row)
-    return rows
+def _parser() -> argparse.ArgumentParser:
+    families = sorted({info.family for info in REGISTRY.values()})
+    parser = argparse.ArgumentParser(prog="python -m custom_ops bench", description=__doc__)
+    parser.add_argument("--op", action="append", choices=sorted(REGISTRY), help="only this op (may be repeated)")
+    parser.add_argument("--family", action="append", choices=families, help="only this family (may be repeated)")
+    parser.add_argument("--quick", action="store_true", help="under 3 minutes: fewer rounds, no torch.compile")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--memory", choices=("fresh", "warm"), default="fresh", help="new pages or reused ones (CPU)")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="only peers with one of these in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the timings there")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write one picture per table there")
+    parser.add_argument("--against", type=Path, metavar="RESULT.json", help="say what got slower since; 1 if anything")
+    parser.add_argument("--noise", type=float, default=0.15, help="the least change that counts (default: %(default)s)")
+    return parser
 
 
-def _refuse_wrong_answer(info: OpInfo, benchmark: Benchmark, args: tuple[Any, ...], grad: Tensor) -> None:
-    inputs = leaves(args)
-    exact = tuple(_double(a) for a in args)
-    ours = _first(info.function(*args, **benchmark.kwargs))
-    truth = _first(info.reference(*exact, **benchmark.kwargs))
-    pairs = [(ours, truth)]
-    pairs += zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(truth, leaves(exact), grad.double()))
-    for got, expected in pairs:
-        try:
-            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
-        except AssertionError as error:
-            raise SystemExit(f"{info.name}: not timed, its answer is wrong: {error}") from None
+def _is_chosen(info: OpInfo, options: argparse.Namespace) -> bool:
+    return (not options.op or info.name in options.op) and (not options.family or info.family in options.family)
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().double().requires_grad_(value.requires_grad)
-    return value
-
-
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _installed(peers: dict[str, Callable[..., Any] | str]) -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {}
-    for name, peer in peers.items():
-        if isinstance(peer, str):
-            module, _, attribute = peer.partition(":")
-            try:
-                peer = getattr(importlib.import_module(module), attribute)
-            except ImportError as error:
-                print(f"{name}: not installed ({error})")
+def _run(report: Report, infos: list[OpInfo], options: argparse.Namespace) -> None:
+    plan = Plan(infos, QUICK_SECONDS if options.quick else math.inf)
+    peers = Peers(options.peers, options.quick)
+    device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("overhead of a call", total=len(infos) + len(plan.cells))
+        report.overhead["library"] = overhead.of_library(seconds, device)
+        report.overhead["ops"] = {}
+        for info in infos:
+            progress.update(bar, advance=1, description=f"overhead of {info.name}")
+            report.overhead["ops"][info.name] = overhead.of_op(info, seconds, device)
+        for cell in plan.cells:
+            progress.update(bar, advance=1, description=str(cell))
+            effort = plan.effort(cell)
+            if effort is None:
+                report.remarks.append(f"{cell}: skipped, no time")
                 continue
-        found[name] = peer
-    return found
+            result = measure(cell, peers.of(cell.benchmark), device, options.memory, effort)
+            plan.done(cell, result)
+            report.rows += result.rows
+            report.remarks += result.remarks
+            report.wrong += [result.wrong] if result.wrong else []
+    report.missing, report.packages = peers.missing, versions(peers.modules)
 
 
-def _print_overhead(console: Any, results: dict[str, dict[str, float]]) -> None:
-    from rich.table import Table
-
-    table = Table(title="one call on 16 elements", title_justify="left")
-    for column in ("", "contender", "µs", "ours / this", "target"):
-        table.add_column(column, justify="left" if column in ("", "contender") else "right")
-    for direction, times in results.items():
-        for name, microseconds in times.items():
-            ratio = times["custom_ops.library"] / microseconds
-            target = _verdict(ratio, overhead.TARGETS[direction]) if name == overhead.PEER else ""
-            table.add_row(direction, name, f"{microseconds:.1f}", f"{ratio:.2f}", target)
-    console.print(table)
-
-
-def _print_rows(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in ("size", "", "contender", "ms", "± IQR", "ours / this", "target"):
-        table.add_column(column, justify="left" if column in ("", "contender") else "right")
-    for row in rows:
-        target = _verdict(row["ours_over_this"], row["target"]) if "target" in row else ""
-        table.add_row(
-            _label(row["size"]), row["direction"], row["contender"], f"{row['milliseconds']:.3g}",
-            f"{row['spread']:.0%}", f"{row['ours_over_this']:.3f}", target,
-        )  # fmt: skip
-    console.print(table)
-
-
-def _label(size: Any) -> str:
-    return f"{size:,}" if isinstance(size, int) else " × ".join(map(str, size))
-
-
-def _verdict(ratio: float, target: float) -> str:
-    return f"≤ {target:.3g} {'met' if ratio <= target else 'MISSED'}"
+def _got_slower(console: Console, now: Report, then: Report, noise: float) -> bool:
+    found = changes(now, then, noise)
+    slower = [change for change in found if change.slower]
+    for change in slower:
+        console.print(f"[bold red]slower:[/] {escape(str(change))}")
+    for change in found:
+        if change.faster:
+            console.print(f"[green]faster:[/] {escape(str(change))}")
+    console.print(f"{len(slower)} of {len(found)} got slower against the peers, compared with: {escape(then.command)}")
+    return bool(slower)

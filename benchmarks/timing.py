@@ -6,48 +6,64 @@ what the one before it left there.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], seconds: float, rounds: int = 7) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Call:
+    """What is timed, ``run(prepare())``, less what comes before it."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+    def __call__(self) -> Any:
+        return self.run(self.prepare())
+
+
+def seconds_of(call: Call, device: torch.device) -> float:
+    """One call: by the clock on the CPU, between two events on the stream of a CUDA device."""
+    state = call.prepare()
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        result = call.run(state)
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end) / 1e3
+    else:
+        begin = time.perf_counter()
+        result = call.run(state)
+        elapsed = time.perf_counter() - begin
+    del result, state  # the memory goes back before the next call, untimed
+    return elapsed
+
+
+def interleave(
+    contenders: dict[str, Call], seconds: float, device: torch.device, rounds: int = 7, warm_ups: int = 3
+) -> dict[str, list[float]]:
     """Seconds of each call, taking turns for about ``seconds`` in all but at least ``rounds`` times.
 
     A few rounds come before, untimed: on a virtual machine the first use of memory costs many times
     what all later uses do.
     """
-    for run in [*contenders.values()] * 3:
-        run()
+    for call in [*contenders.values()] * warm_ups:
+        call()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     start = time.perf_counter()
     while len(times[names[0]]) < rounds or time.perf_counter() - start < seconds:
         for name in names:
             contenders[name]()
-            synchronise()
-            begin = time.perf_counter()
-            result = contenders[name]()
-            synchronise()
-            times[name].append(time.perf_counter() - begin)
-            del result  # its memory goes back before the next call
+            times[name].append(seconds_of(contenders[name], device))
         names.append(names.pop(0))
     return times
-
-
-def per_call(run: Callable[[], Any], calls: int) -> Callable[[], None]:
-    """``run`` repeated: for calls too short to be timed singly."""
-
-    def repeated() -> None:
-        for _ in range(calls):
-            run()
-
-    return repeated
 
 
 def median(values: list[float]) -> float:
@@ -58,32 +74,3 @@ def spread(values: list[float]) -> float:
     """The interquartile range over the median."""
     quartiles = statistics.quantiles(values, n=4)
     return (quartiles[2] - quartiles[0]) / median(values)
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def machine() -> dict[str, Any]:
-    """Versions and hardware, for every result file."""
-    info = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-    }
-    if torch.cuda.is_available():
-        import triton
-
-        info |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
-    return info
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()

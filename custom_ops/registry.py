@@ -52,7 +52,13 @@ class Benchmark:
 
     ``make(size, device)`` returns the arguments; tensors with ``requires_grad`` get a gradient. The
     peers, callables or "module:name" of one, are called with the same arguments; a module that can't be
-    imported is listed as not installed. ``kwargs`` go to the op and its reference, not to the peers.
+    imported is listed as not installed, and one with "torch.compile" in its name is left out by
+    ``--quick``. ``kwargs`` go to the op and its reference, not to the peers.
+
+    ``traffic(size)`` gives the least bytes ((read, written) in forward, (read, written) in backward) that
+    any implementation must move. Without it each argument is read once and each result written once,
+    which is wrong for an op that may leave most of an argument unread. ``checked_at(size)`` is the size
+    to check the answers at, where the reference would need too much memory or time at ``size`` itself.
     """
 
     sizes: Sequence[Any]
@@ -61,6 +67,12 @@ class Benchmark:
     unit: str
     targets: Sequence[Target] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    traffic: Callable[[Any], tuple[tuple[int, int], tuple[int, int]]] | None = None
+    checked_at: Callable[[Any], Any] = lambda size: size
+
+    @property
+    def title(self) -> str:
+        return ", ".join([self.unit, *(f"{name}={value}" for name, value in self.kwargs.items())])
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ class OpInfo:
     float64. ``samples(device, dtype)`` returns small calls that cover the op's arguments and edge
     cases. ``apply`` is the ``Function.apply`` idiom. ``modules`` maps a description to a module and
     the keyword arguments of ``function`` it stands for. ``dtypes`` are the floating dtypes supported.
+    ``native`` is the nearest op of torch itself, called with the first sample's arguments: what one call
+    of ours on a few elements is compared with.
     """
 
     name: str
@@ -84,6 +98,12 @@ class OpInfo:
     benchmarks: Sequence[Benchmark] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    native: Callable[..., Any] | None = None
+
+    @property
+    def family(self) -> str:
+        """The module of the package that the op belongs to."""
+        return self.function.__module__.split(".")[1]
 
 
 REGISTRY: dict[str, OpInfo] = {}

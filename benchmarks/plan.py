@@ -1,0 +1,88 @@
+"""What a run measures, in which order, and how long it may take over each cell."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from custom_ops.benchmarks.measure import Cell, Effort, Result
+from custom_ops.registry import Benchmark, OpInfo
+
+FULL = Effort()
+QUICK = Effort(seconds=0.5, rounds=3, warm_ups=1)
+
+
+class Plan:
+    """The cells in order. A quick run takes the small sizes of all tables first, and divides its seconds.
+
+    Each cell may take its share of what is left; one that is bound to take far more, judging by the size
+    before it, is skipped. So a run ends in time whatever the number of ops.
+    """
+
+    def __init__(self, infos: Iterable[OpInfo], seconds: float = math.inf) -> None:
+        self.quick = math.isfinite(seconds)
+        self.end = time.perf_counter() + seconds
+        cells = [
+            (place, Cell(info, benchmark, size))
+            for info in infos
+            for benchmark in info.benchmarks
+            for place, size in enumerate(benchmark.sizes)
+        ]
+        self.cells = [cell for _, cell in (sorted(cells, key=lambda pair: pair[0]) if self.quick else cells)]
+        self.left = len(self.cells)
+        self._last: dict[int, tuple[Cell, float]] = {}
+
+    def effort(self, cell: Cell) -> Effort | None:
+        """For the next cell; None to skip it."""
+        share = (self.end - time.perf_counter()) / self.left
+        self.left -= 1
+        if not self.quick:
+            return FULL
+        before, preparation = self._last.get(id(cell.benchmark), (cell, 0.0))
+        if 2 * share < preparation * elements(cell.size) / elements(before.size) or share <= 0:
+            return None
+        return replace(QUICK, limit=share)
+
+    def done(self, cell: Cell, result: Result) -> None:
+        self._last[id(cell.benchmark)] = cell, result.preparation
+
+
+def elements(size: Any) -> float:
+    """How large a size is, to guess at the time it takes: the product of the numbers in it."""
+    if isinstance(size, (tuple, list)):
+        return math.prod(map(elements, size))
+    return max(float(size), 1.0) if isinstance(size, (int, float)) else 1.0
+
+
+class Peers:
+    """The peers of each benchmark that are wanted and installed; ``missing`` collects those that aren't."""
+
+    def __init__(self, wanted: list[str] | None, quick: bool) -> None:
+        self.wanted, self.quick = wanted, quick
+        self.missing: dict[str, str] = {}
+        self.modules: set[str] = set()
+
+    def of(self, benchmark: Benchmark) -> dict[str, Callable[..., Any]]:
+        found: dict[str, Callable[..., Any]] = {}
+        for name, peer in benchmark.peers.items():
+            if not self._is_wanted(name):
+                continue
+            if isinstance(peer, str):
+                module, _, attribute = peer.partition(":")
+                try:
+                    peer = getattr(importlib.import_module(module), attribute)
+                except ImportError as error:
+                    self.missing[name] = str(error)
+                    continue
+                self.modules.add(module.partition(".")[0])
+            found[name] = peer
+        return found
+
+    def _is_wanted(self, name: str) -> bool:
+        if self.wanted is None:
+            return not (self.quick and "torch.compile" in name)
+        return any(part.lower() in name.lower() for part in self.wanted)
