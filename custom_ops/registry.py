@@ -71,6 +71,9 @@ class OpInfo:
     float64. ``samples(device, dtype)`` returns small calls that cover the op's arguments and edge
     cases. ``apply`` is the ``Function.apply`` idiom. ``modules`` maps a description to a module and
     the keyword arguments of ``function`` it stands for. ``dtypes`` are the floating dtypes supported.
+
+    A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run: there the
+    op gives something, by design other than what they compare with.
     """
 
     name: str
@@ -83,6 +86,7 @@ class OpInfo:
     bad_calls: Callable[[], list[BadCall]] = list
     benchmarks: Sequence[Benchmark] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
+    not_comparable: dict[str, str] = field(default_factory=dict)  # capability: reason, of an op that shapes gradients
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
