@@ -49,7 +49,9 @@ def _mobilenet() -> nn.Module:
     for inputs, outputs, stride in ((16, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)):
         wide = 6 * inputs
         body = nn.Sequential(
-            *_conv(inputs, wide, 1), nn.ReLU6(), *_conv(wide, wide, 3, stride, wide), nn.ReLU6(), *_conv(wide, outputs, 1)
+            *_conv(inputs, wide, 1), nn.ReLU6(),
+            *_conv(wide, wide, 3, stride, wide), nn.ReLU6(),
+            *_conv(wide, outputs, 1),
         )  # fmt: skip
         layers.append(_Residual(body, nn.Identity()) if inputs == outputs and stride == 1 else body)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))

@@ -36,3 +36,21 @@ def index_add_voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor) -> tupl
     """What one would write with PyTorch's own ops: number the runs, then scatter."""
     _, voxel, counts = torch.unique_consecutive(ranks, return_inverse=True, return_counts=True)
     return x.new_zeros(len(counts), x.shape[1]).index_add(0, voxel, x), geometry[counts.cumsum(0) - 1]
+
+
+class SigmoidSurrogate(torch.autograd.Function):
+    """A spike with the slope of a sigmoid, as libraries for spiking networks write it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x >= 0).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        s = ctx.saved_tensors[0].sigmoid()
+        return grad * (1 - s) * s
+
+
+def surrogate_gradient_function(x: Tensor) -> Tensor:
+    return SigmoidSurrogate.apply(x)

@@ -47,6 +47,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,7 @@ from torch.autograd.function import (
 __all__ = [
     "Function",
     "autocast",
+    "compose",
     "define",
     "function_of",
     "inductor",
@@ -88,6 +90,7 @@ __all__ = [
 
 _libraries: dict[OpOverload, torch.library.Library] = {}
 _functions: dict[OpOverload, type[Function]] = {}
+_bodies: dict[OpOverload, Callable[..., Any]] = {}  # of composed ops: what runs below autograd in place of a kernel
 _applied: dict[OpOverload, list[Callable[..., Any]]] = {}  # by the Autograd kernel: the apply of a _twin
 
 
@@ -105,26 +108,72 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
 
     Returns the operator itself, ``torch.ops.namespace.op.default``.
     """
-    namespace, separator, opname = name.partition("::")
-    if not (namespace and separator and opname):
-        raise ValueError(f'name: expected "namespace::op", got {name!r}')
+    _split(name)
 
     def decorate(fake: Callable[..., Any]) -> OpOverload:
-        for parameter in inspect.signature(fake).parameters.values():
-            if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-                raise ValueError(f"{fake.__name__}: expected positional arguments only, got {parameter}")
-        lib = torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept in _libraries)
-        schema = torch.library.infer_schema(fake, mutates_args=(), op_name=opname)
-        lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        op: OpOverload = getattr(getattr(torch.ops, namespace), opname).default
-        op.__doc__ = fake.__doc__
-        _libraries[op] = lib
-        torch.library.register_fake(name, _refusing_mixtures(opname, fake), lib=lib)
-        _applied[op] = [_twin(op, None).apply]
-        lib.impl(opname, _with_defaults(op, _autograd_kernel(op, _applied[op])), "Autograd")
+        op = _declare(name, fake)
+        torch.library.register_fake(name, _refusing_mixtures(op._opname, fake), lib=_libraries[op])
         return op
 
     return decorate
+
+
+def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Define the operator ``name`` from an annotated Python function that is its kernel everywhere.
+
+    For a composition of torch's ops, or of ours, that is to have a derivative of its own: attach a
+    `Function`, and a `vmap` rule. Derivatives are taken of the whole op; below autograd only its body
+    is left. So ``torch.compile`` fuses it with its neighbours, and there is no kernel to write and no
+    opaque call. ``torch.export`` keeps the op in the program, and with it the derivative.
+
+    With ``view=True`` the body returns its first argument as it is, of which the op gives a view: a gradient is
+    changed on its way at no cost to the forward pass. As to any view that a Function returns, autograd refuses
+    in-place writes to the output and to its base; in forward mode it isn't a view but a copy.
+
+    Returns the operator itself, ``torch.ops.namespace.op.default``.
+    """
+    _split(name)
+
+    def decorate(body: Callable[..., Any]) -> OpOverload:
+        run = _viewing(body) if view else body
+        op = _declare(name, body, run, view)
+        _libraries[op].impl(op._opname, _with_defaults(op, run), "CompositeExplicitAutograd")
+        return op
+
+    return decorate
+
+
+def _split(name: str) -> tuple[str, str]:
+    namespace, separator, opname = name.partition("::")
+    if not (namespace and separator and opname):
+        raise ValueError(f'name: expected "namespace::op", got {name!r}')
+    return namespace, opname
+
+
+def _declare(
+    name: str, like: Callable[..., Any], body: Callable[..., Any] | None = None, view: bool = False
+) -> OpOverload:
+    """The operator with the schema of ``like``'s annotations and its Autograd kernel, but nothing below that."""
+    namespace, opname = _split(name)
+    for parameter in inspect.signature(like).parameters.values():
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            raise ValueError(f"{like.__name__}: expected positional arguments only, got {parameter}")
+    lib = torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept in _libraries)
+    schema = torch.library.infer_schema(like, mutates_args=(), op_name=opname)
+    if view:
+        annotated = re.sub(r"\(Tensor (.*) -> Tensor$", r"(Tensor(a) \1 -> Tensor(a)", schema)
+        if annotated == schema:
+            raise ValueError(f"{like.__name__}: expected a tensor first and one as result, got {schema}")
+        schema = annotated
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op: OpOverload = getattr(getattr(torch.ops, namespace), opname).default
+    op.__doc__ = like.__doc__
+    _libraries[op] = lib
+    if body is not None:
+        _bodies[op] = body
+    _applied[op] = [_twin(op, None).apply]
+    lib.impl(opname, _with_defaults(op, _autograd_kernel(op, _applied[op])), "Autograd")
+    return op
 
 
 def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
@@ -306,6 +355,7 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
         return None if method is getattr(torch.autograd.Function, name) else method
 
     call = op._op  # op.__call__ without its Python frame
+    below = _bodies.get(op, call)
     setup_context, backward, jvp = own("setup_context"), own("backward"), own("jvp")
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -315,7 +365,7 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
                 output = call(*args)
         else:
             with _AutoDispatchBelowAutograd():
-                output = call(*args)
+                output = below(*args)
         ctx.materialize_grads = False
         if setup_context is not None:
             setup_context(ctx, args, output)
@@ -365,7 +415,7 @@ class _Primals:
 
 
 def _autograd_kernel(op: OpOverload, applied: list[Callable[..., Any]]) -> Callable[..., Any]:
-    call = op._op
+    below = _bodies.get(op, op._op)
 
     def run(*args: Any) -> Any:
         if _are_functorch_transforms_active():
@@ -374,8 +424,22 @@ def _autograd_kernel(op: OpOverload, applied: list[Callable[..., Any]]) -> Calla
         # A dual tensor carries its tangent even where gradients are off.
         if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and _any_requires_grad(*args)):
             with _AutoDispatchBelowAutograd():
-                return call(*args)
+                return below(*args)
         return applied[0](*args)
+
+    return run
+
+
+def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
+    """A view of what ``body`` returns; a copy in forward mode, where a view's tangent must be a view of the tangent.
+
+    It is the plainest view there is: with others, of sizes, compiled in-place writes went unnoticed.
+    """
+
+    def run(*args: Any) -> Any:
+        if body(*args) is not args[0]:
+            raise TypeError(f"{body.__name__}: expected the first argument back, as the op is a view")
+        return torch.ops.aten.alias(args[0]) if forward_ad._current_level < 0 else args[0].clone()
 
     return run
 

@@ -85,6 +85,9 @@ class OpInfo:
     the keyword arguments of ``function`` it stands for. ``dtypes`` are the floating dtypes supported.
     ``native`` is the nearest op of torch itself, called with the first sample's arguments: what one call
     of ours on a few elements is compared with.
+
+    A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run: there the
+    op gives something, by design other than what they compare with.
     """
 
     name: str
@@ -97,6 +100,7 @@ class OpInfo:
     bad_calls: Callable[[], list[BadCall]] = list
     benchmarks: Sequence[Benchmark] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
+    not_comparable: dict[str, str] = field(default_factory=dict)  # capability: reason, of an op that shapes gradients
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     native: Callable[..., Any] | None = None
 

@@ -29,7 +29,7 @@ def families() -> dict[str, list[str]]:
     """{family: its ops}"""
     found: dict[str, list[str]] = {}
     for info in REGISTRY.values():
-        found.setdefault(info.function.__module__.split(".")[1], []).append(info.name)
+        found.setdefault(info.family, []).append(info.name)
     return found
 
 

@@ -22,6 +22,7 @@ def worker() -> None:
     for placement in (Shard(0), Replicate()):
         relu_agrees(mesh, placement)
         margin_ranking_loss_agrees(mesh, placement)
+        shaped_gradients_agree(mesh, placement)
     for placement in (Shard(1), Replicate()):
         segment_sum_agrees(mesh, placement)
     mixed = init_device_mesh("cpu", (2, 1))
@@ -67,6 +68,26 @@ def margin_ranking_loss_agrees(mesh, placement) -> None:
         torch.testing.assert_close(loss.full_tensor(), expected)
         for ours, whole in zip(sharded, tensors):
             torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
+
+
+def shaped_gradients_agree(mesh, placement) -> None:
+    x, grad = torch.randn(4, 6), torch.randn(4, 6)
+    sharded, sharded_grad = (distribute_tensor(t, mesh, [placement]) for t in (x, grad))
+    shapings = (
+        lambda x: custom_ops.reverse_gradient(x, 0.5),
+        lambda x: custom_ops.clip_gradient_norm(x, 1.0, dim=1),
+        lambda x: custom_ops.straight_through(x.round(), x),
+        lambda x: custom_ops.surrogate_gradient(x, "triangle"),
+    )
+    for shaping in shapings:
+        ours, whole = sharded.detach().requires_grad_(), x.clone().requires_grad_()
+        with CommDebugMode() as communication:
+            y = shaping(ours)
+            y.backward(sharded_grad)
+        assert communication.get_total_counts() == 0
+        shaping(whole).backward(grad)
+        torch.testing.assert_close(y.full_tensor(), shaping(x))
+        torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
 
 
 def segment_sum_agrees(mesh, placement) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import CustomReLU, library
-from custom_ops.verify import verify
+from custom_ops.verify import Sample, verify
 
 
 @library.define("custom_ops_test::cube")
@@ -79,6 +79,138 @@ def test_a_user_op_passes_the_whole_battery():
     x = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64, requires_grad=True)
     report = verify(cube, [(x, 2.0)], reference=lambda x, factor: factor * x * x * x, quick=True)
     report.raise_on_failure()
+
+
+@library.compose("custom_ops_test::doubled", view=True)
+def doubled(x: Tensor, times: float = 2.0) -> Tensor:
+    return x
+
+
+class Doubled(library.Function, op=doubled):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.times = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.times, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent * ctx.times
+
+
+@library.vmap(doubled)
+def _(info, in_dims, x, times):
+    return doubled(x, times), in_dims[0]
+
+
+@library.compose("custom_ops_test::softplus")
+def softplus(x: Tensor) -> Tensor:
+    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))  # whose gradient at 0 would be 0 or NaN
+
+
+class Softplus(library.Function, op=softplus):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.sigmoid(*ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * torch.sigmoid(*ctx.saved_tensors)
+
+
+@library.vmap(softplus)
+def _(info, in_dims, x):
+    return softplus(x), in_dims[0]
+
+
+def test_a_composed_op_passes_the_whole_battery():
+    samples = [Sample((torch.tensor([0.0, -1.5, 2.0], dtype=torch.float64, requires_grad=True),), dynamic={0: 0})]
+    verify(softplus, samples, reference=torch.nn.functional.softplus, quick=True).raise_on_failure()
+
+
+def test_a_composed_view_costs_nothing_and_is_differentiated_all_the_same():
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            x = torch.ones(3, requires_grad=True)
+            y = doubled(x)
+            assert y.data_ptr() == x.data_ptr()
+            assert y.requires_grad == x.view_as(x).requires_grad
+    x = torch.ones(3, requires_grad=True)
+    torch.library.opcheck(doubled, (x, 3.0))
+    doubled(x).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(3))
+        y = doubled(dual, 5.0)
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent.tolist() == [5, 5, 5]
+        assert y.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_composed_view_is_transparent_to_the_compiler(backend):
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(lambda x: (doubled(x) * x).sum(), backend=backend, fullgraph=True)(x).backward()
+    assert x.grad.tolist() == [3, 3, 3]
+    for written in (0, 1):
+
+        def in_place(x, written=written):
+            base = x * 1
+            y = doubled(base)
+            (base, y)[written].mul_(2)
+            return (base + y).sum()
+
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="is a view and"):
+            torch.compile(in_place, backend=backend)(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = torch.zeros(3)
+            torch.compile(lambda y: doubled(y).add_(1), backend=backend)(y)
+            assert y.tolist() == [1, 1, 1]
+
+
+def test_an_exported_program_keeps_the_derivative_of_a_composed_op(tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return doubled(2 * x)
+
+    torch.export.save(torch.export.export(Model(), (torch.ones(3),)), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    x = torch.ones(3, requires_grad=True)
+    program.module()(x).sum().backward()
+    assert x.grad.tolist() == [4, 4, 4]
+    assert not any("custom_ops_test" in str(node.target) for node in program.run_decompositions().graph.nodes)
+
+
+def test_a_composed_view_is_of_its_first_argument():
+    with pytest.raises(ValueError, match="expected a tensor first and one as result"):
+
+        @library.compose("custom_ops_test::no_view", view=True)
+        def no_view(factor: float, x: Tensor) -> Tensor:
+            return x
+
+    @library.compose("custom_ops_test::another_view", view=True)
+    def another_view(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    with pytest.raises(TypeError, match="another_view: expected the first argument back"):
+        another_view(torch.ones(2))
+
+
+def test_a_composed_op_without_a_function_has_no_derivative():
+    @library.compose("custom_ops_test::composed_without_function")
+    def composed(x: Tensor) -> Tensor:
+        return x.sin()
+
+    with pytest.raises(NotImplementedError, match="has no backward"):
+        composed(torch.ones(2, requires_grad=True)).sum().backward()
 
 
 def test_defaults_reach_the_function():

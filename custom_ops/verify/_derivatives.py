@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -201,7 +202,7 @@ def version_check(case: Case) -> None:
             try:
                 actual = grads(outputs, [t for t in tensors if t.requires_grad], weights)
             except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
+                if not re.search("modified (by an )?inplace", str(error)):
                     raise
                 continue
             what = f"argument {call.keys[i]}" if i < len(tensors) else f"output {i - len(tensors)}"
@@ -213,7 +214,9 @@ def func_grad(case: Case) -> None:
     """``torch.func.grad`` of a weighted sum of the outputs."""
     for call in case.differentiable_calls():
         actual = torch.func.grad(_weighted(call), _all(call))(*_detached(call))
-        check_close(flat(actual), flat(call.weights()) @ jacobian(case.oracle(call)), f"func.grad of {describe(call)}")
+        oracle = case.oracle(call)
+        inputs = oracle.inputs
+        check_close(actual, grads(oracle(*inputs), inputs, call.weights()), f"func.grad of {describe(call)}")
 
 
 @capability("func.vjp")
@@ -222,8 +225,10 @@ def func_vjp(case: Case) -> None:
     for call in case.differentiable_calls():
         outputs, pull_back = torch.func.vjp(call, *_detached(call))[:2]
         weights = randn_like(outputs, seed=1)
-        expected = flat(weights) @ jacobian(case.oracle(call))
-        check_close(flat(pull_back(tuple(weights))), expected, f"func.vjp of {describe(call)}")
+        oracle = case.oracle(call)
+        inputs = oracle.inputs
+        expected = grads(oracle(*inputs), inputs, weights)
+        check_close(pull_back(tuple(weights)), expected, f"func.vjp of {describe(call)}")
 
 
 @capability("func.jvp")

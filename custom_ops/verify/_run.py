@@ -90,7 +90,7 @@ def verify(
             not_applicable=not_applicable or {},
         )
     chosen = _chosen(only, quick)
-    unknown = info.not_applicable.keys() - CAPABILITIES.keys()
+    unknown = (info.not_applicable | info.not_comparable).keys() - CAPABILITIES.keys()
     if unknown:
         raise ValueError(f"not_applicable: unknown capabilities {sorted(unknown)}, see verify.capabilities()")
     report = Report()
@@ -126,6 +126,8 @@ def _cell(row: Capability, case: Case, backend: str) -> Cell:
 
 
 def _outcome(row: Capability, case: Case) -> tuple[str, str]:
+    if row.name in case.info.not_comparable:
+        return NOT_APPLICABLE, case.info.not_comparable[row.name]
     reason = case.info.not_applicable.get(row.name)
     if reason is not None and not row.may_be_refused:
         return NOT_APPLICABLE, reason

@@ -1,0 +1,50 @@
+"""Gradient shaping."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, kernel, widen
+
+_SHAPES = ("sigmoid", "atan", "triangle", "boxcar")
+
+
+@kernel(
+    "*T *T *T fp64 i32",
+    FLOATING,
+    {shape: {"SHAPE": shape, "BLOCK": BLOCK} for shape in _SHAPES},
+    num_warps=8,  # with 4, float64 spills on sm_100
+)
+@triton.jit
+def surrogate_slope_kernel(
+    grad_ptr, x_ptr, out_ptr, width: tl.float64, elements, SHAPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    x = widen(tl.load(x_ptr + at, mask=inside, other=0))
+    wide = tl.full([1], width, x.dtype)
+    u = x / wide
+    if SHAPE == "sigmoid":
+        e = tl.exp(-tl.abs(u))
+        slope = e / ((1 + e) * (1 + e))
+    elif SHAPE == "atan":
+        slope = 0.31830988618379067 / (1 + u * u)
+    elif SHAPE == "triangle":
+        slope = 1 - tl.abs(u)
+        slope = tl.where(slope < 0, 0.0, slope)
+    else:
+        slope = tl.where(tl.abs(u) < 1, 0.5, 0.0)
+    grad = widen(tl.load(grad_ptr + at, mask=inside, other=0))
+    tl.store(out_ptr + at, grad * (slope / wide), mask=inside)
+
+
+def surrogate_slope(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
+    grad, x = grad.contiguous(), x.contiguous()
+    if grad.shape != x.shape:
+        raise RuntimeError("grad: expected the shape of x")
+    out = x.new_empty(x.shape)
+    programs = triton.cdiv(x.numel(), BLOCK)
+    surrogate_slope_kernel(programs, grad, x, out, width, x.numel(), variant=_SHAPES[shape])
+    return out
