@@ -93,13 +93,13 @@ class Effort:
 
 
 class Problem:
-    """The arguments of one cell, and the calls that are timed on them."""
+    """The arguments of one cell, and the calls that are timed on them; ``function`` gives the output's shape."""
 
-    def __init__(self, cell: Cell, size: Any, device: torch.device) -> None:
+    def __init__(self, cell: Cell, size: Any, device: torch.device, function: Function) -> None:
         torch.manual_seed(0)
         self.args = cell.benchmark.make(size, device)
         self.inputs = leaves(self.args)
-        output = cell.ours(*self.args)
+        output = function(*self.args)
         self.grad = torch.randn_like(first(output)) if self.inputs else None
         self.traffic = (cell.benchmark.traffic or (lambda _: least_traffic(self.args, output, self.inputs)))(size)
 
@@ -133,7 +133,7 @@ def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory
         return Result(wrong=f"{cell}: {wrong[OURS]}")
     result.remarks += [f"{cell}: {name}: {what}" for name, what in wrong.items() if what]
 
-    problem = Problem(cell, cell.size, device)
+    problem = Problem(cell, cell.size, device, cell.ours)
     if math.isfinite(effort.limit):
         last = problem.directions[-1]
         once = {n: seconds_of(problem.call(f, last), device) for n, f in contenders.items() if _runs(wrong[n])}
@@ -180,7 +180,7 @@ def label(size: Any) -> str:
 
 def _check(cell: Cell, contenders: dict[str, Function], device: torch.device) -> dict[str, str]:
     """What is wrong with each contender's answer: nothing, a difference, or "raised ..."."""
-    problem = Problem(cell, cell.benchmark.checked_at(cell.size), device)
+    problem = Problem(cell, cell.benchmark.checked_at(cell.size), device, cell.reference)
     grad = problem.grad
     truth = Answer(cell.reference, in_double(problem.args), None if grad is None else grad.double())
     wrong = {}

@@ -13,10 +13,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
+from custom_ops.benchmarks.report import Report, read_json
 from custom_ops.registry import REGISTRY
-from custom_ops.verify import Cell, Report, capabilities
+from custom_ops.verify import Cell, capabilities
+from custom_ops.verify import Report as Matrix
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -42,7 +44,7 @@ def ops() -> str:
     return "\n".join(["| family | op | |", "|---|---|---|", *rows])
 
 
-def summary(report: Report) -> str:
+def summary(report: Matrix) -> str:
     """One column for each family: how many of its ops' cells pass, and how many don't apply."""
     groups = families()
     lines = [
@@ -58,7 +60,7 @@ def summary(report: Report) -> str:
     return "\n".join(lines)
 
 
-def matrix(report: Report) -> str:
+def matrix(report: Matrix) -> str:
     """A table for each family; a cell has two marks where the backends differ."""
     blocks = [
         "# The capability matrix",
@@ -87,41 +89,49 @@ def _marks(cells: list[Cell], notes: list[str]) -> str:
 
 
 def speed() -> str:
+    """Of each result file the remarks, the overhead of a call, and forward+backward of each op at each size."""
     blocks = []
     for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        blocks += [_heading(path, result), _overhead(result["overhead"]), *map(_op, result["ops"].items())]
-    return "\n\n".join(blocks)
+        report = read_json(path)
+        remarks = "\n".join(f"- {remark}" for remark in report.remarks)
+        blocks += [_heading(path, report), *filter(None, [remarks]), _overhead(report)]
+        blocks += [_timings(op, table, rows) for (op, table), rows in report.tables.items()]
+    return "\n\n".join(blocks) or "No results of this version are in benchmarks/results yet."
 
 
-def _heading(path: Path, result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    where = machine.get("device") or f"{machine['cpu']}, {machine['threads']} threads"
-    memory = f", {result['memory']} memory" if result["device"] == "cpu" else ""
-    source = f"`{result['command']}`, [{path.name}]({path.relative_to(ROOT)})"
-    return f"**{where}{memory}** (torch {machine['torch']}; {source})"
+def _heading(path: Path, report: Report) -> str:
+    source = f"`{report.command}`, [{path.name}]({path.relative_to(ROOT)})"
+    return f"**{report.where}** (torch {report.machine['torch']}; {source})"
 
 
-def _overhead(overhead: dict[str, dict[str, float]]) -> str:
-    lines = ["| one call on 16 elements | µs | ours / this |", "|---|--:|--:|"]
-    for direction, times in overhead.items():
-        for name, microseconds in times.items():
-            ratio = times["custom_ops.library"] / microseconds
-            lines.append(f"| {direction}, {name} | {microseconds:.1f} | {ratio:.2f} |")
+def _overhead(report: Report) -> str:
+    tables = [(f"one call on 16 elements, {d}", "custom_ops.library", t) for d, t in report.overhead["library"].items()]
+    tables += [(f"{op}, first sample", OURS, times) for op, times in report.overhead["ops"].items()]
+    lines = ["| overhead of a call | ours, µs | other | ours / other |", "|---|--:|---|--:|"]
+    for title, ours, times in tables:
+        for name in [name for name in times if name != ours]:
+            lines.append(f"| {title} | {times[ours]:.1f} | {name} | {times[ours] / times[name]:.2f} |")
     return "\n".join(lines)
 
 
-def _op(item: tuple[str, list[dict[str, Any]]]) -> str:
-    name, rows = item
-    lines = [f"| {name} | peer | ours, ms | peer, ms | ours / peer |", "|---|---|--:|--:|--:|"]
-    ours = {(r["size"], r["direction"]): r["milliseconds"] for r in rows if r["contender"] == "custom_ops"}
+def _timings(op: str, table: str, rows: list[Row]) -> str:
+    last = rows[-1].direction
+    sizes: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if row["contender"] != "custom_ops":
-            mine = ours[row["size"], row["direction"]]
-            lines.append(
-                f"| {row['size']:,}, {row['direction']} | {row['contender']} "
-                f"| {mine:.3g} | {row['milliseconds']:.3g} | {row['ours_over_this']:.2f} |"
-            )
+        if row.direction == last:
+            sizes.setdefault(label(row.size), {})[row.contender] = row
+    peers = dict.fromkeys(name for by_name in sizes.values() for name in by_name if name not in (OURS, FLOOR))
+    head = ["ours, ms", "× floor", "peak, MiB", *(f"ours / {peer}" for peer in peers)]
+    lines = [f"| {op}, {last}, by {table} | {' | '.join(head)} |", f"|---|{'--:|' * len(head)}"]
+    for size, by_name in sizes.items():
+        ours = by_name[OURS]
+        ratios = [
+            f"{by_name[p].ours_over_this:.2f}{'*' * bool(by_name[p].note)}" if p in by_name else "" for p in peers
+        ]
+        cells = [f"{ours.milliseconds:.3g}", f"{ours.floors:.2f}", f"{(ours.peak_bytes or 0) / 2**20:.1f}", *ratios]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    if any(row.note for row in rows):
+        lines += ["", "\\* its answer differs from that of the reference in float64"]
     return "\n".join(lines)
 
 
@@ -141,7 +151,7 @@ def main() -> None:
         command = [sys.executable, "-m", "custom_ops", "verify", "--quick", "--json", "--backend"]
         runs = [subprocess.Popen([*command, b], stdout=subprocess.PIPE, text=True) for b in BACKENDS]
         saved = [run.communicate()[0] for run in runs]
-    report = Report([Cell(**cell) for text in saved for cell in json.loads(text)["cells"]])
+    report = Matrix([Cell(**cell) for text in saved for cell in json.loads(text)["cells"]])
     MATRIX.write_text(matrix(report))
     text = README.read_text()
     for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", speed())):

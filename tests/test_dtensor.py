@@ -20,7 +20,9 @@ def worker() -> None:
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     for placement in (Shard(0), Replicate()):
-        relu_agrees(mesh, placement)
+        for activation in (custom_ops.relu, custom_ops.leaky_relu, custom_ops.hardtanh, custom_ops.squared_relu):
+            activation_agrees(activation, mesh, placement)
+        bias_agrees(mesh, placement)
         margin_ranking_loss_agrees(mesh, placement)
         shaped_gradients_agree(mesh, placement)
     for placement in (Shard(1), Replicate()):
@@ -31,18 +33,33 @@ def worker() -> None:
     dist.destroy_process_group()
 
 
-def relu_agrees(mesh, placement) -> None:
+def activation_agrees(activation, mesh, placement) -> None:
     x = torch.randn(5, 7, requires_grad=True)  # odd: each rank's mask has padding bits of its own
     grad = torch.randn(5, 7)
     sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
     sharded_grad = distribute_tensor(grad, mesh, [placement])
     with CommDebugMode() as communication:
-        y = custom_ops.relu(sharded)
+        y = activation(sharded)
         y.backward(sharded_grad)
     assert communication.get_total_counts() == 0
-    custom_ops.relu(x).backward(grad)
-    torch.testing.assert_close(y.full_tensor(), custom_ops.relu(x))
+    activation(x).backward(grad)
+    torch.testing.assert_close(y.full_tensor(), activation(x))
     torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
+
+
+def bias_agrees(mesh, placement) -> None:
+    """One all-reduce where the rows are spread: of the bias's gradient, when it is asked for in full."""
+    for dim in (0, 1):
+        x, bias = torch.randn(5, 7, requires_grad=True), torch.randn((5, 7)[dim], requires_grad=True)
+        sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
+        replicated = distribute_tensor(bias.detach(), mesh, [Replicate()]).requires_grad_()
+        y = custom_ops.bias_leaky_relu(sharded, replicated, 0.3, dim)
+        y.sum().backward()
+        expected = custom_ops.bias_leaky_relu(x, bias, 0.3, dim)
+        expected.sum().backward()
+        torch.testing.assert_close(y.full_tensor(), expected)
+        torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
+        torch.testing.assert_close(replicated.grad.full_tensor(), bias.grad)
 
 
 def mixtures_agree(mesh, placements) -> None:

@@ -1,0 +1,544 @@
+"""The harness: what it refuses, what it measures, how it ends in time, and what it says of two runs."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from custom_ops.benchmarks import plan, run
+from custom_ops.benchmarks.compare import changes
+from custom_ops.benchmarks.environment import describe, trouble
+from custom_ops.benchmarks.floor import Floor, least_traffic
+from custom_ops.benchmarks.measure import FLOOR, OURS, Cell, Effort, Result, Row, label, measure
+from custom_ops.benchmarks.memory import peak_bytes
+from custom_ops.benchmarks.plan import Peers, Plan
+from custom_ops.benchmarks.report import Report, read_json
+from custom_ops.benchmarks.timing import Call, interleave, median, spread
+from custom_ops.registry import REGISTRY, Benchmark, OpInfo, Sample, Target
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+BRIEF = Effort(seconds=0.0, rounds=2, warm_ups=1)
+MACHINE = {"cpu": "a CPU", "threads": 2, "isa": "AVX2", "cores": 4, "load": 0.1, "torch": "2.13.0"}
+
+
+def square(x):
+    return x * x
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def make(n, device, dtype=torch.float32):
+    return (torch.rand(n, device=device).to(dtype).add(0.5).requires_grad_(),)
+
+
+def benchmark(**changed):
+    return Benchmark(**{"sizes": (8, 64), "make": make, "peers": {"torch.square": torch.square}, "unit": "n"} | changed)
+
+
+def op(function=square, reference=square, name="square", **changed):
+    return OpInfo(
+        name=name,
+        function=function,
+        reference=reference,
+        samples=lambda device, dtype: [Sample(make(4, device))],
+        summary="",
+        benchmarks=[benchmark(**changed)],
+    )
+
+
+def cell(info, size=8):
+    return Cell(info, info.benchmarks[0], size)
+
+
+def measured(info, size=8, peers=None, effort=BRIEF):
+    peers = dict(info.benchmarks[0].peers) if peers is None else peers
+    return measure(cell(info, size), peers, CPU, "fresh", effort)
+
+
+@pytest.fixture(autouse=True)
+def _functions_of_the_package(monkeypatch):
+    monkeypatch.setattr(OpInfo, "family", property(lambda info: "family"))
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda x: x * x + 1e-3, "output: 8 of 8 elements are off by up to 0.001"),
+        (WrongGradient.apply, "gradient: 8 of 8 elements"),
+        (lambda x: (x * x)[:-1], "raised RuntimeError: Mismatch in shape"),
+        (lambda x: x * x * math.nan, "output: 8 of 8 elements are off by up to inf"),
+        (lambda x: (x * x, torch.arange(8)), "2 outputs, not 1"),
+        (lambda x: x.missing, "raised AttributeError"),
+    ],
+    ids=["value", "gradient", "shape", "nan", "outputs", "raises"],
+)
+def test_a_wrong_answer_of_ours_is_refused_before_anything_is_timed(function, said):
+    result = measured(op(function))
+    assert result.rows == []
+    assert said in result.wrong, result.wrong
+    assert result.wrong.startswith("square, n, 8: ")
+
+
+def test_a_wrong_second_output_of_ours_is_refused():
+    def reference(x):
+        return x * x, torch.arange(len(x))
+
+    assert "output: 8 of 8 elements differ" in measured(op(lambda x: (x * x, -1 - torch.arange(8)), reference)).wrong
+    assert measured(op(reference, reference)).wrong == ""
+
+
+def test_small_gradients_are_not_waved_through():
+    """That of a mean over many elements is below any absolute tolerance."""
+
+    class Mean(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.mean()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (1.01 * grad / 100_000).expand(100_000)
+
+    mean = op(Mean.apply, torch.mean, sizes=(100_000,))
+    assert "gradient: 100000 of 100000" in measured(mean, 100_000).wrong
+
+
+@pytest.mark.parametrize(("elements", "refused"), [(1_000_000, True), (2_000_001, False)])
+def test_a_kink_excuses_one_element_in_a_million(elements, refused):
+    def two_are_off(x):
+        off = torch.zeros_like(x)
+        off[:2] = 1
+        return x * x + off
+
+    info = op(two_are_off, sizes=(elements,), peers={})
+    assert bool(measured(info, elements).wrong) == refused
+
+
+def test_the_tolerance_is_that_of_the_dtype():
+    for dtype in (torch.bfloat16, torch.float16):
+        info = op(sizes=(8,), make=lambda n, device, dtype=dtype: make(n, device, dtype))
+        assert measured(info).wrong == ""
+        assert measured(replace(info, function=lambda x: 1.1 * x * x)).wrong
+
+
+def test_without_a_reference_nothing_is_timed():
+    with pytest.raises(ValueError, match="square: has no reference to check its answer against"):
+        measured(op(reference=None))
+
+
+def test_the_answer_is_checked_at_the_size_that_the_entry_names():
+    def right_when_small(x):
+        return x * x if len(x) <= 8 else x * x + 1
+
+    assert measured(op(right_when_small), 64).wrong
+    assert measured(op(right_when_small, checked_at=lambda n: min(n, 8)), 64).wrong == ""
+
+
+def test_a_peer_that_differs_is_marked_and_one_that_raises_is_not_timed():
+    def broken(x):
+        raise RuntimeError("no such thing")
+
+    result = measured(op(peers={"right": torch.square, "other": torch.abs, "broken": broken}))
+    notes = {row.contender: row.note for row in result.rows}
+    assert list(notes) == [OURS, "right", "other", FLOOR]
+    assert notes["right"] == ""
+    assert "elements are off" in notes["other"]
+    assert any("other: output: 8 of 8 elements are off" in remark for remark in result.remarks)
+    assert any("broken: raised RuntimeError: no such thing" in remark for remark in result.remarks)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def test_a_row_per_contender_and_direction_and_its_numbers_agree():
+    result = measured(op(targets=[Target(64, "torch.square", 0.7), Target(8, "torch.square", 0.9, "forward")]), 64)
+    rows = {(row.direction, row.contender): row for row in result.rows}
+    assert list(rows) == [
+        (direction, contender)
+        for direction in ("forward", "backward", "forward+backward")
+        for contender in (OURS, "torch.square", FLOOR)
+    ]
+    for (direction, _), row in rows.items():
+        floor, ours = rows[direction, FLOOR], rows[direction, OURS]
+        assert row.floors == pytest.approx(row.milliseconds / floor.milliseconds)
+        assert row.ours_over_this == pytest.approx(ours.milliseconds / row.milliseconds)
+        assert row.gigabytes_per_second == pytest.approx(row.bytes / row.milliseconds / 1e6)
+        assert row.rounds == 2
+    assert rows["forward", OURS].bytes == rows["backward", OURS].bytes == 2 * 64 * 4
+    assert rows["forward+backward", OURS].bytes == 4 * 64 * 4
+    assert {place for place, row in rows.items() if row.target} == {("forward+backward", "torch.square")}
+    assert rows["forward", OURS].peak_bytes == 64 * 4
+    assert rows["backward", OURS].peak_bytes is None
+
+
+def test_an_op_without_gradients_has_a_forward_only():
+    info = op(
+        lambda x: x.argsort(stable=True),
+        lambda x: x.argsort(stable=True),
+        make=lambda n, device: (torch.arange(n),),
+        peers={},
+    )
+    assert [(row.direction, row.contender) for row in measured(info).rows] == [("forward", OURS), ("forward", FLOOR)]
+
+
+def test_backward_alone_leaves_the_forward_out():
+    def slow(x):
+        time.sleep(0.02)
+        return x * x
+
+    milliseconds = {r.direction: r.milliseconds for r in measured(op(slow, peers={})).rows if r.contender == OURS}
+    assert milliseconds["forward"] > 20
+    assert milliseconds["forward+backward"] > 20
+    assert milliseconds["backward"] < 15
+
+
+def test_the_benchmarks_own_arguments_go_to_the_op_and_the_reference():
+    def scaled(x, factor=1.0):
+        return x * factor
+
+    result = measured(op(scaled, scaled, kwargs={"factor": 3.0}, peers={"times 3": lambda x: 3 * x}))
+    assert result.wrong == "" and all(row.note == "" for row in result.rows)
+    assert {row.table for row in result.rows} == {"n, factor=3.0"}
+
+
+def test_contenders_take_turns_each_after_an_untimed_call():
+    calls = []
+    contenders = {name: Call(lambda _, name=name: calls.append(name)) for name in "abc"}
+    times = interleave(contenders, seconds=0, device=CPU, rounds=3, warm_ups=1)
+    assert "".join(calls) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"
+    assert [len(values) for values in times.values()] == [3, 3, 3]
+
+
+def test_preparation_is_not_timed():
+    call = Call(run=lambda state: state, prepare=lambda: time.sleep(0.02))
+    assert median(interleave({"a": call}, 0, CPU, rounds=3)["a"]) < 0.01
+
+
+def test_spread_is_the_interquartile_range_over_the_median():
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == pytest.approx(1.0)
+
+
+def test_peak_memory_counts_what_lives_at_the_same_time():
+    x = torch.ones(1 << 18)
+    mib = 1 << 20
+    assert peak_bytes(lambda: x * x, CPU) == mib
+    assert peak_bytes(lambda: [x * x for _ in range(3)], CPU) == 3 * mib
+    assert peak_bytes(lambda: [(x + 1).sum() for _ in range(3)], CPU) == pytest.approx(mib, abs=4096)
+    assert peak_bytes(lambda: x.add_(1), CPU) < 4096
+
+
+def test_the_least_traffic_meets_each_tensor_once():
+    x, row = torch.zeros(10, 3, requires_grad=True), torch.zeros(3)
+    forward, backward = least_traffic((x, row.expand(10, 3), 2.0), (x * 1, torch.zeros(5, dtype=torch.int64)), [x])
+    assert forward == (120 + 12, 120 + 40)
+    assert backward == (120, 120)
+    assert least_traffic((row,), row, [])[1] == (0, 0)
+
+
+@pytest.mark.parametrize(("read", "written"), [(64, 64), (64, 16), (16, 64), (0, 64), (64, 0)])
+def test_the_floor_writes_and_reads_what_it_says(read, written):
+    floor = Floor([(read, written)], CPU)
+    ((target, surplus),) = floor()
+    assert floor.bytes == read + written
+    assert len(target) == written // 4 and not target.any()
+    assert (surplus is not None) == (read > written)
+
+
+def test_an_entrys_own_traffic_replaces_the_estimate():
+    rows = measured(op(traffic=lambda n: ((n, 0), (0, 3 * n))), 64).rows
+    assert {row.direction: row.bytes for row in rows} == {"forward": 64, "backward": 192, "forward+backward": 256}
+
+
+# ---------------------------------------------------------------- in time
+
+
+def test_a_quick_run_takes_the_small_sizes_first_and_a_full_run_table_by_table():
+    infos = [op(name="a", sizes=(1, 10, 100)), op(name="b", sizes=(5, 50))]
+    assert [(c.info.name, c.size) for c in Plan(infos, 60).cells] == [
+        ("a", 1),
+        ("b", 5),
+        ("a", 10),
+        ("b", 50),
+        ("a", 100),
+    ]
+    full = Plan(infos)
+    assert [(c.info.name, c.size) for c in full.cells] == [("a", 1), ("a", 10), ("a", 100), ("b", 5), ("b", 50)]
+    assert all(full.effort(c) == plan.FULL for c in full.cells)
+
+
+def test_a_quick_run_shares_what_is_left_and_skips_what_is_bound_to_take_longer(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+    quick = Plan([op(name="a", sizes=(10, 100, 1000)), op(name="b", sizes=(10,))], 40)
+    a, b, larger, largest = quick.cells
+    assert quick.effort(a).limit == 10
+    now[0] += 1
+    quick.done(a, Result(preparation=0.5))
+    assert quick.effort(b).limit == 13  # what the first left over goes to the others
+    now[0] += 13
+    quick.done(b, Result(preparation=0.5))
+    assert quick.effort(larger).limit == 13
+    quick.done(larger, Result(preparation=5.5))
+    assert quick.effort(largest) is None  # 55 seconds, when 26 are left
+    now[0] += 100
+    assert Plan([op()], 0).effort(a) is None
+
+
+def test_sizes_are_compared_by_their_product():
+    assert plan.elements((4, (2, 8))) == 64
+    assert plan.elements(1000) == 1000
+    assert plan.elements("nuScenes") == plan.elements(0) == 1
+
+
+def test_ours_is_measured_first_and_then_the_peers_that_there_is_time_for():
+    effort = Effort(rounds=3, warm_ups=1)  # 21 calls of each
+    once = {"slow": 1.0, OURS: 0.1, "quick": 0.05}
+    assert effort.affordable(once, 2.0) == []
+    assert effort.affordable(once, 3.0) == [OURS]
+    assert effort.affordable(once, 4.0) == [OURS, "quick"]
+    assert effort.affordable(once, 30.0) == [OURS, "quick", "slow"]
+
+
+def test_a_slow_peer_is_left_out_of_a_quick_run_and_named():
+    def slow(x):
+        time.sleep(0.2)
+        return x * x
+
+    effort = replace(plan.QUICK, limit=3.0)
+    begin = time.perf_counter()
+    result = measured(op(peers={"slow": slow, "torch.square": torch.square}), effort=effort)
+    assert time.perf_counter() - begin < 6
+    assert {row.contender for row in result.rows} == {OURS, "torch.square", FLOOR}
+    assert result.remarks == ["square, n, 8: no time for slow"]
+
+
+# ---------------------------------------------------------------- peers
+
+
+def test_missing_peers_are_collected_once_each():
+    table = benchmark(peers={"torch": "torch:square", "one": "no_such_package:f", "two": "no_such_package:g"})
+    peers = Peers(None, quick=False)
+    assert list(peers.of(table)) == list(peers.of(table)) == ["torch"]
+    assert peers.missing == dict.fromkeys(["one", "two"], "No module named 'no_such_package'")
+    assert peers.modules == {"torch"}
+
+
+def test_a_peer_that_its_package_lacks_is_an_error():
+    with pytest.raises(AttributeError):
+        Peers(None, quick=False).of(benchmark(peers={"typo": "torch:squuare"}))
+
+
+def test_the_peers_can_be_chosen_and_quick_leaves_out_what_compiles():
+    table = benchmark(peers={"torch.square": torch.square, "torch.compile(x * x)": torch.square})
+    assert list(Peers(None, quick=False).of(table)) == ["torch.square", "torch.compile(x * x)"]
+    assert list(Peers(None, quick=True).of(table)) == ["torch.square"]
+    assert list(Peers(["Compile"], quick=True).of(table)) == ["torch.compile(x * x)"]
+    assert list(Peers([], quick=False).of(table)) == []
+
+
+def test_the_tables_of_an_op_have_titles_of_their_own():
+    for info in REGISTRY.values():
+        titles = [table.title for table in info.benchmarks]
+        assert len(set(titles)) == len(titles), f"{info.name}: two tables with one title, {titles}"
+
+
+# ---------------------------------------------------------------- two runs
+
+
+def row(contender, milliseconds, ratio, spread=0.02, rounds=50, **changed):
+    given = {"op": "square", "family": "f", "table": "n", "size": 8, "direction": "forward", "contender": contender}
+    measured = {"milliseconds": milliseconds, "spread": spread, "rounds": rounds, "ours_over_this": ratio}
+    return Row(**given | measured | {"floors": 1.0, "bytes": 64, "gigabytes_per_second": 1.0} | changed)
+
+
+def report(ours, **peers):
+    spread = peers.pop("spread", 0.02)
+    rows = [row(OURS, ours, 1.0, spread), *(row(name, ms, ours / ms, spread) for name, ms in peers.items())]
+    return Report("bench", "cpu", "fresh", MACHINE, rows=rows)
+
+
+def change(now, then, noise=0.15):
+    (found,) = changes(now, then, noise)
+    return found
+
+
+def test_slower_means_in_ratio_to_the_peers():
+    then = report(1.0, peer=2.0, floor=0.5)
+    assert change(report(1.3, peer=2.0, floor=0.5), then).slower
+    assert change(report(1.3, peer=2.0, floor=0.5), then).factor == pytest.approx(1.3)
+    assert "square, n, 8, forward: 1.30× as long" in str(change(report(1.3, peer=2.0, floor=0.5), then))
+    on_half_the_machine = change(report(2.0, peer=4.0, floor=1.0), then)
+    assert not on_half_the_machine.slower and on_half_the_machine.factor == pytest.approx(1)
+    assert change(report(0.5, peer=2.0, floor=0.5), then).faster
+
+
+def test_one_peer_that_got_faster_is_not_us_getting_slower():
+    then = report(1.0, a=2.0, b=2.0, floor=0.5)
+    assert not change(report(1.0, a=0.2, b=2.0, floor=0.5), then).slower
+
+
+def test_small_changes_and_noisy_ones_do_not_count():
+    then = report(1.0, peer=2.0)
+    assert not change(report(1.1, peer=2.0), then).slower
+    assert change(report(1.1, peer=2.0), then, noise=0.05).slower
+    assert not change(report(1.3, peer=2.0, spread=0.6), then).slower
+
+
+def test_what_was_not_measured_both_times_is_not_compared():
+    then = report(1.0, peer=2.0)
+    other = Report("bench", "cpu", "fresh", MACHINE, rows=[replace(r, size=9) for r in then.rows])
+    assert changes(other, then, 0.15) == []
+    assert not change(report(9.0, another=2.0), then).slower
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The registry with one op, whose two tables have sizes of both kinds."""
+    info = op(peers={"torch.square": torch.square, "absent": "no_such_package:f"})
+    shapes = benchmark(sizes=((2, 4), (4, 4)), make=lambda s, device: make(math.prod(s), device), unit="shape")
+    info = replace(info, benchmarks=[*info.benchmarks, shapes], native=torch.square)
+    monkeypatch.setattr(run, "REGISTRY", {"square": info})
+    monkeypatch.setattr(plan, "QUICK", BRIEF)
+    monkeypatch.setattr(run.overhead, "CALLS", 2)
+    return info
+
+
+def test_the_command_writes_what_it_measured(tiny, tmp_path, capsys):
+    saved, table, plots = tmp_path / "a.json", tmp_path / "a.csv", tmp_path / "plots"
+    assert run.main(["--quick", "--json", str(saved), "--csv", str(table), "--plots", str(plots)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("absent (No module named 'no_such_package')") == 1
+    for part in ("× floor", "GB/s", "peak MiB", "threads", torch.backends.cpu.get_cpu_capability(), "4 × 4", "native"):
+        assert part in printed, part
+
+    result = json.loads(saved.read_text())
+    assert result["command"].startswith("python -m custom_ops bench --quick")
+    assert {"torch", "python", "custom_ops", "threads", "isa", "cpu", "cores", "load"} <= result["machine"].keys()
+    assert result["missing"] == {"absent": "No module named 'no_such_package'"}
+    assert list(result["overhead"]["ops"]["square"]) == [OURS, "native", "reference"]
+    assert {(row["table"], label(row["size"])) for row in result["rows"]} == {
+        ("n", "8"), ("n", "64"), ("shape", "2 × 4"), ("shape", "4 × 4")
+    }  # fmt: skip
+    lines = list(csv.DictReader(table.open()))
+    assert len(lines) == len(result["rows"])
+    assert lines[0]["machine.torch"] == torch.__version__ and lines[0]["contender"] == OURS
+    assert sorted(path.name for path in plots.iterdir()) == ["square-n.png", "square-shape.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in plots.iterdir())
+
+
+def test_the_command_compares_with_a_run_before(tiny, tmp_path, capsys):
+    path = tmp_path / "then.json"
+    assert run.main(["--quick", "--json", str(path)]) == 0
+    assert read_json(path).rows[0].op == "square"
+    arguments = ["--quick", "--against", str(path), "--noise", "100"]
+    assert run.main(arguments) == 0
+    assert "0 of 12 got slower against the peers" in capsys.readouterr().out
+
+    then = json.loads(path.read_text())
+    for row in then["rows"]:
+        row["spread"] = 0.0
+        row["ours_over_this"] /= 1 if row["contender"] == OURS else 1e6
+    path.write_text(json.dumps(then))
+    assert run.main(arguments) == 1
+    assert "12 of 12 got slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--op", "square", "--family", "other"], "no op is both"),
+        (["--against", "missing.json"], "--against: missing.json can't be read"),
+        (["--op", "cube"], "invalid choice: 'cube'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device: there is no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_what_the_command_refuses(tiny, monkeypatch, capsys, arguments, said):
+    other = replace(tiny, name="other")
+    monkeypatch.setattr(run, "REGISTRY", {"square": tiny, "other": other})
+    monkeypatch.setattr(OpInfo, "family", property(lambda info: info.name))
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_results_of_another_kind_of_memory_are_not_compared(tiny, tmp_path, capsys):
+    path = tmp_path / "warm.json"
+    replace(report(1.0, peer=2.0), memory="warm").write_json(path)
+    with pytest.raises(SystemExit):
+        run.main(["--against", str(path)])
+    assert "was measured on cpu with warm memory" in capsys.readouterr().err
+
+
+def test_a_wrong_answer_makes_the_command_fail_and_the_others_are_still_measured(tiny, monkeypatch, tmp_path, capsys):
+    wrong = replace(tiny, name="wrong", function=lambda x: x * x + 1)
+    monkeypatch.setattr(run, "REGISTRY", {"wrong": wrong, "square": tiny})
+    path = tmp_path / "a.json"
+    assert run.main(["--quick", "--json", str(path)]) == 1
+    assert {row.op for row in read_json(path).rows} == {"square"}
+    assert "not timed, our answer is wrong: wrong, n, 8: output" in capsys.readouterr().out
+
+
+def test_warm_memory_is_a_process_whose_heap_keeps_what_is_freed(tiny, monkeypatch):
+    started = []
+    monkeypatch.setattr(run.subprocess, "call", lambda command, env: started.append((command, env)) or 5)
+    assert run.main(["--memory", "warm"]) == 5
+    ((command, env),) = started
+    assert command[1:] == ["-m", "custom_ops", "bench", "--memory", "warm"]
+    assert {name: env[name] for name in run.WARM} == run.WARM and env.keys() >= os.environ.keys()
+
+
+def test_where_it_was_measured_and_whether_to_trust_it():
+    assert describe(MACHINE, "cpu", "warm") == "a CPU, 2 threads, AVX2, warm memory"
+    assert describe(MACHINE | {"device": "a GPU"}, "cuda", "fresh") == "a GPU (host: a CPU, 2 threads, AVX2)"
+    assert trouble(MACHINE) == ""
+    assert "the load was 3.9 on 4 cores" in trouble(MACHINE | {"load": 3.9})
+
+
+def test_the_readme_shows_each_size_beside_the_peers(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
+    update = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(update)
+    monkeypatch.setattr(update, "ROOT", tmp_path)
+    monkeypatch.setattr(update, "RESULTS", tmp_path)
+    assert update.speed() == "No results of this version are in benchmarks/results yet."
+    result = report(1.0, peer=2.0)
+    result.rows[0] = replace(result.rows[0], floors=1.5, peak_bytes=3 << 20)
+    result.rows[1] = replace(result.rows[1], note="differs")
+    result.overhead = {"library": {}, "ops": {"square": {OURS: 20.0, "native": 10.0}}}
+    result.remarks = ["something to know"]
+    result.write_json(tmp_path / "cpu.json")
+    text = update.speed()
+    assert "**a CPU, 2 threads, AVX2, fresh memory** (torch 2.13.0; `bench`, [cpu.json](cpu.json))" in text
+    assert "- something to know" in text
+    assert "| square, first sample | 20.0 | native | 2.00 |" in text
+    assert "| square, forward, by n | ours, ms | × floor | peak, MiB | ours / peer |" in text
+    assert "| 8 | 1 | 1.50 | 3.0 | 0.50* |" in text
+    assert "its answer differs" in text
