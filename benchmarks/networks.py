@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import custom_ops
+from custom_ops.benchmarks.environment import machine
 from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.timing import interleave, machine, median
+from custom_ops.benchmarks.timing import interleave, median
 
 LEAST_SAVED = {"MobileNetV2-shaped, ReLU6": 0.2, "Darknet-shaped, LeakyReLU": 0.2}
 
@@ -159,7 +160,8 @@ def main(argv: list[str]) -> int:
     _print_chains(chains)
     if options.json:
         command = f"python -m custom_ops.benchmarks.networks {' '.join(argv)}"
-        results = {"command": command, "machine": machine(), "device": options.device, "steps": steps, "chains": chains}
+        inputs = {"device": options.device, "batch": batch, "size": size}
+        results = {"command": command, "machine": machine(), **inputs, "steps": steps, "chains": chains}
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

@@ -135,6 +135,36 @@ def _timings(op: str, table: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def networks() -> str:
+    """What one-bit activations save in whole networks, from the result files of benchmarks.networks."""
+    blocks = []
+    for path in sorted((RESULTS / "networks").glob("*.json")):
+        result = json.loads(path.read_text())
+        batch, size = result["batch"], result["size"]
+        lines = [
+            f"| peak memory of a training step, batch {batch}, {size} × {size} | torch | ours | torch, in place |",
+            "|---|--:|--:|--:|",
+        ]
+        steps: dict[str, dict[str, float]] = {}
+        for row in result["steps"]:
+            steps.setdefault(f"{row['network']}, {row['mode']}", {})[row["activations"]] = row["mebibytes"]
+        for network, peaks in steps.items():
+            shown = [
+                f"{peaks[a]:.0f} MiB ({peaks[a] / peaks['torch'] - 1:+.0%})" for a in ("custom_ops", "torch, in place")
+            ]
+            lines.append(f"| {network} | {peaks['torch']:.0f} MiB | {' | '.join(shown)} |")
+        lines += [
+            "",
+            "| compiled linear → bias → activation → residual | ours, ms | torch, ms | ours / torch |",
+            "|---|--:|--:|--:|",
+        ]
+        for row in result["chains"]:
+            times = f"{row['custom_ops']:.3g} | {row['torch']:.3g} | {row['ours_over_torch']:.2f}"
+            lines.append(f"| {row['activation']} | {times} |")
+        blocks += [f"`{result['command']}` (torch {result['machine']['torch']})", "\n".join(lines)]
+    return "\n\n".join(blocks)
+
+
 def replace(text: str, block: str, content: str) -> str:
     pattern = re.compile(rf"(<!-- {block}: [^\n]*-->\n).*?(<!-- /{block} -->)", re.DOTALL)
     assert pattern.search(text), f"README.md has no block {block}"
@@ -154,7 +184,7 @@ def main() -> None:
     report = Matrix([Cell(**cell) for text in saved for cell in json.loads(text)["cells"]])
     MATRIX.write_text(matrix(report))
     text = README.read_text()
-    for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", speed())):
+    for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", speed()), ("networks", networks())):
         text = replace(text, block, content)
     README.write_text(text)
 

@@ -267,6 +267,18 @@ def test_conversion_refuses_what_it_does_not_know():
         custom_ops.convert_activations(nn.ReLU(), to="jax")
 
 
+def test_a_training_step_of_whole_networks_needs_less():
+    from custom_ops.benchmarks.networks import LEAST_SAVED, step_memory
+
+    peaks, losses = {}, {}
+    for row in step_memory(batch=2, size=64, device=torch.device("cpu"), compiled=False):
+        peaks.setdefault(row["network"], {})[row["activations"]] = row["mebibytes"]
+        losses.setdefault(row["network"], set()).add(row["loss"])
+    assert all(len(same) == 1 for same in losses.values())
+    for network, least in LEAST_SAVED.items():
+        assert peaks[network]["custom_ops"] <= (1 - least) * peaks[network]["torch"]
+
+
 # ---------------------------------------------------------------- compiled
 
 

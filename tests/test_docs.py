@@ -55,6 +55,7 @@ def test_generated_parts_of_the_readme_are_current():
     spec.loader.exec_module(update)
     assert update.ops() in README, "run `make docs`"
     assert update.speed() in README, "run `make docs`"
+    assert update.networks() in README, "run `make docs`"
     table = README.split("<!-- matrix")[1].split("<!-- /matrix")[0]
     matrix = update.MATRIX.read_text()
     assert all(f"| {capability} |" in text for capability in capabilities(quick=True) for text in (table, matrix))
