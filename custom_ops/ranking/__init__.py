@@ -1,7 +1,9 @@
 """Ranking losses."""
 
-from custom_ops.ranking import margin
+from custom_ops.ranking import margin, pairwise
 from custom_ops.ranking.margin import *  # noqa: F403
+from custom_ops.ranking.pairwise import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += margin.__all__
+__all__ += pairwise.__all__
