@@ -54,6 +54,12 @@ def is_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def is_positive(name: str, value: Any) -> None:
+    is_number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
 def broadcast(**tensors: Tensor) -> list[Tensor]:
     """The tensors on one device, in the dtype that torch promotes them to, expanded to one shape."""
     same_device(**tensors)
