@@ -62,14 +62,14 @@ class Lists:
 
     def sort(self, key: Tensor) -> Tensor:
         """The order [..., T] of each list by descending key, ties by position, its masked items last."""
-        order = key.sort(-1, descending=True, stable=True).indices
+        order = key.sort(dim=-1, descending=True, stable=True).indices
         later = []
         if self.masked:
             later.append(1 - self.valid)
         if self.several:
             later.append(self.places.expand(key.shape))
         for place in later:  # each sort is stable: the last one decides first
-            order = order.gather(-1, place.gather(-1, order).sort(-1, stable=True).indices)
+            order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
         return order
 
 
