@@ -335,7 +335,7 @@ class ListLossModule(torch.nn.Module):
 # ---------------------------------------------------------------- for the registry entries
 
 
-def reference_of(one_list: Callable[..., tuple[Tensor, bool]]) -> Callable[..., Tensor]:
+def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Callable[..., Tensor]:
     """A reference from ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
 
     The items that aren't valid are dropped first, and the loss of a list that doesn't contribute is
@@ -344,8 +344,8 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool]]) -> Callable[..., 
 
     def loss_of(s: Tensor, y: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
         loss, contributes = one_list(s, y, **own)
-        contributes = torch.as_tensor(contributes, device=s.device)
-        return torch.where(contributes, loss, s[:0].sum()), contributes
+        active = torch.as_tensor(contributes, device=s.device)
+        return torch.where(active, loss, s[:0].sum()), active
 
     def reference(
         scores: Tensor,
