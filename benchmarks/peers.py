@@ -36,3 +36,10 @@ def index_add_voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor) -> tupl
     """What one would write with PyTorch's own ops: number the runs, then scatter."""
     _, voxel, counts = torch.unique_consecutive(ranks, return_inverse=True, return_counts=True)
     return x.new_zeros(len(counts), x.shape[1]).index_add(0, voxel, x), geometry[counts.cumsum(0) - 1]
+
+
+def logsigmoid_bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    return -torch.nn.functional.logsigmoid(positive - negative).mean()
+
+
+compiled_bpr_loss = torch.compile(logsigmoid_bpr_loss)
