@@ -51,6 +51,21 @@ class Lists:
     def variant(self) -> tuple[bool, bool]:
         return self.masked, self.several
 
+    def owners(self) -> tuple[Tensor, int]:
+        """The list of each item, -1 if it isn't valid or in none, and how far the examples lie apart."""
+        ids = self.ids if self.several else self.ids.expand(self.items)
+        if self.masked:
+            ids = torch.where(self.valid != 0, ids, -1)
+        return ids.contiguous(), self.items if self.masked else 0
+
+    def ranks(self, key: Tensor) -> Tensor:
+        """The place [..., T] of each item in its list by descending key, from 0, ties by position."""
+        order = self.sort(key)
+        at = torch.arange(self.items, device=key.device)
+        if self.several:
+            at = at - self.bounds[self.places.clamp(0, self.lists)]
+        return torch.empty_like(order).scatter_(-1, order, at.expand(order.shape))
+
     def per_list(self, x: Tensor) -> Tensor:
         return x.new_empty((*self.batch, self.lists))
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import VARIANTS, WIDE, Lists, columns, list_scale, load_list, load_valid
+from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale
 
 _ROWS, _COLUMNS = 32, 32
 
@@ -72,22 +70,20 @@ def wrong_order(d):
 
 
 @kernel(
-    "*T *T *T *u8 *i32 *i64 *T *T *T fp64 fp64 i32 i32 i32",
+    "*T *T *T *i32 *i64 *T *T *T fp64 fp64 i32 i32 i32 i32",
     WIDE,
     {
-        (phi, hessian, *key): {"PHI": phi, "HESSIAN": hessian, **variant, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        (phi, hessian): {"PHI": phi, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
         for phi in range(5)
         for hessian in (False, True)
-        for key, variant in VARIANTS.items()
     },
 )
-@triton.jit(do_not_specialize=["items", "lists", "blocks"])
+@triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def pairwise_kernel(
     s_ptr,
     y_ptr,
     v_ptr,
-    valid_ptr,
-    ids_ptr,
+    owner_ptr,
     bounds_ptr,
     slope_ptr,
     value_ptr,
@@ -95,21 +91,21 @@ def pairwise_kernel(
     factor: tl.float64,
     shift: tl.float64,
     items,
+    stride,
     lists,
     blocks,
     PHI: tl.constexpr,
     HESSIAN: tl.constexpr,
-    MASKED: tl.constexpr,
-    SEVERAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Per item: its slope, the sum of its pairs' values over those it should be above, and their number."""
     program = tl.program_id(0).to(tl.int64)
     example = program // blocks * items
+    owner_ptr += program // blocks * stride
     i = program % blocks * ROWS + tl.arange(0, ROWS)
-    id_i = load_list(ids_ptr, i, i < items, SEVERAL)
-    valid_i = load_valid(valid_ptr, example + i, (i < items) & (id_i >= 0), MASKED)
+    owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
+    valid_i = owner_i >= 0
     s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0)
     y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
     slope, value, count = s_i * 0.0, s_i * 0.0, s_i * 0.0
@@ -117,14 +113,14 @@ def pairwise_kernel(
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     scale = tl.full([1, 1], factor, s_i.dtype)
     offset = tl.full([1, 1], shift, s_i.dtype)
-    start, stop = columns(bounds_ptr, id_i, items, lists, SEVERAL)
+    start, stop = columns(bounds_ptr, owner_i, items, lists, True)
     for first in range(start, stop, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
-        id_j = load_list(ids_ptr, j, j < stop, SEVERAL)
-        valid_j = load_valid(valid_ptr, example + j, j < stop, MASKED)
+        owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
+        valid_j = owner_j >= 0
         s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0)
         y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
-        together = valid_i[:, None] & valid_j[None, :] & (id_i[:, None] == id_j[None, :])
+        together = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :])
         above = together & (y_i[:, None] > y_j[None, :])
         below = together & (y_i[:, None] < y_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
@@ -162,10 +158,10 @@ def _pairs(
     slope, value, count = (torch.empty_like(scores) for _ in range(3))
     blocks = triton.cdiv(lists.items, _ROWS)
     vector = scores if v is None else v.contiguous()  # not read
-    pointers: tuple[Any, ...] = (scores, labels, vector, lists.valid, lists.ids, lists.bounds, slope, value, count)
-    sizes = (lists.items, lists.lists, blocks)
-    variant = (phi, v is not None, *lists.variant)
-    pairwise_kernel(lists.examples * blocks, *pointers, factor, shift, *sizes, variant=variant)
+    owners, stride = lists.owners()
+    pointers = (scores, labels, vector, owners, lists.bounds, slope, value, count)
+    sizes = (lists.items, stride, lists.lists, blocks)
+    pairwise_kernel(lists.examples * blocks, *pointers, factor, shift, *sizes, variant=(phi, v is not None))
     pairs = lists.sum(count)
     scale = factor if v is None else factor * factor
     weight = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)
