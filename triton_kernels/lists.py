@@ -75,9 +75,13 @@ class Lists:
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
-    def sort(self, key: Tensor) -> Tensor:
-        """The order [..., T] of each list by descending key, ties by position, its masked items last."""
-        order = key.sort(dim=-1, descending=True, stable=True).indices
+    def sort(self, key: Tensor, then: Tensor | None = None) -> Tensor:
+        """The order [..., T] of each list by descending key, ties by ``then`` and position, its masked items last."""
+        if then is None:
+            order = key.sort(dim=-1, descending=True, stable=True).indices
+        else:
+            order = then.sort(dim=-1, descending=True, stable=True).indices
+            order = order.gather(-1, key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
         later = []
         if self.masked:
             later.append(1 - self.valid)
