@@ -54,3 +54,10 @@ class SigmoidSurrogate(torch.autograd.Function):
 
 def surrogate_gradient_function(x: Tensor) -> Tensor:
     return SigmoidSurrogate.apply(x)
+
+
+def logsigmoid_bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    return -torch.nn.functional.logsigmoid(positive - negative).mean()
+
+
+compiled_bpr_loss = torch.compile(logsigmoid_bpr_loss)

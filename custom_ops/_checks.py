@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import reduce
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def is_tensor(name: str, value: Any) -> None:
@@ -50,3 +52,25 @@ def is_bool(name: str, value: Any) -> None:
 def is_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def is_positive(name: str, value: Any) -> None:
+    is_number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def broadcast(**tensors: Tensor) -> list[Tensor]:
+    """The tensors on one device, in the dtype that torch promotes them to, expanded to one shape."""
+    same_device(**tensors)
+    values = list(tensors.values())
+    try:
+        if any(t.dtype != values[0].dtype for t in values):
+            metas = [torch.empty_like(t, device="meta") for t in values]
+            dtype = reduce(lambda a, b: a - b, metas).dtype
+            values = [t.to(dtype) for t in values]
+        same = all(t.shape == values[0].shape for t in values)
+        return values if same else list(torch.broadcast_tensors(*values))
+    except RuntimeError:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors.values())
+        raise ValueError(f"{', '.join(tensors)}: expected shapes that broadcast, got {shapes}") from None

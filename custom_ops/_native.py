@@ -41,7 +41,7 @@ def define(fake: Callable[..., Any]) -> OpOverload:
             f"custom_ops: the C++ kernel of {op._opname} is `{kernel or 'missing'}`, its schema says `{expected}`. "
             "If the library is older than the Python code, rebuild it: `pip install --no-build-isolation -e .`"
         )
-    family = fake.__module__.rpartition(".")[2]
+    family = fake.__module__.rpartition(".")[2].removeprefix("_")
     library.kernel(op, "cuda")(f"custom_ops.triton_kernels.{family}:{op._opname}")
     OPS[op] = family
     return op

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.triton_kernels import aot, common, dropout, piecewise, ranking, squared, voxel
+from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel
 
 ops = torch.ops.custom_ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -123,21 +123,21 @@ def test_margin_ranking(dtype, reduce, divisor):
         x1, x2 = draw(shape, dtype, special=True), draw(shape, dtype, seed=1)
         for target in (draw(shape, dtype, seed=2), torch.ones((), dtype=dtype).expand(shape)):
             arguments = (x1, x2, target, 0.3, divisor, reduce, batch_dims)
-            (loss, mask), (expected, expected_mask) = ranking.margin_ranking(*arguments), ops.margin_ranking(*arguments)
+            (loss, mask), (expected, expected_mask) = margin.margin_ranking(*arguments), ops.margin_ranking(*arguments)
             same(mask, expected_mask)
             (close if reduce else rounded)(loss, expected)
         grad = draw(loss.shape, dtype, seed=3)
         for inputs in ((x1, x2), (None, None)):
             arguments = (grad, *inputs, target, mask, divisor, reduce)
             expected = ops.margin_ranking_backward.default(*arguments)
-            for got, want in zip(ranking.margin_ranking_backward(*arguments), expected, strict=True):
+            for got, want in zip(margin.margin_ranking_backward(*arguments), expected, strict=True):
                 rounded(got, want)
 
 
 def test_margin_in_double():
     """Triton passes a plain float in single precision."""
     x = torch.zeros(1, dtype=torch.float64)
-    assert ranking.margin_ranking(x, x, x, 0.1, 1, False, 0)[0].item() == 0.1
+    assert margin.margin_ranking(x, x, x, 0.1, 1, False, 0)[0].item() == 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -218,13 +218,13 @@ def test_raw_checks():
     with pytest.raises(RuntimeError, match="mask: expected 2 bytes for each of 1 examples"):
         piecewise.apply_mask(x, mask[:1], 1.0, 0.0)
     with pytest.raises(RuntimeError, match="mask: expected 2 bytes"):
-        ranking.margin_ranking_backward(x, None, None, x, mask[:1], 1, False)
+        margin.margin_ranking_backward(x, None, None, x, mask[:1], 1, False)
     with pytest.raises(RuntimeError, match="grad: expected the shape"):
-        ranking.margin_ranking_backward(x[:1], None, None, x, mask, 1, False)
+        margin.margin_ranking_backward(x[:1], None, None, x, mask, 1, False)
     with pytest.raises(RuntimeError, match="input1, input2: expected both or neither"):
-        ranking.margin_ranking_backward(x, x, None, x, mask, 1, False)
+        margin.margin_ranking_backward(x, x, None, x, mask, 1, False)
     with pytest.raises(RuntimeError, match="input1, input2, target: expected the same"):
-        ranking.margin_ranking(x, x[:1], x, 0.0, 1, False, 0)
+        margin.margin_ranking(x, x[:1], x, 0.0, 1, False, 0)
     with pytest.raises(RuntimeError, match="indptr: expected a 1-d int64"):
         voxel.segment_sum(x[:, None], torch.tensor([0, 9], dtype=torch.int32))
     with pytest.raises(RuntimeError, match="sums: expected 1 segments, got 9"):
@@ -250,8 +250,8 @@ def test_every_kernel_compiles_without_spills():
 def test_the_kink_is_not_fused():
     script = """
 import subprocess, tempfile, triton
-from custom_ops.triton_kernels import aot, ranking
-kernel = ranking.margin_ranking_kernel
+from custom_ops.triton_kernels import aot, margin
+kernel = margin.margin_ranking_kernel
 for dtype, _, source in aot.sources(kernel):
     if dtype in ("fp32", "fp64"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,4 +1,4 @@
-"""Ranking losses."""
+"""Margin ranking loss: pairs of scores, element by element."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["MarginRanking", "MarginRankingLoss", "margin_ranking_loss"]
-
-_REDUCTIONS = ("none", "mean", "sum")
 
 
 @define
@@ -196,26 +194,14 @@ def margin_ranking_loss(
         >>> loss, better.grad
         (tensor(0.2000, grad_fn=<MarginRankingBackward>), tensor([-0.5000,  0.0000]))
     """
-    tensors = (input1, input2, target)
     _checks.has_dtype("input1", input1, _checks.FLOATING)
     _checks.has_dtype("input2", input2, _checks.FLOATING)
     _checks.is_tensor("target", target)
     if target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target: expected real numbers, got {str(target.dtype).removeprefix('torch.')}")
-    _checks.same_device(input1=input1, input2=input2, target=target)
     _checks.is_number("margin", margin)
-    _checks.is_one_of("reduction", reduction, _REDUCTIONS)
-    if not (input1.dtype == input2.dtype == target.dtype):
-        difference = torch.empty_like(input1, device="meta") - torch.empty_like(input2, device="meta")
-        dtype = torch.result_type(difference, torch.empty_like(target, device="meta"))
-        tensors = input1.to(dtype), input2.to(dtype), target.to(dtype)
-    if not (input1.shape == input2.shape == target.shape):
-        try:
-            input1, input2, target = torch.broadcast_tensors(*tensors)
-        except RuntimeError:
-            shapes = ", ".join(str(list(t.shape)) for t in tensors)
-            raise ValueError(f"input1, input2, target: expected shapes that broadcast, got {shapes}") from None
-        tensors = input1, input2, target
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    tensors = _checks.broadcast(input1=input1, input2=input2, target=target)
     divisor = tensors[0].numel() if reduction == "mean" else 1
     return margin_ranking(*tensors, float(margin), divisor, reduction != "none", 0)[0]
 
@@ -226,7 +212,7 @@ class MarginRankingLoss(torch.nn.Module):
     def __init__(self, margin: float = 0.0, reduction: str = "mean") -> None:
         super().__init__()
         _checks.is_number("margin", margin)
-        _checks.is_one_of("reduction", reduction, _REDUCTIONS)
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
         self.margin, self.reduction = margin, reduction
 
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:

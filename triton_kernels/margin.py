@@ -1,4 +1,4 @@
-"""Ranking losses."""
+"""Margin ranking loss: pairs of scores, element by element."""
 
 from __future__ import annotations
 

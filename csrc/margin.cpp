@@ -1,4 +1,4 @@
-// Ranking losses.
+// Margin ranking loss.
 #include "bits.h"
 
 namespace custom_ops {

@@ -1,0 +1,240 @@
+// What every list loss does around its formula: reads the lists of a batch, hands each one's valid
+// items to a kernel, and puts the results in place.
+#pragma once
+
+#include "bits.h"
+
+#include <memory>
+#include <numeric>
+
+namespace custom_ops {
+
+// Uninitialised memory for one list, used again for the next one on the same thread.
+class Scratch {
+ public:
+  template <class T>
+  T* get(int64_t n) {
+    const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    if (used_ + bytes > size_) {
+      size_ = std::max(bytes, 2 * size_);
+      used_ = 0;
+      blocks_.emplace_back(new char[size_ + kAlign]);
+    }
+    const uintptr_t base = reinterpret_cast<uintptr_t>(blocks_.back().get());
+    char* at = blocks_.back().get() + (kAlign - base % kAlign) + used_;
+    used_ += bytes;
+    return reinterpret_cast<T*>(at);
+  }
+
+  // Gives all of it back.
+  void reset() {
+    if (blocks_.size() > 1) blocks_.erase(blocks_.begin(), blocks_.end() - 1);
+    used_ = 0;
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+  std::vector<std::unique_ptr<char[]>> blocks_;
+  size_t size_ = 0, used_ = 0;
+};
+
+// The valid items of one list, n >= 1 of them, and what a kernel finds out about it.
+template <class A>
+struct List {
+  int64_t n;
+  const A* s;  // scores
+  const A* y;  // labels
+  const A* v;  // what to multiply the Hessian with, or null if the slope is wanted
+  A* slope;    // to be filled: the slope, or the Hessian times v
+  Scratch& scratch;
+  A loss = 0;  // neither is asked for where only the slope is
+  bool active = false;
+};
+
+template <class F>
+void dispatch_accumulator(const Tensor& t, const char* argument, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(Type<float>{});
+    case ScalarType::Double: return f(Type<double>{});
+    default:
+      check(false, argument, ": expected float32 or float64, got ", torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+// Where the lists lie: `examples` rows of `items`, each of `lists` lists between the same bounds.
+struct Lists {
+  Shape batch;
+  int64_t examples, items, lists;
+  std::optional<Tensor> valid;
+  std::vector<int64_t> bounds;
+
+  Lists(const Tensor& x, const std::optional<Tensor>& valid_in, const std::optional<Tensor>& offsets);
+
+  Shape per_list() const { return append(batch, {lists}); }
+  const bool* valid_data() const { return valid ? data<bool>(*valid) : nullptr; }
+
+  // Calls f(index, begin, end, scratch) for each list, in parallel, where begin and end are positions in the
+  // whole tensor. `cost` is that of an item.
+  template <class F>
+  void parallel(int64_t cost, const F& f) const {
+    const int64_t total = examples * lists;
+    const int64_t mean = std::max<int64_t>(1, examples * items / std::max<int64_t>(1, total));
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, mean * cost));
+    torch::stable::parallel_for(0, total, grain, [&](int64_t first, int64_t last) {
+      Scratch scratch;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t at = i / lists * items, l = i % lists;
+        scratch.reset();
+        f(i, at + bounds[l], at + bounds[l + 1], scratch);
+      }
+    });
+  }
+
+  // Zeroes the items of x that lie in no list.
+  template <class A>
+  void clear_outside(A* x) const {
+    for (int64_t e = 0; e < examples; ++e) {
+      std::fill(x + e * items, x + e * items + bounds.front(), A(0));
+      std::fill(x + e * items + bounds.back(), x + (e + 1) * items, A(0));
+    }
+  }
+};
+
+// Calls kernel(list) for each list with a valid item, then put(index of the list, list).
+template <class A, class Kernel, class Put>
+void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& labels, const A* v, A* slope,
+                   const Kernel& kernel, const Put& put) {
+  const A* s = data<A>(scores);
+  const A* y = data<A>(labels);
+  const bool* valid = lists.valid_data();
+  lists.clear_outside(slope);
+  lists.parallel(16, [&](int64_t index, int64_t begin, int64_t end, Scratch& scratch) {
+    const int64_t items = end - begin;
+    if (!valid) {
+      List<A> list{items, s + begin, y + begin, v ? v + begin : nullptr, slope + begin, scratch};
+      if (items) kernel(list);
+      return put(index, list);
+    }
+    A* compact_s = scratch.get<A>(items);
+    A* compact_y = scratch.get<A>(items);
+    A* compact_v = scratch.get<A>(v ? items : 0);
+    A* compact_slope = scratch.get<A>(items);
+    int64_t n = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (!valid[i]) continue;
+      compact_s[n] = s[i];
+      compact_y[n] = y[i];
+      if (v) compact_v[n] = v[i];
+      ++n;
+    }
+    List<A> list{n, compact_s, compact_y, v ? compact_v : nullptr, compact_slope, scratch};
+    if (n) kernel(list);
+    for (int64_t i = begin, k = 0; i < end; ++i) slope[i] = valid[i] ? compact_slope[k++] : A(0);
+    put(index, list);
+  });
+}
+
+// The op of a list loss, from a kernel that takes a List<float>& or List<double>&.
+template <class Kernel>
+std::tuple<Tensor, Tensor, Tensor> list_loss(const Tensor& scores_in, const Tensor& labels_in,
+                                             const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
+                                             const Kernel& kernel) {
+  const Tensor scores = dense(scores_in), labels = dense(labels_in);
+  const Lists lists(scores, valid, offsets);
+  check(sizes(labels) == sizes(scores) && labels.scalar_type() == scores.scalar_type(),
+        "labels: expected the shape and dtype of the scores");
+  Tensor loss = fresh(scores, lists.per_list());
+  Tensor slope = fresh(scores, sizes(scores));
+  Tensor active = fresh(scores, lists.per_list(), ScalarType::Bool);
+  bool* ap = mutable_data<bool>(active);
+  dispatch_accumulator(scores, "scores", [&](auto type) {
+    using A = typename decltype(type)::type;
+    A* lp = mutable_data<A>(loss);
+    const A* none = nullptr;
+    for_each_list(lists, scores, labels, none, mutable_data<A>(slope), kernel, [&](int64_t l, const List<A>& list) {
+      lp[l] = list.loss;
+      ap[l] = list.active;
+    });
+  });
+  return {loss, slope, active};
+}
+
+// Its slope op, from the same kernel.
+template <class Kernel>
+Tensor list_slope(const Tensor& scores_in, const Tensor& labels_in, const std::optional<Tensor>& valid,
+                  const std::optional<Tensor>& offsets, const std::optional<Tensor>& v_in, const Kernel& kernel) {
+  const Tensor scores = dense(scores_in), labels = dense(labels_in);
+  const Lists lists(scores, valid, offsets);
+  const Tensor v = v_in ? dense(*v_in) : scores;
+  for (const Tensor& t : {labels, v})
+    check(sizes(t) == sizes(scores) && t.scalar_type() == scores.scalar_type(),
+          "labels, v: expected the shape and dtype of the scores");
+  Tensor slope = fresh(scores, sizes(scores));
+  dispatch_accumulator(scores, "scores", [&](auto type) {
+    using A = typename decltype(type)::type;
+    const A* vp = v_in ? data<A>(v) : nullptr;
+    for_each_list(lists, scores, labels, vp, mutable_data<A>(slope), kernel, [](int64_t, const List<A>&) {});
+  });
+  return slope;
+}
+
+// ---------------------------------------------------------------- orders
+
+// An integer that is the greater the greater the float is; -0 as 0, NaN greater than all.
+inline uint32_t rank_bits(float x) {
+  x += 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return ~uint32_t{0};
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+inline uint64_t rank_bits(double x) {
+  x += 0.0;
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return ~uint64_t{0};
+  return bits & 0x8000000000000000u ? ~bits : bits | 0x8000000000000000u;
+}
+
+// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory: a radix sort,
+// which skips the digits that all keys share.
+template <class A>
+const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
+  using Key = decltype(rank_bits(A()));
+  constexpr int kDigits = sizeof(Key);
+  struct Item {
+    Key key;
+    int32_t at;
+  };
+  check(n <= INT32_MAX, "scores: expected lists of less than 2^31 items");
+  Item* from = scratch.get<Item>(n);
+  Item* to = scratch.get<Item>(n);
+  int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kDigits * 256));
+  std::memset(counts, 0, kDigits * sizeof(*counts));
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = static_cast<Key>(~rank_bits(x[i]));
+    from[i] = {key, static_cast<int32_t>(i)};
+    for (int d = 0; d < kDigits; ++d) ++counts[d][key >> (8 * d) & 255];
+  }
+  for (int d = 0; d < kDigits; ++d) {
+    int32_t* count = counts[d];
+    if (count[from[0].key >> (8 * d) & 255] == n) continue;
+    int32_t start = 0;
+    for (int k = 0; k < 256; ++k) start += std::exchange(count[k], start);
+    for (int64_t i = 0; i < n; ++i) to[count[from[i].key >> (8 * d) & 255]++] = from[i];
+    std::swap(from, to);
+  }
+  int32_t* order = scratch.get<int32_t>(n);
+  for (int64_t i = 0; i < n; ++i) order[i] = from[i].at;
+  return order;
+}
+
+// out[i] = x[order[i]], in scratch memory.
+template <class A>
+A* gather(const A* x, const int32_t* order, int64_t n, Scratch& scratch) {
+  A* out = scratch.get<A>(n);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[order[i]];
+  return out;
+}
+
+}  // namespace custom_ops

@@ -1,0 +1,353 @@
+// Sums over the pairs of items of a list with different labels, in vectors of 32 bytes.
+//
+// The items lie in the order of descending label, so that those that an item should score above are the
+// ones from the end of its level on. Each pair is met once: it gives to its row (the better item) and,
+// with the other sign, to its column.
+#pragma once
+
+#include "lists.h"
+
+#include <cmath>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // all functions that pass vectors are inlined
+#endif
+
+namespace custom_ops {
+
+template <class A>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float V __attribute__((vector_size(32)));
+  typedef int32_t I __attribute__((vector_size(32)));
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kLogMax = 87;  // exp of it is finite
+};
+template <>
+struct Vector<double> {
+  typedef double V __attribute__((vector_size(32)));
+  typedef int64_t I __attribute__((vector_size(32)));
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kLogMax = 708;
+};
+template <class A>
+using VectorOf = typename Vector<A>::V;
+template <class A>
+constexpr int64_t kWidth = 32 / sizeof(A);
+
+template <class A>
+ALWAYS_INLINE inline void load(VectorOf<A>& v, const A* p) {
+  std::memcpy(&v, p, sizeof(v));
+}
+
+template <class A>
+ALWAYS_INLINE inline A sum_lanes(const VectorOf<A>& v) {
+  A sum = 0;
+  for (int64_t l = 0; l < kWidth<A>; ++l) sum += v[l];
+  return sum;
+}
+
+// ---------------------------------------------------------------- the items in the order of their labels
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class A>
+struct ByLabel {
+  int64_t n;
+  const int32_t* order;
+  const A* s;            // the scores
+  const A* v;            // or null
+  const int64_t* below;  // from which item on the labels are lower than this one's
+  double pairs = 0;
+
+  explicit ByLabel(List<A>& list) : n(list.n), order(order_descending(list.y, n, list.scratch)) {
+    s = gather(list.s, order, n, list.scratch);
+    v = list.v ? gather(list.v, order, n, list.scratch) : nullptr;
+    int64_t* end = list.scratch.template get<int64_t>(n);
+    for (int64_t i = n - 1, next = n; i >= 0; --i) {
+      if (i + 1 < n && list.y[order[i]] > list.y[order[i + 1]]) next = i + 1;
+      end[i] = next;
+      pairs += static_cast<double>(n - next);
+    }
+    below = end;
+  }
+
+  // Puts `scale` times `sums`, which are in this order, into the list's.
+  void finish(List<A>& list, const double* sums, double scale) const {
+    for (int64_t i = 0; i < n; ++i) list.slope[order[i]] = static_cast<A>(scale * sums[i]);
+  }
+};
+
+// ---------------------------------------------------------------- one pair
+
+// With d = sigma (s_i - s_j), of which item i should be above j.
+template <class V>
+struct Pair {
+  V q;  // exp(-d)
+  V p;  // 1 / (1 + exp(d)), the probability of the wrong order
+  V r;  // 1 - p
+};
+
+// Each function of a pair says its value, and its first and second derivative in d; where its value is
+// log(1 + q), only that.
+struct Logistic {
+  static constexpr bool kLog = true;
+  template <class V>
+  static ALWAYS_INLINE V slope(const Pair<V>& x) {
+    return -x.p;
+  }
+  template <class V>
+  static ALWAYS_INLINE V curvature(const Pair<V>& x) {
+    return x.p * x.r;
+  }
+};
+
+// The natural logarithm of t >= 1.
+template <class A>
+ALWAYS_INLINE inline VectorOf<A> log_of(const VectorOf<A>& t) {
+  using V = VectorOf<A>;
+  using I = typename Vector<A>::I;
+  using Integer = std::remove_reference_t<decltype(I{}[0])>;
+  constexpr int kMantissa = Vector<A>::kMantissa;
+  constexpr Integer kBias = Vector<A>::kBias;
+  I bits;
+  std::memcpy(&bits, &t, sizeof(bits));
+  I exponent = (bits >> kMantissa) - kBias;
+  bits = (bits & ((Integer(1) << kMantissa) - 1)) | (kBias << kMantissa);
+  V m;
+  std::memcpy(&m, &bits, sizeof(m));
+  const I upper = m > A(1.41421356);  // -1 where true
+  m = upper ? m * A(0.5) : m;
+  exponent -= upper;
+  const V s = (m - A(1)) / (m + A(1)), z = s * s;  // log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.172
+  V series = V{};
+  for (int k = std::is_same_v<A, float> ? 4 : 11; k > 0; --k) series = (series + A(1) / A(2 * k + 1)) * z;
+  V whole;
+  for (int64_t l = 0; l < kWidth<A>; ++l) whole[l] = static_cast<A>(exponent[l]);
+  const V log = whole * A(0.693147180559945309) + A(2) * (s + s * series);
+  return t == t ? log : t;
+}
+
+// The sum of log(1 + q) as the logarithm of a product, with the exponents taken out in time; what 1 + q
+// rounds off is added to first order, so that small q count in full.
+template <class A>
+struct LogSum {
+  using V = VectorOf<A>;
+  using I = typename Vector<A>::I;
+  using Integer = std::remove_reference_t<decltype(I{}[0])>;
+  V product = V{} + A(1), rounded = V{};
+  double sum = 0;
+
+  ALWAYS_INLINE void add(const Pair<V>& x, const V& t) {
+    product *= t;
+    rounded += (x.q - (t - A(1))) * x.r;
+  }
+  // At the latest when the product could leave the range.
+  ALWAYS_INLINE void normalise(I& exponents) {
+    constexpr int kMantissa = Vector<A>::kMantissa;
+    constexpr Integer kBias = Vector<A>::kBias;
+    I bits;
+    std::memcpy(&bits, &product, sizeof(bits));
+    exponents += (bits >> kMantissa) - kBias;
+    bits = (bits & ((Integer(1) << kMantissa) - 1)) | (kBias << kMantissa);
+    std::memcpy(&product, &bits, sizeof(bits));
+  }
+  ALWAYS_INLINE void end_row(const I& exponents) {
+    double exponent = 0;
+    for (int64_t l = 0; l < kWidth<A>; ++l) exponent += static_cast<double>(exponents[l]);
+    sum += 0.693147180559945309 * exponent + static_cast<double>(sum_lanes<A>(rounded));
+    rounded = V{};
+  }
+  ALWAYS_INLINE double total() const {
+    double out = sum;
+    for (int64_t l = 0; l < kWidth<A>; ++l) out += std::log(static_cast<double>(product[l]));
+    return out;
+  }
+};
+
+// ---------------------------------------------------------------- all pairs
+
+// Pairs from an exponential for each item: q = exp(sigma s_j) / exp(sigma s_i).
+template <class A>
+struct FromItems {
+  using V = VectorOf<A>;
+  using I = typename Vector<A>::I;
+  static constexpr bool kProduct = true;
+  const A* up;    // exp(sigma (s - middle)), 0 behind the end
+  const A* down;  // its inverse
+  int64_t chunk;  // so many factors stay in the range
+
+  ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
+    V e;
+    load<A>(e, up + j);
+    x.q = (inside ? e : V{}) * down[i];
+    t = A(1) + x.q;
+    x.r = A(1) / t;
+    x.p = x.q * x.r;
+  }
+  static ALWAYS_INLINE void log(const Pair<V>& x, const V& t, V& out) { out = log_of<A>(t) + (x.q - (t - A(1))) * x.r; }
+};
+
+// Pairs from an exponential for each, where those of the items would leave the range.
+template <class A>
+struct FromPairs {
+  using V = VectorOf<A>;
+  using I = typename Vector<A>::I;
+  static constexpr bool kProduct = false;
+  const A* s;  // sigma s
+  int64_t chunk = INT64_MAX;
+
+  // t is log(1 + q) itself.
+  ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
+    for (int64_t l = 0; l < kWidth<A>; ++l) {
+      const A d = inside[l] ? s[i] - s[j + l] : std::numeric_limits<A>::infinity();
+      const A z = std::exp(-std::abs(d)), r = 1 / (1 + z);
+      x.q[l] = d < 0 ? std::exp(-d) : z;
+      x.p[l] = d < 0 ? r : z * r;
+      x.r[l] = d < 0 ? z * r : r;
+      t[l] = std::log1p(z) + (d < 0 ? -d : A(0));
+    }
+  }
+  static ALWAYS_INLINE void log(const Pair<V>&, const V& t, V& out) { out = t; }
+};
+
+struct Unweighted {
+  static constexpr bool kOne = true;
+};
+
+constexpr int64_t kPairColumns = 512;  // columns whose sums are kept in the accumulator's dtype,
+constexpr int64_t kPairRows = 64;      // for so many rows
+
+// Adds to each item's sum its terms' slopes, or with v curvatures times v_i - v_j; gives the sum of the
+// values, without v.
+template <class Phi, bool kHessian, class A, class Terms, class Weight>
+ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const Terms& terms, const Weight& weight,
+                                      double* sums) {
+  using V = VectorOf<A>;
+  using I = typename Vector<A>::I;
+  constexpr int64_t W = kWidth<A>;
+  constexpr bool kLog = Phi::kLog && !kHessian;
+  constexpr bool kProduct = kLog && Weight::kOne && Terms::kProduct;
+  A columns[kPairColumns];
+  LogSum<A> product;
+  double values = 0;
+  I all, lanes;
+  for (int64_t l = 0; l < W; ++l) {
+    all[l] = -1;
+    lanes[l] = static_cast<std::remove_reference_t<decltype(lanes[0])>>(l);
+  }
+  for (int64_t top = 0; top < items.n; top += kPairRows) {
+    const int64_t bottom = std::min(top + kPairRows, items.n);
+    for (int64_t left = items.below[top] / W * W; left < items.n; left += kPairColumns) {
+      const int64_t right = std::min(left + kPairColumns, padded(items.n, W));
+      std::fill(columns, columns + (right - left), A(0));
+      for (int64_t i = top; i < bottom; ++i) {
+        const int64_t first = std::max(items.below[i], left);
+        if (first >= std::min(right, items.n)) break;
+        V row = V{}, value = V{};
+        I exponents = I{};
+        const auto step = [&](int64_t j, const I& inside) ALWAYS_INLINE {
+          Pair<V> x;
+          V t, column;
+          terms(i, j, inside, x, t);
+          V g;
+          if constexpr (kHessian) {
+            load<A>(g, v + j);
+            g = Phi::curvature(x) * (v[i] - (inside ? g : V{}));
+          } else {
+            g = Phi::slope(x);
+          }
+          if constexpr (kProduct) {
+            product.add(x, t);
+          } else if constexpr (kLog) {
+            V log;
+            terms.log(x, t, log);
+            if constexpr (Weight::kOne) value += log;
+            else value += weight(i, j) * log;
+          } else if constexpr (!kHessian) {
+            value += Phi::value(x);
+          }
+          if constexpr (!Weight::kOne) g *= weight(i, j);
+          row += g;
+          load<A>(column, columns + (j - left));
+          column += g;
+          std::memcpy(columns + (j - left), &column, sizeof(column));
+        };
+        int64_t j = first / W * W;
+        step(j, lanes >= static_cast<std::remove_reference_t<decltype(lanes[0])>>(first - j));
+        j += W;
+        while (j < right) {
+          const int64_t stop = kProduct ? std::min(right, j + terms.chunk * W - W) : right;
+          for (; j < stop; j += W) step(j, all);
+          if constexpr (kProduct) {
+            product.normalise(exponents);
+            if (j < right) step(j, all), j += W;
+          }
+        }
+        if constexpr (kProduct) {
+          product.normalise(exponents);
+          product.end_row(exponents);
+        }
+        sums[i] += static_cast<double>(sum_lanes<A>(row));
+        values += static_cast<double>(sum_lanes<A>(value));
+      }
+      for (int64_t k = 0; k < std::min(right, items.n) - left; ++k) sums[left + k] -= static_cast<double>(columns[k]);
+    }
+  }
+  return values + product.total();
+}
+
+// The same for d = sigma (s_i - s_j), by the way that the range of the scores allows; then the slopes are
+// put in place, and the list's loss is the sum.
+template <class Phi, class A, class Weight>
+void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, const Weight& weight, double scale) {
+  const int64_t n = items.n, length = padded(n, kWidth<A>);
+  Scratch& scratch = list.scratch;
+  double low = std::numeric_limits<double>::infinity(), high = -low;
+  for (int64_t i = 0; i < n; ++i) {
+    low = std::min(low, static_cast<double>(items.s[i]));
+    high = std::max(high, static_cast<double>(items.s[i]));
+  }
+  const double range = sigma * (high - low);  // not of NaN
+  double* sums = scratch.get<double>(n);
+  std::fill(sums, sums + n, 0.0);
+  const A* v = nullptr;
+  if (items.v) {
+    A* padded_v = scratch.get<A>(length);
+    std::copy(items.v, items.v + n, padded_v);
+    std::fill(padded_v + n, padded_v + length, A(0));
+    v = padded_v;
+  }
+  double loss = 0;
+  const auto run = [&](const auto& terms) {
+    multiversion([&]() ALWAYS_INLINE {
+      if (v) sum_pairs<Phi, true>(items, v, terms, weight, sums);
+      else loss = sum_pairs<Phi, false>(items, v, terms, weight, sums);
+    });
+  };
+  constexpr double kLogMax = Vector<A>::kLogMax;
+  if (!(range > kLogMax - 7)) {
+    A* up = scratch.get<A>(length);
+    A* down = scratch.get<A>(n);
+    const double middle = low <= high ? (low + high) / 2 : 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const A d = static_cast<A>(sigma * (static_cast<double>(items.s[i]) - middle));
+      up[i] = std::exp(d);
+      down[i] = 1 / up[i];
+    }
+    std::fill(up + n, up + length, A(0));
+    const int64_t chunk = low <= high ? static_cast<int64_t>((kLogMax - 1) / (range + 0.7)) : 1;
+    run(FromItems<A>{up, down, std::max<int64_t>(chunk, 1)});
+  } else {
+    A* scaled = scratch.get<A>(length);
+    for (int64_t i = 0; i < n; ++i) scaled[i] = static_cast<A>(sigma * static_cast<double>(items.s[i]));
+    std::fill(scaled + n, scaled + length, -std::numeric_limits<A>::infinity());
+    run(FromPairs<A>{scaled});
+  }
+  items.finish(list, sums, scale * (v ? sigma * sigma : sigma));
+  list.loss = static_cast<A>(scale * loss);
+  list.active = items.pairs > 0;
+}
+
+}  // namespace custom_ops

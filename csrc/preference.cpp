@@ -1,0 +1,244 @@
+// Losses of one margin per pair: which of two was preferred. Elementwise, perhaps reduced.
+#include "elementary.h"
+
+namespace custom_ops {
+namespace {
+
+constexpr int64_t kSpan = 1 << 14;
+constexpr int64_t kTile = 512;  // elements whose intermediate values stay in the first-level cache
+
+struct Parameters {
+  double beta, p, q;
+};
+
+// sigmoid(z) and its complement, and softplus(-z), from one exponential.
+template <class A>
+struct Logistic {
+  A up, down, low;
+
+  ALWAYS_INLINE explicit Logistic(A z) {
+    const A u = exp_nonpositive(z < 0 ? z : -z), whole = 1 / (1 + u);
+    up = z < 0 ? u * whole : whole;
+    down = z < 0 ? whole : u * whole;
+    low = (z < 0 ? -z : A(0)) + log1p_unit(u);
+  }
+};
+
+// 0 for a weight of 0, whatever the value.
+template <class A>
+ALWAYS_INLINE inline A weigh(A weight, A value) {
+  return weight == 0 ? A(0) : weight * value;
+}
+
+// Each loss: its derivative of order kOrder at the difference d.
+
+// p softplus(-z) + q softplus(z), z = beta d.
+struct LogisticLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
+    const Logistic<A> f(beta * d);
+    if constexpr (kOrder == 0) return weigh(p, f.low) + weigh(q, f.low + beta * d);
+    else if constexpr (kOrder == 1) return beta * (q * f.up - p * f.down);
+    else if constexpr (kOrder == 2) return beta * beta * (p + q) * (f.up * f.down);
+    else return beta * beta * beta * (p + q) * (f.up * f.down * (f.down - f.up));
+  }
+};
+
+// max(0, 1 - z); the gradient stops at the kink.
+struct HingeLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A beta, A, A) {
+    const A rest = 1 - beta * d;
+    if constexpr (kOrder == 0) return rest < 0 ? A(0) : rest;
+    else if constexpr (kOrder == 1) return rest <= 0 ? A(0) : -beta;
+    else return d - d;  // 0, but for NaN
+  }
+};
+
+// (d - p)^2
+struct SquaredLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A, A p, A) {
+    if constexpr (kOrder == 0) return (d - p) * (d - p);
+    else if constexpr (kOrder == 1) return 2 * (d - p);
+    else return A(kOrder == 2 ? 2 : 0) + (d - d);
+  }
+};
+
+// KL(sigmoid(z) || exp(-p)) of two outcomes, z = beta d: the other outcome has probability exp(-q).
+struct DivergenceLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
+    const A z = beta * d;
+    const Logistic<A> f(z);
+    if constexpr (kOrder == 0) return f.up * (p - f.low) + f.down * (q - (f.low + z));
+    const A rest = z - (q - p), both = f.up * f.down, slope = f.down - f.up;
+    if constexpr (kOrder == 1) return beta * (both * rest);
+    else if constexpr (kOrder == 2) return beta * beta * (both * (slope * rest + 1));
+    else return beta * beta * beta * (both * ((slope * slope - 2 * both) * rest + 2 * slope));
+  }
+};
+
+// In the order of the kinds of custom_ops/ranking/preference.py.
+template <class F>
+void dispatch_kind(int64_t kind, const F& f) {
+  switch (kind) {
+    case 0: return f(LogisticLoss{});
+    case 1: return f(HingeLoss{});
+    case 2: return f(SquaredLoss{});
+    case 3: return f(DivergenceLoss{});
+    default: check(false, "kind: expected 0 to 3, got ", kind);
+  }
+}
+
+template <class F>
+void dispatch_order(int64_t order, const F& f) {
+  switch (order) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    default: check(false, "order: expected 1 to 3, got ", order);
+  }
+}
+
+// (chosen - chosen_offset) - (rejected - rejected_offset) - margin, elementwise; an offset may be missing.
+struct Differences {
+  Tensor chosen, rejected;
+  std::optional<Tensor> chosen_offset, rejected_offset;
+  double margin;
+
+  Differences(const Tensor& chosen_in, const Tensor& rejected_in, const std::optional<Tensor>& chosen_offset_in,
+              const std::optional<Tensor>& rejected_offset_in, double margin)
+      : chosen(dense(chosen_in)),
+        rejected(alike(rejected_in)),
+        margin(margin) {
+    if (chosen_offset_in) chosen_offset = alike(*chosen_offset_in);
+    if (rejected_offset_in) rejected_offset = alike(*rejected_offset_in);
+  }
+
+  template <class T, class A>
+  ALWAYS_INLINE void tile(int64_t at, int64_t n, A* __restrict out) const {
+    const A m = static_cast<A>(margin);
+    const T* __restrict c = data<T>(chosen) + at;
+    const T* __restrict r = data<T>(rejected) + at;
+    A low[kTile];
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(c[i]);
+    for (int64_t i = 0; i < n; ++i) low[i] = static_cast<A>(r[i]);
+    if (chosen_offset) subtract(data<T>(*chosen_offset) + at, n, out);
+    if (rejected_offset) subtract(data<T>(*rejected_offset) + at, n, low);
+    for (int64_t i = 0; i < n; ++i) out[i] = (out[i] - low[i]) - m;
+  }
+
+ private:
+  template <class T, class A>
+  ALWAYS_INLINE static void subtract(const T* __restrict x, int64_t n, A* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) out[i] -= static_cast<A>(x[i]);
+  }
+
+  Tensor alike(const Tensor& t) const {
+    check(sizes(t) == sizes(chosen) && t.scalar_type() == chosen.scalar_type(),
+          "chosen, rejected and their offsets: expected the same shape and dtype");
+    return dense(t);
+  }
+};
+
+template <class A>
+ALWAYS_INLINE inline double sum(const A* __restrict v, int64_t n) {
+  A lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int64_t k = 0; k < 16; ++k) lanes[k] += v[i + k];
+  double total = 0;
+  for (A lane : lanes) total += lane;
+  for (; i < n; ++i) total += v[i];
+  return total;
+}
+
+}  // namespace
+
+Tensor preference(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& chosen_offset,
+                  const std::optional<Tensor>& rejected_offset, int64_t kind, double margin, double beta, double p,
+                  double q, int64_t divisor, bool reduce, int64_t batch_dims) {
+  const Differences differences(chosen, rejected, chosen_offset, rejected_offset, margin);
+  const MaskLayout layout(chosen, batch_dims);
+  Tensor loss = fresh(differences.chosen, reduce ? layout.batch : sizes(chosen));
+  const int64_t spans = (layout.elements + kSpan - 1) / kSpan;
+  std::vector<double> partial(reduce ? layout.examples * spans : 0);
+  dispatch_kind(kind, [&](auto functor) {
+    dispatch_floating(chosen, "chosen", [&](auto type) {
+      using T = typename decltype(type)::type;
+      using A = Accumulator<T>;
+      T* lp = mutable_data<T>(loss);
+      const A b = static_cast<A>(beta), wp = static_cast<A>(p), wq = static_cast<A>(q);
+      layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
+        double total = 0;
+        for (int64_t i = begin; i < end; i += kTile) {
+          const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
+          multiversion([&]() ALWAYS_INLINE {
+            A v[kTile];
+            differences.tile<T>(at, n, v);
+            for (int64_t k = 0; k < n; ++k) v[k] = functor.template at<0>(v[k], b, wp, wq);
+            if (reduce) total += sum(v, n);
+            else
+              for (int64_t k = 0; k < n; ++k) lp[at + k] = static_cast<T>(v[k]);
+          });
+        }
+        if (reduce) partial[example * spans + begin / kSpan] = total;
+      });
+      if (reduce)
+        for (int64_t e = 0; e < layout.examples; ++e) {
+          double total = 0;
+          for (int64_t k = 0; k < spans; ++k) total += partial[e * spans + k];
+          lp[e] = static_cast<T>(static_cast<A>(total / static_cast<double>(std::max<int64_t>(divisor, 1))));
+        }
+    });
+  });
+  return loss;
+}
+
+Tensor preference_slope(const Tensor& weight_in, const Tensor& chosen, const Tensor& rejected,
+                        const std::optional<Tensor>& chosen_offset, const std::optional<Tensor>& rejected_offset,
+                        int64_t order, int64_t kind, double margin, double beta, double p, double q, int64_t divisor,
+                        bool reduce) {
+  const Tensor weight = dense(weight_in);
+  const Differences differences(chosen, rejected, chosen_offset, rejected_offset, margin);
+  const MaskLayout layout(chosen, reduce ? weight.dim() : 0);
+  check(sizes(weight) == (reduce ? layout.batch : sizes(chosen)) && weight.scalar_type() == chosen.scalar_type(),
+        "weight: expected the shape and dtype of the loss");
+  Tensor slope = fresh(differences.chosen, sizes(chosen));
+  dispatch_kind(kind, [&](auto functor) {
+    dispatch_order(order, [&](auto constant) {
+      constexpr int kOrder = decltype(constant)::value;
+      dispatch_floating(chosen, "chosen", [&](auto type) {
+        using T = typename decltype(type)::type;
+        using A = Accumulator<T>;
+        const T* wp = data<T>(weight);
+        T* sp = mutable_data<T>(slope);
+        const A b = static_cast<A>(beta), fp = static_cast<A>(p), fq = static_cast<A>(q);
+        const A scale = static_cast<A>(1.0 / static_cast<double>(std::max<int64_t>(divisor, 1)));
+        layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; i += kTile) {
+            const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
+            multiversion([&]() ALWAYS_INLINE {
+              A v[kTile];
+              differences.tile<T>(at, n, v);
+              for (int64_t k = 0; k < n; ++k) v[k] = functor.template at<kOrder>(v[k], b, fp, fq);
+              if (reduce) {
+                const A w = static_cast<A>(wp[example]) * scale;
+                for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(w * v[k]);
+              } else {
+                for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(static_cast<A>(wp[at + k]) * v[k]);
+              }
+            });
+          }
+        });
+      });
+    });
+  });
+  return slope;
+}
+
+}  // namespace custom_ops
+
+CUSTOM_OPS_CPU_KERNEL(preference)
+CUSTOM_OPS_CPU_KERNEL(preference_slope)

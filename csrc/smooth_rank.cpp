@@ -1,0 +1,304 @@
+// Losses of smooth ranks, r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature): a metric with
+// the ranks of its relevant items replaced by these. Only the rows of relevant items are computed, in O(n)
+// memory.
+#include "lists.h"
+
+#include <cmath>
+#include <limits>
+
+namespace custom_ops {
+namespace {
+
+constexpr int64_t kColumns = 512;  // items whose values stay in the first-level cache
+constexpr int64_t kRows = 64;      // rows summed in A before their sum goes on in double
+constexpr int64_t kLanes = 16;
+
+// ---------------------------------------------------------------- pairs
+
+// p = sigmoid(x - own), and q = 1 - p without cancellation, from what is kept of each item.
+template <class A>
+struct Ratio {  // keeps e^x: a quotient for each pair, an exponential only for each item
+  static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;  // of |x|, so that nothing overflows
+  static A keep(double x) { return static_cast<A>(std::exp(x)); }
+  static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
+    const A inverse = 1 / (own + other);
+    p = other * inverse, q = own * inverse;
+  }
+};
+template <class A>
+struct Difference {  // keeps x: for any range
+  static A keep(double x) { return static_cast<A>(x); }
+  static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
+    const A d = other - own, e = std::exp(-std::abs(d)), inverse = 1 / (1 + e);
+    p = (d < 0 ? e : 1) * inverse, q = (d < 0 ? 1 : e) * inverse;
+  }
+};
+
+// term(j), which may also write to the j-th place of somewhere, summed over j < n in lanes that vectorise.
+template <class A, class Term>
+ALWAYS_INLINE inline A sum_of(int64_t n, const Term& term) {
+  A lanes[kLanes] = {}, sum = 0;
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += term(j + k);
+  for (; j < n; ++j) sum += term(j);
+  for (A lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class A, class Pair>
+ALWAYS_INLINE inline A sum_ranks(A own, const A* __restrict other, int64_t n) {
+  return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
+    A p, q;
+    Pair::compare(own, other[j], p, q);
+    return p;
+  });
+}
+
+template <class A, class Pair>
+ALWAYS_INLINE inline A sum_moves(A own, const A* __restrict other, A own_v, const A* __restrict v, int64_t n) {
+  return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
+    A p, q;
+    Pair::compare(own, other[j], p, q);
+    return p * q * (v[j] - own_v);
+  });
+}
+
+// What a row gives to each column, and in sum takes from its own item.
+template <class A, class Pair>
+ALWAYS_INLINE inline A give_slope(A own, const A* __restrict other, A weight, A* __restrict out, int64_t n) {
+  return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
+    A p, q;
+    Pair::compare(own, other[j], p, q);
+    const A given = weight * p * q;
+    out[j] += given;
+    return given;
+  });
+}
+
+template <class A, class Pair>
+ALWAYS_INLINE inline A give_product(A own, const A* __restrict other, A own_v, const A* __restrict v, A weight, A moved,
+                                    A* __restrict out, int64_t n) {
+  return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
+    A p, q;
+    Pair::compare(own, other[j], p, q);
+    const A given = p * q * (weight * (q - p) * (v[j] - own_v) + moved);
+    out[j] += given;
+    return given;
+  });
+}
+
+// ---------------------------------------------------------------- metrics
+
+// A rank and the rank among the relevant, or their tangents, or the derivatives of the loss in them.
+struct Ranks {
+  double all, relevant;
+};
+
+enum Metric : int64_t { kNdcg, kNdcgLinear, kMrr, kAveragePrecision, kMetrics };
+
+// An item's share of the metric as a function of its ranks. gain: its own over that of the ideal ranking.
+struct Share {
+  Metric metric;
+  double gain;
+
+  double value(Ranks r) const {
+    switch (metric) {
+      case kMrr: return gain / r.all;
+      case kAveragePrecision: return gain * r.relevant / r.all;
+      default: return gain * std::log(2.0) / std::log1p(r.all);
+    }
+  }
+  // Of the loss, which is 1 less the metric.
+  Ranks derivative(Ranks r) const {
+    switch (metric) {
+      case kMrr: return {gain / (r.all * r.all), 0};
+      case kAveragePrecision: return {gain * r.relevant / (r.all * r.all), -gain / r.all};
+      default: {
+        const double log = std::log1p(r.all);
+        return {gain * std::log(2.0) / ((1 + r.all) * log * log), 0};
+      }
+    }
+  }
+  // The derivative's tangent along t.
+  Ranks second(Ranks r, Ranks t) const {
+    const double square = r.all * r.all;
+    switch (metric) {
+      case kMrr: return {-2 * gain / (square * r.all) * t.all, 0};
+      case kAveragePrecision:
+        return {gain * (t.relevant - 2 * r.relevant / r.all * t.all) / square, gain * t.all / square};
+      default: {
+        const double log = std::log1p(r.all);
+        return {-gain * std::log(2.0) * (log + 2) / ((1 + r.all) * (1 + r.all) * log * log * log) * t.all, 0};
+      }
+    }
+  }
+};
+
+// The gain of each item, the relevant ones first, over the total of the ideal ranking; how many are
+// relevant. y: labels in descending order.
+template <class A>
+int64_t relative_gains(Metric metric, const A* y, int64_t n, double* gain) {
+  const double least = std::exp2(-static_cast<double>(y[0]));  // gains relative to the largest label: no overflow
+  double total = 0;
+  int64_t relevant = 0;
+  for (; relevant < n && !(y[relevant] <= 0); ++relevant) {
+    double g = static_cast<double>(y[relevant]);
+    if (metric == kNdcg) g = std::exp2(g - static_cast<double>(y[0])) - least;
+    if (metric == kAveragePrecision) g = 1;
+    gain[relevant] = g;
+    total += metric == kNdcg || metric == kNdcgLinear
+                 ? g * std::log(2.0) / std::log(2.0 + static_cast<double>(relevant))
+                 : g;
+  }
+  for (int64_t i = 0; i < relevant; ++i) gain[i] /= total;
+  return relevant;
+}
+
+// ---------------------------------------------------------------- one list
+
+// Calls f(whether the columns are relevant, first column, columns) over tiles of columns.
+template <class F>
+void each_tile(int64_t relevant, int64_t n, const F& f) {
+  for (int64_t begin = 0; begin < n;) {
+    const int64_t end = std::min(begin + kColumns, begin < relevant ? relevant : n);
+    f(begin < relevant, begin, end - begin);
+    begin = end;
+  }
+}
+
+// The sums over the columns of each row: row(i, first column, columns) -> A.
+template <class A, class Row>
+Ranks* sum_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
+  Ranks* sums = scratch.get<Ranks>(relevant);
+  std::fill(sums, sums + relevant, Ranks{0, 0});
+  each_tile(relevant, n, [&](bool among, int64_t begin, int64_t columns) {
+    multiversion([&]() ALWAYS_INLINE {
+      for (int64_t i = 0; i < relevant; ++i) {
+        const double sum = row(i, begin, columns);
+        sums[i].all += sum;
+        if (among) sums[i].relevant += sum;
+      }
+    });
+  });
+  return sums;
+}
+
+// What the rows give to the columns: row(i, whether the columns are relevant, first column, columns, out) -> A.
+template <class A, class Row>
+double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
+  double* out = scratch.get<double>(n);
+  std::fill(out, out + n, 0.0);
+  each_tile(relevant, n, [&](bool among, int64_t begin, int64_t columns) {
+    for (int64_t first = 0; first < relevant; first += kRows) {
+      A tile[kColumns] = {};
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t i = first; i < std::min(first + kRows, relevant); ++i)
+          out[i] -= row(i, among, begin, columns, tile);
+      });
+      for (int64_t j = 0; j < columns; ++j) out[begin + j] += tile[j];
+    }
+  });
+  return out;
+}
+
+template <class A, class Pair>
+void smooth_rank_of(List<A>& list, const int32_t* order, const double* x, double scale, Metric metric,
+                    const double* gain, int64_t relevant) {
+  const int64_t n = list.n;
+  Scratch& scratch = list.scratch;
+  A* kept = scratch.get<A>(n);
+  for (int64_t i = 0; i < n; ++i) kept[i] = Pair::keep(x[i]);
+  Ranks* rank = sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
+    return sum_ranks<A, Pair>(kept[i], kept + begin, columns);
+  });
+  struct Weights {
+    A weight[2], moved[2];  // for irrelevant columns, and for relevant ones
+  };
+  Weights* weights = scratch.get<Weights>(relevant);
+  double metric_value = 0;
+  for (int64_t i = 0; i < relevant; ++i) {
+    rank[i] = {rank[i].all + 0.5, rank[i].relevant + 0.5};  // of the item itself sigmoid(0) was counted for 1
+    const Share share{metric, gain[i]};
+    const Ranks w = share.derivative(rank[i]);
+    metric_value += share.value(rank[i]);
+    weights[i].weight[0] = static_cast<A>(scale * w.all);
+    weights[i].weight[1] = static_cast<A>(scale * (w.all + w.relevant));
+  }
+  list.loss = static_cast<A>(1 - metric_value);
+  const double* out;
+  if (!list.v) {
+    out = give_rows<A>(relevant, n, scratch,
+                       [&](int64_t i, bool among, int64_t begin, int64_t columns, A* tile) ALWAYS_INLINE {
+                         return give_slope<A, Pair>(kept[i], kept + begin, weights[i].weight[among], tile, columns);
+                       });
+  } else {
+    const A* v = gather(list.v, order, n, scratch);
+    const Ranks* moves =
+        sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
+          return sum_moves<A, Pair>(kept[i], kept + begin, v[i], v + begin, columns);
+        });
+    for (int64_t i = 0; i < relevant; ++i) {
+      const Ranks w = Share{metric, gain[i]}.second(rank[i], {scale * moves[i].all, scale * moves[i].relevant});
+      weights[i].moved[0] = static_cast<A>(scale * w.all);
+      weights[i].moved[1] = static_cast<A>(scale * (w.all + w.relevant));
+      for (A& weight : weights[i].weight) weight *= static_cast<A>(scale);
+    }
+    out = give_rows<A>(relevant, n, scratch,
+                       [&](int64_t i, bool among, int64_t begin, int64_t columns, A* tile) ALWAYS_INLINE {
+                         const Weights& w = weights[i];
+                         return give_product<A, Pair>(kept[i], kept + begin, v[i], v + begin, w.weight[among],
+                                                      w.moved[among], tile, columns);
+                       });
+  }
+  for (int64_t i = 0; i < n; ++i) list.slope[order[i]] = static_cast<A>(out[i]);
+}
+
+struct SmoothRank {
+  double scale;
+  Metric metric;
+
+  SmoothRank(double temperature, int64_t metric) : scale(1 / temperature), metric(static_cast<Metric>(metric)) {
+    check(metric >= 0 && metric < kMetrics, "metric: expected 0 to ", kMetrics - 1, ", got ", metric);
+  }
+
+  template <class A>
+  void operator()(List<A>& list) const {
+    const int64_t n = list.n;
+    const int32_t* order = order_descending(list.y, n, list.scratch);
+    const A* y = gather(list.y, order, n, list.scratch);
+    double* gain = list.scratch.template get<double>(n);
+    const int64_t relevant = relative_gains(metric, y, n, gain);
+    list.active = relevant > 0 && y[0] != y[n - 1];
+    if (!list.active) return std::fill(list.slope, list.slope + n, A(0));
+    double* x = list.scratch.template get<double>(n);
+    double low = std::numeric_limits<double>::infinity(), high = -low;
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = static_cast<double>(list.s[order[i]]);
+      low = std::min(low, x[i]), high = std::max(high, x[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) x[i] = scale * (x[i] - (low + high) / 2);
+    if (scale * (high - low) <= 2 * Ratio<A>::kRange)
+      smooth_rank_of<A, Ratio<A>>(list, order, x, scale, metric, gain, relevant);
+    else smooth_rank_of<A, Difference<A>>(list, order, x, scale, metric, gain, relevant);
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> smooth_rank(const Tensor& scores, const Tensor& labels,
+                                               const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
+                                               double temperature, int64_t metric) {
+  return list_loss(scores, labels, valid, offsets, SmoothRank(temperature, metric));
+}
+
+Tensor smooth_rank_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                         const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, double temperature,
+                         int64_t metric) {
+  return list_slope(scores, labels, valid, offsets, v, SmoothRank(temperature, metric));
+}
+
+}  // namespace custom_ops
+
+CUSTOM_OPS_CPU_KERNEL(smooth_rank)
+CUSTOM_OPS_CPU_KERNEL(smooth_rank_slope)

@@ -1,0 +1,15 @@
+"""Ranking losses."""
+
+from custom_ops.ranking import margin, metrics, pairwise, preference, smooth_rank
+from custom_ops.ranking.margin import *  # noqa: F403
+from custom_ops.ranking.metrics import *  # noqa: F403
+from custom_ops.ranking.pairwise import *  # noqa: F403
+from custom_ops.ranking.preference import *  # noqa: F403
+from custom_ops.ranking.smooth_rank import *  # noqa: F403
+
+__all__: list[str] = []
+__all__ += margin.__all__
+__all__ += metrics.__all__
+__all__ += pairwise.__all__
+__all__ += preference.__all__
+__all__ += smooth_rank.__all__

@@ -1,0 +1,438 @@
+"""The ground of the list losses: their arguments, their derivatives, and the reduction over lists.
+
+A list loss is two ops, here called ``op`` and ``slope_op``, over ``scores [..., T]`` whose last dimension
+holds one list (``offsets`` None, L = 1) or L lists one after the other (``offsets [L + 1]``)::
+
+    op(scores, labels, valid, offsets, *params) -> (loss [..., L], slope [..., T], active [..., L])
+    slope_op(scores, labels, valid, offsets, v, *params) -> [..., T]
+
+The slope is the derivative of the loss in the scores. It comes with the loss because one pass gives
+both, and serves the plain backward; whenever that backward is itself differentiated, ``slope_op`` with
+``v`` None gives it again, with a derivative of its own: ``slope_op`` with ``v`` is the Hessian times v.
+``active`` tells which lists contribute to a mean.
+
+The ops see float32 or float64 only. An item that isn't ``valid`` is never read, and its slope is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+
+from custom_ops import _checks, library
+from custom_ops._native import define
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, Sample
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def empty_loss(scores: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fake kernel of a list loss returns."""
+    loss = _per_list(scores, offsets)
+    return loss, scores.new_empty(scores.shape), torch.empty_like(loss, dtype=torch.bool)
+
+
+def _per_list(x: Tensor, offsets: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1 if offsets is None else offsets.shape[0] - 1))
+
+
+# ---------------------------------------------------------------- scaling lists, and the adjoint
+
+
+@define
+def list_scale(weight: Tensor, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """Each valid item of x [..., T] times the weight [..., L] of its list; 0 elsewhere."""
+    return x.new_empty(x.shape)
+
+
+@define
+def list_dot(x: Tensor, y: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """The sum of x times y [..., T] over the valid items of each list [..., L]."""
+    return _per_list(x, offsets)
+
+
+class ListScale(Function, op=list_scale):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, x, *where = ctx.saved_tensors
+        of_weight = list_dot(grad, x, *where) if ctx.needs_input_grad[0] else None
+        of_x = list_scale(weight, grad, *where) if ctx.needs_input_grad[1] else None
+        return of_weight, of_x, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weight_t: Tensor | None, x_t: Tensor | None, *_: None) -> Tensor:
+        weight, x, *where = ctx.saved_tensors
+        parts = [] if weight_t is None else [list_scale(weight_t, x, *where)]
+        parts += [] if x_t is None else [list_scale(weight, x_t, *where)]
+        return sum(parts[1:], parts[0])
+
+
+class ListDot(Function, op=list_dot):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, *where = ctx.saved_tensors
+        of_x = list_scale(grad, y, *where) if ctx.needs_input_grad[0] else None
+        of_y = list_scale(grad, x, *where) if ctx.needs_input_grad[1] else None
+        return of_x, of_y, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, y_t: Tensor | None, *_: None) -> Tensor:
+        x, y, *where = ctx.saved_tensors
+        parts = [] if x_t is None else [list_dot(x_t, y, *where)]
+        parts += [] if y_t is None else [list_dot(x, y_t, *where)]
+        return sum(parts[1:], parts[0])
+
+
+# ---------------------------------------------------------------- derivatives of a list loss
+
+
+def attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -> None:
+    """Give a list loss its derivatives up to the second, batching rules and sharding rules.
+
+    A third derivative raises, unless ``third_is_zero`` says that it vanishes: of a loss that is a
+    quadratic function of the scores, piece by piece.
+    """
+
+    class ListLoss(Function, op=op):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            scores, labels, valid, offsets, *ctx.params = inputs
+            _, slope, active = output
+            ctx.mark_non_differentiable(slope, active)
+            ctx.save_for_backward(scores, labels, valid, offsets, slope)
+            ctx.save_for_forward(scores, labels, valid, offsets)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+            scores, labels, valid, offsets, slope = ctx.saved_tensors
+            if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # what follows is differentiated
+                slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
+            return list_scale(grad, slope, valid, offsets), *[None] * (3 + len(ctx.params))
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:
+            scores, labels, valid, offsets = ctx.saved_tensors
+            slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
+            return list_dot(slope, tangent, valid, offsets), None, None
+
+    class ListSlope(Function, op=slope_op):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            *tensors, ctx.params = *inputs[:5], inputs[5:]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            *where, v = ctx.saved_tensors
+            of_scores = of_v = None
+            if v is None:
+                of_scores = slope_op(*where, grad, *ctx.params)
+            else:
+                if ctx.needs_input_grad[0] and not third_is_zero:
+                    raise _no_third(op)
+                if ctx.needs_input_grad[4]:
+                    of_v = slope_op(*where, grad, *ctx.params)
+            return of_scores, None, None, None, of_v, *[None] * len(ctx.params)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+            *where, v = ctx.saved_tensors
+            of_scores, of_v = tangents[0], tangents[4]
+            if v is not None and of_scores is not None and not third_is_zero:
+                raise _no_third(op)
+            moved = of_scores if v is None else of_v
+            if moved is None:
+                return torch.zeros_like(where[0])
+            moved_slope: Tensor = slope_op(*where, moved, *ctx.params)
+            return moved_slope
+
+    for some in (op, slope_op):
+        _batch(some)
+        _shard(some)
+
+
+def _no_third(op: OpOverload) -> Exception:
+    return NotImplementedError(f"{op} has no third derivative")
+
+
+def _batch(op: OpOverload) -> None:
+    """Every tensor but the offsets may be vmapped."""
+    names = [argument.name for argument in op._schema.arguments]
+    outputs = len(op._schema.returns)
+
+    @library.vmap(op)
+    def _(info: Any, in_dims: Any, *args: Any) -> Any:
+        def front(name: str, arg: Any, dim: int | None) -> Any:
+            if name == "offsets" and dim is not None:
+                raise RuntimeError("cu_lengths: can't be vmapped, because each example would have lists of its own")
+            is_batch = isinstance(arg, Tensor) and name != "offsets"
+            return library.to_front(arg, dim, info.batch_size) if is_batch else arg
+
+        result = op(*map(front, names, args, in_dims))
+        return result, (0,) * outputs if outputs > 1 else 0
+
+
+def _shard(op: OpOverload) -> None:
+    """Sharded alike in any dimension but the items'."""
+    names = [argument.name for argument in op._schema.arguments]
+    outputs = len(op._schema.returns)
+
+    @library.sharding(op)
+    def _(*args: Any) -> Any:
+        from torch.distributed.tensor import Replicate, Shard
+
+        def placed(name: str, arg: Any, placement: Any) -> Any:
+            if not hasattr(arg, "placements"):
+                return None
+            return Replicate() if name == "offsets" else placement
+
+        free = [Replicate(), *(Shard(d) for d in range(args[0].ndim - 1))]
+        return [([p] * outputs, [placed(name, arg, p) for name, arg in zip(names, args)]) for p in free]
+
+
+for _op in (list_scale, list_dot):
+    _batch(_op)
+    _shard(_op)
+
+
+# ---------------------------------------------------------------- the public arguments
+
+
+def list_loss(
+    op: OpOverload,
+    scores: Tensor,
+    labels: Tensor,
+    params: Sequence[Any],
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_lengths: Tensor | None,
+    weights: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Check what all list losses take, call ``op`` on it and reduce over the lists."""
+    _check(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    valid = mask
+    if lengths is not None:
+        begun = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
+        valid = begun if mask is None else mask & begun
+    offsets = None if cu_lengths is None else cu_lengths.to(torch.int64)
+    loss, _, active = op(scores.to(wide), labels.to(wide), valid, offsets, *params)
+    if offsets is None:
+        loss, active = loss.squeeze(-1), active.squeeze(-1)
+    loss = _reduce(loss, active, weights, reduction)
+    return loss if torch.is_autocast_enabled(scores.device.type) else loss.to(scores.dtype)
+
+
+def _check(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_lengths: Tensor | None,
+    weights: Tensor | None,
+    reduction: str,
+) -> None:
+    _checks.has_dtype("scores", scores, _checks.FLOATING)
+    if scores.dim() == 0:
+        raise ValueError("scores: expected [..., n], got a single number")
+    _checks.is_tensor("labels", labels)
+    if labels.is_complex():
+        raise TypeError(f"labels: expected real numbers, got {str(labels.dtype).removeprefix('torch.')}")
+    if labels.requires_grad:
+        raise ValueError("labels: expected a tensor without gradient, as the loss has none in the labels; detach it")
+    if lengths is not None and cu_lengths is not None:
+        raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
+    if mask is not None:
+        _checks.has_dtype("mask", mask, (torch.bool,))
+    if lengths is not None:
+        _checks.has_dtype("lengths", lengths, _checks.INDEX)
+    per_list = scores.shape[:-1]
+    if cu_lengths is not None:
+        _checks.has_dtype("cu_lengths", cu_lengths, _checks.INDEX)
+        _checks.has_dims("cu_lengths", cu_lengths, "[L + 1]")
+        if cu_lengths.shape[0] == 0:
+            raise ValueError("cu_lengths: expected at least one element, got none")
+        per_list = torch.Size((*per_list, cu_lengths.shape[0] - 1))
+    if weights is not None:
+        _checks.has_dtype("weights", weights, _checks.FLOATING)
+    expected = [
+        ("labels", labels, scores.shape),
+        ("mask", mask, scores.shape),
+        ("lengths", lengths, scores.shape[:-1]),
+        ("weights", weights, per_list),
+    ]
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    others = {"labels": labels, "mask": mask, "lengths": lengths, "cu_lengths": cu_lengths, "weights": weights}
+    _checks.same_device(scores=scores, **{name: t for name, t in others.items() if t is not None})
+    _checks.is_one_of("reduction", reduction, REDUCTIONS)
+
+
+def _reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """The mean is over the lists that contribute; of none it is 0."""
+    if weights is not None:
+        weights = weights.to(loss.dtype)
+        loss = loss * weights
+    if reduction == "none":
+        return loss
+    # In double, as torch's sums depend on the number of threads.
+    total = loss.sum(dtype=torch.float64)
+    if reduction == "mean":
+        count = active.sum() if weights is None else (weights * active).sum(dtype=torch.float64)
+        total = total / torch.where(count == 0, 1, count)
+    return total.to(loss.dtype)
+
+
+class ListLossModule(torch.nn.Module):
+    """A list loss as a layer: subclasses name the ``function`` and pass its own arguments on."""
+
+    function: Callable[..., Tensor]
+
+    def __init__(self, reduction: str = "mean", **own: Any) -> None:
+        super().__init__()
+        _checks.is_one_of("reduction", reduction, REDUCTIONS)
+        self.reduction, self.own = reduction, own
+
+    def forward(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        where: dict[str, Any] = {"mask": mask, "lengths": lengths, "cu_lengths": cu_lengths, "weights": weights}
+        return type(self).function(scores, labels, **where, reduction=self.reduction, **self.own)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in {**self.own, "reduction": self.reduction}.items())
+
+
+# ---------------------------------------------------------------- for the registry entries
+
+
+def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Callable[..., Tensor]:
+    """A reference from ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
+
+    The items that aren't valid are dropped first, and the loss of a list that doesn't contribute is
+    replaced by 0. ``one_list`` is vmapped over whole lists.
+    """
+
+    def loss_of(s: Tensor, y: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
+        loss, contributes = one_list(s, y, **own)
+        active = torch.as_tensor(contributes, device=s.device)
+        return torch.where(active, loss, s[:0].sum()), active
+
+    def reference(
+        scores: Tensor,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+        reduction: str = "mean",
+        **own: Any,
+    ) -> Tensor:
+        *batch, n = scores.shape
+        labels = labels.to(scores.dtype)
+        bounds = [0, n] if cu_lengths is None else cu_lengths.tolist()
+        if lengths is not None:
+            begun = torch.arange(n, device=scores.device) < lengths.unsqueeze(-1)
+            mask = begun if mask is None else mask & begun
+        losses, actives = [], []
+        for start, stop in pairwise(bounds):
+            s, y = (t[..., start:stop].reshape(math.prod(batch), stop - start) for t in (scores, labels))
+            if s.numel() == 0:
+                loss, active = s.sum(-1), torch.zeros(len(s), dtype=torch.bool, device=s.device)
+            elif mask is None:
+                loss, active = torch.vmap(partial(loss_of, **own))(s, y)
+            else:
+                kept = mask[..., start:stop].reshape(s.shape)
+                rows = [(a[k], b[k]) for a, b, k in zip(s, y, kept)]
+                none = s[:0].sum(), torch.tensor(False, device=s.device)
+                loss, active = map(torch.stack, zip(*(loss_of(*row, **own) if len(row[0]) else none for row in rows)))
+            losses.append(loss)
+            actives.append(active)
+        connected = scores[..., :0].sum()
+        shape = batch if cu_lengths is None else (*batch, len(bounds) - 1)
+        loss = torch.stack(losses, -1).reshape(shape) + connected if losses else connected.expand(shape)
+        active = torch.stack(actives, -1).reshape(shape) if actives else torch.zeros(shape, dtype=torch.bool)
+        return _reduce(loss, active, weights, reduction)
+
+    return reference
+
+
+def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = False, **own: Any) -> list[Sample]:
+    """Calls that cover the arguments all list losses share; small, with distinct scores and some tied labels.
+
+    The battery makes the first call larger by longer lists if ``grow_items``, else by more lists: a
+    reference that takes O(n^2) memory can't follow long ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> tuple[Tensor, Tensor]:
+        scores = torch.randn(shape, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, 3, shape, generator=generator)
+        return scores.to(device, dtype).requires_grad_(), labels.to(device, dtype)
+
+    def tensor(*values: Any, **options: Any) -> Tensor:
+        return torch.tensor(values, device=device, **options)
+
+    mask = tensor([True, False, True, True], [True, True, True, True])
+    return [
+        Sample(draw(2, 5), own, dynamic=dict.fromkeys((0, 1), int(grow_items))),
+        Sample(draw(2, 4), {**own, "mask": mask, "reduction": "none"}),
+        Sample(draw(3, 4), {**own, "lengths": tensor(4, 1, 3), "reduction": "sum"}),
+        Sample(draw(6), {**own, "cu_lengths": tensor(0, 3, 3, 6), "weights": tensor(1.0, 2.0, 0.5, dtype=dtype)}),
+        Sample(draw(2, 0), own),
+    ]
+
+
+def list_bad_calls() -> list[BadCall]:
+    """Wrong calls of the arguments all list losses share."""
+    x, y, two = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([1, 2])
+    return [
+        BadCall((None, y), "scores: expected a tensor, got NoneType"),
+        BadCall((x.int(), y), "scores: expected one of float16"),
+        BadCall((x[0, 0], y), r"scores: expected \[..., n\]"),
+        BadCall((x, None), "labels: expected a tensor, got NoneType"),
+        BadCall((x, y.to(torch.complex64)), "labels: expected real numbers, got complex64"),
+        BadCall((x, y.clone().requires_grad_()), "labels: expected a tensor without gradient"),
+        BadCall((x, y[0]), r"labels: expected shape \[2, 3\], got \[3\]"),
+        BadCall((x, y.to("meta")), "labels: expected on cpu as scores, got meta"),
+        BadCall((x, y), "mask: expected one of bool, got float32", {"mask": y}),
+        BadCall((x, y), r"mask: expected shape \[2, 3\], got \[3\]", {"mask": y[0] > 0}),
+        BadCall((x, y), "lengths: expected one of int32, int64, got float32", {"lengths": y[:, 0]}),
+        BadCall((x, y), r"lengths: expected shape \[2\], got \[1\]", {"lengths": two[:1]}),
+        BadCall((x, y), "lengths, cu_lengths: expected at most one", {"lengths": two, "cu_lengths": two}),
+        BadCall((x, y), r"cu_lengths: expected \[L \+ 1\]", {"cu_lengths": two[None]}),
+        BadCall((x, y), "cu_lengths: expected at least one element", {"cu_lengths": two[:0]}),
+        BadCall((x, y), "weights: expected one of float16", {"weights": two}),
+        BadCall((x, y), r"weights: expected shape \[2\], got \[2, 3\]", {"weights": y}),
+        BadCall((x, y), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'", {"reduction": "avg"}),
+    ]

@@ -1,0 +1,518 @@
+"""Pairwise losses: sums of a function of the score difference over the pairs of a list.
+
+A pair is two items i and j of one list with labels y_i > y_j. A new function ``phi`` of their scores'
+difference is its value, slope and curvature in csrc/pairwise.cpp and triton_kernels/pairwise.py, and a
+public function here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from custom_ops import _checks
+from custom_ops._native import define
+from custom_ops.ranking._lists import (
+    ListLossModule,
+    attach,
+    empty_loss,
+    list_bad_calls,
+    list_loss,
+    list_samples,
+    reference_of,
+)
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
+
+__all__ = [
+    "PairwiseExponentialLoss",
+    "PairwiseHingeLoss",
+    "PairwiseLogisticLoss",
+    "PairwiseMSELoss",
+    "PairwiseSoftZeroOneLoss",
+    "pairwise_exponential_loss",
+    "pairwise_hinge_loss",
+    "pairwise_logistic_loss",
+    "pairwise_mse_loss",
+    "pairwise_soft_zero_one_loss",
+]
+
+LOGISTIC, SOFT_ZERO_ONE, EXPONENTIAL = range(3)  # as the kernels number them
+
+
+@define
+def pairwise(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    phi: int,
+    sigma: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of phi(sigma (s_i - s_j)) over the pairs of each list, or its mean if ``normalize``."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def pairwise_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    phi: int,
+    sigma: float,
+    normalize: bool,
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+@define
+def pairwise_hinge(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    margin: float,
+    squared: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of max(0, margin - (s_i - s_j)), or its square, over the pairs of each list."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def pairwise_hinge_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    margin: float,
+    squared: bool,
+    normalize: bool,
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+@define
+def pairwise_mse(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def pairwise_mse_slope(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, normalize: bool
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+attach(pairwise, pairwise_slope)
+attach(pairwise_hinge, pairwise_hinge_slope, third_is_zero=True)
+attach(pairwise_mse, pairwise_mse_slope, third_is_zero=True)
+
+
+def _is_positive(name: str, value: float) -> None:
+    _checks.is_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def pairwise_logistic_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    sigma: float = 1.0,
+    normalize: bool = False,
+) -> Tensor:
+    """RankNet: the sum of ``log(1 + exp(-sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
+
+    Nothing of size n^2 is kept, and a pair misordered by any amount has its gradient. Differentiable
+    twice. A list without a pair (empty, of one item, all masked, all labels tied) has loss 0 and doesn't
+    count in the mean. 16-bit scores are computed in float32; under autocast the loss is float32.
+
+    Args:
+        scores: ``[..., n]``; float16, bfloat16, float32 or float64.
+        labels: ``[..., n]``, any real dtype; the higher the better. They get no gradient.
+        mask: bool ``[..., n]``, True for the items that count. The others are never read, NaN or not, and
+            get a gradient of exactly 0.
+        lengths: int ``[...]``: only the first ``lengths`` items count.
+        cu_lengths: int ``[L + 1]``, non-decreasing: the last dimension holds L lists, of which l is the
+            items from ``cu_lengths[l]`` to before ``cu_lengths[l + 1]``.
+        weights: ``[...]`` (with ``cu_lengths`` ``[..., L]``): one for each list.
+        reduction: "mean" over the lists that count (weighted by ``weights``), "sum" or "none".
+        sigma: the steepness, a positive number.
+        normalize: divide each list's loss by its number of pairs.
+
+    Returns:
+        A scalar, or for "none" one loss for each list; in the dtype of the scores.
+
+    Raises:
+        TypeError: no tensor, a wrong dtype, ``sigma`` no number, ``normalize`` no bool.
+        ValueError: a wrong shape, several devices, labels that require a gradient, both ``lengths`` and
+            ``cu_lengths``, ``sigma`` not positive, an unknown ``reduction``.
+        RuntimeError: ``cu_lengths`` out of order or out of range (on a GPU they are clamped).
+
+    O(n^2) time without an exponential per pair, O(n) memory.
+
+    Source: Burges et al., "Learning to Rank using Gradient Descent", ICML 2005.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([0.5, 1.5, 0.0], requires_grad=True)
+        >>> loss = custom_ops.pairwise_logistic_loss(scores, torch.tensor([2, 1, 0]))
+        >>> loss.backward()
+        >>> loss.detach(), scores.grad
+        (tensor(1.9888), tensor([-1.1086,  0.5486,  0.5600]))
+    """
+    _is_positive("sigma", sigma)
+    _checks.is_bool("normalize", normalize)
+    params = (LOGISTIC, float(sigma), normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+def pairwise_soft_zero_one_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    sigma: float = 1.0,
+    normalize: bool = False,
+) -> Tensor:
+    """The sum of ``1 / (1 + exp(sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
+
+    A smooth count of the misordered pairs: bounded, so robust to wrong labels, and not convex. Arguments,
+    errors, result and cost are those of `pairwise_logistic_loss`.
+
+    Source: TensorFlow Ranking's PairwiseSoftZeroOneLoss.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.pairwise_soft_zero_one_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
+        tensor(1.2910)
+    """
+    _is_positive("sigma", sigma)
+    _checks.is_bool("normalize", normalize)
+    params = (SOFT_ZERO_ONE, float(sigma), normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+def pairwise_exponential_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    sigma: float = 1.0,
+    normalize: bool = False,
+) -> Tensor:
+    """RankBoost: the sum of ``exp(-sigma (s_i - s_j))`` over the pairs with ``y_i > y_j`` of each list.
+
+    It overflows to inf where a pair is misordered by more than its dtype's exponential can hold.
+    Arguments, errors, result and cost are those of `pairwise_logistic_loss`.
+
+    Source: Freund et al., "An Efficient Boosting Algorithm for Combining Preferences", JMLR 2003.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.pairwise_exponential_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
+        tensor(3.5479)
+    """
+    _is_positive("sigma", sigma)
+    _checks.is_bool("normalize", normalize)
+    params = (EXPONENTIAL, float(sigma), normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+def pairwise_hinge_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    margin: float = 1.0,
+    squared: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """The sum of ``max(0, margin - (s_i - s_j))`` over the pairs with ``y_i > y_j`` of each list.
+
+    With ``squared`` of its square. In O(n log n) time on the CPU: the pairs are counted, not visited. At
+    the kink the gradient is 0. Twice differentiable almost everywhere: the Hessian is 0, with ``squared``
+    the matrix of the pairs within the margin. A NaN among a list's scores makes its loss and gradient NaN.
+
+    The other arguments, errors and the result are those of `pairwise_logistic_loss`.
+
+    Args:
+        margin: by how much the better item should lead, in units of the scores.
+        squared: square each pair's term.
+        normalize: divide each list's loss by its number of pairs.
+
+    Source: Herbrich et al., "Large Margin Rank Boundaries for Ordinal Regression", 2000; Joachims,
+    "Training Linear SVMs in Linear Time", KDD 2006, for the counting.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([0.5, 1.5, 0.0], requires_grad=True)
+        >>> loss = custom_ops.pairwise_hinge_loss(scores, torch.tensor([2, 1, 0]))
+        >>> loss.backward()
+        >>> loss.detach(), scores.grad
+        (tensor(2.5000), tensor([-2.,  1.,  1.]))
+    """
+    _checks.is_number("margin", margin)
+    _checks.is_bool("squared", squared)
+    _checks.is_bool("normalize", normalize)
+    params = (float(margin), squared, normalize)
+    return list_loss(pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+def pairwise_mse_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+) -> Tensor:
+    """The sum of ``((s_i - s_j) - (y_i - y_j))^2`` over all ordered pairs of each list.
+
+    Pairs of tied labels count too: their scores should be equal. In O(n) time, as it is ``2 n`` times the
+    sum of the squares of ``s - y`` about their mean. A list of fewer than two items doesn't count.
+
+    The other arguments, errors and the result are those of `pairwise_logistic_loss`.
+
+    Args:
+        normalize: divide each list's loss by its number of ordered pairs, n (n - 1).
+
+    Source: TensorFlow Ranking's PairwiseMSELoss.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([0.5, 1.5, 0.0], requires_grad=True)
+        >>> loss = custom_ops.pairwise_mse_loss(scores, torch.tensor([2, 1, 0]))
+        >>> loss.backward()
+        >>> loss.detach(), scores.grad
+        (tensor(13.), tensor([-14.,  10.,   4.]))
+    """
+    _checks.is_bool("normalize", normalize)
+    return list_loss(pairwise_mse, scores, labels, (normalize,), mask, lengths, cu_lengths, weights, reduction)
+
+
+class PairwiseLogisticLoss(ListLossModule):
+    """`pairwise_logistic_loss` as a layer."""
+
+    function = staticmethod(pairwise_logistic_loss)
+
+    def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
+        _is_positive("sigma", sigma)
+        super().__init__(reduction, sigma=sigma, normalize=normalize)
+
+
+class PairwiseSoftZeroOneLoss(ListLossModule):
+    """`pairwise_soft_zero_one_loss` as a layer."""
+
+    function = staticmethod(pairwise_soft_zero_one_loss)
+
+    def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
+        _is_positive("sigma", sigma)
+        super().__init__(reduction, sigma=sigma, normalize=normalize)
+
+
+class PairwiseExponentialLoss(ListLossModule):
+    """`pairwise_exponential_loss` as a layer."""
+
+    function = staticmethod(pairwise_exponential_loss)
+
+    def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
+        _is_positive("sigma", sigma)
+        super().__init__(reduction, sigma=sigma, normalize=normalize)
+
+
+class PairwiseHingeLoss(ListLossModule):
+    """`pairwise_hinge_loss` as a layer."""
+
+    function = staticmethod(pairwise_hinge_loss)
+
+    def __init__(
+        self, reduction: str = "mean", margin: float = 1.0, squared: bool = False, normalize: bool = False
+    ) -> None:
+        _checks.is_number("margin", margin)
+        super().__init__(reduction, margin=margin, squared=squared, normalize=normalize)
+
+
+class PairwiseMSELoss(ListLossModule):
+    """`pairwise_mse_loss` as a layer."""
+
+    function = staticmethod(pairwise_mse_loss)
+
+    def __init__(self, reduction: str = "mean", normalize: bool = False) -> None:
+        super().__init__(reduction, normalize=normalize)
+
+
+# ---------------------------------------------------------------- references and registry entries
+
+
+def reference_of_pairs(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reference of the sum of ``phi(s_i - s_j, **own)`` over the pairs."""
+
+    def one_list(s: Tensor, y: Tensor, normalize: bool = False, **own: float) -> tuple[Tensor, Tensor]:
+        pairs = y[:, None] > y
+        values = torch.where(pairs, phi(s[:, None] - s, **own), 0).sum()
+        return values / pairs.sum().clamp_min(1) if normalize else values, pairs.any()
+
+    return reference_of(one_list)
+
+
+def _pairwise_mse_of_one_list(s: Tensor, y: Tensor, normalize: bool = False) -> tuple[Tensor, bool]:
+    n = len(s)
+    squares = (s - y - (s - y).mean()).square().sum()
+    return 2 * n * squares / (n * (n - 1) if normalize and n > 1 else 1), n > 1
+
+
+def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
+    return scores.to(device).requires_grad_(), labels.to(device)
+
+
+SHAPES = ((64, 128), (16, 1024), (4, 4096))
+
+
+def _benchmark(peers: dict[str, str], targets: list[Target]) -> list[Benchmark]:
+    return [Benchmark(SHAPES, _lists_of_five_levels, {**peers}, "scores, of five labels", targets)]
+
+
+_x, _y = torch.ones(2), torch.ones(2)
+for _name, _summary, _function, _module, _phi in (
+    (
+        "pairwise_logistic_loss",
+        "RankNet's logistic loss of every pair of a list",
+        pairwise_logistic_loss,
+        PairwiseLogisticLoss,
+        lambda d, sigma=1.0: softplus(-sigma * d),
+    ),
+    (
+        "pairwise_soft_zero_one_loss",
+        "Smooth count of the misordered pairs of a list",
+        pairwise_soft_zero_one_loss,
+        PairwiseSoftZeroOneLoss,
+        lambda d, sigma=1.0: (-sigma * d).sigmoid(),
+    ),
+    (
+        "pairwise_exponential_loss",
+        "RankBoost's exponential loss of every pair of a list",
+        pairwise_exponential_loss,
+        PairwiseExponentialLoss,
+        lambda d, sigma=1.0: (-sigma * d).exp(),
+    ),
+):
+    register(
+        OpInfo(
+            name=_name,
+            summary=_summary,
+            function=_function,
+            reference=reference_of_pairs(_phi),
+            samples=lambda device, dtype: [
+                *list_samples(device, dtype),
+                *list_samples(device, dtype, sigma=1.5, normalize=True)[:1],
+            ],
+            modules=lambda module=_module: [
+                (module(), {}),
+                (module("sum", 2.0, True), {"reduction": "sum", "sigma": 2.0, "normalize": True}),
+            ],
+            bad_calls=lambda: [
+                *list_bad_calls(),
+                BadCall((_x, _y), "sigma: expected a number, got str", {"sigma": "1"}),
+                BadCall((_x, _y), "sigma: expected a positive number, got 0", {"sigma": 0}),
+                BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
+            ],
+            benchmarks=_benchmark(
+                {
+                    "plain PyTorch": "custom_ops.benchmarks.peers:pairwise_logistic_loss",
+                    "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_pairwise_logistic_loss",
+                },
+                [
+                    Target(shape, "plain PyTorch, compiled", 1 / times)
+                    for shape, times in zip(SHAPES, (5, 20, 30), strict=True)
+                ],
+            )
+            if _phi and _name == "pairwise_logistic_loss"
+            else (),
+        )
+    )
+
+register(
+    OpInfo(
+        name="pairwise_hinge_loss",
+        summary="Hinge loss of every pair of a list, or its square, in O(n log n)",
+        function=pairwise_hinge_loss,
+        reference=reference_of_pairs(
+            lambda d, margin=1.0, squared=False: (margin - d).relu().square() if squared else (margin - d).relu()
+        ),
+        samples=lambda device, dtype: [
+            *list_samples(device, dtype),
+            *list_samples(device, dtype, margin=0.5, squared=True, normalize=True)[:2],
+        ],
+        modules=lambda: [
+            (PairwiseHingeLoss(), {}),
+            (
+                PairwiseHingeLoss("sum", 0.5, True, True),
+                {"reduction": "sum", "margin": 0.5, "squared": True, "normalize": True},
+            ),
+        ],
+        bad_calls=lambda: [
+            *list_bad_calls(),
+            BadCall((_x, _y), "margin: expected a number, got str", {"margin": "1"}),
+            BadCall((_x, _y), "squared: expected True or False, got 1", {"squared": 1}),
+            BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
+        ],
+        benchmarks=_benchmark(
+            {"plain PyTorch": "custom_ops.benchmarks.peers:pairwise_hinge_loss"},
+            [Target(shape, "plain PyTorch", 1 / times) for shape, times in zip(SHAPES, (7, 150, 500), strict=True)],
+        ),
+    )
+)
+
+register(
+    OpInfo(
+        name="pairwise_mse_loss",
+        summary="Squared error of all score differences of a list, in O(n)",
+        function=pairwise_mse_loss,
+        reference=reference_of(_pairwise_mse_of_one_list),
+        samples=lambda device, dtype: [
+            *list_samples(device, dtype, grow_items=True),
+            *list_samples(device, dtype, normalize=True)[:1],
+        ],
+        modules=lambda: [
+            (PairwiseMSELoss(), {}),
+            (PairwiseMSELoss("sum", True), {"reduction": "sum", "normalize": True}),
+        ],
+        bad_calls=lambda: [
+            *list_bad_calls(),
+            BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
+        ],
+    )
+)

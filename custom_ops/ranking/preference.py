@@ -1,0 +1,644 @@
+"""Losses of one margin per pair: which of two was preferred."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._native import define
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+
+__all__ = ["BPRLoss", "BradleyTerryLoss", "DPOLoss", "bpr_loss", "bradley_terry_loss", "dpo_loss"]
+
+LOGISTIC, HINGE, SQUARED, DIVERGENCE = range(4)
+_SIGNS = (1, -1, -1, 1)  # of chosen, rejected, chosen_offset, rejected_offset in the difference
+
+
+@define
+def preference(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_offset: Tensor | None,
+    rejected_offset: Tensor | None,
+    kind: int,
+    margin: float,
+    beta: float,
+    p: float,
+    q: float,
+    divisor: int,
+    reduce: bool,
+    batch_dims: int,
+) -> Tensor:
+    """The loss of ``d = (chosen - chosen_offset) - (rejected - rejected_offset) - margin``.
+
+    With z = beta d, by ``kind``: p softplus(-z) + q softplus(z); max(0, 1 - z); (d - p)^2;
+    sigmoid(z) (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q). The first ``batch_dims``
+    dimensions are a batch; ``reduce`` sums over the others and divides by ``divisor``, if that isn't 0,
+    which is given because the elements may be spread over processes.
+    """
+    return chosen.new_empty(chosen.shape[:batch_dims] if reduce else chosen.shape)
+
+
+@define
+def preference_slope(
+    weight: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_offset: Tensor | None,
+    rejected_offset: Tensor | None,
+    order: int,
+    kind: int,
+    margin: float,
+    beta: float,
+    p: float,
+    q: float,
+    divisor: int,
+    reduce: bool,
+) -> Tensor:
+    """``weight`` times the derivative of that loss in d, of order 1, 2 or 3, for each element."""
+    return chosen.new_empty(chosen.shape)
+
+
+def _along(moves: Sequence[Tensor | None]) -> Tensor | None:
+    """How far d moves with its four tensors."""
+    steps = [move if sign > 0 else -move for move, sign in zip(moves, _SIGNS) if move is not None]
+    return sum(steps[1:], steps[0]) if steps else None
+
+
+def _back(slope: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the four tensors for that of d."""
+    return [
+        (slope if sign > 0 else -slope) if needs and slope is not None else None for needs, sign in zip(needed, _SIGNS)
+    ]
+
+
+class Preference(Function, op=preference):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.batch_dims = inputs[:4] + inputs[11:]
+        ctx.parameters = inputs[4:11]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope = preference_slope(grad, *ctx.saved_tensors, 1, *ctx.parameters)
+        return *_back(slope, ctx.needs_input_grad), *[None] * 8
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        chosen, reduce = ctx.saved_tensors[0], ctx.parameters[-1]
+        ones = chosen.new_ones(chosen.shape[: ctx.batch_dims] if reduce else chosen.shape)
+        slope = preference_slope(ones, *ctx.saved_tensors, 1, *ctx.parameters)
+        return _summed(_along(tangents[:4]) * slope, ones)
+
+
+class PreferenceSlope(Function, op=preference_slope):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.order = inputs[:6]
+        ctx.parameters = inputs[6:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *tensors = ctx.saved_tensors
+        of_weight = of_difference = None
+        if ctx.needs_input_grad[0]:
+            slope = preference_slope(torch.ones_like(weight), *tensors, ctx.order, *ctx.parameters)
+            of_weight = _summed(cotangent * slope, weight)
+        if any(ctx.needs_input_grad[1:5]):
+            of_difference = cotangent * preference_slope(weight, *tensors, _after(ctx.order), *ctx.parameters)
+        return of_weight, *_back(of_difference, ctx.needs_input_grad[1:5]), *[None] * 8
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        weight, *tensors = ctx.saved_tensors
+        parts = []
+        if tangents[0] is not None:
+            parts.append(preference_slope(tangents[0], *tensors, ctx.order, *ctx.parameters))
+        move = _along(tangents[1:5])
+        if move is not None:
+            parts.append(move * preference_slope(weight, *tensors, _after(ctx.order), *ctx.parameters))
+        return sum(parts[1:], parts[0])
+
+
+def _after(order: int) -> int:
+    if order == 3:
+        raise NotImplementedError("preference losses have derivatives up to the third, not of order 4")
+    return order + 1
+
+
+def _summed(x: Tensor, like: Tensor) -> Tensor:
+    """Sums over the dimensions beyond those of ``like``."""
+    dims = tuple(range(like.dim(), x.dim()))
+    return x.sum(dims) if dims else x
+
+
+@library.vmap(preference)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    tensors = [None if t is None else library.to_front(t, d, info.batch_size) for t, d in zip(args[:4], in_dims)]
+    return preference(*tensors, *args[4:11], args[11] + 1), 0
+
+
+@library.vmap(preference_slope)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    tensors = [None if t is None else library.to_front(t, d, info.batch_size) for t, d in zip(args[:5], in_dims)]
+    return preference_slope(*tensors, *args[5:]), 0
+
+
+@library.sharding(preference)
+def _(chosen: Any, rejected: Any, chosen_offset: Any, rejected_offset: Any, kind: int, *parameters: Any) -> Any:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    reduce, batch_dims = parameters[-2:]
+
+    def row(placement: Any, loss: Any) -> Any:
+        offsets = [None if t is None else placement for t in (chosen_offset, rejected_offset)]
+        return [loss], [placement, placement, *offsets, *[None] * 8]
+
+    shards = ((d, Shard(d)) for d in range(chosen.ndim))
+    return [
+        row(Replicate(), Replicate()),
+        *(row(s, Partial() if reduce and d >= batch_dims else s) for d, s in shards),
+    ]
+
+
+@library.sharding(preference_slope)
+def _(
+    weight: Any, chosen: Any, rejected: Any, chosen_offset: Any, rejected_offset: Any, order: int, *parameters: Any
+) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    def row(placement: Any, of_weight: Any) -> Any:
+        offsets = [None if t is None else placement for t in (chosen_offset, rejected_offset)]
+        return [placement], [of_weight, placement, placement, *offsets, *[None] * 8]
+
+    shards = ((d, Shard(d)) for d in range(chosen.ndim))
+    return [row(Replicate(), Replicate()), *(row(s, s if d < weight.ndim else Replicate()) for d, s in shards)]
+
+
+library.autocast(preference, torch.float32)
+
+
+def _loss(
+    tensors: dict[str, Tensor | None],
+    kind: int,
+    reduction: str,
+    margin: float = 0.0,
+    beta: float = 1.0,
+    p: float = 1.0,
+    q: float = 0.0,
+) -> Tensor:
+    """The loss of chosen, rejected and their offsets, checked under the names that the caller gave them."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in given.items():
+        _checks.has_dtype(name, t, _checks.FLOATING)
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    expanded = dict(zip(given, _checks.broadcast(**given)))
+    chosen, rejected, *offsets = (expanded.get(name) for name in tensors)
+    assert chosen is not None and rejected is not None
+    divisor = chosen.numel() if reduction == "mean" else 1
+    padded = (*offsets, None, None)[:2]
+    return preference(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)
+
+
+def _is_smoothing(value: Any, limit: float) -> None:
+    _checks.is_number("label_smoothing", value)
+    if not 0 <= value < limit:
+        raise ValueError(f"label_smoothing: expected at least 0 and less than {limit}, got {value}")
+
+
+def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
+    """``-log sigmoid(positive - negative)``: an item that the user chose should score above one that they didn't.
+
+    Exact at any difference: it neither saturates nor overflows. Differentiable to third order and in
+    forward mode. 16-bit scores are computed in float32 and rounded once; under autocast the loss is float32.
+
+    Args:
+        positive, negative: scores; float16, bfloat16, float32 or float64. The shapes broadcast: [B, 1]
+            beside [B, K] compares each positive with K negatives.
+        reduction: "mean", "sum" or "none"; the mean over no pair is 0.
+
+    Returns:
+        A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
+
+    Raises:
+        TypeError: no tensor, a wrong dtype.
+        ValueError: shapes that don't broadcast, several devices, an unknown ``reduction``.
+
+    O(n) time, no temporaries; keeps its arguments for backward. An expanded input is copied in full.
+
+    Source: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", UAI 2009.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> positive = torch.tensor([2.0, -40.0], requires_grad=True)
+        >>> loss = custom_ops.bpr_loss(positive, torch.zeros(2), reduction="none")
+        >>> loss.detach()
+        tensor([ 0.1269, 40.0000])
+        >>> loss.sum().backward()
+        >>> positive.grad
+        tensor([-0.1192, -1.0000])
+    """
+    return _loss({"positive": positive, "negative": negative}, LOGISTIC, reduction)
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | float = 0.0,
+    *,
+    beta: float = 1.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """``(1 - e) softplus(-b d) + e softplus(b d)``, ``d = chosen - rejected - margin``: a reward model's loss.
+
+    The negative log likelihood of the Bradley-Terry model, in which ``chosen`` wins with probability
+    sigmoid(b (chosen - rejected)); b is ``beta``, e is ``label_smoothing``. Exact at any difference.
+    Differentiable to third order, in ``margin`` too, and in forward mode. 16-bit rewards are computed in
+    float32 and rounded once; under autocast the loss is float32.
+
+    Args:
+        chosen, rejected: rewards; float16, bfloat16, float32 or float64. The shapes broadcast.
+        margin: by how much the chosen one should lead: a number, or a tensor with one for each pair.
+        beta: the scale of the rewards, > 0.
+        label_smoothing: the probability that a label is wrong, in [0, 1).
+        reduction: "mean", "sum" or "none"; the mean over no pair is 0.
+
+    Returns:
+        A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
+
+    Raises:
+        TypeError: no tensor, a wrong dtype, a parameter that is no number.
+        ValueError: shapes that don't broadcast, several devices, a parameter out of its range, an
+            unknown ``reduction``.
+
+    O(n) time, no temporaries; keeps its arguments for backward. An expanded input is copied in full.
+
+    Source: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", 1952; with a margin in Touvron
+    et al., "Llama 2", 2023.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.bradley_terry_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.5]), margin=0.5)
+        tensor(0.3005)
+    """
+    _checks.is_positive("beta", beta)
+    _is_smoothing(label_smoothing, 1.0)
+    tensors: dict[str, Tensor | None] = {"chosen": chosen, "rejected": rejected}
+    if isinstance(margin, Tensor):
+        tensors["margin"], margin = margin, 0.0
+    _checks.is_number("margin", margin)
+    weights = (1.0 - label_smoothing, float(label_smoothing))
+    return _loss(tensors, LOGISTIC, reduction, float(margin), float(beta), *weights)
+
+
+DPO_LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo", "exo_pair")
+
+
+def dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Direct preference optimisation: a policy should prefer the chosen completion more than a reference does.
+
+    With ``d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``, b = ``beta``,
+    e = ``label_smoothing`` and s(z) = -log sigmoid(z), by ``loss_type``:
+
+    * "sigmoid": (1 - e) s(b d) + e s(-b d); with e > 0 this is conservative DPO
+    * "robust": ((1 - e) s(b d) - e s(-b d)) / (1 - 2 e), unbiased under labels wrong with probability e < 1/2
+    * "hinge": max(0, 1 - b d)
+    * "ipo": (d - 1 / (2 b))^2; meant for log probabilities averaged over a completion's tokens
+    * "exo_pair": KL of (sigmoid(b d), sigmoid(-b d)) from (1 - e, e); needs e > 0
+
+    Exact at any difference. Differentiable to third order and in forward mode; hinge's gradient at its kink
+    is 0. 16-bit inputs are computed in float32 and rounded once; under autocast the loss is float32.
+
+    Args:
+        chosen_logps, rejected_logps: the policy's log probability of each pair's completions; float16,
+            bfloat16, float32 or float64. All shapes broadcast.
+        ref_chosen_logps, ref_rejected_logps: the reference's; without them it is uniform. They get a
+            gradient if they require one, which a frozen reference doesn't.
+        beta: how strongly the policy is held to the reference, > 0.
+        label_smoothing: the probability that a label is wrong, in [0, 1), for "robust" in [0, 1/2).
+        reduction: "mean", "sum" or "none"; the mean over no pair is 0.
+
+    Returns:
+        A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
+
+    Raises:
+        TypeError: no tensor, a wrong dtype, a parameter that is no number.
+        ValueError: only one of the references, shapes that don't broadcast, several devices, a parameter out
+            of its range or without effect, an unknown ``loss_type`` or ``reduction``.
+
+    O(n) time, no temporaries; keeps its arguments for backward. An expanded input is copied in full.
+
+    Source: Rafailov et al., "Direct Preference Optimization", 2023; robust: Chowdhury et al., 2024; hinge:
+    Zhao et al., "SLiC-HF", 2023; ipo: Azar et al., 2023; exo_pair: Ji et al., 2024, Eq. 16. The names are
+    those of TRL's DPOTrainer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> policy = torch.tensor([-10.0, -12.0]), torch.tensor([-14.0, -11.0])
+        >>> reference = torch.tensor([-11.0, -11.0]), torch.tensor([-13.0, -12.0])
+        >>> custom_ops.dpo_loss(*policy, *reference, beta=0.5, reduction="none")
+        tensor([0.3133, 1.3133])
+    """
+    if (ref_chosen_logps is None) != (ref_rejected_logps is None):
+        raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or neither")
+    tensors = {
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "ref_chosen_logps": ref_chosen_logps,
+        "ref_rejected_logps": ref_rejected_logps,
+    }
+    return _loss(tensors, reduction=reduction, **_dpo_parameters(beta, loss_type, label_smoothing))
+
+
+def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict[str, Any]:
+    _checks.is_positive("beta", beta)
+    _checks.is_one_of("loss_type", loss_type, DPO_LOSS_TYPES)
+    _is_smoothing(label_smoothing, 0.5 if loss_type == "robust" else 1.0)
+    e = float(label_smoothing)
+    if e and loss_type in ("hinge", "ipo"):
+        raise ValueError(f"label_smoothing: expected 0, {loss_type!r} has none, got {label_smoothing}")
+    if loss_type == "sigmoid":
+        kind, p, q = LOGISTIC, 1 - e, e
+    elif loss_type == "robust":
+        kind, p, q = LOGISTIC, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e)
+    elif loss_type == "hinge":
+        kind, p, q = HINGE, 0.0, 0.0
+    elif loss_type == "ipo":
+        kind, p, q = SQUARED, 0.5 / beta, 0.0
+    elif e > 0:
+        kind, p, q = DIVERGENCE, -math.log1p(-e), -math.log(e)
+    else:
+        raise ValueError("label_smoothing: expected more than 0 for 'exo_pair', got 0")
+    return {"kind": kind, "beta": float(beta), "p": p, "q": q}
+
+
+class BPRLoss(torch.nn.Module):
+    """`bpr_loss` as a layer."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+        self.reduction = reduction
+
+    def forward(self, positive: Tensor, negative: Tensor) -> Tensor:
+        return bpr_loss(positive, negative, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class BradleyTerryLoss(torch.nn.Module):
+    """`bradley_terry_loss` as a layer; the margin is given with the rewards."""
+
+    def __init__(self, beta: float = 1.0, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__()
+        _checks.is_positive("beta", beta)
+        _is_smoothing(label_smoothing, 1.0)
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+        self.beta, self.label_smoothing, self.reduction = beta, label_smoothing, reduction
+
+    def forward(self, chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+        options = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return bradley_terry_loss(chosen, rejected, margin, reduction=self.reduction, **options)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+
+
+class DPOLoss(torch.nn.Module):
+    """`dpo_loss` as a layer."""
+
+    def __init__(
+        self, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        _dpo_parameters(beta, loss_type, label_smoothing)
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+        self.beta, self.loss_type, self.label_smoothing, self.reduction = beta, loss_type, label_smoothing, reduction
+
+    def forward(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+    ) -> Tensor:
+        tensors = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        options: dict[str, Any] = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return dpo_loss(*tensors, loss_type=self.loss_type, reduction=self.reduction, **options)
+
+    def extra_repr(self) -> str:
+        own = f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}"
+        return f"{own}, reduction={self.reduction!r}"
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
+
+
+def bpr_loss_reference(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
+    return _reduced(-torch.nn.functional.logsigmoid(positive - negative), reduction)
+
+
+def bradley_terry_loss_reference(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | float = 0.0,
+    *,
+    beta: float = 1.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    return _reduced(_smoothed(beta * (chosen - rejected - margin), label_smoothing), reduction)
+
+
+def _smoothed(z: Tensor, e: float) -> Tensor:
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+
+
+def dpo_loss_reference(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    d = chosen_logps - rejected_logps
+    if ref_chosen_logps is not None and ref_rejected_logps is not None:
+        d = d - (ref_chosen_logps - ref_rejected_logps)
+    e, z = label_smoothing, beta * d
+    if loss_type == "sigmoid":
+        loss = _smoothed(z, e)
+    elif loss_type == "robust":
+        loss = (_smoothed(z, 0.0) * (1 - e) - _smoothed(-z, 0.0) * e) / (1 - 2 * e)
+    elif loss_type == "hinge":
+        loss = torch.relu(1 - z)
+    elif loss_type == "ipo":
+        loss = (d - 1 / (2 * beta)) ** 2
+    else:
+        log_sigmoid = torch.nn.functional.logsigmoid
+        loss = z.sigmoid() * (log_sigmoid(z) - math.log1p(-e)) + (-z).sigmoid() * (log_sigmoid(-z) - math.log(e))
+    return _reduced(loss, reduction)
+
+
+class _Draw:
+    """Tensors to differentiate in, each of other values."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        draws = (torch.randn(shape, generator=self.generator, dtype=torch.float64) for shape in shapes)
+        return tuple(x.to(self.device, self.dtype).requires_grad_() for x in draws)
+
+
+def _bpr_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    draw = _Draw(device, dtype)
+    return [
+        Sample(draw((3, 4), (3, 4)), dynamic={0: 0, 1: 0}),
+        Sample((*draw((5,), (5,)), "sum")),
+        Sample((*draw((2, 1), (2, 3)), "none")),
+        Sample((*draw((0, 2), (0, 2)), "mean")),
+    ]
+
+
+def _bradley_terry_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    draw = _Draw(device, dtype)
+    return [
+        Sample(draw((3, 2), (3, 2), (3, 2)), {"beta": 0.5, "label_smoothing": 0.1}, dynamic={0: 0, 1: 0, 2: 0}),
+        Sample((*draw((4,), (4,)), 0.3), {"beta": 2.0, "reduction": "sum"}),
+        Sample(draw((4,), (1,)), {"reduction": "none"}),
+        Sample(draw((0,), (0,), (0,))),
+    ]
+
+
+def _dpo_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    draw = _Draw(device, dtype)
+    shapes = ((3,),) * 4
+
+    def away_from_the_kink() -> tuple[Tensor, ...]:
+        while True:
+            tensors = draw(*shapes)
+            c, r, oc, orr = (t.detach().double() for t in tensors)
+            if ((1 - ((c - oc) - (r - orr))).abs() > 0.1).all():
+                return tensors
+
+    return [
+        Sample(draw(*shapes), {"beta": 0.5}, dynamic=dict.fromkeys(range(4), 0)),
+        Sample(draw(*shapes), {"beta": 0.7, "loss_type": "robust", "label_smoothing": 0.2}),
+        Sample(away_from_the_kink(), {"beta": 1.0, "loss_type": "hinge", "reduction": "sum"}),
+        Sample(draw(*shapes), {"beta": 0.4, "loss_type": "ipo", "reduction": "none"}),
+        Sample(draw(*shapes), {"beta": 0.8, "loss_type": "exo_pair", "label_smoothing": 0.1}),
+        Sample(draw((2, 2), (2, 2)), {"label_smoothing": 0.3}),
+        Sample(draw((0,), (0,))),
+    ]
+
+
+_two, _three = torch.ones(2), torch.ones(3)
+_PEERS = "custom_ops.benchmarks.peers"
+
+register(
+    OpInfo(
+        name="bpr_loss",
+        summary="Bayesian personalised ranking, exact at any difference",
+        function=bpr_loss,
+        reference=bpr_loss_reference,
+        samples=_bpr_samples,
+        modules=lambda: [(BPRLoss(), {}), (BPRLoss("sum"), {"reduction": "sum"})],
+        bad_calls=lambda: [
+            BadCall((1.0, _two), "positive: expected a tensor, got float"),
+            BadCall((_two, _two.int()), "negative: expected one of float16"),
+            BadCall((_two, _three), r"positive, negative: expected shapes that broadcast, got \[2\], \[3\]"),
+            BadCall((_two, _two.to("meta")), "negative: expected on cpu as positive, got meta"),
+            BadCall((_two, _two, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="pairs",
+                sizes=(10_000, 1_000_000),
+                make=lambda n, device: tuple(torch.randn(n, device=device, requires_grad=True) for _ in range(2)),
+                peers={name: f"{_PEERS}:{name}" for name in ("logsigmoid_bpr_loss", "compiled_bpr_loss")},
+                targets=[Target(1_000_000, "logsigmoid_bpr_loss", 1 / 2)],
+            )
+        ],
+    )
+)
+register(
+    OpInfo(
+        name="bradley_terry_loss",
+        summary="Bradley-Terry loss of a reward model, with margin and label smoothing",
+        function=bradley_terry_loss,
+        reference=bradley_terry_loss_reference,
+        samples=_bradley_terry_samples,
+        modules=lambda: [
+            (BradleyTerryLoss(), {}),
+            (BradleyTerryLoss(0.5, 0.1, "sum"), {"beta": 0.5, "label_smoothing": 0.1, "reduction": "sum"}),
+        ],
+        bad_calls=lambda: [
+            BadCall((_two, 1.0), "rejected: expected a tensor, got float"),
+            BadCall((_two, _two, _two.int()), "margin: expected one of float16"),
+            BadCall((_two, _two, "1"), "margin: expected a number, got str"),
+            BadCall((_two, _two, _three), "chosen, rejected, margin: expected shapes that broadcast"),
+            BadCall((_two, _two), "beta: expected a positive number, got 0", {"beta": 0}),
+            BadCall((_two, _two), "label_smoothing: expected at least 0 and less than 1", {"label_smoothing": 1.0}),
+            BadCall((_two, _two), "reduction: expected one of", {"reduction": "avg"}),
+        ],
+    )
+)
+register(
+    OpInfo(
+        name="dpo_loss",
+        summary="Direct preference optimisation: sigmoid, robust, hinge, IPO, EXO",
+        function=dpo_loss,
+        reference=dpo_loss_reference,
+        samples=_dpo_samples,
+        modules=lambda: [
+            (DPOLoss(), {}),
+            (DPOLoss(0.3, "robust", 0.1, "sum"), _dpo_options("robust", 0.1, "sum")),
+            (DPOLoss(0.3, "ipo"), _dpo_options("ipo", 0.0, "mean")),
+        ],
+        bad_calls=lambda: [
+            BadCall((_two, _two.int()), "rejected_logps: expected one of float16"),
+            BadCall((_two, _two, _two), "ref_chosen_logps, ref_rejected_logps: expected both or neither"),
+            BadCall((_two, _two, _two, 1.0), "ref_rejected_logps: expected a tensor, got float"),
+            BadCall((_two, _two, _three, _two), r"expected shapes that broadcast, got \[2\], \[2\], \[3\], \[2\]"),
+            BadCall((_two, _two), "beta: expected a number, got str", {"beta": "1"}),
+            BadCall((_two, _two), "loss_type: expected one of 'sigmoid', .* got 'kto'", {"loss_type": "kto"}),
+            BadCall((_two, _two), "label_smoothing: .* less than 0.5", {"loss_type": "robust", "label_smoothing": 0.5}),
+            BadCall((_two, _two), "label_smoothing: expected 0, 'ipo'", {"loss_type": "ipo", "label_smoothing": 0.1}),
+            BadCall((_two, _two), "label_smoothing: expected more than 0", {"loss_type": "exo_pair"}),
+            BadCall((_two, _two), "reduction: expected one of", {"reduction": "avg"}),
+        ],
+    )
+)
+
+
+def _dpo_options(loss_type: str, label_smoothing: float, reduction: str) -> dict[str, Any]:
+    return {"beta": 0.3, "loss_type": loss_type, "label_smoothing": label_smoothing, "reduction": reduction}

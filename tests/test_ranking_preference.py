@@ -1,0 +1,141 @@
+"""What the losses of one margin per pair promise beyond the battery."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import custom_ops
+
+DPO = [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("exo_pair", 0.1)]
+
+
+def test_bpr_is_exact_where_the_naive_formula_saturates():
+    """RecBole's -log(1e-10 + sigmoid(d)) stops growing at 23 and has no gradient beyond."""
+    positive = torch.tensor([-30.0, -1e4, 1e4, 0.0], requires_grad=True)
+    loss = custom_ops.bpr_loss(positive, torch.zeros(4), reduction="none")
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([30, 1e4, 0, math.log(2)], rel=1e-6)
+    assert positive.grad.tolist() == [-1, -1, 0, -0.5]
+
+
+def test_small_losses_keep_their_digits():
+    d = torch.linspace(-80, 80, 4001)
+    loss = custom_ops.bpr_loss(d, torch.zeros(()), reduction="none")
+    exact = torch.nn.functional.softplus(-d.double(), threshold=1e9)
+    torch.testing.assert_close(loss.double(), exact, rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize(("loss_type", "label_smoothing"), DPO)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_gradients_and_curvature_of_dpo(loss_type, label_smoothing, dtype):
+    torch.manual_seed(0)
+    tensors = [(8 * torch.randn(1001)).to(dtype) for _ in range(4)]
+    options = {"loss_type": loss_type, "label_smoothing": label_smoothing, "beta": 0.5, "reduction": "none"}
+    results = []
+    for function, cast in (
+        (custom_ops.dpo_loss, dtype),
+        (custom_ops.ranking.preference.dpo_loss_reference, torch.float64),
+    ):
+        inputs = [t.to(cast).requires_grad_() for t in tensors]
+        loss = function(*inputs, **options)
+        first = torch.autograd.grad(loss.sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(first[0].sum(), inputs) if first[0].requires_grad else []
+        results.append([t.detach().double() for t in (loss, *first, *second)])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for ours, exact in zip(*results):
+        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_derivatives_to_third_order_and_no_further(kind):
+    parameters = (kind, 0.1, 0.7, 0.4, 1.3, 1, False)
+    d, zero = torch.linspace(-3, 3, 12, dtype=torch.float64).requires_grad_(), torch.zeros(12, dtype=torch.float64)
+    ops = torch.ops.custom_ops
+    below = ops.preference(d, zero, None, None, *parameters, 0)
+    for order in (1, 2, 3):
+        (slope,) = torch.autograd.grad(below.sum(), d, create_graph=True)
+        torch.testing.assert_close(
+            slope, ops.preference_slope(torch.ones_like(d), d, zero, None, None, order, *parameters)
+        )
+        below = slope
+    with pytest.raises(NotImplementedError, match="up to the third, not of order 4"):
+        torch.autograd.grad(below.sum(), d)
+
+
+@pytest.mark.parametrize(("loss_type", "label_smoothing"), DPO)
+def test_infinite_and_nan_scores_touch_only_their_own_pair(loss_type, label_smoothing):
+    chosen = torch.tensor([1.0, math.inf, math.nan, -1e4], requires_grad=True)
+    options = {"loss_type": loss_type, "label_smoothing": label_smoothing, "reduction": "none"}
+    loss = custom_ops.dpo_loss(chosen, torch.zeros(4), **options)
+    loss.sum().backward()
+    assert loss[[0, 3]].isfinite().all() and chosen.grad[[0, 3]].isfinite().all()
+    assert loss[2].isnan()
+    if (loss_type, label_smoothing) in [("sigmoid", 0.0), ("hinge", 0.0)]:
+        assert loss[1] == 0 and chosen.grad[1] == 0
+
+
+def test_the_gradient_of_hinge_stops_at_its_kink():
+    d = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    custom_ops.dpo_loss(d, torch.zeros(3), beta=1.0, loss_type="hinge", reduction="sum").backward()
+    assert d.grad.tolist() == [-1, 0, 0]
+
+
+def test_a_margin_as_number_and_as_tensor_are_the_same():
+    torch.manual_seed(0)
+    chosen, rejected = torch.randn(5), torch.randn(5)
+    margin = torch.full((5,), 0.25, requires_grad=True)
+    loss = custom_ops.bradley_terry_loss(chosen, rejected, margin, beta=2.0)
+    assert torch.equal(loss, custom_ops.bradley_terry_loss(chosen, rejected, 0.25, beta=2.0))
+    loss.backward()
+    assert (margin.grad > 0).all()
+
+
+def test_losses_of_16_bit_scores_are_rounded_once():
+    """The difference of these scores has no 16-bit number near it."""
+    positive, negative = torch.tensor([2048.0], dtype=torch.half), torch.tensor([2047.0], dtype=torch.half) / 2
+    loss = custom_ops.bpr_loss(negative, positive)
+    assert loss.item() == torch.tensor(2048 - 2047 / 2).half().item()
+    many = torch.full((100_000,), 1.0, dtype=torch.bfloat16)
+    mean = custom_ops.bpr_loss(many, -many)
+    assert mean.item() == torch.tensor(math.log1p(math.exp(-2))).bfloat16().item()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_pair_gives_a_loss_of_zero_with_a_gradient(reduction):
+    positive = torch.empty(0, 3, requires_grad=True)
+    loss = custom_ops.bpr_loss(positive, torch.empty(0, 3), reduction)
+    assert loss.sum() == 0
+    loss.sum().backward()
+    assert positive.grad.shape == (0, 3)
+
+
+def test_several_negatives_for_each_positive():
+    torch.manual_seed(0)
+    positive, negative = torch.randn(4, 1, requires_grad=True), torch.randn(4, 7)
+    loss = custom_ops.bpr_loss(positive, negative, "none")
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(negative - positive))
+    loss.sum().backward()
+    assert positive.grad.shape == (4, 1)
+
+
+def test_promotes_dtypes():
+    assert custom_ops.bpr_loss(torch.ones(2), torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+    assert custom_ops.bpr_loss(torch.ones(2), torch.ones((), dtype=torch.float64)).dtype == torch.float32
+
+
+def test_no_temporaries():
+    """Forward and backward on 64 MB inputs allocate the two gradients and nothing else of size."""
+    code = """
+import resource, torch, custom_ops
+n = 16 << 20
+tensors = [torch.ones(n, requires_grad=True) for i in range(2)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+custom_ops.bpr_loss(*tensors).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * n))
+"""
+    assert float(subprocess.check_output([sys.executable, "-c", code], text=True)) < 2.3

@@ -1,0 +1,215 @@
+"""The ground of the list losses: where the lists lie, sums over each, and the two ops that scale them.
+
+A kernel of pairs has a program for each block of items of an example (see `rows`) and loops over the
+columns of the lists that the block touches (`columns`); it need not know which form the lists came in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import kernel
+
+WIDE = ("fp32", "fp64")  # the dtypes of list losses
+_BLOCK = 256
+
+
+class Lists:
+    """``examples`` rows of ``items``, each of ``lists`` lists between the same ``bounds``.
+
+    Bounds out of order or range are clamped, so that no kernel can leave its memory.
+    """
+
+    def __init__(self, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> None:
+        self.batch = x.shape[:-1]
+        self.examples, self.items = math.prod(self.batch), x.shape[-1]
+        if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape):
+            raise RuntimeError("mask: expected bool of the shape of the scores")
+        self.masked = valid is not None
+        # Without a mask or several lists these aren't read.
+        self.valid = x.new_ones(1, dtype=torch.uint8) if valid is None else valid.contiguous().view(torch.uint8)
+        if offsets is None:
+            self.bounds = torch.tensor([0, self.items], device=x.device)
+            self.ids = self.bounds.new_zeros(1, dtype=torch.int32)
+            self.lists, self.several = 1, False
+        else:
+            if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
+                raise RuntimeError("cu_lengths: expected a 1-d int64 tensor of at least one element")
+            self.bounds = offsets.clamp(0, self.items).cummax(0).values
+            at = torch.arange(self.items, device=x.device)
+            self.places = torch.searchsorted(self.bounds, at, right=True) - 1  # -1 before, L behind all lists
+            self.lists, self.several = offsets.shape[0] - 1, True
+            self.ids = torch.where(self.places < self.lists, self.places, -1).to(torch.int32)
+
+    @property
+    def variant(self) -> tuple[bool, bool]:
+        return self.masked, self.several
+
+    def owners(self) -> tuple[Tensor, int]:
+        """The list of each item, -1 if it isn't valid or in none, and how far the examples lie apart."""
+        ids = self.ids if self.several else self.ids.expand(self.items)
+        if self.masked:
+            ids = torch.where(self.valid != 0, ids, -1)
+        return ids.contiguous(), self.items if self.masked else 0
+
+    def ranks(self, key: Tensor) -> Tensor:
+        """The place [..., T] of each item in its list by descending key, from 0, ties by position."""
+        order = self.sort(key)
+        at = torch.arange(self.items, device=key.device)
+        if self.several:
+            at = at - self.bounds[self.places.clamp(0, self.lists)]
+        return torch.empty_like(order).scatter_(-1, order, at.expand(order.shape))
+
+    def per_list(self, x: Tensor) -> Tensor:
+        return x.new_empty((*self.batch, self.lists))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sums [..., L] of x [..., T] over the lists, masked items and all."""
+        out = self.per_list(x)
+        list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
+        return out
+
+    def sort(self, key: Tensor, then: Tensor | None = None) -> Tensor:
+        """The order [..., T] of each list by descending key, ties by ``then`` and position, its masked items last."""
+        if then is None:
+            order = key.sort(dim=-1, descending=True, stable=True).indices
+        else:
+            order = then.sort(dim=-1, descending=True, stable=True).indices
+            order = order.gather(-1, key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+        later = []
+        if self.masked:
+            later.append(1 - self.valid)
+        if self.several:
+            later.append(self.places.expand(key.shape))
+        for place in later:  # each sort is stable: the last one decides first
+            order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
+        return order
+
+
+VARIANTS: dict[Any, dict[str, Any]] = {
+    (masked, several): {"MASKED": masked, "SEVERAL": several} for masked in (False, True) for several in (False, True)
+}
+
+
+@triton.jit
+def load_valid(valid_ptr, at, inside, MASKED: tl.constexpr):
+    """Whether the items at ``at`` are valid; not where not ``inside``."""
+    if MASKED:
+        return inside & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
+    else:
+        return inside
+
+
+@triton.jit
+def load_list(ids_ptr, item, inside, SEVERAL: tl.constexpr):
+    """The list of each item, -1 outside of all."""
+    if SEVERAL:
+        return tl.load(ids_ptr + item, mask=inside, other=-1)
+    else:
+        return tl.where(inside, 0, -1)
+
+
+@triton.jit
+def columns(bounds_ptr, ids, items, lists, SEVERAL: tl.constexpr):
+    """From and to which item the lists of the items with these ``ids`` reach."""
+    if SEVERAL:
+        first = tl.min(tl.where(ids < 0, lists, ids))
+        last = tl.max(ids)
+        some = last >= 0
+        start = tl.load(bounds_ptr + first, mask=some, other=0)
+        stop = tl.load(bounds_ptr + last + 1, mask=some, other=0)
+        return start, stop
+    else:
+        return (items * 0).to(tl.int64), items.to(tl.int64)
+
+
+@kernel("*T *T *i64 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}})
+@triton.jit(do_not_specialize=["items", "lists"])
+def list_sum_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    example, index = program // lists, program % lists
+    start, stop = tl.load(bounds_ptr + index), tl.load(bounds_ptr + index + 1)
+    x_ptr += example * items
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + item, mask=item < stop, other=0)
+    tl.store(out_ptr + program, tl.sum(total).to(x_ptr.dtype.element_ty))
+
+
+@kernel("*T *T *T *u8 *i64 i32 i32", WIDE, {m: {"MASKED": m, "BLOCK": _BLOCK} for m in (False, True)})
+@triton.jit(do_not_specialize=["items", "lists"])
+def list_dot_kernel(
+    x_ptr, y_ptr, out_ptr, valid_ptr, bounds_ptr, items, lists, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0).to(tl.int64)
+    example, index = program // lists, program % lists
+    start, stop = tl.load(bounds_ptr + index), tl.load(bounds_ptr + index + 1)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        at = example * items + item
+        valid = load_valid(valid_ptr, at, item < stop, MASKED)
+        x, y = tl.load(x_ptr + at, mask=valid, other=0), tl.load(y_ptr + at, mask=valid, other=0)
+        total += x.to(tl.float64) * y.to(tl.float64)
+    tl.store(out_ptr + program, tl.sum(total).to(x_ptr.dtype.element_ty))
+
+
+@kernel(
+    "*T *T *T *u8 *i32 i32 i32 i32",
+    WIDE,
+    {key: {**variant, "BLOCK": _BLOCK} for key, variant in VARIANTS.items()},
+)
+@triton.jit(do_not_specialize=["items", "lists", "blocks"])
+def list_scale_kernel(
+    weight_ptr,
+    x_ptr,
+    out_ptr,
+    valid_ptr,
+    ids_ptr,
+    items,
+    lists,
+    blocks,
+    MASKED: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    example = program // blocks
+    item = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = item < items
+    ids = load_list(ids_ptr, item, inside, SEVERAL)
+    at = example * items + item
+    valid = load_valid(valid_ptr, at, inside & (ids >= 0), MASKED)
+    weight = tl.load(weight_ptr + example * lists + ids, mask=valid, other=0)
+    x = tl.load(x_ptr + at, mask=valid, other=0)
+    tl.store(out_ptr + at, tl.where(valid, weight * x, 0.0), mask=inside)
+
+
+def list_scale(weight: Tensor, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
+    weight, x = weight.contiguous(), x.contiguous()
+    lists = Lists(x, valid, offsets)
+    if weight.shape != (*lists.batch, lists.lists):
+        raise RuntimeError("weight: expected one for each list")
+    out = x.new_empty(x.shape)
+    blocks = triton.cdiv(lists.items, _BLOCK)
+    sizes = (lists.items, lists.lists, blocks)
+    list_scale_kernel(lists.examples * blocks, weight, x, out, lists.valid, lists.ids, *sizes, variant=lists.variant)
+    return out
+
+
+def list_dot(x: Tensor, y: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
+    x, y = x.contiguous(), y.contiguous()
+    lists = Lists(x, valid, offsets)
+    if y.shape != x.shape:
+        raise RuntimeError("y: expected the shape of x")
+    out = lists.per_list(x)
+    pointers = (x, y, out, lists.valid, lists.bounds)
+    list_dot_kernel(lists.examples * lists.lists, *pointers, lists.items, lists.lists, variant=lists.masked)
+    return out

@@ -1,0 +1,255 @@
+"""Pairwise losses."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import kernel
+from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale
+
+_ROWS, _COLUMNS = 32, 32
+
+# The functions of a pair's difference d: those of `pairwise` (by their number there), then the hinges.
+_HINGE, _SQUARED_HINGE = 3, 4
+
+
+@triton.jit
+def pair_value(d, PHI: tl.constexpr):
+    if PHI == 0:  # log(1 + exp(-d)); what 1 + u rounds off is added to first order
+        u = tl.exp(-tl.abs(d))
+        t = 1.0 + u
+        return tl.log(t) + (u - (t - 1.0)) / t + tl.where(d < 0, -d, 0.0)
+    elif PHI == 1:
+        return wrong_order(d)
+    elif PHI == 2:
+        return tl.exp(-d)
+    elif PHI == 3:
+        return tl.where(d > 1, 0.0, 1.0 - d)
+    else:
+        return tl.where(d > 1, 0.0, (1.0 - d) * (1.0 - d))
+
+
+@triton.jit
+def pair_slope(d, PHI: tl.constexpr):
+    if PHI == 0:
+        return -wrong_order(d)
+    elif PHI == 1:
+        return -wrong_order(d) * wrong_order(-d)
+    elif PHI == 2:
+        return -tl.exp(-d)
+    elif PHI == 3:
+        return tl.where(d < 1, -1.0, tl.where(d == d, 0.0, d))
+    else:
+        return tl.where(d > 1, 0.0, 2.0 * (d - 1.0))
+
+
+@triton.jit
+def pair_curvature(d, PHI: tl.constexpr):
+    if PHI == 0:
+        return wrong_order(d) * wrong_order(-d)
+    elif PHI == 1:
+        p = wrong_order(d)
+        r = wrong_order(-d)
+        return p * r * (r - p)
+    elif PHI == 2:
+        return tl.exp(-d)
+    elif PHI == 3:
+        return d * 0.0
+    else:
+        return tl.where(d < 1, 2.0, 0.0)
+
+
+@triton.jit
+def wrong_order(d):
+    """1 / (1 + exp(d)), without overflow."""
+    u = tl.exp(-tl.abs(d))
+    return tl.where(d < 0, 1.0, u) / (1.0 + u)
+
+
+@kernel(
+    "*T *T *T *i32 *i64 *T *T *T fp64 fp64 i32 i32 i32 i32",
+    WIDE,
+    {
+        (phi, hessian): {"PHI": phi, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        for phi in range(5)
+        for hessian in (False, True)
+    },
+)
+@triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
+def pairwise_kernel(
+    s_ptr,
+    y_ptr,
+    v_ptr,
+    owner_ptr,
+    bounds_ptr,
+    slope_ptr,
+    value_ptr,
+    count_ptr,
+    factor: tl.float64,
+    shift: tl.float64,
+    items,
+    stride,
+    lists,
+    blocks,
+    PHI: tl.constexpr,
+    HESSIAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Per item: its slope, the sum of its pairs' values over those it should be above, and their number."""
+    program = tl.program_id(0).to(tl.int64)
+    example = program // blocks * items
+    owner_ptr += program // blocks * stride
+    i = program % blocks * ROWS + tl.arange(0, ROWS)
+    owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
+    valid_i = owner_i >= 0
+    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0)
+    y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
+    slope, value, count = s_i * 0.0, s_i * 0.0, s_i * 0.0
+    if HESSIAN:
+        v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
+    scale = tl.full([1, 1], factor, s_i.dtype)
+    offset = tl.full([1, 1], shift, s_i.dtype)
+    start, stop = columns(bounds_ptr, owner_i, items, lists, True)
+    for first in range(start, stop, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
+        valid_j = owner_j >= 0
+        s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0)
+        y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
+        together = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :])
+        above = together & (y_i[:, None] > y_j[None, :])
+        below = together & (y_i[:, None] < y_j[None, :])
+        difference = s_i[:, None] - s_j[None, :]
+        d = tl.where(below, -difference, difference) * scale + offset
+        if HESSIAN:
+            v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
+            move = pair_curvature(d, PHI) * (v_i[:, None] - v_j[None, :])
+            slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
+        else:
+            g = pair_slope(d, PHI)
+            slope += tl.sum(tl.where(above, g, tl.where(below, -g, 0.0)), axis=1)
+            value += tl.sum(tl.where(above, pair_value(d, PHI), 0.0), axis=1)
+        count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
+    tl.store(slope_ptr + example + i, slope, mask=i < items)
+    tl.store(value_ptr + example + i, value, mask=i < items)
+    tl.store(count_ptr + example + i, count, mask=i < items)
+
+
+def _pairs(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    phi: int,
+    factor: float,
+    shift: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sum phi(factor (s_i - s_j) + shift): the loss, the slope (or Hessian times v), the number of pairs."""
+    scores, labels = scores.contiguous(), labels.contiguous()
+    lists = Lists(scores, valid, offsets)
+    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
+        raise RuntimeError("labels, v: expected the shape and dtype of the scores")
+    slope, value, count = (torch.empty_like(scores) for _ in range(3))
+    blocks = triton.cdiv(lists.items, _ROWS)
+    vector = scores if v is None else v.contiguous()  # not read
+    owners, stride = lists.owners()
+    pointers = (scores, labels, vector, owners, lists.bounds, slope, value, count)
+    sizes = (lists.items, stride, lists.lists, blocks)
+    pairwise_kernel(lists.examples * blocks, *pointers, factor, shift, *sizes, variant=(phi, v is not None))
+    pairs = lists.sum(count)
+    scale = factor if v is None else factor * factor
+    weight = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)
+    loss = lists.sum(value)
+    return loss / pairs.clamp_min(1) if normalize else loss, list_scale(weight, slope, valid, offsets), pairs
+
+
+def pairwise(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    phi: int,
+    sigma: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, sigma, 0.0, normalize)
+    return loss, slope, pairs > 0
+
+
+def pairwise_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    phi: int,
+    sigma: float,
+    normalize: bool,
+) -> Tensor:
+    return _pairs(scores, labels, valid, offsets, v, phi, sigma, 0.0, normalize)[1]
+
+
+# ---------------------------------------------------------------- hinge: with d - margin + 1 for d
+
+
+def pairwise_hinge(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    margin: float,
+    squared: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    phi = _SQUARED_HINGE if squared else _HINGE
+    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, 1.0, 1.0 - margin, normalize)
+    return loss, slope, pairs > 0
+
+
+def pairwise_hinge_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    margin: float,
+    squared: bool,
+    normalize: bool,
+) -> Tensor:
+    phi = _SQUARED_HINGE if squared else _HINGE
+    return _pairs(scores, labels, valid, offsets, v, phi, 1.0, 1.0 - margin, normalize)[1]
+
+
+# ---------------------------------------------------------------- squared error: no kernel of its own
+
+
+def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x minus the mean of its list, 0 where it isn't valid; and the number of valid items of each list."""
+    ones = torch.ones_like(x)
+    count = lists.sum(ones if valid is None else valid.to(x.dtype))
+    mean = lists.sum(x if valid is None else x.masked_fill(~valid, 0)) / count.clamp_min(1)
+    x = x - list_scale(mean, ones, valid, offsets)
+    return list_scale((count > 1).to(x.dtype), x, valid, offsets), count
+
+
+def pairwise_mse(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lists = Lists(scores, valid, offsets)
+    x, count = _centred(scores - labels, lists, valid, offsets)
+    scale = 1 / (count - 1).clamp_min(1) if normalize else count
+    return 2 * scale * lists.sum(x * x), list_scale(4 * scale, x, valid, offsets), count > 1
+
+
+def pairwise_mse_slope(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, normalize: bool
+) -> Tensor:
+    lists = Lists(scores, valid, offsets)
+    x, count = _centred(scores - labels if v is None else v, lists, valid, offsets)
+    return list_scale(4 * (1 / (count - 1).clamp_min(1) if normalize else count), x, valid, offsets)

@@ -1,0 +1,267 @@
+"""Losses of one margin per pair: which of two was preferred."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, accumulator, kernel, locate, widen
+
+KINDS = (LOGISTIC, HINGE, SQUARED, DIVERGENCE) = tuple(map(tl.constexpr, range(4)))
+
+
+@triton.jit
+def log1p_unit(u):
+    """log(1 + u) for 0 <= u <= 1, to the last digits of small u too: 2 artanh(u / (2 + u))."""
+    TERMS: tl.constexpr = 17 if u.dtype == tl.float64 else 8
+    s = u / (2 + u)
+    q = s * s
+    y = q * 0 + 2.0 / (2 * TERMS - 1)
+    for k in tl.static_range(TERMS - 2, -1, -1):
+        y = y * q + 2.0 / (2 * k + 1)
+    return y * s
+
+
+@triton.jit
+def weigh(weight, value):
+    """0 for a weight of 0, whatever the value."""
+    return tl.where(weight == 0, 0.0, weight * value)
+
+
+@triton.jit
+def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
+    """The derivative of a loss in the difference d, as csrc/preference.cpp has them."""
+    z = beta * d
+    if KIND == HINGE:
+        if ORDER == 0:
+            return tl.where(1 - z < 0, 0.0, 1 - z)
+        elif ORDER == 1:
+            return tl.where(1 - z <= 0, 0.0, -beta)
+        else:
+            return d - d  # 0, but for NaN
+    elif KIND == SQUARED:
+        if ORDER == 0:
+            return (d - p) * (d - p)
+        elif ORDER == 1:
+            return 2 * (d - p)
+        elif ORDER == 2:
+            return d - d + 2
+        else:
+            return d - d
+    else:
+        u = tl.exp(tl.where(z < 0, z, -z))
+        whole = 1 / (1 + u)
+        up = tl.where(z < 0, u * whole, whole)
+        down = tl.where(z < 0, whole, u * whole)
+        both = up * down
+        if ORDER == 0:
+            low = tl.where(z < 0, -z, 0.0) + log1p_unit(u)
+        if KIND == LOGISTIC:
+            if ORDER == 0:
+                return weigh(p, low) + weigh(q, low + z)
+            elif ORDER == 1:
+                return beta * (q * up - p * down)
+            elif ORDER == 2:
+                return beta * beta * (p + q) * both
+            else:
+                return beta * beta * beta * (p + q) * (both * (down - up))
+        else:
+            rest = z - (q - p)
+            slope = down - up
+            if ORDER == 0:
+                return up * (p - low) + down * (q - (low + z))
+            elif ORDER == 1:
+                return beta * (both * rest)
+            elif ORDER == 2:
+                return beta * beta * (both * (slope * rest + 1))
+            else:
+                return beta * beta * beta * (both * ((slope * slope - 2 * both) * rest + 2 * slope))
+
+
+@triton.jit
+def value_at(
+    chosen_ptr,
+    rejected_ptr,
+    chosen_offset_ptr,
+    rejected_offset_ptr,
+    at,
+    index,
+    elements,
+    chosen_offsets,
+    rejected_offsets,
+    margin,
+    beta,
+    p,
+    q,
+    KIND: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """The derivative at (chosen - its offset) - (rejected - its offset) - margin.
+
+    Of ``elements`` elements so many as ``chosen_offsets`` and ``rejected_offsets`` have offsets: all or none.
+    """
+    inside = index < elements
+    c = widen(tl.load(chosen_ptr + at, mask=inside, other=0))
+    r = widen(tl.load(rejected_ptr + at, mask=inside, other=0))
+    co = widen(tl.load(chosen_offset_ptr + at, mask=index < chosen_offsets, other=0))
+    ro = widen(tl.load(rejected_offset_ptr + at, mask=index < rejected_offsets, other=0))
+    d = (c - co) - (r - ro) - tl.full([1], margin, c.dtype)
+    beta, p, q = tl.full([1], beta, c.dtype), tl.full([1], p, c.dtype), tl.full([1], q, c.dtype)
+    return derivative(d, beta, p, q, KIND, ORDER)
+
+
+@kernel(
+    "*T *T *T *T *T *A fp64 fp64 fp64 fp64 i32 i32 i32 i32",
+    FLOATING,
+    {
+        (kind, reduce): {"KIND": kind, "REDUCE": reduce, "BLOCK": BLOCK}
+        for kind in range(len(KINDS))
+        for reduce in (False, True)
+    },
+)
+@triton.jit(do_not_specialize=["chosen_offsets", "rejected_offsets", "blocks"])
+def preference_kernel(
+    chosen_ptr,
+    rejected_ptr,
+    chosen_offset_ptr,
+    rejected_offset_ptr,
+    loss_ptr,
+    partial_ptr,
+    margin: tl.float64,
+    beta: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
+    chosen_offsets,
+    rejected_offsets,
+    elements,
+    blocks,
+    KIND: tl.constexpr,
+    REDUCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    example, block = locate(blocks)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < elements
+    at = example * elements + index
+    pointers = (chosen_ptr, rejected_ptr, chosen_offset_ptr, rejected_offset_ptr)
+    loss = value_at(*pointers, at, index, elements, chosen_offsets, rejected_offsets, margin, beta, p, q, KIND, 0)
+    if REDUCE:
+        tl.store(partial_ptr + example * blocks + block, tl.sum(tl.where(inside, loss, 0.0)))
+    else:
+        tl.store(loss_ptr + at, loss, mask=inside)
+
+
+@kernel(
+    "*T *T *T *T *T *T fp64 fp64 fp64 fp64 fp64 i32 i32 i32 i32 i32",
+    FLOATING,
+    {
+        (kind, order): {"KIND": kind, "ORDER": order, "BLOCK": BLOCK}
+        for kind in range(len(KINDS))
+        for order in (1, 2, 3)
+    },
+)
+@triton.jit(do_not_specialize=["chosen_offsets", "rejected_offsets", "reduce", "blocks"])
+def preference_slope_kernel(
+    weight_ptr,
+    chosen_ptr,
+    rejected_ptr,
+    chosen_offset_ptr,
+    rejected_offset_ptr,
+    slope_ptr,
+    scale: tl.float64,
+    margin: tl.float64,
+    beta: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
+    chosen_offsets,
+    rejected_offsets,
+    reduce,
+    elements,
+    blocks,
+    KIND: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    example, block = locate(blocks)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < elements
+    at = example * elements + index
+    pointers = (chosen_ptr, rejected_ptr, chosen_offset_ptr, rejected_offset_ptr)
+    slope = value_at(*pointers, at, index, elements, chosen_offsets, rejected_offsets, margin, beta, p, q, KIND, ORDER)
+    w = widen(tl.load(weight_ptr + tl.where(reduce != 0, example, at), mask=inside, other=0))
+    tl.store(slope_ptr + at, w * tl.full([1], scale, w.dtype) * slope, mask=inside)
+
+
+def _prepared(
+    chosen: Tensor, rejected: Tensor, chosen_offset: Tensor | None, rejected_offset: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The four as the kernels take them; one that is missing is not read."""
+    given = [chosen if t is None else t for t in (chosen, rejected, chosen_offset, rejected_offset)]
+    if any(t.shape != chosen.shape or t.dtype != chosen.dtype for t in given):
+        raise RuntimeError("chosen, rejected and their offsets: expected the same shape and dtype")
+    return tuple(t.contiguous() for t in given)
+
+
+def preference(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_offset: Tensor | None,
+    rejected_offset: Tensor | None,
+    kind: int,
+    margin: float,
+    beta: float,
+    p: float,
+    q: float,
+    divisor: int,
+    reduce: bool,
+    batch_dims: int,
+) -> Tensor:
+    pointers = _prepared(chosen, rejected, chosen_offset, rejected_offset)
+    batch = chosen.shape[:batch_dims]
+    examples, elements = (math.prod(batch), math.prod(chosen.shape[batch_dims:])) if reduce else (1, chosen.numel())
+    loss = chosen.new_empty(batch if reduce else chosen.shape)
+    blocks = triton.cdiv(elements, BLOCK)
+    partial = chosen.new_empty((*batch, blocks if reduce else 0), dtype=accumulator(chosen.dtype))
+    offsets = (elements if t is not None else 0 for t in (chosen_offset, rejected_offset))
+    parameters = (margin, beta, p, q, *offsets, elements, blocks)
+    preference_kernel(examples * blocks, *pointers, loss, partial, *parameters, variant=(kind, reduce))
+    if reduce:
+        total = partial.sum(-1, dtype=torch.float64) / max(divisor, 1)
+        loss = total.to(partial.dtype).to(chosen.dtype)
+    return loss
+
+
+def preference_slope(
+    weight: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_offset: Tensor | None,
+    rejected_offset: Tensor | None,
+    order: int,
+    kind: int,
+    margin: float,
+    beta: float,
+    p: float,
+    q: float,
+    divisor: int,
+    reduce: bool,
+) -> Tensor:
+    pointers = _prepared(chosen, rejected, chosen_offset, rejected_offset)
+    if weight.shape != chosen.shape[: weight.dim()] or weight.dtype != chosen.dtype:
+        raise RuntimeError("weight: expected the shape and dtype of the loss")
+    if not reduce and weight.dim() != chosen.dim():
+        raise RuntimeError("weight: expected one for each element")
+    slope = chosen.new_empty(chosen.shape)
+    examples = weight.numel() if reduce else 1
+    elements = math.prod(chosen.shape[weight.dim() :]) if reduce else chosen.numel()
+    blocks = triton.cdiv(elements, BLOCK)
+    numbers = (1.0 / max(divisor, 1), margin, beta, p, q)
+    offsets = (elements if t is not None else 0 for t in (chosen_offset, rejected_offset))
+    sizes = (*offsets, int(reduce), elements, blocks)
+    tensors = (weight.contiguous(), *pointers, slope)
+    preference_slope_kernel(examples * blocks, *tensors, *numbers, *sizes, variant=(kind, order))
+    return slope
