@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -152,8 +153,6 @@ def test_cameras_once_and_for_all():
 
 
 def test_clearing_releases_the_memory():
-    import weakref
-
     layer = lift_splat()
     layer(*lifted(), *cameras())
     kept = [weakref.ref(t) for t in layer._geometry]
@@ -279,9 +278,8 @@ def test_wrong_arguments():
         ({"rounding": "up"}, "rounding: "),
         ({"align_corners": 1}, "align_corners: expected True or False"),
     ):
-        right = dict(
-            image_size=IMAGE, feature_size=FEATURES, depths=DEPTHS, origin=ORIGIN, voxel_size=VOXEL, grid_size=GRID
-        )
+        right = {"image_size": IMAGE, "feature_size": FEATURES, "depths": DEPTHS, "origin": ORIGIN}
+        right |= {"voxel_size": VOXEL, "grid_size": GRID}
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             custom_ops.LiftSplat(**(right | kwargs))
 
