@@ -548,9 +548,7 @@ def _reduce(
     segment_reduce_chunks_kernel(
         examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, *own, variant=variant
     )
-    segment_reduce_kernel(
-        examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), *own, variant=variant
-    )
+    segment_reduce_kernel(examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), *own, variant=variant)
     return out, argmax
 
 
@@ -558,7 +556,7 @@ def segment_reduce(
     x: Tensor, weight: Tensor | None, indptr: Tensor, perm: Tensor | None, mean: bool, bins: int, plane: int
 ) -> Tensor:
     x = x.contiguous()
-    *batch, rows, columns = x.shape
+    *batch, rows, _ = x.shape
     points = rows * bins
     _rows(points, bins, plane)
     if weight is not None:

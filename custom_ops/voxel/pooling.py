@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -71,7 +69,9 @@ def bev_pool(
     batch, cameras, bins, height, width = depth.shape
     expected = (batch, cameras, feat.shape[2], height, width)
     if feat.shape != expected:
-        raise ValueError(f"feat: expected shape {[batch, cameras, 'C', height, width]} as depth, got {list(feat.shape)}")
+        raise ValueError(
+            f"feat: expected shape {[batch, cameras, 'C', height, width]} as depth, got {list(feat.shape)}"
+        )
     check_ranks(rank, (depth.shape, depth.shape[1:]), num_voxels)
     _checks.same_device(depth=depth, feat=feat, rank=rank)
     dtype = torch.promote_types(depth.dtype, feat.dtype)
@@ -79,9 +79,7 @@ def bev_pool(
     pixels = feat.to(dtype).permute(0, 1, 3, 4, 2).flatten(1, 3)
     weight = depth.to(dtype).flatten(1)
     if 0 in (bins, height * width):  # no point: what is left is a sum of nothing, connected to both
-        return segment_reduce(
-            weight[..., None] * pixels.sum(1, keepdim=True), None, indptr, perm, False, 1, 1
-        )
+        return segment_reduce(weight[..., None] * pixels.sum(1, keepdim=True), None, indptr, perm, False, 1, 1)
     return segment_reduce(pixels, weight, indptr, perm, False, bins, height * width)
 
 
@@ -93,9 +91,7 @@ class BEVPool(torch.nn.Module):
         _checks.is_count("num_voxels", num_voxels)
         self.num_voxels = num_voxels
 
-    def forward(
-        self, depth: Tensor, feat: Tensor, rank: Tensor, csr: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, depth: Tensor, feat: Tensor, rank: Tensor, csr: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return bev_pool(depth, feat, rank, self.num_voxels, csr)
 
     def extra_repr(self) -> str:

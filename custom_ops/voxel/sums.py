@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -105,7 +103,9 @@ def voxel_sum(
         if csr is not None:
             raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
         if mask.shape not in (x.shape[:-1], rank.shape):
-            raise ValueError(f"mask: expected shape {list(x.shape[:-1])} as x without its columns, got {list(mask.shape)}")
+            raise ValueError(
+                f"mask: expected shape {list(x.shape[:-1])} as x without its columns, got {list(mask.shape)}"
+            )
         rank = torch.where(mask, rank, -1)
     perm, indptr = geometry_of(rank, num_voxels, csr)
     if reduce == "max":
@@ -211,7 +211,9 @@ register(
             BadCall((_x, _rank, 2, "sum", _rank), "mask: expected one of bool, got int64"),
             BadCall((_x, _rank, 2, "sum", _rank[1:] > 0), r"mask: expected shape \[3\]"),
             BadCall((_x, _rank, 2, "sum", _rank > 0, _csr), "mask: expected None with csr"),
-            BadCall((_x, _rank, 2, "sum", None, _rank), r"csr: expected \(perm, indptr\) as from voxel_csr, got Tensor"),
+            BadCall(
+                (_x, _rank, 2, "sum", None, _rank), r"csr: expected \(perm, indptr\) as from voxel_csr, got Tensor"
+            ),
             BadCall((_x, _rank, 3, "sum", None, _csr), r"csr: expected perm \[3\] and indptr \[4\]"),
             BadCall((_x, _rank.flip(0), 2, "sum", None, _csr), r"csr: expected voxel_csr\(rank, num_voxels\)"),
             BadCall((_x, _rank.to("meta"), 2), "rank: expected on cpu as x, got meta"),

@@ -226,9 +226,10 @@ def _shardings(inputs: Sequence[tuple[Any, str]], outputs: Sequence[str], number
         def place(kind: str, tensor: Any = None, d: int | None = d) -> Any:
             if kind == "dots" and d == last:
                 return Partial()
-            whole = d is None or kind == "none" or (d == last and kind != "rows")
             shared = kind == "geometry" and tensor.ndim == 1
-            return Replicate() if whole or shared else Shard(d)
+            if d is None or shared or kind == "none" or (d == last and kind != "rows"):
+                return Replicate()
+            return Shard(d)
 
         placed = [None if tensor is None else place(kind, tensor) for tensor, kind in inputs]
         options.append(([place(kind) for kind in outputs], [*placed, *[None] * numbers]))
@@ -318,7 +319,9 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
     if weight is not None:
         _checks.has_dtype("weight", weight, (x.dtype,))
         if weight.shape != x.shape[:-1]:
-            raise ValueError(f"weight: expected shape {list(x.shape[:-1])} as x without its columns, got {list(weight.shape)}")
+            raise ValueError(
+                f"weight: expected shape {list(x.shape[:-1])} as x without its columns, got {list(weight.shape)}"
+            )
     given = {"x": x, "indptr": indptr, "perm": perm, "weight": weight}
     _checks.same_device(**{name: t for name, t in given.items() if t is not None})
     return segment_reduce(x, weight, indptr, perm, False, 1, 1)
