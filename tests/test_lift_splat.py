@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import math
 import os
@@ -79,6 +80,11 @@ def test_equals_the_definition(kwargs):
     expected, inside = by_hand(depth.detach(), features.detach(), *cameras(), **kwargs)
     assert 0.3 < inside / depth.numel() < 1  # some points are outside of the grid
     torch.testing.assert_close(bev.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_of_the_docstring():
+    result = doctest.testmod(sys.modules[custom_ops.LiftSplat.__module__])
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_gradients():
