@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class CumulativeVoxelsSumming(torch.autograd.Function):
@@ -61,3 +64,134 @@ def logsigmoid_bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 compiled_bpr_loss = torch.compile(logsigmoid_bpr_loss)
+
+
+# Pooling onto a dense grid. These are called as the op they stand beside: `segment_sum(x, indptr)`,
+# `voxel_sum(x, rank, num_voxels)`, `bev_pool(depth, feat, rank, num_voxels)`. Those of `segment_sum` and
+# the "cached" ones keep what depends on the indices alone, as one does while the geometry stays the same.
+
+
+def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """``compute(indices, ...)``, called once for each tensor of indices and other arguments."""
+    known: Any = WeakTensorKeyDictionary()
+
+    def get(indices: Tensor, *args: Any) -> Any:
+        results = known.setdefault(indices, {})
+        if args not in results:
+            results[args] = compute(indices, *args)
+        return results[args]
+
+    return get
+
+
+@_once
+def _segment_of_point(indptr: Tensor) -> Tensor:
+    return torch.arange(len(indptr) - 1, device=indptr.device).repeat_interleave(indptr.diff())
+
+
+@_once
+def _all_points(indptr: Tensor) -> Tensor:
+    return torch.arange(int(indptr[-1]), device=indptr.device)
+
+
+def embedding_bag_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
+    return F.embedding_bag(_all_points(indptr), x, indptr, mode="sum", include_last_offset=True)
+
+
+def index_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
+    return x.new_zeros(len(indptr) - 1, x.shape[1]).index_add(0, _segment_of_point(indptr), x)
+
+
+def scatter_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
+    segment = _segment_of_point(indptr)[:, None].expand_as(x)
+    return x.new_zeros(len(indptr) - 1, x.shape[1]).scatter_add(0, segment, x)
+
+
+def segment_reduce_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
+    return torch.segment_reduce(x, "sum", offsets=indptr)
+
+
+def _flat_rank(rank: Tensor, batch: int, num_voxels: int, outside: int) -> Tensor:
+    """The ranks ``[batch, N]`` or ``[N]`` as rows of the whole batch's ``batch * num_voxels``."""
+    first = torch.arange(0, batch * num_voxels, max(num_voxels, 1), device=rank.device)[:, None]
+    return torch.where(rank < 0, outside, rank + first).flatten()
+
+
+def lss_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    """The whole pipeline of Lift-Splat-Shoot and FIERY: drop, sort, cumulative sum, write into a dense grid."""
+    batch = x.shape[:-2]
+    rank = _flat_rank(rank, batch.numel(), num_voxels, outside=-1)
+    x, inside = x.reshape(-1, x.shape[-1]), rank >= 0
+    x, rank = x[inside], rank[inside]
+    order = rank.argsort()
+    sums, voxels = cumulative_voxels_summing(x[order], rank[order, None], rank[order])
+    grid = x.new_zeros(batch.numel() * num_voxels, x.shape[1])
+    grid[voxels[:, 0]] = sums
+    return grid.view(*batch, num_voxels, -1)
+
+
+def trash_row_index_add(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    """One index_add; points outside of the grid go to a row that is cut off."""
+    batch = x.shape[:-2]
+    rows = batch.numel() * num_voxels
+    rank = _flat_rank(rank, batch.numel(), num_voxels, outside=rows)
+    return x.new_zeros(rows + 1, x.shape[-1]).index_add(0, rank, x.flatten(0, -2))[:-1].view(*batch, num_voxels, -1)
+
+
+def trash_row_scatter_add(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    batch, columns = x.shape[:-2], x.shape[-1]
+    rows = batch.numel() * num_voxels
+    rank = _flat_rank(rank, batch.numel(), num_voxels, outside=rows)[:, None].expand(-1, columns)
+    return x.new_zeros(rows + 1, columns).scatter_add(0, rank, x.flatten(0, -2))[:-1].view(*batch, num_voxels, -1)
+
+
+def _bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor]:
+    """The points inside of the grid, sorted by voxel, and where each voxel's begin."""
+    rows = batch * num_voxels
+    rank, points = _flat_rank(rank, batch, num_voxels, outside=rows).sort(stable=True)
+    offsets = torch.searchsorted(rank, torch.arange(rows + 1, device=rank.device))
+    return points[: int(offsets[-1])], offsets
+
+
+_kept_bags = _once(_bags)
+
+
+def embedding_bag_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int, bags: Callable[..., Any] = _bags) -> Tensor:
+    batch = x.shape[:-2]
+    points, offsets = bags(rank, batch.numel(), num_voxels)
+    sums = F.embedding_bag(points, x.flatten(0, -2), offsets, mode="sum", include_last_offset=True)
+    return sums.view(*batch, num_voxels, -1)
+
+
+def cached_embedding_bag_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    return embedding_bag_voxel_sum(x, rank, num_voxels, _kept_bags)
+
+
+def _outer(depth: Tensor, feat: Tensor) -> Tensor:
+    """The features of all points ``[B, N D H W, C]``, as Lift-Splat-Shoot materialises them."""
+    return (depth[:, :, None] * feat[:, :, :, None]).movedim(2, -1).flatten(1, -2)
+
+
+def lss_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    return lss_voxel_sum(_outer(depth, feat), rank.flatten(-4), num_voxels)
+
+
+def index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    return trash_row_index_add(_outer(depth, feat), rank.flatten(-4), num_voxels)
+
+
+@_once
+def _weighted_bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor, Tensor]:
+    points, offsets = _bags(rank.flatten(-4), batch, num_voxels)
+    cameras, bins, pixels = rank.shape[-4], rank.shape[-3], rank.shape[-2] * rank.shape[-1]
+    pixel = torch.arange(batch * cameras * pixels, device=rank.device).view(-1, 1, pixels).expand(-1, bins, -1)
+    return points, pixel.flatten()[points], offsets
+
+
+def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    """A weighted bag of pixels for each voxel; the indices are kept for each ``rank``."""
+    points, pixels, offsets = _weighted_bags(rank, len(depth), num_voxels)
+    rows = feat.movedim(2, -1).flatten(0, -2)
+    weights = depth.flatten()[points]
+    bev = F.embedding_bag(pixels, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return bev.view(len(depth), num_voxels, -1)

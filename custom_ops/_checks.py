@@ -74,3 +74,10 @@ def broadcast(**tensors: Tensor) -> list[Tensor]:
     except RuntimeError:
         shapes = ", ".join(str(list(t.shape)) for t in tensors.values())
         raise ValueError(f"{', '.join(tensors)}: expected shapes that broadcast, got {shapes}") from None
+
+
+def is_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")

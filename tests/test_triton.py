@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel
+from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel_grid, voxel_segments
 
 ops = torch.ops.custom_ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -146,7 +146,9 @@ def test_voxel_bounds(dtype):
         ranks = torch.randint(-3, 40, (points,), generator=torch.Generator().manual_seed(points)).to(dtype)
         in_order, strided = ranks.sort().values, torch.stack([ranks, ranks], 1).sort(0).values[:, 0]
         for case, check in ((in_order, True), (strided, True), (ranks, False)):
-            for got, want in zip(voxel.voxel_bounds(case, check), ops.voxel_bounds.default(case, check), strict=True):
+            for got, want in zip(
+                voxel_grid.voxel_bounds(case, check), ops.voxel_bounds.default(case, check), strict=True
+            ):
                 same(got, want)
 
 
@@ -154,13 +156,13 @@ def test_voxel_bounds_of_unsorted_ranks():
     ranks = torch.zeros(1025, dtype=torch.int64)
     ranks[1024] = -1  # descends from one block to the next
     with pytest.raises(RuntimeError, match="ranks: expected non-decreasing values, ") as interpreted:
-        voxel.voxel_bounds(ranks, True)
+        voxel_grid.voxel_bounds(ranks, True)
     with pytest.raises(RuntimeError) as compiled:
         ops.voxel_bounds.default(ranks, True)
     assert str(interpreted.value) in str(compiled.value)
 
 
-CHUNK = voxel._CHUNK
+CHUNK = voxel_segments._CHUNK
 INDPTRS = {
     "skewed, empty, uncovered": ([2, 2, 3, 3, 3, 9, 9 + 3 * CHUNK, 9 + 3 * CHUNK, 20 + 3 * CHUNK], 4 * CHUNK + 5),
     "one long": ([0, 3 * CHUNK + 7], 3 * CHUNK + 7),
@@ -172,45 +174,110 @@ INDPTRS = {
 }
 
 
+def reduce_alike(x, weight, indptr, perm, mean, bins=1, plane=1):
+    """The sums, and as their adjoints what a third operand of the same kind gives."""
+    arguments = (weight, indptr, perm, mean, bins, plane)
+    sums = ops.segment_reduce.default(x, *arguments)
+    close(voxel_segments.segment_reduce(x, *arguments), sums)
+    transposed, points = sums.mT.contiguous().mT, x.shape[-2] * bins
+    for other, of_x in ((x, True), (None, True), (x, False), (None, False)):
+        arguments = (transposed, other, weight, indptr, perm, points, mean, bins, plane, of_x)
+        expected = ops.segment_spread.default(*arguments)
+        for got, want in zip(voxel_segments.segment_spread(*arguments), expected, strict=True):
+            close(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", INDPTRS)
 def test_segments(name, dtype):
     bounds, points = INDPTRS[name]
     indptr = torch.tensor(bounds)
-    for shape in ((points, 3), (2, points, 1), (points, 0), (0, points, 2), (points, voxel._WIDTHS[-1] + 1)):
-        if dtype != torch.float32 and shape[-1] > 3:
+    for shape in ((points, 3), (2, points, 1), (points, 0), (0, points, 2), (points, voxel_segments._WIDTHS[-1] + 1)):
+        if dtype != torch.float32 and shape != (points, 3):
             continue
-        x = draw(shape, dtype)
-        sums = ops.segment_sum.default(x, indptr)
-        close(voxel.segment_sum(x, indptr), sums)
-        same(voxel.segment_gather(sums.mT.contiguous().mT, indptr, points), ops.segment_gather(sums, indptr, points))
+        x, weight = draw(shape, dtype), draw(shape[:-1], dtype, seed=1)
+        perm = torch.randperm(points, generator=torch.Generator().manual_seed(0))
+        for order in (None, perm):
+            reduce_alike(x, None, indptr, order, mean=False)
+            for got, want in zip(
+                voxel_segments.segment_max(x, indptr, order), ops.segment_max.default(x, indptr, order), strict=True
+            ):
+                same(got, want)
+        reduce_alike(x, weight, indptr, perm, mean=True)
+        reduce_alike(x, weight, indptr, None, mean=False)
+
+
+def test_segments_of_their_own_geometry_and_pooled_points():
+    rank = torch.randint(-1, 9, (2, 3 * 4 * 5), generator=torch.Generator().manual_seed(0))
+    perm, indptr = ops.voxel_sort.default(rank, 9)
+    for weight in (draw(rank.shape, torch.float64, seed=1), None):
+        reduce_alike(draw((2, 60, 3), torch.float64), weight, indptr, perm, mean=True)
+        reduce_alike(draw((2, 15, 3), torch.float64), weight, indptr, perm, mean=False, bins=4, plane=5)
+
+
+def test_maximum_with_nan_ties_and_infinities():
+    indptr = torch.tensor([0, 4, 4, 8, 8 + 3 * CHUNK])
+    x = draw((8 + 3 * CHUNK, 1), torch.float32).round()
+    x[:4] = float("-inf")
+    x[5:7] = float("nan")
+    x[8 + 2 * CHUNK] = x[8 + CHUNK] = 9
+    out, argmax = voxel_segments.segment_max(x, indptr, None)
+    same(out, torch.tensor([[float("-inf")], [0], [float("nan")], [9]]))
+    assert argmax.flatten().tolist() == [0, -1, 5, 8 + CHUNK]
 
 
 def test_segments_are_deterministic():
     bounds, points = INDPTRS["skewed, empty, uncovered"]
     x, indptr = draw((points, 3), torch.float32), torch.tensor(bounds)
-    assert torch.equal(voxel.segment_sum(x, indptr), voxel.segment_sum(x, indptr))
+    arguments = (x, None, indptr, None, False, 1, 1)
+    assert torch.equal(voxel_segments.segment_reduce(*arguments), voxel_segments.segment_reduce(*arguments))
 
 
 def test_no_segment_reaches_another():
     x = torch.ones(4 * CHUNK, 1)
     x[CHUNK : 2 * CHUNK + 5] = float("nan")
     indptr = torch.tensor([0, CHUNK, 2 * CHUNK + 5, 4 * CHUNK])
-    assert voxel.segment_sum(x, indptr).isnan().flatten().tolist() == [False, True, False]
+    sums = voxel_segments.segment_reduce(x, None, indptr, None, False, 1, 1)
+    assert sums.isnan().flatten().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("bounds", [[-1000, 50], [10**12, -(10**12)], [0, 10**12], [5, 3, 1, 7], [900, 0, 900]])
 def test_corrupted_boundaries_reach_no_other_memory(bounds):
     """The interpreter reads real memory: what lies around x must show nowhere."""
-    points = 2 * CHUNK
+    points, indptr = 2 * CHUNK, torch.tensor(bounds)
     around = torch.full((3 * points, 2), float("nan"))
     x = around[points : 2 * points]
     x[:] = 1
-    sums = voxel.segment_sum(x, torch.tensor(bounds))
-    long = (torch.tensor(bounds).diff() > CHUNK)[:, None]  # their partial sums may be missing
-    assert not (sums.isnan() & ~long).any()
-    rows = voxel.segment_gather(torch.ones(len(bounds) - 1, 2), torch.tensor(bounds), points)
-    assert ((rows == 0) | (rows == 1)).all()
+    long = (indptr.diff() > CHUNK)[:, None]  # their partial sums may be missing
+    for perm in (None, torch.arange(points) * 7 - points):
+        sums = voxel_segments.segment_reduce(x, None, indptr, perm, False, 1, 1)
+        assert not (sums.isnan() & ~long).any()
+        rows, dots = voxel_segments.segment_spread(
+            torch.ones(len(bounds) - 1, 2), x, None, indptr, perm, points, False, 1, 1, True
+        )
+        assert ((rows == 0) | (rows == 1)).all()
+        assert ((dots == 0) | (dots == 2)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_voxel_sort(dtype):
+    for shape in ((0,), (2600,), (3, 40), (0, 5)):
+        rank = torch.randint(-2, 30, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for got, want in zip(voxel_grid.voxel_sort(rank, 30), ops.voxel_sort.default(rank, 30), strict=True):
+            same(got, want)
+    rank = torch.tensor([5, 0, 3])  # out of range: in no voxel, where C++ raises
+    assert [t.tolist() for t in voxel_grid.voxel_sort(rank, 3)] == [[1, 0, 2], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_voxel_index(dtype):
+    frame = torch.tensor([[-1.0, -0.5, 0.25], [0.3, 0.7, 1.1]], dtype=common.accumulator(dtype))
+    for truncate in (False, True):
+        points = draw((2, 1025, 3), dtype, special=True)
+        for frames in (frame, torch.stack([frame, frame + 0.1])):
+            arguments = (points, frames, 7, 5, 2, truncate)
+            same(voxel_grid.voxel_index(*arguments), ops.voxel_index.default(*arguments))
+    assert voxel_grid.voxel_index(points[:0], frame, 7, 5, 2, False).shape == (0, 1025)
 
 
 def test_raw_checks():
@@ -225,10 +292,28 @@ def test_raw_checks():
         margin.margin_ranking_backward(x, x, None, x, mask, 1, False)
     with pytest.raises(RuntimeError, match="input1, input2, target: expected the same"):
         margin.margin_ranking(x, x[:1], x, 0.0, 1, False, 0)
-    with pytest.raises(RuntimeError, match="indptr: expected a 1-d int64"):
-        voxel.segment_sum(x[:, None], torch.tensor([0, 9], dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="sums: expected 1 segments, got 9"):
-        voxel.segment_gather(x[:, None], torch.tensor([0, 9]), 9)
+    indptr, column = torch.tensor([0, 9]), x[:, None]
+    for kernels in (voxel_segments, ops):
+        with pytest.raises(RuntimeError, match="indptr: expected an int64 tensor"):
+            kernels.segment_reduce(column, None, indptr.int(), None, False, 1, 1)
+        with pytest.raises(RuntimeError, match="indptr: expected the leading dimensions of x, or none"):
+            kernels.segment_reduce(column, None, indptr.expand(2, 2), None, False, 1, 1)
+        with pytest.raises(RuntimeError, match="perm: expected an int64 tensor of 9 points"):
+            kernels.segment_reduce(column, None, indptr, torch.arange(8), False, 1, 1)
+        with pytest.raises(RuntimeError, match="weight: expected a tensor that fits the others"):
+            kernels.segment_reduce(column, x[1:], indptr, None, False, 1, 1)
+        with pytest.raises(RuntimeError, match="bins, plane: expected divisors of 18 points, got 2 and 4"):
+            kernels.segment_reduce(column, None, indptr, None, False, 2, 4)
+        with pytest.raises(RuntimeError, match="sums: expected 1 segments, got 9"):
+            kernels.segment_spread(column, None, None, indptr, None, 9, False, 1, 1, True)
+        with pytest.raises(RuntimeError, match="x: expected a tensor that fits the others"):
+            kernels.segment_spread(column[:1], column[1:], None, indptr, None, 9, False, 1, 1, True)
+        with pytest.raises(RuntimeError, match=r"points: expected \[..., 3\]"):
+            kernels.voxel_index(column, torch.ones(2, 3), 1, 1, 1, False)
+        with pytest.raises(RuntimeError, match="frame: expected 6 numbers"):
+            kernels.voxel_index(torch.ones(4, 3), torch.ones(3, 2, 3), 1, 1, 1, False)
+        with pytest.raises(RuntimeError, match="csr: expected"):
+            kernels.voxel_match(torch.arange(3), torch.arange(2), indptr)
 
 
 # ---------------------------------------------------------------- ahead of time

@@ -40,7 +40,7 @@ def test_no_voxel_touches_another():
 def test_accuracy_on_positive_features(dtype, tolerance):
     x, geometry, ranks = points([12] * 2000 + [5000])
     x = x.abs().to(dtype)
-    exact = custom_ops.voxel.voxels_summing_reference(x.double(), geometry, ranks)[0]
+    exact = custom_ops.voxel.summing.voxels_summing_reference(x.double(), geometry, ranks)[0]
     error = custom_ops.voxels_summing(x, geometry, ranks)[0].double() - exact
     assert error.norm() / exact.norm() <= tolerance
 
@@ -61,7 +61,7 @@ def test_one_descent_anywhere_is_found(descent):
     ranks = torch.arange(100_000)
     ranks[descent] = ranks[descent - 1] - 1
     with pytest.raises(RuntimeError, match="^ranks: expected non-decreasing"):
-        custom_ops.voxel.voxel_bounds(ranks, True)
+        custom_ops.voxel.voxel_grid.voxel_bounds(ranks, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -70,23 +70,6 @@ def test_bounds_of_many_chunks(dtype):
     ranks = (ranks - 5).to(dtype)  # any integers serve as ranks
     counts = torch.unique_consecutive(ranks, return_counts=True)[1]
     expected = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    indptr, last = custom_ops.voxel.voxel_bounds(ranks, True)
+    indptr, last = custom_ops.voxel.voxel_grid.voxel_bounds(ranks, True)
     assert torch.equal(indptr, expected)
     assert torch.equal(last, expected[1:] - 1)
-
-
-@pytest.mark.parametrize("indptr", [[0, 3, 2], [-1, 4], [0, 5], [0, 2**40], [4, 0]])
-def test_corrupted_boundaries_never_reach_foreign_memory(indptr):
-    x, boundaries = torch.ones(4, 2), torch.tensor(indptr)
-    with pytest.raises(RuntimeError, match="^indptr: expected non-decreasing boundaries within"):
-        custom_ops.voxel.segment_sum(x, boundaries)
-    with pytest.raises(RuntimeError, match="^indptr"):
-        custom_ops.voxel.segment_gather(torch.ones(len(indptr) - 1, 2), boundaries, 4)
-
-
-def test_points_outside_all_segments_count_nowhere():
-    x = torch.arange(12.0).view(6, 2)
-    indptr = torch.tensor([1, 3, 3, 4])
-    assert custom_ops.voxel.segment_sum(x, indptr).tolist() == [[6, 8], [0, 0], [6, 7]]
-    rows = custom_ops.voxel.segment_gather(torch.tensor([[1.0], [2.0], [3.0]]), indptr, 6)
-    assert rows.flatten().tolist() == [0, 1, 1, 3, 0, 0]

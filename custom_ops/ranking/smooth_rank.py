@@ -19,7 +19,7 @@ from custom_ops.ranking._lists import (
     list_samples,
     reference_of,
 )
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
 __all__ = [
     "ApproxMRRLoss",

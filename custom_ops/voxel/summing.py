@@ -1,4 +1,4 @@
-"""Voxel summing: pooling the features of points that share a voxel."""
+"""The drop-in for FIERY's and Lift-Splat-Shoot's sum over sorted points."""
 
 from __future__ import annotations
 
@@ -6,127 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from custom_ops import _checks, library
-from custom_ops._native import define
-from custom_ops.library import Function
+from custom_ops import _checks
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.voxel.voxel_grid import voxel_bounds
+from custom_ops.voxel.voxel_segments import SegmentReduce, segment_reduce
 
 __all__ = ["VoxelsSumming", "VoxelsSummingLayer", "voxels_summing"]
 
 
-@define
-def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
-    """The M runs of equal ``ranks``: where they begin and the number of points [M + 1], their last points [M]."""
-    # One point makes one run: without it the tracer can't decide whether the result is empty.
-    least = 1 if statically_known_true(ranks.shape[0] > 0) else 0
-    runs = torch.library.get_ctx().new_dynamic_size(min=least)
-    return ranks.new_empty((runs + 1,), dtype=torch.int64), ranks.new_empty((runs,), dtype=torch.int64)
-
-
-@define
-def segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
-    """out[..., m, c] = sum of x[..., n, c] over indptr[m] <= n < indptr[m + 1]."""
-    return x.new_empty((*x.shape[:-2], indptr.shape[0] - 1, x.shape[-1]))
-
-
-@define
-def segment_gather(sums: Tensor, indptr: Tensor, points: int) -> Tensor:
-    """The adjoint of `segment_sum`: each point gets its segment's row; 0 outside all segments."""
-    return sums.new_empty((*sums.shape[:-2], points, sums.shape[-1]))
-
-
-class VoxelsSumming(Function, op=segment_sum):
+class VoxelsSumming(SegmentReduce):
     """``VoxelsSumming.apply(x, geometry, ranks)`` is `voxels_summing`, a drop-in for FIERY's class."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        x, indptr = inputs
-        ctx.points = x.shape[-2]
-        ctx.save_for_backward(indptr)
-        ctx.save_for_forward(indptr)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return segment_gather(grad, *ctx.saved_tensors, ctx.points), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return segment_sum(tangent, *ctx.saved_tensors)
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return voxels_summing(*args, **kwargs)
-
-
-class SegmentGather(Function, op=segment_gather):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        _, indptr, ctx.points = inputs
-        ctx.save_for_backward(indptr)
-        ctx.save_for_forward(indptr)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return segment_sum(grad, *ctx.saved_tensors), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return segment_gather(tangent, *ctx.saved_tensors, ctx.points)
-
-
-@library.vmap(voxel_bounds)
-def _(info: Any, in_dims: Any, ranks: Tensor, check_sorted: bool) -> Any:
-    raise RuntimeError(
-        "ranks: can't be vmapped, because each example would have another number of voxels; vmap over x alone"
-    )
-
-
-def _concatenated(indptr: Tensor, points: int) -> Tensor:
-    """The boundaries [B, M + 1] of a batch over all its points; the segments between examples are dropped again."""
-    offsets = torch.arange(indptr.shape[0], device=indptr.device)[:, None] * points
-    return (indptr + offsets).flatten()
-
-
-@library.vmap(segment_sum)
-def _(info: Any, in_dims: Any, x: Tensor, indptr: Tensor) -> Any:
-    x = library.to_front(x, in_dims[0], info.batch_size)
-    if in_dims[1] is None:
-        return segment_sum(x, indptr), 0
-    indptr = indptr.movedim(in_dims[1], 0)
-    x = x.movedim(0, -3)
-    sums = segment_sum(x.flatten(-3, -2), _concatenated(indptr, x.shape[-2]))
-    sums = torch.nn.functional.pad(sums, (0, 0, 0, 1)).unflatten(-2, indptr.shape)
-    return sums[..., :-1, :], x.dim() - 3
-
-
-@library.vmap(segment_gather)
-def _(info: Any, in_dims: Any, sums: Tensor, indptr: Tensor, points: int) -> Any:
-    sums = library.to_front(sums, in_dims[0], info.batch_size)
-    if in_dims[1] is None:
-        return segment_gather(sums, indptr, points), 0
-    indptr = indptr.movedim(in_dims[1], 0)
-    sums = torch.nn.functional.pad(sums.movedim(0, -3), (0, 0, 0, 1)).flatten(-3, -2)
-    rows = segment_gather(sums[..., :-1, :], _concatenated(indptr, points), info.batch_size * points)
-    return rows.unflatten(-2, (info.batch_size, points)), rows.dim() - 2
-
-
-def _shard_all_but_points(x: Any, *others: Any) -> Any:
-    from torch.distributed.tensor import Replicate, Shard
-
-    rest = [None if isinstance(other, int) else Replicate() for other in others]
-    free = [Replicate(), *(Shard(d) for d in range(x.ndim) if d != x.ndim - 2)]
-    return [([placement], [placement, *rest]) for placement in free]
-
-
-library.sharding(segment_sum)(_shard_all_but_points)
-library.sharding(segment_gather)(_shard_all_but_points)
-
-
-@library.sharding(voxel_bounds)
-def _(ranks: Any, check_sorted: bool) -> Any:
-    raise NotImplementedError("ranks: the number of voxels depends on the data, which DTensor can't express")
 
 
 def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: bool = True) -> tuple[Tensor, Tensor]:
@@ -180,7 +74,7 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
         if tensor.shape[0] != x.shape[0]:
             raise ValueError(f"{name}: expected {x.shape[0]} points as in x, got {tensor.shape[0]}")
     indptr, last = voxel_bounds(ranks, check_sorted)
-    return segment_sum(x, indptr), geometry.detach().index_select(0, last)
+    return segment_reduce(x, None, indptr, None, False, 1, 1), geometry.detach().index_select(0, last)
 
 
 class VoxelsSummingLayer(torch.nn.Module):

@@ -1,0 +1,217 @@
+// Which voxel a point lies in, and which points lie in a voxel.
+#include "bits.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+
+namespace custom_ops {
+namespace {
+
+// Chunks that together cover n; the same ones on any number of threads.
+struct Chunks {
+  int64_t n, size, count;
+
+  Chunks(int64_t n, int64_t size) : n(n), size(size), count((n + size - 1) / size) {}
+
+  template <class F>
+  void parallel(const F& f) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) f(k, k * size, std::min(n, (k + 1) * size));
+    });
+  }
+};
+
+// NaN is in no voxel: it fails both comparisons.
+template <class A>
+ALWAYS_INLINE inline bool cell(A position, bool truncate, int64_t cells, int64_t& out) {
+  const A at = truncate ? std::trunc(position) : std::floor(position);
+  if (!(at >= 0 && at < static_cast<A>(cells))) return false;
+  out = static_cast<int64_t>(at);
+  return true;
+}
+
+template <class I>
+void counting_sort(const I* rank, int64_t n, int64_t voxels, int64_t* perm, int64_t* indptr) {
+  // Every chunk counts for itself, so as many as pays against the n points.
+  const int64_t parts = std::clamp<int64_t>(n / (voxels + 1), 1, 8);
+  const Chunks chunks(n, std::max<int64_t>((n + parts - 1) / parts, 1 << 14));
+  // places[k * (voxels + 1) + v]: points of voxel v in chunk k, then where the next of them goes; the
+  // dropped points come after all voxels.
+  const int64_t row = voxels + 1;
+  std::vector<int64_t> places(chunks.count * row, 0);
+  const auto voxel = [&](int64_t i) { return rank[i] < 0 ? voxels : static_cast<int64_t>(rank[i]); };
+  chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {
+    int64_t* counts = places.data() + k * row;
+    for (int64_t i = begin; i < end; ++i) ++counts[voxel(i)];
+  });
+  int64_t at = 0;
+  for (int64_t v = 0; v < row; ++v) {
+    indptr[v] = at;
+    for (int64_t k = 0; k < chunks.count; ++k) {
+      const int64_t count = places[k * row + v];
+      places[k * row + v] = at;
+      at += count;
+    }
+  }
+  chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {
+    int64_t* place = places.data() + k * row;
+    for (int64_t i = begin; i < end; ++i) perm[place[voxel(i)]++] = i;
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorted) {
+  const Tensor ranks = dense(ranks_in);
+  const int64_t n = ranks.numel();
+  const Chunks chunks(n, 1 << 15);
+  std::vector<int64_t> first(chunks.count + 1, 0);  // boundaries before each chunk
+  std::atomic<bool> sorted{true};
+  Tensor bounds, last;
+  dispatch_index(ranks, "ranks", [&](auto type) {
+    using I = typename decltype(type)::type;
+    const I* r = data<I>(ranks);
+    chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {
+      int64_t changes = 0;
+      bool descends = false;
+      multiversion([&]() ALWAYS_INLINE {
+        I steps = 0, drops = 0;
+        for (int64_t i = std::max<int64_t>(1, begin); i < end; ++i) {
+          steps += r[i] != r[i - 1];
+          drops |= r[i] < r[i - 1];
+        }
+        changes = steps, descends = drops != 0;
+      });
+      first[k + 1] = changes + (k == 0);
+      if (descends) sorted = false;
+    });
+    check(!check_sorted || sorted,
+          "ranks: expected non-decreasing values, got an unsorted tensor; sort x, geometry and "
+          "ranks by ranks first, or pass check_sorted=False to sum each run of equal ranks");
+    for (int64_t k = 0; k < chunks.count; ++k) first[k + 1] += first[k];
+    const int64_t voxels = first[chunks.count];
+    bounds = fresh(ranks, {voxels + 1}, ScalarType::Long);
+    int64_t* out = mutable_data<int64_t>(bounds);
+    chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {
+      int64_t at = first[k];
+      for (int64_t i = begin; i < end && at < first[k + 1]; ++i) {
+        out[at] = i;
+        at += i == 0 || r[i] != r[i - 1];
+      }
+    });
+    out[voxels] = n;
+    last = fresh(ranks, {voxels}, ScalarType::Long);
+    int64_t* lp = mutable_data<int64_t>(last);
+    for (int64_t v = 0; v < voxels; ++v) lp[v] = out[v + 1] - 1;
+  });
+  return {bounds, last};
+}
+
+Tensor voxel_index(const Tensor& points_in, const Tensor& frame_in, int64_t x_cells, int64_t y_cells, int64_t z_cells,
+                   bool truncate) {
+  const Tensor points = dense(points_in), frame = dense(frame_in);
+  const int64_t dims = points.dim() - 1, frames = frame.numel() / 6;
+  check(dims >= 0 && points.size(dims) == 3, "points: expected [..., 3]");
+  check(frame.numel() == 6 * frames && (frames == 1 || (dims > 0 && frames == points.size(0))),
+        "frame: expected 6 numbers, for all points or for each example");
+  const Shape shape = sizes(points, 0, dims);
+  Tensor out = fresh(points, shape, ScalarType::Long);
+  const int64_t n = out.numel(), per_frame = std::max<int64_t>(frames ? n / frames : 0, 1);
+  int64_t* op = mutable_data<int64_t>(out);
+  dispatch_floating(points, "points", [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = Accumulator<T>;
+    check(frame.scalar_type() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float),
+          "frame: expected the points' accumulation dtype");
+    const T* p = data<T>(points);
+    const A* f = data<A>(frame);
+    torch::stable::parallel_for(0, n, 1 << 14, [&](int64_t begin, int64_t end) {
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t i = begin; i < end; ++i) {
+          const A* origin = f + i / per_frame * 6;
+          const A* size = origin + 3;
+          int64_t x = 0, y = 0, z = 0;
+          const bool inside = cell((static_cast<A>(p[3 * i]) - origin[0]) / size[0], truncate, x_cells, x) &
+                              cell((static_cast<A>(p[3 * i + 1]) - origin[1]) / size[1], truncate, y_cells, y) &
+                              cell((static_cast<A>(p[3 * i + 2]) - origin[2]) / size[2], truncate, z_cells, z);
+          op[i] = inside ? (x * y_cells + y) * z_cells + z : -1;
+        }
+      });
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> voxel_sort(const Tensor& rank_in, int64_t voxels) {
+  const Tensor rank = dense(rank_in);
+  const int64_t dims = rank.dim() - 1;
+  check(dims >= 0, "rank: expected [..., N]");
+  check(voxels >= 0, "num_voxels: expected at least 0, got ", voxels);
+  const Shape batch = sizes(rank, 0, dims);
+  const int64_t n = rank.size(dims);
+  Tensor perm = fresh(rank, sizes(rank), ScalarType::Long);
+  Tensor indptr = fresh(rank, append(batch, {voxels + 1}), ScalarType::Long);
+  int64_t* pp = mutable_data<int64_t>(perm);
+  int64_t* ip = mutable_data<int64_t>(indptr);
+  dispatch_index(rank, "rank", [&](auto type) {
+    using I = typename decltype(type)::type;
+    const I* rp = data<I>(rank);
+    std::atomic<bool> inside{true};
+    Chunks(rank.numel(), 1 << 15).parallel([&](int64_t, int64_t begin, int64_t end) {
+      bool below = true;
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t i = begin; i < end; ++i) below &= rp[i] < voxels;
+      });
+      if (!below) inside = false;
+    });
+    if (!inside)
+      check(false, "rank: expected values below num_voxels=", voxels, ", got ",
+            *std::max_element(rp, rp + rank.numel()));
+    // Several examples go to one thread each; one alone is split.
+    const int64_t examples = product(batch);
+    torch::stable::parallel_for(0, examples, examples > 1 ? 1 : 2, [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e) counting_sort(rp + e * n, n, voxels, pp + e * n, ip + e * (voxels + 1));
+    });
+  });
+  return {perm, indptr};
+}
+
+Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& indptr_in) {
+  constexpr int64_t kProbes = 256;
+  const Tensor rank = dense(rank_in), perm = dense(perm_in), indptr = dense(indptr_in);
+  const int64_t dims = rank.dim() - 1;
+  check(dims >= 0 && sizes(perm) == sizes(rank) && indptr.dim() == dims + 1 && indptr.size(dims) >= 1 &&
+            sizes(indptr, 0, dims) == sizes(rank, 0, dims) && perm.scalar_type() == ScalarType::Long &&
+            indptr.scalar_type() == ScalarType::Long,
+        "csr: expected (perm, indptr), int64, of the shapes that voxel_csr gives for rank");
+  const int64_t n = rank.size(dims), voxels = indptr.size(dims) - 1, examples = product(sizes(rank, 0, dims));
+  Tensor out = fresh(indptr, sizes(indptr));
+  int64_t* op = mutable_data<int64_t>(out);
+  const int64_t* pp = data<int64_t>(perm);
+  const int64_t* ip = data<int64_t>(indptr);
+  std::copy(ip, ip + examples * (voxels + 1), op);
+  dispatch_index(rank, "rank", [&](auto type) {
+    using I = typename decltype(type)::type;
+    const I* rp = data<I>(rank);
+    for (int64_t e = 0; e < examples; ++e) {
+      const int64_t* at = ip + e * (voxels + 1);
+      bool matches = at[0] == 0 && at[voxels] <= n;
+      for (int64_t k = 0; matches && k < std::min(n, kProbes); ++k) {
+        const int64_t i = n <= kProbes ? k : k * ((n - 1) / (kProbes - 1)), p = pp[e * n + i];
+        const int64_t voxel = std::upper_bound(at, at + voxels + 1, i) - at - 1;
+        matches = p >= 0 && p < n && (voxel == voxels ? rp[e * n + p] < 0 : rp[e * n + p] == voxel);
+      }
+      check(matches, "csr: expected voxel_csr(rank, num_voxels), got one of other ranks");
+    }
+  });
+  return out;
+}
+
+}  // namespace custom_ops
+
+CUSTOM_OPS_CPU_KERNEL(voxel_bounds)
+CUSTOM_OPS_CPU_KERNEL(voxel_index)
+CUSTOM_OPS_CPU_KERNEL(voxel_sort)
+CUSTOM_OPS_CPU_KERNEL(voxel_match)

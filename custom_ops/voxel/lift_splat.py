@@ -1,0 +1,193 @@
+"""Lift-Splat: features of calibrated cameras onto a bird's-eye-view grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks
+from custom_ops.voxel.pooling import bev_pool
+from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
+
+__all__ = ["LiftSplat"]
+
+
+class Geometry(NamedTuple):
+    """The voxel of each point of the frustums, and the cameras that it was computed from."""
+
+    intrinsics: Tensor
+    camera_to_ego: Tensor
+    rank: Tensor
+    perm: Tensor
+    indptr: Tensor
+
+    def is_of(self, intrinsics: Tensor, camera_to_ego: Tensor) -> bool:
+        pairs = ((self.intrinsics, intrinsics), (self.camera_to_ego, camera_to_ego))
+        return all(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+class LiftSplat(torch.nn.Module):
+    """Lifts each pixel's features to all depths along its ray and sums them up in the voxels of a grid.
+
+    ``bev[b, c, x, y]`` is the sum of ``depth[b, n, d, h, w] * feat[b, n, c, h, w]`` over the points of
+    all cameras in cell (x, y). Pixel (u, v) of camera n at depth d is the point ``R K^-1 (u, v, 1) d + t``
+    with ``K = intrinsics[b, n]`` and ``(R, t) = camera_to_ego[b, n]``. The points' features are never
+    materialised, see `bev_pool`.
+
+    The feature map covers the image: column w is at ``u = (w + 0.5) width / W - 0.5``, the image's pixels
+    being at the integers; with ``align_corners`` at ``w (width - 1) / (W - 1)``, as in Lift-Splat-Shoot
+    (which also has ``rounding="trunc"``). An affine augmentation of the image belongs onto the intrinsics:
+    ``A @ K`` for the 3 x 3 matrix A that takes old pixels to new ones.
+
+    The points' voxels are kept, and used again while the cameras have the same values; that is compared on
+    each call, for which a GPU is waited for. `set_geometry` saves the comparison where the cameras never
+    change: call the layer with ``depth`` and ``feat`` alone. Compiled and exported programs that are given
+    cameras compute the voxels on each call. All of it is done in float64, so that neither autocast nor
+    the module's dtype moves a point to another voxel. It has no gradient and isn't in the
+    ``state_dict``; nor is it a buffer, because DistributedDataParallel would replace every process's
+    buffers by those of the first, whose cameras are others.
+
+    Args:
+        image_size: height and width of the image that the intrinsics are for.
+        feature_size: height and width ``(H, W)`` of the feature map.
+        depths: the D distances along the optical axis.
+        origin, voxel_size, grid_size, rounding: the grid of ``(X, Y, Z)`` voxels, see `voxel_rank`.
+        align_corners: how the feature map lies on the image, see above.
+
+    Call ``layer(depth, feat, intrinsics, camera_to_ego)`` with each depth's weight ``depth
+    [B, N, D, H, W]`` (commonly a softmax over D), ``feat [B, N, C, H, W]``, ``intrinsics
+    [B, N, 3, 3]`` and ``camera_to_ego [B, N, 4, 4]``; without their B all examples share the cameras.
+    Returns ``[B, Z C, X, Y]``, the channels of the lowest layer of voxels first; for Z = 1 its memory is
+    channels-last.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: a wrong shape or size, tensors on several devices, one camera matrix without the
+            other, or no cameras at all where `set_geometry` wasn't called.
+
+    O(B N D H W C) time; the kept geometry is two integers per point and one per voxel.
+
+    Source: Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> layer = custom_ops.LiftSplat((2, 2), (1, 1), [1.0, 2.0], (0, -0.5, -0.5), (1, 1, 1), (4, 1, 1))
+        >>> looking_along_x = torch.tensor([[0.0, 0, 1, 0.5], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+        >>> intrinsics = torch.tensor([[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+        >>> depth = torch.tensor([0.25, 0.75]).view(1, 1, 2, 1, 1)
+        >>> feat = torch.tensor([4.0]).view(1, 1, 1, 1, 1)
+        >>> layer(depth, feat, intrinsics[None], looking_along_x[None]).flatten()
+        tensor([0., 1., 3., 0.])
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        feature_size: tuple[int, int],
+        depths: Sequence[float] | Tensor,
+        origin: Sequence[float],
+        voxel_size: Sequence[float],
+        grid_size: Sequence[int],
+        rounding: str = "floor",
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, size in (("image_size", image_size), ("feature_size", feature_size)):
+            if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
+                raise ValueError(f"{name}: expected a height and a width of at least 1, got {size!r}")
+        _checks.is_bool("align_corners", align_corners)
+        self.image_size, self.feature_size = tuple(image_size), tuple(feature_size)
+        if len(depths) == 0:
+            raise ValueError("depths: expected at least one, got none")
+        self.depths = tuple(float(d) for d in depths)
+        self.origin, self.voxel_size, self.grid_size = tuple(origin), tuple(voxel_size), tuple(grid_size)
+        self.rounding, self.align_corners = rounding, align_corners
+        self._rank(torch.zeros(1, 3))  # a wrong grid raises here
+        self._geometry: Geometry | None = None
+
+    def forward(
+        self, depth: Tensor, feat: Tensor, intrinsics: Tensor | None = None, camera_to_ego: Tensor | None = None
+    ) -> Tensor:
+        _checks.has_dims("depth", depth, "[B, N, D, H, W]")
+        geometry = self._geometry_of(intrinsics, camera_to_ego)
+        cameras, frustum = geometry.intrinsics.shape[:-2], (len(self.depths), *self.feature_size)
+        if depth.shape[2:] != frustum:
+            raise ValueError(f"depth: expected (D, H, W) = {frustum}, got shape {list(depth.shape)}")
+        if cameras not in (depth.shape[:2], depth.shape[1:2]):
+            raise ValueError(f"depth: expected (B, N) of the cameras, {list(cameras)}, got shape {list(depth.shape)}")
+        bev = bev_pool(depth, feat, geometry.rank, self._voxels(), csr=(geometry.perm, geometry.indptr))
+        return bev.unflatten(1, self.grid_size).permute(0, 3, 4, 1, 2).flatten(1, 2)
+
+    def points(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
+        """The frustums' points ``[B, N, D, H, W, 3]`` (or without B) in the ego frame, float64."""
+        for name, matrix, size in (("intrinsics", intrinsics, 3), ("camera_to_ego", camera_to_ego, 4)):
+            _checks.has_dtype(name, matrix, (torch.float32, torch.float64))
+            if matrix.dim() not in (3, 4) or matrix.shape[-2:] != (size, size):
+                layout = f"[B, N, {size}, {size}] or [N, {size}, {size}]"
+                raise ValueError(f"{name}: expected {layout}, got shape {list(matrix.shape)}")
+        _checks.same_device(intrinsics=intrinsics, camera_to_ego=camera_to_ego)
+        if intrinsics.shape[:-2] != camera_to_ego.shape[:-2]:
+            expected = f"{list(intrinsics.shape[:-2])} cameras as in intrinsics"
+            raise ValueError(f"camera_to_ego: expected {expected}, got {list(camera_to_ego.shape[:-2])}")
+        pose, device = camera_to_ego.detach().double(), camera_to_ego.device
+        v, u = torch.meshgrid(self._positions(0, device), self._positions(1, device), indexing="ij")
+        pixels = torch.stack((u, v, torch.ones_like(u)), -1).flatten(0, 1)
+        rays = pixels @ (pose[..., :3, :3] @ torch.linalg.inv(intrinsics.detach().double())).mT
+        depths = torch.tensor(self.depths, dtype=torch.float64, device=device)[:, None, None, None]
+        return rays.unflatten(-2, self.feature_size).unsqueeze(-4) * depths + pose[..., None, None, None, :3, 3]
+
+    def set_geometry(self, intrinsics: Tensor, camera_to_ego: Tensor) -> None:
+        """Keep these cameras for calls without any."""
+        # What is made under inference_mode couldn't be saved for a backward pass later.
+        with torch.inference_mode(False):
+            self._geometry = self._compute_geometry(intrinsics, camera_to_ego)
+
+    def clear_geometry(self) -> None:
+        """Release the kept cameras and their voxels."""
+        self._geometry = None
+
+    def _geometry_of(self, intrinsics: Tensor | None, camera_to_ego: Tensor | None) -> Geometry:
+        if intrinsics is not None and camera_to_ego is not None:
+            if torch.compiler.is_compiling():
+                return self._compute_geometry(intrinsics, camera_to_ego)
+            if self._geometry is None or not self._geometry.is_of(intrinsics, camera_to_ego):
+                self.set_geometry(intrinsics, camera_to_ego)
+        elif intrinsics is not None or camera_to_ego is not None:
+            raise ValueError("camera_to_ego: expected together with intrinsics, got one of them alone")
+        if self._geometry is None:
+            raise ValueError("intrinsics: expected cameras, here or by set_geometry before, got None")
+        return self._geometry
+
+    def _compute_geometry(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Geometry:
+        rank = self._rank(self.points(intrinsics, camera_to_ego))
+        perm, indptr = voxel_csr(rank.flatten(-4), self._voxels())
+        return Geometry(intrinsics.detach().clone(), camera_to_ego.detach().clone(), rank, perm, indptr)
+
+    def _rank(self, points: Tensor) -> Tensor:
+        return voxel_rank(points, self.origin, self.voxel_size, self.grid_size, rounding=self.rounding)
+
+    def _voxels(self) -> int:
+        return math.prod(self.grid_size)
+
+    def _positions(self, side: int, device: torch.device) -> Tensor:
+        """Where the feature map's rows (side 0) or columns (side 1) are in the image."""
+        pixels, features = self.image_size[side], self.feature_size[side]
+        if self.align_corners:
+            return torch.linspace(0, pixels - 1, features, dtype=torch.float64, device=device)
+        return (torch.arange(features, dtype=torch.float64, device=device) + 0.5) * (pixels / features) - 0.5
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self._geometry is not None:  # moved as a buffer is, but never converted
+            self._geometry = Geometry(*(t.to(fn(t).device) for t in self._geometry))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"image_size={self.image_size}, feature_size={self.feature_size}, depths={len(self.depths)}, "
+            f"grid_size={self.grid_size}"
+        )

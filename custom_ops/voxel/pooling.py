@@ -1,0 +1,145 @@
+"""Depth-weighted pooling of image features into a grid, without the frustum of points in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks
+from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.voxel.sums import check_ranks, geometry_of, voxel_sum_reference
+from custom_ops.voxel.voxel_segments import segment_reduce
+
+__all__ = ["BEVPool", "bev_pool"]
+
+
+def bev_pool(
+    depth: Tensor,
+    feat: Tensor,
+    rank: Tensor,
+    num_voxels: int,
+    csr: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Lift image features along their depths, and sum them in the voxels they fall into.
+
+    ``out[b, v, c] = sum of depth[b, n, d, h, w] feat[b, n, c, h, w]`` over the (n, d, h, w) with
+    ``rank[b, n, d, h, w] = v``, without their product of N D H W C numbers ever in memory. A point with
+    a negative rank contributes nothing, and its gradient is exactly zero.
+
+    The sum is bilinear: its gradients in ``depth`` and ``feat`` are computed pixel by pixel, without
+    sorting or atomics, and second derivatives by the same three forms.
+
+    Args:
+        depth: the weight of each depth bin of each pixel ``[B, N, D, H, W]`` of N cameras; float16,
+            bfloat16, float32 or float64.
+        feat: image features ``[B, N, C, H, W]``. Of two dtypes the one that both promote to is used.
+            Sums of 16-bit features are accumulated in float32.
+        rank: voxel number of each point ``[B, N, D, H, W]``, counted within each example, or
+            ``[N, D, H, W]`` for all examples alike; int32 or int64, as from `voxel_rank`.
+        num_voxels: the number V of voxels.
+        csr: ``voxel_csr(rank.flatten(-4), num_voxels)``, computed once while the cameras stay.
+
+    Returns:
+        ``[B, V, C]``; 0 for a voxel without points.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: a wrong shape or value, or tensors on several devices.
+        RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks (found by
+            probes). On a GPU, where finding out would wait for the device, such points count nowhere.
+
+    O(B N D H W C + B V C) time; the inputs and the geometry are kept for backward.
+
+    Source: Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020; fused as in Huang & Huang, "BEVPoolv2",
+    2022.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> depth = torch.tensor([0.25, 0.75]).view(1, 1, 2, 1, 1)
+        >>> feat = torch.tensor([4.0, 8.0]).view(1, 1, 2, 1, 1)
+        >>> custom_ops.bev_pool(depth, feat, torch.tensor([2, 0]).view(1, 2, 1, 1), 3)
+        tensor([[[3., 6.],
+                 [0., 0.],
+                 [1., 2.]]])
+    """
+    _checks.has_dtype("depth", depth, _checks.FLOATING)
+    _checks.has_dims("depth", depth, "[B, N, D, H, W]")
+    _checks.has_dtype("feat", feat, _checks.FLOATING)
+    _checks.has_dims("feat", feat, "[B, N, C, H, W]")
+    batch, cameras, bins, height, width = depth.shape
+    expected = (batch, cameras, feat.shape[2], height, width)
+    if feat.shape != expected:
+        raise ValueError(
+            f"feat: expected shape {[batch, cameras, 'C', height, width]} as depth, got {list(feat.shape)}"
+        )
+    check_ranks(rank, (depth.shape, depth.shape[1:]), num_voxels)
+    _checks.same_device(depth=depth, feat=feat, rank=rank)
+    dtype = torch.promote_types(depth.dtype, feat.dtype)
+    perm, indptr = geometry_of(rank.flatten(-4), num_voxels, csr)
+    pixels = feat.to(dtype).permute(0, 1, 3, 4, 2).flatten(1, 3)
+    weight = depth.to(dtype).flatten(1)
+    if 0 in (bins, height * width):  # no point: what is left is a sum of nothing, connected to both
+        return segment_reduce(weight[..., None] * pixels.sum(1, keepdim=True), None, indptr, perm, False, 1, 1)
+    return segment_reduce(pixels, weight, indptr, perm, False, bins, height * width)
+
+
+class BEVPool(torch.nn.Module):
+    """`bev_pool` as a layer."""
+
+    def __init__(self, num_voxels: int) -> None:
+        super().__init__()
+        _checks.is_count("num_voxels", num_voxels)
+        self.num_voxels = num_voxels
+
+    def forward(self, depth: Tensor, feat: Tensor, rank: Tensor, csr: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return bev_pool(depth, feat, rank, self.num_voxels, csr)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_voxels}"
+
+
+def bev_pool_reference(
+    depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    frustum = depth[:, :, :, None] * feat[:, :, None]  # [B, N, D, C, H, W]
+    points = frustum.movedim(3, -1).flatten(1, 4)
+    return voxel_sum_reference(points, rank.flatten(-4).expand(points.shape[:-1]), num_voxels)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+    rank = torch.randint(-1, 5, (2, 2, 3, 1, 2), device=device)
+    return [
+        Sample((leaf(2, 1, 3, 1, 2), leaf(2, 1, 2, 1, 2), rank[:, :1], 5), dynamic={0: 0, 1: 0, 2: 0}),
+        Sample((leaf(2, 2, 3, 1, 2), leaf(2, 2, 1, 1, 2), rank[0].int(), 6), dynamic={0: 0, 1: 0}),
+        Sample((leaf(1, 1, 3, 1, 2), leaf(1, 1, 1, 1, 2).detach(), rank[0, :1], 5)),
+        Sample((leaf(1, 1, 3, 1, 2).detach(), leaf(1, 1, 1, 1, 2), rank[:1, :1], 5)),
+    ]
+
+
+_depth, _feat, _rank = torch.ones(1, 2, 3, 1, 2), torch.ones(1, 2, 4, 1, 2), torch.zeros(2, 3, 1, 2, dtype=torch.int64)
+register(
+    OpInfo(
+        name="bev_pool",
+        summary="Depth-weighted pooling of image features into a grid, fused",
+        function=bev_pool,
+        reference=bev_pool_reference,
+        samples=_samples,
+        modules=lambda: [(BEVPool(5), {"num_voxels": 5})],
+        bad_calls=lambda: [
+            BadCall((None, _feat, _rank, 2), "depth: expected a tensor, got NoneType"),
+            BadCall((_depth.int(), _feat, _rank, 2), "depth: expected one of float16"),
+            BadCall((_depth[0], _feat, _rank, 2), r"depth: expected \[B, N, D, H, W\], got shape"),
+            BadCall((_depth, _feat[0], _rank, 2), r"feat: expected \[B, N, C, H, W\], got shape"),
+            BadCall((_depth, _feat[..., 1:], _rank, 2), r"feat: expected shape \[1, 2, 'C', 1, 2\] as depth"),
+            BadCall((_depth, _feat, _rank.float(), 2), "rank: expected one of int32, int64, got float32"),
+            BadCall((_depth, _feat, _rank[0], 2), r"rank: expected shape \[1, 2, 3, 1, 2\] or \[2, 3, 1, 2\], got"),
+            BadCall((_depth, _feat, _rank + 2, 2), "rank: expected values below num_voxels=2, got 2"),
+            BadCall((_depth, _feat, _rank, -2), "num_voxels: expected at least 0, got -2"),
+            BadCall((_depth, _feat, _rank, 2, 3), r"csr: expected \(perm, indptr\) as from voxel_csr, got int"),
+            BadCall((_depth, _feat.to("meta"), _rank, 2), "feat: expected on cpu as depth, got meta"),
+        ],
+    )
+)

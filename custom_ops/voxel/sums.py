@@ -1,0 +1,222 @@
+"""Pooling the features of the points in each voxel of a grid: unsorted, masked, batched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks
+from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.voxel.voxel_grid import voxel_csr, voxel_match
+from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
+
+__all__ = ["VoxelSum", "voxel_sum"]
+
+_REDUCTIONS = ("sum", "mean", "max")
+
+
+def check_ranks(rank: Tensor, shapes: tuple[torch.Size, ...], num_voxels: int) -> None:
+    _checks.has_dtype("rank", rank, _checks.INDEX)
+    _checks.is_count("num_voxels", num_voxels)
+    if rank.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"rank: expected shape {expected}, got {list(rank.shape)}")
+
+
+def geometry_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The points of each voxel: ``csr`` if it is given and belongs to ``rank``."""
+    if csr is None:
+        return voxel_csr(rank, num_voxels)
+    if not isinstance(csr, (tuple, list)) or len(csr) != 2:
+        raise TypeError(f"csr: expected (perm, indptr) as from voxel_csr, got {type(csr).__name__}")
+    perm, indptr = csr
+    for tensor in csr:
+        _checks.has_dtype("csr", tensor, (torch.int64,))
+        _checks.same_device(rank=rank, csr=tensor)
+    expected = [*rank.shape[:-1], num_voxels + 1]
+    if perm.shape != rank.shape or list(indptr.shape) != expected:
+        raise ValueError(
+            f"csr: expected perm {list(rank.shape)} and indptr {expected} for rank and num_voxels, "
+            f"got {list(perm.shape)} and {list(indptr.shape)}"
+        )
+    return perm, voxel_match(rank, perm, indptr)
+
+
+def voxel_sum(
+    x: Tensor,
+    rank: Tensor,
+    num_voxels: int,
+    reduce: str = "sum",
+    mask: Tensor | None = None,
+    csr: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Pool the features of the points of each voxel, in any order, into a grid of static size.
+
+    ``out[..., v, :]`` is the sum, mean or largest of ``x[..., n, :]`` over the points with
+    ``rank[..., n] = v``. A point with a negative rank or a False ``mask`` contributes nothing, even if
+    its features are NaN, and its gradient is exactly zero.
+
+    Args:
+        x: point features ``[..., N, C]``; float16, bfloat16, float32 or float64. Sums of 16-bit
+            features are accumulated in float32.
+        rank: voxel number of each point ``[..., N]``, or ``[N]`` for all examples alike; int32 or int64,
+            as from `voxel_rank`.
+        num_voxels: the number V of voxels.
+        reduce: "sum", "mean" or "max". A voxel without points gets 0. The gradient of "max" goes to the
+            first of the points that have it; a NaN is larger than all numbers.
+        mask: bool ``[..., N]``, True for the points that count.
+        csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. It can't be combined with
+            ``mask``: put that into the ranks it is made of, ``rank.masked_fill(~mask, -1)``.
+
+    Returns:
+        ``[..., V, C]``. Differentiable to any order in ``x``.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: a wrong shape or value, or tensors on several devices.
+        RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks (found by
+            probes). On a GPU, where finding out would wait for the device, such points count nowhere.
+
+    O(N C + V C) time, split by points and not by voxels. The result doesn't depend on the number of
+    threads, nor on the order in which they run.
+
+    Source: the pooling of Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020; unsorted, as dynamic
+    voxelisation in Zhou et al., "End-to-End Multi-View Fusion for 3D Object Detection", CoRL 2019.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+        >>> custom_ops.voxel_sum(x, torch.tensor([2, 0, 2, -1]), 3)
+        tensor([[2.],
+                [0.],
+                [5.]])
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
+    check_ranks(rank, (x.shape[:-1], x.shape[-2:-1]), num_voxels)
+    _checks.same_device(x=x, rank=rank)
+    _checks.is_one_of("reduce", reduce, _REDUCTIONS)
+    if mask is not None:
+        _checks.has_dtype("mask", mask, (torch.bool,))
+        _checks.same_device(x=x, mask=mask)
+        if csr is not None:
+            raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
+        if mask.shape not in (x.shape[:-1], rank.shape):
+            raise ValueError(
+                f"mask: expected shape {list(x.shape[:-1])} as x without its columns, got {list(mask.shape)}"
+            )
+        rank = torch.where(mask, rank, -1)
+    perm, indptr = geometry_of(rank, num_voxels, csr)
+    if reduce == "max":
+        return segment_max(x, indptr, perm)[0]
+    return segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
+
+
+class VoxelSum(torch.nn.Module):
+    """`voxel_sum` as a layer."""
+
+    def __init__(self, num_voxels: int, reduce: str = "sum") -> None:
+        super().__init__()
+        _checks.is_count("num_voxels", num_voxels)
+        _checks.is_one_of("reduce", reduce, _REDUCTIONS)
+        self.num_voxels = num_voxels
+        self.reduce = reduce
+
+    def forward(
+        self, x: Tensor, rank: Tensor, mask: Tensor | None = None, csr: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        return voxel_sum(x, rank, self.num_voxels, self.reduce, mask, csr)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_voxels}, reduce={self.reduce!r}"
+
+
+def voxel_sum_reference(
+    x: Tensor,
+    rank: Tensor,
+    num_voxels: int,
+    reduce: str = "sum",
+    mask: Tensor | None = None,
+    csr: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    rank = rank.expand(x.shape[:-1])
+    inside = rank >= 0 if mask is None else (rank >= 0) & mask
+    # The points of no voxel go to a voxel behind the others, which is dropped.
+    at = torch.where(inside, rank, num_voxels).long()[..., None].expand(x.shape)
+    zeros = x.new_zeros((*x.shape[:-2], num_voxels + 1, x.shape[-1]))
+    if reduce == "max":
+        # The first of the largest, so that equal ones don't share the gradient.
+        largest = zeros.scatter_reduce(-2, at, x.detach(), "amax", include_self=False).gather(-2, at)
+        points = torch.arange(x.shape[-2], device=x.device)[:, None].expand(x.shape)
+        candidate = torch.where((x == largest) | x.isnan(), points, x.shape[-2])
+        first = torch.full_like(at.new_empty(zeros.shape), x.shape[-2]).scatter_reduce(-2, at, candidate, "amin")
+        return zeros.scatter_add(-2, at, x.where(points == first.gather(-2, at), 0))[..., :-1, :]
+    sums = zeros.scatter_add(-2, at, x.where(inside[..., None], 0))
+    if reduce == "mean":
+        sums = sums / torch.zeros_like(sums).scatter_add(-2, at, torch.ones_like(x)).clamp_min(1)
+    return sums[..., :-1, :]
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+    rank = torch.randint(-1, 4, (2, 8), device=device)
+    mask = torch.rand(2, 8, device=device) > 0.3
+    return [
+        Sample((leaf(8, 3), rank[0], 4), dynamic={0: 0, 1: 0}),
+        Sample((leaf(8, 2), rank[1], 4, "mean"), dynamic={0: 0, 1: 0}),
+        Sample((leaf(8, 2), rank[0].int(), 4, "max"), dynamic={0: 0, 1: 0}),
+        Sample((leaf(2, 8, 1), rank, 5, "sum", mask)),
+        Sample((leaf(2, 8, 1), rank[0], 4, "mean", mask)),
+        Sample((leaf(2, 8, 2), rank, 4, "max", mask)),
+        Sample((leaf(3, 2), rank[0, :3].clamp(min=0, max=0), 1)),
+    ]
+
+
+def _unsorted(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Points in the order they come in, the voxels of which fill one cell in eight of the grid."""
+    points, columns = size
+    voxels = max(points // 8, 1)
+    generator = torch.Generator().manual_seed(points)
+    x = torch.randn(points, columns, generator=generator)
+    rank = torch.randint(0, voxels, (points,), generator=generator) * 8
+    return x.to(device).requires_grad_(), rank.to(device), 8 * voxels
+
+
+_x, _rank = torch.ones(3, 2), torch.tensor([0, 1, -1])
+_csr = (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
+register(
+    OpInfo(
+        name="voxel_sum",
+        summary="Sum, mean or maximum of the features in each voxel of a grid, for points in any order",
+        function=voxel_sum,
+        reference=voxel_sum_reference,
+        samples=_samples,
+        modules=lambda: [
+            (VoxelSum(4), {"num_voxels": 4}),
+            (VoxelSum(6, "max"), {"num_voxels": 6, "reduce": "max"}),
+        ],
+        bad_calls=lambda: [
+            BadCall((None, _rank, 2), "x: expected a tensor, got NoneType"),
+            BadCall((_x.int(), _rank, 2), "x: expected one of float16"),
+            BadCall((_x[0], _rank, 2), r"x: expected \[..., N, C\], got shape \[2\]"),
+            BadCall((_x, _rank.float(), 2), "rank: expected one of int32, int64, got float32"),
+            BadCall((_x, _rank[1:], 2), r"rank: expected shape \[3\], got \[2\]"),
+            BadCall((_x, _rank, 1), "rank: expected values below num_voxels=1, got 1"),
+            BadCall((_x, _rank, -1), "num_voxels: expected at least 0, got -1"),
+            BadCall((_x, _rank, 2.0), "num_voxels: expected an integer, got float"),
+            BadCall((_x, _rank, 2, "min"), "reduce: expected one of 'sum', 'mean', 'max', got 'min'"),
+            BadCall((_x, _rank, 2, "sum", _rank), "mask: expected one of bool, got int64"),
+            BadCall((_x, _rank, 2, "sum", _rank[1:] > 0), r"mask: expected shape \[3\]"),
+            BadCall((_x, _rank, 2, "sum", _rank > 0, _csr), "mask: expected None with csr"),
+            BadCall(
+                (_x, _rank, 2, "sum", None, _rank), r"csr: expected \(perm, indptr\) as from voxel_csr, got Tensor"
+            ),
+            BadCall((_x, _rank, 3, "sum", None, _csr), r"csr: expected perm \[3\] and indptr \[4\]"),
+            BadCall((_x, _rank.flip(0), 2, "sum", None, _csr), r"csr: expected voxel_csr\(rank, num_voxels\)"),
+            BadCall((_x, _rank.to("meta"), 2), "rank: expected on cpu as x, got meta"),
+        ],
+    )
+)

@@ -1,0 +1,304 @@
+"""Which voxel a point lies in, and which points lie in a voxel. Integers: nothing here has a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from custom_ops import _checks, library
+from custom_ops._native import define
+from custom_ops.registry import BadCall, OpInfo, Sample, register
+
+__all__ = ["voxel_csr", "voxel_rank"]
+
+_ROUNDINGS = ("floor", "trunc")
+
+
+@define
+def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
+    """The M runs of equal ``ranks``: where they begin and the number of points [M + 1], their last points [M]."""
+    # One point makes one run: without it the tracer can't decide whether the result is empty.
+    least = 1 if statically_known_true(ranks.shape[0] > 0) else 0
+    runs = torch.library.get_ctx().new_dynamic_size(min=least)
+    return ranks.new_empty((runs + 1,), dtype=torch.int64), ranks.new_empty((runs,), dtype=torch.int64)
+
+
+@define
+def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cells: int, truncate: bool) -> Tensor:
+    """The number of the voxel of each of ``points`` [..., 3], -1 outside the grid.
+
+    ``frame`` holds the origin and the size of a voxel, [2, 3], or [E, 2, 3] for the first dimension of
+    points; in float64 for float64 points, else in float32.
+    """
+    return points.new_empty(points.shape[:-1], dtype=torch.int64)
+
+
+@define
+def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
+    """The points [..., N] in the order of their ranks, and where each voxel's begin [..., V + 1]."""
+    indptr = rank.new_empty((*rank.shape[:-1], voxels + 1), dtype=torch.int64)
+    return torch.empty_like(rank, dtype=torch.int64, memory_format=torch.contiguous_format), indptr
+
+
+@define
+def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
+    """A copy of ``indptr``, if some probes say that (perm, indptr) is `voxel_sort` of ``rank``; not probed on a GPU."""
+    return torch.empty_like(indptr, memory_format=torch.contiguous_format)
+
+
+@library.vmap(voxel_bounds)
+def _(info: Any, in_dims: Any, ranks: Tensor, check_sorted: bool) -> Any:
+    raise RuntimeError(
+        "ranks: can't be vmapped, because each example would have another number of voxels; vmap over x alone"
+    )
+
+
+@library.vmap(voxel_index)
+def _(info: Any, in_dims: Any, points: Tensor, frame: Tensor, *args: Any) -> Any:
+    points = library.to_front(points, in_dims[0], info.batch_size)
+    if in_dims[1] is None and frame.dim() == 2:
+        return voxel_index(points, frame, *args), 0
+    frame = library.to_front(frame, in_dims[1], info.batch_size)
+    if frame.dim() == 3:
+        return voxel_index(points, frame, *args), 0
+    inner = points.shape[:2]
+    return voxel_index(points.flatten(0, 1), frame.flatten(0, 1), *args).unflatten(0, inner), 0
+
+
+@library.vmap(voxel_sort)
+def _(info: Any, in_dims: Any, rank: Tensor, voxels: int) -> Any:
+    return voxel_sort(library.to_front(rank, in_dims[0], info.batch_size), voxels), (0, 0)
+
+
+@library.vmap(voxel_match)
+def _(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
+    return voxel_match(*(library.to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims))), 0
+
+
+@library.sharding(voxel_bounds)
+def _(ranks: Any, check_sorted: bool) -> Any:
+    raise NotImplementedError("ranks: the number of voxels depends on the data, which DTensor can't express")
+
+
+def _triple(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        _checks.same_device(points=like, **{name: value})
+        if value.shape != (3,):
+            raise ValueError(f"{name}: expected 3 numbers, got shape {list(value.shape)}")
+        return value.detach().to(dtype)
+    if not isinstance(value, Sequence) or len(value) != 3:
+        raise ValueError(f"{name}: expected 3 numbers, got {value!r}")
+    for number in value:
+        _checks.is_number(name, number)
+    return torch.tensor(value, dtype=dtype, device=like.device)
+
+
+def voxel_rank(
+    points: Tensor,
+    origin: Sequence[float] | Tensor,
+    voxel_size: Sequence[float] | Tensor,
+    grid_size: Sequence[int],
+    batch: Tensor | None = None,
+    rounding: str = "floor",
+) -> Tensor:
+    """The number of the voxel that each point lies in, -1 outside the grid.
+
+    With ``i = floor((p - origin) / voxel_size)`` along each axis and a grid of X by Y by Z voxels, the
+    rank is ``((batch X + i_x) Y + i_y) Z + i_z``. Points outside the grid or with a NaN, and those with a
+    negative ``batch``, get -1. The result is an integer and has no gradient.
+
+    Args:
+        points: ``[..., 3]``; float16, bfloat16, float32 or float64. Computed in float64 for float64
+            points, else in float32.
+        origin: the lower corner of the grid: 3 numbers, or a tensor ``[3]``.
+        voxel_size: the edges of a voxel, likewise; positive.
+        grid_size: the number of voxels along each axis.
+        batch: int32 or int64, broadcastable to ``[...]``: which grid of several a point belongs to.
+        rounding: "floor"; or "trunc" as Lift-Splat-Shoot does, by which points up to one voxel below the
+            origin count as in the grid.
+
+    Returns:
+        int64 ``[...]``.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: a wrong shape or value, or tensors on several devices. The size of a voxel is checked
+            if it isn't a tensor.
+
+    O(N) time, in one pass.
+
+    Source: Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> points = torch.tensor([[0.5, 0.5, 0.5], [1.5, 0.2, 0.0], [-0.1, 0.0, 0.0]])
+        >>> custom_ops.voxel_rank(points, (0, 0, 0), (1, 1, 1), (2, 2, 1))
+        tensor([ 0,  2, -1])
+        >>> custom_ops.voxel_rank(points, (0, 0, 0), (1, 1, 1), (2, 2, 1), rounding="trunc")
+        tensor([0, 2, 0])
+    """
+    _checks.has_dtype("points", points, _checks.FLOATING)
+    if points.dim() < 1 or points.shape[-1] != 3:
+        raise ValueError(f"points: expected [..., 3], got shape {list(points.shape)}")
+    _checks.is_one_of("rounding", rounding, _ROUNDINGS)
+    if not isinstance(grid_size, Sequence) or len(grid_size) != 3:
+        raise ValueError(f"grid_size: expected 3 numbers, got {grid_size!r}")
+    for cells in grid_size:
+        _checks.is_count("grid_size", cells)
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    frame = [_triple(name, value, points, dtype) for name, value in (("origin", origin), ("voxel_size", voxel_size))]
+    if not isinstance(voxel_size, Tensor) and not all(size > 0 for size in voxel_size):
+        raise ValueError(f"voxel_size: expected positive numbers, got {voxel_size!r}")
+    rank = voxel_index(points.detach(), torch.stack(frame), *grid_size, rounding == "trunc")
+    if batch is None:
+        return rank
+    _checks.has_dtype("batch", batch, _checks.INDEX)
+    _checks.same_device(points=points, batch=batch)
+    x, y, z = grid_size
+    try:
+        batch = batch.expand_as(rank)
+    except RuntimeError:
+        raise ValueError(
+            f"batch: expected a shape that broadcasts to {list(rank.shape)}, got {list(batch.shape)}"
+        ) from None
+    return torch.where((rank >= 0) & (batch >= 0), rank + batch.long() * (x * y * z), -1)
+
+
+def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
+    """Sort points by voxel: a stable counting sort, reusable over layers and frames of the same geometry.
+
+    The points of voxel v are ``perm[..., indptr[..., v] : indptr[..., v + 1]]``, in their order. Points
+    with a negative rank are in no voxel; they stand at the end of ``perm``.
+
+    Args:
+        rank: voxel number of each point ``[..., N]``, int32 or int64, as from `voxel_rank`.
+        num_voxels: the number V of voxels.
+
+    Returns:
+        ``(perm [..., N], indptr [..., V + 1])``, int64.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: a wrong shape, or a negative ``num_voxels``.
+        RuntimeError: on the CPU, a rank of ``num_voxels`` or more; on a GPU, where finding out would wait
+            for the device, such a point is in no voxel.
+
+    O(N + V) time and memory.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.voxel_csr(torch.tensor([2, -1, 0, 2]), 3)
+        (tensor([2, 0, 3, 1]), tensor([0, 1, 1, 3]))
+    """
+    _checks.has_dtype("rank", rank, _checks.INDEX)
+    if rank.dim() < 1:
+        raise ValueError("rank: expected [..., N], got a scalar")
+    _checks.is_count("num_voxels", num_voxels)
+    return voxel_sort(rank, num_voxels)
+
+
+def voxel_rank_reference(
+    points: Tensor,
+    origin: Sequence[float] | Tensor,
+    voxel_size: Sequence[float] | Tensor,
+    grid_size: Sequence[int],
+    batch: Tensor | None = None,
+    rounding: str = "floor",
+) -> Tensor:
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    origin, voxel_size = (torch.as_tensor(t, dtype=dtype, device=points.device) for t in (origin, voxel_size))
+    position = (points.detach().to(dtype) - origin) / voxel_size
+    cell = position.trunc() if rounding == "trunc" else position.floor()
+    grid = torch.tensor(tuple(grid_size), device=points.device)
+    inside = ((cell >= 0) & (cell < grid)).all(-1)
+    x, y, z = cell.where(inside[..., None], 0).long().unbind(-1)
+    rank = (x * grid[1] + y) * grid[2] + z
+    if batch is not None:
+        inside = inside & (batch >= 0)
+        rank = rank + batch * grid.prod()
+    return rank.where(inside, -1)
+
+
+def voxel_csr_reference(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
+    key = torch.where(rank < 0, num_voxels, rank.long())
+    ordered, perm = key.sort(dim=-1, stable=True)
+    edges = torch.arange(num_voxels + 1, device=rank.device).expand(*rank.shape[:-1], -1).contiguous()
+    return perm, torch.searchsorted(ordered, edges)
+
+
+def _points(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    points = (torch.rand(9, 3, dtype=torch.float64) * 6 - 1).to(device, dtype)
+    points[0] = float("nan")
+    points[1] = -0.25
+    # Numbers that every dtype holds: what the grid is must not depend on rounding them.
+    grid = ((-0.5, 0.0, -0.25), (1.5, 0.5, 2.0), (3, 7, 2))
+    batch = torch.arange(9, device=device) % 4 - 1
+    corner = [torch.tensor(t, dtype=torch.float64, device=device) for t in grid[:2]]
+    return [
+        Sample((points, *grid), dynamic={0: 0}),
+        Sample((points, *grid, batch), dynamic={0: 0, 4: 0}),
+        Sample((points.reshape(3, 3, 3), *grid), {"rounding": "trunc"}),
+        Sample((points.reshape(3, 3, 3), *corner, grid[2], batch.reshape(3, 3).int()), {"rounding": "trunc"}),
+    ]
+
+
+def _ranks(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    rank = torch.randint(-2, 5, (2, 9), device=device)
+    return [
+        Sample((rank[0], 5), dynamic={0: 0}),
+        Sample((rank, 6)),
+        Sample((rank.int(), 5)),
+        Sample((rank[:, :0], 3)),
+        Sample((rank.clamp(max=-1), 0)),
+        Sample((rank.clamp(min=0, max=0), 1)),
+    ]
+
+
+_p, _rank = torch.ones(2, 3), torch.tensor([0, 1, -1])
+_one = (1, 1, 1)
+register(
+    OpInfo(
+        name="voxel_rank",
+        summary="The number of the voxel that each point lies in",
+        function=voxel_rank,
+        reference=voxel_rank_reference,
+        samples=_points,
+        bad_calls=lambda: [
+            BadCall(([1, 2, 3], _one, _one, _one), "points: expected a tensor, got list"),
+            BadCall((_p.int(), _one, _one, _one), "points: expected one of float16"),
+            BadCall((_p[:, :2], _one, _one, _one), r"points: expected \[..., 3\], got shape \[2, 2\]"),
+            BadCall((_p, (0, 0), _one, _one), r"origin: expected 3 numbers, got \(0, 0\)"),
+            BadCall((_p, _p, _one, _one), r"origin: expected 3 numbers, got shape \[2, 3\]"),
+            BadCall((_p, _one, ("a", 1, 1), _one), "voxel_size: expected a number, got str"),
+            BadCall((_p, _one, (1, 0, 1), _one), "voxel_size: expected positive numbers"),
+            BadCall((_p, _one, _one, (1, 2)), "grid_size: expected 3 numbers"),
+            BadCall((_p, _one, _one, (1, 2, -1)), "grid_size: expected at least 0, got -1"),
+            BadCall((_p, _one, _one, (1, 2, 1.0)), "grid_size: expected an integer, got float"),
+            BadCall((_p, _one, _one, _one, _p[:, 0]), "batch: expected one of int32, int64, got float32"),
+            BadCall((_p, _one, _one, _one, torch.arange(3)), r"batch: expected a shape that broadcasts to \[2\]"),
+            BadCall((_p, _one, _one, _one, None, "round"), "rounding: expected one of 'floor', 'trunc', got 'round'"),
+            BadCall((_p, torch.ones(3).to("meta"), _one, _one), "origin: expected on cpu as points, got meta"),
+        ],
+    )
+)
+register(
+    OpInfo(
+        name="voxel_csr",
+        summary="Points sorted by voxel, reusable where the geometry is",
+        function=voxel_csr,
+        reference=voxel_csr_reference,
+        samples=_ranks,
+        bad_calls=lambda: [
+            BadCall((None, 3), "rank: expected a tensor, got NoneType"),
+            BadCall((_rank.float(), 3), "rank: expected one of int32, int64, got float32"),
+            BadCall((_rank[0], 3), r"rank: expected \[..., N\], got a scalar"),
+            BadCall((_rank, 1.5), "num_voxels: expected an integer, got float"),
+            BadCall((_rank, -1), "num_voxels: expected at least 0, got -1"),
+            BadCall((_rank, 1), "rank: expected values below num_voxels=1, got 1"),
+        ],
+    )
+)

@@ -1,0 +1,388 @@
+"""Sums over segments of points, weighted or not, with all their derivatives.
+
+Point p has a weight w[p], a row x[q(p)] and a segment r(p). Everything here is a form of
+
+    T = sum over p of w[p] <sums[r(p)], x[q(p)]>
+
+`segment_reduce` is its derivative in ``sums``, `segment_spread` those in ``x`` and ``w``; their own
+derivatives are these forms again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._native import define
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, OpInfo, Sample, register
+
+__all__ = ["segment_sum"]
+
+
+@define
+def segment_reduce(
+    x: Tensor, weight: Tensor | None, indptr: Tensor, perm: Tensor | None, mean: bool, bins: int, plane: int
+) -> Tensor:
+    """out[..., s, c] = sum of w[p] x[..., q(p), c] over the points p = perm[i], indptr[s] <= i < indptr[s + 1].
+
+    ``bins`` points share a row and lie ``plane`` apart: q(p) = p // (bins plane) plane + p % plane.
+    ``mean`` divides by the number of points. ``indptr`` and ``perm`` have the leading dimensions of x,
+    or none. Without ``perm`` the points are in order; without ``weight`` all weights are 1.
+    """
+    return x.new_empty((*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1]))
+
+
+@define
+def segment_spread(
+    sums: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    indptr: Tensor,
+    perm: Tensor | None,
+    points: int,
+    mean: bool,
+    bins: int,
+    plane: int,
+    of_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """The adjoints of `segment_reduce`: T's derivatives in x, and in the weight if x is given.
+
+    [..., q, c] = sum of w[p] sums[..., r(p), c] over the points of row q, and [..., p] = sum over c of
+    sums[..., r(p), c] x[..., q(p), c]. What isn't wanted is empty; points in no segment count nowhere.
+    """
+    grad_x = (*sums.shape[:-2], points // bins, sums.shape[-1]) if of_x else (0,)
+    grad_weight = (0,) if x is None else (*sums.shape[:-2], points)
+    return sums.new_empty(grad_x), sums.new_empty(grad_weight)
+
+
+@define
+def segment_max(x: Tensor, indptr: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The largest x[..., p, c] of each segment, and the first point that has it; 0 and -1 of an empty one."""
+    shape = (*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1])
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+def _add(*parts: Tensor | None) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+class SegmentReduce(Function, op=segment_reduce):
+    """Bilinear in x and weight."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, indptr, perm, *ctx.options = inputs
+        ctx.points = x.shape[-2] * ctx.options[1]
+        needs_x = weight is not None and (ctx.needs_input_grad[1])
+        ctx.save_for_backward(x if needs_x else None, weight, indptr, perm)
+        ctx.save_for_forward(x, weight, indptr, perm)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, indptr, perm = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        grads = segment_spread(grad, x, weight, indptr, perm, ctx.points, *ctx.options, of_x)
+        return grads[0] if of_x else None, grads[1] if of_weight else None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor | None, of_weight: Tensor | None, *_: None) -> Tensor | None:
+        x, weight, *geometry = ctx.saved_tensors
+        return _add(
+            None if of_x is None else segment_reduce(of_x, weight, *geometry, *ctx.options),
+            None if of_weight is None else segment_reduce(x, of_weight, *geometry, *ctx.options),
+        )
+
+
+class SegmentSpread(Function, op=segment_spread):
+    """Its first output is bilinear in sums and weight, its second in sums and x."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        sums, x, weight, indptr, perm, ctx.points, *ctx.options, ctx.of_x = inputs
+        ctx.mark_non_differentiable(*([] if ctx.of_x else output[:1]), *(output[1:] if x is None else []))
+        ctx.save_for_backward(sums, x, weight, indptr, perm)
+        ctx.save_for_forward(sums, x, weight, indptr, perm)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        sums, x, weight, *geometry = ctx.saved_tensors
+        u, v = u if ctx.of_x else None, None if x is None else v
+        of_sums, of_x, of_weight = ctx.needs_input_grad[:3]
+        in_sums = in_x = in_weight = None
+        if of_sums:
+            in_sums = _add(
+                None if u is None else segment_reduce(u, weight, *geometry, *ctx.options),
+                None if v is None else segment_reduce(x, v, *geometry, *ctx.options),
+            )
+        if of_x and v is not None:
+            in_x = segment_spread(sums, None, v, *geometry, ctx.points, *ctx.options, True)[0]
+        if of_weight and u is not None:
+            in_weight = segment_spread(sums, u, None, *geometry, ctx.points, *ctx.options, False)[1]
+        return in_sums, in_x, in_weight, None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, sums_t: Tensor | None, x_t: Tensor | None, weight_t: Tensor | None, *_: None) -> Any:
+        sums, x, weight, *geometry = ctx.saved_tensors
+
+        def spread(sums: Tensor, x: Tensor | None, weight: Tensor | None, of_x: bool) -> tuple[Tensor, Tensor]:
+            return segment_spread(sums, x, weight, *geometry, ctx.points, *ctx.options, of_x)
+
+        rows: list[Tensor | None] = []
+        dots: list[Tensor | None] = []
+        if sums_t is not None:
+            both = spread(sums_t, x, weight, ctx.of_x)
+            rows, dots = [both[0]], [both[1]]
+        if weight_t is not None and ctx.of_x:
+            rows.append(spread(sums, None, weight_t, True)[0])
+        if x_t is not None:
+            dots.append(spread(sums, x_t, None, False)[1])
+        return _add(*rows) if ctx.of_x else None, None if x is None else _add(*dots)
+
+
+def _pick(x: Tensor, argmax: Tensor) -> Tensor:
+    """x[..., argmax[..., s, c], c], 0 where that is -1."""
+    if x.shape[-2] == 0:
+        return x.new_zeros(argmax.shape)
+    return x.gather(-2, argmax.clamp_min(0)).where(argmax >= 0, 0)
+
+
+class SegmentMax(Function, op=segment_max):
+    """Linear in x where argmax is constant."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.points = inputs[0].shape[-2]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
+        (argmax,) = ctx.saved_tensors
+        # Empty segments go to a row behind the points. No element is written twice.
+        zeros = grad.new_zeros((*grad.shape[:-2], ctx.points + 1, grad.shape[-1]))
+        return zeros.scatter(-2, argmax.where(argmax >= 0, ctx.points), grad)[..., :-1, :], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+        return _pick(tangent, *ctx.saved_tensors), None
+
+
+# ---------------------------------------------------------------- batching and sharding
+
+
+def _batched(info: Any, in_dims: Any, tensors: Any) -> list[Tensor | None]:
+    """All with the vmapped dimension first; the geometry, which comes last, only if it needs one."""
+    *values, indptr, perm = zip(tensors, in_dims)
+    result = [None if t is None else library.to_front(t, d, info.batch_size) for t, d in values]
+    lead = next(t for t in result if t is not None).dim() - 2
+    own = any(d is not None for t, d in (indptr, perm)) or indptr[0].dim() > 1
+    for t, d in (indptr, perm):
+        if t is not None and own:
+            t = library.to_front(t, d, info.batch_size)
+            # A geometry of each example of vmap, shared within it, is needed for each within it.
+            missing = lead - (t.dim() - 1)
+            shape = next(r for r in result if r is not None).shape[:lead]
+            t = t.reshape(t.shape[0], *[1] * missing, *t.shape[1:]).expand(*shape, t.shape[-1])
+        result.append(t)
+    return result
+
+
+@library.vmap(segment_reduce)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    return segment_reduce(*_batched(info, in_dims[:4], args[:4]), *args[4:]), 0
+
+
+@library.vmap(segment_spread)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    grads = segment_spread(*_batched(info, in_dims[:5], args[:5]), *args[5:])
+    of_x, x = args[-1], args[1]
+    return grads, (0 if of_x else None, None if x is None else 0)
+
+
+@library.vmap(segment_max)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    return segment_max(*_batched(info, in_dims, args)), (0, 0)
+
+
+def _shardings(inputs: Sequence[tuple[Any, str]], outputs: Sequence[str], numbers: int) -> list[tuple[Any, Any]]:
+    """Everything whole, or sharded by a leading dimension, or by columns.
+
+    Each tensor is of a kind: "rows" [..., C], "points" [...], "geometry" [...] or shared, "dots" (a
+    [...] summed over the columns), "none". ``numbers`` arguments follow that are no tensors.
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last = inputs[0][0].ndim - 1
+    options = []
+    for d in (None, *range(last - 1), last):
+
+        def place(kind: str, tensor: Any = None, d: int | None = d) -> Any:
+            if kind == "dots" and d == last:
+                return Partial()
+            shared = kind == "geometry" and tensor.ndim == 1
+            if d is None or shared or kind == "none" or (d == last and kind != "rows"):
+                return Replicate()
+            return Shard(d)
+
+        placed = [None if tensor is None else place(kind, tensor) for tensor, kind in inputs]
+        options.append(([place(kind) for kind in outputs], [*placed, *[None] * numbers]))
+    return options
+
+
+@library.sharding(segment_reduce)
+def _(x: Any, weight: Any, indptr: Any, perm: Any, *numbers: Any) -> Any:
+    inputs = [(x, "rows"), (weight, "points"), (indptr, "geometry"), (perm, "geometry")]
+    return _shardings(inputs, ["rows"], len(numbers))
+
+
+@library.sharding(segment_spread)
+def _(sums: Any, x: Any, weight: Any, indptr: Any, perm: Any, *numbers: Any) -> Any:
+    inputs = [(sums, "rows"), (x, "rows"), (weight, "points"), (indptr, "geometry"), (perm, "geometry")]
+    outputs = ["rows" if numbers[-1] else "none", "none" if x is None else "dots"]
+    return _shardings(inputs, outputs, len(numbers))
+
+
+@library.sharding(segment_max)
+def _(x: Any, indptr: Any, perm: Any) -> Any:
+    return _shardings([(x, "rows"), (indptr, "geometry"), (perm, "geometry")], ["rows", "rows"], 0)
+
+
+# ---------------------------------------------------------------- segment_sum
+
+
+def check_segments(x: Tensor, indptr: Tensor, perm: Tensor | None, lead: int) -> None:
+    """``indptr`` and ``perm`` for values with ``lead`` leading dimensions, and as many points as ``perm`` says."""
+    for name, tensor, layout in (("indptr", indptr, "[..., V + 1]"), ("perm", perm, "[..., N]")):
+        if tensor is None:
+            continue
+        _checks.has_dtype(name, tensor, (torch.int64,))
+        if tensor.dim() - 1 not in (0, lead) or tensor.shape[:-1] not in (x.shape[:lead], ()):
+            raise ValueError(
+                f"{name}: expected {layout} with the leading dimensions {list(x.shape[:lead])} of x or none, "
+                f"got shape {list(tensor.shape)}"
+            )
+    if perm is not None and perm.dim() != indptr.dim():
+        raise ValueError(f"perm: expected as many dimensions as indptr ({indptr.dim()}), got shape {list(perm.shape)}")
+    if indptr.shape[-1] < 1:
+        raise ValueError("indptr: expected at least one boundary, got none")
+
+
+def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """Sum the rows of each segment, in any order and weighted if need be: the building block of this family.
+
+    ``out[..., v, c] = sum of weight[..., p] x[..., p, c]`` over the points ``p = perm[..., i]`` with
+    ``indptr[..., v] <= i < indptr[..., v + 1]``. Points in no segment count nowhere, even if they are
+    NaN, and their gradients are exactly zero.
+
+    Args:
+        x: ``[..., N, C]``; float16, bfloat16, float32 or float64. Sums of 16-bit features are
+            accumulated in float32.
+        indptr: int64 boundaries ``[..., V + 1]``, non-decreasing, from 0 to at most N; or ``[V + 1]`` for
+            all examples alike.
+        perm: int64 ``[..., N]`` or ``[N]``, like ``indptr``: a permutation of the points, as from
+            `voxel_csr`; the identity if None.
+        weight: ``[..., N]`` of x's dtype; 1 if None.
+
+    Returns:
+        ``[..., V, C]``; 0 for an empty segment. Differentiable to any order in ``x`` and ``weight``.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: a wrong shape, or tensors on several devices.
+        RuntimeError: on the CPU, for boundaries or points out of range, and in backward for a ``perm``
+            that has a point twice. On a GPU they are clamped, so that no other memory is reached.
+
+    O(N C + V C) time, split by points and not by segments; the result doesn't depend on the number of
+    threads. The sum of PyTorch Scatter's ``segment_csr``, with order and weights.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([[1.0], [2.0], [4.0]])
+        >>> custom_ops.segment_sum(x, torch.tensor([0, 2, 2, 3]), perm=torch.tensor([2, 0, 1]))
+        tensor([[5.],
+                [0.],
+                [2.]])
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
+    check_segments(x, indptr, perm, x.dim() - 2)
+    if perm is not None and perm.shape[-1] != x.shape[-2]:
+        raise ValueError(f"perm: expected {x.shape[-2]} points as in x, got {perm.shape[-1]}")
+    if weight is not None:
+        _checks.has_dtype("weight", weight, (x.dtype,))
+        if weight.shape != x.shape[:-1]:
+            raise ValueError(
+                f"weight: expected shape {list(x.shape[:-1])} as x without its columns, got {list(weight.shape)}"
+            )
+    given = {"x": x, "indptr": indptr, "perm": perm, "weight": weight}
+    _checks.same_device(**{name: t for name, t in given.items() if t is not None})
+    return segment_reduce(x, weight, indptr, perm, False, 1, 1)
+
+
+def segment_sum_reference(
+    x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
+    shape, points = x.shape[:-2], x.shape[-2]
+    examples = x.reshape(-1, points, x.shape[-1])
+    indptr = indptr.expand(*shape, indptr.shape[-1]).reshape(-1, indptr.shape[-1])
+    order = torch.arange(points, device=x.device) if perm is None else perm
+    order = order.expand(*shape, points).reshape(-1, points)
+    values = examples if weight is None else weight.reshape(-1, points, 1) * examples
+    out = x.new_zeros(len(examples), indptr.shape[-1] - 1, x.shape[-1])
+    sums = []
+    for e in range(len(examples)):
+        counts = indptr[e].diff()
+        segment = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
+        chosen = order[e, indptr[e, 0] : indptr[e, -1]]
+        sums.append(out[e].index_add(0, segment, values[e].index_select(0, chosen)))
+    return torch.stack(sums).view(*shape, *out.shape[1:]) if sums else out.view(*shape, *out.shape[1:])
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+    indptr = torch.tensor([0, 3, 3, 5, 6], device=device)
+    perm = torch.stack([torch.randperm(7) for _ in range(2)]).to(device)
+    both = torch.stack([indptr, torch.tensor([0, 0, 0, 7, 7], device=device)])
+    return [
+        Sample((leaf(7, 3), indptr, perm[0], leaf(7))),
+        Sample((leaf(7, 3), indptr), dynamic={1: 0}),
+        Sample((leaf(2, 7, 1), both, perm)),
+        Sample((leaf(2, 7, 2), indptr, None, leaf(2, 7))),
+        Sample((leaf(7, 1).detach(), indptr, perm[1]), {"weight": leaf(7)}),
+    ]
+
+
+_x, _indptr, _perm = torch.ones(3, 2), torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1])
+register(
+    OpInfo(
+        name="segment_sum",
+        summary="Weighted sums over segments of points in any order",
+        function=segment_sum,
+        reference=segment_sum_reference,
+        samples=_samples,
+        bad_calls=lambda: [
+            BadCall((None, _indptr), "x: expected a tensor, got NoneType"),
+            BadCall((_x[0], _indptr), r"x: expected \[..., N, C\], got shape \[2\]"),
+            BadCall((_x, _indptr.int()), "indptr: expected one of int64, got int32"),
+            BadCall((_x, _indptr[:0]), "indptr: expected at least one boundary"),
+            BadCall((_x, _indptr.expand(2, 3)), r"indptr: expected \[..., V \+ 1\] with the leading dimensions \[\]"),
+            BadCall((_x, _indptr + 1), r"indptr: expected non-decreasing boundaries within \[0, 3\]"),
+            BadCall((_x, _indptr, _perm[1:]), "perm: expected 3 points as in x, got 2"),
+            BadCall((_x, _indptr, _perm + 1), r"perm: expected points within \[0, 3\)"),
+            BadCall((_x, _indptr, _perm.expand(2, 3)), "perm: expected"),
+            BadCall((_x, _indptr, _perm, _x[:, 0].double()), "weight: expected one of float32, got float64"),
+            BadCall((_x, _indptr, _perm, _x), r"weight: expected shape \[3\]"),
+            BadCall((_x, _indptr.to("meta")), "indptr: expected on cpu as x, got meta"),
+        ],
+    )
+)

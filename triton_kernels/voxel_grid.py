@@ -1,0 +1,148 @@
+"""Which voxel a point lies in, and which points lie in a voxel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, INDEX, kernel, widen
+
+# ---------------------------------------------------------------- bounds
+
+
+@triton.jit
+def _steps(ranks_ptr, points, BLOCK: tl.constexpr):
+    """Where this program's points lie, which begin a run, and which descend."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < points
+    follows = inside & (at > 0)
+    rank = tl.load(ranks_ptr + at, mask=inside, other=0)
+    previous = tl.load(ranks_ptr + at - 1, mask=follows, other=0)
+    return at, inside & ((at == 0) | (rank != previous)), follows & (rank < previous)
+
+
+@kernel("*T *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}})
+@triton.jit(do_not_specialize=["points", "blocks"])
+def voxel_bounds_count_kernel(ranks_ptr, counts_ptr, points, blocks, BLOCK: tl.constexpr):
+    _, begins, descends = _steps(ranks_ptr, points, BLOCK)
+    block = tl.program_id(0)
+    tl.store(counts_ptr + block, tl.sum(begins.to(tl.int32)))
+    tl.store(counts_ptr + blocks + block, tl.sum(descends.to(tl.int32)))
+
+
+@kernel("*T *i64 *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}})
+@triton.jit(do_not_specialize=["points", "blocks"])
+def voxel_bounds_place_kernel(ranks_ptr, through_ptr, bounds_ptr, points, blocks, BLOCK: tl.constexpr):
+    at, begins, _ = _steps(ranks_ptr, points, BLOCK)
+    block = tl.program_id(0)
+    through = tl.load(through_ptr + block)  # bounds in the blocks up to and with this one
+    count = begins.to(tl.int32)
+    place = through - tl.sum(count) + tl.cumsum(count) - 1
+    tl.store(bounds_ptr + place, at, mask=begins)
+    if block == blocks - 1:
+        tl.store(bounds_ptr + through, points)
+
+
+def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
+    ranks = ranks.contiguous()
+    points = ranks.numel()
+    if points == 0:
+        return ranks.new_zeros(1, dtype=torch.int64), ranks.new_zeros(0, dtype=torch.int64)
+    blocks = triton.cdiv(points, BLOCK)
+    counts = ranks.new_empty((2, blocks), dtype=torch.int64)
+    voxel_bounds_count_kernel(blocks, ranks, counts, points, blocks)
+    through = counts.cumsum(1)
+    voxels, descents = through[:, -1].tolist()
+    if check_sorted and descents:
+        raise RuntimeError(
+            "ranks: expected non-decreasing values, got an unsorted tensor; sort x, geometry and "
+            "ranks by ranks first, or pass check_sorted=False to sum each run of equal ranks"
+        )
+    bounds = ranks.new_empty(voxels + 1, dtype=torch.int64)
+    voxel_bounds_place_kernel(blocks, ranks, through, bounds, points, blocks)
+    return bounds, bounds[1:] - 1
+
+
+# ---------------------------------------------------------------- points to voxels
+
+
+@triton.jit
+def _cell(points_ptr, frame_ptr, at, frame, inside, axis: tl.constexpr, cells, TRUNCATE: tl.constexpr):
+    """The cell of each point along an axis, and whether it is in the grid; a NaN isn't."""
+    x = widen(tl.load(points_ptr + at * 3 + axis, mask=inside, other=0))
+    origin = tl.load(frame_ptr + frame * 6 + axis, mask=inside, other=0)
+    size = tl.load(frame_ptr + frame * 6 + 3 + axis, mask=inside, other=1)
+    # As the CPU divides; Triton's own division is approximate in single precision.
+    position = (x - origin) / size if x.dtype == tl.float64 else tl.div_rn(x - origin, size)
+    whole = tl.floor(position)
+    if TRUNCATE:
+        whole = tl.where(position < 0, tl.ceil(position), whole)
+    found = (whole >= 0) & (whole < cells)
+    return tl.where(found, whole, 0).to(tl.int64), found
+
+
+@kernel(
+    "*T *A *i64 i64 i64 i32 i32 i32",
+    FLOATING,
+    {truncate: {"TRUNCATE": truncate, "BLOCK": BLOCK} for truncate in (False, True)},
+    enable_fp_fusion=False,
+)
+@triton.jit(do_not_specialize=["points", "per_frame", "x_cells", "y_cells", "z_cells"])
+def voxel_index_kernel(
+    points_ptr,
+    frame_ptr,
+    out_ptr,
+    points,
+    per_frame,
+    x_cells,
+    y_cells,
+    z_cells,
+    TRUNCATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < points
+    frame = at // per_frame
+    x, in_x = _cell(points_ptr, frame_ptr, at, frame, inside, 0, x_cells, TRUNCATE)
+    y, in_y = _cell(points_ptr, frame_ptr, at, frame, inside, 1, y_cells, TRUNCATE)
+    z, in_z = _cell(points_ptr, frame_ptr, at, frame, inside, 2, z_cells, TRUNCATE)
+    rank = tl.where(in_x & in_y & in_z, (x * y_cells + y) * z_cells + z, -1)
+    tl.store(out_ptr + at, rank, mask=inside)
+
+
+def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cells: int, truncate: bool) -> Tensor:
+    points, frame = points.contiguous(), frame.contiguous()
+    if points.dim() < 1 or points.shape[-1] != 3:
+        raise RuntimeError("points: expected [..., 3]")
+    frames = frame.numel() // 6
+    if frame.numel() != 6 * frames or (frames != 1 and (points.dim() < 2 or frames != points.shape[0])):
+        raise RuntimeError("frame: expected 6 numbers, for all points or for each example")
+    out = points.new_empty(points.shape[:-1], dtype=torch.int64)
+    n = out.numel()
+    voxel_index_kernel(
+        triton.cdiv(n, BLOCK),
+        *(points, frame, out, n, max(n // max(frames, 1), 1), x_cells, y_cells, z_cells),
+        variant=truncate,
+    )
+    return out
+
+
+# ---------------------------------------------------------------- voxels to points
+
+
+def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
+    """By a stable radix sort, which needs no atomics; points in no voxel come last."""
+    narrow = torch.int32 if voxels < 2**31 - 1 else torch.int64  # half as many passes
+    key = torch.where((rank < 0) | (rank >= voxels), voxels, rank).to(narrow)
+    ordered, perm = key.sort(dim=-1, stable=True)
+    edges = torch.arange(voxels + 1, dtype=narrow, device=rank.device).expand(*rank.shape[:-1], voxels + 1)
+    return perm, torch.searchsorted(ordered, edges.contiguous())
+
+
+def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
+    """Not probed: the answer would have to be waited for. The kernels reach no other memory in any case."""
+    if perm.shape != rank.shape or indptr.dim() != rank.dim() or indptr.shape[:-1] != rank.shape[:-1]:
+        raise RuntimeError("csr: expected (perm, indptr), int64, of the shapes that voxel_csr gives for rank")
+    return indptr.clone(memory_format=torch.contiguous_format)

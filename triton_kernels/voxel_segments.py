@@ -1,0 +1,614 @@
+"""Sums over segments of points, weighted or not, and their adjoints; see custom_ops/voxel/voxel_segments.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import FLOATING, accumulator, kernel, widen
+
+# A row of features is read in pieces of one of these widths, by tiles of _TILE elements.
+_WIDTHS = (16, 64)
+_TILE = 512
+
+# Longer segments are reduced in chunks of as many points, so that no program is long.
+_CHUNK = 128
+
+_NOWHERE = tl.constexpr(2**62)  # the position of a maximum that isn't there
+
+
+def _width(columns: int) -> int:
+    return next((w for w in _WIDTHS if w >= columns), _WIDTHS[-1])
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@triton.jit
+def _boundary(indptr_ptr, segment, points):
+    """Kept within the points, so that a corrupted indptr can't reach memory outside x."""
+    return tl.minimum(tl.maximum(tl.load(indptr_ptr + segment).to(tl.int64), 0), points)
+
+
+@triton.jit
+def _segment_of(indptr_ptr, boundaries, steps, position):
+    """The last segment that starts at or before ``position``, by binary search; -1 before all of them."""
+    low = position * 0
+    high = low + boundaries
+    for _ in range(steps):
+        searching = low < high
+        middle = (low + high) >> 1
+        begun = searching & (tl.load(indptr_ptr + middle, mask=searching, other=0) <= position)
+        low = tl.where(begun, middle + 1, low)
+        high = tl.where(begun, high, middle)
+    return low - 1
+
+
+@triton.jit
+def _point(perm_ptr, position, inside, points, PERM: tl.constexpr):
+    """The point at a position, kept within the points."""
+    if PERM:
+        point = tl.load(perm_ptr + position, mask=inside, other=0)
+        return tl.minimum(tl.maximum(point, 0), points - 1)
+    else:
+        return position
+
+
+# ---------------------------------------------------------------- reductions
+
+
+@triton.jit
+def _sum_rows(
+    x_ptr,
+    weight_ptr,
+    perm_ptr,
+    start,
+    stop,
+    points,
+    columns,
+    bins,
+    plane,
+    column,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PERM: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
+    """The sums over the points at start to stop, for WIDTH columns, in the accumulator's dtype."""
+    first = tl.arange(0, ROWS)
+    total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty))
+    for begin in range(start, stop, ROWS):
+        inside = begin + first < stop
+        row = _point(perm_ptr, begin + first, inside, points, PERM)
+        if WEIGHT:
+            weight = widen(tl.load(weight_ptr + row, mask=inside, other=0))
+            row = row // (bins * plane) * plane + row % plane
+        exists = inside[:, None] & (column < columns)[None, :]
+        value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
+        total += weight[:, None] * value if WEIGHT else value
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _max_rows(
+    x_ptr,
+    at_ptr,
+    perm_ptr,
+    start,
+    stop,
+    points,
+    columns,
+    column,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PERM: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """The largest value at start to stop, for WIDTH columns, and the first position that has it.
+
+    A NaN is larger than all numbers. With MERGE the positions are those of earlier results.
+    """
+    first = tl.arange(0, ROWS)
+    best = widen(tl.full([ROWS, WIDTH], float("-inf"), x_ptr.dtype.element_ty))
+    where = tl.full([ROWS, WIDTH], _NOWHERE, tl.int64)
+    for begin in range(start, stop, ROWS):
+        position = (begin + first).to(tl.int64)
+        inside = position < stop
+        row = _point(perm_ptr, position, inside, points, PERM)
+        exists = inside[:, None] & (column < columns)[None, :]
+        at = row[:, None] * columns + column[None, :]
+        value = widen(tl.load(x_ptr + at, mask=exists, other=0))
+        if MERGE:
+            candidate = tl.load(at_ptr + at, mask=exists, other=_NOWHERE)
+        else:
+            candidate = tl.broadcast_to(position[:, None], [ROWS, WIDTH])
+        above = (value > best) | ((value != value) & (best == best)) | (where == _NOWHERE)
+        best = tl.where(exists & above, value, best)
+        where = tl.where(exists & above, candidate, where)
+    nan = best != best
+    has_nan = tl.max(nan.to(tl.int32), axis=0) > 0
+    largest = tl.max(tl.where(nan, float("-inf"), best), axis=0)
+    candidate = tl.where(has_nan[None, :], nan, best == largest[None, :])
+    return tl.where(has_nan, float("nan"), largest), tl.min(tl.where(candidate, where, _NOWHERE), axis=0)
+
+
+# Each reduction with the order and weights it may have: (PERM, WEIGHT, MAX).
+_MODES = [(False, False, False), (True, False, False), (True, True, False), (True, False, True)]
+_REDUCE_VARIANTS = {
+    (width, *mode): {
+        "ROWS": _TILE // width,
+        "WIDTH": width,
+        "CHUNK": _CHUNK,
+        "PERM": mode[0],
+        "WEIGHT": mode[1],
+        "MAX": mode[2],
+    }
+    for width in _WIDTHS
+    for mode in _MODES
+}
+
+
+# A segment of more than CHUNK points starts in one chunk and reaches into the next. So a chunk has
+# at most one that started before it and at most one that starts in it: parts 0 and 1 of partial.
+@kernel("*T *T *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _REDUCE_VARIANTS, num_warps=1)
+@triton.jit(
+    do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "steps", "own_indptr", "own_perm"]
+)
+def segment_reduce_chunks_kernel(
+    x_ptr,
+    weight_ptr,
+    indptr_ptr,
+    perm_ptr,
+    partial_ptr,
+    partial_at_ptr,
+    points,
+    segments,
+    columns,
+    bins,
+    plane,
+    pieces,
+    chunks,
+    steps,
+    own_indptr,
+    own_perm,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PERM: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MAX: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = program % pieces * WIDTH + tl.arange(0, WIDTH)
+    out_row = (program // pieces).to(tl.int64)
+    chunk = out_row % chunks
+    starts_here = out_row // chunks % 2 == 1
+    example = out_row // chunks // 2
+    indptr_ptr += example * own_indptr * (segments + 1)
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, points)
+    segment = _segment_of(indptr_ptr, segments + 1, steps, tl.where(starts_here, end - 1, first))
+    if (segment >= 0) & (segment < segments):
+        start = _boundary(indptr_ptr, segment, points)
+        stop = _boundary(indptr_ptr, segment + 1, points)
+        if (stop - start > CHUNK) & ((start >= first) == starts_here):
+            x_ptr += example * (points // bins) * columns
+            weight_ptr += example * points
+            perm_ptr += example * own_perm * points
+            begin, stop = tl.maximum(start, first), tl.minimum(stop, end)
+            if MAX:
+                total, where = _max_rows(
+                    x_ptr, perm_ptr, perm_ptr, begin, stop, points, columns, column, ROWS, WIDTH, PERM, False
+                )
+                tl.store(partial_at_ptr + out_row * columns + column, where, mask=column < columns)
+            else:
+                total = _sum_rows(
+                    x_ptr,
+                    weight_ptr,
+                    perm_ptr,
+                    begin,
+                    stop,
+                    points,
+                    columns,
+                    bins,
+                    plane,
+                    column,
+                    ROWS,
+                    WIDTH,
+                    PERM,
+                    WEIGHT,
+                )
+            tl.store(partial_ptr + out_row * columns + column, total, mask=column < columns)
+
+
+@kernel(
+    "*T *T *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    FLOATING,
+    _REDUCE_VARIANTS,
+    num_warps=1,
+)
+@triton.jit(
+    do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "mean", "own_indptr", "own_perm"]
+)
+def segment_reduce_kernel(
+    x_ptr,
+    weight_ptr,
+    indptr_ptr,
+    perm_ptr,
+    partial_ptr,
+    partial_at_ptr,
+    out_ptr,
+    argmax_ptr,
+    points,
+    segments,
+    columns,
+    bins,
+    plane,
+    pieces,
+    chunks,
+    mean,
+    own_indptr,
+    own_perm,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PERM: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MAX: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = program % pieces * WIDTH + tl.arange(0, WIDTH)
+    exists = column < columns
+    out_row = (program // pieces).to(tl.int64)
+    example, segment = out_row // segments, out_row % segments
+    indptr_ptr += example * own_indptr * (segments + 1)
+    perm_ptr += example * own_perm * points
+    x_ptr += example * (points // bins) * columns
+    weight_ptr += example * points
+    start = _boundary(indptr_ptr, segment, points)
+    stop = _boundary(indptr_ptr, segment + 1, points)
+    # Parts of a long segment: where it starts, then row by row where it goes on.
+    before = example * 2 * chunks * columns
+    starting = before + (chunks + start // CHUNK) * columns + column
+    begin, end = start // CHUNK + 1, (stop - 1) // CHUNK + 1
+    if MAX:
+        if stop - start <= CHUNK:
+            total, where = _max_rows(
+                x_ptr, perm_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM, False
+            )
+        else:
+            total, where = _max_rows(
+                partial_ptr + before,
+                partial_at_ptr + before,
+                perm_ptr,
+                begin,
+                end,
+                points,
+                columns,
+                column,
+                ROWS,
+                WIDTH,
+                False,
+                True,
+            )
+            first = tl.load(partial_ptr + starting, mask=exists, other=0)
+            earlier = (first >= total) | (first != first)
+            total = tl.where(earlier, first, total)
+            where = tl.where(earlier, tl.load(partial_at_ptr + starting, mask=exists, other=0), where)
+        filled = where < points
+        point = _point(perm_ptr, where, filled, points, PERM)
+        tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
+        total = tl.where(filled, total, 0)
+    else:
+        if stop - start <= CHUNK:
+            total = _sum_rows(
+                x_ptr,
+                weight_ptr,
+                perm_ptr,
+                start,
+                stop,
+                points,
+                columns,
+                bins,
+                plane,
+                column,
+                ROWS,
+                WIDTH,
+                PERM,
+                WEIGHT,
+            )
+        else:
+            total = tl.load(partial_ptr + starting, mask=exists, other=0)
+            total += _sum_rows(
+                partial_ptr + before,
+                partial_ptr,
+                perm_ptr,
+                begin,
+                end,
+                points,
+                columns,
+                bins,
+                plane,
+                column,
+                ROWS,
+                WIDTH,
+                False,
+                False,
+            )
+        if mean != 0:
+            total = total / tl.maximum(stop - start, 1)
+    tl.store(out_ptr + out_row * columns + column, total, mask=exists)
+
+
+# ---------------------------------------------------------------- adjoints
+
+
+@kernel("*i64 *i64 *i64 i32 i32 i32 i32", ("i64",), {perm: {"PERM": perm, "BLOCK": 256} for perm in (False, True)})
+@triton.jit(do_not_specialize=["points", "segments", "blocks", "steps"])
+def segment_rank_kernel(
+    indptr_ptr, perm_ptr, rank_ptr, points, segments, blocks, steps, PERM: tl.constexpr, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0)
+    example = (program // blocks).to(tl.int64)
+    position = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < points
+    segment = _segment_of(indptr_ptr + example * (segments + 1), segments + 1, steps, position)
+    point = _point(perm_ptr + example * points, position, inside, points, PERM)
+    rank = tl.where(segment < segments, segment, -1)
+    tl.store(rank_ptr + example * points + point, rank, mask=inside)
+
+
+@triton.jit
+def _points_of(program, blocks, rows, bins, plane, POINTS: tl.constexpr):
+    """This program's example and its rows of x, which of them exist, and the first point of each."""
+    example = (program // blocks).to(tl.int64)
+    row = (program % blocks).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    return example, row, row < rows, row // plane * (bins - 1) * plane + row
+
+
+@triton.jit
+def _scale(indptr_ptr, segment, found, mean):
+    """1, or one over the number of the segment's points."""
+    if mean != 0:
+        first = tl.load(indptr_ptr + segment, mask=found, other=0)
+        count = tl.load(indptr_ptr + segment + 1, mask=found, other=1) - first
+        return 1.0 / tl.maximum(count, 1).to(tl.float64)
+    else:
+        return found.to(tl.float64)
+
+
+_SPREAD = {width: {"POINTS": 2 * _TILE // width, "WIDTH": width} for width in _WIDTHS}
+
+
+@kernel(
+    "*T *T *i64 *i64 *T i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    FLOATING,
+    {(width, weight): {**_SPREAD[width], "WEIGHT": weight} for width in _WIDTHS for weight in (False, True)},
+)
+@triton.jit(do_not_specialize=["segments", "rows", "bins", "plane", "pieces", "blocks", "mean", "own"])
+def segment_spread_rows_kernel(
+    sums_ptr,
+    weight_ptr,
+    indptr_ptr,
+    rank_ptr,
+    out_ptr,
+    segments,
+    rows,
+    columns,
+    bins,
+    plane,
+    pieces,
+    blocks,
+    mean,
+    own,
+    POINTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = program % pieces * WIDTH + tl.arange(0, WIDTH)
+    example, row, inside, first = _points_of(program // pieces, blocks, rows, bins, plane, POINTS)
+    points = rows * bins
+    rank_ptr += example * own * points
+    indptr_ptr += example * own * (segments + 1)
+    weight_ptr += example * points
+    sums_ptr += example * segments * columns
+    exists = (column < columns)[None, :]
+    total = widen(tl.zeros([POINTS, WIDTH], sums_ptr.dtype.element_ty))
+    for d in range(bins):
+        point = first + d * plane
+        segment = tl.load(rank_ptr + point, mask=inside, other=-1)
+        found = segment >= 0
+        sums = widen(
+            tl.load(sums_ptr + segment[:, None] * columns + column[None, :], mask=found[:, None] & exists, other=0)
+        )
+        if WEIGHT:
+            sums *= widen(tl.load(weight_ptr + point, mask=found, other=0))[:, None]
+        if mean != 0:
+            sums = sums * _scale(indptr_ptr, segment, found, mean).to(sums.dtype)[:, None]
+        total += sums
+    at = (example * rows + row)[:, None] * columns + column[None, :]
+    tl.store(out_ptr + at, total, mask=inside[:, None] & exists)
+
+
+@kernel("*T *T *i64 *i64 *T i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _SPREAD)
+@triton.jit(do_not_specialize=["segments", "rows", "bins", "plane", "blocks", "mean", "own"])
+def segment_spread_dots_kernel(
+    sums_ptr,
+    x_ptr,
+    indptr_ptr,
+    rank_ptr,
+    out_ptr,
+    segments,
+    rows,
+    columns,
+    bins,
+    plane,
+    blocks,
+    mean,
+    own,
+    POINTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0)
+    example, row, inside, first = _points_of(program, blocks, rows, bins, plane, POINTS)
+    points = rows * bins
+    rank_ptr += example * own * points
+    indptr_ptr += example * own * (segments + 1)
+    sums_ptr += example * segments * columns
+    x_ptr += example * rows * columns
+    for d in range(bins):
+        point = first + d * plane
+        segment = tl.load(rank_ptr + point, mask=inside, other=-1)
+        found = segment >= 0
+        total = widen(tl.zeros([POINTS], sums_ptr.dtype.element_ty))
+        for begin in range(0, columns, WIDTH):
+            column = begin + tl.arange(0, WIDTH)[None, :]
+            exists = found[:, None] & (column < columns)
+            sums = widen(tl.load(sums_ptr + segment[:, None] * columns + column, mask=exists, other=0))
+            x = widen(tl.load(x_ptr + row[:, None] * columns + column, mask=exists, other=0))
+            total += tl.sum(sums * x, axis=1)
+        if mean != 0:
+            total = total * _scale(indptr_ptr, segment, found, mean).to(total.dtype)
+        tl.store(out_ptr + example * points + point, total, mask=inside)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+class _Segments:
+    """The geometry of a batch, as the kernels take it."""
+
+    def __init__(self, indptr: Tensor, perm: Tensor | None, batch: torch.Size, points: int) -> None:
+        if indptr.dim() < 1 or indptr.shape[-1] < 1 or indptr.dtype != torch.int64:
+            raise RuntimeError("indptr: expected an int64 tensor [..., V + 1]")
+        if indptr.shape[:-1] not in (batch, ()):
+            raise RuntimeError("indptr: expected the leading dimensions of x, or none")
+        if perm is not None and (perm.shape != (*indptr.shape[:-1], points) or perm.dtype != torch.int64):
+            raise RuntimeError(
+                f"perm: expected an int64 tensor of {points} points, with the leading dimensions of indptr"
+            )
+        self.indptr = indptr.contiguous()
+        self.ordered = perm is not None
+        self.perm = self.indptr if perm is None else perm.contiguous()
+        self.own = int(indptr.dim() > 1)  # whether each example has one of its own
+        self.geometries = math.prod(batch) if self.own else 1
+        self.count, self.points = indptr.shape[-1] - 1, points
+        self.steps = indptr.shape[-1].bit_length()
+
+    def ranks(self) -> Tensor:
+        """The segment of each point, -1 for none."""
+        rank = self.indptr.new_full((self.geometries, self.points), -1)
+        blocks = triton.cdiv(self.points, 256)
+        segment_rank_kernel(
+            self.geometries * blocks,
+            *(self.indptr, self.perm, rank, self.points, self.count, blocks, self.steps),
+            variant=self.ordered,
+        )
+        return rank
+
+
+def _rows(points: int, bins: int, plane: int) -> int:
+    if bins < 1 or plane < 1 or points % (bins * plane):
+        raise RuntimeError(f"bins, plane: expected divisors of {points} points, got {bins} and {plane}")
+    return points // bins
+
+
+def _check_like(name: str, tensor: Tensor, like: Tensor, *shape: int) -> Tensor:
+    if tensor.shape != shape or tensor.dtype != like.dtype:
+        raise RuntimeError(f"{name}: expected a tensor that fits the others in shape and dtype")
+    return tensor.contiguous()
+
+
+def _reduce(
+    x: Tensor, weight: Tensor | None, segments: _Segments, mean: bool, bins: int, plane: int, maximum: bool
+) -> tuple[Tensor, Tensor]:
+    *batch, _, columns = x.shape
+    points, count = segments.points, segments.count
+    out = x.new_empty((*batch, count, columns))
+    argmax = segments.indptr.new_empty(out.shape if maximum else (0,))
+    if out.numel() == 0:
+        return out, argmax
+    perm, ordered = segments.perm, segments.ordered
+    if (weight is not None or maximum) and not ordered:
+        perm = torch.arange(points, device=x.device).expand(segments.geometries, points).contiguous()
+    examples, width = math.prod(batch), _width(columns)
+    pieces = triton.cdiv(columns, width)
+    chunks = triton.cdiv(points, _CHUNK) if points > _CHUNK else 0
+    partial = x.new_empty((examples, 2, chunks, columns), dtype=accumulator(x.dtype))
+    partial_at = argmax.new_empty(partial.shape if maximum else (0,))
+    variant = (width, ordered or weight is not None or maximum, weight is not None, maximum)
+    tensors = (x, x if weight is None else weight, segments.indptr, perm, partial, partial_at)
+    sizes = (points, count, columns, bins, plane, pieces, chunks)
+    own = (segments.own, segments.own)
+    segment_reduce_chunks_kernel(
+        examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, *own, variant=variant
+    )
+    segment_reduce_kernel(examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), *own, variant=variant)
+    return out, argmax
+
+
+def segment_reduce(
+    x: Tensor, weight: Tensor | None, indptr: Tensor, perm: Tensor | None, mean: bool, bins: int, plane: int
+) -> Tensor:
+    x = x.contiguous()
+    *batch, rows, _ = x.shape
+    points = rows * bins
+    _rows(points, bins, plane)
+    if weight is not None:
+        weight = _check_like("weight", weight, x, *batch, points)
+    return _reduce(x, weight, _Segments(indptr, perm, x.shape[:-2], points), mean, bins, plane, False)[0]
+
+
+def segment_max(x: Tensor, indptr: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    return _reduce(x, None, _Segments(indptr, perm, x.shape[:-2], x.shape[-2]), False, 1, 1, True)
+
+
+def segment_spread(
+    sums: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    indptr: Tensor,
+    perm: Tensor | None,
+    points: int,
+    mean: bool,
+    bins: int,
+    plane: int,
+    of_x: bool,
+) -> tuple[Tensor, Tensor]:
+    sums = sums.contiguous()
+    *batch, count, columns = sums.shape
+    segments = _Segments(indptr, perm, sums.shape[:-2], points)
+    if count != segments.count:
+        raise RuntimeError(f"sums: expected {segments.count} segments, got {count}")
+    rows = _rows(points, bins, plane)
+    if x is not None:
+        x = _check_like("x", x, sums, *batch, rows, columns)
+    if weight is not None:
+        weight = _check_like("weight", weight, sums, *batch, points)
+    grad_x = sums.new_empty((*batch, rows, columns) if of_x else (0,))
+    grad_weight = sums.new_empty((0,) if x is None else (*batch, points))
+    width = _width(columns)
+    pieces, blocks = triton.cdiv(columns, width), triton.cdiv(rows, _SPREAD[width]["POINTS"])
+    programs = math.prod(batch) * blocks
+    if programs == 0 or (not of_x and x is None):
+        return grad_x, grad_weight
+    rank = segments.ranks()
+    geometry, sizes = (segments.indptr, rank), (count, rows, columns, bins, plane)
+    if of_x:
+        segment_spread_rows_kernel(
+            programs * pieces,
+            *(sums, sums if weight is None else weight, *geometry, grad_x, *sizes, pieces, blocks),
+            *(int(mean), segments.own),
+            variant=(width, weight is not None),
+        )
+    if x is not None:
+        segment_spread_dots_kernel(
+            programs, *(sums, x, *geometry, grad_weight, *sizes, blocks, int(mean), segments.own), variant=width
+        )
+    return grad_x, grad_weight
