@@ -31,7 +31,7 @@ from custom_ops.verify._case import (
 )
 
 
-@capability("gradcheck")
+@capability("gradcheck", every_sample=True)
 def gradcheck(case: Case) -> None:
     """Finite differences in float64: reverse mode, forward mode, and both batched."""
     for call in case.differentiable_calls():
@@ -61,7 +61,7 @@ def gradgradcheck(case: Case) -> None:
             )
 
 
-@capability("second derivative", may_be_refused=True)
+@capability("second derivative", may_be_refused=True, every_sample=True)
 def second_derivative(case: Case) -> None:
     """Gradients of the gradient, in inputs and incoming gradient, equal the reference's; never a silent zero."""
     for call in case.differentiable_calls():

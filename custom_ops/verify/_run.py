@@ -134,6 +134,7 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            case.every_sample = row.every_sample
             remark = row.check(case)
     except NotApplicable as inapplicable:
         return NOT_APPLICABLE, str(inapplicable)

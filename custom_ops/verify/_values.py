@@ -29,7 +29,7 @@ from custom_ops.verify._case import (
 )
 
 
-@capability("value")
+@capability("value", every_sample=True)
 def value(case: Case) -> None:
     """In float64 every output equals the reference's: shape, dtype, values, and whether it has a gradient."""
     for call in case.calls():
@@ -42,7 +42,7 @@ def value(case: Case) -> None:
                 raise AssertionError(f"output {i} of {describe(call)}: {flags}")
 
 
-@capability("gradient")
+@capability("gradient", every_sample=True)
 def gradient(case: Case) -> None:
     """In float64 the gradient of each input equals the reference's, each output by itself and all together."""
     for call in case.calls():
@@ -105,19 +105,19 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
 
 
-@capability("float32")
+@capability("float32", every_sample=True)
 def float32(case: Case) -> None:
     """Values and gradients in float32, against the float64 reference on the same values."""
     _check_dtype(case, torch.float32)
 
 
-@capability("bfloat16")
+@capability("bfloat16", every_sample=True)
 def bfloat16(case: Case) -> None:
     """Values and gradients in bfloat16, accumulated in float32 and rounded once."""
     _check_dtype(case, torch.bfloat16)
 
 
-@capability("float16")
+@capability("float16", every_sample=True)
 def float16(case: Case) -> None:
     """Values and gradients in float16, accumulated in float32 and rounded once."""
     _check_dtype(case, torch.float16)
@@ -258,7 +258,7 @@ def _derivatives(call: Call, weights: Sequence[Tensor], tangents: Sequence[Tenso
     return results
 
 
-@capability("zero size")
+@capability("zero size", every_sample=True)
 def zero_size(case: Case) -> str | None:
     """With size 0 along the dynamic dimensions: the reference's values, and a connected gradient."""
     refused = 0
