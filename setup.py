@@ -32,6 +32,7 @@ CXXFLAGS = [
     "-O3",
     # No -march, and no fusing of a * b + c: a result must not depend on the machine's instruction set.
     "-ffp-contract=off",
+    "-fno-trapping-math",  # changes no value: a loop with a choice between two quotients may be vectorised
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import custom_ops
+from custom_ops.examples import autograd_tour
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import capabilities
 
@@ -36,6 +37,14 @@ def test_examples_of_the_readme(monkeypatch):
     test = doctest.DocTestParser().get_doctest(README, {}, "README.md", "README.md", 0)
     test.globs = module.__dict__
     result = doctest.DocTestRunner().run(test, clear_globs=False)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_examples_of_the_tour():
+    page = ROOT / "docs" / "autograd_tour.md"
+    assert page.read_text() == autograd_tour.markdown(), "python -m custom_ops.examples.autograd_tour --markdown"
+    result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted > 0
     assert result.failed == 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from custom_ops.examples import data, demo, report
+from custom_ops.examples import autograd_tour, data, demo, report, spiking_digits
 from custom_ops.examples.data import DataError, Source
 
 CONTENT = b"one two three"
@@ -170,3 +170,13 @@ def test_the_examples_run_on_the_real_data(tmp_path: Path, capsys: pytest.Captur
     assert "Ranking: MSLR-WEB slice" in printed and "Bird's-eye view" in printed
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"ranking.png", "bev_scan2.png", "bev_training.png"}
+
+
+def test_the_spiking_network_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert spiking_digits.main(["--quick", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert (tmp_path / "spiking.png").exists()
+
+
+def test_the_tour_of_autograd_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert autograd_tour.main([]) == 0
+    assert capsys.readouterr().out.endswith("every result is as shown\n")

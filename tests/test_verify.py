@@ -61,12 +61,20 @@ def test_declared_not_applicable() -> None:
     assert (report["vmap"].status, report["vmap"].detail) == ("not applicable", "because")
 
 
+def test_declared_not_comparable() -> None:
+    """Unlike a second derivative that isn't applicable, one that isn't comparable needn't raise."""
+    for declared, status in (("not_applicable", "fail"), ("not_comparable", "not applicable")):
+        report = verify(torch.sin, [(leaf(2),)], only=["func.hessian"], **{declared: {"func.hessian": "because"}})
+        assert report["func.hessian"].status == status
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"only": ["nothing"]}, "only: unknown capability 'nothing'"),
         ({"backend": "tpu"}, "backend: expected one of cpp, triton, cuda"),
         ({"not_applicable": {"nothing": ""}}, "not_applicable: unknown"),
+        ({"not_comparable": {"nothing": ""}}, "not_comparable: unknown"),
         ({"sample_inputs": []}, "sample_inputs: expected at least one sample"),
     ],
 )

@@ -29,6 +29,7 @@ def verify(
     bad_calls: Callable[[], list[BadCall]] = list,
     dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     not_applicable: dict[str, str] | None = None,
+    not_comparable: dict[str, str] | None = None,
     name: str | None = None,
     backend: str = "cpp",
     quick: bool = False,
@@ -52,6 +53,7 @@ def verify(
         bad_calls: gives wrong calls with the messages they must raise.
         dtypes: the floating dtypes supported.
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
+        not_comparable: {capability: reason}, not run. For ops that shape gradients: finite differences don't see that.
         name: what the report calls it; by default the function's name.
         backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor.
@@ -88,11 +90,13 @@ def verify(
             bad_calls=bad_calls,
             dtypes=tuple(dtypes),
             not_applicable=not_applicable or {},
+            not_comparable=not_comparable or {},
         )
     chosen = _chosen(only, quick)
-    unknown = (info.not_applicable | info.not_comparable).keys() - CAPABILITIES.keys()
-    if unknown:
-        raise ValueError(f"not_applicable: unknown capabilities {sorted(unknown)}, see verify.capabilities()")
+    for declared in ("not_applicable", "not_comparable"):
+        unknown = getattr(info, declared).keys() - CAPABILITIES.keys()
+        if unknown:
+            raise ValueError(f"{declared}: unknown capabilities {sorted(unknown)}, see verify.capabilities()")
     report = Report()
     with on_backend(backend) as device:
         case = Case(info, device, quick, interpreted=backend == "triton")
