@@ -299,8 +299,10 @@ def test_a_quick_run_shares_what_is_left_and_skips_what_is_bound_to_take_longer(
     now[0] += 13
     quick.done(b, Result(preparation=0.5))
     assert quick.effort(larger).limit == 13
-    quick.done(larger, Result(preparation=5.5))
-    assert quick.effort(largest) is None  # 55 seconds, when 26 are left
+    quick.done(larger, Result(preparation=1.4))
+    assert quick.effort(largest) is None  # 14 seconds, when 26 are left
+    quick.left, quick._last = 1, {}
+    assert quick.effort(largest).limit == 26
     now[0] += 100
     assert Plan([op()], 0).effort(a) is None
 
