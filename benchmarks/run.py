@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(f"--against: {options.against} can't be read as results of this command: {error}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
+    options.memory = options.memory if options.device == "cpu" else "cuda"
     here = (options.device, options.memory, torch.get_num_threads())
     if then and (then.device, then.memory, then.machine["threads"]) != here:
         parser.error(f"--against: {options.against} was measured elsewhere: {then.where}")
