@@ -58,14 +58,21 @@ def elements(size: Any) -> float:
 
 
 class Peers:
-    """The peers of each benchmark that are wanted and installed; ``missing`` collects those that aren't."""
+    """The peers of each table that are wanted and installed; ``missing`` collects those that aren't.
 
-    def __init__(self, wanted: list[str] | None, quick: bool) -> None:
+    All are looked up at once: a misspelt one is an error before anything is measured, not an hour later.
+    """
+
+    def __init__(self, tables: Iterable[Benchmark], wanted: list[str] | None, quick: bool) -> None:
         self.wanted, self.quick = wanted, quick
         self.missing: dict[str, str] = {}
         self.modules: set[str] = set()
+        self._found = {id(table): self._look_up(table) for table in tables}
 
-    def of(self, benchmark: Benchmark) -> dict[str, Callable[..., Any]]:
+    def of(self, table: Benchmark) -> dict[str, Callable[..., Any]]:
+        return self._found[id(table)]
+
+    def _look_up(self, benchmark: Benchmark) -> dict[str, Callable[..., Any]]:
         found: dict[str, Callable[..., Any]] = {}
         for name, peer in benchmark.peers.items():
             if not self._is_wanted(name):

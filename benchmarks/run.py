@@ -96,7 +96,8 @@ def _is_chosen(info: OpInfo, options: argparse.Namespace) -> bool:
 
 def _run(report: Report, infos: list[OpInfo], options: argparse.Namespace) -> None:
     plan = Scaling(infos) if options.scaling else Plan(infos, QUICK_SECONDS if options.quick else math.inf)
-    peers = Peers([] if options.scaling else options.peers, options.quick)
+    tables = [cell.benchmark for cell in plan.cells]
+    peers = Peers(tables, [] if options.scaling else options.peers, options.quick)
     device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -369,23 +369,27 @@ def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
 
 def test_missing_peers_are_collected_once_each():
     table = benchmark(peers={"torch": "torch:square", "one": "no_such_package:f", "two": "no_such_package:g"})
-    peers = Peers(None, quick=False)
-    assert list(peers.of(table)) == list(peers.of(table)) == ["torch"]
+    peers = Peers([table, table], None, quick=False)
+    assert list(peers.of(table)) == ["torch"]
     assert peers.missing == dict.fromkeys(["one", "two"], "No module named 'no_such_package'")
     assert peers.modules == {"torch"}
 
 
-def test_a_peer_that_its_package_lacks_is_an_error():
-    with pytest.raises(AttributeError):
-        Peers(None, quick=False).of(benchmark(peers={"typo": "torch:squuare"}))
+def test_a_peer_that_its_package_lacks_is_an_error_before_anything_is_measured():
+    with pytest.raises(AttributeError, match="squuare"):
+        Peers([benchmark(peers={"typo": "torch:squuare"})], None, quick=False)
+
+
+def test_the_peers_that_the_registry_names_exist_where_they_are_installed():
+    Peers([table for info in REGISTRY.values() for table in info.benchmarks], None, quick=False)
 
 
 def test_the_peers_can_be_chosen_and_quick_leaves_out_what_compiles():
     table = benchmark(peers={"torch.square": torch.square, "torch.compile(x * x)": torch.square})
-    assert list(Peers(None, quick=False).of(table)) == ["torch.square", "torch.compile(x * x)"]
-    assert list(Peers(None, quick=True).of(table)) == ["torch.square"]
-    assert list(Peers(["Compile"], quick=True).of(table)) == ["torch.compile(x * x)"]
-    assert list(Peers([], quick=False).of(table)) == []
+    assert list(Peers([table], None, quick=False).of(table)) == ["torch.square", "torch.compile(x * x)"]
+    assert list(Peers([table], None, quick=True).of(table)) == ["torch.square"]
+    assert list(Peers([table], ["Compile"], quick=True).of(table)) == ["torch.compile(x * x)"]
+    assert list(Peers([table], [], quick=False).of(table)) == []
 
 
 def test_the_tables_of_an_op_have_titles_of_their_own():
