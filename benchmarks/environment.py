@@ -41,7 +41,8 @@ def versions(modules: Iterable[str]) -> dict[str, str]:
 
 def describe(machine: dict[str, Any], device: str, memory: str) -> str:
     """Where and how it was measured, in one line."""
-    cpu = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    cpu = f"{machine['cpu']}, {threads}, {machine['isa']}"
     return f"{cpu}, {memory} memory" if device == "cpu" else f"{machine['device']} (host: {cpu})"
 
 

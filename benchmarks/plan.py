@@ -19,8 +19,8 @@ QUICK = Effort(seconds=0.5, rounds=3, warm_ups=1)
 class Plan:
     """The cells in order. A quick run takes the small sizes of all tables first, and divides its seconds.
 
-    Each cell may take its share of what is left; one that is bound to take far more, judging by the size
-    before it, is skipped. So a run ends in time whatever the number of ops.
+    Each cell may take its share of what is left; one whose answers alone would take half of all that is
+    left, judging by the size before it, is skipped. So a run ends in time whatever the number of ops.
     """
 
     def __init__(self, infos: Iterable[OpInfo], seconds: float = math.inf) -> None:
@@ -38,14 +38,13 @@ class Plan:
 
     def effort(self, cell: Cell) -> Effort | None:
         """For the next cell; None to skip it."""
-        share = (self.end - time.perf_counter()) / self.left
+        remaining, cells = self.end - time.perf_counter(), self.left
         self.left -= 1
         if not self.quick:
             return FULL
         before, preparation = self._last.get(id(cell.benchmark), (cell, 0.0))
-        if 2 * share < preparation * elements(cell.size) / elements(before.size) or share <= 0:
-            return None
-        return replace(QUICK, limit=share)
+        expected = preparation * elements(cell.size) / elements(before.size)
+        return None if remaining <= 0 or expected > remaining / 2 else replace(QUICK, limit=remaining / cells)
 
     def done(self, cell: Cell, result: Result) -> None:
         self._last[id(cell.benchmark)] = cell, result.preparation
@@ -59,14 +58,21 @@ def elements(size: Any) -> float:
 
 
 class Peers:
-    """The peers of each benchmark that are wanted and installed; ``missing`` collects those that aren't."""
+    """The peers of each table that are wanted and installed; ``missing`` collects those that aren't.
 
-    def __init__(self, wanted: list[str] | None, quick: bool) -> None:
+    All are looked up at once: a misspelt one is an error before anything is measured, not an hour later.
+    """
+
+    def __init__(self, tables: Iterable[Benchmark], wanted: list[str] | None, quick: bool) -> None:
         self.wanted, self.quick = wanted, quick
         self.missing: dict[str, str] = {}
         self.modules: set[str] = set()
+        self._found = {id(table): self._look_up(table) for table in tables}
 
-    def of(self, benchmark: Benchmark) -> dict[str, Callable[..., Any]]:
+    def of(self, table: Benchmark) -> dict[str, Callable[..., Any]]:
+        return self._found[id(table)]
+
+    def _look_up(self, benchmark: Benchmark) -> dict[str, Callable[..., Any]]:
         found: dict[str, Callable[..., Any]] = {}
         for name, peer in benchmark.peers.items():
             if not self._is_wanted(name):

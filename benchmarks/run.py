@@ -20,6 +20,7 @@ from custom_ops.benchmarks.environment import machine, trouble, versions
 from custom_ops.benchmarks.measure import measure
 from custom_ops.benchmarks.plan import Peers, Plan
 from custom_ops.benchmarks.report import Report, print_overhead, print_remarks, print_rows, read_json
+from custom_ops.benchmarks.scaling import Scaling
 from custom_ops.registry import REGISTRY, OpInfo
 
 # With these the C library keeps what is freed, so that outputs land on memory already mapped.
@@ -42,8 +43,11 @@ def main(argv: list[str]) -> int:
         then = read_json(options.against) if options.against else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(f"--against: {options.against} can't be read as results of this command: {error}")
-    if then and (then.device, then.memory) != (options.device, options.memory):
-        parser.error(f"--against: {options.against} was measured on {then.device} with {then.memory} memory")
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    options.memory = options.memory if options.device == "cpu" else "cuda"
+    here = (options.device, options.memory, torch.get_num_threads())
+    if then and (then.device, then.memory, then.machine["threads"]) != here:
+        parser.error(f"--against: {options.against} was measured elsewhere: {then.where}")
 
     command = " ".join(["python -m custom_ops bench", *argv])
     report = Report(command, options.device, options.memory, machine())
@@ -75,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="under 3 minutes: fewer rounds, no torch.compile")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--memory", choices=("fresh", "warm"), default="fresh", help="new pages or reused ones (CPU)")
+    parser.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: as torch has it)")
+    parser.add_argument("--scaling", action="store_true", help="no peers, sizes from 1e2 to 1e8")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only peers with one of these in their name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the timings there")
@@ -89,8 +95,9 @@ def _is_chosen(info: OpInfo, options: argparse.Namespace) -> bool:
 
 
 def _run(report: Report, infos: list[OpInfo], options: argparse.Namespace) -> None:
-    plan = Plan(infos, QUICK_SECONDS if options.quick else math.inf)
-    peers = Peers(options.peers, options.quick)
+    plan = Scaling(infos) if options.scaling else Plan(infos, QUICK_SECONDS if options.quick else math.inf)
+    tables = [cell.benchmark for cell in plan.cells]
+    peers = Peers(tables, [] if options.scaling else options.peers, options.quick)
     device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -104,13 +111,15 @@ def _run(report: Report, infos: list[OpInfo], options: argparse.Namespace) -> No
             progress.update(bar, advance=1, description=str(cell))
             effort = plan.effort(cell)
             if effort is None:
-                report.remarks.append(f"{cell}: skipped, no time")
+                report.remarks.append(f"{cell}: skipped")
                 continue
             result = measure(cell, peers.of(cell.benchmark), device, options.memory, effort)
             plan.done(cell, result)
             report.rows += result.rows
             report.remarks += result.remarks
             report.wrong += [result.wrong] if result.wrong else []
+            if options.json:
+                report.write_json(options.json)  # what was measured survives what comes next
     report.missing, report.packages = peers.missing, versions(peers.modules)
 
 

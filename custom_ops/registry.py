@@ -43,7 +43,7 @@ class Target:
     peer: str
     ratio: float
     direction: str = "forward+backward"  # or "forward"
-    memory: str = "fresh"  # or "warm", on the CPU
+    memory: str = "fresh"  # or "warm", on the CPU; or "cuda"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks import plan, run
+from custom_ops.benchmarks import plan, run, scaling
 from custom_ops.benchmarks.compare import changes
 from custom_ops.benchmarks.environment import describe, trouble
 from custom_ops.benchmarks.floor import Floor, least_traffic
@@ -299,8 +299,10 @@ def test_a_quick_run_shares_what_is_left_and_skips_what_is_bound_to_take_longer(
     now[0] += 13
     quick.done(b, Result(preparation=0.5))
     assert quick.effort(larger).limit == 13
-    quick.done(larger, Result(preparation=5.5))
-    assert quick.effort(largest) is None  # 55 seconds, when 26 are left
+    quick.done(larger, Result(preparation=1.4))
+    assert quick.effort(largest) is None  # 14 seconds, when 26 are left
+    quick.left, quick._last = 1, {}
+    assert quick.effort(largest).limit == 26
     now[0] += 100
     assert Plan([op()], 0).effort(a) is None
 
@@ -333,28 +335,61 @@ def test_a_slow_peer_is_left_out_of_a_quick_run_and_named():
     assert result.remarks == ["square, n, 8: no time for slow"]
 
 
+def test_scaling_goes_on_until_time_or_memory_would_run_out(monkeypatch):
+    info = op(sizes=(8,))
+    info = replace(info, benchmarks=[*info.benchmarks, benchmark(sizes=((2, 3),), unit="not by one number")])
+    sizes = list(scaling.SIZES)
+
+    def reached(seconds, bytes_of):
+        scaled = scaling.Scaling([info])
+        assert [c.size for c in scaled.cells] == sizes
+        done = []
+        for c in scaled.cells:
+            if scaled.effort(c) is not None:
+                done.append(c.size)
+                rows = [row(OURS, 1e3 * seconds(c.size), 1.0, bytes=bytes_of(c.size))]
+                scaled.done(c, Result(rows=rows))
+        return done
+
+    monkeypatch.setattr(scaling, "_memory", lambda: 1 << 34)
+    assert reached(lambda n: 1e-9 * n, lambda n: 1) == sizes
+    assert reached(lambda n: 2e-9 * n * n, lambda n: 1) == [10**2, 10**3, 10**4]  # 20 s at 1e5
+    assert reached(lambda n: 1e-9 * n, lambda n: 256 * n) == [10**2, 10**3, 10**4, 10**5, 10**6]
+
+
+def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
+    (table,) = scaling.scaled(op(checked_at=lambda n: min(n, 5000))).benchmarks
+    assert [table.checked_at(n) for n in (100, 10**4, 10**8)] == [100, 5000, 5000]
+    (table,) = scaling.scaled(op()).benchmarks
+    assert table.checked_at(10**8) == scaling.CHECKED
+
+
 # ---------------------------------------------------------------- peers
 
 
 def test_missing_peers_are_collected_once_each():
     table = benchmark(peers={"torch": "torch:square", "one": "no_such_package:f", "two": "no_such_package:g"})
-    peers = Peers(None, quick=False)
-    assert list(peers.of(table)) == list(peers.of(table)) == ["torch"]
+    peers = Peers([table, table], None, quick=False)
+    assert list(peers.of(table)) == ["torch"]
     assert peers.missing == dict.fromkeys(["one", "two"], "No module named 'no_such_package'")
     assert peers.modules == {"torch"}
 
 
-def test_a_peer_that_its_package_lacks_is_an_error():
-    with pytest.raises(AttributeError):
-        Peers(None, quick=False).of(benchmark(peers={"typo": "torch:squuare"}))
+def test_a_peer_that_its_package_lacks_is_an_error_before_anything_is_measured():
+    with pytest.raises(AttributeError, match="squuare"):
+        Peers([benchmark(peers={"typo": "torch:squuare"})], None, quick=False)
+
+
+def test_the_peers_that_the_registry_names_exist_where_they_are_installed():
+    Peers([table for info in REGISTRY.values() for table in info.benchmarks], None, quick=False)
 
 
 def test_the_peers_can_be_chosen_and_quick_leaves_out_what_compiles():
     table = benchmark(peers={"torch.square": torch.square, "torch.compile(x * x)": torch.square})
-    assert list(Peers(None, quick=False).of(table)) == ["torch.square", "torch.compile(x * x)"]
-    assert list(Peers(None, quick=True).of(table)) == ["torch.square"]
-    assert list(Peers(["Compile"], quick=True).of(table)) == ["torch.compile(x * x)"]
-    assert list(Peers([], quick=False).of(table)) == []
+    assert list(Peers([table], None, quick=False).of(table)) == ["torch.square", "torch.compile(x * x)"]
+    assert list(Peers([table], None, quick=True).of(table)) == ["torch.square"]
+    assert list(Peers([table], ["Compile"], quick=True).of(table)) == ["torch.compile(x * x)"]
+    assert list(Peers([table], [], quick=False).of(table)) == []
 
 
 def test_the_tables_of_an_op_have_titles_of_their_own():
@@ -489,12 +524,14 @@ def test_what_the_command_refuses(tiny, monkeypatch, capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
-def test_results_of_another_kind_of_memory_are_not_compared(tiny, tmp_path, capsys):
-    path = tmp_path / "warm.json"
-    replace(report(1.0, peer=2.0), memory="warm").write_json(path)
+@pytest.mark.parametrize(("memory", "threads"), [("warm", 0), ("fresh", 3)])
+def test_results_of_other_memory_or_threads_are_not_compared(tiny, tmp_path, capsys, memory, threads):
+    path = tmp_path / "then.json"
+    machine = MACHINE | {"threads": torch.get_num_threads() + threads}
+    replace(report(1.0, peer=2.0), memory=memory, machine=machine).write_json(path)
     with pytest.raises(SystemExit):
         run.main(["--against", str(path)])
-    assert "was measured on cpu with warm memory" in capsys.readouterr().err
+    assert f"was measured elsewhere: a CPU, {machine['threads']} threads" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_wrong_answer_makes_the_command_fail_and_the_others_are_still_measured(tiny, monkeypatch, tmp_path, capsys):
@@ -504,6 +541,21 @@ def test_a_wrong_answer_makes_the_command_fail_and_the_others_are_still_measured
     assert run.main(["--quick", "--json", str(path)]) == 1
     assert {row.op for row in read_json(path).rows} == {"square"}
     assert "not timed, our answer is wrong: wrong, n, 8: output" in capsys.readouterr().out
+
+
+def test_the_command_can_scale_each_op_alone(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "SIZES", (10, 100))
+    monkeypatch.setattr(scaling, "BRIEF", BRIEF)
+    path, threads = tmp_path / "a.json", torch.get_num_threads()
+    try:
+        assert run.main(["--scaling", "--threads", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    report = read_json(path)
+    assert report.machine["threads"] == 1
+    assert {(r.table, r.size, r.contender) for r in report.rows} == {
+        ("n", size, contender) for size in (10, 100) for contender in (OURS, FLOOR)
+    }
 
 
 def test_warm_memory_is_a_process_whose_heap_keeps_what_is_freed(tiny, monkeypatch):

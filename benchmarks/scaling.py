@@ -1,0 +1,61 @@
+"""``bench --scaling``: each op alone, from a hundred to a hundred million, as far as memory and time allow.
+
+Against threads: run it again with ``--threads 1`` and divide.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from custom_ops.benchmarks.measure import OURS, Cell, Effort, Result
+from custom_ops.benchmarks.plan import Plan
+from custom_ops.registry import Benchmark, OpInfo
+
+SIZES = tuple(10**k for k in range(2, 9))
+CHECKED = 100_000  # beyond, the answers are those of this size: a reference may need a hundred times the memory
+SECONDS = 10.0  # one call that is expected to take longer is not made
+BRIEF = Effort(seconds=0.5, rounds=5, warm_ups=2)
+
+
+def scaled(info: OpInfo) -> OpInfo:
+    """The op with its tables by one number, at sizes that are the same for all ops."""
+    tables = [table for table in info.benchmarks if all(isinstance(size, int) for size in table.sizes)]
+    return replace(info, benchmarks=[_scaled(table) for table in tables])
+
+
+def _scaled(table: Benchmark) -> Benchmark:
+    def checked_at(n: int) -> Any:
+        return table.checked_at(min(n, CHECKED))
+
+    return replace(table, sizes=SIZES, targets=(), checked_at=checked_at)
+
+
+class Scaling(Plan):
+    """Goes on to the next size until a call would take too long or an eighth of the machine's memory.
+
+    Both are foreseen from the two sizes before: time grows at least as it last did.
+    """
+
+    def __init__(self, infos: Iterable[OpInfo]) -> None:
+        super().__init__(map(scaled, infos))
+        self._costs: dict[int, list[tuple[float, int]]] = {}
+
+    def effort(self, cell: Cell) -> Effort | None:
+        costs = self._costs.get(id(cell.benchmark), [])
+        if costs:
+            (before, _), (seconds, held) = costs[-2:] if len(costs) > 1 else [costs[-1], costs[-1]]
+            if seconds * max(seconds / before, 10) > SECONDS or held * 10 > _memory() / 8:
+                return None
+        return BRIEF
+
+    def done(self, cell: Cell, result: Result) -> None:
+        ours = [row for row in result.rows if row.contender == OURS]
+        if ours:
+            self._costs.setdefault(id(cell.benchmark), []).append((ours[-1].milliseconds / 1e3, ours[-1].bytes))
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
