@@ -15,7 +15,7 @@ class Scratch {
   template <class T>
   T* get(int64_t n) {
     const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
-    if (used_ + bytes > size_) {
+    if (blocks_.empty() || used_ + bytes > size_) {
       size_ = std::max(bytes, 2 * size_);
       used_ = 0;
       blocks_.emplace_back(new char[size_ + kAlign]);

@@ -1,6 +1,7 @@
 """Ranking losses."""
 
-from custom_ops.ranking import margin, metrics, pairwise, preference, smooth_rank
+from custom_ops.ranking import lambdas, margin, metrics, pairwise, preference, smooth_rank
+from custom_ops.ranking.lambdas import *  # noqa: F403
 from custom_ops.ranking.margin import *  # noqa: F403
 from custom_ops.ranking.metrics import *  # noqa: F403
 from custom_ops.ranking.pairwise import *  # noqa: F403
@@ -8,6 +9,7 @@ from custom_ops.ranking.preference import *  # noqa: F403
 from custom_ops.ranking.smooth_rank import *  # noqa: F403
 
 __all__: list[str] = []
+__all__ += lambdas.__all__
 __all__ += margin.__all__
 __all__ += metrics.__all__
 __all__ += pairwise.__all__

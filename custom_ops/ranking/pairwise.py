@@ -412,7 +412,7 @@ for _name, _summary, _function, _module, _phi in (
         "RankNet's logistic loss of every pair of a list",
         pairwise_logistic_loss,
         PairwiseLogisticLoss,
-        lambda d, sigma=1.0: softplus(-sigma * d),
+        lambda d, sigma=1.0: softplus(-sigma * d, threshold=60),
     ),
     (
         "pairwise_soft_zero_one_loss",

@@ -1,0 +1,295 @@
+"""LambdaLoss: pairs weighted by what swapping them would do to a ranking metric."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from custom_ops import _checks
+from custom_ops._native import define
+from custom_ops.ranking._lists import (
+    ListLossModule,
+    attach,
+    empty_loss,
+    list_bad_calls,
+    list_loss,
+    list_samples,
+    reference_of,
+)
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+
+__all__ = ["LambdaLoss", "lambda_loss"]
+
+WEIGHTINGS = ("ranknet", "lambdarank", "ndcg1", "ndcg2", "ndcg2pp", "label_diff")  # as the kernels number them
+_TOPK_MODES = ("or", "and")
+_GAINS = ("exponential", "linear")
+_NO_LIMIT = 2**31 - 1
+
+
+@define
+def lambda_pairs(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    weighting: int,
+    k: int,
+    both: bool,
+    exponential: bool,
+    sigma: float,
+    mu: float,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over the pairs of each list in the top k."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def lambda_pairs_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    weighting: int,
+    k: int,
+    both: bool,
+    exponential: bool,
+    sigma: float,
+    mu: float,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+attach(lambda_pairs, lambda_pairs_slope)
+
+
+def _check(
+    weighting: str, k: int | None, topk_mode: str, gain: str, sigma: float, mu: float, log_base: float, normalize: bool
+) -> None:
+    _checks.is_one_of("weighting", weighting, WEIGHTINGS)
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+        raise TypeError(f"k: expected an integer or None, got {type(k).__name__}")
+    if k is not None and k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    _checks.is_one_of("topk_mode", topk_mode, _TOPK_MODES)
+    _checks.is_one_of("gain", gain, _GAINS)
+    for name, value, least in (("sigma", sigma, 0), ("mu", mu, -math.inf), ("log_base", log_base, 1)):
+        _checks.is_number(name, value)
+        if not value > least:
+            raise ValueError(f"{name}: expected more than {least}, got {value}")
+    _checks.is_bool("normalize", normalize)
+
+
+def lambda_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    weighting: str = "lambdarank",
+    k: int | None = None,
+    topk_mode: str = "or",
+    gain: str = "exponential",
+    sigma: float = 1.0,
+    mu: float = 10.0,
+    log_base: float = 2.0,
+    normalize: bool = False,
+) -> Tensor:
+    """The sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
+
+    With r an item's rank by score from 1 (ties by position), ``D(r) = log2(1 + r)``, and G its gain over
+    the best DCG@k that an order of the list can have, the weight of a pair is, for ``weighting``
+
+    - "ranknet": 1
+    - "lambdarank": ``|G_i - G_j| |1 / D(r_i) - 1 / D(r_j)|``, the change of NDCG if the two were swapped
+    - "ndcg1": ``G_i / D(r_i)``
+    - "ndcg2": ``|G_i - G_j| |1 / D(a) - 1 / D(a + 1)|`` with ``a = |r_i - r_j|``
+    - "ndcg2pp": ``mu`` times that of "ndcg2" plus that of "lambdarank"
+    - "label_diff": ``y_i - y_j``
+
+    The weights are constants in the derivatives, of which there are two. Gains are taken relative to that
+    of the highest label, so no label is too large. A list without a pair (empty, of one item, all masked,
+    all labels tied) or, where the weight has gains in it, without a positive gain has loss 0 and doesn't
+    count in the mean. Nothing of size n^2 is kept.
+
+    The arguments not described here, errors about them, and the result are those of
+    `pairwise_logistic_loss`.
+
+    Args:
+        weighting: one of the above.
+        k: only pairs in the top k of the current ranking count, and DCG is cut there; None for all.
+        topk_mode: in the top k is "or" one of the two (the paper's), "and" both (allRank's).
+        gain: "exponential", ``2^y - 1``, or "linear", ``y``.
+        sigma: the steepness, a positive number.
+        mu: the share of "ndcg2" in "ndcg2pp".
+        log_base: of the loss; more than 1.
+        normalize: divide each list's loss by its number of pairs.
+
+    Raises:
+        TypeError: ``k`` no integer; ``sigma``, ``mu`` or ``log_base`` no number; ``normalize`` no bool.
+        ValueError: an unknown ``weighting``, ``topk_mode`` or ``gain``; a number out of range.
+
+    O(n log n + n min(k, n)) time on the CPU, O(n) memory.
+
+    Source: Wang et al., "The LambdaLoss Framework for Ranking Metric Optimization", CIKM 2018; Burges,
+    "From RankNet to LambdaRank to LambdaMART", 2010.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([0.5, 1.5, 0.0], requires_grad=True)
+        >>> loss = custom_ops.lambda_loss(scores, torch.tensor([2, 1, 0]))
+        >>> loss.backward()
+        >>> loss.detach(), scores.grad
+        (tensor(0.5543), tensor([-0.2882,  0.2042,  0.0840]))
+    """
+    _check(weighting, k, topk_mode, gain, sigma, mu, log_base, normalize)
+    params = (
+        WEIGHTINGS.index(weighting),
+        _NO_LIMIT if k is None else min(k, _NO_LIMIT),
+        topk_mode == "and",
+        gain == "exponential",
+        float(sigma),
+        float(mu),
+        1 / math.log(log_base),
+        normalize,
+    )
+    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+class LambdaLoss(ListLossModule):
+    """`lambda_loss` as a layer."""
+
+    function = staticmethod(lambda_loss)
+
+    def __init__(
+        self,
+        reduction: str = "mean",
+        weighting: str = "lambdarank",
+        k: int | None = None,
+        topk_mode: str = "or",
+        gain: str = "exponential",
+        sigma: float = 1.0,
+        mu: float = 10.0,
+        log_base: float = 2.0,
+        normalize: bool = False,
+    ) -> None:
+        _check(weighting, k, topk_mode, gain, sigma, mu, log_base, normalize)
+        own: dict[str, Any] = {"weighting": weighting, "k": k, "topk_mode": topk_mode, "gain": gain, "sigma": sigma}
+        super().__init__(reduction, **own, mu=mu, log_base=log_base, normalize=normalize)
+
+
+def _lambda_loss_of_one_list(
+    s: Tensor,
+    y: Tensor,
+    weighting: str = "lambdarank",
+    k: int | None = None,
+    topk_mode: str = "or",
+    gain: str = "exponential",
+    sigma: float = 1.0,
+    mu: float = 10.0,
+    log_base: float = 2.0,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    n = len(s)
+    at = torch.arange(1, n + 1, device=s.device, dtype=s.dtype)
+    order = s.detach().sort(dim=-1, descending=True, stable=True).indices
+    rank = (order[:, None] == at - 1).to(s.dtype).T @ at
+    limit = n if k is None else min(k, n)
+    gains = 2**y - 1 if gain == "exponential" else y
+    ideal = (gains.sort(dim=-1, descending=True).values[:limit] / torch.log2(1 + at[:limit])).sum()
+    g, inverse = gains / torch.where(ideal > 0, ideal, 1), 1 / torch.log2(1 + rank)
+    distance = (rank[:, None] - rank).abs()
+    swap = (g[:, None] - g).abs()
+    lambdarank = swap * (inverse[:, None] - inverse).abs()
+    ndcg2 = swap * (1 / torch.log2(1 + distance.clamp_min(1)) - 1 / torch.log2(2 + distance.clamp_min(1)))
+    weight = {
+        "ranknet": torch.ones_like(swap),
+        "lambdarank": lambdarank,
+        "ndcg1": (g * inverse)[:, None].expand(n, n),
+        "ndcg2": ndcg2,
+        "ndcg2pp": mu * ndcg2 + lambdarank,
+        "label_diff": (y[:, None] - y).abs(),
+    }[weighting]
+    top = rank <= limit
+    pairs = (y[:, None] > y) & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
+    values = torch.where(pairs, weight * softplus(-sigma * (s[:, None] - s), threshold=60), 0).sum() / math.log(
+        log_base
+    )
+    loss = values / pairs.sum().clamp_min(1) if normalize else values
+    return loss, pairs.any() & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    samples = list_samples(device, dtype)
+    options: tuple[dict[str, Any], ...] = (
+        {"weighting": "label_diff"},
+        {"weighting": "ndcg1", "k": 2, "gain": "linear", "log_base": math.e, "sigma": 2.0},
+        {"weighting": "ndcg2pp", "k": 3, "topk_mode": "and", "mu": 2.0, "normalize": True},
+    )
+    for own in options:
+        samples += list_samples(device, dtype, **own)[:1]
+    return samples
+
+
+def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
+    return scores.to(device).requires_grad_(), labels.to(device)
+
+
+_SHAPES = ((64, 128), (16, 1024), (4, 4096))
+_x, _y = torch.ones(2), torch.ones(2)
+register(
+    OpInfo(
+        name="lambda_loss",
+        summary="LambdaRank, NDCG-Loss 1, 2 and 2++: pairs weighted by their effect on NDCG",
+        function=lambda_loss,
+        reference=reference_of(_lambda_loss_of_one_list),
+        samples=_samples,
+        modules=lambda: [
+            (LambdaLoss(), {}),
+            (
+                LambdaLoss("sum", "ndcg2pp", 2, "and", "linear", 2.0, 5.0, math.e, True),
+                {"reduction": "sum", "weighting": "ndcg2pp", "k": 2, "topk_mode": "and", "gain": "linear"}
+                | {"sigma": 2.0, "mu": 5.0, "log_base": math.e, "normalize": True},
+            ),
+        ],
+        bad_calls=lambda: [
+            *list_bad_calls(),
+            BadCall((_x, _y), "weighting: expected one of 'ranknet', .* got 'ndcg'", {"weighting": "ndcg"}),
+            BadCall((_x, _y), "k: expected an integer or None, got float", {"k": 1.0}),
+            BadCall((_x, _y), "k: expected at least 1, got 0", {"k": 0}),
+            BadCall((_x, _y), "topk_mode: expected one of 'or', 'and', got 'xor'", {"topk_mode": "xor"}),
+            BadCall((_x, _y), "gain: expected one of 'exponential', 'linear', got 'log'", {"gain": "log"}),
+            BadCall((_x, _y), "sigma: expected more than 0, got -1", {"sigma": -1}),
+            BadCall((_x, _y), "mu: expected a number, got str", {"mu": "1"}),
+            BadCall((_x, _y), "log_base: expected more than 1, got 1", {"log_base": 1}),
+            BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
+        ],
+        benchmarks=[
+            Benchmark(
+                sizes=_SHAPES,
+                make=_lists_of_five_levels,
+                peers={f"allRank {weighting}": f"custom_ops.benchmarks.peers:allrank_{weighting}"},
+                unit=f"scores, of five labels, {weighting}",
+                kwargs={"weighting": weighting},
+                targets=[
+                    Target(shape, f"allRank {weighting}", 1 / times)
+                    for shape, times in zip(_SHAPES, (20, 120, 200), strict=True)
+                ],
+            )
+            for weighting in ("lambdarank", "ndcg2pp")
+        ],
+    )
+)

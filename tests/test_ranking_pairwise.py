@@ -1,0 +1,253 @@
+"""The list losses' common ground, and the pairwise losses: edge semantics, memory, long lists."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+import custom_ops
+from custom_ops.ranking import pairwise
+from custom_ops.ranking._lists import list_dot, list_scale
+
+LOSSES = {
+    "logistic": (custom_ops.pairwise_logistic_loss, lambda d: softplus(-d, threshold=60)),
+    "soft zero-one": (custom_ops.pairwise_soft_zero_one_loss, lambda d: (-d).sigmoid()),
+    "exponential": (custom_ops.pairwise_exponential_loss, lambda d: (-d).exp()),
+    "hinge": (custom_ops.pairwise_hinge_loss, lambda d: (1 - d).relu()),
+    "squared hinge": (
+        lambda *a, **k: custom_ops.pairwise_hinge_loss(*a, squared=True, **k),
+        lambda d: (1 - d).relu() ** 2,
+    ),
+    "mse": (custom_ops.pairwise_mse_loss, None),
+}
+each_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def dense(name, scores, labels):
+    """The loss of one list from the n x n matrix of its pairs."""
+    difference, labels = scores[:, None] - scores, labels.to(scores.dtype)
+    if name == "mse":
+        return (difference - (labels[:, None] - labels)).square().sum()
+    return torch.where(labels[:, None] > labels, LOSSES[name][1](difference), 0).sum()
+
+
+def draw(*shape, levels=5, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return scores, torch.randint(0, levels, shape, generator=generator)
+
+
+def value_and_gradient(function, scores, *args, **kwargs):
+    scores = scores.detach().requires_grad_()
+    loss = function(scores, *args, **kwargs)
+    return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
+
+
+@each_loss
+@pytest.mark.parametrize(("n", "levels"), [(2, 2), (7, 3), (33, 40), (300, 2), (700, 5)])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_value_gradient_and_hessian_are_those_of_the_dense_formula(name, n, levels, scale):
+    """300 is beyond the range where exponentials of single scores serve."""
+    if name == "exponential" and scale > 1:
+        scale = 100.0
+    scores, labels = draw(n, levels=levels)
+    labels[0] = labels[1] + 1
+    scores = (scores.detach() * scale).requires_grad_()
+    v = torch.randn_like(scores)
+    results = []
+    for loss in (LOSSES[name][0](scores, labels), dense(name, scores, labels)):
+        gradient = torch.autograd.grad(loss, scores, create_graph=True)[0]
+        hessian_v = torch.autograd.grad(gradient, scores, v)[0] if gradient.requires_grad else torch.zeros_like(v)
+        results.append((loss, gradient, hessian_v))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * max(1, float(theirs.detach().abs().max())))
+
+
+@each_loss
+def test_float32_is_accurate(name):
+    scores, labels = draw(2000, dtype=torch.float32)
+    loss, gradient = value_and_gradient(LOSSES[name][0], scores, labels)
+    exact, exact_gradient = value_and_gradient(LOSSES[name][0], scores.double(), labels)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    scale = float(exact_gradient.abs().max())
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_small_losses_count_in_full():
+    """Of pairs that are far in the right order, each term is less than what 1 + q rounds off."""
+    scores = torch.linspace(0, 60, 4).repeat_interleave(8)
+    labels = torch.arange(4).repeat_interleave(8)
+    loss = custom_ops.pairwise_logistic_loss(scores, labels)
+    expected = dense("logistic", scores.double(), labels)
+    assert expected < 1e-6
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@each_loss
+def test_every_form_gives_the_same(name):
+    function = LOSSES[name][0]
+    scores, labels = draw(3, 6)
+    lengths = torch.tensor([6, 0, 4])
+    inside = torch.arange(6) < lengths[:, None]
+    loss, gradient = value_and_gradient(function, scores, labels, lengths=lengths, reduction="none")
+    flat, bounds = scores[inside], torch.tensor([0, 6, 6, 10])
+    forms = [
+        value_and_gradient(function, scores, labels, mask=inside, reduction="none"),
+        value_and_gradient(function, scores, labels, mask=inside, lengths=lengths.int(), reduction="none"),
+        value_and_gradient(
+            function, scores.view(1, 3, 1, 6), labels.view(1, 3, 1, 6), lengths=lengths.view(1, 3, 1), reduction="none"
+        ),
+        value_and_gradient(function, flat, labels[inside], cu_lengths=bounds, reduction="none"),
+    ]
+    for other, other_gradient in forms:
+        torch.testing.assert_close(other.flatten(), loss)
+        other_gradient = other_gradient if other_gradient.dim() == 1 else other_gradient.view(3, 6)[inside]
+        torch.testing.assert_close(other_gradient, gradient[inside])
+    assert not gradient[~inside].any()
+
+
+@each_loss
+def test_a_list_without_a_pair_is_zero_and_connected(name):
+    function = LOSSES[name][0]
+    for shape in ((0,), (1,), (2, 0), (0, 3), (2, 1)):
+        loss, gradient = value_and_gradient(function, *draw(*shape))
+        assert loss == 0 and not gradient.any()
+    scores, labels = draw(2, 3)
+    loss, gradient = value_and_gradient(function, scores, labels, mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert loss == 0 and not gradient.any()
+    if name != "mse":  # for which tied labels say that the scores should be equal
+        loss, gradient = value_and_gradient(function, scores, torch.ones(2, 3))
+        assert loss == 0 and not gradient.any()
+        assert function(scores, torch.ones(2, 3), normalize=True) == 0
+
+
+@each_loss
+def test_what_is_masked_is_not_read(name):
+    function = LOSSES[name][0]
+    scores, labels = draw(5, dtype=torch.float32)
+    mask = torch.tensor([True, True, False, True, False])
+    expected = value_and_gradient(function, scores[mask], labels[mask])
+    for junk in (float("nan"), float("inf"), -float("inf")):
+        dirty, dirty_labels = scores.detach().clone(), labels.float()
+        dirty[~mask], dirty_labels[~mask] = junk, junk
+        loss, gradient = value_and_gradient(function, dirty, dirty_labels, mask=mask)
+        assert loss == expected[0]
+        assert torch.equal(gradient[mask], expected[1])
+        assert not gradient[~mask].any()
+        dirty.requires_grad_()
+        tangent = torch.full_like(dirty, junk).masked_fill(mask, 1)
+        slope = torch.func.jvp(lambda s, y=dirty_labels: function(s, y, mask=mask), (dirty.detach(),), (tangent,))[1]
+        assert slope.isfinite()
+
+
+@each_loss
+def test_nan_propagates_to_its_own_list(name):
+    scores, labels = draw(2, 4, levels=2)
+    labels[:] = torch.tensor([0, 1, 1, 0])
+    scores.data[0, 1] = float("nan")
+    loss, gradient = value_and_gradient(LOSSES[name][0], scores, labels, reduction="none")
+    assert loss.isnan().tolist() == [True, False]
+    assert gradient[0, 1].isnan()
+    assert gradient[1].isfinite().all()
+
+
+def test_misordered_by_thirty_and_scores_of_ten_thousand():
+    scores, labels = torch.tensor([0.0, 30.0]), torch.tensor([1, 0])
+    loss, gradient = value_and_gradient(custom_ops.pairwise_logistic_loss, scores, labels)
+    assert loss == 30 and gradient.tolist() == [-1, 1]
+    loss, gradient = value_and_gradient(custom_ops.pairwise_logistic_loss, torch.tensor([-1e4, 1e4]), labels)
+    assert loss == 2e4 and gradient.tolist() == [-1, 1]
+    loss, gradient = value_and_gradient(custom_ops.pairwise_logistic_loss, torch.tensor([1e4, -1e4]), labels)
+    assert loss == 0 and gradient.tolist() == [0, 0]
+
+
+def test_minus_infinity_as_a_score_far_below():
+    scores, labels = torch.tensor([2.0, 1.0, -float("inf")]), torch.tensor([1, 2, 0])
+    for function in (custom_ops.pairwise_logistic_loss, custom_ops.pairwise_hinge_loss):
+        loss, gradient = value_and_gradient(function, scores, labels)
+        torch.testing.assert_close(loss, function(scores[:2], labels[:2]))
+        assert gradient[2] == 0 and gradient.isfinite().all()
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_computed_in_32(name, dtype):
+    scores, labels = draw(3, 50, dtype=dtype)
+    loss, gradient = value_and_gradient(LOSSES[name][0], scores, labels, normalize=True)
+    wide, wide_gradient = value_and_gradient(LOSSES[name][0], scores.float(), labels, normalize=True)
+    assert loss.dtype == gradient.dtype == dtype
+    assert torch.equal(loss, wide.to(dtype))
+    assert torch.equal(gradient, wide_gradient.to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert LOSSES[name][0](scores, labels).dtype == torch.float32
+
+
+def test_mean_is_over_the_lists_that_contribute():
+    scores, labels = draw(3, 4)
+    labels[1] = 2
+    weights = torch.tensor([1.0, 5.0, 3.0])
+    losses = custom_ops.pairwise_logistic_loss(scores, labels, reduction="none")
+    assert losses[1] == 0
+    torch.testing.assert_close(custom_ops.pairwise_logistic_loss(scores, labels), (losses[0] + losses[2]) / 2)
+    weighted = custom_ops.pairwise_logistic_loss(scores, labels, weights=weights)
+    torch.testing.assert_close(weighted, (losses[0] + 3 * losses[2]) / 4)
+
+
+def test_a_third_derivative_raises_rather_than_being_wrong():
+    scores, labels = draw(4)
+    gradient = torch.autograd.grad(custom_ops.pairwise_logistic_loss(scores, labels), scores, create_graph=True)[0]
+    second = torch.autograd.grad(gradient.square().sum(), scores, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="no third derivative"):
+        torch.autograd.grad(second.sum(), scores)
+
+
+@pytest.mark.parametrize("bounds", [[0, 7], [3, 2], [-1, 3], [0, 2, 1]])
+def test_lists_out_of_bounds_raise(bounds):
+    scores, labels = draw(6)
+    with pytest.raises(RuntimeError, match="cu_lengths: expected non-decreasing values from 0 to 6"):
+        custom_ops.pairwise_logistic_loss(scores, labels, cu_lengths=torch.tensor(bounds))
+
+
+def test_items_outside_of_all_lists_get_zero():
+    x, offsets = torch.ones(2, 6), torch.tensor([1, 3, 3, 5])
+    scaled = list_scale(torch.tensor([[1.0, 2, 3], [4, 5, 6]]), x, None, offsets)
+    assert scaled.tolist() == [[0, 1, 1, 3, 3, 0], [0, 4, 4, 6, 6, 0]]
+    assert list_dot(x, scaled, None, offsets).tolist() == [[2, 0, 6], [8, 0, 12]]
+
+
+def test_vmap_over_cu_lengths_says_why_not():
+    scores, labels = draw(6)
+    with pytest.raises(RuntimeError, match="cu_lengths: can't be vmapped"):
+        torch.vmap(lambda c: custom_ops.pairwise_mse_loss(scores, labels, cu_lengths=c))(torch.tensor([[0, 6], [0, 3]]))
+
+
+def test_phi_is_numbered_alike():
+    assert (pairwise.LOGISTIC, pairwise.SOFT_ZERO_ONE, pairwise.EXPONENTIAL) == (0, 1, 2)
+
+
+def test_memory_is_linear():
+    """Forward, backward and second derivative of (4, 4096), and a list of 100,000 documents that trains."""
+    code = """
+import resource, torch, custom_ops
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def step(shape, loss, twice):
+    scores, labels = torch.randn(shape, requires_grad=True), torch.randint(0, 5, shape)
+    gradient = torch.autograd.grad(loss(scores, labels), scores, create_graph=twice)[0]
+    if twice: gradient.square().sum().backward()
+losses = custom_ops.pairwise_logistic_loss, custom_ops.pairwise_hinge_loss, custom_ops.lambda_loss
+for loss in losses: step((4, 64), loss, True)
+before = peak()
+for loss in losses: step((4, 4096), loss, True)
+print(peak() - before)
+before = peak()
+step((100_000,), custom_ops.pairwise_hinge_loss, True)
+step((100_000,), lambda s, y: custom_ops.lambda_loss(s, y, k=10), False)
+print(peak() - before)
+"""
+    small, large = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert small < 8  # MiB; one matrix of pairs is 64
+    assert large < 64  # where it is 40,000

@@ -1,0 +1,216 @@
+"""LambdaLoss: pairs weighted by what swapping them would do to the ranking."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import kernel
+from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale
+from custom_ops.triton_kernels.pairwise import pair_value, wrong_order
+
+_ROWS, _COLUMNS = 32, 32
+_RANKNET, _LAMBDARANK, _NDCG1, _NDCG2, _NDCG2PP, _LABEL_DIFF = range(6)  # as in custom_ops/ranking/lambdas.py
+
+
+@kernel(
+    "*T *T *T *i32 *T *T *T *i32 *i64 *T *T *T fp64 fp64 i32 i32 i32 i32 i32",
+    WIDE,
+    {
+        (weighting, hessian): {"WEIGHTING": weighting, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        for weighting in range(6)
+        for hessian in (False, True)
+    },
+)
+@triton.jit(do_not_specialize=["k", "items", "stride", "lists", "blocks"])
+def lambda_pairs_kernel(
+    s_ptr,
+    y_ptr,
+    v_ptr,
+    rank_ptr,
+    gain_ptr,
+    discount_ptr,
+    distance_ptr,
+    owner_ptr,
+    bounds_ptr,
+    slope_ptr,
+    value_ptr,
+    count_ptr,
+    sigma: tl.float64,
+    mu: tl.float64,
+    k,
+    items,
+    stride,
+    lists,
+    blocks,
+    WEIGHTING: tl.constexpr,
+    HESSIAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Per item: its slope, the sum of its pairs' values over those it should be above, and their number."""
+    program = tl.program_id(0).to(tl.int64)
+    example = program // blocks * items
+    owner_ptr += program // blocks * stride
+    i = program % blocks * ROWS + tl.arange(0, ROWS)
+    owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
+    valid_i = owner_i >= 0
+    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0)
+    y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
+    rank_i = tl.load(rank_ptr + example + i, mask=valid_i, other=0)
+    gain_i = tl.load(gain_ptr + example + i, mask=valid_i, other=0)
+    discount_i = tl.load(discount_ptr + example + i, mask=valid_i, other=0)
+    slope, value, count = s_i * 0.0, s_i * 0.0, s_i * 0.0
+    if HESSIAN:
+        v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
+    scale = tl.full([1, 1], sigma, s_i.dtype)
+    start, stop = columns(bounds_ptr, owner_i, items, lists, True)
+    for first in range(start, stop, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
+        valid_j = owner_j >= 0
+        s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0)
+        y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
+        rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
+        in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < k
+        both = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :]) & in_top
+        above = both & (y_i[:, None] > y_j[None, :])
+        below = both & (y_i[:, None] < y_j[None, :])
+        if WEIGHTING == 0:
+            w = tl.full([ROWS, COLUMNS], 1.0, s_i.dtype)
+        elif WEIGHTING == 5:
+            w = tl.abs(y_i[:, None] - y_j[None, :])
+        else:
+            gain_j = tl.load(gain_ptr + example + j, mask=valid_j, other=0)
+            discount_j = tl.load(discount_ptr + example + j, mask=valid_j, other=0)
+            if WEIGHTING == 2:
+                w = tl.where(above, (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :])
+            else:
+                w = tl.abs(discount_i[:, None] - discount_j[None, :])
+                if WEIGHTING != 1:
+                    a = tl.abs(rank_i[:, None] - rank_j[None, :])
+                    by = tl.load(distance_ptr + a, mask=above | below, other=0)
+                    w = by if WEIGHTING == 3 else w + by * tl.full([1, 1], mu, s_i.dtype)
+                w *= tl.abs(gain_i[:, None] - gain_j[None, :])
+        difference = s_i[:, None] - s_j[None, :]
+        d = tl.where(below, -difference, difference) * scale
+        if HESSIAN:
+            v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
+            move = w * wrong_order(d) * wrong_order(-d) * (v_i[:, None] - v_j[None, :])
+            slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
+        else:
+            g = w * wrong_order(d)
+            slope += tl.sum(tl.where(above, -g, tl.where(below, g, 0.0)), axis=1)
+            value += tl.sum(tl.where(above, w * pair_value(d, 0), 0.0), axis=1)
+        count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
+    tl.store(slope_ptr + example + i, slope, mask=i < items)
+    tl.store(value_ptr + example + i, value, mask=i < items)
+    tl.store(count_ptr + example + i, count, mask=i < items)
+
+
+def _pairs(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    weighting: int,
+    k: int,
+    both: bool,
+    exponential: bool,
+    sigma: float,
+    mu: float,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores, labels = scores.contiguous(), labels.contiguous()
+    lists = Lists(scores, valid, offsets)
+    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
+        raise RuntimeError("labels, v: expected the shape and dtype of the scores")
+    owners, stride = lists.owners()
+    by_item = owners.reshape(lists.examples if stride else 1, lists.items)
+    by_item = by_item.expand(lists.examples, lists.items).reshape(scores.shape)
+    owned = by_item >= 0
+    rank = lists.ranks(scores)
+    if both:  # the items below the top are left out, as if they were masked
+        owners, stride = torch.where(rank < k, by_item, -1), lists.items
+    gain, discount = scores, scores  # not read
+    distance = discount_of(torch.arange(-1, lists.items, device=scores.device))
+    distance = (distance[:-1] - distance[1:]).to(scores.dtype)  # by how far the ranks are apart; that of 0 isn't read
+    some = None
+    if weighting not in (_RANKNET, _LABEL_DIFF):
+        labels_in = labels.double().masked_fill(~owned, 0)
+        ones = labels_in.new_ones((*lists.batch, lists.lists))
+        gains = labels_in
+        if exponential:
+            highest = _highest(lists, labels_in)
+            gains = torch.exp2(labels_in - highest) - torch.exp2(-highest)
+        best = discount_of(lists.ranks(labels)).masked_fill(lists.ranks(labels) >= k, 0)
+        most = lists.sum((gains * best).masked_fill(~owned, 0))
+        some = ~(most <= 0)
+        gain = list_scale(torch.where(some, ones / most, 0), gains, valid, offsets).to(scores.dtype)
+        discount = discount_of(rank).to(scores.dtype)
+    slope, value, count = (torch.empty_like(scores) for _ in range(3))
+    blocks = triton.cdiv(lists.items, _ROWS)
+    vector = scores if v is None else v.contiguous()  # not read
+    lambda_pairs_kernel(
+        lists.examples * blocks,
+        *(scores, labels, vector, rank.to(torch.int32), gain, discount, distance, owners, lists.bounds),
+        *(slope, value, count, sigma, mu, min(k, lists.items), lists.items, stride, lists.lists, blocks),
+        variant=(weighting, v is not None),
+    )
+    pairs = lists.sum(count)
+    pairs = pairs if some is None else torch.where(some, pairs, 0)
+    factor = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)
+    moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
+    return lists.sum(value) * factor, moved, pairs > 0
+
+
+def discount_of(rank: Tensor) -> Tensor:
+    """1 / log2(1 + r) of ranks r counted from 1, here given from 0; in double."""
+    return 1 / torch.log2(rank.double() + 2)
+
+
+def _highest(lists: Lists, labels: Tensor) -> Tensor:
+    """The largest label of each item's list, at least 0."""
+    top = labels.new_zeros((*lists.batch, lists.lists + 2))
+    place = (lists.places + 1) if lists.several else torch.ones(lists.items, dtype=torch.int64, device=labels.device)
+    place = place.expand(labels.shape)
+    return top.scatter_reduce(-1, place, labels, "amax").gather(-1, place)
+
+
+def lambda_pairs(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    weighting: int,
+    k: int,
+    both: bool,
+    exponential: bool,
+    sigma: float,
+    mu: float,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _pairs(scores, labels, valid, offsets, None, weighting, k, both, exponential, sigma, mu, scale, normalize)
+
+
+def lambda_pairs_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    weighting: int,
+    k: int,
+    both: bool,
+    exponential: bool,
+    sigma: float,
+    mu: float,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    return _pairs(scores, labels, valid, offsets, v, weighting, k, both, exponential, sigma, mu, scale, normalize)[1]
