@@ -168,7 +168,7 @@ class LiftSplatNet(nn.Module):
             grid_size=(GRID, GRID, 1),
         )
         last = nn.Conv2d(32, 1, 1)
-        nn.init.constant_(last.bias, -2.5)  # few cells are occupied
+        nn.init.constant_(last.get_parameter("bias"), -2.5)  # few cells are occupied
         self.picture = nn.Sequential(*layer(CHANNELS, 32, 3), *layer(32, 32, 3), last)
 
     def lift(self, images: Tensor) -> tuple[Tensor, Tensor]:
