@@ -540,7 +540,9 @@ std::tuple<Tensor, Tensor> segment_spread(const Tensor& sums_in, const std::opti
   check(shapes.rows == segments.count, "sums: expected ", segments.count, " segments, got ", shapes.rows);
   Tensor grad_x = fresh(sums, of_x ? x_shape : Shape{0});
   Tensor grad_weight = fresh(sums, x ? append(shapes.batch, {points}) : Shape{0});
-  if (!of_x && !x) return {grad_x, grad_weight};
+  if (shapes.columns == 0 && x)
+    std::memset(grad_weight.mutable_data_ptr(), 0, static_cast<size_t>(grad_weight.numel()) * x->element_size());
+  if (shapes.columns == 0 || (!of_x && !x)) return {grad_x, grad_weight};
   const auto rank = segments.ranks();
   dispatch_floating(sums, "sums", [&](auto type) {
     using T = typename decltype(type)::type;

@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "verify": ("custom_ops.verify", "check every op, on every backend, against the capability matrix"),
     "bench": ("custom_ops.benchmarks.run", "time every op beside its peers"),
-    "demo": ("custom_ops.examples.demo", "train two models on real data with our ops, beside torch's own"),
+    "demo": ("custom_ops.examples.demo", "train models through our ops, two of them on real data"),
 }
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from custom_ops.examples import autograd_tour, data, demo, report, spiking_digits
+from custom_ops.examples import autograd_tour, data, demo, lift_splat, report, spiking_digits
 from custom_ops.examples.data import DataError, Source
 
 CONTENT = b"one two three"
@@ -157,19 +158,50 @@ def test_read_ply(tmp_path: Path) -> None:
         data.read_ply(path)
 
 
+def test_rendered_boxes_are_where_the_cameras_project_them() -> None:
+    intrinsics, camera_to_ego = (t[0] for t in lift_splat.draw_cameras(1, torch.Generator().manual_seed(0)))
+    x, y, length, width, height, heading = 8.0, 1.0, 4.0, 2.0, 1.5, 0.4
+    boxes = torch.tensor([[x, y, 0, length, width, height, heading, 1, 0, 0]])
+    front = lift_splat.render(boxes, intrinsics, camera_to_ego)[0]
+    rows, columns = ((front[0] > 0.5) & (front[1] == 0)).nonzero().unbind(1)  # red: the only colour of the box
+
+    corners = torch.cartesian_prod(torch.tensor([-0.5, 0.5]), torch.tensor([-0.5, 0.5]), torch.tensor([0.0, 1.0]))
+    corners = corners * torch.tensor([length, width, height])
+    c, s = np.cos(heading), np.sin(heading)
+    turn = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float32)
+    corners = corners @ turn.T + torch.tensor([x, y, 0])
+    pose = camera_to_ego[0]
+    u, v, depth = ((corners - pose[:3, 3]) @ pose[:3, :3] @ intrinsics[0].T).unbind(1)
+    for seen, projected in ((columns, u / depth), (rows, v / depth)):
+        # A corner is the tip of what is seen, and may fall between the rays.
+        assert abs(seen.min() - projected.min()) < 1.5 and abs(seen.max() - projected.max()) < 1.5
+
+
+def test_the_truth_of_a_scene_is_its_boxes() -> None:
+    boxes = torch.zeros(1, 1, 10)
+    boxes[0, 0, :7] = torch.tensor([6.0, -3.0, 0.0, 4.5, 1.5, 2.0, np.pi / 2])  # lies across
+    x, y = lift_splat.truth(boxes)[0].nonzero().unbind(1)
+    cells = lift_splat.GRID // 2 + np.array([6.0 - 0.75, 6.0 + 0.75, -3.0 - 2.25, -3.0 + 2.25]) / lift_splat.CELL
+    assert [x.min(), x.max() + 1, y.min(), y.max() + 1] == cells.tolist()
+    assert len(x) == 12
+
+
 def test_a_check_of_nan_fails() -> None:
     assert not report.Check("gap", float("nan"), 1.0).holds
     assert not report.Check("gain", float("nan"), 0.0, at_least=True).holds
 
 
 def test_the_examples_run_on_the_real_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A few steps of both; without the data this fails and says how to get them."""
+    """A few steps of each; without the data this fails and says how to get them."""
     code = demo.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert "Ranking: MSLR-WEB slice" in printed and "Bird's-eye view" in printed
+    for title in ("Ranking: MSLR-WEB slice", "Bird's-eye view", "Lift-Splat: synthetic scenes"):
+        assert title in printed
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"ranking.png", "bev_scan2.png", "bev_training.png"}
+    assert pictures == {
+        "ranking.png", "bev_scan2.png", "bev_training.png", "lift_splat_views.png", "lift_splat_training.png",
+    }  # fmt: skip
 
 
 def test_the_spiking_network_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

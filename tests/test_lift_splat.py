@@ -272,6 +272,9 @@ def test_wrong_arguments():
         ((depth, features, intrinsics, pose[..., :3, :]), r"camera_to_ego: expected \[B, N, 4, 4\]"),
         ((depth, features, intrinsics, pose[1:]), r"camera_to_ego: expected \[2, 3\] cameras as in intrinsics"),
         ((depth, features, intrinsics.half(), pose), "intrinsics: expected one of float32, float64, got float16"),
+        ((depth, features, intrinsics.to("meta"), pose.to("meta")), "intrinsics: expected on cpu as depth, got meta"),
+        ((None, features, intrinsics, pose), "depth: expected a tensor, got NoneType"),
+        ((depth, features, [1.0], pose), "intrinsics: expected a tensor, got list"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             layer(*arguments)
@@ -288,6 +291,12 @@ def test_wrong_arguments():
         right |= {"voxel_size": VOXEL, "grid_size": GRID}
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             custom_ops.LiftSplat(**(right | kwargs))
+
+
+def test_singular_intrinsics():
+    intrinsics, pose = cameras()
+    with pytest.raises(RuntimeError, match="singular"):
+        lift_splat()(*lifted(), torch.zeros_like(intrinsics), pose)
 
 
 def worker() -> None:

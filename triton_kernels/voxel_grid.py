@@ -134,6 +134,7 @@ def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cel
 
 def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
     """By a stable radix sort, which needs no atomics; points in no voxel come last."""
+    rank = rank.contiguous()
     narrow = torch.int32 if voxels < 2**31 - 1 else torch.int64  # half as many passes
     key = torch.where((rank < 0) | (rank >= voxels), voxels, rank).to(narrow)
     ordered, perm = key.sort(dim=-1, stable=True)

@@ -561,6 +561,8 @@ def segment_reduce(
     _rows(points, bins, plane)
     if weight is not None:
         weight = _check_like("weight", weight, x, *batch, points)
+    elif bins > 1:  # the kernels share rows only among weighted points
+        weight = x.new_ones((*batch, points))
     return _reduce(x, weight, _Segments(indptr, perm, x.shape[:-2], points), mean, bins, plane, False)[0]
 
 

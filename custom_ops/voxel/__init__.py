@@ -1,17 +1,24 @@
 """Voxels: which points share one, and pooling their features."""
 
-from custom_ops.voxel import lift_splat, pooling, summing, sums, voxel_grid, voxel_segments
-from custom_ops.voxel.lift_splat import *  # noqa: F403
-from custom_ops.voxel.pooling import *  # noqa: F403
-from custom_ops.voxel.summing import *  # noqa: F403
-from custom_ops.voxel.sums import *  # noqa: F403
-from custom_ops.voxel.voxel_grid import *  # noqa: F403
-from custom_ops.voxel.voxel_segments import *  # noqa: F403
+from custom_ops.voxel.lift_splat import LiftSplat
+from custom_ops.voxel.pooling import BEVPool, bev_pool, bev_pool_v2
+from custom_ops.voxel.summing import VoxelsSumming, VoxelsSummingLayer, voxels_summing
+from custom_ops.voxel.sums import VoxelSum, voxel_sum
+from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
+from custom_ops.voxel.voxel_segments import segment_sum
 
-__all__: list[str] = []
-__all__ += lift_splat.__all__
-__all__ += pooling.__all__
-__all__ += summing.__all__
-__all__ += sums.__all__
-__all__ += voxel_grid.__all__
-__all__ += voxel_segments.__all__
+# Spelled out: mypy can't follow `__all__ += module.__all__` through two levels, and shows none of these.
+__all__ = [
+    "BEVPool",
+    "LiftSplat",
+    "VoxelSum",
+    "VoxelsSumming",
+    "VoxelsSummingLayer",
+    "bev_pool",
+    "bev_pool_v2",
+    "segment_sum",
+    "voxel_csr",
+    "voxel_rank",
+    "voxel_sum",
+    "voxels_summing",
+]

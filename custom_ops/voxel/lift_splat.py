@@ -68,6 +68,7 @@ class LiftSplat(torch.nn.Module):
         TypeError: a wrong dtype, or no tensor.
         ValueError: a wrong shape or size, tensors on several devices, one camera matrix without the
             other, or no cameras at all where `set_geometry` wasn't called.
+        RuntimeError: singular intrinsics.
 
     O(B N D H W C) time; the kept geometry is two integers per point and one per voxel.
 
@@ -112,8 +113,10 @@ class LiftSplat(torch.nn.Module):
     def forward(
         self, depth: Tensor, feat: Tensor, intrinsics: Tensor | None = None, camera_to_ego: Tensor | None = None
     ) -> Tensor:
+        _checks.is_tensor("depth", depth)
         _checks.has_dims("depth", depth, "[B, N, D, H, W]")
         geometry = self._geometry_of(intrinsics, camera_to_ego)
+        _checks.same_device(depth=depth, intrinsics=geometry.intrinsics)
         cameras, frustum = geometry.intrinsics.shape[:-2], (len(self.depths), *self.feature_size)
         if depth.shape[2:] != frustum:
             raise ValueError(f"depth: expected (D, H, W) = {frustum}, got shape {list(depth.shape)}")
@@ -152,6 +155,8 @@ class LiftSplat(torch.nn.Module):
 
     def _geometry_of(self, intrinsics: Tensor | None, camera_to_ego: Tensor | None) -> Geometry:
         if intrinsics is not None and camera_to_ego is not None:
+            _checks.is_tensor("intrinsics", intrinsics)
+            _checks.is_tensor("camera_to_ego", camera_to_ego)
             if torch.compiler.is_compiling():
                 return self._compute_geometry(intrinsics, camera_to_ego)
             if self._geometry is None or not self._geometry.is_of(intrinsics, camera_to_ego):
