@@ -118,6 +118,11 @@ class Problem:
             return Call(backward, prepare=forward)
         return Call(forward if direction == "forward" else lambda _: backward(forward()))
 
+    def seconds(self, function: Function, device: torch.device) -> float:
+        """Of one call in all directions, about: the shorter of two, since either may have been disturbed."""
+        call = self.call(function, self.directions[-1])
+        return min(seconds_of(call, device) for _ in range(2))
+
     def floor(self, direction: str, device: torch.device) -> Floor:
         passes = {"forward": self.traffic[:1], "backward": self.traffic[1:]}.get(direction, self.traffic)
         return Floor(passes, device)
@@ -135,10 +140,10 @@ def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory
 
     problem = Problem(cell, cell.size, device, cell.ours)
     if math.isfinite(effort.limit):
-        last = problem.directions[-1]
-        once = {n: seconds_of(problem.call(f, last), device) for n, f in contenders.items() if _runs(wrong[n])}
+        once = {name: problem.seconds(contenders[name], device) for name in contenders if _runs(wrong[name])}
         chosen = effort.affordable(once, effort.limit - (time.perf_counter() - begin))
-        result.remarks += [f"{cell}: no time for {name}" for name in once if name not in chosen]
+        if len(chosen) < len(once):
+            result.remarks.append(f"{cell}: no time for {', '.join(name for name in once if name not in chosen)}")
         wrong = {name: what for name, what in wrong.items() if name in chosen}
     contenders = {name: contenders[name] for name, what in wrong.items() if _runs(what)}
     result.preparation = time.perf_counter() - begin
