@@ -43,3 +43,21 @@ def logsigmoid_bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 compiled_bpr_loss = torch.compile(logsigmoid_bpr_loss)
+
+
+def _pairs_of(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return scores[..., :, None] - scores[..., None, :], labels[..., :, None] > labels[..., None, :]
+
+
+def pairwise_logistic_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """What one would write with PyTorch's own ops: the matrix of all pairs."""
+    difference, pairs = _pairs_of(scores, labels)
+    return torch.where(pairs, torch.nn.functional.softplus(-difference), 0).sum((-1, -2)).mean()
+
+
+def pairwise_hinge_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    difference, pairs = _pairs_of(scores, labels)
+    return torch.where(pairs, (1 - difference).relu(), 0).sum((-1, -2)).mean()
+
+
+compiled_pairwise_logistic_loss = torch.compile(pairwise_logistic_loss)
