@@ -19,7 +19,7 @@ from custom_ops.ranking._lists import (
     list_samples,
     reference_of,
 )
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
 __all__ = [
     "ApproxMRRLoss",
@@ -114,9 +114,7 @@ def approx_ndcg_loss(
         (tensor(0.3803, grad_fn=<ToCopyBackward0>), tensor([ 0.2046, -0.1863, -0.0183]))
     """
     _checks.is_one_of("gain", gain, _NDCG)
-    return _smooth_rank(
-        scores, labels, temperature, _NDCG[gain], mask, lengths, cu_lengths, weights, reduction
-    )
+    return _smooth_rank(scores, labels, temperature, _NDCG[gain], mask, lengths, cu_lengths, weights, reduction)
 
 
 def approx_mrr_loss(
@@ -163,7 +161,8 @@ def smooth_ap_loss(
 
     ``1 - mean_i r+_i / r_i`` over the relevant items, those with a label above 0, with the ranks of
     `approx_ndcg_loss` among all items (r) and among the relevant ones (r+); all other arguments, errors
-    and costs are that function's too. The default temperature is the paper's, for cosine similarities.
+    and costs are that function's too. A list of relevant items only doesn't contribute. The default
+    temperature is the paper's, for cosine similarities.
 
     Source: Brown, Xie, Kalogeiton, Zisserman, "Smooth-AP", ECCV 2020.
 
@@ -175,9 +174,7 @@ def smooth_ap_loss(
         >>> loss, scores.grad
         (tensor(0.3514, grad_fn=<ToCopyBackward0>), tensor([ 0.4451, -0.1860, -0.2591]))
     """
-    return _smooth_rank(
-        scores, labels, temperature, _AVERAGE_PRECISION, mask, lengths, cu_lengths, weights, reduction
-    )
+    return _smooth_rank(scores, labels, temperature, _AVERAGE_PRECISION, mask, lengths, cu_lengths, weights, reduction)
 
 
 def _smooth_rank(
@@ -256,9 +253,9 @@ def _approx_mrr_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.1) -> t
 
 
 def _smooth_ap_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.01) -> tuple[Tensor, Tensor]:
-    relevant = (y > 0).to(s.dtype)
+    relevant = (y > 0).to(s.dtype)  # all that counts: with every item relevant there is nothing to rank
     all_ranks, ranks = (_smooth_ranks(s, among, temperature) for among in (torch.ones_like(y), relevant))
-    return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(y)
+    return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(relevant)
 
 
 # ---------------------------------------------------------------- registry
