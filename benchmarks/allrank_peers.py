@@ -5,12 +5,17 @@ from __future__ import annotations
 import sys
 import types
 
+import torch
 from torch import Tensor
 
-# The losses take one constant from a module that needs torchvision and scikit-learn.
-_loading = types.ModuleType("allrank.data.dataset_loading")
-_loading.PADDED_Y_VALUE = -1  # type: ignore[attr-defined]
-sys.modules.setdefault(_loading.__name__, _loading)
+# The losses take one name each from modules that need torchvision, scikit-learn and gcsfs.
+for _name, _member in (
+    ("allrank.data.dataset_loading", {"PADDED_Y_VALUE": -1}),
+    ("allrank.models.model_utils", {"get_torch_device": lambda: torch.device("cpu")}),
+):
+    _module = types.ModuleType(_name)
+    vars(_module).update(_member)
+    sys.modules.setdefault(_name, _module)
 
 from allrank.models import losses  # noqa: E402
 
