@@ -30,3 +30,21 @@ def lambdarank(scores: Tensor, labels: Tensor) -> Tensor:
 
 def ndcg2pp(scores: Tensor, labels: Tensor) -> Tensor:
     return _lambda_loss("ndcgLoss2PP_scheme", scores, labels)
+
+
+def approx_ndcg(scores: Tensor, labels: Tensor) -> Tensor:
+    loss: Tensor = losses.approxNDCGLoss(scores, labels.to(scores.dtype))
+    return loss
+
+
+def list_mle(scores: Tensor, labels: Tensor) -> Tensor:
+    loss: Tensor = losses.listMLE(scores, labels.to(scores.dtype))
+    return loss
+
+
+def list_net(scores: Tensor, labels: Tensor) -> Tensor:
+    loss: Tensor = losses.listNet(scores, labels.to(scores.dtype))
+    return loss
+
+
+compiled_approx_ndcg, compiled_list_mle = torch.compile(approx_ndcg), torch.compile(list_mle)

@@ -223,7 +223,7 @@ class _Competing(_Ordered):
         sums = self.scan(x, a, b, where)
         sums = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
         factor = (sums.top + self.lse).exp()
-        return tuple(torch.where(t == 0, 0, t * factor) for t in (sums.a, sums.b))
+        return torch.where(sums.a == 0, 0, sums.a * factor), torch.where(sums.b == 0, 0, sums.b * factor)
 
 
 class _ListMle(_Competing):

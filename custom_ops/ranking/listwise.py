@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from custom_ops.ranking._lists import (
     list_samples,
     reference_of,
 )
-from custom_ops.registry import BadCall, OpInfo, register
+from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
 
 __all__ = [
     "CoSENTLoss",
@@ -432,6 +433,11 @@ def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tens
 # ---------------------------------------------------------------- registry
 
 
+def _benchmark(peers: dict[str, Any], peer: str, times: float) -> list[Benchmark]:
+    targets = [Target(shape, peer, 1 / times) for shape in SHAPES]
+    return [Benchmark(SHAPES, lists_of_five_levels, peers, "scores, of five labels", targets)]
+
+
 def _register(
     function: Callable[..., Tensor],
     module: type[ListLossModule],
@@ -440,6 +446,7 @@ def _register(
     *owns: dict[str, Any],
     base: dict[str, Any] | None = None,
     bad: tuple[tuple[str, Any], ...] = (),
+    benchmarks: Sequence[Benchmark] = (),
 ) -> None:
     """Each of ``owns`` are a sample's own arguments, ``base`` those of the samples common to all losses.
 
@@ -462,11 +469,27 @@ def _register(
                 *list_bad_calls(),
                 *(BadCall((x, x), message, {message.split(":")[0]: value}) for message, value in bad),
             ],
+            benchmarks=benchmarks,
         )
     )
 
 
-_register(list_net_loss, ListNetLoss, _list_net_of_one_list, "Cross entropy of the softmax of scores and labels")
+_register(
+    list_net_loss,
+    ListNetLoss,
+    _list_net_of_one_list,
+    "Cross entropy of the softmax of scores and labels",
+    benchmarks=_benchmark(
+        {
+            "allRank": "custom_ops.benchmarks.allrank_peers:list_net",
+            "F.cross_entropy": lambda scores, labels: torch.nn.functional.cross_entropy(
+                scores, labels.to(scores.dtype).softmax(-1)
+            ),
+        },
+        "F.cross_entropy",
+        1,
+    ),
+)
 _register(softmax_loss, SoftmaxLoss, _softmax_of_one_list, "Softmax cross entropy weighted with the labels")
 _register(
     list_mle_loss,
@@ -480,6 +503,14 @@ _register(
         ("k: expected a positive number, got 0", 0),
         ("position_weights: expected one of 'uniform', 'exponential', 'discount', got 'x'", "x"),
         ("ties: expected one of 'index', 'score', 'breslow', got 'x'", "x"),
+    ),
+    benchmarks=_benchmark(
+        {
+            "allRank": "custom_ops.benchmarks.allrank_peers:list_mle",
+            "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_list_mle",
+        },
+        "allRank, compiled",
+        4,
     ),
 )
 _register(

@@ -19,7 +19,8 @@ from custom_ops.ranking._lists import (
     list_samples,
     reference_of,
 )
-from custom_ops.registry import BadCall, Benchmark, OpInfo, register
+from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
 
 __all__ = [
     "ApproxMRRLoss",
@@ -303,7 +304,22 @@ _register(
     _approx_ndcg_of_one_list,
     "NDCG at smooth ranks",
     [BadCall((torch.ones(2), torch.ones(2)), "gain: expected one of 'exponential', 'linear'", {"gain": "log"})],
-    [],
+    [
+        Benchmark(
+            sizes=SHAPES,
+            make=lists_of_five_levels,
+            peers={
+                "allRank": "custom_ops.benchmarks.allrank_peers:approx_ndcg",
+                "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_approx_ndcg",
+            },
+            unit="scores, of five labels",
+            kwargs={"temperature": 1.0},
+            targets=[
+                Target(shape, "allRank, compiled", 1 / times)
+                for shape, times in zip(SHAPES, (20, 80, 100), strict=True)
+            ],
+        )
+    ],
     temperature=1.0,
     gain="linear",
 )
