@@ -105,7 +105,7 @@ def test_masked_items_may_hold_anything(name, own):
 
 @losses
 def test_a_valid_nan_propagates(name, own):
-    scores, labels = lists(2, 5)
+    scores, labels = lists(2, 12)
     scores[0, 2] = NAN
     loss, slope = loss_and_slope(name, scores, labels, reduction="none", **own)
     assert loss[0].isnan()
