@@ -195,3 +195,21 @@ def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num
     weights = depth.flatten()[points]
     bev = F.embedding_bag(pixels, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return bev.view(len(depth), num_voxels, -1)
+
+
+def _pairs_of(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return scores[..., :, None] - scores[..., None, :], labels[..., :, None] > labels[..., None, :]
+
+
+def pairwise_logistic_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """What one would write with PyTorch's own ops: the matrix of all pairs."""
+    difference, pairs = _pairs_of(scores, labels)
+    return torch.where(pairs, torch.nn.functional.softplus(-difference), 0).sum((-1, -2)).mean()
+
+
+def pairwise_hinge_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    difference, pairs = _pairs_of(scores, labels)
+    return torch.where(pairs, (1 - difference).relu(), 0).sum((-1, -2)).mean()
+
+
+compiled_pairwise_logistic_loss = torch.compile(pairwise_logistic_loss)

@@ -269,7 +269,8 @@ struct SmoothRank {
     const A* y = gather(list.y, order, n, list.scratch);
     double* gain = list.scratch.template get<double>(n);
     const int64_t relevant = relative_gains(metric, y, n, gain);
-    list.active = relevant > 0 && y[0] != y[n - 1];
+    const bool tied = metric == kAveragePrecision ? relevant == n : y[0] == y[n - 1];
+    list.active = relevant > 0 && !tied;
     if (!list.active) return std::fill(list.slope, list.slope + n, A(0));
     double* x = list.scratch.template get<double>(n);
     double low = std::numeric_limits<double>::infinity(), high = -low;

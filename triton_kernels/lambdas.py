@@ -16,15 +16,16 @@ _RANKNET, _LAMBDARANK, _NDCG1, _NDCG2, _NDCG2PP, _LABEL_DIFF = range(6)  # as in
 
 
 @kernel(
-    "*T *T *T *i32 *T *T *T *i32 *i64 *T *T *T fp64 fp64 i32 i32 i32 i32 i32",
+    "*T *T *T *i32 *T *T *T *i32 *i64 *T *T *T fp64 i32 i32 i32 i32",
     WIDE,
     {
         (weighting, hessian): {"WEIGHTING": weighting, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
         for weighting in range(6)
         for hessian in (False, True)
     },
+    num_warps=8,  # with 4 some variants spill
 )
-@triton.jit(do_not_specialize=["k", "items", "stride", "lists", "blocks"])
+@triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def lambda_pairs_kernel(
     s_ptr,
     y_ptr,
@@ -39,8 +40,6 @@ def lambda_pairs_kernel(
     value_ptr,
     count_ptr,
     sigma: tl.float64,
-    mu: tl.float64,
-    k,
     items,
     stride,
     lists,
@@ -74,7 +73,7 @@ def lambda_pairs_kernel(
         s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0)
         y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
         rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
-        in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < k
+        in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < 0
         both = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :]) & in_top
         above = both & (y_i[:, None] > y_j[None, :])
         below = both & (y_i[:, None] < y_j[None, :])
@@ -92,7 +91,7 @@ def lambda_pairs_kernel(
                 if WEIGHTING != 1:
                     a = tl.abs(rank_i[:, None] - rank_j[None, :])
                     by = tl.load(distance_ptr + a, mask=above | below, other=0)
-                    w = by if WEIGHTING == 3 else w + by * tl.full([1, 1], mu, s_i.dtype)
+                    w = by if WEIGHTING == 3 else w + by
                 w *= tl.abs(gain_i[:, None] - gain_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
         d = tl.where(below, -difference, difference) * scale
@@ -138,7 +137,8 @@ def _pairs(
         owners, stride = torch.where(rank < k, by_item, -1), lists.items
     gain, discount = scores, scores  # not read
     distance = discount_of(torch.arange(-1, lists.items, device=scores.device))
-    distance = (distance[:-1] - distance[1:]).to(scores.dtype)  # by how far the ranks are apart; that of 0 isn't read
+    distance = (distance[:-1] - distance[1:]) * (mu if weighting == _NDCG2PP else 1.0)
+    distance = distance.to(scores.dtype)  # by how far the ranks are apart; that of 0 isn't read
     some = None
     if weighting not in (_RANKNET, _LABEL_DIFF):
         labels_in = labels.double().masked_fill(~owned, 0)
@@ -155,10 +155,11 @@ def _pairs(
     slope, value, count = (torch.empty_like(scores) for _ in range(3))
     blocks = triton.cdiv(lists.items, _ROWS)
     vector = scores if v is None else v.contiguous()  # not read
+    from_top = (rank - min(k, lists.items)).to(torch.int32)  # negative in the top k
     lambda_pairs_kernel(
         lists.examples * blocks,
-        *(scores, labels, vector, rank.to(torch.int32), gain, discount, distance, owners, lists.bounds),
-        *(slope, value, count, sigma, mu, min(k, lists.items), lists.items, stride, lists.lists, blocks),
+        *(scores, labels, vector, from_top, gain, discount, distance, owners, lists.bounds),
+        *(slope, value, count, sigma, lists.items, stride, lists.lists, blocks),
         variant=(weighting, v is not None),
     )
     pairs = lists.sum(count)

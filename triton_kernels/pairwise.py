@@ -77,6 +77,7 @@ def wrong_order(d):
         for phi in range(5)
         for hessian in (False, True)
     },
+    num_warps=8,  # with 4 some variants spill
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def pairwise_kernel(

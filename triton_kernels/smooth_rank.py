@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import VARIANTS, WIDE, Lists, columns, list_scale, load_list, load_valid
+from custom_ops.triton_kernels.lists import VARIANTS, WIDE, Lists, columns, load_list, load_valid
 
 _NDCG, _NDCG_LINEAR, _MRR, _AVERAGE_PRECISION = range(4)
-_ROWS, _COLUMNS = 32, 64
+_ROWS, _COLUMNS = 32, 16
 
 
 def _variants(flag: str) -> dict[Any, dict[str, Any]]:
@@ -179,38 +179,38 @@ class _SmoothRank:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
         self.scores, self.metric, self.scale = scores.contiguous(), metric, 1 / temperature
         self.lists = lists = Lists(self.scores, valid, offsets)
-        ones = list_scale(scores.new_ones((*lists.batch, lists.lists)), torch.ones_like(scores), valid, offsets)
-        self.exists = ones != 0
-        labels = labels.masked_fill(~self.exists, 0)
+        exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        if lists.several:
+            exists = exists & (lists.ids >= 0)
+        self.exists = exists
+        labels = labels.contiguous().masked_fill(~exists, 0)
+        if metric == _AVERAGE_PRECISION:
+            labels = 1 - (labels <= 0).to(labels.dtype)
         ordered = labels.gather(-1, lists.sort(labels))
         starts = lists.bounds[:-1]
-        count = lists.sum(ones)
+        count = lists.sum(exists.to(scores.dtype))
         last = (starts + count.long() - 1).clamp(0, lists.items - 1)
         top = ordered.gather(-1, starts.clamp_max(lists.items - 1).expand(count.shape))
         tied = top == ordered.gather(-1, last)
+        own = lists.ids.clamp_min(0).long()
 
         def to_items(x: Tensor) -> Tensor:
-            return list_scale(x, torch.ones_like(scores), None, offsets)
+            return x[..., own] if lists.several else x.expand(scores.shape)
 
         def gain_of(y: Tensor) -> Tensor:
             gain = y
             if metric == _NDCG:  # relative to the largest label: no overflow
                 gain = torch.exp2(y - to_items(top)) - to_items(torch.exp2(-top))
-            elif metric == _AVERAGE_PRECISION:
-                gain = torch.ones_like(y)
             return gain.masked_fill(y <= 0, 0)
 
         ideal = gain_of(ordered)
         if metric in (_NDCG, _NDCG_LINEAR):
-            begin = torch.zeros(lists.items, device=scores.device, dtype=torch.int64)
-            if lists.several:
-                begin = starts[lists.ids.clamp_min(0)]
-            place = torch.arange(lists.items, device=scores.device) - begin
+            place = torch.arange(lists.items, device=scores.device) - to_items(starts)
             ideal = ideal / (place + 2).to(scores.dtype).log2()
-        total = lists.sum(ideal.masked_fill(to_items(count) == 0, 0))
+        total = lists.sum(ideal)
         self.active = ~tied & (count > 0) & ~(total <= 0)
         per_gain = torch.where(self.active, 1 / total, 0)
-        self.gain = list_scale(per_gain, gain_of(labels), valid, offsets)
+        self.gain = (to_items(per_gain) * gain_of(labels)).masked_fill(~exists, 0).contiguous()
         sums = self._sum(self.scores, moves=False)
         # Of the item itself sigmoid(0) was counted for 1.
         self.rank = _Ranks(sums.all + 0.5, sums.relevant + 0.5)
@@ -282,7 +282,7 @@ def smooth_rank(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if scores.numel() == 0:
         loss = Lists(scores, valid, offsets).per_list(scores).zero_()
-        return loss, torch.empty_like(scores), loss.bool()
+        return loss, scores.new_empty(scores.shape), loss.bool()
     ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
     return ranks.loss(), ranks.slope(), ranks.active
 
@@ -297,6 +297,6 @@ def smooth_rank_slope(
     metric: int,
 ) -> Tensor:
     if scores.numel() == 0:
-        return torch.empty_like(scores)
+        return scores.new_empty(scores.shape)
     ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
     return ranks.slope() if v is None else ranks.product(v)

@@ -1,7 +1,8 @@
 """Ranking losses."""
 
-from custom_ops.ranking import lambdas, margin, metrics, pairwise, preference, smooth_rank
+from custom_ops.ranking import lambdas, listwise, margin, metrics, pairwise, preference, smooth_rank
 from custom_ops.ranking.lambdas import *  # noqa: F403
+from custom_ops.ranking.listwise import *  # noqa: F403
 from custom_ops.ranking.margin import *  # noqa: F403
 from custom_ops.ranking.metrics import *  # noqa: F403
 from custom_ops.ranking.pairwise import *  # noqa: F403
@@ -10,6 +11,7 @@ from custom_ops.ranking.smooth_rank import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += lambdas.__all__
+__all__ += listwise.__all__
 __all__ += margin.__all__
 __all__ += metrics.__all__
 __all__ += pairwise.__all__

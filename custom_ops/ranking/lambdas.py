@@ -20,6 +20,7 @@ from custom_ops.ranking._lists import (
     list_samples,
     reference_of,
 )
+from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["LambdaLoss", "lambda_loss"]
@@ -151,7 +152,7 @@ def lambda_loss(
         >>> loss = custom_ops.lambda_loss(scores, torch.tensor([2, 1, 0]))
         >>> loss.backward()
         >>> loss.detach(), scores.grad
-        (tensor(0.5543), tensor([-0.2882,  0.2042,  0.0840]))
+        (tensor(0.4992), tensor([-0.2733,  0.1782,  0.0952]))
     """
     _check(weighting, k, topk_mode, gain, sigma, mu, log_base, normalize)
     params = (
@@ -242,13 +243,6 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     return samples
 
 
-def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    scores, labels = torch.randn(shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
-    return scores.to(device).requires_grad_(), labels.to(device)
-
-
-_SHAPES = ((64, 128), (16, 1024), (4, 4096))
 _x, _y = torch.ones(2), torch.ones(2)
 register(
     OpInfo(
@@ -279,14 +273,14 @@ register(
         ],
         benchmarks=[
             Benchmark(
-                sizes=_SHAPES,
-                make=_lists_of_five_levels,
-                peers={f"allRank {weighting}": f"custom_ops.benchmarks.peers:allrank_{weighting}"},
+                sizes=SHAPES,
+                make=lists_of_five_levels,
+                peers={f"allRank {weighting}": f"custom_ops.benchmarks.allrank_peers:{weighting}"},
                 unit=f"scores, of five labels, {weighting}",
                 kwargs={"weighting": weighting},
                 targets=[
                     Target(shape, f"allRank {weighting}", 1 / times)
-                    for shape, times in zip(_SHAPES, (20, 120, 200), strict=True)
+                    for shape, times in zip(SHAPES, (20, 120, 200), strict=True)
                 ],
             )
             for weighting in ("lambdarank", "ndcg2pp")

@@ -7,7 +7,7 @@ public function here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -392,7 +392,7 @@ def _pairwise_mse_of_one_list(s: Tensor, y: Tensor, normalize: bool = False) -> 
     return 2 * n * squares / (n * (n - 1) if normalize and n > 1 else 1), n > 1
 
 
-def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
     return scores.to(device).requires_grad_(), labels.to(device)
@@ -401,47 +401,36 @@ def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple
 SHAPES = ((64, 128), (16, 1024), (4, 4096))
 
 
-def _benchmark(peers: dict[str, str], targets: list[Target]) -> list[Benchmark]:
-    return [Benchmark(SHAPES, _lists_of_five_levels, {**peers}, "scores, of five labels", targets)]
+def _benchmark(peers: dict[str, str], peer: str, times: tuple[int, ...]) -> list[Benchmark]:
+    targets = [Target(shape, peer, 1 / t) for shape, t in zip(SHAPES, times, strict=True)]
+    return [Benchmark(SHAPES, lists_of_five_levels, {**peers}, "scores, of five labels", targets)]
 
 
 _x, _y = torch.ones(2), torch.ones(2)
-for _name, _summary, _function, _module, _phi in (
-    (
-        "pairwise_logistic_loss",
-        "RankNet's logistic loss of every pair of a list",
-        pairwise_logistic_loss,
-        PairwiseLogisticLoss,
-        lambda d, sigma=1.0: softplus(-sigma * d, threshold=60),
-    ),
-    (
-        "pairwise_soft_zero_one_loss",
-        "Smooth count of the misordered pairs of a list",
-        pairwise_soft_zero_one_loss,
-        PairwiseSoftZeroOneLoss,
-        lambda d, sigma=1.0: (-sigma * d).sigmoid(),
-    ),
-    (
-        "pairwise_exponential_loss",
-        "RankBoost's exponential loss of every pair of a list",
-        pairwise_exponential_loss,
-        PairwiseExponentialLoss,
-        lambda d, sigma=1.0: (-sigma * d).exp(),
-    ),
-):
+
+
+def _register(
+    name: str,
+    summary: str,
+    function: Callable[..., Tensor],
+    module: type[ListLossModule],
+    phi: Callable[..., Tensor],
+    benchmarks: Sequence[Benchmark] = (),
+) -> None:
+    """The losses of sigma times the difference."""
     register(
         OpInfo(
-            name=_name,
-            summary=_summary,
-            function=_function,
-            reference=reference_of_pairs(_phi),
+            name=name,
+            summary=summary,
+            function=function,
+            reference=reference_of_pairs(lambda d, sigma=1.0: phi(sigma * d)),
             samples=lambda device, dtype: [
                 *list_samples(device, dtype),
                 *list_samples(device, dtype, sigma=1.5, normalize=True)[:1],
             ],
-            modules=lambda module=_module: [
+            modules=lambda: [
                 (module(), {}),
-                (module("sum", 2.0, True), {"reduction": "sum", "sigma": 2.0, "normalize": True}),
+                (module("sum", sigma=2.0, normalize=True), {"reduction": "sum", "sigma": 2.0, "normalize": True}),
             ],
             bad_calls=lambda: [
                 *list_bad_calls(),
@@ -449,20 +438,40 @@ for _name, _summary, _function, _module, _phi in (
                 BadCall((_x, _y), "sigma: expected a positive number, got 0", {"sigma": 0}),
                 BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
             ],
-            benchmarks=_benchmark(
-                {
-                    "plain PyTorch": "custom_ops.benchmarks.peers:pairwise_logistic_loss",
-                    "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_pairwise_logistic_loss",
-                },
-                [
-                    Target(shape, "plain PyTorch, compiled", 1 / times)
-                    for shape, times in zip(SHAPES, (5, 20, 30), strict=True)
-                ],
-            )
-            if _phi and _name == "pairwise_logistic_loss"
-            else (),
+            benchmarks=benchmarks,
         )
     )
+
+
+_register(
+    "pairwise_logistic_loss",
+    "RankNet's logistic loss of every pair of a list",
+    pairwise_logistic_loss,
+    PairwiseLogisticLoss,
+    lambda d: softplus(-d, threshold=60),
+    _benchmark(
+        {
+            "plain PyTorch": "custom_ops.benchmarks.peers:pairwise_logistic_loss",
+            "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_pairwise_logistic_loss",
+        },
+        "plain PyTorch, compiled",
+        (5, 20, 30),
+    ),
+)
+_register(
+    "pairwise_soft_zero_one_loss",
+    "Smooth count of the misordered pairs of a list",
+    pairwise_soft_zero_one_loss,
+    PairwiseSoftZeroOneLoss,
+    lambda d: (-d).sigmoid(),
+)
+_register(
+    "pairwise_exponential_loss",
+    "RankBoost's exponential loss of every pair of a list",
+    pairwise_exponential_loss,
+    PairwiseExponentialLoss,
+    lambda d: (-d).exp(),
+)
 
 register(
     OpInfo(
@@ -490,8 +499,7 @@ register(
             BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
         ],
         benchmarks=_benchmark(
-            {"plain PyTorch": "custom_ops.benchmarks.peers:pairwise_hinge_loss"},
-            [Target(shape, "plain PyTorch", 1 / times) for shape, times in zip(SHAPES, (7, 150, 500), strict=True)],
+            {"plain PyTorch": "custom_ops.benchmarks.peers:pairwise_hinge_loss"}, "plain PyTorch", (7, 150, 500)
         ),
     )
 )

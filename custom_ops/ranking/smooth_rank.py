@@ -19,7 +19,8 @@ from custom_ops.ranking._lists import (
     list_samples,
     reference_of,
 )
-from custom_ops.registry import BadCall, Benchmark, OpInfo, register
+from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
 
 __all__ = [
     "ApproxMRRLoss",
@@ -161,7 +162,8 @@ def smooth_ap_loss(
 
     ``1 - mean_i r+_i / r_i`` over the relevant items, those with a label above 0, with the ranks of
     `approx_ndcg_loss` among all items (r) and among the relevant ones (r+); all other arguments, errors
-    and costs are that function's too. The default temperature is the paper's, for cosine similarities.
+    and costs are that function's too. A list of relevant items only doesn't contribute. The default
+    temperature is the paper's, for cosine similarities.
 
     Source: Brown, Xie, Kalogeiton, Zisserman, "Smooth-AP", ECCV 2020.
 
@@ -252,9 +254,9 @@ def _approx_mrr_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.1) -> t
 
 
 def _smooth_ap_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.01) -> tuple[Tensor, Tensor]:
-    relevant = (y > 0).to(s.dtype)
+    relevant = (y > 0).to(s.dtype)  # all that counts: with every item relevant there is nothing to rank
     all_ranks, ranks = (_smooth_ranks(s, among, temperature) for among in (torch.ones_like(y), relevant))
-    return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(y)
+    return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(relevant)
 
 
 # ---------------------------------------------------------------- registry
@@ -302,7 +304,22 @@ _register(
     _approx_ndcg_of_one_list,
     "NDCG at smooth ranks",
     [BadCall((torch.ones(2), torch.ones(2)), "gain: expected one of 'exponential', 'linear'", {"gain": "log"})],
-    [],
+    [
+        Benchmark(
+            sizes=SHAPES,
+            make=lists_of_five_levels,
+            peers={
+                "allRank": "custom_ops.benchmarks.allrank_peers:approx_ndcg",
+                "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_approx_ndcg",
+            },
+            unit="scores, of five labels",
+            kwargs={"temperature": 1.0},
+            targets=[
+                Target(shape, "allRank, compiled", 1 / times)
+                for shape, times in zip(SHAPES, (20, 80, 100), strict=True)
+            ],
+        )
+    ],
     temperature=1.0,
     gain="linear",
 )

@@ -1,0 +1,432 @@
+// Listwise losses: softmax cross entropies, and scans over the items in the order of their labels. All O(n)
+// but for the sort; only differences of scores are exponentiated, none above 0, so that no range is too wide.
+#include "elementary.h"
+#include "lists.h"
+
+#include <cmath>
+#include <limits>
+
+namespace custom_ops {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// A list with a single distinct label has nothing to rank.
+template <class A>
+bool tied(const A* y, int64_t n) {
+  return std::all_of(y, y + n, [&](A label) { return label == y[0]; });
+}
+
+template <class A>
+void clear_slope(List<A>& list) {
+  std::fill(list.slope, list.slope + list.n, A(0));
+}
+
+// ---------------------------------------------------------------- softmax cross entropy
+
+constexpr int64_t kTile = 1024;  // elements summed in A before the sum goes on in double
+constexpr int64_t kLanes = 16;
+
+// term(i) summed over n, in lanes that vectorise.
+template <class A, class Term>
+ALWAYS_INLINE inline double sum_of(int64_t n, const Term& term) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t end = std::min(begin + kTile, n);
+    A lanes[kLanes] = {}, rest = 0;
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes)
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += term(i + k);
+    for (; i < end; ++i) rest += term(i);
+    for (A lane : lanes) rest += lane;
+    sum += rest;
+  }
+  return sum;
+}
+
+// e^(x - the largest x): in `out` each, and their sum.
+template <class A>
+ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
+  A largest = -std::numeric_limits<A>::infinity();
+  for (int64_t i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(x[i] - largest);
+  top = largest;
+  return sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; });
+}
+
+// The sum of p_i (log sum e^s - s_i), for p the labels or their softmax.
+struct ListSoftmax {
+  bool softmax_labels;
+
+  template <class A>
+  void operator()(List<A>& list) const {
+    if (tied(list.y, list.n)) return clear_slope(list);
+    list.active = true;
+    multiversion([&]() ALWAYS_INLINE { run(list); });
+  }
+
+  template <class A>
+  ALWAYS_INLINE void run(List<A>& list) const {
+    const int64_t n = list.n;
+    const A* s = list.s;
+    A* __restrict slope = list.slope;
+    A* q = list.scratch.template get<A>(n);
+    A top;
+    const double sum = exponentials(s, n, top, q);
+    const A* p = list.y;
+    A scale = 1;
+    if (softmax_labels) {
+      A* e = list.scratch.template get<A>(n);
+      A top_label;
+      scale = static_cast<A>(1 / exponentials(list.y, n, top_label, e));
+      p = e;
+    }
+    const double total = softmax_labels ? 1 : sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return p[i]; });
+    const A share = static_cast<A>(total / sum);
+    if (!list.v) {
+      const double behind = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return p[i] * (top - s[i]); });
+      list.loss = static_cast<A>(total * std::log(sum) + static_cast<double>(scale) * behind);
+      for (int64_t i = 0; i < n; ++i) slope[i] = q[i] * share - p[i] * scale;
+    } else {
+      const A* v = list.v;
+      const A mean = static_cast<A>(sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return q[i] * v[i]; }) / sum);
+      for (int64_t i = 0; i < n; ++i) slope[i] = q[i] * share * (v[i] - mean);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- scans in label order
+
+// log(1 + e^x), and its derivative.
+double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+double sigmoid(double x) {
+  const double e = std::exp(-std::abs(x));
+  return (x >= 0 ? 1 : e) / (1 + e);
+}
+
+// A list's items in groups, each of which competes with all items from itself on. L is the logarithm of
+// the sum of e^s over a group and those after it.
+struct Scan {
+  int64_t n, groups;
+  const int64_t* first;  // of each group: its first item; and the end
+  const double* s;       // of each item: its score,
+  double* share;         // and e^(s - L) for its group's L
+  double* later;         // of each group: the shares of all later ones in its L,
+  double* whole;         // and of its own items;
+  double* lse;           // L; and -inf at the end
+
+  Scan(const double* s, int64_t n, const int64_t* first, int64_t groups, Scratch& scratch)
+      : n(n),
+        groups(groups),
+        first(first),
+        s(s),
+        share(scratch.get<double>(n)),
+        later(scratch.get<double>(groups)),
+        whole(scratch.get<double>(groups)),
+        lse(scratch.get<double>(groups + 1)) {
+    double top = -kInfinity, sum = 0;
+    lse[groups] = top;
+    for (int64_t g = groups - 1; g >= 0; --g) {
+      const double before = top;
+      for (int64_t i = first[g]; i < first[g + 1]; ++i) top = std::max(top, s[i]);
+      if (top > before) sum *= std::exp(before - top);
+      const double rest = sum;
+      double own = 0;
+      for (int64_t i = first[g]; i < first[g + 1]; ++i) own += share[i] = std::exp(s[i] - top);
+      sum = rest + own;
+      for (int64_t i = first[g]; i < first[g + 1]; ++i) share[i] /= sum;
+      later[g] = rest / sum, whole[g] = own / sum;
+      lse[g] = top + std::log(sum);
+    }
+  }
+
+  // f(item, group) for all, in order.
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t i = first[g]; i < first[g + 1]; ++i) f(i, g);
+  }
+
+  // Of each group: the mean of v, weighted with e^s, over it and those after it; and 0 at the end.
+  double* means(const double* v, Scratch& scratch) const {
+    double* mean = scratch.get<double>(groups + 1);
+    mean[groups] = 0;
+    for (int64_t g = groups - 1; g >= 0; --g) {
+      mean[g] = later[g] * mean[g + 1];
+      for (int64_t i = first[g]; i < first[g + 1]; ++i) mean[g] += share[i] * v[i];
+    }
+    return mean;
+  }
+};
+
+// A list in label order, highest first, in double.
+struct Ordered {
+  const int32_t* order;
+  double *s, *y, *v;  // v is null where the slope is wanted
+  int64_t groups = 0;
+  int64_t* first;
+
+  // Of equal labels the higher score comes first if by_score. A group for each label if `grouped`, else
+  // for each item.
+  template <class A>
+  Ordered(const List<A>& list, bool by_score, bool grouped, double scale) {
+    Scratch& scratch = list.scratch;
+    const int64_t n = list.n;
+    if (by_score) {
+      const int32_t* by_scores = order_descending(list.s, n, scratch);
+      const int32_t* then = order_descending(gather(list.y, by_scores, n, scratch), n, scratch);
+      order = gather(by_scores, then, n, scratch);
+    } else {
+      order = order_descending(list.y, n, scratch);
+    }
+    s = widened(list.s, n, scale, scratch);
+    y = widened(list.y, n, 1, scratch);
+    v = list.v ? widened(list.v, n, 1, scratch) : nullptr;
+    first = scratch.template get<int64_t>(n + 1);
+    for (int64_t i = 0; i < n; ++i)
+      if (i == 0 || !grouped || y[i] != y[i - 1]) first[groups++] = i;
+    first[groups] = n;
+  }
+
+  template <class A>
+  double* widened(const A* x, int64_t n, double scale, Scratch& scratch) const {
+    double* out = scratch.get<double>(n);
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(x[order[i]]) * scale;
+    return out;
+  }
+};
+
+// Puts run(ordered, n, scratch, out) -> loss in place, if the list is to contribute.
+template <class A, class Run>
+void in_label_order(List<A>& list, bool by_score, bool grouped, double scale, const Run& run) {
+  if (tied(list.y, list.n)) return clear_slope(list);
+  list.active = true;
+  const Ordered ordered(list, by_score, grouped, scale);
+  double* out = list.scratch.template get<double>(list.n);
+  list.loss = static_cast<A>(run(ordered, list.n, list.scratch, out));
+  for (int64_t i = 0; i < list.n; ++i) list.slope[ordered.order[i]] = static_cast<A>(out[i]);
+}
+
+enum Ties : int64_t { kByIndex, kByScore, kBreslow, kTies };
+enum Weighting : int64_t { kUniform, kExponential, kDiscount, kWeightings };
+
+// The sum of w_i (L - s_i), of the first k items in label order.
+struct ListMle {
+  Ties ties;
+  Weighting weighting;
+  int64_t k;
+
+  ListMle(int64_t ties, int64_t weighting, int64_t k)
+      : ties(static_cast<Ties>(ties)),
+        weighting(static_cast<Weighting>(weighting)),
+        k(k) {
+    check(ties >= 0 && ties < kTies && weighting >= 0 && weighting < kWeightings, "ties, weighting: out of range");
+  }
+
+  double weight(int64_t i, int64_t n) const {
+    if (k > 0 && i >= k) return 0;
+    const double place = static_cast<double>(i), last = std::exp2(static_cast<double>(1 - n));
+    switch (weighting) {
+      case kExponential: return (std::exp2(-place) - last) / (1 - last);  // (2^(n-1-i) - 1) / (2^(n-1) - 1)
+      case kDiscount: return std::log(2.0) / std::log(2 + place);
+      default: return 1;
+    }
+  }
+
+  template <class A>
+  void operator()(List<A>& list) const {
+    in_label_order(list, ties == kByScore, ties == kBreslow, 1,
+                   [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+                     const Scan scan(o.s, n, o.first, o.groups, scratch);
+                     double* w = scratch.get<double>(n);  // items of one group share the weights of their places
+                     for (int64_t g = 0; g < o.groups; ++g) {
+                       double sum = 0;
+                       for (int64_t i = o.first[g]; i < o.first[g + 1]; ++i) sum += weight(i, n);
+                       const double mean = sum / static_cast<double>(o.first[g + 1] - o.first[g]);
+                       std::fill(w + o.first[g], w + o.first[g + 1], mean);
+                     }
+                     if (!o.v) return slope(scan, w, out);
+                     product(scan, w, o.v, scan.means(o.v, scratch), out);
+                     return 0.0;
+                   });
+  }
+
+  static double slope(const Scan& scan, const double* w, double* out) {
+    double loss = 0, carry = 0;  // the earlier groups' weights, each times the share of this L in its own
+    for (int64_t g = 0; g < scan.groups; ++g) {
+      double total = 0;
+      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) total += w[i];
+      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
+        const double miss = scan.later[g] + (scan.whole[g] - scan.share[i]);  // 1 - share, exact for a group of one
+        loss += w[i] * (miss < 0.5 ? -std::log1p(-miss) : scan.lse[g] - scan.s[i]);
+        out[i] = scan.share[i] * (carry + (total - w[i])) - w[i] * miss;
+      }
+      carry = scan.later[g] * (carry + total);
+    }
+    return loss;
+  }
+
+  static void product(const Scan& scan, const double* w, const double* v, const double* mean, double* out) {
+    double carry = 0, moved = 0;
+    for (int64_t g = 0; g < scan.groups; ++g) {
+      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) carry += w[i], moved += w[i] * mean[g];
+      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) out[i] = scan.share[i] * (v[i] * carry - moved);
+      carry *= scan.later[g], moved *= scan.later[g];
+    }
+  }
+};
+
+// The sum of w_i softplus(L - s_i), L of the next lower label; w: gains over the largest one.
+struct UniqueSoftmax {
+  bool exponential;
+
+  template <class A>
+  void operator()(List<A>& list) const {
+    const A top = *std::max_element(list.y, list.y + list.n);
+    if (top <= 0) return clear_slope(list);
+    in_label_order(list, false, true, 1, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+      const Scan scan(o.s, n, o.first, o.groups, scratch);
+      double* w = o.y;
+      const double most = o.y[0], least = std::exp2(-most);
+      for (int64_t i = 0; i < n; ++i) {
+        const double gain = exponential ? (std::exp2(o.y[i] - most) - least) / (1 - least) : o.y[i] / most;
+        w[i] = o.y[i] <= 0 ? 0 : gain;
+      }
+      if (!o.v) return slope(scan, w, out);
+      product(scan, w, o.v, scan.means(o.v, scratch), out);
+      return 0.0;
+    });
+  }
+
+  static double slope(const Scan& scan, const double* w, double* out) {
+    double loss = 0, carry = 0;
+    for (int64_t g = 0; g < scan.groups; ++g) {
+      double pushed = 0;
+      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
+        const double x = scan.lse[g + 1] - scan.s[i], p = w[i] * sigmoid(x);
+        loss += w[i] * softplus(x);
+        out[i] = scan.share[i] * carry - p;
+        pushed += p;
+      }
+      carry = scan.later[g] * carry + pushed;
+    }
+    return loss;
+  }
+
+  static void product(const Scan& scan, const double* w, const double* v, const double* mean, double* out) {
+    double carry = 0, moved = 0;
+    for (int64_t g = 0; g < scan.groups; ++g) {
+      double pushed = 0, pushed_moved = 0;
+      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
+        const double x = scan.lse[g + 1] - scan.s[i], p = w[i] * sigmoid(x);
+        const double dp = p * sigmoid(-x) * (mean[g + 1] - v[i]);
+        out[i] = scan.share[i] * (v[i] * carry + moved) - dp;
+        pushed += p, pushed_moved += dp - p * mean[g + 1];
+      }
+      carry = scan.later[g] * carry + pushed;
+      moved = scan.later[g] * moved + pushed_moved;
+    }
+  }
+};
+
+// log(1 + the sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j).
+struct Cosent {
+  double scale;
+
+  template <class A>
+  void operator()(List<A>& list) const {
+    in_label_order(list, false, true, scale, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+      const int64_t groups = o.groups;
+      // Over the lower labels of e^s, and, all reversed, over the higher ones of e^-s.
+      const Scan down(o.s, n, o.first, groups, scratch);
+      double* reversed = scratch.get<double>(n);
+      int64_t* first = scratch.get<int64_t>(groups + 1);
+      for (int64_t i = 0; i < n; ++i) reversed[i] = -o.s[n - 1 - i];
+      for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
+      const Scan up(reversed, n, first, groups, scratch);
+
+      double top = 0, sum = 0;
+      down.each([&](int64_t i, int64_t g) { top = std::max(top, down.lse[g + 1] - o.s[i]); });
+      down.each([&](int64_t i, int64_t g) { sum += std::exp(down.lse[g + 1] - o.s[i] - top); });
+      const double total = top > 0 ? top + std::log(std::exp(-top) + sum) : std::log1p(sum);
+      // The shares of an item's pairs with those of lower and of higher labels.
+      const auto lower = [&](int64_t i, int64_t g) { return std::exp(down.lse[g + 1] - o.s[i] - total); };
+      const auto higher = [&](int64_t i, int64_t g) { return std::exp(up.lse[groups - g] + o.s[i] - total); };
+
+      if (!o.v) {
+        down.each([&](int64_t i, int64_t g) { out[i] = scale * (higher(i, g) - lower(i, g)); });
+        return total;
+      }
+      const double* v = o.v;
+      for (int64_t i = 0; i < n; ++i) reversed[i] = v[n - 1 - i];
+      const double* mean_lower = down.means(v, scratch);
+      const double* mean_higher = up.means(reversed, scratch);
+      double mean = 0;
+      down.each([&](int64_t i, int64_t g) { mean += (higher(i, g) - lower(i, g)) * v[i]; });
+      down.each([&](int64_t i, int64_t g) {
+        out[i] =
+            higher(i, g) * (v[i] - mean_higher[groups - g] - mean) - lower(i, g) * (mean_lower[g + 1] - v[i] - mean);
+        out[i] *= scale * scale;
+      });
+      return 0.0;
+    });
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> list_softmax(const Tensor& scores, const Tensor& labels,
+                                                const std::optional<Tensor>& valid,
+                                                const std::optional<Tensor>& offsets, bool softmax_labels) {
+  return list_loss(scores, labels, valid, offsets, ListSoftmax{softmax_labels});
+}
+
+Tensor list_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                          const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, bool softmax_labels) {
+  return list_slope(scores, labels, valid, offsets, v, ListSoftmax{softmax_labels});
+}
+
+std::tuple<Tensor, Tensor, Tensor> list_mle(const Tensor& scores, const Tensor& labels,
+                                            const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
+                                            int64_t ties, int64_t weighting, int64_t k) {
+  return list_loss(scores, labels, valid, offsets, ListMle(ties, weighting, k));
+}
+
+Tensor list_mle_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                      const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, int64_t ties,
+                      int64_t weighting, int64_t k) {
+  return list_slope(scores, labels, valid, offsets, v, ListMle(ties, weighting, k));
+}
+
+std::tuple<Tensor, Tensor, Tensor> unique_softmax(const Tensor& scores, const Tensor& labels,
+                                                  const std::optional<Tensor>& valid,
+                                                  const std::optional<Tensor>& offsets, bool exponential) {
+  return list_loss(scores, labels, valid, offsets, UniqueSoftmax{exponential});
+}
+
+Tensor unique_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                            const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, bool exponential) {
+  return list_slope(scores, labels, valid, offsets, v, UniqueSoftmax{exponential});
+}
+
+std::tuple<Tensor, Tensor, Tensor> cosent(const Tensor& scores, const Tensor& labels,
+                                          const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
+                                          double scale) {
+  return list_loss(scores, labels, valid, offsets, Cosent{scale});
+}
+
+Tensor cosent_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                    const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, double scale) {
+  return list_slope(scores, labels, valid, offsets, v, Cosent{scale});
+}
+
+}  // namespace custom_ops
+
+CUSTOM_OPS_CPU_KERNEL(list_softmax)
+CUSTOM_OPS_CPU_KERNEL(list_softmax_slope)
+CUSTOM_OPS_CPU_KERNEL(list_mle)
+CUSTOM_OPS_CPU_KERNEL(list_mle_slope)
+CUSTOM_OPS_CPU_KERNEL(unique_softmax)
+CUSTOM_OPS_CPU_KERNEL(unique_softmax_slope)
+CUSTOM_OPS_CPU_KERNEL(cosent)
+CUSTOM_OPS_CPU_KERNEL(cosent_slope)

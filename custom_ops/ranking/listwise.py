@@ -1,0 +1,532 @@
+"""Listwise losses: cross entropies and likelihoods of whole rankings, in O(n) but for one sort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks
+from custom_ops._native import define
+from custom_ops.ranking._lists import (
+    ListLossModule,
+    attach,
+    empty_loss,
+    list_bad_calls,
+    list_loss,
+    list_samples,
+    reference_of,
+)
+from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
+
+__all__ = [
+    "CoSENTLoss",
+    "ListMLELoss",
+    "ListNetLoss",
+    "SoftmaxLoss",
+    "UniqueSoftmaxLoss",
+    "cosent_loss",
+    "list_mle_loss",
+    "list_net_loss",
+    "softmax_loss",
+    "unique_softmax_loss",
+]
+
+# As numbered in csrc/listwise.cpp and triton_kernels/listwise.py.
+_TIES = {"index": 0, "score": 1, "breslow": 2}
+_POSITION_WEIGHTS = {"uniform": 0, "exponential": 1, "discount": 2}
+_GAINS = ("exponential", "linear")
+
+
+# ---------------------------------------------------------------- ops
+
+
+@define
+def list_softmax(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, softmax_labels: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of p_i (logsumexp(s) - s_i) for each list, p the labels or their softmax."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def list_softmax_slope(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, softmax_labels: bool
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+@define
+def list_mle(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, ties: int, weighting: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of w_i (logsumexp of s from the i-th item on - s_i), in label order; of k items unless k is 0."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def list_mle_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    ties: int,
+    weighting: int,
+    k: int,
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+@define
+def unique_softmax(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, exponential: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of gain_i softplus(logsumexp of s at lower labels - s_i) for each list."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def unique_softmax_slope(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, exponential: bool
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+@define
+def cosent(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log(1 + sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j) for each list."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def cosent_slope(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, scale: float
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+attach(list_softmax, list_softmax_slope)
+attach(list_mle, list_mle_slope)
+attach(unique_softmax, unique_softmax_slope)
+attach(cosent, cosent_slope)
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def list_net_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """ListNet: the cross entropy of the scores' softmax relative to the labels'.
+
+    ``sum_i softmax(y)_i (logsumexp(s) - s_i)``, convex in the scores.
+
+    Differentiable twice and in forward mode. 16-bit scores are computed in float32.
+
+    Args:
+        scores: ``[..., n]``; float16, bfloat16, float32 or float64.
+        labels: graded relevance ``[..., n]``, real numbers.
+        mask: True where an item is valid; others are not read, and get a zero gradient.
+        lengths: ``[...]``: of each list the first so many items are valid.
+        cu_lengths: ``[L + 1]``: list l is the items from cu_lengths[l] to cu_lengths[l + 1].
+        weights: of each list.
+        reduction: "mean" over the lists that contribute, "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" one loss for each list. A list whose labels are all equal (or that has less
+        than two items) doesn't contribute: its loss and gradient are 0.
+
+    Raises:
+        TypeError: no tensor, or a wrong dtype.
+        ValueError: shapes that don't match, several devices, labels that require a gradient, an
+            unknown ``reduction``.
+
+    O(n) time and memory.
+
+    Source: Cao, Qin, Liu, Tsai, Li, "Learning to rank: from pairwise approach to listwise approach", ICML 2007.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+        >>> loss = custom_ops.list_net_loss(scores, torch.tensor([0, 2, 1]))
+        >>> loss.backward()
+        >>> loss, scores.grad
+        (tensor(1.4614, grad_fn=<ToCopyBackward0>), tensor([ 0.4861, -0.4533, -0.0328]))
+    """
+    return list_loss(list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction)
+
+
+def softmax_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Softmax cross entropy with the labels as weights: ``sum_i y_i (logsumexp(s) - s_i)``.
+
+    With one label of 1 and the others 0 it is the negative log-likelihood of that item. Arguments, errors,
+    the lists that contribute, and costs are those of `list_net_loss`.
+
+    Source: Bruch, Wang, Bendersky, Najork, "An analysis of the softmax cross entropy loss for
+    learning-to-rank with binary relevance", ICTIR 2019.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+        >>> loss = custom_ops.softmax_loss(scores, torch.tensor([0, 1, 0]))
+        >>> loss.backward()
+        >>> loss, scores.grad
+        (tensor(1.5514, grad_fn=<ToCopyBackward0>), tensor([ 0.5761, -0.7881,  0.2119]))
+    """
+    return list_loss(list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction)
+
+
+def list_mle_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    k: int | None = None,
+    position_weights: str = "uniform",
+    ties: str = "index",
+) -> Tensor:
+    """ListMLE: the negative log-likelihood of the labels' ranking under the Plackett-Luce model.
+
+    ``sum_i w_i (logsumexp_{j >= i} s_j - s_i)`` over the items in descending order of their labels;
+    convex in the scores.
+
+    Arguments but for these, errors, and the lists that contribute are those of `list_net_loss`.
+
+    Args:
+        k: the likelihood of the first k places only.
+        position_weights: w of place i of n: "uniform" 1, "exponential" (2^(n-i) - 1) / (2^(n-1) - 1),
+            which is p-ListMLE's relative to the first place, "discount" 1 / log2(1 + i).
+        ties: the order of equal labels: "index" as they come, "score" the higher score first (the ranking
+            that is then most likely), "breslow" none: each competes with all the others of its label
+            and below, as in Breslow's partial likelihood, and they share their places' weights.
+
+    Raises:
+        TypeError: also ``k`` no integer.
+        ValueError: also ``k`` not positive, unknown ``position_weights`` or ``ties``.
+
+    O(n) time but for the sort, O(n) memory.
+
+    Source: Xia, Liu, Wang, Zhang, Li, "Listwise approach to learning to rank", ICML 2008; Lan, Zhu, Guo,
+    Niu, Cheng, "Position-aware ListMLE", UAI 2014.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([50.0, 0.0, 1.0], requires_grad=True)
+        >>> loss = custom_ops.list_mle_loss(scores, torch.tensor([2, 1, 0]))
+        >>> loss.backward()
+        >>> loss, scores.grad
+        (tensor(1.3133, grad_fn=<ToCopyBackward0>), tensor([-7.1716e-22, -7.3106e-01,  7.3106e-01]))
+    """
+    if k is not None:
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k: expected an integer or None, got {type(k).__name__}")
+        _checks.is_positive("k", k)
+    _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
+    _checks.is_one_of("ties", ties, _TIES)
+    params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
+    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+def unique_softmax_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    gain: str = "exponential",
+) -> Tensor:
+    """Unique softmax: each item against those of lower label, weighted with its gain.
+
+    ``sum_i G_i softplus(logsumexp_{y_j < y_i} s_j - s_i)``, with the gains ``2^y - 1`` or ``y`` relative to the
+    list's largest one; convex in the scores. An item whose label isn't above 0 has no gain of its own.
+
+    Arguments but for ``gain`` ("exponential" or "linear"), and errors, are those of `list_net_loss`. A list
+    whose labels are all equal, or none above 0, doesn't contribute. O(n) time but for the sort, O(n) memory.
+
+    Source: Zhu & Klabjan, "Listwise learning to rank by exploring unique ratings", WSDM 2020. TensorFlow
+    Ranking's loss is this one times the largest gain.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+        >>> loss = custom_ops.unique_softmax_loss(scores, torch.tensor([0, 2, 1]))
+        >>> loss.backward()
+        >>> loss, scores.grad
+        (tensor(1.9892, grad_fn=<ToCopyBackward0>), tensor([ 0.8198, -0.7881, -0.0317]))
+    """
+    _checks.is_one_of("gain", gain, _GAINS)
+    params = (gain == "exponential",)
+    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+def cosent_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    scale: float = 20.0,
+) -> Tensor:
+    """CoSENT: a smooth maximum over all pairs of how far they are misordered.
+
+    ``log(1 + sum_{y_i > y_j} exp(scale (s_j - s_i)))``, convex in the scores, for similarities as scores: the
+    batch of pairs of sentences is one list.
+
+    Arguments but for ``scale``, a positive number, errors, and the lists that contribute are those of
+    `list_net_loss`. O(n) time but for the sort, O(n) memory.
+
+    Source: Su, "CoSENT", 2022; the CoSENTLoss of Sentence Transformers.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([0.3, 0.1, 0.25], requires_grad=True)
+        >>> loss = custom_ops.cosent_loss(scores, torch.tensor([0.1, 0.9, 0.5]), scale=5.0)
+        >>> loss.backward()
+        >>> loss, scores.grad
+        (tensor(1.9628, grad_fn=<ToCopyBackward0>), tensor([ 2.8109, -3.3959,  0.5850]))
+    """
+    _checks.is_positive("scale", scale)
+    return list_loss(cosent, scores, labels, (float(scale),), mask, lengths, cu_lengths, weights, reduction)
+
+
+# ---------------------------------------------------------------- modules
+
+
+class ListNetLoss(ListLossModule):
+    """`list_net_loss` as a layer."""
+
+    function = staticmethod(list_net_loss)
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__(reduction)
+
+
+class SoftmaxLoss(ListLossModule):
+    """`softmax_loss` as a layer."""
+
+    function = staticmethod(softmax_loss)
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__(reduction)
+
+
+class ListMLELoss(ListLossModule):
+    """`list_mle_loss` as a layer."""
+
+    function = staticmethod(list_mle_loss)
+
+    def __init__(
+        self, reduction: str = "mean", k: int | None = None, position_weights: str = "uniform", ties: str = "index"
+    ) -> None:
+        super().__init__(reduction, k=k, position_weights=position_weights, ties=ties)
+
+
+class UniqueSoftmaxLoss(ListLossModule):
+    """`unique_softmax_loss` as a layer."""
+
+    function = staticmethod(unique_softmax_loss)
+
+    def __init__(self, reduction: str = "mean", gain: str = "exponential") -> None:
+        super().__init__(reduction, gain=gain)
+
+
+class CoSENTLoss(ListLossModule):
+    """`cosent_loss` as a layer."""
+
+    function = staticmethod(cosent_loss)
+
+    def __init__(self, reduction: str = "mean", scale: float = 20.0) -> None:
+        super().__init__(reduction, scale=scale)
+
+
+# ---------------------------------------------------------------- references
+
+
+def _contributes(y: Tensor) -> Tensor:
+    return (y != y[0]).any()
+
+
+def _list_net_of_one_list(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return -(y.softmax(0) * s.log_softmax(0)).sum(), _contributes(y)
+
+
+def _softmax_of_one_list(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return -(y * s.log_softmax(0)).sum(), _contributes(y)
+
+
+def _logsumexp_among(s: Tensor, among: Tensor) -> Tensor:
+    """logsumexp of s over the items of each row that are ``among``; a row must have one."""
+    return torch.where(among, s, s.detach().min() - 1e4).logsumexp(-1)
+
+
+def _list_mle_of_one_list(
+    s: Tensor, y: Tensor, k: int | None = None, position_weights: str = "uniform", ties: str = "index"
+) -> tuple[Tensor, Tensor]:
+    n = len(s)
+    place = torch.arange(1, n + 1, device=s.device).to(s.dtype)
+    if position_weights == "exponential":
+        w = (2 ** (n - place) - 1) / max(2.0 ** (n - 1) - 1, 1)
+    else:
+        w = torch.ones_like(place) if position_weights == "uniform" else 1 / (1 + place).log2()
+    w = w * (place <= (k or n))
+    if ties == "score":
+        order = s.detach().sort(descending=True, stable=True).indices
+        s, y = s[order], y[order]
+    order = y.sort(descending=True, stable=True).indices
+    s, y = s[order], y[order]
+    if ties == "breslow":
+        same = (y == y.unsqueeze(-1)).to(s.dtype)
+        w = (same @ w) / same.sum(-1)
+        among = y <= y.unsqueeze(-1)
+    else:
+        among = place >= place.unsqueeze(-1)
+    return (w * (_logsumexp_among(s, among) - s)).sum(), _contributes(y)
+
+
+def _unique_softmax_of_one_list(s: Tensor, y: Tensor, gain: str = "exponential") -> tuple[Tensor, Tensor]:
+    g = (2**y - 1 if gain == "exponential" else y).clamp_min(0)
+    among = y < y.unsqueeze(-1)
+    some = among.any(-1)
+    lower = _logsumexp_among(s, among | ~some.unsqueeze(-1))
+    terms = g * torch.where(some, -torch.nn.functional.logsigmoid(s - lower), 0)
+    most = g.max()
+    return terms.sum() / torch.where(most > 0, most, 1), _contributes(y) & (most > 0)
+
+
+def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tensor, Tensor]:
+    pairs = torch.where(y.unsqueeze(-1) > y, scale * (s - s.unsqueeze(-1)), -1e9).flatten()
+    return torch.nn.functional.pad(pairs, (1, 0)).logsumexp(0), _contributes(y)
+
+
+# ---------------------------------------------------------------- registry
+
+
+def _benchmark(peers: dict[str, Any], peer: str, times: float) -> list[Benchmark]:
+    targets = [Target(shape, peer, 1 / times) for shape in SHAPES]
+    return [Benchmark(SHAPES, lists_of_five_levels, peers, "scores, of five labels", targets)]
+
+
+def _register(
+    function: Callable[..., Tensor],
+    module: type[ListLossModule],
+    one_list: Callable[..., tuple[Tensor, Tensor]],
+    summary: str,
+    *owns: dict[str, Any],
+    base: dict[str, Any] | None = None,
+    bad: tuple[tuple[str, Any], ...] = (),
+    benchmarks: Sequence[Benchmark] = (),
+) -> None:
+    """Each of ``owns`` are a sample's own arguments, ``base`` those of the samples common to all losses.
+
+    The first of ``owns`` also makes the module. ``bad``: messages, and values of the argument they name.
+    """
+    x = torch.ones(2)
+    base, own = base or {}, owns[0] if owns else {}
+    register(
+        OpInfo(
+            name=function.__name__,
+            summary=summary,
+            function=function,
+            reference=reference_of(one_list),
+            samples=lambda device, dtype: [
+                *list_samples(device, dtype, **base),
+                *(list_samples(device, dtype, **own)[0] for own in owns),
+            ],
+            modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
+            bad_calls=lambda: [
+                *list_bad_calls(),
+                *(BadCall((x, x), message, {message.split(":")[0]: value}) for message, value in bad),
+            ],
+            benchmarks=benchmarks,
+        )
+    )
+
+
+_register(
+    list_net_loss,
+    ListNetLoss,
+    _list_net_of_one_list,
+    "Cross entropy of the softmax of scores and labels",
+    benchmarks=_benchmark(
+        {
+            "allRank": "custom_ops.benchmarks.allrank_peers:list_net",
+            "F.cross_entropy": lambda scores, labels: torch.nn.functional.cross_entropy(
+                scores, labels.to(scores.dtype).softmax(-1)
+            ),
+        },
+        "F.cross_entropy",
+        1,
+    ),
+)
+_register(softmax_loss, SoftmaxLoss, _softmax_of_one_list, "Softmax cross entropy weighted with the labels")
+_register(
+    list_mle_loss,
+    ListMLELoss,
+    _list_mle_of_one_list,
+    "Plackett-Luce likelihood of the ranking by labels",
+    {"k": 2, "position_weights": "discount", "ties": "breslow"},
+    {"position_weights": "exponential", "ties": "score"},
+    bad=(
+        ("k: expected an integer or None, got float", 1.0),
+        ("k: expected a positive number, got 0", 0),
+        ("position_weights: expected one of 'uniform', 'exponential', 'discount', got 'x'", "x"),
+        ("ties: expected one of 'index', 'score', 'breslow', got 'x'", "x"),
+    ),
+    benchmarks=_benchmark(
+        {
+            "allRank": "custom_ops.benchmarks.allrank_peers:list_mle",
+            "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_list_mle",
+        },
+        "allRank, compiled",
+        4,
+    ),
+)
+_register(
+    unique_softmax_loss,
+    UniqueSoftmaxLoss,
+    _unique_softmax_of_one_list,
+    "Softmax of each item against those of lower label",
+    {"gain": "linear"},
+    bad=(("gain: expected one of 'exponential', 'linear', got 'log'", "log"),),
+)
+_register(
+    cosent_loss,
+    CoSENTLoss,
+    _cosent_of_one_list,
+    "Smooth maximum over all misordered pairs",
+    {"scale": 5.0},
+    base={"scale": 2.0},
+    bad=(("scale: expected a positive number, got 0", 0),),
+)

@@ -1,0 +1,373 @@
+"""Listwise losses: sums of exponentials along each list, and pointwise formulas between them, in float64."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import kernel
+from custom_ops.triton_kernels.lists import Lists
+
+_LEAST = tl.constexpr(-1e300)  # in place of -inf, of which a difference would be NaN
+_BY_INDEX, _BY_SCORE, _BRESLOW = range(3)
+_UNIFORM, _EXPONENTIAL, _DISCOUNT = range(3)
+
+
+@kernel(
+    "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *i64 i32 i32",
+    ("fp64",),
+    {reverse: {"REVERSE": reverse, "BLOCK": 32} for reverse in (False, True)},
+)
+@triton.jit(do_not_specialize=["items", "lists"])
+def exponential_scan_kernel(
+    x_ptr,
+    a_ptr,
+    b_ptr,
+    top_ptr,
+    sum_a_ptr,
+    sum_b_ptr,
+    bounds_ptr,
+    items,
+    lists,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The running sums of a e^(x - top) and b e^(x - top) along a list, or from its end, for the running largest x."""
+    program = tl.program_id(0).to(tl.int64)
+    start = tl.load(bounds_ptr + program % lists)
+    stop = tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    lane = tl.arange(0, BLOCK)
+    before = (lane[None, :] <= lane[:, None]).to(tl.int1)
+    carry_top = tl.full([1], _LEAST, tl.float64)
+    carry_a, carry_b = tl.zeros([1], tl.float64), tl.zeros([1], tl.float64)
+    for first in range(0, stop - start, BLOCK):
+        place = first + lane
+        inside = place < stop - start
+        at = base + (stop - 1 - place if REVERSE else start + place)
+        x = tl.load(x_ptr + at, mask=inside, other=_LEAST)
+        a = tl.load(a_ptr + at, mask=inside, other=0)
+        b = tl.load(b_ptr + at, mask=inside, other=0)
+        top = tl.maximum(tl.max(tl.where(before, x[None, :], _LEAST), axis=1), carry_top)
+        weight = tl.exp(tl.where(before, x[None, :] - top[:, None], _LEAST))
+        carried = tl.exp(carry_top - top)
+        sum_a = tl.sum(weight * a[None, :], axis=1) + carried * carry_a
+        sum_b = tl.sum(weight * b[None, :], axis=1) + carried * carry_b
+        tl.store(top_ptr + at, top, mask=inside)
+        tl.store(sum_a_ptr + at, sum_a, mask=inside)
+        tl.store(sum_b_ptr + at, sum_b, mask=inside)
+        last = lane == BLOCK - 1
+        carry_top = tl.max(tl.where(last, top, _LEAST), axis=0, keep_dims=True)
+        carry_a = tl.sum(tl.where(last, sum_a, 0.0), axis=0, keep_dims=True)
+        carry_b = tl.sum(tl.where(last, sum_b, 0.0), axis=0, keep_dims=True)
+
+
+class _Sums(NamedTuple):
+    """Sums of a e^x and b e^x, each over e^top."""
+
+    top: Tensor
+    a: Tensor
+    b: Tensor
+
+    @property
+    def log(self) -> Tensor:
+        return self.top + self.a.log()
+
+    @property
+    def mean(self) -> Tensor:
+        """Of b / a, weighted with a e^x; 0 over nothing."""
+        return torch.where(self.a == 0, 0, self.b / self.a)
+
+
+class _Ordered:
+    """The lists in float64 with their items, masked ones last, in descending order of the labels."""
+
+    def __init__(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        offsets: Tensor | None,
+        by_score: bool = False,
+        grouped: bool = True,
+    ) -> None:
+        if labels.shape != scores.shape or labels.dtype != scores.dtype:
+            raise RuntimeError("labels: expected the shape and dtype of the scores")
+        self.dtype = scores.dtype
+        self.lists = lists = Lists(scores, valid, offsets)
+        place = torch.arange(lists.items, device=scores.device)
+        self.start, self.stop = torch.zeros_like(place), torch.full_like(place, lists.items)
+        exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        if lists.several:
+            exists = exists & (lists.ids >= 0)
+            self.list = lists.ids.clamp_min(0).long()
+            self.start, self.stop = lists.bounds[self.list], lists.bounds[self.list + 1]
+        exists = exists.contiguous()
+        scores, labels = (t.contiguous().masked_fill(~exists, 0).double() for t in (scores, labels))
+        self.order = lists.sort(labels, scores if by_score else None).contiguous()
+        self.s, self.y, self.exists = (t.gather(-1, self.order) for t in (scores, labels, exists))
+        count = lists.sum(self.exists.double()).long()
+        end = self.start + self.to_items(count)  # of the valid ones
+        begins = self.exists.clone()
+        if grouped:
+            begins[..., 1:] &= (self.y[..., 1:] != self.y[..., :-1]) | (self.start == place)[1:]
+        # The items' groups, those of equal label or each alone, reach from first to last.
+        self.first = torch.where(begins, place, 0).cummax(-1).values
+        following = torch.where(begins, place, lists.items).roll(-1, -1)
+        following[..., -1] = lists.items
+        self.last = following.flip(-1).cummin(-1).values.flip(-1).minimum(end) - 1
+        self.final = self.last + 1 == end
+        top, bottom = (self.per_list(self.y, at) for at in (lists.bounds[:-1], lists.bounds[:-1] + count - 1))
+        self.top = top
+        self.active = (count > 1) & ~(top == bottom)
+
+    def to_items(self, x: Tensor) -> Tensor:
+        """For each item that of its list."""
+        return x[..., self.list] if self.lists.several else x.expand(self.order.shape)
+
+    def per_list(self, x: Tensor, at: Tensor) -> Tensor:
+        """For each list the item at a place of the example."""
+        return x.gather(-1, at.clamp(0, self.lists.items - 1).expand((*self.lists.batch, self.lists.lists)))
+
+    def sorted(self, v: Tensor) -> Tensor:
+        return v.double().gather(-1, self.order).masked_fill(~self.exists, 0)
+
+    def scan(self, x: Tensor, a: Tensor, b: Tensor, where: Tensor, reverse: bool = False) -> _Sums:
+        """At each item the sums over all up to it, or from it on."""
+        x = torch.where(where, x, _LEAST.value).contiguous()
+        a, b = (t.masked_fill(~where, 0).contiguous() for t in (a, b))
+        out = _Sums(*(torch.zeros_like(x) for _ in range(3)))
+        lists = self.lists
+        pointers = (x, a, b, *out, lists.bounds)
+        exponential_scan_kernel(lists.examples * lists.lists, *pointers, lists.items, lists.lists, variant=reverse)
+        return out
+
+    def at(self, sums: _Sums, place: Tensor, none: Tensor) -> _Sums:
+        """The sums at places; empty ones where ``none``."""
+        place = place.clamp(0, self.lists.items - 1)
+        top, a, b = (t.gather(-1, place).masked_fill(none, 0) for t in sums)
+        return _Sums(top, a, b)
+
+    def result(self, slope: Tensor) -> Tensor:
+        slope = torch.where(self.exists & self.to_items(self.active), slope, 0)
+        return torch.empty_like(slope).scatter_(-1, self.order, slope).to(self.dtype)
+
+    def sum(self, terms: Tensor) -> Tensor:
+        return self.lists.sum(terms.masked_fill(~self.exists, 0))
+
+    def results(self, loss: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.where(self.active, loss, 0).to(self.dtype), self.result(slope), self.active
+
+
+# ---------------------------------------------------------------- softmax cross entropy
+
+
+class _ListSoftmax(_Ordered):
+    def __init__(
+        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, softmax_labels: bool
+    ) -> None:
+        super().__init__(scores, labels, valid, offsets)
+        self.p = self._softmax(self.y)[0] if softmax_labels else self.y
+        self.total = self.sum(self.p)
+        self.q, self.lse = self._softmax(self.s)
+
+    def _total(self, x: Tensor, a: Tensor, b: Tensor) -> _Sums:
+        """Over the whole list, at each of its items."""
+        sums = self.scan(x, a, b, self.exists)
+        return self.at(sums, (self.stop - 1).expand(x.shape), ~self.exists)
+
+    def _softmax(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ones = torch.ones_like(x)
+        sums = self._total(x, ones, ones)
+        return (x - sums.top).exp() / sums.a, sums.log
+
+    def loss(self) -> Tensor:
+        return self.sum(self.p * (self.lse - self.s))
+
+    def slope(self) -> Tensor:
+        return self.to_items(self.total) * self.q - self.p
+
+    def product(self, v: Tensor) -> Tensor:
+        mean = self.sum(self.q * v)
+        return self.to_items(self.total) * self.q * (v - self.to_items(mean))
+
+
+# ---------------------------------------------------------------- scans in label order
+
+
+class _Competing(_Ordered):
+    """Each group competes with all items from itself on: L is the logarithm of their sum of e^s."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.reach(torch.zeros_like(self.s))
+
+    def reach(self, v: Tensor) -> None:
+        sums = self.scan(self.s, torch.ones_like(self.s), v, self.exists, reverse=True)
+        own, self.lower = (
+            self.at(sums, self.first, ~self.exists),
+            self.at(sums, self.last + 1, self.final | ~self.exists),
+        )
+        self.lse, self.mean = own.log, own.mean
+        self.share = (self.s - own.top).exp() / own.a
+        self.lower_lse = self.lower.log  # -inf for none
+
+    def earlier(self, x: Tensor, a: Tensor, b: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of a and b over the earlier groups, each times e^(x + L)."""
+        sums = self.scan(x, a, b, where)
+        sums = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
+        factor = (sums.top + self.lse).exp()
+        return torch.where(sums.a == 0, 0, sums.a * factor), torch.where(sums.b == 0, 0, sums.b * factor)
+
+
+class _ListMle(_Competing):
+    def __init__(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        offsets: Tensor | None,
+        ties: int,
+        weighting: int,
+        k: int,
+    ) -> None:
+        super().__init__(scores, labels, valid, offsets, by_score=ties == _BY_SCORE, grouped=ties == _BRESLOW)
+        place = (torch.arange(self.lists.items, device=scores.device) - self.start).double()
+        w = torch.ones_like(self.s)
+        if weighting == _EXPONENTIAL:
+            last = torch.exp2(1 - self.to_items(self.sum(w)))
+            w = (torch.exp2(-place) - last) / (1 - last)
+        elif weighting == _DISCOUNT:
+            w = w * (math.log(2) / (place + 2).log())
+        if k > 0:
+            w = w.masked_fill(place >= k, 0)
+        self.w, self.whole = w, w
+        if ties == _BRESLOW:  # the group's items share the weights of their places
+            through = w.masked_fill(~self.exists, 0).cumsum(-1)
+            self.whole = through.gather(-1, self.last.clamp_min(0)) - through.gather(-1, self.first)
+            self.whole = self.whole + w.gather(-1, self.first)
+            self.w = self.whole / (self.last - self.first + 1).clamp_min(1)
+            self.miss = 1 - self.share
+        else:
+            self.miss = (self.lower_lse - self.lse).exp()  # 1 - share, without cancellation
+
+    def loss(self) -> Tensor:
+        small = self.miss < 0.5
+        near = -torch.where(small, -self.miss, 0).log1p()
+        return self.sum(self.w * torch.where(small, near, self.lse - self.s))
+
+    def slope(self) -> Tensor:
+        carry, _ = self.earlier(-self.lse, self.w, self.w, self.exists)
+        return self.share * (carry + (self.whole - self.w)) - self.w * self.miss
+
+    def product(self, v: Tensor) -> Tensor:
+        self.reach(v)
+        moves = self.w * self.mean
+        carry, moved = self.earlier(-self.lse, self.w, moves, self.exists)
+        return self.share * (v * (carry + self.whole) - (moved + self.whole * self.mean))
+
+
+class _UniqueSoftmax(_Competing):
+    def __init__(
+        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, exponential: bool
+    ) -> None:
+        super().__init__(scores, labels, valid, offsets)
+        self.active = self.active & ~(self.top <= 0)
+        top = self.to_items(self.top)
+        least = torch.exp2(-top)
+        w = (torch.exp2(self.y - top) - least) / (1 - least) if exponential else self.y / top
+        self.w = w.masked_fill(self.y <= 0, 0)
+        self.x = self.lower_lse - self.s
+        self.p = self.w * self.x.sigmoid()
+
+    def _pushed(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.earlier(-self.lower_lse, a, b, self.exists & ~self.final)
+
+    def loss(self) -> Tensor:
+        return self.sum(-self.w * torch.nn.functional.logsigmoid(-self.x))
+
+    def slope(self) -> Tensor:
+        return self.share * self._pushed(self.p, self.p)[0] - self.p
+
+    def product(self, v: Tensor) -> Tensor:
+        self.reach(v)
+        moves = self.p * (-self.x).sigmoid() * (self.lower.mean - v)
+        carry, moved = self._pushed(self.p, moves - self.p * self.lower.mean)
+        return self.share * (v * carry + moved) - moves
+
+
+class _Cosent(_Competing):
+    def __init__(
+        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, scale: float
+    ) -> None:
+        self.scale = scale
+        super().__init__(scores * scale, labels, valid, offsets)
+        x = self.lower_lse - self.s
+        ones = torch.ones_like(x)
+        sums = self.scan(x, ones, ones, self.exists & ~self.final)
+        top, total, _ = (self.per_list(t, self.lists.bounds[1:] - 1) for t in sums)
+        most = top.clamp_min(0)
+        some = torch.log((-most).exp() + total * (top - most).exp()) + most
+        self.total = torch.where(top <= 0, (total * top.exp()).log1p(), some)
+
+    def reach(self, v: Tensor) -> None:
+        super().reach(v)
+        sums = self.scan(-self.s, torch.ones_like(v), v, self.exists)
+        self.higher = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
+
+    def _shares(self) -> tuple[Tensor, Tensor]:
+        """Of an item's pairs with those of lower and of higher labels."""
+        total = self.to_items(self.total)
+        return (self.lower_lse - self.s - total).exp(), (self.higher.log + self.s - total).exp()
+
+    def loss(self) -> Tensor:
+        return self.total
+
+    def slope(self) -> Tensor:
+        lower, higher = self._shares()
+        return self.scale * (higher - lower)
+
+    def product(self, v: Tensor) -> Tensor:
+        self.reach(v)
+        lower, higher = self._shares()
+        mean = self.to_items(self.sum((higher - lower) * v))
+        moves = higher * (v - self.higher.mean - mean) - lower * (self.lower.mean - v - mean)
+        return self.scale**2 * moves
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def _loss(kind: Any, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, *params: Any) -> Any:
+    if scores.numel() == 0:
+        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
+        return loss, scores.new_empty(scores.shape), loss.bool()
+    lists = kind(scores, labels, valid, offsets, *params)
+    return lists.results(lists.loss(), lists.slope())
+
+
+def _slope(
+    kind: Any,
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    *params: Any,
+) -> Any:
+    if scores.numel() == 0:
+        return scores.new_empty(scores.shape)
+    lists = kind(scores, labels, valid, offsets, *params)
+    return lists.result(lists.slope() if v is None else lists.product(lists.sorted(v)))
+
+
+list_softmax, list_softmax_slope = partial(_loss, _ListSoftmax), partial(_slope, _ListSoftmax)
+list_mle, list_mle_slope = partial(_loss, _ListMle), partial(_slope, _ListMle)
+unique_softmax, unique_softmax_slope = partial(_loss, _UniqueSoftmax), partial(_slope, _UniqueSoftmax)
+cosent, cosent_slope = partial(_loss, _Cosent), partial(_slope, _Cosent)
