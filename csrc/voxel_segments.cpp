@@ -200,7 +200,7 @@ ALWAYS_INLINE inline void for_columns(int64_t columns, const F& f) {
   if (c < columns) f(std::integral_constant<int, 0>{}, c, static_cast<int>(columns - c));
 }
 
-// What a reduction reads: n rows of x at offsets, their weights if any, and their points.
+// What a reduction reads: n > 0 rows of x at offsets, their weights if any, and their points.
 template <class T>
 struct Input {
   const T* x;
@@ -254,11 +254,6 @@ struct Max {
 
   static ALWAYS_INLINE inline void rows(const Input<T>& in, int64_t columns, A* __restrict value,
                                         int64_t* __restrict at) {
-    if (in.n == 0) {
-      std::fill_n(value, columns, A(0));
-      std::fill_n(at, columns, -1);
-      return;
-    }
     for_columns<A>(columns, [&](auto block, int64_t c0, int columns_left) ALWAYS_INLINE {
       constexpr int kBlock = decltype(block)::value;
       const int width = kBlock ? kBlock : columns_left;
@@ -308,14 +303,14 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
   std::unique_ptr<int64_t[]> at(new int64_t[Reduction::kIndexed ? std::max<int64_t>(plan.parts * columns, 1) : 1]);
   const auto finish = [&](int64_t e, int64_t s, const A* value) ALWAYS_INLINE {
     const int64_t* bounds = segments.at(e);
-    const A divisor = static_cast<A>(io.mean ? std::max<int64_t>(bounds[s + 1] - bounds[s], 1) : 1);
+    const A divisor = static_cast<A>(bounds[s + 1] - bounds[s]);
     T* to = io.out + (e * count + s) * columns;
     if (io.mean)
       for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<T>(value[c] / divisor);
     else
       for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<T>(value[c]);
   };
-  const auto argmax = [&](int64_t e, int64_t s) {
+  const auto argmax = [&](int64_t e, int64_t s) ALWAYS_INLINE {
     return Reduction::kIndexed ? io.argmax + (e * count + s) * columns : nullptr;
   };
   const int64_t grain = std::max<int64_t>(1, kGrain / kTask * 8 / std::max<int64_t>(columns, 1));
@@ -333,7 +328,7 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
       for (int64_t i = n; i < n + kAhead; ++i) offsets[i] = n ? offsets[n - 1] : 0;
       if (io.weight)
         for (int64_t i = 0; i < n; ++i) weights[i] = static_cast<A>(io.weight[e * segments.points + points[i]]);
-      const auto input = [&](int64_t first, int64_t length) {
+      const auto input = [&](int64_t first, int64_t length) ALWAYS_INLINE {
         if (order)
           for (int64_t i = first; i < first + length; ++i)
             prefetch(x + offsets[i + kAhead], columns * static_cast<int64_t>(sizeof(T)));
@@ -347,13 +342,20 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
         });
         continue;
       }
-      for (int64_t s = task.segment; s < task.end; ++s) {
-        const Input<T> in = input(bounds[s] - task.begin, bounds[s + 1] - bounds[s]);
-        multiversion([&]() ALWAYS_INLINE {
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t s = task.segment, next; s < task.end; s = next) {
+          for (next = s; next < task.end && bounds[next + 1] == bounds[s];) ++next;
+          if (next > s) {
+            std::memset(static_cast<void*>(io.out + (e * count + s) * columns), 0, (next - s) * columns * sizeof(T));
+            if (Reduction::kIndexed) std::fill_n(argmax(e, s), (next - s) * columns, -1);
+            continue;
+          }
+          next = s + 1;
+          const Input<T> in = input(bounds[s] - task.begin, bounds[next] - bounds[s]);
           Reduction::rows(in, columns, value.data(), argmax(e, s));
           finish(e, s, value.data());
-        });
-      }
+        }
+      });
     }
   });
   torch::stable::parallel_for(0, static_cast<int64_t>(plan.longs.size()), grain, [&](int64_t begin, int64_t end) {

@@ -44,10 +44,11 @@ CHANNELS = 24
 BATCH, STEPS, SHORT = 4, 400, 200
 TRAINING, TEST = 256, 48  # scenes
 
-# Inductor rounds the same arithmetic otherwise than eager, and training amplifies any rounding: 1e-7 at
-# first, 1e-5 after 10 steps, 1e-2 after 100 (in float64 no more than 1e-16 after 20). So the tight limit
-# holds for the first steps, and a wide one for the mean of the last 20.
-EARLY, TOLERANCE_EARLY, TOLERANCE = 10, 1e-4, 3e-2
+# Inductor rounds the same arithmetic otherwise than eager, and training amplifies any rounding: Adam's
+# first steps are of the gradient's sign alone. The losses differ by some 1e-5 after 10 steps and 1e-2
+# after 100 (in float64 by no more than 1e-16 in the first 20). So the tight limit holds for the first
+# steps, and a wide one for the mean of the last 20.
+EARLY, TOLERANCE_EARLY, TOLERANCE = 10, 1e-3, 3e-2
 
 
 @dataclass

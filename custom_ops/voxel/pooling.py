@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 from custom_ops.voxel.sums import check_ranks, geometry_of, voxel_sum_reference
+from custom_ops.voxel.voxel_grid import voxel_csr
 from custom_ops.voxel.voxel_segments import segment_reduce
 
 __all__ = ["BEVPool", "bev_pool", "bev_pool_v2"]
@@ -189,6 +192,23 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(batch)
+    depth = torch.rand(batch, 6, 41, 8, 22, generator=generator).to(device).requires_grad_()
+    feat = torch.randn(batch, 6, 64, 8, 22, generator=generator).to(device).requires_grad_()
+    rank = (torch.randint(0, 5000, depth.shape, generator=generator) * 8).to(device)
+    return depth, feat, rank, 40_000, voxel_csr(rank.flatten(1), 40_000)
+
+
+def _without_csr(name: str) -> Callable[..., Tensor]:
+    """A peer of the benchmarks, which keeps by itself what depends on the ranks alone."""
+
+    def peer(*args: Any) -> Tensor:
+        return getattr(importlib.import_module("custom_ops.benchmarks.peers"), name)(*args[:4])
+
+    return peer
+
+
 _depth, _feat, _rank = torch.ones(1, 2, 3, 1, 2), torch.ones(1, 2, 4, 1, 2), torch.zeros(2, 3, 1, 2, dtype=torch.int64)
 register(
     OpInfo(
@@ -209,6 +229,24 @@ register(
             BadCall((_depth, _feat, _rank, -2), "num_voxels: expected at least 0, got -2"),
             BadCall((_depth, _feat, _rank, 2, 3), r"csr: expected \(perm, indptr\) as from voxel_csr, got int"),
             BadCall((_depth, _feat.to("meta"), _rank, 2), "feat: expected on cpu as depth, got meta"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="examples of 6 cameras, 41 depths of 8 x 22 pixels, 64 features; geometry cached",
+                sizes=(1, 4),
+                make=_cameras,
+                peers={
+                    "Lift-Splat-Shoot's pipeline": _without_csr("lss_bev_pool"),
+                    "outer product, index_add": _without_csr("index_add_bev_pool"),
+                    "embedding_bag, cached": _without_csr("cached_embedding_bag_bev_pool"),
+                },
+                targets=[
+                    Target(4, "embedding_bag, cached", ratio, direction, memory)
+                    for direction, ratio in (("forward", 1.0), ("forward+backward", 0.5))
+                    for memory in ("fresh", "warm")
+                ]
+                + [Target(4, "Lift-Splat-Shoot's pipeline", 0.08, memory=memory) for memory in ("fresh", "warm")],
+            )
         ],
     )
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_match
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
 
@@ -175,13 +175,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
-def _unsorted(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Points in the order they come in, the voxels of which fill one cell in eight of the grid."""
-    points, columns = size
-    voxels = max(points // 8, 1)
+def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor, Tensor, int]:
+    """Points in any order, eight to a voxel, in one voxel of eight of the grid; fewer and fuller ones by ``skew``."""
     generator = torch.Generator().manual_seed(points)
-    x = torch.randn(points, columns, generator=generator)
-    rank = torch.randint(0, voxels, (points,), generator=generator) * 8
+    x = torch.randn(points, 64, generator=generator)
+    voxels = max(points // 8, 1)
+    rank = (torch.rand(points, generator=generator).double() ** skew * voxels).long() * 8
     return x.to(device).requires_grad_(), rank.to(device), 8 * voxels
 
 
@@ -215,6 +214,35 @@ register(
             ),
             BadCall((_x, _rank, 3, "sum", None, _csr), r"csr: expected perm \[3\] and indptr \[4\]"),
             BadCall((_x, _rank.to("meta"), 2), "rank: expected on cpu as x, got meta"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="points of 64 features in any order, 8 to a voxel",
+                sizes=(10_000, 172_824, 1_000_000),
+                make=_unsorted,
+                peers={
+                    "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
+                    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+                    "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
+                    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
+                },
+                targets=[
+                    Target(172_824, "Lift-Splat-Shoot's pipeline", 0.1),
+                    Target(172_824, "index_add", 0.6),
+                    Target(172_824, "Lift-Splat-Shoot's pipeline", 0.1, memory="warm"),
+                    Target(172_824, "index_add", 0.6, memory="warm"),
+                ],
+            ),
+            Benchmark(
+                unit="points of 64 features in any order, thousands in one voxel and one in many",
+                sizes=(140_000,),
+                make=lambda points, device: _unsorted(points, device, skew=6),
+                peers={
+                    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+                    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
+                },
+                targets=[Target(140_000, "index_add", 0.8), Target(140_000, "embedding_bag, cached", 0.8)],
+            ),
         ],
     )
 )

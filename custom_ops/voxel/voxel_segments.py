@@ -19,7 +19,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._native import define
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["segment_sum"]
 
@@ -362,6 +362,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _sorted(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(points)
+    counts = torch.randint(0, max(points // 8, 1), (points,), generator=generator).bincount()
+    x = torch.randn(points, 64, generator=generator).to(device).requires_grad_()
+    return x, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device)
+
+
 _x, _indptr, _perm = torch.ones(3, 2), torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1])
 register(
     OpInfo(
@@ -381,6 +388,25 @@ register(
             BadCall((_x, _indptr, _perm, _x[:, 0].double()), "weight: expected one of float32, got float64"),
             BadCall((_x, _indptr, _perm, _x), r"weight: expected shape \[3\]"),
             BadCall((_x, _indptr.to("meta")), "indptr: expected on cpu as x, got meta"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="points of 64 features in order, 8 to a segment",
+                sizes=(10_000, 172_824, 1_000_000),
+                make=_sorted,
+                peers={
+                    "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_segment_sum",
+                    "index_add": "custom_ops.benchmarks.peers:index_add_segment_sum",
+                    "scatter_add": "custom_ops.benchmarks.peers:scatter_add_segment_sum",
+                    "torch.segment_reduce": "custom_ops.benchmarks.peers:segment_reduce_segment_sum",
+                },
+                targets=[
+                    Target(172_824, "embedding_bag", 1.0, "forward"),
+                    Target(172_824, "embedding_bag", 1.0, "forward", "warm"),
+                    Target(172_824, "scatter_add", 0.6),
+                    Target(172_824, "scatter_add", 0.75, memory="warm"),
+                ],
+            )
         ],
     )
 )
