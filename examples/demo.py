@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from custom_ops.examples import bev_lidar, rank_mslr, report
+from custom_ops.examples import bev_lidar, rank_mslr, recommend_ml100k, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Train on real data through custom_ops, beside what it replaces."
-    return report.run([rank_mslr.example, bev_lidar.example], "python -m custom_ops demo", description, argv)
+    examples = [rank_mslr.example, recommend_ml100k.example, bev_lidar.example]
+    return report.run(examples, "python -m custom_ops demo", description, argv)

@@ -163,10 +163,10 @@ def test_a_check_of_nan_fails() -> None:
 
 
 def test_the_examples_run_on_the_real_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A few steps of both; without the data this fails and says how to get them."""
+    """A few steps of each; without the data this fails and says how to get them."""
     code = demo.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert "Ranking: MSLR-WEB slice" in printed and "Bird's-eye view" in printed
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"ranking.png", "bev_scan2.png", "bev_training.png"}
+    assert pictures == {"ranking.png", "recommending.png", "bev_scan2.png", "bev_training.png"}
