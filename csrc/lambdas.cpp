@@ -55,6 +55,15 @@ struct Ranked {
   }
 };
 
+// log(1 + u) for 0 <= u <= 1 from z = u / (2 + u), which is at most 1/3: 2 (z + z^3 / 3 + z^5 / 5 + ...).
+template <class A>
+ALWAYS_INLINE inline void log_one_plus(const VectorOf<A>& z, VectorOf<A>& out) {
+  const VectorOf<A> square = z * z;
+  VectorOf<A> series = VectorOf<A>{};
+  for (int k = std::is_same_v<A, float> ? 7 : 16; k > 0; --k) series = (series + A(1) / A(2 * k + 1)) * square;
+  out = A(2) * (z + z * series);
+}
+
 struct Sums {
   double loss = 0, pairs = 0;
 };
@@ -85,14 +94,15 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, double* sums) {
           const I first = inside & (y < x.y[i]), last = inside & (y > x.y[i]), paired = first | last;
           x.template ratio<kWide>(i, j, u);
           x.template weight<kWeighting>(i, j, first, w);
-          const V t = A(1) + u, r = A(1) / t;
+          const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
             load<A>(g, x.v + j);
             g = w * u * r * r * (x.v[i] - g);
           } else {
             V s;
             load<A>(s, x.s + j);
-            V log = log_of<A>(t) + (u - (t - A(1))) * r;
+            V log;
+            log_one_plus<A>(u * (inverse * next), log);
             log = first ? log : log + (x.s[i] - s);
             value += paired ? w * log : V{};
             count += paired ? V{} + A(1) : V{};

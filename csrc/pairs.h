@@ -103,32 +103,6 @@ struct Logistic {
   }
 };
 
-// The natural logarithm of t >= 1.
-template <class A>
-ALWAYS_INLINE inline VectorOf<A> log_of(const VectorOf<A>& t) {
-  using V = VectorOf<A>;
-  using I = typename Vector<A>::I;
-  using Integer = std::remove_reference_t<decltype(I{}[0])>;
-  constexpr int kMantissa = Vector<A>::kMantissa;
-  constexpr Integer kBias = Vector<A>::kBias;
-  I bits;
-  std::memcpy(&bits, &t, sizeof(bits));
-  I exponent = (bits >> kMantissa) - kBias;
-  bits = (bits & ((Integer(1) << kMantissa) - 1)) | (kBias << kMantissa);
-  V m;
-  std::memcpy(&m, &bits, sizeof(m));
-  const I upper = m > A(1.41421356);  // -1 where true
-  m = upper ? m * A(0.5) : m;
-  exponent -= upper;
-  const V s = (m - A(1)) / (m + A(1)), z = s * s;  // log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.172
-  V series = V{};
-  for (int k = std::is_same_v<A, float> ? 4 : 11; k > 0; --k) series = (series + A(1) / A(2 * k + 1)) * z;
-  V whole;
-  for (int64_t l = 0; l < kWidth<A>; ++l) whole[l] = static_cast<A>(exponent[l]);
-  const V log = whole * A(0.693147180559945309) + A(2) * (s + s * series);
-  return t == t ? log : t;
-}
-
 // The sum of log(1 + q) as the logarithm of a product, with the exponents taken out in time; what 1 + q
 // rounds off is added to first order, so that small q count in full.
 template <class A>
@@ -186,7 +160,6 @@ struct FromItems {
     x.r = A(1) / t;
     x.p = x.q * x.r;
   }
-  static ALWAYS_INLINE void log(const Pair<V>& x, const V& t, V& out) { out = log_of<A>(t) + (x.q - (t - A(1))) * x.r; }
 };
 
 // Pairs from an exponential for each, where those of the items would leave the range.
@@ -209,11 +182,6 @@ struct FromPairs {
       t[l] = std::log1p(z) + (d < 0 ? -d : A(0));
     }
   }
-  static ALWAYS_INLINE void log(const Pair<V>&, const V& t, V& out) { out = t; }
-};
-
-struct Unweighted {
-  static constexpr bool kOne = true;
 };
 
 constexpr int64_t kPairColumns = 512;  // columns whose sums are kept in the accumulator's dtype,
@@ -221,14 +189,13 @@ constexpr int64_t kPairRows = 64;      // for so many rows
 
 // Adds to each item's sum its terms' slopes, or with v curvatures times v_i - v_j; gives the sum of the
 // values, without v.
-template <class Phi, bool kHessian, class A, class Terms, class Weight>
-ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const Terms& terms, const Weight& weight,
-                                      double* sums) {
+template <class Phi, bool kHessian, class A, class Terms>
+ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const Terms& terms, double* sums) {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   constexpr int64_t W = kWidth<A>;
   constexpr bool kLog = Phi::kLog && !kHessian;
-  constexpr bool kProduct = kLog && Weight::kOne && Terms::kProduct;
+  constexpr bool kProduct = kLog && Terms::kProduct;
   A columns[kPairColumns];
   LogSum<A> product;
   double values = 0;
@@ -261,14 +228,10 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const
           if constexpr (kProduct) {
             product.add(x, t);
           } else if constexpr (kLog) {
-            V log;
-            terms.log(x, t, log);
-            if constexpr (Weight::kOne) value += log;
-            else value += weight(i, j) * log;
+            value += t;
           } else if constexpr (!kHessian) {
             value += Phi::value(x);
           }
-          if constexpr (!Weight::kOne) g *= weight(i, j);
           row += g;
           load<A>(column, columns + (j - left));
           column += g;
@@ -300,8 +263,8 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const
 
 // The same for d = sigma (s_i - s_j), by the way that the range of the scores allows; then the slopes are
 // put in place, and the list's loss is the sum.
-template <class Phi, class A, class Weight>
-void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, const Weight& weight, double scale) {
+template <class Phi, class A>
+void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scale) {
   const int64_t n = items.n, length = padded(n, kWidth<A>);
   Scratch& scratch = list.scratch;
   double low = std::numeric_limits<double>::infinity(), high = -low;
@@ -322,8 +285,8 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, const Weigh
   double loss = 0;
   const auto run = [&](const auto& terms) {
     multiversion([&]() ALWAYS_INLINE {
-      if (v) sum_pairs<Phi, true>(items, v, terms, weight, sums);
-      else loss = sum_pairs<Phi, false>(items, v, terms, weight, sums);
+      if (v) sum_pairs<Phi, true>(items, v, terms, sums);
+      else loss = sum_pairs<Phi, false>(items, v, terms, sums);
     });
   };
   constexpr double kLogMax = Vector<A>::kLogMax;

@@ -47,9 +47,9 @@ struct Pairwise {
   void operator()(List<A>& list) const {
     const ByLabel<A> items(list);
     const double scale = normalize && items.pairs > 0 ? 1 / items.pairs : 1;
-    if (phi == 0) pair_loss<Logistic>(list, items, sigma, Unweighted{}, scale);
-    else if (phi == 1) pair_loss<SoftZeroOne>(list, items, sigma, Unweighted{}, scale);
-    else pair_loss<Exponential>(list, items, sigma, Unweighted{}, scale);
+    if (phi == 0) pair_loss<Logistic>(list, items, sigma, scale);
+    else if (phi == 1) pair_loss<SoftZeroOne>(list, items, sigma, scale);
+    else pair_loss<Exponential>(list, items, sigma, scale);
   }
 };
 

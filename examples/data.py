@@ -1,10 +1,12 @@
 """The examples' real data: fetched through pip, checksummed, cached, never committed.
 
-The data lie inside source distributions on the Python package index, so pip is all that is needed:
+The data lie inside distributions on the Python package index, so pip is all that is needed:
 
 * ``mslr``: a slice of MSLR-WEB, inside rankeval 0.8.2. Microsoft's terms (research use):
   https://www.microsoft.com/en-us/research/project/mslr/
 * ``lidar``: two LiDAR scans and the transform between them, inside small_gicp 1.0.1 (MIT).
+* ``movielens``: the ratings of MovieLens 100K, inside the wheel of recbole 1.2.1. GroupLens' terms (research
+  use, with acknowledgement): https://files.grouplens.org/datasets/movielens/ml-100k-README.txt
 
 No code of these distributions runs. ``pip download`` would run an sdist's build backend to learn its
 metadata; here pip finds, in that backend's place, a stand-in that answers from the PKG-INFO file.
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +41,15 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Source:
-    """Files of a source distribution: member of the archive -> SHA-256 of its content."""
+    """Files of a distribution: member of the archive -> SHA-256 of its content.
+
+    ``backend`` is the build backend of a source distribution, None for a wheel.
+    """
 
     project: str
     version: str
     sha256: str
-    backend: str
+    backend: str | None
     members: dict[str, str]
 
 
@@ -71,6 +77,17 @@ SOURCES = {
             "data/source.ply": "f94fd33a33121dcc24d47e61d8cdbe75e6ecdad8bff1df176735cc6872967b82",
             "data/target.ply": "e754d477ebaebba42a0e036e856f6bfdca964e8e092d3f823b5b45427bec3445",
             "data/T_target_source.txt": "2c053402ed7b40d6da353395e4ccb4e40ee5e7d44397ef06e4c61cd674204add",
+        },
+    ),
+    "movielens": Source(
+        "recbole",
+        "1.2.1",
+        "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        None,
+        {
+            "recbole/dataset_example/ml-100k/ml-100k.inter": (
+                "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+            ),
         },
     ),
 }
@@ -116,23 +133,26 @@ def fetch(name: str) -> dict[str, Path]:
 
 
 def _download(source: Source, temporary: Path, folder: Path) -> Path:
-    """The sdist, put into ``temporary`` by pip."""
-    package, _, module = source.backend.rpartition(".")
-    (temporary / "backend" / package).mkdir(parents=True)
-    (temporary / "backend" / package / "__init__.py").touch()
-    (temporary / "backend" / package / f"{module}.py").write_text(_STAND_IN)
+    """The archive, put into ``temporary`` by pip."""
+    if source.backend is None:
+        form = ["--only-binary", ":all:"]
+    else:
+        form = ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
+        package, _, module = source.backend.rpartition(".")
+        (temporary / "backend" / package).mkdir(parents=True)
+        (temporary / "backend" / package / "__init__.py").touch()
+        (temporary / "backend" / package / f"{module}.py").write_text(_STAND_IN)
     requirements = temporary / "requirements.txt"
     requirements.write_text(f"{source.project}=={source.version} --hash=sha256:{source.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1"]
-    command += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
-    command += ["--dest", str(temporary / "sdist"), "--requirement", str(requirements)]
+    command += ["--no-deps", *form, "--dest", str(temporary / "archive"), "--requirement", str(requirements)]
     environment = {**os.environ, "PYTHONPATH": str(temporary / "backend"), "PIP_NO_INPUT": "1"}
     try:
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         problem = process.stderr.strip()[-1500:] if process.returncode else ""
     except subprocess.TimeoutExpired:
         problem = "pip took longer than 5 minutes"
-    archives = sorted((temporary / "sdist").glob("*.tar.gz"))
+    archives = sorted((temporary / "archive").glob("*.tar.gz" if source.backend else "*.whl"))
     if problem or len(archives) != 1:
         raise DataError(
             f"The example needs {source.project} {source.version}'s data, which aren't in {folder}, and pip could "
@@ -144,22 +164,33 @@ def _download(source: Source, temporary: Path, folder: Path) -> Path:
 
 def _read_member(archive: Path, source: Source, member: str) -> bytes:
     """The content of one regular file, read from the archive without unpacking it; checked."""
-    path = f"{source.project}-{source.version}/{member}"
-    with tarfile.open(archive) as tar:
-        try:
-            info = tar.getmember(path)
-        except KeyError:
-            raise DataError(f"{archive.name} holds no {path}; its record in {__name__}.SOURCES is wrong") from None
-        file = tar.extractfile(info) if info.isreg() else None
-        if file is None:
-            raise DataError(f"{path} in {archive.name} isn't a regular file")
-        data = file.read()
+    path = f"{source.project}-{source.version}/{member}" if source.backend else member
+    try:
+        data = _read_tar(archive, path) if source.backend else _read_zip(archive, path)
+    except KeyError:
+        raise DataError(f"{archive.name} holds no {path}; its record in {__name__}.SOURCES is wrong") from None
+    if data is None:
+        raise DataError(f"{path} in {archive.name} isn't a regular file")
     if _sha256(data) != source.members[member]:
         raise DataError(
             f"{path} in {archive.name} has SHA-256 {_sha256(data)}, expected {source.members[member]}. Nothing was "
             "cached. The package index or a proxy serves another file; try another index (`pip config list`)"
         )
     return data
+
+
+def _read_tar(archive: Path, path: str) -> bytes | None:
+    with tarfile.open(archive) as tar:
+        info = tar.getmember(path)
+        file = tar.extractfile(info) if info.isreg() else None
+        return file.read() if file else None
+
+
+def _read_zip(archive: Path, path: str) -> bytes | None:
+    with zipfile.ZipFile(archive) as wheel:
+        info = wheel.getinfo(path)
+        kind = info.external_attr >> 28  # of a Unix file mode: 8 for regular files, 0 if unknown
+        return wheel.read(info) if kind in (0, 8) else None
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -197,6 +228,23 @@ def load_mslr(part: str) -> Ranking:
     numbered = np.unique(queries, return_inverse=True)[1]
     order = np.argsort(numbered, kind="stable")
     return Ranking(features.toarray().astype(np.float32)[order], labels.astype(np.int64)[order], numbered[order])
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Who rated what, when: users and items numbered from 0, ratings 1 to 5, times in seconds."""
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    ratings: NDArray[np.int64]
+    times: NDArray[np.int64]
+
+
+def load_movielens() -> Ratings:
+    """100,000 ratings by 943 users of 1,682 films."""
+    columns = np.loadtxt(fetch("movielens")["ml-100k.inter"], dtype=np.int64, delimiter="\t", skiprows=1)
+    users, items, ratings, times = columns.T
+    return Ratings(users - 1, items - 1, ratings, times)
 
 
 def load_lidar() -> tuple[Array, Array, Array]:

@@ -1,6 +1,6 @@
 """Ranking losses."""
 
-from custom_ops.ranking import lambdas, listwise, margin, metrics, pairwise, preference, smooth_rank
+from custom_ops.ranking import lambdas, listwise, margin, metrics, pairwise, preference, smooth_rank, sorting
 from custom_ops.ranking.lambdas import *  # noqa: F403
 from custom_ops.ranking.listwise import *  # noqa: F403
 from custom_ops.ranking.margin import *  # noqa: F403
@@ -8,6 +8,7 @@ from custom_ops.ranking.metrics import *  # noqa: F403
 from custom_ops.ranking.pairwise import *  # noqa: F403
 from custom_ops.ranking.preference import *  # noqa: F403
 from custom_ops.ranking.smooth_rank import *  # noqa: F403
+from custom_ops.ranking.sorting import *  # noqa: F403
 
 __all__: list[str] = []
 __all__ += lambdas.__all__
@@ -17,3 +18,4 @@ __all__ += metrics.__all__
 __all__ += pairwise.__all__
 __all__ += preference.__all__
 __all__ += smooth_rank.__all__
+__all__ += sorting.__all__

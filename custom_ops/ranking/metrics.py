@@ -87,23 +87,28 @@ def _checked(scores: Tensor, labels: Tensor, k: int | None, mask: Tensor | None,
         raise TypeError(f"labels: expected real numbers, got {str(labels.dtype).removeprefix('torch.')}")
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(f"k: expected a whole number of at least 1, or None, got {k!r}")
-    if mask is not None:
-        _checks.has_dtype("mask", mask, (torch.bool,))
-    if lengths is not None:
-        _checks.has_dtype("lengths", lengths, _checks.INDEX)
-    for name, tensor, shape in (
-        ("labels", labels, scores.shape),
-        ("mask", mask, scores.shape),
-        ("lengths", lengths, scores.shape[:-1]),
+    if labels.shape != scores.shape:
+        raise ValueError(f"labels: expected shape {list(scores.shape)}, got {list(labels.shape)}")
+    _checks.same_device(scores=scores, labels=labels)
+    valid = valid_items("scores", scores, mask, lengths)
+    return torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+
+
+def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """Which items of ``x``, called ``name``, are valid; None if all are."""
+    for option, tensor, dtypes, shape in (
+        ("mask", mask, (torch.bool,), x.shape),
+        ("lengths", lengths, _checks.INDEX, x.shape[:-1]),
     ):
         if tensor is not None:
+            _checks.has_dtype(option, tensor, dtypes)
             if tensor.shape != shape:
-                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-            _checks.same_device(scores=scores, **{name: tensor})
-    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    if lengths is not None:
-        valid = valid & (torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1))
-    return valid
+                raise ValueError(f"{option}: expected shape {list(shape)}, got {list(tensor.shape)}")
+            _checks.same_device(**{name: x, option: tensor})
+    if lengths is None:
+        return mask
+    begun = torch.arange(x.shape[-1], device=x.device) < lengths.unsqueeze(-1)
+    return begun if mask is None else mask & begun
 
 
 def ndcg(

@@ -1,0 +1,201 @@
+"""Soft ranks and soft sorting."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import kernel
+
+_BLOCK = 32
+
+
+# Within a row it is sequential: a program, of one warp, for each row.
+@kernel("*fp64 *fp64 *i64 *fp64 *fp64 *i32 *fp64 *u8 i32", ("fp64",), {kl: {"KL": kl} for kl in (False, True)}, 1)
+@triton.jit(do_not_specialize=["n"])
+def pool_adjacent_violators_kernel(
+    a_ptr, b_ptr, count_ptr, pool_a_ptr, pool_b_ptr, pool_begin_ptr, fit_ptr, begins_ptr, n, KL: tl.constexpr
+):
+    """The pools of each row's first ``count`` values, and where each begins its fit; see csrc/sorting.cpp."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * n
+    m = tl.load(count_ptr + row).to(tl.int32)
+    count = m * 0
+    for p in range(m):
+        a = tl.load(a_ptr + at + p)
+        b = tl.load(b_ptr + at + p)
+        begin = p + m * 0
+        merging = count > 0
+        while merging:
+            before_a = tl.load(pool_a_ptr + at + count - 1)
+            before_b = tl.load(pool_b_ptr + at + count - 1)
+            if KL:
+                merging = before_a - before_b <= a - b
+                merged_a = tl.maximum(a, before_a) + tl.log(1 + tl.exp(-tl.abs(a - before_a)))
+                merged_b = tl.maximum(b, before_b) + tl.log(1 + tl.exp(-tl.abs(b - before_b)))
+            else:
+                merging = before_a / before_b <= a / b
+                merged_a = a + before_a
+                merged_b = b + before_b
+            a = tl.where(merging, merged_a, a)
+            b = tl.where(merging, merged_b, b)
+            begin = tl.where(merging, tl.load(pool_begin_ptr + at + count - 1), begin)
+            count = tl.where(merging, count - 1, count)
+            merging = merging & (count > 0)
+        tl.store(pool_a_ptr + at + count, a)
+        tl.store(pool_b_ptr + at + count, b)
+        tl.store(pool_begin_ptr + at + count, begin)
+        tl.debug_barrier()  # the next loads see the stores
+        count += 1
+    for k in range(count):
+        begin = tl.load(pool_begin_ptr + at + k)
+        a = tl.load(pool_a_ptr + at + k)
+        b = tl.load(pool_b_ptr + at + k)
+        if KL:
+            fit = a - b
+        else:
+            fit = a / b
+        tl.store(fit_ptr + at + begin, fit)
+        tl.store(begins_ptr + at + begin, begin * 0 + 1)
+
+
+@kernel("*fp64 *i64 *i64 *fp64 i32 i32", ("fp64",), {None: {"BLOCK": _BLOCK}})
+@triton.jit(do_not_specialize=["n", "blocks"])
+def group_sum_kernel(x_ptr, start_ptr, end_ptr, sum_ptr, n, blocks, BLOCK: tl.constexpr):
+    """The sum of x over the places from ``start`` to ``end`` of each place."""
+    program = tl.program_id(0)
+    at = (program // blocks).to(tl.int64) * n
+    place = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < n
+    start = tl.load(start_ptr + at + place, mask=inside, other=n)
+    end = tl.load(end_ptr + at + place, mask=inside, other=0)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(tl.min(start), tl.max(end), BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at + column, mask=column < n, other=0)
+        member = (column[None, :] >= start[:, None]) & (column[None, :] < end[:, None])
+        total += tl.sum(tl.where(member, x[None, :], 0.0), axis=1)
+    tl.store(sum_ptr + at + place, total, mask=inside)
+
+
+def _wide(x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"x: expected float32 or float64, got {x.dtype}")
+    return x.double()
+
+
+class _Order(NamedTuple):
+    """The groups of rows [rows, n]: of each place, the item, whether it holds one, and the bounds of its group."""
+
+    item: Tensor
+    holds: Tensor
+    place: Tensor
+    start: Tensor
+    end: Tensor
+
+    @staticmethod
+    def of(groups: Tensor, x: Tensor) -> _Order:
+        if groups.dtype != torch.int32 or groups.shape != x.shape:
+            raise RuntimeError("groups: expected int32 of the shape of x")
+        n = x.shape[-1]
+        groups = groups.reshape(-1, n).long()
+        item = torch.where(groups < 0, ~groups, groups)
+        holds = item < n
+        first = (groups < 0) | ~holds
+        place = torch.arange(n, device=x.device).expand(groups.shape)
+        start = torch.where(first, place, 0).cummax(-1).values
+        last = torch.nn.functional.pad(first[:, 1:], (0, 1), value=True)
+        end = torch.where(last, place + 1, n).flip(-1).cummin(-1).values.flip(-1)
+        return _Order(item, holds, place, start, end)
+
+    def read(self, x: Tensor) -> Tensor:
+        """The items of x in order, 0 behind the last one."""
+        found = x.reshape(self.item.shape).gather(-1, self.item.clamp(max=x.shape[-1] - 1))
+        return torch.where(self.holds, found, 0)
+
+    def write(self, x: Tensor) -> Tensor:
+        """The inverse of `read`; what is in no place is 0."""
+        rows, n = x.shape
+        return x.new_zeros(rows, n + 1).scatter_(-1, self.item.clamp(max=n), x)[:, :n]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Of each place, the sum over its group."""
+        rows, n = x.shape
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        blocks = triton.cdiv(n, _BLOCK)
+        bounds = (self.start.contiguous(), self.end.contiguous())
+        group_sum_kernel(rows * blocks, x.contiguous(), *bounds, out, n, blocks)
+        return out
+
+
+def isotonic(x: Tensor, valid: Tensor | None, strength: float, kl: bool, sort: bool) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape):
+        raise RuntimeError("mask: expected bool of the shape of the scores")
+    out, groups = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int32)
+    n = x.shape[-1]
+    if x.numel() == 0:
+        return out, groups
+    key = (-wide if sort else wide).reshape(-1, n)
+    kept = torch.ones_like(key, dtype=torch.bool) if valid is None else valid.reshape(-1, n)
+    order = key.sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, (~kept.gather(-1, order)).to(torch.uint8).sort(dim=-1, stable=True).indices)
+    count = kept.sum(-1)
+    place = torch.arange(n, device=x.device).expand(key.shape)
+    holds = place < count[:, None]
+    s = torch.where(holds, key.gather(-1, order), 0)
+    s = s if sort else (s - s[:, :1]) / strength
+    w = (count[:, None] - place).double() / (strength if sort else 1.0)
+    w = torch.where(holds, w, 1)
+    if kl:
+        a, b = (w, s) if sort else (s, w.log())
+    else:
+        a, b = (w - s if sort else s - w), torch.ones_like(s)
+    pools: Any = (torch.empty_like(a), torch.empty_like(a), a.new_empty(a.shape, dtype=torch.int32))
+    fit, begins = torch.zeros_like(a), a.new_zeros(a.shape, dtype=torch.uint8)
+    values = (a.contiguous(), b.contiguous(), count)
+    pool_adjacent_violators_kernel(len(a), *values, *pools, fit, begins, n, variant=kl)
+    begun = begins != 0
+    fit = fit.gather(-1, torch.where(begun, place, 0).cummax(-1).values)
+    found = fit - w if sort else (s - fit).exp() if kl else s - fit
+    ordered = torch.where(holds, torch.where(begun, ~order, order), n)
+    result = torch.where(holds, found, 0)
+    result = result if sort else torch.zeros_like(result).scatter_(-1, order, result)
+    out.copy_(result.view(x.shape))
+    groups.copy_(ordered.view(x.shape))
+    return out, groups
+
+
+def group_reduce(x: Tensor, groups: Tensor, mode: int, from_order: bool, to_order: bool, scale: float) -> Tensor:
+    out = x.new_empty(x.shape)
+    wide = _wide(x)
+    if x.numel() == 0:
+        return out
+    order = _Order.of(groups, x)
+    values = torch.where(order.holds, wide.reshape(order.item.shape), 0) if from_order else order.read(wide)
+    shared = order.sum(values)
+    if mode != 0:
+        shared = shared / (order.end - order.start)
+    own = torch.where(order.holds, scale * (values - shared if mode == 2 else shared), 0)
+    return out.copy_((own if to_order else order.write(own)).view(x.shape))
+
+
+def group_softmax(x: Tensor, groups: Tensor, scale: float, weighted: bool) -> Tensor:
+    out = x.new_empty(x.shape)
+    wide = _wide(x)
+    if x.numel() == 0:
+        return out
+    order = _Order.of(groups, x)
+    values = scale * order.read(wide)
+    # In the order of `isotonic` the first of a group is its largest.
+    exponential = torch.where(order.holds, (values - values.gather(-1, order.start)).exp(), 0)
+    softmax = exponential / order.sum(exponential)
+    if weighted:
+        count = order.holds.sum(-1, keepdim=True)
+        softmax = softmax * ((order.end - order.start) * (2 * count - order.start - order.end + 1)) / 2
+    softmax = torch.where(order.holds, softmax, 0)
+    return out.copy_(order.write(softmax).reshape(x.shape))
