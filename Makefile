@@ -38,7 +38,7 @@ demo: $(STAMPS)/tools build
 bench: $(STAMPS)/tools build
 	$(PY) -m custom_ops bench --quick
 
-docs: $(STAMPS)/tools build
+docs: $(STAMPS)/test build
 	$(PY) docs/update_readme.py
 
 test: $(STAMPS)/test build

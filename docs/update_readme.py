@@ -1,14 +1,15 @@
 """Writes docs/matrix.md and the generated parts of README.md: ``make docs``.
 
-The table of ops comes from the registry, the matrix from `python -m custom_ops verify --quick --json`, the
-timings from the result files in benchmarks/results. With ``--matrix FILE ...`` the matrix is read from
-saved reports instead of being run, which takes minutes.
+The table of ops comes from the registry, the matrix from tests/test_battery.py, the timings from the result files in
+benchmarks/results. With ``--matrix FILE`` the matrix is read from a saved run of the tests with
+``CUSTOM_OPS_CELLS=FILE`` instead of being run, which takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def matrix(report: Matrix) -> str:
     """A table for each family; a cell has two marks where the backends differ."""
     blocks = [
         "# The capability matrix",
-        "Written by `make docs` from `python -m custom_ops verify --quick --backend cpp --backend triton`. One mark "
+        "Written by `make docs`: what `python -m custom_ops verify --quick --backend cpp --backend triton` checks. One mark "
         "stands for both backends, two for C++ and Triton (under its interpreter); a number is a note below the table.",
     ]
     for family, names in families().items():
@@ -171,17 +172,23 @@ def replace(text: str, block: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
+def _cells() -> Path:
+    """The cells of the battery, run on two processes."""
+    path = ROOT / "build" / "cells.jsonl"
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    battery = [sys.executable, "-m", "pytest", "-n", "2", str(ROOT / "tests" / "test_battery.py")]
+    subprocess.run(battery, cwd=ROOT, env=os.environ | {"CUSTOM_OPS_CELLS": str(path)}, check=False)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--matrix", type=Path, nargs="+", help="reports of `verify --json`")
+    parser.add_argument("--matrix", type=Path, help="the cells of a run of tests/test_battery.py")
     options = parser.parse_args()
-    if options.matrix:
-        saved = [path.read_text() for path in options.matrix]
-    else:
-        command = [sys.executable, "-m", "custom_ops", "verify", "--quick", "--json", "--backend"]
-        runs = [subprocess.Popen([*command, b], stdout=subprocess.PIPE, text=True) for b in BACKENDS]
-        saved = [run.communicate()[0] for run in runs]
-    report = Matrix([Cell(**cell) for text in saved for cell in json.loads(text)["cells"]])
+    report = Matrix([Cell(**json.loads(line)) for line in (options.matrix or _cells()).read_text().splitlines()])
+    order = list(capabilities(quick=True))
+    report.cells.sort(key=lambda cell: order.index(cell.capability))
     MATRIX.write_text(matrix(report))
     text = README.read_text()
     for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", speed()), ("networks", networks())):

@@ -1,7 +1,8 @@
 """The whole capability matrix: every registered op, on every backend this machine has.
 
 One test per cell, so that a failure names op, backend and capability. CUSTOM_OPS_FULL=1 takes the full matrix
-(Inductor throughout, AOTInductor), otherwise the quick one.
+(Inductor throughout, AOTInductor), otherwise the quick one. With CUSTOM_OPS_CELLS=FILE each cell is added to that
+file as a line of JSON (`make docs`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from custom_ops.registry import REGISTRY
 from custom_ops.verify import capabilities, verify
 
 QUICK = not os.environ.get("CUSTOM_OPS_FULL")
+CELLS = os.environ.get("CUSTOM_OPS_CELLS")
 
 
 @pytest.mark.parametrize("capability", capabilities(QUICK))
@@ -26,6 +29,9 @@ QUICK = not os.environ.get("CUSTOM_OPS_FULL")
 @pytest.mark.parametrize("op", REGISTRY)
 def test_cell(op: str, backend: str, capability: str) -> None:
     report = verify(REGISTRY[op], backend=backend, quick=QUICK, only=[capability])
+    if CELLS:
+        with open(CELLS, "a") as file:
+            file.writelines(json.dumps(asdict(cell)) + "\n" for cell in report.cells)
     report.raise_on_failure()
 
 

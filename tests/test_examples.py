@@ -200,7 +200,8 @@ def test_the_examples_run_on_the_real_data(tmp_path: Path, capsys: pytest.Captur
         assert title in printed
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {
-        "ranking.png", "recommending.png", "bev_scan2.png", "bev_training.png", "lift_splat_views.png", "lift_splat_training.png",
+        "ranking.png", "recommending.png", "bev_scan2.png", "bev_training.png",
+        "lift_splat_views.png", "lift_splat_training.png",
     }  # fmt: skip
 
 
