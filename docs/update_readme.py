@@ -65,8 +65,9 @@ def matrix(report: Matrix) -> str:
     """A table for each family; a cell has two marks where the backends differ."""
     blocks = [
         "# The capability matrix",
-        "Written by `make docs`: what `python -m custom_ops verify --quick --backend cpp --backend triton` checks. One mark "
-        "stands for both backends, two for C++ and Triton (under its interpreter); a number is a note below the table.",
+        "Written by `make docs`: what `python -m custom_ops verify --quick --backend cpp --backend triton` checks. "
+        "One mark stands for both backends, two for C++ and Triton (under its interpreter); "
+        "a number is a note below the table.",
     ]
     for family, names in families().items():
         notes: list[str] = []
