@@ -31,8 +31,10 @@ ALWAYS_INLINE inline float exp_nonpositive(float x) {
 ALWAYS_INLINE inline double log1p_unit(double u) { return std::log1p(u); }
 ALWAYS_INLINE inline float log1p_unit(float u) {
   const float s = u / (2 + u), q = s * s;
-  float y = 2 / 15.f;
-  for (float c : {2 / 13.f, 2 / 11.f, 2 / 9.f, 2 / 7.f, 2 / 5.f, 2 / 3.f, 2.f}) y = y * q + c;
+  float y = 2 / 15.f * q + 2 / 13.f;  // written out, as above
+  y = (y * q + 2 / 11.f) * q + 2 / 9.f;
+  y = (y * q + 2 / 7.f) * q + 2 / 5.f;
+  y = (y * q + 2 / 3.f) * q + 2.f;
   return y * s;
 }
 
