@@ -358,14 +358,15 @@ def deterministic(case: Case) -> str:
     return f"up to {max(sizes)} elements"
 
 
-def _large(call: Call, elements: int = 1 << 18, seconds: float = 0.1) -> Call:
-    """The call grown along its dynamic dimensions until threads matter, or until it takes long."""
+def _large(call: Call, reference: Callable[[Call], Call] | None = None, elements: int = 1 << 18) -> Call:
+    """The call grown along its dynamic dimensions until threads matter, or until it or its reference takes long."""
     times = 1
     everything(call)  # the first run takes longer
     while call.sample.dynamic:
-        start = time.perf_counter()
-        everything(resized(call, times))
-        if time.perf_counter() - start > seconds or max(t.numel() for t in call.tensors) * times > elements:
+        grown = resized(call, times)
+        if _seconds(grown) > 0.1 or max(t.numel() for t in call.tensors) * times > elements:
+            break
+        if reference is not None and _seconds(reference(grown)) > 1:
             break
         times *= 4
     if times == 1:
@@ -376,14 +377,19 @@ def _large(call: Call, elements: int = 1 << 18, seconds: float = 0.1) -> Call:
     return big.with_tensors(spread, big.input_keys)
 
 
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    everything(call)
+    return time.perf_counter() - start
+
+
 @capability("large")
 def large(case: Case) -> str:
     """Grown until kernels take their other paths (blocks, threads), values and gradients equal the reference's."""
     sizes = []
     for dtype in [d for d in (torch.float64, torch.float32) if d in case.info.dtypes]:
         for call in case.dynamic_calls(dtype):
-            case.reference(call)
-            big = _large(call)
+            big = _large(call, case.reference)
             sizes.append(max(t.numel() for t in big.tensors))
             _check_rounded(case, big, dtype)
     return f"up to {max(sizes)} elements"
