@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import custom_ops
 from custom_ops.benchmarks.environment import machine
 from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.timing import interleave, median
+from custom_ops.benchmarks.timing import Call, interleave, median
 
 LEAST_SAVED = {"MobileNetV2-shaped, ReLU6": 0.2, "Darknet-shaped, LeakyReLU": 0.2}
 
@@ -140,8 +140,8 @@ def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -
                 return activation(F.linear(x, weight) + bias) + rest
 
             run = torch.compile(chain, fullgraph=True)
-            contenders[library] = lambda run=run: torch.autograd.grad(run(*inputs), inputs, grad)
-        times = {library: median(values) * 1e3 for library, values in interleave(contenders, seconds).items()}
+            contenders[library] = Call(lambda _, run=run: torch.autograd.grad(run(*inputs), inputs, grad))
+        times = {library: median(values) * 1e3 for library, values in interleave(contenders, seconds, device).items()}
         results.append({"activation": name, **times, "ours_over_torch": times["custom_ops"] / times["torch"]})
     return results
 
