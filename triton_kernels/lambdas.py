@@ -11,7 +11,7 @@ from custom_ops.triton_kernels.common import kernel
 from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale
 from custom_ops.triton_kernels.pairwise import pair_value, wrong_order
 
-_ROWS, _COLUMNS = 32, 32
+_ROWS, _COLUMNS = 32, 16
 _RANKNET, _LAMBDARANK, _NDCG1, _NDCG2, _NDCG2PP, _LABEL_DIFF = range(6)  # as in custom_ops/ranking/lambdas.py
 
 
@@ -23,7 +23,6 @@ _RANKNET, _LAMBDARANK, _NDCG1, _NDCG2, _NDCG2PP, _LABEL_DIFF = range(6)  # as in
         for weighting in range(6)
         for hessian in (False, True)
     },
-    num_warps=8,  # with 4 some variants spill
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def lambda_pairs_kernel(

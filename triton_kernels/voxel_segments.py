@@ -229,7 +229,6 @@ def segment_reduce_chunks_kernel(
     "*T *T *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     _REDUCE_VARIANTS,
-    num_warps=2,  # with 1, the maximum spills on gfx942
 )
 @triton.jit(
     do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "mean", "own_indptr", "own_perm"]
