@@ -10,19 +10,22 @@ constexpr int64_t kTile = 512;      // elements whose intermediate values stay i
 
 #ifdef CUSTOM_OPS_AVX2
 template <class T, class Rule>
-TARGET_LANES int64_t activate_vectors(const Rule& rule, const T* x, const Accumulator<T>* bias, const uint8_t* random,
-                                      T* y, uint8_t* mask, int64_t n) {
+TARGET_LANES int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y,
+                                      uint8_t* mask, int64_t n) {
   using V = Vector<Accumulator<T>>;
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
-    uint32_t bits = 0, draws = 0;
+    uint32_t draws = 0;
     if (random != nullptr) std::memcpy(&draws, random + i / 8, sizeof(draws));
+    V kept[avx2::kStep / V::kLanes];
     for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
       V v = V::load(x + i + k), result;
       if (bias != nullptr) v = v + V::load(bias + i + k);
-      bits |= rule.apply(v, V::signs_of(draws, static_cast<int>(k)), result).signs() << k;
-      result.store(y + i + k);
+      kept[k / V::kLanes] = rule.apply(v, V::signs_of(draws, static_cast<int>(k)), result);
+      if (Rule::kExact && bias == nullptr) result.store_exact(y + i + k);
+      else result.store(y + i + k);
     }
+    const uint32_t bits = V::signs(kept);
     std::memcpy(mask + i / 8, &bits, sizeof(bits));
   }
   return i;

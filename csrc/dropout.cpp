@@ -9,6 +9,7 @@ namespace {
 // Keeps scale * v where v is positive and its random bit is set; a NaN stays.
 template <class A>
 struct Dropout {
+  static constexpr bool kExact = false;
   A scale;
 
   bool apply(A v, bool random, A& y) const {

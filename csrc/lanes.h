@@ -38,8 +38,16 @@ struct Vector<float> {
   TARGET_LANES void store(BFloat16* p) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    const __m256i high = _mm256_srli_epi32(rounded, 16);
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+    Vector{_mm256_castsi256_ps(_mm256_add_epi32(bits, half))}.store_exact(p);
+  }
+  // Of numbers that a T holds.
+  template <class T>
+  TARGET_LANES void store_exact(T* p) const {
+    store(p);
+  }
+  TARGET_LANES void store_exact(BFloat16* p) const {
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
@@ -51,8 +59,16 @@ struct Vector<float> {
   TARGET_LANES Vector operator>(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_GT_OQ)}; }
   TARGET_LANES Vector operator>=(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_GE_OQ)}; }
   TARGET_LANES Vector operator<=(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_LE_OQ)}; }
+  TARGET_LANES Vector not_at_most(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_NLE_UQ)}; }  // true of a NaN
   TARGET_LANES Vector is_nan() const { return {_mm256_cmp_ps(v, v, _CMP_UNORD_Q)}; }
-  TARGET_LANES uint32_t signs() const { return static_cast<uint32_t>(_mm256_movemask_ps(v)); }
+  TARGET_LANES static uint32_t signs(const Vector (&x)[4]) {
+    const auto pair = [&](int i) TARGET_LANES {
+      return _mm256_packs_epi32(_mm256_castps_si256(x[i].v), _mm256_castps_si256(x[i + 1].v));
+    };
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works on each half of a vector
+    const __m256i bytes = _mm256_packs_epi16(pair(0), pair(2));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order)));
+  }
   // `yes` where the lane's sign is set, else this.
   TARGET_LANES Vector replaced(Vector yes, Vector where) const { return {_mm256_blendv_ps(v, yes.v, where.v)}; }
   // The bits from `first` on, each as the sign of its lane.
@@ -71,6 +87,7 @@ struct Vector<double> {
   TARGET_LANES static Vector all(double x) { return {_mm256_set1_pd(x)}; }
   TARGET_LANES static Vector load(const double* p) { return {_mm256_loadu_pd(p)}; }
   TARGET_LANES void store(double* p) const { _mm256_storeu_pd(p, v); }
+  TARGET_LANES void store_exact(double* p) const { store(p); }
   TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_pd(v, o.v)}; }
   TARGET_LANES Vector operator*(Vector o) const { return {_mm256_mul_pd(v, o.v)}; }
   TARGET_LANES Vector operator&(Vector o) const { return {_mm256_and_pd(v, o.v)}; }
@@ -78,8 +95,13 @@ struct Vector<double> {
   TARGET_LANES Vector operator>(Vector o) const { return {_mm256_cmp_pd(v, o.v, _CMP_GT_OQ)}; }
   TARGET_LANES Vector operator>=(Vector o) const { return {_mm256_cmp_pd(v, o.v, _CMP_GE_OQ)}; }
   TARGET_LANES Vector operator<=(Vector o) const { return {_mm256_cmp_pd(v, o.v, _CMP_LE_OQ)}; }
+  TARGET_LANES Vector not_at_most(Vector o) const { return {_mm256_cmp_pd(v, o.v, _CMP_NLE_UQ)}; }
   TARGET_LANES Vector is_nan() const { return {_mm256_cmp_pd(v, v, _CMP_UNORD_Q)}; }
-  TARGET_LANES uint32_t signs() const { return static_cast<uint32_t>(_mm256_movemask_pd(v)); }
+  TARGET_LANES static uint32_t signs(const Vector (&x)[8]) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(_mm256_movemask_pd(x[i].v)) << (4 * i);
+    return bits;
+  }
   TARGET_LANES Vector replaced(Vector yes, Vector where) const { return {_mm256_blendv_pd(v, yes.v, where.v)}; }
   TARGET_LANES static Vector signs_of(uint32_t bits, int first) {
     const __m256i to_sign = _mm256_sub_epi64(_mm256_set_epi64x(60, 61, 62, 63), _mm256_set1_epi64x(first));

@@ -1,20 +1,22 @@
 // Piecewise-linear activations: what backward needs of one is one bit per element.
 #include "activation.h"
 
-#include <limits>
+#include <type_traits>
 
 namespace custom_ops {
 namespace {
 
-// Keeps v between `low` and `high`; elsewhere it is slope * v, or `below` and `above` if the slope is 0.
-template <class A>
+// Keeps v between `low` and, if kBounded, `high`; elsewhere it is slope * v if kSloped, else `below` and `above`.
+// What a rule doesn't need, it doesn't compute: at a few instructions per element each one counts.
+template <class A, bool kSloped, bool kBounded, bool kNanPasses>
 struct Piecewise {
+  static constexpr bool kExact = !kSloped;  // the result is v or a constant that T holds
   A low, high, below, above, slope;
-  bool nan_passes;
 
   bool apply(A v, bool, A& y) const {
-    const bool keep = (nan_passes ? !(v <= low) : v > low) && !(v >= high);
-    y = keep ? v : slope != 0 ? slope * v : v >= high ? above : v <= low ? below : v;
+    const bool over = kBounded && v >= high, under = v <= low;
+    const bool keep = (kNanPasses ? !under : v > low) && !over;
+    y = keep ? v : kSloped ? slope * v : over ? above : under ? below : v;
     return keep;
   }
 
@@ -22,14 +24,49 @@ struct Piecewise {
   using V = Vector<A>;
 
   TARGET_LANES V apply(V v, V, V& y) const {
-    const V under = v <= V::all(low), over = v >= V::all(high);
-    const V keep = (nan_passes ? V::all(A(-0.0)).and_not(under) : v > V::all(low)).and_not(over);
-    y = slope != 0 ? (v * V::all(slope)).replaced(v, keep)
-                   : v.replaced(V::all(below), under).replaced(V::all(above), over);
+    const V above_low = kNanPasses ? v.not_at_most(V::all(low)) : v > V::all(low);
+    const V over = kBounded ? v >= V::all(high) : V::all(A(0));
+    const V keep = kBounded ? above_low.and_not(over) : above_low;
+    if constexpr (kSloped) {
+      y = (v * V::all(slope)).replaced(v, keep);
+    } else {
+      y = kNanPasses ? V::all(below).replaced(v, above_low) : v.replaced(V::all(below), v <= V::all(low));
+      if constexpr (kBounded) y = y.replaced(V::all(above), over);
+    }
     return keep;
   }
 #endif
 };
+
+template <class F>
+void with_constant(bool value, const F& f) {
+  if (value) f(std::true_type{});
+  else f(std::false_type{});
+}
+
+// `bias`, one value for each channel of each example, may be null.
+template <class T, class Rule>
+void activate(const Rule& rule, const T* x, const T* bias, int64_t inner, int64_t channels, const MaskLayout& layout,
+              T* y, uint8_t* mask) {
+  using A = Accumulator<T>;
+  layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
+    const int64_t at = example * layout.elements;
+    uint8_t* bits = mask + example * layout.bytes;
+    if (bias == nullptr)
+      return activate_span(rule, x + at + begin, nullptr, nullptr, y + at + begin, bits + begin / 8, end - begin);
+    for (int64_t i = begin; i < end; i += kTile) {
+      const int64_t n = std::min(kTile, end - i);
+      A tile[kTile];
+      for (int64_t k = 0, run; k < n; k += run) {
+        const int64_t channel = (i + k) / inner % channels;
+        const T* value = bias + example * channels + channel;
+        run = std::min(n - k, inner > 1 ? inner - (i + k) % inner : channels - channel);
+        for (int64_t j = 0; j < run; ++j) tile[k + j] = static_cast<A>(value[inner > 1 ? 0 : j]);
+      }
+      activate_span(rule, x + at + i, tile, nullptr, y + at + i, bits + i / 8, n);
+    }
+  });
+}
 
 #ifdef CUSTOM_OPS_AVX2
 template <class T>
@@ -66,30 +103,20 @@ std::tuple<Tensor, Tensor> piecewise_linear(const Tensor& x_in, const std::optio
   dispatch_floating(x, "x", [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Accumulator<T>;
-    const A never = std::numeric_limits<A>::quiet_NaN();
-    const Piecewise<A> rule{static_cast<A>(low),   static_cast<A>(high.value_or(never)),
-                            static_cast<A>(below), static_cast<A>(above),
-                            static_cast<A>(slope), nan_passes};
     const T* xp = data<T>(x);
-    const T* bp = data<T>(bias);
+    const T* bp = bias_in ? data<T>(bias) : nullptr;
     T* yp = mutable_data<T>(y);
     uint8_t* mp = mutable_data<uint8_t>(mask);
-    layout.parallel_spans(kSpan, [&, &layout = layout](int64_t example, int64_t begin, int64_t end) {
-      const int64_t at = example * layout.elements;
-      uint8_t* bits = mp + example * layout.bytes;
-      if (!bias_in)
-        return activate_span(rule, xp + at + begin, nullptr, nullptr, yp + at + begin, bits + begin / 8, end - begin);
-      for (int64_t i = begin; i < end; i += kTile) {
-        const int64_t n = std::min(kTile, end - i);
-        A tile[kTile];
-        for (int64_t k = 0, run; k < n; k += run) {
-          const int64_t channel = (i + k) / inner % channels;
-          const T* value = bp + example * channels + channel;
-          run = std::min(n - k, inner > 1 ? inner - (i + k) % inner : channels - channel);
-          for (int64_t j = 0; j < run; ++j) tile[k + j] = static_cast<A>(value[inner > 1 ? 0 : j]);
-        }
-        activate_span(rule, xp + at + i, tile, nullptr, yp + at + i, bits + i / 8, n);
-      }
+    with_constant(slope != 0, [&](auto sloped) {
+      with_constant(high.has_value(), [&](auto bounded) {
+        with_constant(nan_passes, [&](auto passes) {
+          using Rule = Piecewise<A, decltype(sloped)::value, decltype(bounded)::value, decltype(passes)::value>;
+          const auto held = [](double constant) { return static_cast<A>(static_cast<T>(constant)); };
+          const Rule rule{static_cast<A>(low), static_cast<A>(high.value_or(0)), held(below), held(above),
+                          static_cast<A>(slope)};
+          activate(rule, xp, bp, inner, channels, layout, yp, mp);
+        });
+      });
     });
   });
   return {y, mask};

@@ -111,14 +111,27 @@ def test_bias_layers_learn_their_bias(module):
     slope = getattr(module, "negative_slope", 0.0)
     torch.testing.assert_close(module.bias.grad, torch.where(x > 0, 1, slope).sum((0, 2)))
     assert repr(module).startswith(type(module).__name__ + "(5, dim=1")
+    module.inplace, y = True, x.clone()
+    assert module(y) is y
+    assert "inplace=True" in repr(module)
 
 
 # ---------------------------------------------------------------- in place
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6", "hardtanh"])
+@pytest.mark.parametrize("name", [*PAIRS, "bias_relu", "bias_leaky_relu", "relu_dropout"])
 def test_in_place(name):
-    function = getattr(custom_ops, name)
+    arguments = {
+        "threshold": (0.1, -3.7),
+        "bias_relu": (torch.randn(100), 0),
+        "bias_leaky_relu": (torch.randn(100), 0.2, 0),
+        "relu_dropout": (0.3, True, torch.tensor(7)),
+        "leaky_relu, negative slope": (-2.0,),
+    }.get(name, ())
+
+    def function(x, inplace=False):
+        return getattr(custom_ops, name.partition(",")[0])(x, *arguments, inplace=inplace)
+
     x = torch.randn(100, requires_grad=True)
     y = x * 2
     version = y._version

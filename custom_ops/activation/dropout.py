@@ -60,7 +60,9 @@ def _(x: Any, seed: Any, p: float, batch_dims: int) -> Any:
     raise NotImplementedError("x: each element's draw depends on its place in the whole tensor, not in a shard")
 
 
-def relu_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | None = None) -> Tensor:
+def relu_dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | None = None, inplace: bool = False
+) -> Tensor:
     """Dropout of relu(x): each element is dropped with probability p, the others divided by 1 - p.
 
     Both masks are merged into the one bit per element that backward keeps. The draws are counted, not
@@ -73,6 +75,7 @@ def relu_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor 
         training: without it this is `relu`.
         seed: a scalar int64 tensor on x's device; by default drawn from torch's generator, so that
             ``torch.manual_seed`` reproduces it.
+        inplace: as for `relu`.
 
     Raises:
         TypeError: a wrong dtype, ``p`` no number.
@@ -98,24 +101,26 @@ def relu_dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor 
         if seed.dim():
             raise ValueError(f"seed: expected a scalar, got shape {list(seed.shape)}")
     if not training:
-        return relu(x)
+        return relu(x, inplace)
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
-    return relu_dropout_forward(x, seed, float(p), 0)[0]
+    y = relu_dropout_forward(x, seed, float(p), 0)[0]
+    return x.copy_(y) if inplace else y
 
 
 class ReLUDropout(torch.nn.Module):
     """`relu_dropout` as a layer; `relu` in evaluation mode."""
 
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()
         self.p = p
+        self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        return relu_dropout(x, self.p, self.training)
+        return relu_dropout(x, self.p, self.training, inplace=self.inplace)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}{', inplace=True' * self.inplace}"
 
 
 def philox(seed: Tensor, n: int) -> Tensor:
@@ -132,7 +137,9 @@ def philox(seed: Tensor, n: int) -> Tensor:
     return torch.stack(c, 1).flatten()[:n]
 
 
-def relu_dropout_reference(x: Tensor, p: float, training: bool, seed: Tensor | None = None) -> Tensor:
+def relu_dropout_reference(
+    x: Tensor, p: float, training: bool, seed: Tensor | None = None, inplace: bool = False
+) -> Tensor:
     if not training or seed is None:
         return relu_reference(x)
     draws = philox(seed, x.numel())

@@ -306,13 +306,14 @@ def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) 
     return _activate(x, low=float(threshold), below=float(value), nan_passes=True, inplace=inplace)
 
 
-def bias_relu(x: Tensor, bias: Tensor, dim: int = 1) -> Tensor:
+def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> Tensor:
     """``relu(x + bias)`` with one bias for each channel, in one pass, keeping one bit per element for backward.
 
     Args:
         x: as for `relu`; the channels are its dimension ``dim``, in any memory format.
         bias: ``[C]``, of x's dtype.
         dim: the channel dimension.
+        inplace: as for `relu`.
 
     Raises:
         TypeError: a wrong dtype, or no tensor.
@@ -326,10 +327,13 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1) -> Tensor:
         >>> custom_ops.bias_relu(torch.tensor([[1.0, -3.0]]), torch.tensor([0.5, 1.0]))
         tensor([[1.5000, 0.0000]])
     """
-    return _activate(x, low=0.0, nan_passes=True, bias=bias, dim=_channel_dim(x, bias, dim))
+    dim = _channel_dim(x, bias, dim)
+    return _activate(x, low=0.0, nan_passes=True, inplace=inplace, bias=bias, dim=dim)
 
 
-def bias_leaky_relu(x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1) -> Tensor:
+def bias_leaky_relu(
+    x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False
+) -> Tensor:
     """``leaky_relu(x + bias, negative_slope)`` in one pass; arguments, errors and cost as for `bias_relu`.
 
     Example:
@@ -338,7 +342,8 @@ def bias_leaky_relu(x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: 
         tensor([[ 1.5000, -1.0000]])
     """
     _checks.is_number("negative_slope", negative_slope)
-    return _activate(x, low=0.0, slope=float(negative_slope), bias=bias, dim=_channel_dim(x, bias, dim))
+    dim = _channel_dim(x, bias, dim)
+    return _activate(x, low=0.0, slope=float(negative_slope), inplace=inplace, bias=bias, dim=dim)
 
 
 def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
@@ -399,27 +404,28 @@ class Threshold(torch.nn.Threshold):
 class BiasReLU(torch.nn.Module):
     """`bias_relu` with a learned bias ``[channels]``, which starts at 0."""
 
-    def __init__(self, channels: int, dim: int = 1) -> None:
+    def __init__(self, channels: int, dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
         self.bias = torch.nn.Parameter(torch.zeros(channels))
         self.dim = dim
+        self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        return bias_relu(x, self.bias, self.dim)
+        return bias_relu(x, self.bias, self.dim, self.inplace)
 
     def extra_repr(self) -> str:
-        return f"{self.bias.shape[0]}, dim={self.dim}"
+        return f"{self.bias.shape[0]}, dim={self.dim}{', inplace=True' * self.inplace}"
 
 
 class BiasLeakyReLU(BiasReLU):
     """`bias_leaky_relu` with a learned bias ``[channels]``, which starts at 0."""
 
-    def __init__(self, channels: int, negative_slope: float = 0.01, dim: int = 1) -> None:
-        super().__init__(channels, dim)
+    def __init__(self, channels: int, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False) -> None:
+        super().__init__(channels, dim, inplace)
         self.negative_slope = negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return bias_leaky_relu(x, self.bias, self.negative_slope, self.dim)
+        return bias_leaky_relu(x, self.bias, self.negative_slope, self.dim, self.inplace)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negative_slope={self.negative_slope}"
@@ -449,11 +455,13 @@ def _with_bias(x: Tensor, bias: Tensor, dim: int) -> Tensor:
     return x + bias.reshape(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
 
 
-def bias_relu_reference(x: Tensor, bias: Tensor, dim: int = 1) -> Tensor:
+def bias_relu_reference(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> Tensor:
     return relu_reference(_with_bias(x, bias, dim))
 
 
-def bias_leaky_relu_reference(x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1) -> Tensor:
+def bias_leaky_relu_reference(
+    x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False
+) -> Tensor:
     return leaky_relu_reference(_with_bias(x, bias, dim), negative_slope)
 
 

@@ -106,7 +106,8 @@ def squared_relu(x: Tensor) -> Tensor:
     """``max(x, 0)^2`` in one pass. Its slope isn't a bit: it keeps ``x`` for backward, where torch keeps relu(x) too.
 
     Differentiable to any order and in forward mode; the second derivative is 2 where x is positive.
-    Arguments, errors and layout as for `relu`, but for ``inplace``. O(n) time.
+    Arguments, errors and layout as for `relu`, but for ``inplace``: backward
+    needs the ``x`` that would be overwritten. O(n) time.
 
     Source: So et al., "Primer", NeurIPS 2021.
 
