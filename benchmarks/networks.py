@@ -25,6 +25,14 @@ from custom_ops.benchmarks.memory import peak_bytes
 from custom_ops.benchmarks.timing import Call, interleave, median
 
 LEAST_SAVED = {"MobileNetV2-shaped, ReLU6": 0.2, "Darknet-shaped, LeakyReLU": 0.2}
+CHAINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "squared_relu": lambda x: F.relu(x) ** 2,
+    "relu_dropout": lambda x: F.dropout(F.relu(x)),
+}
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -131,10 +139,10 @@ def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -
     ]
     grad = torch.randn(rows, columns, device=device)
     results = []
-    for name in ("relu", "leaky_relu", "relu6"):
+    for name, theirs in CHAINED.items():
+        torch._dynamo.reset()  # or so many versions of one function would be taken for a fault
         contenders = {}
-        for library, functions in (("custom_ops", custom_ops), ("torch", F)):
-            activation = getattr(functions, name)
+        for library, activation in (("custom_ops", getattr(custom_ops, name)), ("torch", theirs)):
 
             def chain(x: Tensor, weight: Tensor, bias: Tensor, rest: Tensor, activation: Any = activation) -> Tensor:
                 return activation(F.linear(x, weight) + bias) + rest

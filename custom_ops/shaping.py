@@ -551,6 +551,22 @@ def _curvature(x: Tensor, shape: int, width: float) -> Tensor:
     return value / width**2
 
 
+@library.inductor(surrogate_slope)
+def _(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
+    u = x.to(torch.promote_types(x.dtype, torch.float32)) / width
+    match = _SHAPES[shape]
+    if match == "sigmoid":
+        s = torch.sigmoid(-u.abs())
+        slope = s * (1 - s)
+    elif match == "atan":
+        slope = 1 / (math.pi * (1 + u * u))
+    elif match == "triangle":
+        slope = (1 - u.abs()).clamp_min(0)
+    else:
+        slope = torch.where(u.abs() < 1, 0.5, torch.zeros_like(u))
+    return (grad * (slope / width)).to(x.dtype).contiguous()
+
+
 @library.vmap(surrogate_step)
 def _(info: Any, in_dims: Any, x: Tensor, shape: int, width: float) -> Any:
     return surrogate_step(x, shape, width), in_dims[0]

@@ -283,6 +283,17 @@ def test_third_derivatives_are_those_of_the_smooth_step(shape, smooth):
     torch.testing.assert_close(third(lambda x: custom_ops.surrogate_gradient(x, shape))(x), third(smooth)(x))
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("shape", range(4))
+def test_inductors_slopes_are_the_kernels(shape, dtype):
+    slope = torch.ops.custom_ops.surrogate_slope
+    x = torch.tensor([-torch.inf, -1e4, -1, -0.5, -0.0, 0.3, 1, torch.inf, torch.nan], dtype=dtype)
+    grad = torch.full_like(x, 0.7)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda g, x: slope(g, x, shape, 0.5), fullgraph=True)(grad, x)
+    torch.testing.assert_close(compiled, slope(grad, x, shape, 0.5), equal_nan=True)
+
+
 def test_channels_last_spikes():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
     y = custom_ops.surrogate_gradient(x)
