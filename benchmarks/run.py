@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -74,8 +75,11 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     families = sorted({info.family for info in REGISTRY.values()})
     parser = argparse.ArgumentParser(prog="python -m custom_ops bench", description=__doc__)
-    parser.add_argument("--op", action="append", choices=sorted(REGISTRY), help="only this op (may be repeated)")
-    parser.add_argument("--family", action="append", choices=families, help="only this family (may be repeated)")
+    several: dict[str, Any] = {"action": "extend", "nargs": "+"}
+    parser.add_argument("--op", **several, choices=sorted(REGISTRY), metavar="NAME", help="only these ops")
+    parser.add_argument(
+        "--family", **several, choices=families, metavar="NAME", help=f"only these of {', '.join(families)}"
+    )
     parser.add_argument("--quick", action="store_true", help="under 3 minutes: fewer rounds, no torch.compile")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--memory", choices=("fresh", "warm"), default="fresh", help="new pages or reused ones (CPU)")

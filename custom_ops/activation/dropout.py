@@ -162,6 +162,7 @@ register(
         summary="Dropout of ReLU, both masks in one bit per element",
         function=relu_dropout,
         reference=relu_dropout_reference,
+        native=lambda x, p, training: F.dropout(torch.relu(x), p, training),
         samples=_dropout_samples,
         bad_calls=lambda: [
             *not_a_tensor(),

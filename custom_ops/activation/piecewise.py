@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from custom_ops import _checks, library
@@ -502,6 +503,7 @@ def _unary(
             reference=reference,
             samples=unary_samples(*kinks, parameters=parameters, variant=variant),
             benchmarks=against(f"F.{name}", *parameters),
+            native=getattr(F, name),
             **info,
         )
     )
@@ -587,6 +589,7 @@ register(
         summary="ReLU of x + bias in one pass, one bit per element for backward",
         function=bias_relu,
         reference=bias_relu_reference,
+        native=lambda x, bias: torch.relu(x + bias),
         samples=_bias_samples,
         bad_calls=lambda: _BAD_BIASES,
         benchmarks=[
@@ -609,6 +612,7 @@ register(
         summary="Leaky ReLU of x + bias in one pass, one bit per element for backward",
         function=bias_leaky_relu,
         reference=bias_leaky_relu_reference,
+        native=lambda x, bias: F.leaky_relu(x + bias),
         samples=_bias_samples,
         bad_calls=lambda: [
             *_BAD_BIASES,

@@ -137,6 +137,7 @@ register(
         summary="Squared ReLU in one pass",
         function=squared_relu,
         reference=squared_relu_reference,
+        native=lambda x: torch.relu(x) ** 2,
         samples=unary_samples(0.0),
         modules=lambda: [(SquaredReLU(), {})],
         bad_calls=not_a_tensor,

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from custom_ops.verify._backends import BACKENDS
 from custom_ops.verify._report import PASS, Cell, Report
@@ -53,9 +54,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m custom_ops verify", description="Check every op against the capability matrix."
     )
-    parser.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
-    parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated; by default cpp")
-    parser.add_argument("--only", action="append", metavar="CAPABILITY", help="only this row (may be repeated)")
+    several: dict[str, Any] = {"action": "extend", "nargs": "+"}
+    parser.add_argument("--op", **several, default=[], metavar="NAME", help="only these ops")
+    parser.add_argument("--backend", **several, choices=BACKENDS, help="by default cpp")
+    parser.add_argument("--only", **several, metavar="CAPABILITY", help="only these rows")
     parser.add_argument("--quick", action="store_true", help="capture with aot_eager mostly, no AOTInductor")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--markdown", action="store_true", help="print the matrix as a Markdown table")
