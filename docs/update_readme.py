@@ -1,4 +1,4 @@
-"""Writes docs/matrix.md and the generated parts of README.md: ``make docs``.
+"""Writes docs/matrix.md, docs/speed.md, docs/gpu.md and the generated parts of README.md: ``make docs``.
 
 The table of ops comes from the registry, the matrix from tests/test_battery.py, the timings from the result files in
 benchmarks/results. With ``--matrix FILE`` the matrix is read from a saved run of the tests with
@@ -24,6 +24,8 @@ from custom_ops.verify import Report as Matrix
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MATRIX = ROOT / "docs" / "matrix.md"
+SPEED = ROOT / "docs" / "speed.md"
+GPU = ROOT / "docs" / "gpu.md"
 BACKENDS = ("cpp", "triton")
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -91,19 +93,42 @@ def _marks(cells: list[Cell], notes: list[str]) -> str:
 
 
 def speed() -> str:
-    """Of each result file the remarks, the overhead of a call, and forward+backward of each op at each size."""
-    blocks = []
-    for path in sorted(RESULTS.glob("*.json")):
-        report = read_json(path)
+    """docs/speed.md: of each result file the remarks, the overhead of a call, and all sizes of all tables."""
+    blocks = ["# Timings", "Written by `make docs` from the files in benchmarks/results."]
+    for path, report in _reports():
         remarks = "\n".join(f"- {remark}" for remark in report.remarks)
-        blocks += [_heading(path, report), *filter(None, [remarks]), _overhead(report)]
+        missing = "\n".join(f"- not installed: {name}" for name in report.missing)
+        blocks += [f"## {report.where}", _source(path, report), *filter(None, [remarks, missing]), _overhead(report)]
         blocks += [_timings(op, table, rows) for (op, table), rows in report.tables.items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def fastest() -> str:
+    """For the README: of each op in each result file the first table at its largest size, beside the best peer."""
+    blocks = []
+    for path, report in _reports():
+        lines = ["| op | at | ours, ms | × floor | beside | ours / that |", "|---|---|--:|--:|---|--:|"]
+        seen = set()
+        for (op, table), rows in report.tables.items():
+            last = [row for row in rows if (row.size, row.direction) == (rows[-1].size, rows[-1].direction)]
+            peers = [row for row in last if row.contender not in (OURS, FLOOR) and not row.note]
+            if op in seen or not peers:
+                continue
+            seen.add(op)
+            ours, peer = next(row for row in last if row.contender == OURS), min(peers, key=lambda r: r.milliseconds)
+            at = f"{label(ours.size)} {table}, {ours.direction}"
+            times = f"{ours.milliseconds:.3g} | {ours.floors:.2f} | {peer.contender} | {peer.ours_over_this:.2f}"
+            lines.append(f"| `{op}` | {at} | {times} |")
+        blocks += [f"**{report.where}**: {_source(path, report)}", "\n".join(lines)]
     return "\n\n".join(blocks) or "No results of this version are in benchmarks/results yet."
 
 
-def _heading(path: Path, report: Report) -> str:
-    source = f"`{report.command}`, [{path.name}]({path.relative_to(ROOT)})"
-    return f"**{report.where}** (torch {report.machine['torch']}; {source})"
+def _reports() -> list[tuple[Path, Report]]:
+    return [(path, read_json(path)) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def _source(path: Path, report: Report) -> str:
+    return f"torch {report.machine['torch']}, `{report.command}`, {path.relative_to(ROOT)}"
 
 
 def _overhead(report: Report) -> str:
@@ -191,10 +216,13 @@ def main() -> None:
     order = list(capabilities(quick=True))
     report.cells.sort(key=lambda cell: order.index(cell.capability))
     MATRIX.write_text(matrix(report))
+    SPEED.write_text(speed())
     text = README.read_text()
-    for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", speed()), ("networks", networks())):
+    for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", fastest()), ("networks", networks())):
         text = replace(text, block, content)
     README.write_text(text)
+    compile_all = [sys.executable, "-m", "custom_ops.triton_kernels.aot", "--report", str(GPU)]
+    subprocess.run(compile_all, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

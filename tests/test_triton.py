@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel_grid, voxel_segments
 
+GPU_PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 ops = torch.ops.custom_ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SPECIAL = (float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0)
@@ -327,12 +329,20 @@ def run_compiling(*arguments):
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_every_kernel_compiles_without_spills():
-    run = run_compiling("-m", "custom_ops.triton_kernels.aot")
+def test_every_kernel_compiles_without_spills(tmp_path):
+    run = run_compiling("-m", "custom_ops.triton_kernels.aot", "--report", str(tmp_path / "gpu.md"))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     compiled = set(re.findall(r"^(\w+)\s+(\w+)\[(\w+)\]", run.stdout, re.MULTILINE))
     expected = {(target, k.name, dtype) for target in aot.TARGETS for k in aot.kernels() for dtype in k.dtypes}
     assert compiled == expected
+    if f"with Triton {triton.__version__}," in GPU_PAGE.read_text():  # registers vary with the compiler
+        assert GPU_PAGE.read_text() == (tmp_path / "gpu.md").read_text(), "run `make docs`"
+
+
+@pytest.mark.parametrize("name", ["piecewise_linear", "apply_mask", "margin_ranking_backward", "segment_reduce"])
+def test_streaming_kernels_load_16_bytes_at_a_time(name):
+    rows = re.findall(rf"\| `{name}_kernel` \| fp32 \|.*\| (\d+) \| \d+ \|\n", GPU_PAGE.read_text())
+    assert rows == ["16"]
 
 
 def test_the_kink_is_not_fused():
@@ -409,10 +419,10 @@ amdhsa.kernels:
 
 def test_planted_spills_are_reported(monkeypatch, capsys):
     def verdict(resources):
-        report = aot.Report("k", "fp32", "", "sm_90", resources)
+        report = aot.Report("k", "fp32", "", "sm_90", 4, resources)
         assert ("SPILLS" in str(report)) == (not report.ok)
         monkeypatch.setattr(aot, "compile_all", lambda name: [report])
-        assert aot.main() == (not report.ok)
+        assert aot.main([]) == (not report.ok)
         return report.ok
 
     assert aot.parse_cuobjdump(CUOBJDUMP.format(stack=0, local=0)) == aot.Resources(28, 0, 0, 1024)
@@ -424,6 +434,8 @@ def test_planted_spills_are_reported(monkeypatch, capsys):
     assert not verdict(aot.parse_amdgcn(AMDGCN.format(private=4, sgprs=0, vgprs=0)))
     assert not verdict(aot.parse_amdgcn(AMDGCN.format(private=0, sgprs=1, vgprs=0)))
     assert not verdict(aot.parse_amdgcn(AMDGCN.format(private=0, sgprs=0, vgprs=1)))
+    sass = "LDG.E.U8 R2, [R4]; LDG.E.EF.128.CONSTANT R8, [R6]; STG.E [R2], R4; LDG.E.64 R0, [R2]"
+    assert (aot.widest(sass, "LDG"), aot.widest(sass, "STG"), aot.widest("", "STG")) == (16, 4, 0)
     with pytest.raises(KeyError):
         aot.parse_cuobjdump("the format has changed")
     assert "1 compiled, 1 with spills" in capsys.readouterr().out

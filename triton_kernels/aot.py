@@ -1,10 +1,12 @@
 """Compile every kernel ahead of time, without a GPU: ``python -m custom_ops.triton_kernels.aot [PART OF A NAME]``.
 
-Prints the registers and memory of each and exits with 1 if one spills or uses local memory.
+Prints the registers and memory of each and exits with 1 if one spills or uses local memory. With
+``--report FILE`` it also writes docs/gpu.md: how many of each kernel's warps fit, and how wide its accesses are.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import pkgutil
@@ -14,8 +16,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -31,6 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+REPORTED = "sm_90"  # the one in docs/gpu.md, and the only one that is disassembled: that takes long
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Resources:
     spilled: int  # registers; NVIDIA's tools report a spill as local memory
     local: int  # bytes per thread
     shared: int  # bytes per program
+    load: int = 0  # bytes of the widest access of one thread to global memory
+    store: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Report:
     dtype: str
     variant: str
     target: str
+    warps: int
     resources: Resources
 
     @property
@@ -79,6 +86,16 @@ def parse_amdgcn(text: str) -> Resources:
     )
 
 
+def widest(sass: str, instruction: str) -> int:
+    """Bytes of the widest of these instructions, LDG or STG, in NVIDIA's assembly."""
+    # LDG.E.128 and the like; without a number 4 bytes, with S8, U16 and so on that many bits.
+    found = re.findall(rf"\b{instruction}\.E(?:\.\w+)*", sass)
+    bits = [
+        next((int(part.strip("US")) for part in f.split(".") if re.fullmatch(r"[US]?\d+", part)), 32) for f in found
+    ]
+    return max(bits, default=0) // 8
+
+
 def kernels() -> list[Kernel]:
     """Every kernel of the package."""
     for module in pkgutil.iter_modules(package.__path__):
@@ -107,15 +124,22 @@ def sources(kernel: Kernel) -> Iterator[tuple[str, str, ASTSource]]:
             yield dtype, label, ASTSource(kernel.fn, signature, dict(variant), aligned)
 
 
-def resources(compiled: Any) -> Resources:
+def resources(compiled: Any, disassemble: bool) -> Resources:
     if "amdgcn" in compiled.asm:
         return parse_amdgcn(compiled.asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return parse_cuobjdump(text)
+
+        def dump(option: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        found = parse_cuobjdump(dump("--dump-resource-usage"))
+        if disassemble:
+            sass = dump("--dump-sass")
+            found = replace(found, load=widest(sass, "LDG"), store=widest(sass, "STG"))
+        return found
 
 
 def compile_kernel(index: int, targets: Iterable[str]) -> list[Report]:
@@ -124,7 +148,9 @@ def compile_kernel(index: int, targets: Iterable[str]) -> list[Report]:
     for target in targets:
         for dtype, variant, source in sources(kernel):
             compiled = triton.compile(source, target=TARGETS[target], options=dict(kernel.options))
-            reports.append(Report(kernel.name, dtype, variant, target, resources(compiled)))
+            warps = kernel.options["num_warps"]
+            found = resources(compiled, disassemble=target == REPORTED)
+            reports.append(Report(kernel.name, dtype, variant, target, warps, found))
     return reports
 
 
@@ -143,13 +169,55 @@ def compile_all(targets: Iterable[str] = tuple(TARGETS), name: str = "") -> list
         return [report for reports in pool.map(compile_kernel, *zip(*tasks)) for report in reports]
 
 
-def main(name: str = "") -> int:
-    reports = compile_all(name=name)
+def occupancy(report: Report) -> float:
+    """The share of an sm_90 multiprocessor's 64 warps that can be resident: 64 K registers, 227 KiB, 32 programs."""
+    of_warp = -(-report.resources.registers * 32 // 256) * 256  # registers are handed out by 256
+    by_registers = 4 * (65536 // 4 // of_warp) // report.warps  # each quarter has its own
+    by_shared = 227 * 1024 // (report.resources.shared + 1024)
+    return min(32, by_registers, by_shared, 64 // report.warps) * report.warps / 64
+
+
+def markdown(reports: Iterable[Report]) -> str:
+    """docs/gpu.md: of each kernel and dtype the worst of its variants on sm_90."""
+    groups: dict[tuple[str, str], list[Report]] = {}
+    for report in reports:
+        if report.target == REPORTED:
+            groups.setdefault((report.kernel, report.dtype), []).append(report)
+    lines = [
+        "# The Triton kernels on paper",
+        "",
+        f"Written by `make docs` with Triton {triton.__version__}, of what `python -m custom_ops.triton_kernels.aot` "
+        f"compiles for {', '.join(TARGETS)}, none of it with a spill or local memory. Here {REPORTED}, of each kernel "
+        "the worst of its variants: registers per thread, shared bytes per program, the share of a multiprocessor's "
+        "warps that these leave room for, and the bytes of a thread's widest access to global memory in the "
+        "disassembly.",
+        "",
+        "| kernel | | variants | warps | registers | shared | occupancy | load | store |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (kernel, dtype), group in groups.items():
+        r = [report.resources for report in group]
+        cells = [
+            len(group), group[0].warps, max(x.registers for x in r), max(x.shared for x in r),
+            f"{min(map(occupancy, group)):.0%}", min(x.load for x in r), min(x.store for x in r),
+        ]  # fmt: skip
+        lines.append(f"| `{kernel}` | {dtype} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m custom_ops.triton_kernels.aot", description=__doc__)
+    parser.add_argument("name", nargs="?", default="", help="only kernels with this in their name")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write docs/gpu.md there")
+    options = parser.parse_args(argv)
+    reports = compile_all(name=options.name)
     print(HEADING, *reports, sep="\n")
     spilling = sum(not report.ok for report in reports)
     print(f"{len(reports)} compiled, {spilling} with spills or local memory")
+    if options.report:
+        options.report.write_text(markdown(reports))
     return 1 if spilling else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main(sys.argv[1:]))
