@@ -1,4 +1,4 @@
-"""Writes docs/matrix.md, docs/speed.md, docs/gpu.md and the generated parts of README.md: ``make docs``.
+"""Writes the generated pages here (matrix, speed, scaling, gpu) and parts of README.md: ``make docs``.
 
 The table of ops comes from the registry, the matrix from tests/test_battery.py, the timings from the result files in
 benchmarks/results. With ``--matrix FILE`` the matrix is read from a saved run of the tests with
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
 from custom_ops.benchmarks.report import Report, read_json
+from custom_ops.benchmarks.scaling_page import write_page
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import Cell, capabilities
 from custom_ops.verify import Report as Matrix
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MATRIX = ROOT / "docs" / "matrix.md"
 SPEED = ROOT / "docs" / "speed.md"
+SCALING = ROOT / "docs" / "scaling.md"
 GPU = ROOT / "docs" / "gpu.md"
 BACKENDS = ("cpp", "triton")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -217,6 +219,7 @@ def main() -> None:
     report.cells.sort(key=lambda cell: order.index(cell.capability))
     MATRIX.write_text(matrix(report))
     SPEED.write_text(speed())
+    write_page([read_json(path) for path in (RESULTS / "scaling").glob("*.json")], SCALING)
     text = README.read_text()
     for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", fastest()), ("networks", networks())):
         text = replace(text, block, content)
