@@ -104,7 +104,8 @@ class PiecewiseLinear(Function, op=piecewise_linear):
         of_bias = None
         if ctx.needs_input_grad[1]:
             batch = grad.shape[: ctx.batch_dims]
-            of_bias = of_v.reshape(*batch, -1, ctx.channels, ctx.inner).sum((-3, -1))
+            rows = math.prod(grad.shape[ctx.batch_dims :]) // max(ctx.channels * ctx.inner, 1)
+            of_bias = of_v.reshape(*batch, rows, ctx.channels, ctx.inner).sum((-3, -1))
         return of_v, of_bias, *[None] * 8
 
     @staticmethod
