@@ -11,6 +11,7 @@ A failure is made as small as it gets, and printed as a script that repeats it.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--backend", choices=BACKENDS, default="cpp")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats a run")
     options = parser.parse_args(argv)
+    if options.backend == "triton":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     ops = options.op or list(REGISTRY)
     failures: dict[str, str] = {}
     console = Console(stderr=True)
