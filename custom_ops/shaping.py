@@ -654,7 +654,7 @@ def straight_through_reference(forward_value: Tensor, x: Tensor) -> Tensor:
 
 def surrogate_gradient_reference(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
     u = x / width
-    inner = u.clamp(-1, 1)
+    inner = torch.where(u.abs() < 1, u, u.detach().clamp(-1, 1))  # its slope at 1 is that beyond
     smooth = {
         "sigmoid": u.sigmoid(),
         "atan": u.atan() / math.pi,
@@ -885,7 +885,7 @@ register(
         name="surrogate_gradient",
         summary="A step that is differentiated as a smooth one",
         function=surrogate_gradient,
-        not_fuzzed={**_NOT_FUZZED, "ties": "the boxcar jumps there"},
+        not_fuzzed=_NOT_FUZZED,
         reference=surrogate_gradient_reference,
         apply=SurrogateStep.apply,
         samples=_surrogate_samples,
