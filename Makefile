@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The active environment if it has torch >= 2.10, else our own; `make ACTIVE= ...` insists on our own.
@@ -15,7 +16,7 @@ STAMPS := build/env/$(subst /,_,$(PY))
 STALE := $(if $(wildcard $(PY)),$(if $(shell $(PY) .ci/env.py installed),,stale),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full bench docs lint format clean stale
+.PHONY: help build demo test test-full fuzz sanitize dist bench docs lint format clean stale
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -23,6 +24,9 @@ help:
 	@echo 'make demo       the main job: python -m custom_ops demo'
 	@echo 'make test       the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
 	@echo 'make test-full  the tests with the whole capability matrix'
+	@echo 'make fuzz       random calls of every op against its reference; FUZZ_ARGS="--seconds 600 --op relu"'
+	@echo 'make sanitize   the C++ kernels under address, undefined-behaviour and thread sanitizers'
+	@echo 'make dist       sdist and manylinux wheel in dist/, audited and tried in an environment with only torch'
 	@echo 'make bench      side by side with the peers, small sizes'
 	@echo 'make docs       the generated parts of README.md (runs the whole matrix)'
 	@echo 'make lint       ruff, mypy, clang-format;  make format  applies them'
@@ -43,6 +47,16 @@ docs: $(STAMPS)/test build
 
 test: $(STAMPS)/test build
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+fuzz: $(STAMPS)/test build
+	$(PY) tests/fuzz.py $(FUZZ_ARGS)
+
+sanitize: $(STAMPS)/test
+	$(PY) tests/sanitize/run.py address
+	$(PY) tests/sanitize/run.py thread
+
+dist: $(STAMPS)/dist
+	$(PY) .ci/dist.py
 
 test-full: $(STAMPS)/test build
 	CUSTOM_OPS_FULL=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)

@@ -39,7 +39,19 @@ CXXFLAGS = [
     "-Wextra",
     f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
 ]
-LDFLAGS = ["-shared", "-s", "-Wl,--as-needed", "-Wl,-z,defs"]
+LDFLAGS = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs"]
+
+# For `make sanitize`: what CUSTOM_OPS_SANITIZE names, built in a folder of its own.
+SANITIZERS = {
+    "address": [
+        "-O1",
+        "-fsanitize=address,undefined,float-cast-overflow",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-g1",
+    ],
+    "thread": ["-fsanitize=thread", "-O1", "-g1", "-include", str(ROOT / "tests" / "sanitize" / "threads.h")],
+}
 
 NINJA = """\
 cxx = {cxx}
@@ -99,12 +111,22 @@ def werror() -> list[str]:
 class BuildWithNinja(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch, cxx, run = torch_folder(), compiler(), ninja()
-        folder = ROOT / "build" / "native"  # not setuptools' own: it is another one on each editable install
+        sanitizer = os.environ.get("CUSTOM_OPS_SANITIZE", "")
+        sanitizing = SANITIZERS[sanitizer] if sanitizer else []
+        # Not setuptools' own: it is another one on each editable install.
+        folder = ROOT / "build" / (sanitizer or "native")
         folder.mkdir(parents=True, exist_ok=True)
 
         # A packager's flags come first, so that ours win.
-        cxxflags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXXFLAGS, *werror(), "-isystem", f"{torch}/include"]
-        ldflags = [*shlex.split(os.environ.get("LDFLAGS", "")), *LDFLAGS, f"-L{torch}/lib", "-ltorch_cpu"]
+        cxxflags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXXFLAGS, *sanitizing, *werror()]
+        cxxflags += ["-isystem", f"{torch}/include"]
+        ldflags = [
+            *shlex.split(os.environ.get("LDFLAGS", "")),
+            *LDFLAGS,
+            *(sanitizing or ["-s"]),
+            f"-L{torch}/lib",
+            "-ltorch_cpu",
+        ]
         objects = [f"{Path(source).stem}.o" for source in ext.sources]
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
         builds = [f"build {o}: compile {_path(ROOT / source)}\n" for o, source in zip(objects, ext.sources)]

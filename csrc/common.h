@@ -37,7 +37,21 @@ void check(bool ok, const Parts&... parts) {
 
 // ---------------------------------------------------------------- tensors
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// What `make` gives. It fails for want of memory only, which the stable ABI doesn't say.
+template <class F>
+Tensor allocated(int64_t elements, const F& make) {
+  try {
+    return make();
+  } catch (const std::runtime_error&) {
+    check(false, "out of memory: a tensor of ", elements, " elements is needed");
+    throw;
+  }
+}
+
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  return allocated(t.numel(), [&] { return torch::stable::contiguous(t); });
+}
 
 inline int64_t product(const Shape& shape) {
   int64_t n = 1;

@@ -32,7 +32,7 @@ std::map<std::string, std::string>& signatures() {
 }  // namespace
 
 Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(like, shape, dtype);
+  Tensor out = allocated(product(shape), [&] { return torch::stable::new_empty(like, shape, dtype); });
   advise_huge_pages(out.data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
   return out;
 }

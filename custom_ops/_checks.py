@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from functools import reduce
 from typing import Any
@@ -50,12 +51,18 @@ def is_bool(name: str, value: Any) -> None:
 
 
 def is_number(name: str, value: Any) -> None:
+    _is_real(name, value)
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{name}: expected a number, got nan")
+
+
+def _is_real(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def is_positive(name: str, value: Any) -> None:
-    is_number(name, value)
+    _is_real(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
@@ -76,8 +83,12 @@ def broadcast(**tensors: Tensor) -> list[Tensor]:
         raise ValueError(f"{', '.join(tensors)}: expected shapes that broadcast, got {shapes}") from None
 
 
-def is_count(name: str, value: Any) -> None:
+def is_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
+def is_count(name: str, value: Any) -> None:
+    is_integer(name, value)
     if value < 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")

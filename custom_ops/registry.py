@@ -87,7 +87,8 @@ class OpInfo:
     of ours on a few elements is compared with.
 
     A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run: there the
-    op gives something, by design other than what they compare with.
+    op gives something, by design other than what they compare with. ``not_fuzzed`` are kinds of values of
+    `custom_ops.verify.VALUES` on which the op's results aren't specified, or its reference's aren't right.
     """
 
     name: str
@@ -101,6 +102,7 @@ class OpInfo:
     benchmarks: Sequence[Benchmark] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
     not_comparable: dict[str, str] = field(default_factory=dict)  # capability: reason, of an op that shapes gradients
+    not_fuzzed: dict[str, str] = field(default_factory=dict)  # kind of values: reason
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     native: Callable[..., Any] | None = None
 

@@ -670,7 +670,7 @@ def straight_through_reference(forward_value: Tensor, x: Tensor) -> Tensor:
 
 def surrogate_gradient_reference(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
     u = x / width
-    inner = u.clamp(-1, 1)
+    inner = torch.where(u.abs() < 1, u, u.detach().clamp(-1, 1))  # its slope at 1 is that beyond
     smooth = {
         "sigmoid": u.sigmoid(),
         "atan": u.atan() / math.pi,
@@ -783,11 +783,14 @@ _BY_MODE = "by design a tangent passes unclipped, so the modes differ: tests/tes
 _OF_CLIPPING = {**_OF_SHAPING, "func.hessian": _BY_MODE, "forward over forward": _BY_MODE}
 _two, _integers = torch.ones(2), torch.ones(2, dtype=torch.int64)
 
+_NOT_FUZZED = dict.fromkeys(("NaN", "infinite"), "the reference subtracts them from themselves")
+
 register(
     OpInfo(
         name="scale_gradient",
         summary="The identity, whose gradient is scaled",
         function=scale_gradient,
+        not_fuzzed=_NOT_FUZZED,
         reference=scale_gradient_reference,
         native=torch.mul,
         apply=GradientScaling.apply,
@@ -811,6 +814,7 @@ register(
         name="reverse_gradient",
         summary="The identity, whose gradient is reversed",
         function=reverse_gradient,
+        not_fuzzed=_NOT_FUZZED,
         reference=reverse_gradient_reference,
         native=torch.neg,
         samples=lambda device, dtype: [
@@ -880,6 +884,7 @@ register(
         name="straight_through",
         summary="A value, whose gradient goes to what it was made of",
         function=straight_through,
+        not_fuzzed=_NOT_FUZZED,
         reference=straight_through_reference,
         native=torch.add,
         apply=StraightThroughEstimator.apply,
@@ -900,6 +905,7 @@ register(
         name="surrogate_gradient",
         summary="A step that is differentiated as a smooth one",
         function=surrogate_gradient,
+        not_fuzzed=_NOT_FUZZED,
         reference=surrogate_gradient_reference,
         native=lambda x, shape: torch.sigmoid(x),
         apply=SurrogateStep.apply,

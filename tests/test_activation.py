@@ -327,3 +327,10 @@ def test_inductors_masks_are_the_kernels(n):
     torch.testing.assert_close((y, mask), ops.piecewise_linear(x, *arguments))
     unpacked = torch.compile(lambda g, m: ops.apply_mask(g, m, 1.0, 0.5), fullgraph=True)(grad, mask)
     torch.testing.assert_close(unpacked, ops.apply_mask(grad, mask, 1.0, 0.5))
+
+
+def test_no_channels():
+    x, bias = torch.ones(3, 0, requires_grad=True), torch.ones(0, requires_grad=True)
+    custom_ops.bias_relu(x, bias).sum().backward()
+    assert x.grad.shape == (3, 0)
+    assert bias.grad.shape == (0,)

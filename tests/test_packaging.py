@@ -4,6 +4,7 @@ broken set-up is told. All builds are of a copy."""
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -123,7 +124,7 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
         copy = sdist.parent / "copy" / folder
         expected = {p.relative_to(copy) for p in copy.rglob("*") if p.is_file()}
         assert expected <= {p.relative_to(sdist / folder) for p in (sdist / folder).rglob("*")}, folder
-    for file in ("setup.py", "pyproject.toml", "Makefile", "LICENSE", ".ci/run"):
+    for file in ("setup.py", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", ".ci/run"):
         assert (sdist / file).is_file(), file
 
 
@@ -253,3 +254,37 @@ def test_build_of_code_that_does_not_compile(sdist: Path, tmp_path: Path) -> Non
     assert only_error(done) == "custom_ops: the C++ kernels did not compile; the compiler's message is above"
     assert "Traceback" not in done.stdout
     succeed(*build, cwd=tmp_path / "broken")  # outside CI it is but a warning
+
+
+# ---------------------------------------------------------------- CONTRIBUTING.md's example
+
+
+def test_the_example_of_contributing_is_an_op(wheel: Path, sdist: Path) -> None:
+    """It is added to the sources that `wheel` was built from, built and verified. The last test: it leaves them so."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    files = re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", page, re.DOTALL)
+    assert [Path(name).suffix for name, _ in files] == [".cpp", ".py", ".py"]
+    for name, source in files:
+        assert not (ROOT / name).exists(), "the example shows an op that the package has"
+        assert len(source.splitlines()) < 60
+        (sdist / name).write_text(source)
+    with (sdist / "custom_ops" / "activation" / "__init__.py").open("a") as family:
+        family.write("\nfrom custom_ops.activation import sine  # noqa: E402\n")
+    succeed(sys.executable, "setup.py", "-q", "build", "--build-lib", "installed", cwd=sdist, CUSTOM_OPS_WERROR="1")
+    verify = (
+        "-m",
+        "custom_ops",
+        "verify",
+        "--quick",
+        "--json",
+        "--op",
+        "sine",
+        "--backend",
+        "cpp",
+        "--backend",
+        "triton",
+    )
+    done = call(sys.executable, *verify, cwd=sdist / "installed", PYTHONPATH=str(sdist / "installed"))
+    report, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{\n  "ok"') :])
+    assert not [cell for cell in report["cells"] if cell["status"] == "fail"]
+    assert {cell["backend"] for cell in report["cells"] if cell["status"] == "pass"} == {"cpp", "triton"}

@@ -145,3 +145,14 @@ def test_half_is_rounded_once():
     x = torch.randn(3, 40).half()
     for function in BOTH:
         assert torch.equal(function(x), function(x.double()).half())
+
+
+@pytest.mark.parametrize("regularization", ["l2", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_spearman_of_tied_scores_has_no_gradient(regularization, dtype):
+    """The soft ranks of "kl" are tied up to rounding only."""
+    scores = torch.full((9,), 0.3, dtype=dtype, requires_grad=True)
+    loss = custom_ops.spearman_loss(scores, torch.arange(9), regularization=regularization)
+    loss.backward()
+    assert loss.item() == 1
+    assert scores.grad.tolist() == [0] * 9

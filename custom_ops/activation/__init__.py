@@ -1,13 +1,48 @@
 """One-bit activations."""
 
-from custom_ops.activation import conversion, dropout, piecewise, squared
-from custom_ops.activation.conversion import *  # noqa: F403
-from custom_ops.activation.dropout import *  # noqa: F403
-from custom_ops.activation.piecewise import *  # noqa: F403
-from custom_ops.activation.squared import *  # noqa: F403
+from custom_ops.activation.conversion import Conversion, ConvertedActivation, convert_activations
+from custom_ops.activation.dropout import ReLUDropout, relu_dropout
+from custom_ops.activation.piecewise import (
+    BiasLeakyReLU,
+    BiasReLU,
+    CustomReLU,
+    Hardtanh,
+    LeakyReLU,
+    ReLU,
+    ReLU6,
+    Threshold,
+    bias_leaky_relu,
+    bias_relu,
+    hardtanh,
+    leaky_relu,
+    relu,
+    relu6,
+    threshold,
+)
+from custom_ops.activation.squared import SquaredReLU, squared_relu
 
-__all__: list[str] = []
-__all__ += conversion.__all__
-__all__ += dropout.__all__
-__all__ += piecewise.__all__
-__all__ += squared.__all__
+# Spelled out: mypy can't follow `__all__ += module.__all__` through two levels, and shows none of these.
+__all__ = [
+    "BiasLeakyReLU",
+    "BiasReLU",
+    "Conversion",
+    "ConvertedActivation",
+    "CustomReLU",
+    "Hardtanh",
+    "LeakyReLU",
+    "ReLU",
+    "ReLU6",
+    "ReLUDropout",
+    "SquaredReLU",
+    "Threshold",
+    "bias_leaky_relu",
+    "bias_relu",
+    "convert_activations",
+    "hardtanh",
+    "leaky_relu",
+    "relu",
+    "relu6",
+    "relu_dropout",
+    "squared_relu",
+    "threshold",
+]

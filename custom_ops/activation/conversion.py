@@ -74,7 +74,7 @@ def convert_activations(model: nn.Module, to: str = "custom_ops", measure: Seque
         A `Conversion`; print it.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, ``measure`` no sequence.
         ValueError: an unknown ``to``.
 
     What is saved depends on the neighbours: behind ``relu`` a convolution or linear layer keeps its input, which
@@ -90,6 +90,8 @@ def convert_activations(model: nn.Module, to: str = "custom_ops", measure: Seque
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     _checks.is_one_of("to", to, tuple(_TO))
+    if measure is not None and not isinstance(measure, Sequence):
+        raise TypeError(f"measure: expected a sequence of arguments, got {type(measure).__name__}")
     classes = _TO[to]
     modules = {name: module for name, module in model.named_modules() if type(module) in classes}
     before = None if measure is None else _Saved(model, modules, measure)

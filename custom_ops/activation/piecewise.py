@@ -105,7 +105,8 @@ class PiecewiseLinear(Function, op=piecewise_linear):
         of_bias = None
         if ctx.needs_input_grad[1]:
             batch = grad.shape[: ctx.batch_dims]
-            of_bias = of_v.reshape(*batch, -1, ctx.channels, ctx.inner).sum((-3, -1))
+            rows = math.prod(grad.shape[ctx.batch_dims :]) // max(ctx.channels * ctx.inner, 1)
+            of_bias = of_v.reshape(*batch, rows, ctx.channels, ctx.inner).sum((-3, -1))
         return of_v, of_bias, *[None] * 8
 
     @staticmethod
@@ -191,6 +192,9 @@ def _activate(
 ) -> Tensor:
     """The op's activation of x, in x's layout."""
     _checks.has_dtype("x", x, _checks.FLOATING)
+    _checks.is_bool("inplace", inplace)
+    if inplace and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())):
+        raise ValueError(f"x: expected elements with memory of their own to write to, got strides {list(x.stride())}")
 
     def run(rows: Tensor, dim: int) -> Tensor:
         inner = 1 if bias is None else math.prod(rows.shape[dim + 1 :])
@@ -214,6 +218,7 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
 
     Raises:
         TypeError: ``x`` is no tensor, or of another dtype.
+        ValueError: ``inplace`` of an expanded tensor, whose elements share memory.
         RuntimeError: ``inplace`` of a leaf that requires a gradient.
 
     O(n) time; numel / 8 bytes kept for backward. Saves memory where no neighbour keeps the output
@@ -317,7 +322,7 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
         inplace: as for `relu`.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, no tensor, or ``dim`` no integer.
         ValueError: ``bias`` has another size or device than the channels.
         IndexError: ``x`` has no dimension ``dim``.
 
@@ -352,6 +357,7 @@ def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
     _checks.has_dtype("bias", bias, (x.dtype,))
     _checks.has_dims("bias", bias, "[C]")
     _checks.same_device(x=x, bias=bias)
+    _checks.is_integer("dim", dim)
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"dim: expected a dimension of x with shape {list(x.shape)}, got {dim}")
     if bias.shape[0] != x.shape[dim]:
@@ -522,6 +528,8 @@ _unary(
     bad_calls=lambda: [
         *not_a_tensor(),
         BadCall((_x.clone().requires_grad_(), True), "leaf Variable that requires grad"),
+        BadCall((_x, 1), "inplace: expected True or False, got 1"),
+        BadCall((_x[:1].expand(2, 3), True), r"x: expected elements with memory of their own .* strides \[0, 1\]"),
     ],
 )
 _unary(
@@ -546,7 +554,7 @@ _unary(
     bad_calls=lambda: [
         *not_a_tensor(),
         BadCall((_x, 1.0, -1.0), "min_val: expected at most max_val, got 1.0 and -1.0"),
-        BadCall((_x, float("nan")), "min_val: expected at most max_val"),
+        BadCall((_x, float("nan")), "min_val: expected a number, got nan"),
         BadCall((_x, -1.0, None), "max_val: expected a number, got NoneType"),
     ],
 )
@@ -582,6 +590,7 @@ _BAD_BIASES = [
     BadCall((_x, torch.ones(1, 3)), r"bias: expected \[C\], got shape \[1, 3\]"),
     BadCall((_x, torch.ones(3, device="meta")), "bias: expected on cpu as x, got meta"),
     BadCall((_x, torch.ones(3)), "dim: expected a dimension of x", {"dim": 2}, IndexError),
+    BadCall((_x, torch.ones(3)), "dim: expected an integer, got float", {"dim": 1.0}),
 ]
 register(
     OpInfo(

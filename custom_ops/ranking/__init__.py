@@ -1,21 +1,87 @@
 """Ranking losses."""
 
-from custom_ops.ranking import lambdas, listwise, margin, metrics, pairwise, preference, smooth_rank, sorting
-from custom_ops.ranking.lambdas import *  # noqa: F403
-from custom_ops.ranking.listwise import *  # noqa: F403
-from custom_ops.ranking.margin import *  # noqa: F403
-from custom_ops.ranking.metrics import *  # noqa: F403
-from custom_ops.ranking.pairwise import *  # noqa: F403
-from custom_ops.ranking.preference import *  # noqa: F403
-from custom_ops.ranking.smooth_rank import *  # noqa: F403
-from custom_ops.ranking.sorting import *  # noqa: F403
+from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
+from custom_ops.ranking.listwise import (
+    CoSENTLoss,
+    ListMLELoss,
+    ListNetLoss,
+    SoftmaxLoss,
+    UniqueSoftmaxLoss,
+    cosent_loss,
+    list_mle_loss,
+    list_net_loss,
+    softmax_loss,
+    unique_softmax_loss,
+)
+from custom_ops.ranking.margin import MarginRanking, MarginRankingLoss, margin_ranking_loss
+from custom_ops.ranking.metrics import average_precision, mrr, ndcg
+from custom_ops.ranking.pairwise import (
+    PairwiseExponentialLoss,
+    PairwiseHingeLoss,
+    PairwiseLogisticLoss,
+    PairwiseMSELoss,
+    PairwiseSoftZeroOneLoss,
+    pairwise_exponential_loss,
+    pairwise_hinge_loss,
+    pairwise_logistic_loss,
+    pairwise_mse_loss,
+    pairwise_soft_zero_one_loss,
+)
+from custom_ops.ranking.preference import BPRLoss, BradleyTerryLoss, DPOLoss, bpr_loss, bradley_terry_loss, dpo_loss
+from custom_ops.ranking.smooth_rank import (
+    ApproxMRRLoss,
+    ApproxNDCGLoss,
+    SmoothAPLoss,
+    approx_mrr_loss,
+    approx_ndcg_loss,
+    smooth_ap_loss,
+)
+from custom_ops.ranking.sorting import SpearmanLoss, soft_rank, soft_sort, spearman_loss
 
-__all__: list[str] = []
-__all__ += lambdas.__all__
-__all__ += listwise.__all__
-__all__ += margin.__all__
-__all__ += metrics.__all__
-__all__ += pairwise.__all__
-__all__ += preference.__all__
-__all__ += smooth_rank.__all__
-__all__ += sorting.__all__
+# Spelled out: mypy can't follow `__all__ += module.__all__` through two levels, and shows none of these.
+__all__ = [
+    "ApproxMRRLoss",
+    "ApproxNDCGLoss",
+    "BPRLoss",
+    "BradleyTerryLoss",
+    "CoSENTLoss",
+    "DPOLoss",
+    "LambdaLoss",
+    "ListMLELoss",
+    "ListNetLoss",
+    "MarginRanking",
+    "MarginRankingLoss",
+    "PairwiseExponentialLoss",
+    "PairwiseHingeLoss",
+    "PairwiseLogisticLoss",
+    "PairwiseMSELoss",
+    "PairwiseSoftZeroOneLoss",
+    "SmoothAPLoss",
+    "SoftmaxLoss",
+    "SpearmanLoss",
+    "UniqueSoftmaxLoss",
+    "approx_mrr_loss",
+    "approx_ndcg_loss",
+    "average_precision",
+    "bpr_loss",
+    "bradley_terry_loss",
+    "cosent_loss",
+    "dpo_loss",
+    "lambda_loss",
+    "list_mle_loss",
+    "list_net_loss",
+    "margin_ranking_loss",
+    "mrr",
+    "ndcg",
+    "pairwise_exponential_loss",
+    "pairwise_hinge_loss",
+    "pairwise_logistic_loss",
+    "pairwise_mse_loss",
+    "pairwise_soft_zero_one_loss",
+    "smooth_ap_loss",
+    "soft_rank",
+    "soft_sort",
+    "softmax_loss",
+    "spearman_loss",
+    "unique_softmax_loss",
+]

@@ -17,7 +17,23 @@ from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify import _values, _derivatives, _tracing, _objects  # noqa: F401 isort: skip
 from custom_ops.verify._backends import BACKENDS, backend
 from custom_ops.verify._cli import main
+from custom_ops.verify._fuzz import VALUES, check, random_sample, script
 from custom_ops.verify._report import Cell, Report
 from custom_ops.verify._run import capabilities, verify
 
-__all__ = ["BACKENDS", "BadCall", "Cell", "OpInfo", "Report", "Sample", "backend", "capabilities", "main", "verify"]
+__all__ = [
+    "BACKENDS",
+    "VALUES",
+    "BadCall",
+    "Cell",
+    "OpInfo",
+    "Report",
+    "Sample",
+    "backend",
+    "capabilities",
+    "check",
+    "main",
+    "random_sample",
+    "script",
+    "verify",
+]

@@ -82,7 +82,7 @@ def _check_rounded(case: Case, call: Call, dtype: torch.dtype) -> None:
     """
     eps, wide = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     half = dtype.itemsize == 2
-    call64 = call.with_tensors([_double(t) for t in call.tensors])
+    call64 = call.with_tensors([double(t) for t in call.tensors])
     oracle = case.reference(call64) if case.info.reference is not None else call64
     actual, expected = call.run(), oracle.run()
     rounding = max(64 * eps, TOLERANCE)
@@ -95,13 +95,13 @@ def _check_rounded(case: Case, call: Call, dtype: torch.dtype) -> None:
     if not call.input_keys:
         return
     weights = call.weights()
-    expected = _gradients(Call(oracle.function, call64.sample, call.differentiable), [_double(w) for w in weights])
+    expected = _gradients(Call(oracle.function, call64.sample, call.differentiable), [double(w) for w in weights])
     actual = _gradients(call, weights)
     atol = 2 * eps if half else atol
     check_close(actual, expected, f"{short(dtype)} gradients of {describe(call)}", rtol, atol, dtypes=False)
 
 
-def _double(tensor: Tensor) -> Tensor:
+def double(tensor: Tensor) -> Tensor:
     return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
 
 
@@ -184,7 +184,7 @@ def _same_layout(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(s.stride() == t.stride() and s.storage_offset() == t.storage_offset() for s, t in zip(a, b))
 
 
-def _run_leaves(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+def run_leaves(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Outputs and gradients with exactly these tensors (a clone would change their strides)."""
     outputs = call.with_tensors(tensors).run()
     inputs = [t for t in tensors if t.requires_grad]
@@ -206,7 +206,7 @@ def input_layouts(case: Case) -> None:
     """Strided, transposed, sliced-from-cat, offset, channels-last and expanded inputs, together and one by one."""
     for call in case.calls():
         tensors = [_laid_out(t, _row_major) for t in call.tensors]
-        contiguous = _run_leaves(call, tensors)
+        contiguous = run_leaves(call, tensors)
         for name, layout in {**LAYOUTS, **EXPANDED}.items():
             for chosen in _subsets(case, name, len(tensors)):
                 moved = [_laid_out(t, layout) if i in chosen else t for i, t in enumerate(tensors)]
@@ -215,11 +215,11 @@ def input_layouts(case: Case) -> None:
                 expected = contiguous
                 if name in EXPANDED:
                     try:
-                        expected = _run_leaves(call, [_laid_out(t, _row_major) for t in moved])
+                        expected = run_leaves(call, [_laid_out(t, _row_major) for t in moved])
                     except Exception:  # expanding made values that the op doesn't accept
                         continue
                 what = f"{describe(call)} with {name} tensors {sorted(chosen)}"
-                check_close(_run_leaves(call, moved), expected, what)
+                check_close(run_leaves(call, moved), expected, what)
 
 
 @capability("gradient layouts")

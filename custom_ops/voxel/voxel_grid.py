@@ -227,7 +227,7 @@ def voxel_csr_reference(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
     key = torch.where(rank < 0, num_voxels, rank.long())
     ordered, perm = key.sort(dim=-1, stable=True)
     edges = torch.arange(num_voxels + 1, device=rank.device).expand(*rank.shape[:-1], -1).contiguous()
-    return perm, torch.searchsorted(ordered, edges)
+    return perm, torch.searchsorted(ordered.contiguous(), edges)
 
 
 def _points(device: torch.device, dtype: torch.dtype) -> list[Sample]:

@@ -1,0 +1,193 @@
+"""Random calls of an op, made from its samples, against its float64 reference; and a script for one that fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.registry import OpInfo, Sample
+from custom_ops.verify._case import TOLERANCE, Call, Case, describe
+from custom_ops.verify._values import EXPANDED, LAYOUTS, Layout, double, resized, run_leaves
+
+Choose = Callable[[Sequence[Any]], Any]
+Values = Callable[[torch.Size, torch.dtype, torch.Generator], Tensor]
+
+
+def _normal(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _pick(numbers: Sequence[float]) -> Values:
+    def values(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64)[torch.randint(len(numbers), shape, generator=generator)]
+
+    return values
+
+
+def _tiny(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Around the smallest normal number, on both sides of it, and zeros."""
+    return torch.finfo(dtype).smallest_normal * _pick((-4, -1, -0.25, -0.0, 0.0, 0.125, 1, 8))(shape, dtype, generator)
+
+
+def _large(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Whose products still are numbers, and beside which 1 is nothing."""
+    scale = 2.0 ** round(0.45 * math.log2(torch.finfo(dtype).max))
+    return scale * _pick((-1, -0.5, -0.25, 0.125, 0.5, 1))(shape, dtype, generator)
+
+
+def _with_some(numbers: Sequence[float]) -> Values:
+    def values(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        rare = _pick(numbers)(shape, dtype, generator)
+        return torch.where(torch.rand(shape, generator=generator) < 0.2, rare, _normal(shape, dtype, generator))
+
+    return values
+
+
+VALUES: dict[str, Values] = {
+    "normal": _normal,
+    "ties": _pick((-1.5, -1, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 1, 1.5, 6)),
+    "tiny": _tiny,
+    "large": _large,
+    "NaN": _with_some((math.nan,)),
+    "infinite": _with_some((math.inf, -math.inf)),
+}
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def _stepped(tensor: Tensor) -> Tensor:
+    """Elements far apart, in every dimension."""
+    if tensor.numel() == 0:
+        return tensor
+    shape = [(n - 1) * 3 + 1 for n in tensor.shape[:-1]] + [(n - 1) * 257 + 1 for n in tensor.shape[-1:]]
+    wide = torch.full(shape, math.nan, dtype=tensor.dtype) if tensor.is_floating_point() else tensor.new_ones(shape)
+    steps = [slice(None, None, 3)] * (tensor.dim() - 1) + [slice(None, None, 257)] * bool(tensor.dim())
+    wide[tuple(steps)] = tensor
+    return wide[tuple(steps)]
+
+
+_LAYOUTS: dict[str, Layout] = {"in order": _in_order, **LAYOUTS, "stepped": _stepped}
+_SIZES = (0, 1, 2, 3, 5, 8, 9, 17)
+
+
+def random_sample(info: OpInfo, choose: Choose) -> Sample:
+    """A call of the op: one of its samples with another size, other values, layouts and dtypes.
+
+    Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude; what else
+    is floating or boolean is drawn from its own elements, integers keep theirs.
+    """
+    dtype = choose(info.dtypes)
+    call = Call(info.function, choose(Case(info, torch.device("cpu"), quick=True).samples(dtype)))
+    if call.sample.dynamic:
+        call = resized(call, choose((1, 0, 2, 3, 4)))
+    shapes = {t.shape for t in call.tensors}
+    if len(shapes) == 1 and all(t.requires_grad for t in call.tensors):
+        (shape,) = shapes
+        shapes = {torch.Size([choose((n, *_SIZES)) for n in shape])}
+    kind = choose([kind for kind in VALUES if kind not in info.not_fuzzed])
+    generator = torch.Generator().manual_seed(choose(range(1 << 16)))
+    tensors = []
+    for tensor in call.tensors:
+        shape = tensor.shape if len(shapes) > 1 else next(iter(shapes))
+        if tensor.requires_grad:
+            new = VALUES[kind](shape, tensor.dtype, generator).to(tensor.dtype)
+        elif (tensor.is_floating_point() or tensor.dtype == torch.bool) and tensor.numel():
+            new = tensor.flatten()[torch.randint(tensor.numel(), shape, generator=generator)]
+        else:
+            new = tensor
+        layouts = {**_LAYOUTS, **EXPANDED} if tensor.requires_grad else _LAYOUTS
+        new = layouts[choose(list(layouts))](new.detach())
+        tensors.append(new.requires_grad_(tensor.requires_grad))
+    return call.with_tensors(tensors).sample
+
+
+def check(info: OpInfo, sample: Sample) -> None:
+    """Values and gradients against the reference's in float64 on the same numbers.
+
+    What is NaN, infinite or beyond the dtype there must be so here. A gradient is compared where the input and the
+    reference's are finite, since formulas that agree may differ in what 0 * inf comes to; where an output is NaN
+    it may be so too.
+    """
+    if info.reference is None:
+        raise ValueError(f"info: {info.name} has no reference")
+    call = Call(info.function, sample)
+    wide = call.with_tensors([double(t) for t in call.tensors])
+    try:
+        expected = run_leaves(Call(info.reference, wide.sample), wide.tensors)
+    except Exception:
+        if call.is_empty:
+            return  # not every op is defined there
+        raise
+    before = [t.detach().clone() for t in call.tensors]
+    actual = run_leaves(call, call.tensors)
+    for tensor, copy in zip(call.tensors, before):
+        if not torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num()):
+            raise AssertionError(f"{info.name}{describe(call)} changed an argument")
+    inputs = [t.detach() for t in call.tensors if t.requires_grad]
+    outputs = len(actual) - len(inputs)
+    # What cancels to 0 does so up to the rounding of numbers of this size.
+    size = min(1.0, max((t.nan_to_num(0, 0, 0).abs().max().item() for t in wide.inputs if t.numel()), default=0.0))
+    undefined = any(bool(y.isnan().any()) for y in expected[:outputs])
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        what = f"output {i}" if i < outputs else f"gradient {i - outputs}"
+        x = inputs[i - outputs] if i >= outputs else None
+        _compare(a, e, x, undefined, size, f"{what} of {info.name}{describe(call)}")
+
+
+def _compare(
+    actual: Tensor, expected: Tensor, gradient_in: Tensor | None, undefined: bool, size: float, what: str
+) -> None:
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}")
+    if not actual.is_floating_point():
+        if not torch.equal(actual, expected.to(actual.dtype)):
+            raise AssertionError(f"{what}: {actual}, expected {expected}")
+        return
+    limits = torch.finfo(actual.dtype)
+    a, e = actual.detach().double(), expected.detach().double()
+    half = actual.dtype.itemsize == 2
+    rtol = 2 * limits.eps if half else max(64 * limits.eps, TOLERANCE)
+    atol = 64 * torch.finfo(torch.float32).eps if half and gradient_in is None else rtol
+    inside = e.abs() < limits.max / 2
+    scale = max(size, e[inside].abs().max().item() if inside.any() else 0.0)
+    close = (a - e).abs() <= rtol * e.abs() + atol * scale + 2 * limits.smallest_normal * limits.eps
+    if gradient_in is not None:
+        good = close | ~inside | ~gradient_in.isfinite() | (a.isnan() if undefined else False)
+    else:
+        beyond = a * e.sign() > limits.max / 4
+        good = torch.where(e.isnan(), a.isnan(), torch.where(inside, close, beyond))
+    if not good.all():
+        raise AssertionError(f"{what}:\n{actual.detach()}\nexpected\n{expected.detach()}")
+
+
+def script(info: OpInfo, sample: Sample) -> str:
+    """A program that makes the same call and checks it."""
+    call = Call(info.function, sample)
+    lines = ["import torch", "from torch import inf, nan", "", "import custom_ops  # registers the ops"]
+    lines += ["from custom_ops.registry import REGISTRY, Sample", "from custom_ops.verify import check", ""]
+    for i, tensor in enumerate(call.tensors):
+        flat = torch.as_strided(tensor.detach(), (_extent(tensor),), (1,), tensor.storage_offset())
+        place = f"{tuple(tensor.shape)}, {tensor.stride()}"
+        lines.append(f"t{i} = torch.tensor({flat.tolist()}, dtype={tensor.dtype}).as_strided({place})")
+        if tensor.requires_grad:
+            lines.append(f"t{i}.requires_grad_()")
+    names = {id(tensor): f"t{i}" for i, tensor in enumerate(call.tensors)}
+
+    def shown(value: Any) -> str:
+        return names[id(value)] if isinstance(value, Tensor) else repr(value)
+
+    args = "".join(f"{shown(a)}, " for a in sample.args)
+    kwargs = ", ".join(f"{name!r}: {shown(a)}" for name, a in sample.kwargs.items())
+    lines += ["", f"check(REGISTRY[{info.name!r}], Sample(({args}), {{{kwargs}}}))"]
+    return "\n".join(lines) + "\n"
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many elements lie from the tensor's first to its last."""
+    return 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))

@@ -1,0 +1,90 @@
+"""Property tests: random calls of every op against its float64 reference, by hypothesis.
+
+``make test`` makes the same few calls each time (tests/test_properties.py); ``make fuzz`` makes new ones for as
+long as one likes::
+
+    python tests/fuzz.py --seconds 600 --op relu
+
+A failure is made as small as it gets, and printed as a script that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import custom_ops  # noqa: F401 (registers the ops)
+from custom_ops.registry import REGISTRY, OpInfo
+from custom_ops.verify import BACKENDS, backend, check, random_sample, script
+
+
+def property_of(info: OpInfo, examples: int, **options: Any) -> Callable[[], None]:
+    """A test of that many calls of the op."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+        **options,
+    )
+    @given(data=st.data())
+    def holds(data: st.DataObject) -> None:
+        sample = random_sample(info, lambda choices: choices[data.draw(st.integers(0, len(choices) - 1))])
+        try:
+            check(info, sample)
+        except Exception as error:
+            raise AssertionError(f"{error}\n\n{script(info, sample)}") from error
+
+    return holds
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300, help="how long, in all; 300 by default")
+    parser.add_argument("--op", action="append", choices=REGISTRY, help="only this op (may be repeated)")
+    parser.add_argument("--backend", choices=BACKENDS, default="cpp")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats a run")
+    options = parser.parse_args(argv)
+    if options.backend == "triton":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    ops = options.op or list(REGISTRY)
+    failures: dict[str, str] = {}
+    console = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+    begin, batch, calls = time.monotonic(), 25, 0
+    console.print(f"--seed {options.seed}")
+    with backend(options.backend), Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=options.seconds)
+        while time.monotonic() - begin < options.seconds and len(failures) < len(ops):
+            for name in ops:
+                elapsed = time.monotonic() - begin
+                if name in failures or elapsed > options.seconds:
+                    continue
+                bar.update(task, completed=elapsed, description=f"{calls} calls, {len(failures)} failures: {name}")
+                try:
+                    seed(options.seed + calls)(property_of(REGISTRY[name], batch))()
+                except AssertionError as error:
+                    failures[name] = str(error)
+                    bar.console.print(f"[bold red]{name}[/]")
+                calls += batch
+    for name, text in failures.items():
+        print(f"# {name}: {text}")
+    console.print(f"{calls} calls of {len(ops)} ops, {len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""Property tests of every op, the same ones each time; `make fuzz` makes others. See tests/fuzz.py."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from fuzz import main, property_of
+
+from custom_ops import registry
+from custom_ops.registry import REGISTRY
+from custom_ops.verify import VALUES, check, random_sample, script
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_equals_the_reference_on_random_calls(op):
+    property_of(REGISTRY[op], 120, derandomize=True)()
+
+
+def test_kinds_of_values_not_tried_are_kinds_of_values():
+    assert all(info.not_fuzzed.keys() < VALUES.keys() for info in REGISTRY.values())
+
+
+def _wrong(x, inplace=False):
+    """Wrong at zeros only."""
+    return torch.where(x == 0, 1, x.clamp_min(0)).to(x.dtype)
+
+
+def test_a_failure_prints_a_script_that_repeats_it(monkeypatch, capsys, tmp_path):
+    broken = replace(REGISTRY["relu"], function=_wrong)
+    with pytest.raises(AssertionError) as failure:
+        property_of(broken, 200, derandomize=True)()
+    printed = str(failure.value)
+    program = printed[printed.index("import torch") :]
+    assert "dtype=torch." in program
+    path = tmp_path / "repeat.py"
+    path.write_text(program)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr  # the op itself is right,
+    monkeypatch.setitem(registry.REGISTRY, "relu", broken)
+    with pytest.raises(AssertionError, match="output 0 of relu"):  # and the planted fault is found again
+        exec(program, {})
+    assert main(["--op", "relu", "--seconds", "1"]) == 1
+    assert "check(REGISTRY['relu']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["relu", "segment_sum", "pairwise_hinge_loss"])
+def test_a_script_makes_the_same_call(op, monkeypatch):
+    """Values, strides and dtypes of every tensor."""
+    calls = []
+    monkeypatch.setattr("custom_ops.verify.check", lambda info, sample: calls.append(sample))
+    for number in range(20):
+        sample = random_sample(REGISTRY[op], random.Random(number).choice)
+        exec(script(REGISTRY[op], sample), {})
+        again = calls.pop()
+        pairs = zip([*sample.args, *sample.kwargs.values()], [*again.args, *again.kwargs.values()], strict=True)
+        for before, after in pairs:
+            if isinstance(before, torch.Tensor):
+                torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+                assert (after.stride(), after.dtype, after.requires_grad) == (
+                    before.stride(),
+                    before.dtype,
+                    before.requires_grad,
+                )
+            else:
+                assert after == before
+        check(REGISTRY[op], again)

@@ -1,0 +1,201 @@
+"""Every public function with every kind of wrong argument, and the table of what it says: docs/errors.md.
+
+The calls are made from the samples of the registry, one argument spoiled at a time; whatever an op accepts must be
+what its reference gives. ``python tests/wrong_calls.py`` writes the table.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import custom_ops
+from custom_ops.registry import REGISTRY
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+KINDS = {
+    "type": "an object that is none of what is expected",
+    "dtype": "complex numbers for floating ones, floating ones for integers and booleans",
+    "device": "on another device than the other tensors",
+    "shape": "a dimension too many, an element too many in the last dimension, no dimension",
+    "range": "an integer far above and far below all others",
+    "NaN": "a NaN among the options",
+    "negative": "-1 among the options",
+    "overlap": "elements that share memory, written in place",
+    "gradient": "requires_grad where there is no gradient",
+}
+_GUARD = 64
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def functions() -> dict[str, list[Call]]:
+    """The public functions, and calls of them that are right."""
+    found: dict[str, list[Call]] = {}
+    for name in sorted(custom_ops.__all__):
+        torch.manual_seed(0)
+        function = getattr(custom_ops, name)
+        if inspect.isclass(function):
+            continue
+        if name in REGISTRY:
+            samples = REGISTRY[name].samples(torch.device("cpu"), torch.float32)
+            found[name] = [(function, _bind(function, *s.args, **s.kwargs)) for s in samples]
+        else:
+            found[name] = [(function, _bind(function, *args)) for args in OTHERS.get(name, list)()]
+    return found
+
+
+def _bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _lists() -> list[tuple[Any, ...]]:
+    return [(torch.randn(2, 4), torch.tensor([[0, 2, 1, 1], [1, 0, 0, 3]]))]
+
+
+def _bevdet() -> list[tuple[Any, ...]]:
+    index = torch.tensor([0, 3, 1])
+    starts = torch.tensor([0]), torch.tensor([3])
+    return [
+        (torch.rand(1, 1, 2, 1, 2), torch.rand(1, 1, 1, 2, 3), index, index % 2, index * 0, (1, 1, 2, 2, 3), *starts)
+    ]
+
+
+# Public functions that aren't in the registry, as they aren't ops.
+OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "ndcg": _lists,
+    "mrr": _lists,
+    "average_precision": lambda: [(s, (y > 0).long()) for s, y in _lists()],
+    "bev_pool_v2": _bevdet,
+    "convert_activations": lambda: [(torch.nn.Sequential(torch.nn.ReLU()),)],
+}
+
+
+def spoiled(argument: str, value: Any, call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each kind of wrong value for one argument, and the whole call with it."""
+    yield "type", {argument: object()}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield "NaN", {argument: float("nan")}
+        yield "negative", {argument: -1}
+    if argument == "inplace":
+        yield "overlap", {"inplace": True, "x": torch.ones(1).expand(3)}
+    if not isinstance(value, Tensor):
+        return
+    value = value.detach()
+    yield "dtype", {argument: value.to(torch.complex64 if value.is_floating_point() else torch.float32)}
+    if sum(isinstance(v, Tensor) for v in call.values()) > 1:
+        yield "device", {argument: value.to("meta")}
+    yield "shape", {argument: value.expand(3, *value.shape)}
+    if value.dim():
+        yield "shape", {argument: torch.cat([value, value[..., :1]], -1)}
+        yield "shape", {argument: value.flatten()[0]}
+    if value.dtype in (torch.int32, torch.int64) and value.numel():
+        for number in (2**30, -(2**30)):
+            wrong = value.clone()
+            wrong.view(-1)[-1] = number
+            yield "range", {argument: wrong}
+    if value.is_floating_point() and not _has_gradient(call[argument]):
+        yield "gradient", {argument: value.clone().requires_grad_()}
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a function said to a wrong argument; ``error`` is None if it took it."""
+
+    function: str
+    argument: str
+    kind: str
+    arguments: dict[str, Any]
+    error: Exception | None
+    overwritten: bool
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the message says what was expected, and of which argument: of either where two shapes don't match."""
+        to_blame = self.arguments if self.kind == "shape" else [self.argument, *["x"] * (self.kind == "overlap")]
+        text = str(self.error)
+        return "expected" in text and any(re.search(rf"\b{name}\b", text) for name in to_blame)
+
+
+def answers() -> Iterator[Answer]:
+    """Each argument is spoiled in the first call that gives it."""
+    for name, calls in functions().items():
+        for argument in calls[0][1]:
+            function, call = next((c for c in calls if c[1][argument] is not None), calls[0])
+            for kind, wrong in spoiled(argument, call[argument], call):
+                arguments = {**call, **wrong}
+                guarded = {n: _Guarded(v) for n, v in arguments.items() if _can_be_guarded(v, kind)}
+                arguments |= {n: g.tensor for n, g in guarded.items()}
+                error = None
+                try:
+                    function(**arguments)
+                except Exception as raised:
+                    error = raised
+                overwritten = any(g.changed() for g in guarded.values())
+                yield Answer(name, argument, kind, arguments, error, overwritten)
+
+
+def _can_be_guarded(value: Any, kind: str) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu" and kind != "overlap"
+
+
+class _Guarded:
+    """A copy of a tensor that lies between canaries."""
+
+    def __init__(self, value: Tensor) -> None:
+        n = value.numel()
+        self.memory = torch.full((n + 2 * _GUARD,), 77, dtype=value.dtype)
+        self.memory[_GUARD : _GUARD + n] = value.detach().reshape(-1)
+        self.before = self.memory.clone()
+        self.tensor = self.memory[_GUARD : _GUARD + n].view(value.shape)
+        if value.requires_grad:
+            self.tensor.requires_grad_()
+
+    def changed(self) -> bool:
+        return bool(((self.memory != self.before) & (self.before == self.before)).any())
+
+
+def markdown(found: list[Answer]) -> str:
+    names = list(dict.fromkeys(a.function for a in found))
+    lines = [
+        "# What wrong arguments are told",
+        "",
+        "Written by `python tests/wrong_calls.py`, and checked by `tests/test_errors.py`: each argument of each public "
+        "function is spoiled in each way, and either an exception names it and says what was expected, or the function "
+        "is defined there and gives what its reference gives. Between canaries: nothing was written beside a tensor.",
+        "",
+        *(f"- **{kind}**: {meaning}." for kind, meaning in KINDS.items()),
+        "",
+        "In the table: how many wrong calls raised; – where there is no such argument or every such value is right.",
+        "",
+        f"| | {' | '.join(KINDS)} |",
+        f"|---|{':-:|' * len(KINDS)}",
+    ]
+    for name in names:
+        raised = [sum(a.function == name and a.kind == kind and a.error is not None for a in found) for kind in KINDS]
+        lines.append(f"| `{name}` | {' | '.join(str(n) if n else '–' for n in raised)} |")
+    for name in names:
+        lines += ["", f"## {name}", ""]
+        for a in found:
+            if a.function == name and a.error is not None:
+                text = " ".join(str(a.error).split())
+                line = f"- {a.argument}, {a.kind}: `{type(a.error).__name__}: {text}`"
+                lines += [] if line in lines else [re.sub(r" at 0x[0-9a-f]+", "", line)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(markdown(list(answers())))
