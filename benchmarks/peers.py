@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -195,6 +196,21 @@ def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num
     weights = depth.flatten()[points]
     bev = F.embedding_bag(pixels, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return bev.view(len(depth), num_voxels, -1)
+
+
+def index_add_bev_pool_v2(
+    depth: Tensor,
+    feat: Tensor,
+    ranks_depth: Tensor,
+    ranks_feat: Tensor,
+    ranks_bev: Tensor,
+    bev_feat_shape: tuple[int, ...],
+    *_: Tensor,
+) -> Tensor:
+    """What BEVDet's arrays say, without its kernel: the features of all points, then one index_add."""
+    points = depth.flatten()[ranks_depth, None] * feat.flatten(0, 3)[ranks_feat]
+    bev = feat.new_zeros(math.prod(bev_feat_shape[:4]), feat.shape[4]).index_add(0, ranks_bev, points)
+    return bev.view(bev_feat_shape).permute(0, 4, 1, 2, 3)
 
 
 def _pairs_of(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

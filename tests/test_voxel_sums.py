@@ -139,49 +139,6 @@ def test_pooling_promotes_as_under_autocast():
     assert torch.equal(out, custom_ops.bev_pool(depth, feat.bfloat16().float(), rank, 1))
 
 
-def bevdet(depth, rank, voxels):
-    """The five arrays that BEVDet makes of the ranks within each example."""
-    rank = torch.where(rank < 0, -1, rank + torch.arange(len(rank)).view(-1, 1, 1, 1, 1) * voxels).flatten()
-    kept = (rank >= 0).nonzero().flatten()
-    ranks_depth = kept[rank[kept].argsort(stable=True)]
-    plane = depth.shape[3] * depth.shape[4]
-    ranks_feat = ranks_depth // (depth.shape[2] * plane) * plane + ranks_depth % plane
-    lengths = rank[ranks_depth].unique_consecutive(return_counts=True)[1]
-    return [t.int() for t in (ranks_depth, ranks_feat, rank[ranks_depth], lengths.cumsum(0) - lengths, lengths)]
-
-
-def test_pooling_with_the_arrays_of_bevdet():
-    depth = torch.rand(2, 3, 4, 2, 5, dtype=torch.float64, requires_grad=True)
-    feat = torch.randn(2, 3, 2, 5, 7, dtype=torch.float64, requires_grad=True)
-    rank = torch.randint(-1, 24, depth.shape)
-    *ranks, starts, lengths = bevdet(depth, rank, 24)
-    shape = (2, 2, 3, 4, 7)
-
-    def run():
-        return custom_ops.bev_pool_v2(depth, feat, *ranks, shape, starts, lengths)
-
-    expected = custom_ops.bev_pool(depth, feat.permute(0, 1, 4, 2, 3), rank, 24).view(2, 2, 3, 4, 7)
-    out = run()
-    torch.testing.assert_close(out, expected.permute(0, 4, 1, 2, 3))
-    torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(), out)
-    grads, wanted = (torch.autograd.grad((y**2).sum(), (depth, feat)) for y in (out, expected))
-    torch.testing.assert_close(grads, wanted)
-    ranks[1] = ranks[1].roll(1)
-    with pytest.raises(RuntimeError, match="^rank: expected values below num_voxels=48"):
-        run()
-    for i, wrong, message in (
-        (0, depth[0], r"depth: expected \[B, N, D, H, W\]"),
-        (1, feat[:, :, :1], r"feat: expected shape \[2, 3, 2, 5, 'C'\]"),
-        (2, ranks[0].float(), "ranks_depth: expected one of int32"),
-        (3, ranks[1][1:], r"ranks_feat: expected \[P\] as ranks_depth"),
-        (5, (2, 2, 3, 4, 8), r"bev_feat_shape: expected \(B, Z, Y, X, C\) with B=2 and C=7"),
-    ):
-        arguments = [depth, feat, *ranks, shape, starts, lengths]
-        arguments[i] = wrong
-        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-            custom_ops.bev_pool_v2(*arguments)
-
-
 @pytest.mark.parametrize("shape", [(0, 1, 2, 1, 2), (1, 0, 2, 1, 2), (1, 1, 0, 1, 2), (1, 1, 2, 0, 2)])
 def test_pooling_of_nothing(shape):
     depth = torch.rand(shape, requires_grad=True)
