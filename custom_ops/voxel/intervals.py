@@ -232,6 +232,7 @@ register(
                 unit="examples of 6 cameras, 41 depths of 8 x 22 pixels, 64 features; BEVDet's arrays",
                 sizes=(1, 4),
                 make=_interval_cameras,
+                scaling=(1, 4, 16, 46, 92),
                 peers={"outer product, index_add": "custom_ops.benchmarks.peers:index_add_bev_pool_v2"},
             )
         ],

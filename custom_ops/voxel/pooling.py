@@ -202,9 +202,11 @@ register(
                 unit="examples of 6 cameras, 41 depths of 8 x 22 pixels, 64 features; geometry cached",
                 sizes=(1, 4),
                 make=draw_cameras,
+                scaling=(1, 4, 16, 46, 92),  # 43 thousand to 4 million points
                 peers={
                     "Lift-Splat-Shoot's pipeline": _without_csr("lss_bev_pool"),
                     "outer product, index_add": _without_csr("index_add_bev_pool"),
+                    "torch.compile(gather, index_add)": _without_csr("compiled_index_add_bev_pool"),
                     "embedding_bag, cached": _without_csr("cached_embedding_bag_bev_pool"),
                 },
                 targets=[

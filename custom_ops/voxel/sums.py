@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
-from custom_ops.voxel.voxel_grid import voxel_csr, voxel_match
+from custom_ops.voxel.voxel_grid import SCALING, voxel_csr, voxel_match, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
 
 __all__ = ["VoxelSum", "voxel_sum"]
@@ -225,6 +230,25 @@ def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor,
     return x.to(device).requires_grad_(), rank.to(device), 8 * voxels
 
 
+def _scans(edge: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Two real LiDAR scans, drawn features, and the columns of a grid of ``edge`` metres that their points lie in."""
+    data = importlib.import_module("custom_ops.examples.data")  # needs what only the tools need
+    scans = [torch.from_numpy(scan[:, :3]) for scan in data.load_lidar()[:2]]
+    which = torch.arange(2).repeat_interleave(torch.tensor([len(scan) for scan in scans]))
+    grid = (math.ceil(44 / edge), math.ceil(88 / edge), 1)
+    rank = voxel_rank(torch.cat(scans), (-24, -76, -16), (edge, edge, 32), grid, which)
+    x = torch.randn(len(rank), 64, generator=torch.Generator().manual_seed(0))
+    return x.to(device).requires_grad_(), rank.to(device), 2 * math.prod(grid)
+
+
+_scan_peers: dict[str, Callable[..., Any] | str] = {
+    "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
+    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+    "scatter_add": "custom_ops.benchmarks.peers:trash_row_scatter_add",
+    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_voxel_sum",
+    "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
+    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
+}
 _x, _rank = torch.ones(3, 2), torch.tensor([0, 1, -1])
 _csr = (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
 register(
@@ -261,9 +285,11 @@ register(
                 unit="points of 64 features in any order, 8 to a voxel",
                 sizes=(10_000, 172_824, 1_000_000),
                 make=_unsorted,
+                scaling=SCALING,
                 peers={
                     "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
                     "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+                    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_voxel_sum",
                     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
                     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
                 },
@@ -283,6 +309,14 @@ register(
                     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
                 },
                 targets=[Target(140_000, "index_add", 0.8), Target(140_000, "embedding_bag, cached", 0.8)],
+                scaling=SCALING,
+            ),
+            Benchmark(
+                unit="metres a cell, 128,741 points of two real LiDAR scans, 64 features",
+                sizes=(0.5, 0.2),
+                make=_scans,
+                peers=_scan_peers,
+                targets=[Target(0.5, peer, 0.8, memory=memory) for peer in _scan_peers for memory in ("fresh", "warm")],
             ),
         ],
     )
