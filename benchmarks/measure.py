@@ -15,7 +15,7 @@ from custom_ops.benchmarks.answers import Answer, difference, first, in_double, 
 from custom_ops.benchmarks.floor import Floor, least_traffic
 from custom_ops.benchmarks.memory import peak_bytes
 from custom_ops.benchmarks.timing import Call, interleave, median, seconds_of, spread
-from custom_ops.registry import Benchmark, OpInfo, leaves
+from custom_ops.registry import Benchmark, OpInfo, Unavailable, leaves
 
 OURS, FLOOR = "custom_ops", "bandwidth floor"
 
@@ -133,7 +133,10 @@ def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory
     begin = time.perf_counter()
     result = Result()
     contenders = {OURS: cell.ours} | peers
-    wrong = _check(cell, contenders, device)
+    try:
+        wrong = _check(cell, contenders, device)
+    except Unavailable as error:
+        return Result(remarks=[f"{cell}: skipped: {str(error).splitlines()[0]}"])
     if wrong[OURS]:
         return Result(wrong=f"{cell}: {wrong[OURS]}")
     result.remarks += [f"{cell}: {name}: {what}" for name, what in wrong.items() if what]

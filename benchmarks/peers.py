@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,15 @@ def scatter_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
     return x.new_zeros(len(indptr) - 1, x.shape[1]).scatter_add(0, segment, x)
 
 
+@torch.compile
+def _compiled_index_add(x: Tensor, row: Tensor, rows: int) -> Tensor:
+    return x.new_zeros(rows, x.shape[1]).index_add(0, row, x)
+
+
+def compiled_index_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
+    return _compiled_index_add(x, _segment_of_point(indptr), len(indptr) - 1)
+
+
 def segment_reduce_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
     return torch.segment_reduce(x, "sum", offsets=indptr)
 
@@ -195,6 +205,61 @@ def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num
     weights = depth.flatten()[points]
     bev = F.embedding_bag(pixels, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return bev.view(len(depth), num_voxels, -1)
+
+
+@_once
+def _voxel_of_weight(rank: Tensor, batch: int, num_voxels: int) -> Tensor:
+    points, _, offsets = _weighted_bags(rank, batch, num_voxels)
+    return torch.searchsorted(offsets, torch.arange(len(points), device=rank.device), right=True) - 1
+
+
+@torch.compile
+def _compiled_weighted_index_add(
+    weights: Tensor, rows: Tensor, points: Tensor, pixels: Tensor, voxels: Tensor, n: int
+) -> Tensor:
+    return rows.new_zeros(n, rows.shape[1]).index_add(0, voxels, weights[points, None] * rows[pixels])
+
+
+def compiled_index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    points, pixels, _ = _weighted_bags(rank, len(depth), num_voxels)
+    voxels, rows = _voxel_of_weight(rank, len(depth), num_voxels), feat.movedim(2, -1).flatten(0, -2)
+    bev = _compiled_weighted_index_add(depth.flatten(), rows, points, pixels, voxels, len(depth) * num_voxels)
+    return bev.view(len(depth), num_voxels, -1)
+
+
+def eager_voxel_rank(points: Tensor, origin: Any, voxel_size: Any, grid_size: Any) -> Tensor:
+    """As one writes it: floor, compare, number."""
+    cell = ((points - points.new_tensor(origin)) / points.new_tensor(voxel_size)).floor().long()
+    grid = torch.tensor(grid_size, device=points.device)
+    inside = ((cell >= 0) & (cell < grid)).all(-1)
+    x, y, z = cell.unbind(-1)
+    return torch.where(inside, (x * grid[1] + y) * grid[2] + z, -1)
+
+
+def sorted_voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
+    key, perm = torch.where(rank < 0, num_voxels, rank).sort(stable=True)
+    return perm, torch.searchsorted(key, torch.arange(num_voxels + 1, device=rank.device))
+
+
+def counted_voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
+    key = torch.where(rank < 0, num_voxels, rank)
+    counts = key.bincount(minlength=num_voxels + 1)
+    return key.argsort(stable=True), F.pad(counts[:num_voxels].cumsum(0), (1, 0))
+
+
+def index_add_bev_pool_v2(
+    depth: Tensor,
+    feat: Tensor,
+    ranks_depth: Tensor,
+    ranks_feat: Tensor,
+    ranks_bev: Tensor,
+    bev_feat_shape: tuple[int, ...],
+    *_: Tensor,
+) -> Tensor:
+    """What BEVDet's arrays say, without its kernel: the features of all points, then one index_add."""
+    points = depth.flatten()[ranks_depth, None] * feat.flatten(0, 3)[ranks_feat]
+    bev = feat.new_zeros(math.prod(bev_feat_shape[:4]), feat.shape[4]).index_add(0, ranks_bev, points)
+    return bev.view(bev_feat_shape).permute(0, 4, 1, 2, 3)
 
 
 def _pairs_of(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

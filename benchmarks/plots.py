@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogFormatter, NullLocator
 
 from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
 from custom_ops.benchmarks.report import Report
@@ -70,6 +70,7 @@ def _roofline(axes: Any, rows: list[Row], direction: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # within a decade, as plain numbers
     moved = sorted({r.bytes for r in rows})
     _ticks(axes, moved, list(map(_bytes, moved)))
     axes.set_title(f"{direction}, GB/s of the least bytes to be moved", fontsize=10)

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--memory", choices=("fresh", "warm"), default="fresh", help="new pages or reused ones (CPU)")
     parser.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: as torch has it)")
-    parser.add_argument("--scaling", action="store_true", help="no peers, sizes from 1e2 to 1e8")
+    parser.add_argument("--scaling", action="store_true", help="no peers, from small sizes to large ones")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only peers with one of these in their name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the timings there")

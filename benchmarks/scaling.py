@@ -1,4 +1,4 @@
-"""``bench --scaling``: each op alone, from a hundred to a hundred million, as far as memory and time allow.
+"""``bench --scaling``: each op alone, from small to large, as far as memory and time allow.
 
 Against threads: run it again with ``--threads 1`` and divide.
 """
@@ -21,40 +21,45 @@ BRIEF = Effort(seconds=0.5, rounds=5, warm_ups=2)
 
 
 def scaled(info: OpInfo) -> OpInfo:
-    """The op with its tables by one number, at sizes that are the same for all ops."""
+    """The op with its tables by one number, at sizes that are the same for all ops unless a table names its own."""
     tables = [table for table in info.benchmarks if all(isinstance(size, int) for size in table.sizes)]
     return replace(info, benchmarks=[_scaled(table) for table in tables])
 
 
 def _scaled(table: Benchmark) -> Benchmark:
-    def checked_at(n: int) -> Any:
-        return table.checked_at(min(n, CHECKED))
+    sizes = table.scaling or SIZES
+    most = CHECKED if sizes[-1] > CHECKED else sizes[0]  # the smallest, where the size counts something large
 
-    return replace(table, sizes=SIZES, targets=(), checked_at=checked_at)
+    def checked_at(n: int) -> Any:
+        return table.checked_at(min(n, most))
+
+    return replace(table, sizes=sizes, targets=(), checked_at=checked_at)
 
 
 class Scaling(Plan):
-    """Goes on to the next size until a call would take too long or an eighth of the machine's memory.
+    """Goes on to the next size until a call would take too long or move a quarter of the machine's memory.
 
     Both are foreseen from the two sizes before: time grows at least as it last did.
     """
 
     def __init__(self, infos: Iterable[OpInfo]) -> None:
         super().__init__(map(scaled, infos))
-        self._costs: dict[int, list[tuple[float, int]]] = {}
+        self._costs: dict[int, list[tuple[float, int, int]]] = {}
 
     def effort(self, cell: Cell) -> Effort | None:
         costs = self._costs.get(id(cell.benchmark), [])
         if costs:
-            (before, _), (seconds, held) = costs[-2:] if len(costs) > 1 else [costs[-1], costs[-1]]
-            if seconds * max(seconds / before, 10) > SECONDS or held * 10 > _memory() / 8:
+            (before, _, _), (seconds, moved, size) = costs[-2:] if len(costs) > 1 else [costs[-1], costs[-1]]
+            growth = cell.size / size
+            if seconds * max(seconds / before, growth) > SECONDS or moved * growth > _memory() / 4:
                 return None
         return BRIEF
 
     def done(self, cell: Cell, result: Result) -> None:
         ours = [row for row in result.rows if row.contender == OURS]
         if ours:
-            self._costs.setdefault(id(cell.benchmark), []).append((ours[-1].milliseconds / 1e3, ours[-1].bytes))
+            cost = ours[-1].milliseconds / 1e3, ours[-1].bytes, cell.size
+            self._costs.setdefault(id(cell.benchmark), []).append(cost)
 
 
 def _memory() -> int:

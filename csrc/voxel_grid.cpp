@@ -199,7 +199,7 @@ Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& i
       const int64_t* at = ip + e * (voxels + 1);
       bool matches = at[0] == 0 && at[voxels] <= n;
       for (int64_t k = 0; matches && k < std::min(n, kProbes); ++k) {
-        const int64_t i = n <= kProbes ? k : k * ((n - 1) / (kProbes - 1)), p = pp[e * n + i];
+        const int64_t i = n <= kProbes ? k : k * (n - 1) / (kProbes - 1), p = pp[e * n + i];
         const int64_t voxel = std::upper_bound(at, at + voxels + 1, i) - at - 1;
         matches = p >= 0 && p < n && (voxel == voxels ? rp[e * n + p] < 0 : rp[e * n + p] == voxel);
       }

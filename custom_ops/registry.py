@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "Target", "register"]
+__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "Target", "Unavailable", "register"]
+
+
+class Unavailable(RuntimeError):
+    """Raised by a benchmark's ``make`` where its data can't be had: the table is skipped, and says so."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Benchmark:
     any implementation must move. Without it each argument is read once and each result written once,
     which is wrong for an op that may leave most of an argument unread. ``checked_at(size)`` is the size
     to check the answers at, where the reference would need too much memory or time at ``size`` itself.
+    ``scaling`` are the sizes of ``--scaling``, if they aren't the powers of ten.
     """
 
     sizes: Sequence[Any]
@@ -69,6 +74,7 @@ class Benchmark:
     kwargs: dict[str, Any] = field(default_factory=dict)
     traffic: Callable[[Any], tuple[tuple[int, int], tuple[int, int]]] | None = None
     checked_at: Callable[[Any], Any] = lambda size: size
+    scaling: Sequence[int] = ()
 
     @property
     def title(self) -> str:

@@ -24,7 +24,7 @@ from custom_ops.benchmarks.plan import Peers, Plan
 from custom_ops.benchmarks.report import Report, read_json
 from custom_ops.benchmarks.scaling_page import write_page
 from custom_ops.benchmarks.timing import Call, interleave, median, spread
-from custom_ops.registry import REGISTRY, Benchmark, OpInfo, Sample, Target
+from custom_ops.registry import REGISTRY, Benchmark, OpInfo, Sample, Target, Unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -355,7 +355,24 @@ def test_scaling_goes_on_until_time_or_memory_would_run_out(monkeypatch):
     monkeypatch.setattr(scaling, "_memory", lambda: 1 << 34)
     assert reached(lambda n: 1e-9 * n, lambda n: 1) == sizes
     assert reached(lambda n: 2e-9 * n * n, lambda n: 1) == [10**2, 10**3, 10**4]  # 20 s at 1e5
-    assert reached(lambda n: 1e-9 * n, lambda n: 256 * n) == [10**2, 10**3, 10**4, 10**5, 10**6]
+    assert reached(lambda n: 1e-9 * n, lambda n: 512 * n) == [10**2, 10**3, 10**4, 10**5, 10**6]
+
+
+def test_scaling_at_a_table_s_own_sizes():
+    cells = scaling.Scaling([op(scaling=(20, 40, 4_000_000))]).cells
+    assert [cell.size for cell in cells] == [20, 40, 4_000_000]
+    assert [cell.benchmark.checked_at(cell.size) for cell in cells] == [20, 40, scaling.CHECKED]
+    (table,) = scaling.scaled(op(scaling=(1, 90))).benchmarks  # of something large: its first size will do
+    assert table.checked_at(90) == 1
+
+
+def test_a_table_whose_data_cannot_be_had_is_skipped():
+    def make(size, device):
+        raise Unavailable("The example needs data, which aren't here.\npip said: nothing")
+
+    result = measured(op(make=make))
+    assert result.remarks == ["square, n, 8: skipped: The example needs data, which aren't here."]
+    assert not result.rows and not result.wrong
 
 
 def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():

@@ -23,7 +23,7 @@ def agree(got: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor])
     )
 
 
-@pytest.mark.parametrize("peer", ["embedding_bag", "index_add", "scatter_add", "segment_reduce"])
+@pytest.mark.parametrize("peer", ["embedding_bag", "index_add", "compiled_index_add", "scatter_add", "segment_reduce"])
 def test_segment_sum(peer):
     rank = torch.tensor([0, 0, 1, 3, 3, 3, 6])
     indptr = torch.searchsorted(rank, torch.arange(VOXELS + 1))
@@ -49,7 +49,9 @@ def test_voxel_sum(peer, batch):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("peer", ["lss_bev_pool", "index_add_bev_pool", "cached_embedding_bag_bev_pool"])
+@pytest.mark.parametrize(
+    "peer", ["lss_bev_pool", "index_add_bev_pool", "compiled_index_add_bev_pool", "cached_embedding_bag_bev_pool"]
+)
 def test_bev_pool(peer, shared):
     torch.manual_seed(0)
     batch, cameras, bins, height, width = 2, 3, 4, 2, 3

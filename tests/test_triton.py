@@ -256,6 +256,8 @@ def test_corrupted_boundaries_reach_no_other_memory(bounds):
     for perm in (None, torch.arange(points) * 7 - points):
         sums = voxel_segments.segment_reduce(x, None, indptr, perm, False, 1, 1)
         assert not (sums.isnan() & ~long).any()
+        _, argmax = voxel_segments.segment_max(x, indptr, perm)
+        assert ((argmax >= -1) & (argmax < points)).all()
         rows, dots = voxel_segments.segment_spread(
             torch.ones(len(bounds) - 1, 2), x, None, indptr, perm, points, False, 1, 1, True
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -139,49 +137,6 @@ def test_pooling_promotes_as_under_autocast():
     assert torch.equal(out, custom_ops.bev_pool(depth, feat.bfloat16().float(), rank, 1))
 
 
-def bevdet(depth, rank, voxels):
-    """The five arrays that BEVDet makes of the ranks within each example."""
-    rank = torch.where(rank < 0, -1, rank + torch.arange(len(rank)).view(-1, 1, 1, 1, 1) * voxels).flatten()
-    kept = (rank >= 0).nonzero().flatten()
-    ranks_depth = kept[rank[kept].argsort(stable=True)]
-    plane = depth.shape[3] * depth.shape[4]
-    ranks_feat = ranks_depth // (depth.shape[2] * plane) * plane + ranks_depth % plane
-    lengths = rank[ranks_depth].unique_consecutive(return_counts=True)[1]
-    return [t.int() for t in (ranks_depth, ranks_feat, rank[ranks_depth], lengths.cumsum(0) - lengths, lengths)]
-
-
-def test_pooling_with_the_arrays_of_bevdet():
-    depth = torch.rand(2, 3, 4, 2, 5, dtype=torch.float64, requires_grad=True)
-    feat = torch.randn(2, 3, 2, 5, 7, dtype=torch.float64, requires_grad=True)
-    rank = torch.randint(-1, 24, depth.shape)
-    *ranks, starts, lengths = bevdet(depth, rank, 24)
-    shape = (2, 2, 3, 4, 7)
-
-    def run():
-        return custom_ops.bev_pool_v2(depth, feat, *ranks, shape, starts, lengths)
-
-    expected = custom_ops.bev_pool(depth, feat.permute(0, 1, 4, 2, 3), rank, 24).view(2, 2, 3, 4, 7)
-    out = run()
-    torch.testing.assert_close(out, expected.permute(0, 4, 1, 2, 3))
-    torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(), out)
-    grads, wanted = (torch.autograd.grad((y**2).sum(), (depth, feat)) for y in (out, expected))
-    torch.testing.assert_close(grads, wanted)
-    ranks[1] = ranks[1].roll(1)
-    with pytest.raises(RuntimeError, match="^rank: expected values below num_voxels=48"):
-        run()
-    for i, wrong, message in (
-        (0, depth[0], r"depth: expected \[B, N, D, H, W\]"),
-        (1, feat[:, :, :1], r"feat: expected shape \[2, 3, 2, 5, 'C'\]"),
-        (2, ranks[0].float(), "ranks_depth: expected one of int32"),
-        (3, ranks[1][1:], r"ranks_feat: expected \[P\] as ranks_depth"),
-        (5, (2, 2, 3, 4, 8), r"bev_feat_shape: expected \(B, Z, Y, X, C\) with B=2 and C=7"),
-    ):
-        arguments = [depth, feat, *ranks, shape, starts, lengths]
-        arguments[i] = wrong
-        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-            custom_ops.bev_pool_v2(*arguments)
-
-
 @pytest.mark.parametrize("shape", [(0, 1, 2, 1, 2), (1, 0, 2, 1, 2), (1, 1, 0, 1, 2), (1, 1, 2, 0, 2)])
 def test_pooling_of_nothing(shape):
     depth = torch.rand(shape, requires_grad=True)
@@ -190,18 +145,6 @@ def test_pooling_of_nothing(shape):
     assert torch.equal(out, torch.zeros(shape[0], 4, 3))
     grads = torch.autograd.grad(out.sum(), (depth, feat))
     assert [(g == 0).all() and g.shape for g in grads] == [depth.shape, feat.shape]
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
-@pytest.mark.parametrize("voxels", [1, 100_000])
-def test_accuracy_at_a_million_points(voxels, dtype, tolerance):
-    """Positive features, where the errors of a running sum grow fastest."""
-    x = torch.rand(1_000_000, 4).to(dtype)
-    rank = torch.randint(0, voxels, (1_000_000,))
-    for values in (x, torch.randn(1_000_000, 4).to(dtype)):
-        exact = values.new_zeros(voxels, 4, dtype=torch.float64).index_add(0, rank, values.double())
-        error = custom_ops.voxel_sum(values, rank, voxels).double() - exact
-        assert error.norm() / exact.norm() <= tolerance
 
 
 # ---------------------------------------------------------------- reused geometry
@@ -311,22 +254,3 @@ def test_points_outside_all_segments_count_nowhere():
     sums = torch.tensor([[1.0], [2.0], [3.0]])
     rows, _ = segment_spread(sums, None, None, indptr, None, 6, False, 1, 1, True)
     assert rows.flatten().tolist() == [0, 1, 1, 3, 0, 0]
-
-
-@pytest.mark.skipif(not os.environ.get("CUSTOM_OPS_FULL"), reason="needs 10 GiB: set CUSTOM_OPS_FULL=1")
-def test_more_than_two_to_the_31_elements():
-    points, columns = 2**25 + 3, 64
-    x = torch.zeros(points, columns, dtype=torch.bfloat16)
-    x[-1], x[-2], x[5] = 3, 5, 7
-    rank = torch.full((points,), -1, dtype=torch.int32)
-    rank[-1], rank[-2], rank[5] = 1, 0, 1
-    x.requires_grad_()
-    out = custom_ops.voxel_sum(x, rank, 2)
-    assert (out == torch.tensor([[5.0], [10]])).all()
-    (grad,) = torch.autograd.grad(out[1].sum(), x)
-    assert grad[-1].eq(1).all() and grad[5].eq(1).all() and grad[-2].eq(0).all()
-    del grad, out, x, rank
-    # As many voxels as that, the last of them filled.
-    x = torch.ones(2, columns, dtype=torch.bfloat16)
-    out = custom_ops.voxel_sum(x, torch.tensor([points - 1, 0]), points)
-    assert out[-1].eq(1).all() and out[0].eq(1).all() and out[1].eq(0).all() and out[-2].eq(0).all()

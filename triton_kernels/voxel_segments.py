@@ -298,7 +298,7 @@ def segment_reduce_kernel(
             earlier = (first >= total) | (first != first)
             total = tl.where(earlier, first, total)
             where = tl.where(earlier, tl.load(partial_at_ptr + starting, mask=exists, other=0), where)
-        filled = where < points
+        filled = (where >= 0) & (where < points)  # of a corrupted indptr it may be anything
         point = _point(perm_ptr, where, filled, points, PERM)
         tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
         total = tl.where(filled, total, 0)

@@ -1,7 +1,8 @@
 """Voxels: which points share one, and pooling their features."""
 
+from custom_ops.voxel.intervals import bev_pool_v2
 from custom_ops.voxel.lift_splat import LiftSplat
-from custom_ops.voxel.pooling import BEVPool, bev_pool, bev_pool_v2
+from custom_ops.voxel.pooling import BEVPool, bev_pool
 from custom_ops.voxel.summing import VoxelsSumming, VoxelsSummingLayer, voxels_summing
 from custom_ops.voxel.sums import VoxelSum, voxel_sum
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank

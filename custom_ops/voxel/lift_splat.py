@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from custom_ops import _checks
+from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
 from custom_ops.voxel.pooling import bev_pool
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
 
 __all__ = ["LiftSplat"]
 
 
-class Geometry(NamedTuple):
-    """The voxel of each point of the frustums, and the cameras that it was computed from."""
-
-    intrinsics: Tensor
-    camera_to_ego: Tensor
-    rank: Tensor
-    perm: Tensor
-    indptr: Tensor
-
-    def is_of(self, intrinsics: Tensor, camera_to_ego: Tensor) -> bool:
-        pairs = ((self.intrinsics, intrinsics), (self.camera_to_ego, camera_to_ego))
-        return all(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-
-
-class LiftSplat(torch.nn.Module):
+class LiftSplat(KeepsGeometry):
     """Lifts each pixel's features to all depths along its ray and sums them up in the voxels of a grid.
 
     ``bev[b, c, x, y]`` is the sum of ``depth[b, n, d, h, w] * feat[b, n, c, h, w]`` over the points of
@@ -108,21 +94,20 @@ class LiftSplat(torch.nn.Module):
         self.origin, self.voxel_size, self.grid_size = tuple(origin), tuple(voxel_size), tuple(grid_size)
         self.rounding, self.align_corners = rounding, align_corners
         self._rank(torch.zeros(1, 3))  # a wrong grid raises here
-        self._geometry: Geometry | None = None
 
     def forward(
         self, depth: Tensor, feat: Tensor, intrinsics: Tensor | None = None, camera_to_ego: Tensor | None = None
     ) -> Tensor:
         _checks.is_tensor("depth", depth)
         _checks.has_dims("depth", depth, "[B, N, D, H, W]")
-        geometry = self._geometry_of(intrinsics, camera_to_ego)
-        _checks.same_device(depth=depth, intrinsics=geometry.intrinsics)
-        cameras, frustum = geometry.intrinsics.shape[:-2], (len(self.depths), *self.feature_size)
+        geometry = self._geometry_for(intrinsics, camera_to_ego)
+        _checks.same_device(depth=depth, intrinsics=geometry.sources[0])
+        cameras, frustum = geometry.sources[0].shape[:-2], (len(self.depths), *self.feature_size)
         if depth.shape[2:] != frustum:
             raise ValueError(f"depth: expected (D, H, W) = {frustum}, got shape {list(depth.shape)}")
         if cameras not in (depth.shape[:2], depth.shape[1:2]):
             raise ValueError(f"depth: expected (B, N) of the cameras, {list(cameras)}, got shape {list(depth.shape)}")
-        bev = bev_pool(depth, feat, geometry.rank, self._voxels(), csr=(geometry.perm, geometry.indptr))
+        bev = bev_pool(depth, feat, geometry.rank, self._voxels(), csr=geometry.csr)
         return bev.unflatten(1, self.grid_size).permute(0, 3, 4, 1, 2).flatten(1, 2)
 
     def points(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
@@ -144,33 +129,23 @@ class LiftSplat(torch.nn.Module):
         return rays.unflatten(-2, self.feature_size).unsqueeze(-4) * depths + pose[..., None, None, None, :3, 3]
 
     def set_geometry(self, intrinsics: Tensor, camera_to_ego: Tensor) -> None:
-        """Keep these cameras for calls without any."""
-        # What is made under inference_mode couldn't be saved for a backward pass later.
-        with torch.inference_mode(False):
-            self._geometry = self._compute_geometry(intrinsics, camera_to_ego)
+        """Keep these cameras for calls without any; `clear_geometry` releases them."""
+        _checks.is_tensor("intrinsics", intrinsics)
+        _checks.is_tensor("camera_to_ego", camera_to_ego)
+        self._keep(intrinsics, camera_to_ego)
 
-    def clear_geometry(self) -> None:
-        """Release the kept cameras and their voxels."""
-        self._geometry = None
-
-    def _geometry_of(self, intrinsics: Tensor | None, camera_to_ego: Tensor | None) -> Geometry:
-        if intrinsics is not None and camera_to_ego is not None:
-            _checks.is_tensor("intrinsics", intrinsics)
-            _checks.is_tensor("camera_to_ego", camera_to_ego)
-            if torch.compiler.is_compiling():
-                return self._compute_geometry(intrinsics, camera_to_ego)
-            if self._geometry is None or not self._geometry.is_of(intrinsics, camera_to_ego):
-                self.set_geometry(intrinsics, camera_to_ego)
-        elif intrinsics is not None or camera_to_ego is not None:
+    def _geometry_for(self, intrinsics: Tensor | None, camera_to_ego: Tensor | None) -> Geometry:
+        if intrinsics is None and camera_to_ego is None:
+            return self._kept("intrinsics: expected cameras")
+        if intrinsics is None or camera_to_ego is None:
             raise ValueError("camera_to_ego: expected together with intrinsics, got one of them alone")
-        if self._geometry is None:
-            raise ValueError("intrinsics: expected cameras, here or by set_geometry before, got None")
-        return self._geometry
+        _checks.is_tensor("intrinsics", intrinsics)
+        _checks.is_tensor("camera_to_ego", camera_to_ego)
+        return self._geometry_of(intrinsics, camera_to_ego)
 
-    def _compute_geometry(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Geometry:
+    def _compute(self, intrinsics: Tensor, camera_to_ego: Tensor) -> tuple[Tensor, Csr]:
         rank = self._rank(self.points(intrinsics, camera_to_ego))
-        perm, indptr = voxel_csr(rank.flatten(-4), self._voxels())
-        return Geometry(intrinsics.detach().clone(), camera_to_ego.detach().clone(), rank, perm, indptr)
+        return rank, voxel_csr(rank.flatten(-4), self._voxels())
 
     def _rank(self, points: Tensor) -> Tensor:
         return voxel_rank(points, self.origin, self.voxel_size, self.grid_size, rounding=self.rounding)
@@ -184,12 +159,6 @@ class LiftSplat(torch.nn.Module):
         if self.align_corners:
             return torch.linspace(0, pixels - 1, features, dtype=torch.float64, device=device)
         return (torch.arange(features, dtype=torch.float64, device=device) + 0.5) * (pixels / features) - 0.5
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        if self._geometry is not None:  # moved as a buffer is, but never converted
-            self._geometry = Geometry(*(t.to(fn(t).device) for t in self._geometry))
-        return self
 
     def extra_repr(self) -> str:
         return (

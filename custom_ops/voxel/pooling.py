@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.voxel._geometry import Csr, KeepsGeometry
 from custom_ops.voxel.sums import check_ranks, geometry_of, voxel_sum_reference
 from custom_ops.voxel.voxel_grid import voxel_csr
 from custom_ops.voxel.voxel_segments import segment_reduce
 
-__all__ = ["BEVPool", "bev_pool", "bev_pool_v2"]
+__all__ = ["BEVPool", "bev_pool"]
 
 
 def bev_pool(
@@ -88,86 +89,52 @@ def bev_pool(
     return segment_reduce(pixels, weight, indptr, perm, False, bins, height * width)
 
 
-def bev_pool_v2(
-    depth: Tensor,
-    feat: Tensor,
-    ranks_depth: Tensor,
-    ranks_feat: Tensor,
-    ranks_bev: Tensor,
-    bev_feat_shape: Sequence[int],
-    interval_starts: Tensor,
-    interval_lengths: Tensor,
-) -> Tensor:
-    """`bev_pool` with the call and the result of BEVDet's function of that name.
+class BEVPool(KeepsGeometry):
+    """`bev_pool` as a layer that sorts its points once, while their ranks stay the same.
 
-    Args:
-        depth: ``[B, N, D, H, W]``.
-        feat: ``[B, N, H, W, C]``.
-        ranks_depth: for each point in the grid, where in ``depth`` it lies ``[P]``; each at most once.
-        ranks_feat: where in ``feat`` it lies, which follows from ``ranks_depth``.
-        ranks_bev: its voxel, counted over the batch.
-        bev_feat_shape: ``(B, Z, Y, X, C)``.
-        interval_starts, interval_lengths: the runs of equal ``ranks_bev``. They say nothing new and aren't
-            read: points are sorted here, and in any order there.
+    Call ``layer(depth, feat, rank)``, or with a ``csr`` of your own. The sorted points are kept and used again
+    for ranks of the same values; that is compared on each call, for which a GPU is waited for.
+    ``set_geometry(rank)`` saves the comparison: call ``layer(depth, feat)`` from then on. A compiled or
+    exported program that is given ranks sorts them on each call. What is kept, three integers per point and
+    one per voxel, isn't in the ``state_dict``; ``clear_geometry()`` releases it.
 
-    Returns:
-        ``[B, C, Z, Y, X]``.
-
-    Raises:
-        TypeError: a wrong dtype, or no tensor.
-        ValueError: a wrong shape, or tensors on several devices.
-        RuntimeError: on the CPU, for an index out of range. A ``ranks_feat`` of another pixel than
-            ``ranks_depth`` is reported as a rank past the grid; on a GPU such a point counts nowhere.
-
-    As `bev_pool`, and O(B Z Y X) for the sorting.
-
-    Source: Huang & Huang, "BEVPoolv2", 2022.
+    Raises as `bev_pool` does, and ``ValueError`` without ranks, here or set.
     """
-    _checks.has_dtype("depth", depth, _checks.FLOATING)
-    _checks.has_dims("depth", depth, "[B, N, D, H, W]")
-    _checks.has_dtype("feat", feat, _checks.FLOATING)
-    _checks.has_dims("feat", feat, "[B, N, H, W, C]")
-    ranks = {"ranks_depth": ranks_depth, "ranks_feat": ranks_feat, "ranks_bev": ranks_bev}
-    for name, tensor in ranks.items():
-        _checks.has_dtype(name, tensor, _checks.INDEX)
-        if tensor.shape != (ranks_depth.numel(),):
-            raise ValueError(f"{name}: expected [P] as ranks_depth, got shape {list(tensor.shape)}")
-    _checks.same_device(depth=depth, feat=feat, **ranks)
-    batch, cameras, bins, height, width = depth.shape
-    expected = [batch, cameras, height, width]
-    if list(feat.shape[:4]) != expected:
-        raise ValueError(f"feat: expected shape {[*expected, 'C']} as depth, got {list(feat.shape)}")
-    if len(bev_feat_shape) != 5 or bev_feat_shape[0] != batch or bev_feat_shape[4] != feat.shape[4]:
-        wanted = f"(B, Z, Y, X, C) with B={batch} and C={feat.shape[4]}"
-        raise ValueError(f"bev_feat_shape: expected {wanted}, got {tuple(bev_feat_shape)}")
-    voxels = batch * bev_feat_shape[1] * bev_feat_shape[2] * bev_feat_shape[3]
-    plane = height * width
-    pixel = ranks_depth // max(bins * plane, 1) * plane + ranks_depth % max(plane, 1)
-    voxel = torch.where(pixel == ranks_feat, ranks_bev, voxels)
-    rank = torch.full((depth.numel(),), -1, device=depth.device).scatter(0, ranks_depth.long(), voxel.long())
-    # The voxels count over the batch: its examples are more cameras of one.
-    out = bev_pool(
-        depth.flatten(0, 1)[None],
-        feat.permute(0, 1, 4, 2, 3).flatten(0, 1)[None],
-        rank.view(1, batch * cameras, bins, height, width),
-        voxels,
-    )
-    return out.view(tuple(bev_feat_shape)).permute(0, 4, 1, 2, 3)
-
-
-class BEVPool(torch.nn.Module):
-    """`bev_pool` as a layer."""
 
     def __init__(self, num_voxels: int) -> None:
         super().__init__()
         _checks.is_count("num_voxels", num_voxels)
         self.num_voxels = num_voxels
 
-    def forward(self, depth: Tensor, feat: Tensor, rank: Tensor, csr: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return bev_pool(depth, feat, rank, self.num_voxels, csr)
+    def forward(
+        self, depth: Tensor, feat: Tensor, rank: Tensor | None = None, csr: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        if rank is None:
+            if csr is not None:
+                raise ValueError("rank: expected ranks with a csr, got None")
+            geometry = self._kept("rank: expected ranks")
+        elif csr is not None:
+            return bev_pool(depth, feat, rank, self.num_voxels, csr)
+        else:
+            geometry = self._geometry_of(_checked(rank))
+        return bev_pool(depth, feat, geometry.rank, self.num_voxels, geometry.csr)
+
+    def set_geometry(self, rank: Tensor) -> None:
+        """Keep these ranks, ``[B, N, D, H, W]`` or ``[N, D, H, W]``, for calls without any."""
+        self._keep(_checked(rank))
+
+    def _compute(self, rank: Tensor) -> tuple[Tensor, Csr]:
+        return rank, voxel_csr(rank.flatten(-4), self.num_voxels)
 
     def extra_repr(self) -> str:
         return f"{self.num_voxels}"
+
+
+def _checked(rank: Tensor) -> Tensor:
+    _checks.has_dtype("rank", rank, _checks.INDEX)
+    if rank.dim() not in (4, 5):
+        raise ValueError(f"rank: expected [B, N, D, H, W] or [N, D, H, W], got shape {list(rank.shape)}")
+    return rank
 
 
 def bev_pool_reference(
@@ -192,7 +159,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
-def _cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
+def draw_cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(batch)
     depth = torch.rand(batch, 6, 41, 8, 22, generator=generator).to(device).requires_grad_()
     feat = torch.randn(batch, 6, 64, 8, 22, generator=generator).to(device).requires_grad_()
@@ -234,10 +201,12 @@ register(
             Benchmark(
                 unit="examples of 6 cameras, 41 depths of 8 x 22 pixels, 64 features; geometry cached",
                 sizes=(1, 4),
-                make=_cameras,
+                make=draw_cameras,
+                scaling=(1, 4, 16, 46, 92),  # 43 thousand to 4 million points
                 peers={
                     "Lift-Splat-Shoot's pipeline": _without_csr("lss_bev_pool"),
                     "outer product, index_add": _without_csr("index_add_bev_pool"),
+                    "torch.compile(gather, index_add)": _without_csr("compiled_index_add_bev_pool"),
                     "embedding_bag, cached": _without_csr("cached_embedding_bag_bev_pool"),
                 },
                 targets=[

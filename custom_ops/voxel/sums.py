@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
-from custom_ops.voxel.voxel_grid import voxel_csr, voxel_match
+from custom_ops.voxel._geometry import Csr, KeepsGeometry
+from custom_ops.voxel.voxel_grid import SCALING, voxel_csr, voxel_match, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
 
 __all__ = ["VoxelSum", "voxel_sum"]
@@ -21,6 +27,22 @@ def check_ranks(rank: Tensor, shapes: tuple[torch.Size, ...], num_voxels: int) -
     if rank.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"rank: expected shape {expected}, got {list(rank.shape)}")
+
+
+def _ranks_of(x: Tensor, rank: Tensor, num_voxels: int, mask: Tensor | None) -> Tensor:
+    """``rank``, -1 where ``mask`` is False; all of them checked."""
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
+    check_ranks(rank, (x.shape[:-1], x.shape[-2:-1]), num_voxels)
+    _checks.same_device(x=x, rank=rank)
+    if mask is None:
+        return rank
+    _checks.has_dtype("mask", mask, (torch.bool,))
+    _checks.same_device(x=x, mask=mask)
+    if mask.shape not in (x.shape[:-1], rank.shape):
+        raise ValueError(f"mask: expected shape {list(x.shape[:-1])} as x without its columns, got {list(mask.shape)}")
+    return torch.where(mask, rank, -1)
 
 
 def geometry_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -91,30 +113,34 @@ def voxel_sum(
                 [0.],
                 [5.]])
     """
-    _checks.has_dtype("x", x, _checks.FLOATING)
-    if x.dim() < 2:
-        raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
-    check_ranks(rank, (x.shape[:-1], x.shape[-2:-1]), num_voxels)
-    _checks.same_device(x=x, rank=rank)
+    rank = _ranks_of(x, rank, num_voxels, mask)
     _checks.is_one_of("reduce", reduce, _REDUCTIONS)
-    if mask is not None:
-        _checks.has_dtype("mask", mask, (torch.bool,))
-        _checks.same_device(x=x, mask=mask)
-        if csr is not None:
-            raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
-        if mask.shape not in (x.shape[:-1], rank.shape):
-            raise ValueError(
-                f"mask: expected shape {list(x.shape[:-1])} as x without its columns, got {list(mask.shape)}"
-            )
-        rank = torch.where(mask, rank, -1)
+    if mask is not None and csr is not None:
+        raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
     perm, indptr = geometry_of(rank, num_voxels, csr)
     if reduce == "max":
         return segment_max(x, indptr, perm)[0]
     return segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
 
 
-class VoxelSum(torch.nn.Module):
-    """`voxel_sum` as a layer."""
+class VoxelSum(KeepsGeometry):
+    """`voxel_sum` as a layer that sorts its points once, while their ranks stay the same.
+
+    Call ``layer(x, rank)``, or with a ``mask``, or with a ``csr`` of your own. The sorted points are kept and
+    used again for ranks (and masks) of the same values; that is compared on each call, for which a GPU is
+    waited for. ``set_geometry(rank)`` saves the comparison: call ``layer(x)`` from then on. A compiled or
+    exported program that is given ranks sorts them on each call. What is kept, three integers per point and
+    one per voxel, isn't in the ``state_dict``; ``clear_geometry()`` releases it.
+
+    Raises as `voxel_sum` does, and ``ValueError`` without ranks, here or set.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> layer = custom_ops.VoxelSum(3)
+        >>> layer.set_geometry(torch.tensor([2, 0, 2, -1]))
+        >>> layer(torch.tensor([[1.0], [2.0], [4.0], [8.0]])).flatten()
+        tensor([2., 0., 5.])
+    """
 
     def __init__(self, num_voxels: int, reduce: str = "sum") -> None:
         super().__init__()
@@ -124,9 +150,29 @@ class VoxelSum(torch.nn.Module):
         self.reduce = reduce
 
     def forward(
-        self, x: Tensor, rank: Tensor, mask: Tensor | None = None, csr: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        rank: Tensor | None = None,
+        mask: Tensor | None = None,
+        csr: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        return voxel_sum(x, rank, self.num_voxels, self.reduce, mask, csr)
+        if rank is None:
+            if mask is not None or csr is not None:
+                raise ValueError("rank: expected ranks with a mask or csr, got None")
+            geometry = self._kept("rank: expected ranks")
+        elif csr is not None:
+            return voxel_sum(x, rank, self.num_voxels, self.reduce, mask, csr)
+        else:
+            geometry = self._geometry_of(_ranks_of(x, rank, self.num_voxels, mask))
+        return voxel_sum(x, geometry.rank, self.num_voxels, self.reduce, csr=geometry.csr)
+
+    def set_geometry(self, rank: Tensor) -> None:
+        """Keep these ranks, ``[..., N]`` or ``[N]``, for calls without any."""
+        _checks.has_dtype("rank", rank, _checks.INDEX)
+        self._keep(rank)
+
+    def _compute(self, rank: Tensor) -> tuple[Tensor, Csr]:
+        return rank, voxel_csr(rank, self.num_voxels)
 
     def extra_repr(self) -> str:
         return f"{self.num_voxels}, reduce={self.reduce!r}"
@@ -184,6 +230,25 @@ def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor,
     return x.to(device).requires_grad_(), rank.to(device), 8 * voxels
 
 
+def _scans(edge: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Two real LiDAR scans, drawn features, and the columns of a grid of ``edge`` metres that their points lie in."""
+    data = importlib.import_module("custom_ops.examples.data")  # needs what only the tools need
+    scans = [torch.from_numpy(scan[:, :3]) for scan in data.load_lidar()[:2]]
+    which = torch.arange(2).repeat_interleave(torch.tensor([len(scan) for scan in scans]))
+    grid = (math.ceil(44 / edge), math.ceil(88 / edge), 1)
+    rank = voxel_rank(torch.cat(scans), (-24, -76, -16), (edge, edge, 32), grid, which)
+    x = torch.randn(len(rank), 64, generator=torch.Generator().manual_seed(0))
+    return x.to(device).requires_grad_(), rank.to(device), 2 * math.prod(grid)
+
+
+_scan_peers: dict[str, Callable[..., Any] | str] = {
+    "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
+    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+    "scatter_add": "custom_ops.benchmarks.peers:trash_row_scatter_add",
+    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_voxel_sum",
+    "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
+    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
+}
 _x, _rank = torch.ones(3, 2), torch.tensor([0, 1, -1])
 _csr = (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
 register(
@@ -220,9 +285,11 @@ register(
                 unit="points of 64 features in any order, 8 to a voxel",
                 sizes=(10_000, 172_824, 1_000_000),
                 make=_unsorted,
+                scaling=SCALING,
                 peers={
                     "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
                     "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+                    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_voxel_sum",
                     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
                     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
                 },
@@ -242,6 +309,14 @@ register(
                     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
                 },
                 targets=[Target(140_000, "index_add", 0.8), Target(140_000, "embedding_bag, cached", 0.8)],
+                scaling=SCALING,
+            ),
+            Benchmark(
+                unit="metres a cell, 128,741 points of two real LiDAR scans, 64 features",
+                sizes=(0.5, 0.2),
+                make=_scans,
+                peers=_scan_peers,
+                targets=[Target(0.5, peer, 0.8, memory=memory) for peer in _scan_peers for memory in ("fresh", "warm")],
             ),
         ],
     )

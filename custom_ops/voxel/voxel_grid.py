@@ -11,11 +11,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from custom_ops import _checks, library
 from custom_ops._native import define
-from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
 
 __all__ = ["voxel_csr", "voxel_rank"]
 
 _ROUNDINGS = ("floor", "trunc")
+SCALING = (10_000, 62_500, 250_000, 1_000_000, 4_000_000)  # points, for all tables of this family
 
 
 @define
@@ -258,6 +259,18 @@ def _ranks(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _cloud(points: int, device: torch.device) -> tuple[Any, ...]:
+    """Of numbers that float32 holds, so that each point is in one voxel whatever the precision; some are outside."""
+    generator = torch.Generator().manual_seed(points)
+    cloud = torch.randint(-(2**14), 2**14, (points, 3), generator=generator) / 2**9
+    return cloud.to(device), (-30.0, -30.0, -30.0), (0.5, 0.5, 10.0), (120, 120, 6)
+
+
+def _unsorted_ranks(points: int, device: torch.device) -> tuple[Tensor, int]:
+    generator = torch.Generator().manual_seed(points)
+    return torch.randint(-1, points // 8, (points,), generator=generator).to(device), points // 8
+
+
 _p, _rank = torch.ones(2, 3), torch.tensor([0, 1, -1])
 _one = (1, 1, 1)
 register(
@@ -283,6 +296,15 @@ register(
             BadCall((_p, _one, _one, _one, None, "round"), "rounding: expected one of 'floor', 'trunc', got 'round'"),
             BadCall((_p, torch.ones(3).to("meta"), _one, _one), "origin: expected on cpu as points, got meta"),
         ],
+        benchmarks=[
+            Benchmark(
+                unit="points",
+                sizes=(10_000, 172_824, 1_000_000),
+                make=_cloud,
+                peers={"PyTorch's own ops": "custom_ops.benchmarks.peers:eager_voxel_rank"},
+                scaling=SCALING,
+            )
+        ],
     )
 )
 register(
@@ -298,6 +320,18 @@ register(
             BadCall((_rank[0], 3), r"rank: expected \[..., N\], got a scalar"),
             BadCall((_rank, 1.5), "num_voxels: expected an integer, got float"),
             BadCall((_rank, -1), "num_voxels: expected at least 0, got -1"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="points in any order, 8 to a voxel",
+                sizes=(10_000, 172_824, 1_000_000),
+                make=_unsorted_ranks,
+                peers={
+                    "stable sort, searchsorted": "custom_ops.benchmarks.peers:sorted_voxel_csr",
+                    "stable sort, bincount": "custom_ops.benchmarks.peers:counted_voxel_csr",
+                },
+                scaling=SCALING,
+            )
         ],
     )
 )

@@ -20,6 +20,7 @@ from custom_ops import _checks, library
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.voxel.voxel_grid import SCALING
 
 __all__ = ["segment_sum"]
 
@@ -394,11 +395,15 @@ register(
                 unit="points of 64 features in order, 8 to a segment",
                 sizes=(10_000, 172_824, 1_000_000),
                 make=_sorted,
+                scaling=SCALING,
                 peers={
                     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_segment_sum",
                     "index_add": "custom_ops.benchmarks.peers:index_add_segment_sum",
                     "scatter_add": "custom_ops.benchmarks.peers:scatter_add_segment_sum",
                     "torch.segment_reduce": "custom_ops.benchmarks.peers:segment_reduce_segment_sum",
+                    "torch.compile(index_add)": "custom_ops.benchmarks.peers:compiled_index_add_segment_sum",
+                    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_segment_sum",
+                    "torch_scatter.segment_csr": "custom_ops.benchmarks.scatter_peers:segment_csr_segment_sum",
                 },
                 targets=[
                     Target(172_824, "embedding_bag", 1.0, "forward"),

@@ -1,0 +1,240 @@
+"""The adapter for BEVDet's pooling, whose geometry is five arrays that list points by voxel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._native import define
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
+from custom_ops.voxel.pooling import bev_pool, draw_cameras
+
+__all__ = ["bev_pool_v2"]
+
+
+@define
+def interval_ranks(
+    ranks_depth: Tensor,
+    ranks_feat: Tensor,
+    ranks_bev: Tensor,
+    interval_starts: Tensor,
+    interval_lengths: Tensor,
+    points: int,
+    bins: int,
+    plane: int,
+    voxels: int,
+) -> Tensor:
+    """The voxel of each of ``points``, -1 for none, from BEVDet's five arrays; see `bev_pool_v2`."""
+    return ranks_depth.new_empty((points,))
+
+
+@library.vmap(interval_ranks)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    arrays = [library.to_front(t, d, info.batch_size) for t, d in zip(args[:5], in_dims)]
+    return torch.stack([interval_ranks(*example, *args[5:]) for example in zip(*arrays)]), 0
+
+
+def bev_pool_v2(
+    depth: Tensor,
+    feat: Tensor,
+    ranks_depth: Tensor,
+    ranks_feat: Tensor,
+    ranks_bev: Tensor,
+    bev_feat_shape: Sequence[int],
+    interval_starts: Tensor,
+    interval_lengths: Tensor,
+) -> Tensor:
+    """`bev_pool` with the call and the result of BEVDet's function of that name.
+
+    Interval i lists the points ``j = interval_starts[i]`` to ``interval_starts[i] + interval_lengths[i] - 1``
+    of one voxel, ``ranks_bev[j]``. Its sum of ``depth.flatten()[ranks_depth[j]]
+    feat.flatten(0, 3)[ranks_feat[j]]`` is added to that voxel; voxels without an interval are 0. The arrays
+    become the ranks of all points, on which `bev_pool` does the rest, so that all derivatives are its.
+
+    Args:
+        depth: ``[B, N, D, H, W]``.
+        feat: ``[B, N, H, W, C]``.
+        ranks_depth: for each listed point, where in ``depth`` it lies ``[P]``; each at most once.
+        ranks_feat: where in ``feat`` its pixel lies ``[P]``, which follows from ``ranks_depth``.
+        ranks_bev: its voxel, counted over the batch ``[P]``; the same one within an interval.
+        bev_feat_shape: ``(B, Z, Y, X, C)``.
+        interval_starts, interval_lengths: the intervals ``[I]``, each of at least one point and one after the
+            other, all P points together. They need not be in the order of the voxels.
+
+    The arrays are int32 or int64, as BEVDet's ``voxel_pooling_prepare_v2`` makes them.
+
+    Returns:
+        ``[B, C, Z, Y, X]``.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor.
+        ValueError: a wrong shape, or tensors on several devices.
+        RuntimeError: on the CPU, for arrays that don't belong together as described, or an index out of range.
+            On a GPU, where finding out would wait for the device, such points count nowhere.
+
+    As `bev_pool`, and O(B N D H W + B Z Y X) for the sorting.
+
+    Source: Huang & Huang, "BEVPoolv2", 2022.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> depth = torch.tensor([0.25, 0.75]).view(1, 1, 2, 1, 1)
+        >>> feat = torch.tensor([4.0, 8.0]).view(1, 1, 1, 1, 2)
+        >>> points, pixels, voxels = torch.tensor([1, 0]), torch.tensor([0, 0]), torch.tensor([0, 2])
+        >>> starts, lengths = torch.tensor([0, 1]), torch.tensor([1, 1])
+        >>> custom_ops.bev_pool_v2(depth, feat, points, pixels, voxels, (1, 1, 1, 3, 2), starts, lengths)
+        tensor([[[[[3., 0., 1.]]],
+        <BLANKLINE>
+        <BLANKLINE>
+                 [[[6., 0., 2.]]]]])
+    """
+    _checks.has_dtype("depth", depth, _checks.FLOATING)
+    _checks.has_dims("depth", depth, "[B, N, D, H, W]")
+    _checks.has_dtype("feat", feat, _checks.FLOATING)
+    _checks.has_dims("feat", feat, "[B, N, H, W, C]")
+    ranks = {"ranks_depth": ranks_depth, "ranks_feat": ranks_feat, "ranks_bev": ranks_bev}
+    intervals = {"interval_starts": interval_starts, "interval_lengths": interval_lengths}
+    for arrays, layout in ((ranks, "[P]"), (intervals, "[I]")):
+        first = next(iter(arrays))
+        for name, array in arrays.items():
+            _checks.has_dtype(name, array, _checks.INDEX)
+            _checks.has_dims(name, array, layout)
+            if array.shape != arrays[first].shape:
+                raise ValueError(f"{name}: expected {layout} as {first}, got shape {list(array.shape)}")
+    _checks.same_device(depth=depth, feat=feat, **ranks, **intervals)
+    batch, cameras, bins, height, width = depth.shape
+    expected = [batch, cameras, height, width]
+    if list(feat.shape[:4]) != expected:
+        raise ValueError(f"feat: expected shape {[*expected, 'C']} as depth, got {list(feat.shape)}")
+    if len(bev_feat_shape) != 5 or bev_feat_shape[0] != batch or bev_feat_shape[4] != feat.shape[4]:
+        wanted = f"(B, Z, Y, X, C) with B={batch} and C={feat.shape[4]}"
+        raise ValueError(f"bev_feat_shape: expected {wanted}, got {tuple(bev_feat_shape)}")
+    for cells in bev_feat_shape:
+        _checks.is_count("bev_feat_shape", cells)
+    voxels = batch * bev_feat_shape[1] * bev_feat_shape[2] * bev_feat_shape[3]
+    in_long = (array.long() for array in (*ranks.values(), *intervals.values()))
+    rank = interval_ranks(*in_long, depth.numel(), bins, height * width, voxels)
+    # The voxels count over the batch: its examples are more cameras of one.
+    out = bev_pool(
+        depth.flatten(0, 1)[None],
+        feat.permute(0, 1, 4, 2, 3).flatten(0, 1)[None],
+        rank.view(1, batch * cameras, bins, height, width),
+        voxels,
+    )
+    return out.view(tuple(bev_feat_shape)).permute(0, 4, 1, 2, 3)
+
+
+def bev_pool_v2_reference(
+    depth: Tensor,
+    feat: Tensor,
+    ranks_depth: Tensor,
+    ranks_feat: Tensor,
+    ranks_bev: Tensor,
+    bev_feat_shape: Sequence[int],
+    interval_starts: Tensor,
+    interval_lengths: Tensor,
+) -> Tensor:
+    """Interval after interval, as BEVDet's kernel does."""
+    weights, pixels = depth.flatten(), feat.flatten(0, 3)
+    sums = [pixels[:0]]
+    for start, length in zip(interval_starts.tolist(), interval_lengths.tolist()):
+        points = slice(start, start + length)
+        sums.append((weights[ranks_depth[points], None] * pixels[ranks_feat[points]]).sum(0, keepdim=True))
+    total = torch.cat(sums)
+    out = total.new_zeros(math.prod(bev_feat_shape[:4]), feat.shape[4]).index_add(0, ranks_bev[interval_starts], total)
+    return out.view(tuple(bev_feat_shape)).permute(0, 4, 1, 2, 3)
+
+
+def interval_arrays(rank: Tensor, num_voxels: int) -> list[Tensor]:
+    """BEVDet's five arrays of ranks ``[B, N, D, H, W]`` within each example, in its int32."""
+    plane, bins = rank.shape[3] * rank.shape[4], rank.shape[2]
+    first = torch.arange(0, len(rank) * num_voxels, max(num_voxels, 1), device=rank.device).view(-1, 1, 1, 1, 1)
+    voxel = torch.where(rank < 0, -1, rank + first).flatten()
+    points = (voxel >= 0).nonzero()[:, 0]
+    points = points[voxel[points].argsort(stable=True)]
+    lengths = voxel[points].unique_consecutive(return_counts=True)[1]
+    pixels = points // (bins * plane) * plane + points % plane
+    return [t.int() for t in (points, pixels, voxel[points], lengths.cumsum(0) - lengths, lengths)]
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+    def call(shape: tuple[int, ...], columns: int, rank: Tensor, grid: tuple[int, ...]) -> tuple[Any, ...]:
+        points, pixels, voxels, starts, lengths = interval_arrays(rank.view(shape), math.prod(grid))
+        feat = leaf(*shape[:2], *shape[3:], columns)
+        return leaf(*shape), feat, points, pixels, voxels, (shape[0], *grid, columns), starts, lengths
+
+    rank = torch.randint(-1, 4, (8,), device=device)
+    long = call((1, 2, 2, 1, 2), 1, rank, (1, 2, 2))
+    return [
+        Sample(call((2, 1, 2, 1, 2), 2, rank, (1, 2, 2))),
+        Sample((*long[:2], *(t.long() for t in long[2:5]), long[5], *(t.long() for t in long[6:]))),
+        Sample(call((1, 1, 2, 1, 2), 2, rank[:4].clamp(max=-1), (1, 1, 4))),  # nothing in the grid
+    ]
+
+
+def _interval_cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
+    depth, feat, rank, voxels, _ = draw_cameras(batch, device)
+    feat = feat.detach().permute(0, 1, 3, 4, 2).contiguous().requires_grad_()
+    points, pixels, ranks, starts, lengths = interval_arrays(rank, voxels)
+    return depth, feat, points, pixels, ranks, (batch, 1, 200, 200, 64), starts, lengths
+
+
+def _array(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _bad_calls() -> list[BadCall]:
+    """Each with one wrong argument, of points 1 and 0 of two bins of one pixel, in voxels 0 and 2."""
+    right: dict[str, Any] = {
+        "depth": torch.ones(1, 1, 2, 1, 1),
+        "feat": torch.ones(1, 1, 1, 1, 2),
+        "ranks_depth": _array(1, 0),
+        "ranks_feat": _array(0, 0),
+        "ranks_bev": _array(0, 2),
+        "bev_feat_shape": (1, 1, 1, 3, 2),
+        "interval_starts": _array(0, 1),
+        "interval_lengths": _array(1, 1),
+    }
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"depth": None}, "depth: expected a tensor, got NoneType"),
+        ({"depth": torch.ones(1, 2, 1, 1)}, r"depth: expected \[B, N, D, H, W\]"),
+        ({"feat": torch.ones(1, 1, 1, 1, 2).int()}, "feat: expected one of float16"),
+        ({"feat": torch.ones(1, 1, 2, 1, 2)}, r"feat: expected shape \[1, 1, 1, 1, 'C'\] as depth"),
+        ({"ranks_depth": torch.ones(2)}, "ranks_depth: expected one of int32, int64, got float32"),
+        ({"ranks_feat": _array(0)}, r"ranks_feat: expected \[P\] as ranks_depth, got shape \[1\]"),
+        ({"bev_feat_shape": (1, 1, 1, 3, 4)}, r"bev_feat_shape: expected \(B, Z, Y, X, C\) with B=1 and C=2"),
+        ({"bev_feat_shape": (1, 1, -1, 3, 2)}, "bev_feat_shape: expected at least 0, got -1"),
+        ({"interval_starts": _array(0, 1).view(2, 1)}, r"interval_starts: expected \[I\], got shape \[2, 1\]"),
+        ({"interval_lengths": _array(1)}, r"interval_lengths: expected \[I\] as interval_starts, got shape \[1\]"),
+        ({"interval_starts": _array(0, 1).to("meta")}, "interval_starts: expected on cpu as depth, got meta"),
+    ]
+    return [BadCall((), message, right | arguments) for arguments, message in wrong]
+
+
+register(
+    OpInfo(
+        name="bev_pool_v2",
+        summary="Depth-weighted pooling by BEVDet's five arrays",
+        function=bev_pool_v2,
+        reference=bev_pool_v2_reference,
+        samples=_samples,
+        bad_calls=_bad_calls,
+        benchmarks=[
+            Benchmark(
+                unit="examples of 6 cameras, 41 depths of 8 x 22 pixels, 64 features; BEVDet's arrays",
+                sizes=(1, 4),
+                make=_interval_cameras,
+                scaling=(1, 4, 16, 46, 92),
+                peers={"outer product, index_add": "custom_ops.benchmarks.peers:index_add_bev_pool_v2"},
+            )
+        ],
+    )
+)

@@ -1,0 +1,162 @@
+"""Wrong geometry: every error names its argument; on a GPU, which can't raise, it counts nowhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import custom_ops
+from custom_ops.verify._backends import backend
+
+VOXELS = 50
+OTHER = r"^csr: expected voxel_csr\(rank, num_voxels\), got one of other ranks"
+
+
+def frame(batch=(), points=1000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rank = torch.randint(-1, VOXELS, (*batch, points), generator=generator)
+    return torch.randn(*batch, points, 2, generator=generator), rank, custom_ops.voxel_csr(rank, VOXELS)
+
+
+def pool(rank, csr):
+    """`bev_pool` of as many points."""
+    depth = torch.ones(*([1] if rank.dim() == 1 else [len(rank)]), 1, rank.shape[-1], 1, 1)
+    feat = torch.ones(len(depth), 1, 2, 1, 1)
+    return custom_ops.bev_pool(depth, feat, rank.view(depth.shape), VOXELS, tuple(t.view(len(depth), -1) for t in csr))
+
+
+@pytest.mark.parametrize("points", [3, 256, 257, 500, 1000, 100_000])
+def test_a_csr_of_other_ranks_raises(points):
+    """Some probes are enough to find most, wherever they differ."""
+    x, rank, (perm, indptr) = frame(points=points)
+    others = [custom_ops.voxel_csr(rank.roll(1), VOXELS), custom_ops.voxel_csr(rank.clamp_min(0) * 0 + 7, VOXELS)]
+    others += [(perm.roll(points // 2), indptr), (perm, torch.zeros_like(indptr)), (perm, indptr + 1)]
+    if points > 256:  # only in the last tenth of the voxels
+        moved = torch.where(rank >= 45, rank - 45, rank)
+        others.append(custom_ops.voxel_csr(moved, VOXELS))
+    for csr in others:
+        with pytest.raises(RuntimeError, match=OTHER):
+            custom_ops.voxel_sum(x, rank, VOXELS, csr=csr)
+        with pytest.raises(RuntimeError, match=OTHER):
+            pool(rank, csr)
+
+
+def test_a_csr_of_other_ranks_in_one_example_raises():
+    x, rank, (perm, indptr) = frame((3,))
+    perm = torch.stack([perm[0], perm[1], perm[0]])
+    for run in (lambda csr: custom_ops.voxel_sum(x, rank, VOXELS, csr=csr), lambda csr: pool(rank, csr)):
+        with pytest.raises(RuntimeError, match=OTHER):
+            run((perm, indptr))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda p, i: p, TypeError, r"csr: expected \(perm, indptr\) as from voxel_csr, got Tensor"),
+        (lambda p, i: (p, i, i), TypeError, r"csr: expected \(perm, indptr\) as from voxel_csr, got tuple"),
+        (lambda p, i: (p, None), TypeError, "csr: expected a tensor, got NoneType"),
+        (lambda p, i: (p.int(), i), TypeError, "csr: expected one of int64, got int32"),
+        (lambda p, i: (p, i.double()), TypeError, "csr: expected one of int64, got float64"),
+        (lambda p, i: (p.to("meta"), i), ValueError, "csr: expected on cpu as rank, got meta"),
+        (lambda p, i: (p[1:], i), ValueError, r"csr: expected perm \[1000\] and indptr \[51\] .*\[999\] and \[51\]"),
+        (lambda p, i: (p, i[1:]), ValueError, r"csr: expected perm \[1000\] and indptr \[51\] .*\[1000\] and \[50\]"),
+        (lambda p, i: (p[None], i[None]), ValueError, r"csr: expected perm \[1000\] and indptr \[51\]"),
+        (lambda p, i: (p - 2**40, i), RuntimeError, OTHER[1:]),
+        (lambda p, i: (p + 1, i), RuntimeError, "(csr|perm): expected"),
+        (lambda p, i: (p, i.flip(0)), RuntimeError, OTHER[1:]),
+        (lambda p, i: (p, i - 1), RuntimeError, OTHER[1:]),
+    ],
+)
+def test_what_is_no_csr_raises(change, error, message):
+    x, rank, csr = frame()
+    with pytest.raises(error, match=f"^{message}"):
+        custom_ops.voxel_sum(x, rank, VOXELS, csr=change(*csr))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.int32, VOXELS),
+        (torch.int32, 2**31 - 1),
+        (torch.int64, VOXELS),
+        (torch.int64, 2**31),
+        (torch.int64, 2**62),
+    ],
+)
+def test_a_rank_past_the_grid_raises(dtype, value, batch):
+    layer, bev = custom_ops.VoxelSum(VOXELS), custom_ops.BEVPool(VOXELS)
+    x, rank, _ = frame(batch)
+    rank = rank.to(dtype)
+    rank.view(-1)[-1] = value
+    ranks = rank.view(-1, 1, 1000, 1, 1)
+    depth, feat = torch.ones(ranks.shape), torch.ones(len(ranks), 1, 2, 1, 1)
+    for run in (
+        lambda: custom_ops.voxel_csr(rank, VOXELS),
+        lambda: custom_ops.voxel_sum(x, rank, VOXELS),
+        lambda: custom_ops.voxel_sum(x, rank, VOXELS, "max", rank >= 0),
+        lambda: custom_ops.bev_pool(depth, feat, ranks, VOXELS),
+        lambda: layer(x, rank),
+        lambda: layer.set_geometry(rank),
+        lambda: bev(depth, feat, ranks),
+        lambda: bev.set_geometry(ranks),
+    ):
+        with pytest.raises(RuntimeError, match=f"^rank: expected values below num_voxels=50, got {value}"):
+            run()
+    assert layer._geometry is None and bev._geometry is None
+    out = custom_ops.voxel_sum(x, rank, VOXELS, mask=rank < VOXELS)  # masked, it may be anything
+    assert out.isfinite().all()
+
+
+def test_a_negative_grid_raises():
+    x, rank, _ = frame(points=8)
+    ranks, one = rank.view(1, 1, 8, 1, 1), (1.0, 1.0, 1.0)
+    for run, name in (
+        (lambda: custom_ops.voxel_rank(torch.ones(2, 3), one, one, (4, -1, 4)), "grid_size"),
+        (lambda: custom_ops.LiftSplat((2, 2), (1, 1), [1.0], one, one, (4, 4, -1)), "grid_size"),
+        (lambda: custom_ops.voxel_csr(rank, -1), "num_voxels"),
+        (lambda: custom_ops.voxel_sum(x, rank, -1), "num_voxels"),
+        (lambda: custom_ops.bev_pool(torch.ones(ranks.shape), torch.ones(1, 1, 2, 1, 1), ranks, -1), "num_voxels"),
+        (lambda: custom_ops.VoxelSum(-1), "num_voxels"),
+        (lambda: custom_ops.BEVPool(-1), "num_voxels"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected at least 0, got -1"):
+            run()
+
+
+@pytest.mark.parametrize("value", [VOXELS, 2**31, 2**62, -(2**62)])
+def test_on_a_gpu_such_points_count_nowhere(value):
+    """Interpreted, the launchers read real memory: what is out of range must neither be reached nor count."""
+    x, rank, _ = frame(points=40)
+    wrong = torch.arange(40) % 3 == 0
+    masked = rank.masked_fill(wrong, -1)
+    rank[wrong] = value
+    leaf = x.clone().requires_grad_()
+    depth, feat = torch.rand(1, 1, 40, 1, 1, requires_grad=True), torch.rand(1, 1, 2, 1, 1, requires_grad=True)
+    for reduce in ("sum", "mean", "max"):
+        expected = custom_ops.voxel_sum(x, masked, VOXELS, reduce)
+        with backend("triton"):
+            out = custom_ops.voxel_sum(leaf, rank, VOXELS, reduce)
+            (grad,) = torch.autograd.grad(out.sum(), leaf)
+        torch.testing.assert_close(out, expected)
+        assert (grad[wrong | (masked < 0)] == 0).all()
+    expected = custom_ops.bev_pool(depth, feat, masked.view(depth.shape), VOXELS)
+    with backend("triton"):
+        out = custom_ops.bev_pool(depth, feat, rank.view(depth.shape), VOXELS)
+        grads = torch.autograd.grad(out.sum(), (depth, feat))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), (depth, feat)))
+
+
+def test_on_a_gpu_a_csr_of_anything_reaches_no_other_memory():
+    around = torch.full((120, 2), float("nan"))
+    x = around[40:80]
+    x[:] = 1
+    _, rank, (perm, indptr) = frame(points=40)
+    for csr in ((perm - 30, indptr), (perm * 2**40, indptr), (perm, indptr * 2**40 - 7), (perm, indptr.flip(0))):
+        for reduce in ("sum", "mean", "max"):
+            leaf = x.clone().requires_grad_()
+            with backend("triton"):
+                out = custom_ops.voxel_sum(leaf, rank, VOXELS, reduce, csr=csr)
+                (grad,) = torch.autograd.grad(out.sum(), leaf)
+            assert out.isfinite().all() and grad.isfinite().all()

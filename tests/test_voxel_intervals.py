@@ -1,0 +1,154 @@
+"""The adapter for BEVDet's five arrays: its sums, its checks, and that no wrong array reaches other memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import custom_ops
+from custom_ops.triton_kernels import intervals as launchers
+from custom_ops.voxel.intervals import bev_pool_v2_reference, interval_arrays, interval_ranks
+
+SHAPE, GRID, COLUMNS = (2, 3, 4, 2, 5), (2, 3, 4), 7
+
+
+def frame(dtype=torch.float64, seed=0):
+    """depth, feat, rank, and the arguments of `bev_pool_v2`."""
+    torch.manual_seed(seed)
+    depth = torch.rand(SHAPE, dtype=dtype, requires_grad=True)
+    feat = torch.randn(2, 3, 2, 5, COLUMNS, dtype=dtype, requires_grad=True)
+    rank = torch.randint(-1, 24, SHAPE)
+    points, pixels, voxels, starts, lengths = interval_arrays(rank, 24)
+    return depth, feat, rank, [depth, feat, points, pixels, voxels, (2, *GRID, COLUMNS), starts, lengths]
+
+
+def results(function, depth, feat, *arguments):
+    """The output, its gradients and their own."""
+    out = function(depth, feat, *arguments)
+    first = torch.autograd.grad((out**2).sum(), (depth, feat), create_graph=True)
+    second = torch.autograd.grad(sum((g**2).sum() for g in first), (depth, feat))
+    return [out, *first, *second]
+
+
+def test_equals_the_loop_over_intervals_and_bev_pool():
+    depth, feat, rank, arguments = frame()
+    ours = results(custom_ops.bev_pool_v2, *arguments)
+    torch.testing.assert_close(ours, results(bev_pool_v2_reference, *arguments))
+
+    def pooled(depth, feat):
+        bev = custom_ops.bev_pool(depth, feat.permute(0, 1, 4, 2, 3), rank, 24)
+        return bev.view(2, *GRID, COLUMNS).permute(0, 4, 1, 2, 3)
+
+    torch.testing.assert_close(ours, results(pooled, depth, feat))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_for_any_number_of_points(backend):
+    """Each frame lists other points: the program mustn't be compiled anew for each."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(custom_ops.bev_pool_v2, backend=counter, fullgraph=True, dynamic=True)
+    for seed in range(3):
+        depth, feat, _, arguments = frame(seed=seed)
+        out, expected = compiled(*arguments), custom_ops.bev_pool_v2(*arguments)
+        torch.testing.assert_close(out, expected)
+        grads, wanted = (torch.autograd.grad((y**2).sum(), (depth, feat)) for y in (out, expected))
+        torch.testing.assert_close(grads, wanted)
+    assert counter.frame_count == 1
+
+
+def test_exported_for_any_number_of_points():
+    class Net(torch.nn.Module):
+        def forward(self, depth, feat, points, pixels, voxels, starts, lengths):
+            return custom_ops.bev_pool_v2(depth, feat, points, pixels, voxels, (2, *GRID, COLUMNS), starts, lengths)
+
+    def tensors(seed):
+        arguments = frame(seed=seed)[-1]
+        return tuple(arguments[:5] + arguments[6:])
+
+    listed, intervals = {0: torch.export.Dim("points")}, {0: torch.export.Dim("intervals")}
+    dynamic = ({}, {}, listed, listed, listed, intervals, intervals)
+    program = torch.export.export(Net(), tensors(0), dynamic_shapes=dynamic)
+    for seed in range(3):
+        torch.testing.assert_close(program.module()(*tensors(seed)), Net()(*tensors(seed)))
+
+
+def test_intervals_in_any_order():
+    _, _, _, arguments = frame()
+    depth, feat, points, pixels, voxels, shape, starts, lengths = arguments
+    order = torch.randperm(len(starts))
+    listed = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in order])
+    starts, lengths = lengths[order].cumsum(0) - lengths[order], lengths[order]
+    out = custom_ops.bev_pool_v2(depth, feat, points[listed], pixels[listed], voxels[listed], shape, starts, lengths)
+    torch.testing.assert_close(out, custom_ops.bev_pool_v2(*arguments))
+
+
+def test_a_frame_without_points():
+    depth, feat, _, arguments = frame()
+    nothing = [t[:0] for t in arguments[2:5]] + [arguments[5]] + [t[:0] for t in arguments[6:]]
+    out = custom_ops.bev_pool_v2(depth, feat, *nothing)
+    assert out.shape == (2, COLUMNS, *GRID) and (out == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (depth, feat)))
+
+
+# Points 1, 0 and 3 of two bins of two pixels, in the voxels 0, 0 and 2 of 3.
+RIGHT = {"depth": [1, 0, 3], "feat": [1, 0, 1], "bev": [0, 0, 2], "starts": [0, 2], "lengths": [2, 1]}
+WRONG = [
+    ("depth", [1, 0, 4], r"ranks_depth: expected values within \[0, 4\), got 4"),
+    ("depth", [1, 0, -1], r"ranks_depth: expected values within \[0, 4\), got -1"),
+    ("depth", [1, 0, 2**40], "ranks_depth: expected values within"),
+    ("depth", [1, 0, 1], "ranks_depth: expected each point at most once"),
+    ("feat", [1, 0, 0], "ranks_feat: expected 1, the pixel of ranks_depth 3, got 0"),
+    ("feat", [1, 0, 2**40], "ranks_feat: expected 1, the pixel of ranks_depth 3"),
+    ("bev", [0, 0, 3], r"ranks_bev: expected values within \[0, 3\), got 3"),
+    ("bev", [0, 0, -1], r"ranks_bev: expected values within \[0, 3\), got -1"),
+    ("bev", [0, 1, 2], "ranks_bev: expected one voxel in each interval, got 1"),
+    ("starts", [0, 1], "interval_starts: expected 2 for interval 1, where the one before ends, got 1"),
+    ("starts", [0, -1], "interval_starts: expected 2 for interval 1"),
+    ("starts", [1, 2], "interval_starts: expected 0 for interval 0"),
+    ("starts", [0, 2**40], "interval_starts: expected 2 for interval 1"),
+    ("lengths", [2, 2], "interval_lengths: expected 1 to the 1 points that are left for interval 1, got 2"),
+    ("lengths", [2**62, 2**62], "interval_lengths: expected 1 to the 3 points that are left for interval 0"),
+    ("lengths", [2, 0], "interval_lengths: expected 1 to the 1 points"),
+    ("lengths", [2, -1], "interval_lengths: expected 1 to the 1 points"),
+]
+
+
+def arrays(**changed):
+    given = RIGHT | changed
+    return [torch.tensor(given[name]) for name in RIGHT]
+
+
+@pytest.mark.parametrize(("name", "values", "message"), WRONG)
+def test_arrays_that_dont_belong_together_raise(name, values, message):
+    points, pixels, voxels, starts, lengths = arrays(**{name: values})
+    depth, feat = torch.ones(1, 1, 2, 1, 2), torch.ones(1, 1, 1, 2, 1)
+    with pytest.raises(RuntimeError, match=f"^{message}"):
+        custom_ops.bev_pool_v2(depth, feat, points, pixels, voxels, (1, 1, 1, 3, 1), starts, lengths)
+
+
+def test_fewer_points_in_intervals_than_listed_raise():
+    with pytest.raises(RuntimeError, match="^interval_lengths: expected a sum of 3 as there are ranks, got 2"):
+        interval_ranks(*arrays(starts=[0], lengths=[2]), 4, 2, 2, 3)
+
+
+@pytest.mark.parametrize(("name", "values", "message"), WRONG)
+def test_on_a_gpu_what_is_wrong_counts_nowhere(name, values, message):
+    """Its launcher can't raise without waiting: whatever the arrays hold, the ranks are in range."""
+    right = launchers.interval_ranks(*arrays(), 4, 2, 2, 3)
+    assert right.tolist() == [0, 0, -1, 2] == interval_ranks(*arrays(), 4, 2, 2, 3).tolist()
+    rank = launchers.interval_ranks(*arrays(**{name: values}), 4, 2, 2, 3)
+    assert ((rank >= -1) & (rank < 3)).all()
+    if name in ("depth", "feat"):
+        assert rank[3] == -1
+
+
+def test_both_backends_agree():
+    rank = torch.randint(-1, 500, (2, 3, 8, 6, 9))
+    listed = [t.long() for t in interval_arrays(rank, 500)]
+    sizes = (rank.numel(), 8, 54, 1000)
+    assert torch.equal(launchers.interval_ranks(*listed, *sizes), interval_ranks(*listed, *sizes))
+    none = [t[:0] for t in listed]
+    assert torch.equal(launchers.interval_ranks(*none, *sizes), interval_ranks(*none, *sizes))
+    assert launchers.interval_ranks(*none, 0, 8, 0, 5).shape == interval_ranks(*none, 0, 8, 0, 5).shape == (0,)
