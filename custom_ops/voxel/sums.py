@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -184,6 +187,13 @@ def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor,
     return x.to(device).requires_grad_(), rank.to(device), 8 * voxels
 
 
+_SKEWED_PEERS: dict[str, Callable[..., Any] | str] = {
+    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+    "scatter_add": "custom_ops.benchmarks.peers:trash_row_scatter_add",
+    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:trash_row_scatter",
+    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
+}
+
 _x, _rank = torch.ones(3, 2), torch.tensor([0, 1, -1])
 _csr = (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
 register(
@@ -223,6 +233,8 @@ register(
                 peers={
                     "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
                     "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
+                    "scatter_add": "custom_ops.benchmarks.peers:trash_row_scatter_add",
+                    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:trash_row_scatter",
                     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
                     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
                 },
@@ -237,11 +249,10 @@ register(
                 unit="points of 64 features in any order, thousands in one voxel and one in many",
                 sizes=(140_000,),
                 make=lambda points, device: _unsorted(points, device, skew=6),
-                peers={
-                    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
-                    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
-                },
-                targets=[Target(140_000, "index_add", 0.8), Target(140_000, "embedding_bag, cached", 0.8)],
+                peers=_SKEWED_PEERS,
+                targets=[
+                    Target(140_000, peer, 0.8, memory=memory) for peer in _SKEWED_PEERS for memory in ("fresh", "warm")
+                ],
             ),
         ],
     )

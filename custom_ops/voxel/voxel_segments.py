@@ -399,6 +399,8 @@ register(
                     "index_add": "custom_ops.benchmarks.peers:index_add_segment_sum",
                     "scatter_add": "custom_ops.benchmarks.peers:scatter_add_segment_sum",
                     "torch.segment_reduce": "custom_ops.benchmarks.peers:segment_reduce_segment_sum",
+                    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_segment_sum",
+                    "torch_scatter.segment_csr": "custom_ops.benchmarks.scatter_peers:segment_csr_segment_sum",
                 },
                 targets=[
                     Target(172_824, "embedding_bag", 1.0, "forward"),
