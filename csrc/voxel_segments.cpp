@@ -115,7 +115,10 @@ struct Segments {
     std::unique_ptr<std::atomic<bool>[]> found(new std::atomic<bool>[std::max<int64_t>(n, 1)]());
     const int64_t* pp = data<int64_t>(*perm);
     torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) found[i / points * points + pp[i]].store(true, std::memory_order_relaxed);
+      for (int64_t i = begin, base = begin / points * points; i < end; ++i) {
+        if (i == base + points) base = i;
+        found[base + pp[i]].store(true, std::memory_order_relaxed);
+      }
     });
     bool all = true;
     for (int64_t i = 0; i < n; ++i) all &= found[i].load(std::memory_order_relaxed);
