@@ -86,7 +86,7 @@ def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_once
-def _segment_of_point(indptr: Tensor) -> Tensor:
+def segment_of_point(indptr: Tensor) -> Tensor:
     return torch.arange(len(indptr) - 1, device=indptr.device).repeat_interleave(indptr.diff())
 
 
@@ -100,11 +100,11 @@ def embedding_bag_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
 
 
 def index_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
-    return x.new_zeros(len(indptr) - 1, x.shape[1]).index_add(0, _segment_of_point(indptr), x)
+    return x.new_zeros(len(indptr) - 1, x.shape[1]).index_add(0, segment_of_point(indptr), x)
 
 
 def scatter_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
-    segment = _segment_of_point(indptr)[:, None].expand_as(x)
+    segment = segment_of_point(indptr)[:, None].expand_as(x)
     return x.new_zeros(len(indptr) - 1, x.shape[1]).scatter_add(0, segment, x)
 
 
@@ -114,14 +114,14 @@ def _compiled_index_add(x: Tensor, row: Tensor, rows: int) -> Tensor:
 
 
 def compiled_index_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
-    return _compiled_index_add(x, _segment_of_point(indptr), len(indptr) - 1)
+    return _compiled_index_add(x, segment_of_point(indptr), len(indptr) - 1)
 
 
 def segment_reduce_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
     return torch.segment_reduce(x, "sum", offsets=indptr)
 
 
-def _flat_rank(rank: Tensor, batch: int, num_voxels: int, outside: int) -> Tensor:
+def flat_rank(rank: Tensor, batch: int, num_voxels: int, outside: int) -> Tensor:
     """The ranks ``[batch, N]`` or ``[N]`` as rows of the whole batch's ``batch * num_voxels``."""
     first = torch.arange(0, batch * num_voxels, max(num_voxels, 1), device=rank.device)[:, None]
     return torch.where(rank < 0, outside, rank + first).flatten()
@@ -130,7 +130,7 @@ def _flat_rank(rank: Tensor, batch: int, num_voxels: int, outside: int) -> Tenso
 def lss_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
     """The whole pipeline of Lift-Splat-Shoot and FIERY: drop, sort, cumulative sum, write into a dense grid."""
     batch = x.shape[:-2]
-    rank = _flat_rank(rank, batch.numel(), num_voxels, outside=-1)
+    rank = flat_rank(rank, batch.numel(), num_voxels, outside=-1)
     x, inside = x.reshape(-1, x.shape[-1]), rank >= 0
     x, rank = x[inside], rank[inside]
     order = rank.argsort()
@@ -144,21 +144,21 @@ def trash_row_index_add(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
     """One index_add; points outside of the grid go to a row that is cut off."""
     batch = x.shape[:-2]
     rows = batch.numel() * num_voxels
-    rank = _flat_rank(rank, batch.numel(), num_voxels, outside=rows)
+    rank = flat_rank(rank, batch.numel(), num_voxels, outside=rows)
     return x.new_zeros(rows + 1, x.shape[-1]).index_add(0, rank, x.flatten(0, -2))[:-1].view(*batch, num_voxels, -1)
 
 
 def trash_row_scatter_add(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
     batch, columns = x.shape[:-2], x.shape[-1]
     rows = batch.numel() * num_voxels
-    rank = _flat_rank(rank, batch.numel(), num_voxels, outside=rows)[:, None].expand(-1, columns)
+    rank = flat_rank(rank, batch.numel(), num_voxels, outside=rows)[:, None].expand(-1, columns)
     return x.new_zeros(rows + 1, columns).scatter_add(0, rank, x.flatten(0, -2))[:-1].view(*batch, num_voxels, -1)
 
 
 def _bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor]:
     """The points inside of the grid, sorted by voxel, and where each voxel's begin."""
     rows = batch * num_voxels
-    rank, points = _flat_rank(rank, batch, num_voxels, outside=rows).sort(stable=True)
+    rank, points = flat_rank(rank, batch, num_voxels, outside=rows).sort(stable=True)
     offsets = torch.searchsorted(rank, torch.arange(rows + 1, device=rank.device))
     return points[: int(offsets[-1])], offsets
 

@@ -1,25 +1,25 @@
-"""PyTorch Scatter's sums, called as the op that they stand beside."""
+"""PyTorch Scatter's sums, called as the op they stand beside."""
 
 from __future__ import annotations
 
 import torch_scatter  # type: ignore[import-not-found]
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import _flat_rank, _segment_of_point
-
-
-def scatter_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
-    return torch_scatter.scatter(x, _segment_of_point(indptr), 0, dim_size=len(indptr) - 1, reduce="sum")
+from custom_ops.benchmarks.peers import flat_rank, segment_of_point
 
 
 def segment_csr_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
-    return torch_scatter.segment_csr(x, indptr, reduce="sum")
+    return torch_scatter.segment_csr(x, indptr)
 
 
-def scatter_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+def scatter_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
+    return torch_scatter.scatter(x, segment_of_point(indptr), dim=0, dim_size=len(indptr) - 1)
+
+
+def trash_row_scatter(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
     """Points outside of the grid go to a row that is cut off."""
-    batch = x.shape[:-2]
+    batch, columns = x.shape[:-2], x.shape[-1]
     rows = batch.numel() * num_voxels
-    rank = _flat_rank(rank, batch.numel(), num_voxels, outside=rows)
-    sums = torch_scatter.scatter(x.flatten(0, -2), rank, 0, dim_size=rows + 1, reduce="sum")
-    return sums[:-1].view(*batch, num_voxels, -1)
+    rank = flat_rank(rank, batch.numel(), num_voxels, outside=rows)
+    sums = torch_scatter.scatter(x.reshape(-1, columns), rank, dim=0, dim_size=rows + 1)
+    return sums[:-1].view(*batch, num_voxels, columns)

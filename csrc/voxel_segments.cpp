@@ -3,12 +3,11 @@
 // Point p of P has the weight w[p], the row q(p) of x and the segment r(p) of sums. Everything here is
 // a form of T = sum of w[p] <sums[r(p)], x[q(p)]> over the points: segment_reduce is its derivative in
 // sums, segment_spread those in x and w.
-#include "bits.h"
+#include "voxel_rows.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <memory>
 
@@ -17,7 +16,7 @@ namespace {
 
 constexpr int64_t kTask = 1024;  // points, or segments, that one task takes at most
 constexpr int64_t kPart = 256;   // longer segments are summed in parts of as many points
-constexpr int64_t kAhead = 8;    // rows that are fetched before they are needed
+constexpr int64_t kAhead = 16;   // rows that are fetched before they are needed
 constexpr int64_t kGrain = 1 << 15;
 
 // Division by a constant, of numbers below 2^52.
@@ -75,11 +74,13 @@ struct Segments {
     torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / length), [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e) {
         const int64_t* at = ip + e * length;
-        bool ok = at[0] >= 0 && at[count] <= points;
+        int64_t drops = 0;  // as wide as what is compared, so that the loop vectorises
         multiversion([&]() ALWAYS_INLINE {
-          for (int64_t s = 0; s < count; ++s) ok &= at[s] <= at[s + 1];
+          int64_t found = 0;
+          for (int64_t s = 0; s < count; ++s) found |= at[s] > at[s + 1];
+          drops = found;
         });
-        if (!ok) ordered = false;
+        if (drops || at[0] < 0 || at[count] > points) ordered = false;
       }
     });
     check(ordered, "indptr: expected non-decreasing boundaries within [0, ", points, "]");
@@ -90,11 +91,13 @@ struct Segments {
           "perm: expected an int64 tensor of ", points, " points, with the leading dimensions of indptr");
     const int64_t* pp = data<int64_t>(*perm);
     torch::stable::parallel_for(0, n * points, kGrain, [&](int64_t begin, int64_t end) {
-      bool ok = true;
+      int64_t strays = 0;
       multiversion([&]() ALWAYS_INLINE {
-        for (int64_t i = begin; i < end; ++i) ok &= (pp[i] >= 0) & (pp[i] < points);
+        int64_t found = 0;
+        for (int64_t i = begin; i < end; ++i) found |= (pp[i] < 0) | (pp[i] >= points);
+        strays = found;
       });
-      if (!ok) inside = false;
+      if (strays) inside = false;
     });
     check(inside, "perm: expected points within [0, ", points, ")");
   }
@@ -105,10 +108,27 @@ struct Segments {
     return perm ? data<int64_t>(*perm) + (shared ? 0 : example * points) : nullptr;
   }
 
+  // All entries are points, and as many as there are points: if none is missing, none is there twice.
+  void check_permutation() const {
+    if (!perm) return;
+    const int64_t n = geometries() * points;
+    std::unique_ptr<std::atomic<bool>[]> found(new std::atomic<bool>[std::max<int64_t>(n, 1)]());
+    const int64_t* pp = data<int64_t>(*perm);
+    torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin, base = begin / points * points; i < end; ++i) {
+        if (i == base + points) base = i;
+        found[base + pp[i]].store(true, std::memory_order_relaxed);
+      }
+    });
+    bool all = true;
+    for (int64_t i = 0; i < n; ++i) all &= found[i].load(std::memory_order_relaxed);
+    check(all, "perm: expected a permutation of the points, got some of them twice");
+  }
+
   // The segment of each point, -1 for none.
   std::unique_ptr<int64_t[]> ranks() const {
     std::unique_ptr<int64_t[]> rank(new int64_t[std::max<int64_t>(geometries() * points, 1)]);
-    if (perm) std::fill_n(rank.get(), geometries() * points, -2);
+    check_permutation();
     torch::stable::parallel_for(0, geometries() * points, kGrain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t e = begin / points, first = begin - e * points, last = std::min(end - e * points, points);
@@ -122,10 +142,6 @@ struct Segments {
         begin = e * points + last;
       }
     });
-    // As many entries as points: if one is missing, another is there twice.
-    if (perm)
-      check(std::find(rank.get(), rank.get() + geometries() * points, -2) == rank.get() + geometries() * points,
-            "perm: expected a permutation of the points, got some of them twice");
     return rank;
   }
 };
@@ -163,42 +179,54 @@ struct Plan {
     parts *= segments.examples;
   }
 
+  // Tasks with segment -1 for the points in no segment.
+  void add_outside(const Segments& segments) {
+    const auto add_range = [this](int64_t e, int64_t begin, int64_t end) {
+      for (; begin < end; begin += kTask) tasks.push_back({e, -1, -1, begin, std::min(begin + kTask, end), -1});
+    };
+    for (int64_t e = 0; e < segments.examples; ++e) {
+      add_range(e, 0, segments.at(e)[0]);
+      add_range(e, segments.at(e)[segments.count], segments.points);
+    }
+  }
+
   void add(const int64_t* at, int64_t count, int64_t e) {
-    int64_t s = 0;
-    while (s < count) {
-      const int64_t length = at[s + 1] - at[s];
-      if (length > kPart) {
-        longs.push_back({e, s, parts, 0});
-        for (int64_t i = at[s]; i < at[s + 1]; i += kPart) {
-          tasks.push_back({e, s, s + 1, i, std::min(i + kPart, at[s + 1]), parts++});
-          ++longs.back().parts;
-        }
-        ++s;
-        continue;
-      }
-      int64_t end = s + 1;
-      while (end < count && end - s < kTask && at[end + 1] - at[s] <= kTask && at[end + 1] - at[end] <= kPart) ++end;
-      tasks.push_back({e, s, end, at[s], at[end], -1});
+    const auto is_long = [at](int64_t s) { return at[s + 1] - at[s] > kPart; };
+    for (int64_t s = 0; s < count;) {
+      // As many segments as fit, up to the first long one.
+      int64_t end = std::upper_bound(at + s + 1, at + std::min(s + kTask, count) + 1, at[s] + kTask) - at - 1;
+      int64_t longs_inside = 0;
+      multiversion([&]() ALWAYS_INLINE {
+        int64_t found = 0;
+        for (int64_t i = s; i < end; ++i) found |= at[i + 1] - at[i] > kPart;
+        longs_inside = found;
+      });
+      if (longs_inside)
+        for (end = s; !is_long(end);) ++end;
+      if (end > s) tasks.push_back({e, s, end, at[s], at[end], -1});
       s = end;
+      if (s == count || !is_long(s)) continue;
+      longs.push_back({e, s, parts, 0});
+      for (int64_t i = at[s]; i < at[s + 1]; i += kPart) {
+        tasks.push_back({e, s, s + 1, i, std::min(i + kPart, at[s + 1]), parts++});
+        ++longs.back().parts;
+      }
+      ++s;
     }
   }
 };
 
-inline void prefetch(const void* p, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+// f(task) for all tasks; a thread that is done with one takes the next.
+template <class T, class F>
+void for_each_task(const std::vector<T>& tasks, int64_t grain, const F& f) {
+  const int64_t n = static_cast<int64_t>(tasks.size());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, n, grain, [&](int64_t, int64_t) {
+    for (int64_t t; (t = next++) < n;) f(tasks[t]);
+  });
 }
 
 // ---------------------------------------------------------------- reductions
-
-// Columns in registers: one block of a vector's worth each, then what is left. f(block, first, width).
-template <class A, class F>
-ALWAYS_INLINE inline void for_columns(int64_t columns, const F& f) {
-  constexpr int kWide = 256 / sizeof(A), kNarrow = 16;
-  int64_t c = 0;
-  for (; c + kWide <= columns; c += kWide) f(std::integral_constant<int, kWide>{}, c, kWide);
-  for (; c + kNarrow <= columns; c += kNarrow) f(std::integral_constant<int, kNarrow>{}, c, kNarrow);
-  if (c < columns) f(std::integral_constant<int, 0>{}, c, static_cast<int>(columns - c));
-}
 
 // What a reduction reads: n > 0 rows of x at offsets, their weights if any, and their points.
 template <class T>
@@ -208,6 +236,7 @@ struct Input {
   const Accumulator<T>* weights;
   const int64_t* points;
   int64_t n;
+  int64_t ahead;  // bytes to fetch of the rows that come kAhead later: all, or none if rows are in order
 };
 
 // value[c] = sum of the rows; the parts of a long segment are added in double.
@@ -217,21 +246,20 @@ struct Sum {
   static constexpr bool kIndexed = false;
 
   static ALWAYS_INLINE inline void rows(const Input<T>& in, int64_t columns, A* __restrict value, int64_t*) {
-    for_columns<A>(columns, [&](auto block, int64_t c0, int columns_left) ALWAYS_INLINE {
-      constexpr int kBlock = decltype(block)::value;
-      const int width = kBlock ? kBlock : columns_left;
-      A total[kBlock ? kBlock : 16];
-      for (int c = 0; c < width; ++c) total[c] = 0;
+    for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
+      using B = decltype(block);
+      typename B::L::V total[B::vectors];
+      for (auto& t : total) t = B::L::all(0);
       for (int64_t i = 0; i < in.n; ++i) {
+        if (in.ahead && c0 == 0) prefetch(in.x + in.offsets[i + kAhead], in.ahead);
         const T* row = in.x + in.offsets[i] + c0;
-        if constexpr (kWeighted) {
-          const A w = in.weights[i];
-          for (int c = 0; c < width; ++c) total[c] += w * static_cast<A>(row[c]);
-        } else {
-          for (int c = 0; c < width; ++c) total[c] += static_cast<A>(row[c]);
+        for (int k = 0; k < B::vectors; ++k) {
+          const auto v = B::L::load(row + k * B::lanes);
+          if constexpr (kWeighted) total[k] += in.weights[i] * v;
+          else total[k] += v;
         }
       }
-      for (int c = 0; c < width; ++c) value[c0 + c] = total[c];
+      std::memcpy(value + c0, total, sizeof(total));
     });
   }
 
@@ -250,26 +278,33 @@ struct Max {
   using A = Accumulator<T>;
   static constexpr bool kIndexed = true;
 
-  static ALWAYS_INLINE inline bool above(A v, A best) { return v > best || (v != v && best == best); }
+  template <class V>
+  static ALWAYS_INLINE inline auto above(const V& v, const V& best) {
+    return (v > best) | ((v != v) & (best == best));
+  }
 
   static ALWAYS_INLINE inline void rows(const Input<T>& in, int64_t columns, A* __restrict value,
                                         int64_t* __restrict at) {
-    for_columns<A>(columns, [&](auto block, int64_t c0, int columns_left) ALWAYS_INLINE {
-      constexpr int kBlock = decltype(block)::value;
-      const int width = kBlock ? kBlock : columns_left;
-      A best[kBlock ? kBlock : 16];
-      int32_t first[kBlock ? kBlock : 16];
-      for (int c = 0; c < width; ++c) best[c] = static_cast<A>(in.x[in.offsets[0] + c0 + c]), first[c] = 0;
+    for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
+      using B = decltype(block);
+      using L = typename B::L;
+      typename L::V best[B::vectors];
+      typename L::Mask first[B::vectors];
+      for (auto& f : first) f = L::all_bits(0);
+      for (int k = 0; k < B::vectors; ++k) best[k] = L::load(in.x + in.offsets[0] + c0 + k * B::lanes);
       for (int64_t i = 1; i < in.n; ++i) {
+        if (in.ahead && c0 == 0) prefetch(in.x + in.offsets[i + kAhead], in.ahead);
         const T* row = in.x + in.offsets[i] + c0;
-        for (int c = 0; c < width; ++c) {
-          const A v = static_cast<A>(row[c]);
-          const bool take = above(v, best[c]);
-          best[c] = take ? v : best[c];
-          first[c] = take ? static_cast<int32_t>(i) : first[c];
+        const auto here = L::all_bits(static_cast<typename L::Bits>(i));
+        for (int k = 0; k < B::vectors; ++k) {
+          const auto v = L::load(row + k * B::lanes);
+          const auto take = above(v, best[k]);
+          best[k] = L::choose(take, v, best[k]);
+          first[k] = L::choose(take, here, first[k]);
         }
       }
-      for (int c = 0; c < width; ++c) value[c0 + c] = best[c], at[c0 + c] = in.points[first[c]];
+      std::memcpy(value + c0, best, sizeof(best));
+      for (int c = 0; c < B::vectors * B::lanes; ++c) at[c0 + c] = in.points[L::get(first[c / B::lanes], c % B::lanes)];
     });
   }
 
@@ -292,6 +327,7 @@ struct Reduced {
   int64_t* argmax;  // or null
   int64_t columns;
   bool mean;
+  RowWriter writer;
 };
 
 template <class Reduction, class T>
@@ -301,72 +337,64 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
   const int64_t columns = io.columns, count = segments.count;
   std::unique_ptr<A[]> values(new A[std::max<int64_t>(plan.parts * columns, 1)]);
   std::unique_ptr<int64_t[]> at(new int64_t[Reduction::kIndexed ? std::max<int64_t>(plan.parts * columns, 1) : 1]);
-  const auto finish = [&](int64_t e, int64_t s, const A* value) ALWAYS_INLINE {
+  const auto finish = [&](int64_t e, int64_t s, const A* value, T* row) ALWAYS_INLINE {
     const int64_t* bounds = segments.at(e);
     const A divisor = static_cast<A>(bounds[s + 1] - bounds[s]);
-    T* to = io.out + (e * count + s) * columns;
     if (io.mean)
-      for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<T>(value[c] / divisor);
+      for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<T>(value[c] / divisor);
     else
-      for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<T>(value[c]);
+      for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<T>(value[c]);
+    io.writer.copy(io.out + (e * count + s) * columns, row);
   };
   const auto argmax = [&](int64_t e, int64_t s) ALWAYS_INLINE {
     return Reduction::kIndexed ? io.argmax + (e * count + s) * columns : nullptr;
   };
   const int64_t grain = std::max<int64_t>(1, kGrain / kTask * 8 / std::max<int64_t>(columns, 1));
-  torch::stable::parallel_for(0, static_cast<int64_t>(plan.tasks.size()), grain, [&](int64_t begin, int64_t end) {
+  for_each_task(plan.tasks, grain, [&](const Task& task) {
     int64_t offsets[kTask + kAhead], points[kTask];
     A weights[kTask];
     std::vector<A> value(columns);
-    for (int64_t t = begin; t < end; ++t) {
-      const Task& task = plan.tasks[t];
-      const int64_t e = task.example, n = task.stop - task.begin;
-      const int64_t *order = segments.order(e), *bounds = segments.at(e);
-      const T* x = io.x + e * rows.rows * columns;
-      for (int64_t i = 0; i < n; ++i) points[i] = order ? order[task.begin + i] : task.begin + i;
-      for (int64_t i = 0; i < n; ++i) offsets[i] = rows(points[i]) * columns;
-      for (int64_t i = n; i < n + kAhead; ++i) offsets[i] = n ? offsets[n - 1] : 0;
-      if (io.weight)
-        for (int64_t i = 0; i < n; ++i) weights[i] = static_cast<A>(io.weight[e * segments.points + points[i]]);
-      const auto input = [&](int64_t first, int64_t length) ALWAYS_INLINE {
-        if (order)
-          for (int64_t i = first; i < first + length; ++i)
-            prefetch(x + offsets[i + kAhead], columns * static_cast<int64_t>(sizeof(T)));
-        return Input<T>{x, offsets + first, weights + first, points + first, length};
-      };
+    std::vector<T> row(columns);
+    const int64_t e = task.example, n = task.stop - task.begin;
+    const int64_t *order = segments.order(e), *bounds = segments.at(e);
+    const T* x = io.x + e * rows.rows * columns;
+    for (int64_t i = 0; i < n; ++i) points[i] = order ? order[task.begin + i] : task.begin + i;
+    for (int64_t i = 0; i < n; ++i) offsets[i] = rows(points[i]) * columns;
+    for (int64_t i = n; i < n + kAhead; ++i) offsets[i] = n ? offsets[n - 1] : 0;
+    if (io.weight)
+      for (int64_t i = 0; i < n; ++i) weights[i] = static_cast<A>(io.weight[e * segments.points + points[i]]);
+    const auto input = [&](int64_t first, int64_t length) ALWAYS_INLINE {
+      const int64_t ahead = order ? columns * static_cast<int64_t>(sizeof(T)) : 0;
+      return Input<T>{x, offsets + first, weights + first, points + first, length, ahead};
+    };
+    multiversion([&]() ALWAYS_INLINE {
       if (task.part >= 0) {
-        const Input<T> in = input(0, n);
         const int64_t to = task.part * columns;
-        multiversion([&]() ALWAYS_INLINE {
-          Reduction::rows(in, columns, values.get() + to, at.get() + (Reduction::kIndexed ? to : 0));
-        });
-        continue;
+        Reduction::rows(input(0, n), columns, values.get() + to, at.get() + (Reduction::kIndexed ? to : 0));
+        return;
       }
-      multiversion([&]() ALWAYS_INLINE {
-        for (int64_t s = task.segment, next; s < task.end; s = next) {
-          for (next = s; next < task.end && bounds[next + 1] == bounds[s];) ++next;
-          if (next > s) {
-            std::memset(static_cast<void*>(io.out + (e * count + s) * columns), 0, (next - s) * columns * sizeof(T));
-            if (Reduction::kIndexed) std::fill_n(argmax(e, s), (next - s) * columns, -1);
-            continue;
-          }
-          next = s + 1;
-          const Input<T> in = input(bounds[s] - task.begin, bounds[next] - bounds[s]);
-          Reduction::rows(in, columns, value.data(), argmax(e, s));
-          finish(e, s, value.data());
+      for (int64_t s = task.segment, next; s < task.end; s = next) {
+        for (next = s; next < task.end && bounds[next + 1] == bounds[s];) ++next;
+        if (next > s) {
+          io.writer.zero(io.out + (e * count + s) * columns, next - s);
+          if (Reduction::kIndexed) std::fill_n(argmax(e, s), (next - s) * columns, -1);
+          continue;
         }
-      });
-    }
+        next = s + 1;
+        Reduction::rows(input(bounds[s] - task.begin, bounds[next] - bounds[s]), columns, value.data(), argmax(e, s));
+        finish(e, s, value.data(), row.data());
+      }
+    });
+    io.writer.flush();
   });
-  torch::stable::parallel_for(0, static_cast<int64_t>(plan.longs.size()), grain, [&](int64_t begin, int64_t end) {
+  for_each_task(plan.longs, grain, [&](const Long& l) {
     std::vector<A> value(columns);
-    for (int64_t k = begin; k < end; ++k) {
-      const Long& l = plan.longs[k];
-      const int64_t from = l.part * columns;
-      Reduction::merge(values.get() + from, at.get() + (Reduction::kIndexed ? from : 0), l.parts, columns, value.data(),
-                       argmax(l.example, l.segment));
-      finish(l.example, l.segment, value.data());
-    }
+    std::vector<T> row(columns);
+    const int64_t from = l.part * columns;
+    Reduction::merge(values.get() + from, at.get() + (Reduction::kIndexed ? from : 0), l.parts, columns, value.data(),
+                     argmax(l.example, l.segment));
+    finish(l.example, l.segment, value.data(), row.data());
+    io.writer.flush();
   });
 }
 
@@ -388,39 +416,65 @@ struct Spread {
   ALWAYS_INLINE inline void row(const T* base, const int64_t* offsets, const A* factors, int64_t n, const T* x_row,
                                 T* to, A* dots) const {
     if constexpr (kDots) std::fill_n(dots, n, A(0));
-    for_columns<A>(columns, [&](auto block, int64_t c0, int columns_left) ALWAYS_INLINE {
-      constexpr int kBlock = decltype(block)::value;
-      const int width = kBlock ? kBlock : columns_left;
-      A total[kBlock ? kBlock : 16];
-      for (int c = 0; c < width; ++c) total[c] = 0;
+    for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
+      using B = decltype(block);
+      using L = typename B::L;
+      typename L::V total[B::vectors];
+      for (auto& t : total) t = L::all(0);
       for (int64_t i = 0; i < n; ++i) {
         const T* from = base + offsets[i] + c0;
-        if constexpr (kRows)
-          for (int c = 0; c < width; ++c) total[c] += factors[i] * static_cast<A>(from[c]);
-        if constexpr (kDots) {
-          const T* x_at = x_row + c0;
-          if constexpr (kBlock > 0) {
-            A lanes[8] = {};
-            for (int c = 0; c < kBlock; c += 8)
-              for (int k = 0; k < 8; ++k) lanes[k] += static_cast<A>(from[c + k]) * static_cast<A>(x_at[c + k]);
-            dots[i] +=
-                ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
-          } else {
-            for (int c = 0; c < width; ++c) dots[i] += static_cast<A>(from[c]) * static_cast<A>(x_at[c]);
-          }
+        auto products = L::all(0);
+        for (int k = 0; k < B::vectors; ++k) {
+          const auto v = L::load(from + k * B::lanes);
+          if constexpr (kRows) total[k] += factors[i] * v;
+          if constexpr (kDots) products += v * L::load(x_row + c0 + k * B::lanes);
         }
+        if constexpr (kDots) dots[i] += L::sum(products);
       }
       if constexpr (kRows)
-        for (int c = 0; c < width; ++c) to[c0 + c] = static_cast<T>(total[c]);
+        for (int c = 0; c < B::vectors * B::lanes; ++c)
+          to[c0 + c] = static_cast<T>(L::get(total[c / B::lanes], c % B::lanes));
     });
   }
 };
+
+// Rows of their own, all with the same weight: a copy of each segment's sum, or mean, for each of its points.
+template <class T>
+void spread_copies(const Segments& segments, const T* sums, T* of_x, int64_t columns, bool mean,
+                   const RowWriter& writer) {
+  using A = Accumulator<T>;
+  segments.check_permutation();
+  Plan plan(segments);
+  plan.add_outside(segments);
+  const int64_t grain = std::max<int64_t>(1, kGrain / kTask / std::max<int64_t>(columns, 1));
+  for_each_task(plan.tasks, grain, [&](const Task& task) {
+    std::vector<T> scaled(columns);
+    const int64_t e = task.example, *order = segments.order(e), *bounds = segments.at(e);
+    T* to = of_x + e * segments.points * columns;
+    const auto row = [&](int64_t i) { return to + (order ? order[i] : i) * columns; };
+    if (task.segment < 0)
+      for (int64_t i = task.begin; i < task.stop; ++i) writer.zero(row(i), 1);
+    for (int64_t s = std::max<int64_t>(task.segment, 0); s < task.end; ++s) {
+      const int64_t later = std::min(s + kAhead, task.end - 1);
+      const T* sum = sums + e * segments.count * columns;
+      if (bounds[later] < bounds[later + 1]) prefetch(sum + later * columns, columns * static_cast<int64_t>(sizeof(T)));
+      const int64_t begin = std::max(bounds[s], task.begin), end = std::min(bounds[s + 1], task.stop);
+      sum += s * columns;
+      if (mean && begin < end) {
+        const A factor = A(1) / static_cast<A>(bounds[s + 1] - bounds[s]);
+        for (int64_t c = 0; c < columns; ++c) scaled[c] = static_cast<T>(factor * static_cast<A>(sum[c]));
+        sum = scaled.data();
+      }
+      for (int64_t i = begin; i < end; ++i) writer.copy(row(i), sum);
+    }
+    writer.flush();
+  });
+}
 
 template <class T>
 void spread_rows(const Segments& segments, const Rows& rows, const int64_t* rank, const Spread<T>& io, bool mean) {
   using A = Accumulator<T>;
   const int64_t columns = io.columns, bytes = columns * static_cast<int64_t>(sizeof(T));
-  const bool copies = rows.bins == 1 && !io.weight && !io.x && !mean;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(columns * rows.bins, 1));
   torch::stable::parallel_for(0, segments.examples * rows.rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> offsets(rows.bins + kAhead), points(rows.bins);
@@ -430,11 +484,6 @@ void spread_rows(const Segments& segments, const Rows& rows, const int64_t* rank
       const int64_t* ranks = rank + (segments.shared ? 0 : e * segments.points);
       const T* base = io.sums + e * segments.count * columns;
       T* to = io.of_x ? io.of_x + i * columns : nullptr;
-      if (copies) {
-        if (ranks[q] < 0) std::memset(static_cast<void*>(to), 0, bytes);
-        else std::memcpy(static_cast<void*>(to), base + ranks[q] * columns, bytes);
-        continue;
-      }
       const int64_t* bounds = segments.at(e);
       const int64_t first = rows.first_point(q), shift = e * segments.points;
       int64_t n = 0;
@@ -504,7 +553,8 @@ Tensor segment_reduce(const Tensor& x_in, const std::optional<Tensor>& weight_in
   Tensor out = fresh(x, append(shapes.batch, {segments.count, shapes.columns}));
   dispatch_floating(x, "x", [&](auto type) {
     using T = typename decltype(type)::type;
-    const Reduced<T> io{data<T>(x), data_or_null<T>(weight), mutable_data<T>(out), nullptr, shapes.columns, mean};
+    const Reduced<T> io{data<T>(x), data_or_null<T>(weight),       mutable_data<T>(out), nullptr, shapes.columns,
+                        mean,       RowWriter(out, shapes.columns)};
     if (weight) reduce<Sum<T, true>>(segments, rows, io);
     else reduce<Sum<T, false>>(segments, rows, io);
   });
@@ -520,9 +570,9 @@ std::tuple<Tensor, Tensor> segment_max(const Tensor& x_in, const Tensor& indptr,
   Tensor out = fresh(x, shape), argmax = fresh(x, shape, ScalarType::Long);
   dispatch_floating(x, "x", [&](auto type) {
     using T = typename decltype(type)::type;
-    reduce<Max<T>>(
-        segments, rows,
-        Reduced<T>{data<T>(x), nullptr, mutable_data<T>(out), mutable_data<int64_t>(argmax), shapes.columns, false});
+    reduce<Max<T>>(segments, rows,
+                   Reduced<T>{data<T>(x), nullptr, mutable_data<T>(out), mutable_data<int64_t>(argmax), shapes.columns,
+                              false, RowWriter(out, shapes.columns)});
   });
   return {out, argmax};
 }
@@ -545,16 +595,18 @@ std::tuple<Tensor, Tensor> segment_spread(const Tensor& sums_in, const std::opti
   if (shapes.columns == 0 && x)
     std::memset(grad_weight.mutable_data_ptr(), 0, static_cast<size_t>(grad_weight.numel()) * x->element_size());
   if (shapes.columns == 0 || (!of_x && !x)) return {grad_x, grad_weight};
-  const auto rank = segments.ranks();
   dispatch_floating(sums, "sums", [&](auto type) {
     using T = typename decltype(type)::type;
+    if (bins == 1 && !weight && !x)
+      return spread_copies(segments, data<T>(sums), mutable_data<T>(grad_x), shapes.columns, mean,
+                           RowWriter(grad_x, shapes.columns));
     const Spread<T> io{data<T>(sums),
                        data_or_null<T>(x),
                        data_or_null<T>(weight),
                        of_x ? mutable_data<T>(grad_x) : nullptr,
                        mutable_data<T>(grad_weight),
                        shapes.columns};
-    spread_rows(segments, rows, rank.get(), io, mean);
+    spread_rows(segments, rows, segments.ranks().get(), io, mean);
   });
   return {grad_x, grad_weight};
 }

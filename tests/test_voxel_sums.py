@@ -150,6 +150,27 @@ def test_pooling_of_nothing(shape):
 # ---------------------------------------------------------------- reused geometry
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [64, 4, 1])
+def test_every_16_bit_number_is_its_own_sum(columns, dtype):
+    x = torch.arange(2**16).short().view(dtype).view(-1, columns)
+    out = custom_ops.segment_sum(x, torch.arange(len(x) + 1))
+    torch.testing.assert_close(out, x, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_results_too_large_for_the_caches(reduce, dtype):
+    x = torch.randint(-4, 5, (70_000, 64)).to(dtype).requires_grad_()
+    rank = torch.randint(-1, 10_000, (70_000,)) * 8
+    rank = torch.where(rank < 0, -1, rank)
+    out = custom_ops.voxel_sum(x, rank, 80_000, reduce)
+    expected = voxel_sum_reference(x.double(), rank, 80_000, reduce)
+    torch.testing.assert_close(out, expected.to(dtype))
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, x, torch.ones_like(expected))[0])
+
+
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_reused_geometry(reduce):
     x, rank = torch.randn(2, 50, 3), torch.randint(-1, 7, (2, 50))

@@ -241,14 +241,21 @@ def _scans(edge: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
     return x.to(device).requires_grad_(), rank.to(device), 2 * math.prod(grid)
 
 
-_scan_peers: dict[str, Callable[..., Any] | str] = {
+_PEERS: dict[str, Callable[..., Any] | str] = {
     "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
     "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
     "scatter_add": "custom_ops.benchmarks.peers:trash_row_scatter_add",
-    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_voxel_sum",
+    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:trash_row_scatter",
     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
 }
+
+
+def _beside_all(size: Any) -> list[Target]:
+    """Of skewed points: 0.8 of whichever peer is best."""
+    return [Target(size, peer, 0.8, memory=memory) for peer in _PEERS for memory in ("fresh", "warm")]
+
+
 _x, _rank = torch.ones(3, 2), torch.tensor([0, 1, -1])
 _csr = (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
 register(
@@ -286,13 +293,7 @@ register(
                 sizes=(10_000, 172_824, 1_000_000),
                 make=_unsorted,
                 scaling=SCALING,
-                peers={
-                    "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
-                    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
-                    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_voxel_sum",
-                    "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
-                    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
-                },
+                peers=_PEERS,
                 targets=[
                     Target(172_824, "Lift-Splat-Shoot's pipeline", 0.1),
                     Target(172_824, "index_add", 0.6),
@@ -304,19 +305,16 @@ register(
                 unit="points of 64 features in any order, thousands in one voxel and one in many",
                 sizes=(140_000,),
                 make=lambda points, device: _unsorted(points, device, skew=6),
-                peers={
-                    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
-                    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
-                },
-                targets=[Target(140_000, "index_add", 0.8), Target(140_000, "embedding_bag, cached", 0.8)],
+                peers=_PEERS,
+                targets=_beside_all(140_000),
                 scaling=SCALING,
             ),
             Benchmark(
                 unit="metres a cell, 128,741 points of two real LiDAR scans, 64 features",
                 sizes=(0.5, 0.2),
                 make=_scans,
-                peers=_scan_peers,
-                targets=[Target(0.5, peer, 0.8, memory=memory) for peer in _scan_peers for memory in ("fresh", "warm")],
+                peers=_PEERS,
+                targets=_beside_all(0.5),
             ),
         ],
     )

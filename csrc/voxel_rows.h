@@ -1,0 +1,170 @@
+// Rows of features in vector registers, and on their way to and from memory.
+#pragma once
+
+#include "bits.h"
+
+#include <cstring>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // all functions that pass vectors are inlined
+#endif
+
+namespace custom_ops {
+
+// ---------------------------------------------------------------- registers
+
+// kLanes numbers; a vector, written out because loops over an array of sums were left scalar by GCC 12.
+template <class A, int kLanes>
+struct Lanes {
+  typedef A V __attribute__((vector_size(kLanes * sizeof(A))));
+  using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef Bits Mask __attribute__((vector_size(kLanes * sizeof(A))));
+
+  static ALWAYS_INLINE inline V all(A x) { return V{} + x; }
+  static ALWAYS_INLINE inline Mask all_bits(Bits x) { return Mask{} + x; }
+  static ALWAYS_INLINE inline A get(const V& v, int k) { return v[k]; }
+  static ALWAYS_INLINE inline Bits get(const Mask& m, int k) { return m[k]; }
+  static ALWAYS_INLINE inline A sum(const V& v) {
+    if constexpr (kLanes == 8) return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    else if constexpr (kLanes == 4) return (v[0] + v[2]) + (v[1] + v[3]);
+    else return v[0] + v[1];
+  }
+  static ALWAYS_INLINE inline V choose(const Mask& m, const V& yes, const V& no) { return m ? yes : no; }
+  static ALWAYS_INLINE inline Mask choose(const Mask& m, const Mask& yes, const Mask& no) { return m ? yes : no; }
+  static ALWAYS_INLINE inline V load(const A* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static ALWAYS_INLINE inline V load(const BFloat16* p) { return as_floats(load_words(p) << 16); }
+  // Not by a product with 2^112, which is 0 for subnormal numbers where the processor is told to flush those.
+  static ALWAYS_INLINE inline V load(const Half* p) {
+    const Words h = load_words(p), magnitude = (h & 0x7FFF) << 13, rebased = magnitude + (112u << 23);
+    const Words subnormal = float_bits(as_floats(rebased + (1u << 23)) - as_floats(Words{} + (113u << 23)));
+    const Words finite = (h & 0x7C00) == 0 ? subnormal : rebased;
+    return as_floats(((h & 0x7C00) == 0x7C00 ? rebased + (112u << 23) : finite) | (h & 0x8000) << 16);
+  }
+
+ private:
+  typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+  typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
+
+  template <class To, class From>
+  static ALWAYS_INLINE inline To convert(const From& v) {
+    return __builtin_convertvector(v, To);
+  }
+  static ALWAYS_INLINE inline Words load_words(const void* p) {
+    Shorts s;
+    std::memcpy(&s, p, sizeof(s));
+    return convert<Words>(s);
+  }
+  static ALWAYS_INLINE inline V as_floats(const Words& w) {
+    V v;
+    std::memcpy(&v, &w, sizeof(v));
+    return v;
+  }
+  static ALWAYS_INLINE inline Words float_bits(const V& v) {
+    Words w;
+    std::memcpy(&w, &v, sizeof(w));
+    return w;
+  }
+};
+
+template <class A>
+struct Lanes<A, 1> {
+  using V = A;
+  using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  using Mask = Bits;
+
+  static A all(A x) { return x; }
+  static Bits all_bits(Bits x) { return x; }
+  static A get(A v, int) { return v; }
+  static Bits get(Bits m, int) { return m; }
+  static A sum(A v) { return v; }
+  template <class X>
+  static X choose(Bits m, X yes, X no) {
+    return m ? yes : no;
+  }
+  template <class T>
+  static A load(const T* p) {
+    return static_cast<A>(*p);
+  }
+};
+
+// kVectors of them side by side: a block of columns.
+template <class A, int kLanes, int kVectors>
+struct Block {
+  using L = Lanes<A, kLanes>;
+  static constexpr int lanes = kLanes, vectors = kVectors;
+};
+
+// f(block, first) for blocks of columns that fit into the registers and together make up all.
+template <class A, class F>
+ALWAYS_INLINE inline void for_columns(int64_t columns, const F& f) {
+  constexpr int kLanes = 32 / sizeof(A), kHalf = kLanes / 2;
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= columns; c += 8 * kLanes) f(Block<A, kLanes, 8>{}, c);
+  for (; c + 2 * kLanes <= columns; c += 2 * kLanes) f(Block<A, kLanes, 2>{}, c);
+  for (; c + kHalf <= columns; c += kHalf) f(Block<A, kHalf, 1>{}, c);
+  for (; c < columns; ++c) f(Block<A, 1, 1>{}, c);
+}
+
+// ---------------------------------------------------------------- memory
+
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+}
+
+// Writes whole rows of one tensor. Of a large one past the caches, which would fetch each line only to
+// have it overwritten; then `flush` before the thread says that it is done.
+class RowWriter {
+ public:
+  RowWriter(const Tensor& out, int64_t columns) : bytes_(columns * static_cast<int64_t>(out.element_size())) {
+#ifdef __SSE2__
+    const bool aligned = bytes_ % kLine == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % kLine == 0;
+    streams_ = aligned && out.numel() * static_cast<int64_t>(out.element_size()) >= kLarge;
+#endif
+  }
+
+  ALWAYS_INLINE inline void copy(void* to, const void* from) const {
+#ifdef __SSE2__
+    if (streams_) {
+      __m128i* target = static_cast<__m128i*>(to);
+      const __m128i* source = static_cast<const __m128i*>(from);
+      for (const __m128i* end = target + bytes_ / 16; target < end; target += 4, source += 4)
+        for (int k = 0; k < 4; ++k) _mm_stream_si128(target + k, _mm_loadu_si128(source + k));
+      return;
+    }
+#endif
+    std::memcpy(to, from, static_cast<size_t>(bytes_));
+  }
+
+  ALWAYS_INLINE inline void zero(void* to, int64_t rows) const {
+#ifdef __SSE2__
+    if (streams_) {
+      __m128i* target = static_cast<__m128i*>(to);
+      for (const __m128i* end = target + rows * bytes_ / 16; target < end; target += 4)
+        for (int k = 0; k < 4; ++k) _mm_stream_si128(target + k, _mm_setzero_si128());
+      return;
+    }
+#endif
+    std::memset(to, 0, static_cast<size_t>(rows * bytes_));
+  }
+
+  void flush() const {
+#ifdef __SSE2__
+    if (streams_) _mm_sfence();
+#endif
+  }
+
+ private:
+  static constexpr int64_t kLarge = 8 << 20, kLine = 64;
+  int64_t bytes_;
+  bool streams_ = false;
+};
+
+}  // namespace custom_ops
