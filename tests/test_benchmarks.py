@@ -357,6 +357,13 @@ def test_scaling_goes_on_until_time_or_memory_would_run_out(monkeypatch):
     assert reached(lambda n: 1e-9 * n, lambda n: 256 * n) == [10**2, 10**3, 10**4, 10**5, 10**6]
 
 
+def test_scaling_of_list_losses_is_in_the_length_of_one_list():
+    (table,) = scaling.scaled(REGISTRY["pairwise_hinge_loss"]).benchmarks
+    assert (table.sizes[0], table.sizes[-1]) == (32, 100_000)
+    assert [x.shape for x in table.make(32, CPU)] == [(1, 32), (1, 32)]
+    assert [table.checked_at(n) for n in (32, 100_000)] == [32, scaling.CHECKED_LENGTH]
+
+
 def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
     (table,) = scaling.scaled(op(checked_at=lambda n: min(n, 5000))).benchmarks
     assert [table.checked_at(n) for n in (100, 10**4, 10**8)] == [100, 5000, 5000]
