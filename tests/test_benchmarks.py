@@ -357,7 +357,8 @@ def test_scaling_goes_on_until_time_or_memory_would_run_out(monkeypatch):
     assert reached(lambda n: 1e-9 * n, lambda n: 256 * n) == [10**2, 10**3, 10**4, 10**5, 10**6]
 
 
-def test_scaling_of_list_losses_is_in_the_length_of_one_list():
+def test_scaling_of_list_losses_is_in_the_length_of_one_list(monkeypatch):
+    monkeypatch.setattr(OpInfo, "family", "ranking")
     table, *_ = scaling.scaled(REGISTRY["pairwise_logistic_loss"]).benchmarks
     assert (table.sizes[0], table.sizes[-1]) == (32, 100_000)
     assert [x.shape for x in table.make(32, CPU)] == [(1, 32), (1, 32)]
