@@ -1,5 +1,7 @@
 """``bench --scaling``: each op alone, from small to large, as far as memory and time allow.
 
+A loss of lists is scaled in the length of one list instead, from 32 to 100,000 items.
+
 Against threads: run it again with ``--threads 1`` and divide.
 """
 
@@ -15,15 +17,18 @@ from custom_ops.benchmarks.plan import Plan
 from custom_ops.registry import Benchmark, OpInfo
 
 SIZES = tuple(10**k for k in range(2, 9))
+LENGTHS = (32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000)  # of one list
 CHECKED = 100_000  # beyond, the answers are those of this size: a reference may need a hundred times the memory
+CHECKED_LENGTH = 3200  # as their references hold all pairs
 SECONDS = 10.0  # one call that is expected to take longer is not made
 BRIEF = Effort(seconds=0.5, rounds=5, warm_ups=2)
 
 
 def scaled(info: OpInfo) -> OpInfo:
-    """The op with its tables by one number, at sizes that are the same for all ops unless a table names its own."""
-    tables = [table for table in info.benchmarks if all(isinstance(size, int) for size in table.sizes)]
-    return replace(info, benchmarks=[_scaled(table) for table in tables])
+    """The op's tables by one number, at the same sizes for all ops or the table's own, and those by lists and items."""
+    by_number = [_scaled(table) for table in info.benchmarks if all(isinstance(size, int) for size in table.sizes)]
+    by_lists = [_of_one_list(table) for table in info.benchmarks if info.family == "ranking" and _by_lists(table)]
+    return replace(info, benchmarks=by_number + by_lists)
 
 
 def _scaled(table: Benchmark) -> Benchmark:
@@ -34,6 +39,22 @@ def _scaled(table: Benchmark) -> Benchmark:
         return table.checked_at(min(n, most))
 
     return replace(table, sizes=sizes, targets=(), checked_at=checked_at)
+
+
+def _by_lists(table: Benchmark) -> bool:
+    return all(isinstance(size, tuple) and len(size) == 2 for size in table.sizes)
+
+
+def _of_one_list(table: Benchmark) -> Benchmark:
+    return replace(
+        table,
+        unit=f"one list of {table.unit}",
+        sizes=LENGTHS,
+        make=lambda n, device: table.make((1, n), device),
+        checked_at=lambda n: min(n, CHECKED_LENGTH),
+        targets=(),
+        traffic=None,
+    )
 
 
 class Scaling(Plan):

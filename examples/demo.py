@@ -9,5 +9,5 @@ from custom_ops.examples import bev_lidar, lift_splat, rank_mslr, recommend_ml10
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Train through custom_ops, beside what it replaces: on real data, and on synthetic scenes in cameras."
-    examples = [rank_mslr.example, recommend_ml100k.example, bev_lidar.example, lift_splat.short]
+    examples = [rank_mslr.example, rank_mslr.short, recommend_ml100k.example, bev_lidar.example, lift_splat.short]
     return report.run(examples, "python -m custom_ops demo", description, argv)

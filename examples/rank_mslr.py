@@ -9,16 +9,23 @@ Data: a slice of MSLR-WEB, see `custom_ops.examples.data` for where it comes fro
 
 Four variants start from the same weights, see the same pairs at the same step and take their steps in
 turn, so that their times meet the same load on the machine.
+
+Then the same network is trained with list losses, which see whole queries: a few of them here, each with
+``--losses all``, from several starts with ``--seeds``.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +37,7 @@ import custom_ops
 from custom_ops.examples import report
 from custom_ops.examples.data import Ranking, load_mslr
 from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Report
+from custom_ops.registry import REGISTRY
 
 MARGIN = 1.0
 STEPS = 150  # by then it starts to overfit, with 43 queries to learn from
@@ -230,8 +238,141 @@ def draw(variants: Sequence[Variant], qualities: dict[str, float], path: Path) -
     return path
 
 
+# ---------------------------------------------------------------- list losses
+
+EPOCHS = 20
+LISTS = 8  # in a batch
+AT = (1, 5, 10)
+SHORT = ("pairwise_logistic_loss", "lambda_loss", "softmax_loss", "approx_ndcg_loss")
+POINTWISE = "squared error of labels"
+
+# Where the default is for other scores or sums over the pairs, so that long lists would count for more.
+OWN: dict[str, dict[str, Any]] = {
+    **{f"pairwise_{name}_loss": {"normalize": True} for name in ("logistic", "soft_zero_one", "exponential", "hinge")},
+    "pairwise_mse_loss": {"normalize": True},
+    "cosent_loss": {"scale": 1.0},
+    "smooth_ap_loss": {"temperature": 0.1},
+}
+
+
+def _takes_lists(function: Callable[..., Any]) -> bool:
+    return {"scores", "labels", "lengths"} <= set(inspect.signature(function).parameters)
+
+
+LIST_LOSSES = {
+    name: partial(info.function, **OWN.get(name, {}))
+    for name, info in REGISTRY.items()
+    if info.family == "ranking" and _takes_lists(info.function)
+} | {"lambda_loss:ndcg2pp": partial(custom_ops.lambda_loss, weighting="ndcg2pp")}
+
+
+def _squared_error(scores: Tensor, labels: Tensor, *, lengths: Tensor) -> Tensor:
+    """The baseline: each page by itself."""
+    valid = torch.arange(scores.shape[1]) < lengths[:, None]
+    return torch.nn.functional.mse_loss(scores[valid], labels[valid].to(scores.dtype))
+
+
+@dataclass
+class Lists:
+    """Queries padded to the longest: pages [L, n, features], labels [L, n], lengths [L]."""
+
+    pages: Tensor
+    labels: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, pages: Tensor, data: Ranking) -> Lists:
+        lengths = torch.from_numpy(np.bincount(data.queries))
+        parts = (torch.nn.utils.rnn.pad_sequence(t.split(lengths.tolist()), True)
+                 for t in (pages, torch.from_numpy(data.labels)))  # fmt: skip
+        return cls(*parts, lengths)
+
+    def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = self.lengths[chosen]
+        longest = int(lengths.max())
+        return self.pages[chosen, :longest], self.labels[chosen, :longest], lengths
+
+    def ndcg(self, model: Scorer) -> list[float]:
+        with torch.no_grad():
+            scores = model(self.pages)
+        return [custom_ops.ndcg(scores, self.labels, k, lengths=self.lengths).item() for k in AT]
+
+
+def train_on_lists(loss_fn: Callable[..., Tensor], lists: Lists, seed: int, epochs: int) -> tuple[Scorer, list[float]]:
+    """The model, and the seconds of each epoch."""
+    torch.manual_seed(seed)
+    model = Scorer(lists.pages.shape[-1], custom_ops.relu)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    seconds = []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        for chosen in torch.randperm(len(lists.lengths)).split(LISTS):
+            pages, labels, lengths = lists.batch(chosen)
+            optimiser.zero_grad()
+            loss_fn(model(pages), labels, lengths=lengths).backward()
+            optimiser.step()
+        seconds.append(time.perf_counter() - start)
+    return model, seconds
+
+
+def compare_losses(names: Sequence[str], seeds: int, options: Options) -> Report:
+    """One table of the test part's NDCG and the time of an epoch, for each loss."""
+    train, test = load_mslr("train"), load_mslr("test")
+    train_pages, test_pages = standardise(train, test)
+    lists, held_out = Lists.of(train_pages, train), Lists.of(test_pages, test)
+    epochs = 1 if options.quick else EPOCHS
+    contenders = {POINTWISE: _squared_error} | {name: LIST_LOSSES[name] for name in names}
+    result = Report("Ranking losses: MSLR-WEB slice", ("loss", *(f"NDCG@{k}" for k in AT), "epoch"))
+    rows: list[tuple[list[float], tuple[str, ...]]] = []
+    with options.progress() as progress:
+        task = progress.add_task("Ranking losses", total=len(contenders) * seeds, note="")
+        for name, loss_fn in contenders.items():
+            qualities, times = [], []
+            for seed in range(seeds):
+                progress.update(task, note=name)
+                model, seconds = train_on_lists(loss_fn, lists, seed, epochs)
+                qualities.append(held_out.ndcg(model))
+                times += seconds[1:] or seconds
+                progress.update(task, advance=1)
+            columns = [_mean_and_confidence(column) for column in zip(*qualities)]
+            means = [statistics.fmean(column) for column in zip(*qualities)]
+            rows.append((means, (name, *columns, f"{1e3 * statistics.median(times):.0f} ms")))
+    result.rows = [row for _, row in sorted(rows, key=lambda item: -item[0][-1])]
+    if not options.quick:
+        torch.manual_seed(0)
+        untrained = held_out.ndcg(Scorer(train_pages.shape[1], torch.relu))[-1]
+        worst = min(means[-1] for means, _ in rows) - untrained
+        result.checks.append(Check("NDCG@10 of the worst loss above the untrained network", worst, 0.05, at_least=True))
+    return result
+
+
+def _mean_and_confidence(values: Sequence[float]) -> str:
+    """With the 95% interval of the mean over the seeds, by Student's t."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def short(options: Options) -> Report:
+    """A few of the losses, two starts each."""
+    return compare_losses(SHORT, 2, options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run([example], "python -m custom_ops.examples.rank_mslr", "Learning to rank web pages.", argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--losses", nargs="+", choices=[*LIST_LOSSES, "all"], help="train with these list losses only")
+    parser.add_argument("--seeds", type=int, default=5, help="starts for each of them (default: %(default)s)")
+    own, rest = parser.parse_known_args(argv)
+    examples: list[report.Example] = [example, short]
+    if own.losses:
+        names = list(LIST_LOSSES) if "all" in own.losses else own.losses
+        examples = [lambda options: compare_losses(names, own.seeds, options)]
+    description = "Learning to rank web pages. " + parser.format_usage().replace("usage:", "Own options:")
+    return report.run(examples, "python -m custom_ops.examples.rank_mslr", description, rest)
 
 
 if __name__ == "__main__":

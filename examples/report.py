@@ -38,11 +38,11 @@ class Check:
 
 @dataclass
 class Report:
-    """One example's outcome: rows of (what, ours, theirs, remark), checks and pictures."""
+    """One example's outcome: a table, mostly of (what, ours, theirs, remark), checks and pictures."""
 
     title: str
-    columns: tuple[str, str, str, str]
-    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
     seconds: float = 0.0

@@ -375,6 +375,14 @@ def test_a_table_whose_data_cannot_be_had_is_skipped():
     assert not result.rows and not result.wrong
 
 
+def test_scaling_of_list_losses_is_in_the_length_of_one_list(monkeypatch):
+    monkeypatch.setattr(OpInfo, "family", "ranking")
+    table, *_ = scaling.scaled(REGISTRY["pairwise_logistic_loss"]).benchmarks
+    assert (table.sizes[0], table.sizes[-1]) == (32, 100_000)
+    assert [x.shape for x in table.make(32, CPU)] == [(1, 32), (1, 32)]
+    assert [table.checked_at(n) for n in (32, 100_000)] == [32, scaling.CHECKED_LENGTH]
+
+
 def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
     (table,) = scaling.scaled(op(checked_at=lambda n: min(n, 5000))).benchmarks
     assert [table.checked_at(n) for n in (100, 10**4, 10**8)] == [100, 5000, 5000]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import custom_ops
-from custom_ops.examples import autograd_tour
+from custom_ops.examples import autograd_tour, rank_mslr
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import capabilities
 
@@ -44,6 +44,16 @@ def test_examples_of_the_readme(monkeypatch):
 def test_examples_of_the_tour():
     page = ROOT / "docs" / "autograd_tour.md"
     assert page.read_text() == autograd_tour.markdown(), "python -m custom_ops.examples.autograd_tour --markdown"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_page_on_ranking_losses_names_each_and_its_examples_hold():
+    page = ROOT / "docs" / "choosing_a_ranking_loss.md"
+    text = page.read_text()
+    assert all(f"| `{name}` |" in text for name in rank_mslr.LIST_LOSSES if name in REGISTRY)
+    assert (page.parent / "ranking_gradients.png").stat().st_size < 150_000
     result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted > 0
     assert result.failed == 0

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import custom_ops
+from custom_ops.examples.rank_mslr import LIST_LOSSES
 from custom_ops.voxel import segment_sum
 
 
@@ -25,6 +26,7 @@ def worker() -> None:
         bias_agrees(mesh, placement)
         margin_ranking_loss_agrees(mesh, placement)
         shaped_gradients_agree(mesh, placement)
+        list_losses_agree(mesh, placement)
     for placement in (Shard(1), Replicate()):
         segment_sum_agrees(mesh, placement)
     mixed = init_device_mesh("cpu", (2, 1))
@@ -105,6 +107,30 @@ def shaped_gradients_agree(mesh, placement) -> None:
         shaping(whole).backward(grad)
         torch.testing.assert_close(y.full_tensor(), shaping(x))
         torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
+
+
+def list_losses_agree(mesh, placement) -> None:
+    """Sharded over the lists: each process has whole ones, and no more than a mean's sums are communicated."""
+    scores, labels = torch.randn(5, 6), torch.randint(0, 4, (5, 6))
+    mask = torch.rand(5, 6) < 0.8
+    for name, loss_fn in LIST_LOSSES.items():
+        if name == "spearman_loss":
+            continue  # the labels are ranked by ops of torch that have no sharding rule
+        for masks in ({}, {"mask": mask}):
+            whole = scores.clone().requires_grad_()
+            ours, sharded_labels = (distribute_tensor(t, mesh, [placement]) for t in (scores, labels))
+            ours = ours.requires_grad_()
+            sharded_masks = {key: distribute_tensor(t, mesh, [placement]) for key, t in masks.items()}
+            expected = loss_fn(whole, labels, reduction="none", **masks)
+            with CommDebugMode() as communication:
+                losses = loss_fn(ours, sharded_labels, reduction="none", **sharded_masks)
+                losses.sum().backward()
+            assert communication.get_total_counts() == 0, name
+            expected.sum().backward()
+            torch.testing.assert_close(losses.full_tensor(), expected)
+            torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
+            mean = loss_fn(ours, sharded_labels, **sharded_masks)
+            torch.testing.assert_close(mean.full_tensor(), loss_fn(whole, labels, **masks))
 
 
 def segment_sum_agrees(mesh, placement) -> None:

@@ -1,9 +1,6 @@
-"""The list losses' common ground, and the pairwise losses: edge semantics, memory, long lists."""
+"""What the pairwise losses promise beyond the other list losses, and the ground of all of them."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -87,74 +84,6 @@ def test_small_losses_count_in_full():
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
-@each_loss
-def test_every_form_gives_the_same(name):
-    function = LOSSES[name][0]
-    scores, labels = draw(3, 6)
-    lengths = torch.tensor([6, 0, 4])
-    inside = torch.arange(6) < lengths[:, None]
-    loss, gradient = value_and_gradient(function, scores, labels, lengths=lengths, reduction="none")
-    flat, bounds = scores[inside], torch.tensor([0, 6, 6, 10])
-    forms = [
-        value_and_gradient(function, scores, labels, mask=inside, reduction="none"),
-        value_and_gradient(function, scores, labels, mask=inside, lengths=lengths.int(), reduction="none"),
-        value_and_gradient(
-            function, scores.view(1, 3, 1, 6), labels.view(1, 3, 1, 6), lengths=lengths.view(1, 3, 1), reduction="none"
-        ),
-        value_and_gradient(function, flat, labels[inside], cu_lengths=bounds, reduction="none"),
-    ]
-    for other, other_gradient in forms:
-        torch.testing.assert_close(other.flatten(), loss)
-        other_gradient = other_gradient if other_gradient.dim() == 1 else other_gradient.view(3, 6)[inside]
-        torch.testing.assert_close(other_gradient, gradient[inside])
-    assert not gradient[~inside].any()
-
-
-@each_loss
-def test_a_list_without_a_pair_is_zero_and_connected(name):
-    function = LOSSES[name][0]
-    for shape in ((0,), (1,), (2, 0), (0, 3), (2, 1)):
-        loss, gradient = value_and_gradient(function, *draw(*shape))
-        assert loss == 0 and not gradient.any()
-    scores, labels = draw(2, 3)
-    loss, gradient = value_and_gradient(function, scores, labels, mask=torch.zeros(2, 3, dtype=torch.bool))
-    assert loss == 0 and not gradient.any()
-    if name != "mse":  # for which tied labels say that the scores should be equal
-        loss, gradient = value_and_gradient(function, scores, torch.ones(2, 3))
-        assert loss == 0 and not gradient.any()
-        assert function(scores, torch.ones(2, 3), normalize=True) == 0
-
-
-@each_loss
-def test_what_is_masked_is_not_read(name):
-    function = LOSSES[name][0]
-    scores, labels = draw(5, dtype=torch.float32)
-    mask = torch.tensor([True, True, False, True, False])
-    expected = value_and_gradient(function, scores[mask], labels[mask])
-    for junk in (float("nan"), float("inf"), -float("inf")):
-        dirty, dirty_labels = scores.detach().clone(), labels.float()
-        dirty[~mask], dirty_labels[~mask] = junk, junk
-        loss, gradient = value_and_gradient(function, dirty, dirty_labels, mask=mask)
-        assert loss == expected[0]
-        assert torch.equal(gradient[mask], expected[1])
-        assert not gradient[~mask].any()
-        dirty.requires_grad_()
-        tangent = torch.full_like(dirty, junk).masked_fill(mask, 1)
-        slope = torch.func.jvp(lambda s, y=dirty_labels: function(s, y, mask=mask), (dirty.detach(),), (tangent,))[1]
-        assert slope.isfinite()
-
-
-@each_loss
-def test_nan_propagates_to_its_own_list(name):
-    scores, labels = draw(2, 4, levels=2)
-    labels[:] = torch.tensor([0, 1, 1, 0])
-    scores.data[0, 1] = float("nan")
-    loss, gradient = value_and_gradient(LOSSES[name][0], scores, labels, reduction="none")
-    assert loss.isnan().tolist() == [True, False]
-    assert gradient[0, 1].isnan()
-    assert gradient[1].isfinite().all()
-
-
 def test_misordered_by_thirty_and_scores_of_ten_thousand():
     scores, labels = torch.tensor([0.0, 30.0]), torch.tensor([1, 0])
     loss, gradient = value_and_gradient(custom_ops.pairwise_logistic_loss, scores, labels)
@@ -171,19 +100,6 @@ def test_minus_infinity_as_a_score_far_below():
         loss, gradient = value_and_gradient(function, scores, labels)
         torch.testing.assert_close(loss, function(scores[:2], labels[:2]))
         assert gradient[2] == 0 and gradient.isfinite().all()
-
-
-@each_loss
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_are_computed_in_32(name, dtype):
-    scores, labels = draw(3, 50, dtype=dtype)
-    loss, gradient = value_and_gradient(LOSSES[name][0], scores, labels, normalize=True)
-    wide, wide_gradient = value_and_gradient(LOSSES[name][0], scores.float(), labels, normalize=True)
-    assert loss.dtype == gradient.dtype == dtype
-    assert torch.equal(loss, wide.to(dtype))
-    assert torch.equal(gradient, wide_gradient.to(dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert LOSSES[name][0](scores, labels).dtype == torch.float32
 
 
 def test_mean_is_over_the_lists_that_contribute():
@@ -227,27 +143,3 @@ def test_vmap_over_cu_lengths_says_why_not():
 
 def test_phi_is_numbered_alike():
     assert (pairwise.LOGISTIC, pairwise.SOFT_ZERO_ONE, pairwise.EXPONENTIAL) == (0, 1, 2)
-
-
-def test_memory_is_linear():
-    """Forward, backward and second derivative of (4, 4096), and a list of 100,000 documents that trains."""
-    code = """
-import resource, torch, custom_ops
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-def step(shape, loss, twice):
-    scores, labels = torch.randn(shape, requires_grad=True), torch.randint(0, 5, shape)
-    gradient = torch.autograd.grad(loss(scores, labels), scores, create_graph=twice)[0]
-    if twice: gradient.square().sum().backward()
-losses = custom_ops.pairwise_logistic_loss, custom_ops.pairwise_hinge_loss, custom_ops.lambda_loss
-for loss in losses: step((4, 64), loss, True)
-before = peak()
-for loss in losses: step((4, 4096), loss, True)
-print(peak() - before)
-before = peak()
-step((100_000,), custom_ops.pairwise_hinge_loss, True)
-step((100_000,), lambda s, y: custom_ops.lambda_loss(s, y, k=10), False)
-print(peak() - before)
-"""
-    small, large = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
-    assert small < 8  # MiB; one matrix of pairs is 64
-    assert large < 64  # where it is 40,000

@@ -49,6 +49,7 @@ def group_softmax(x: Tensor, groups: Tensor, scale: float, weighted: bool) -> Te
 def _softmax_derivative(x: Tensor, groups: Tensor, scale: float, weighted: bool, v: Tensor) -> Tensor:
     """The Jacobian of `group_softmax`, which is symmetric, times v."""
     softmax = group_softmax(x, groups, scale, False)
+    v = torch.where(softmax == 0, 0, v)  # where an item isn't valid v may be NaN
     moved = v * (group_softmax(x, groups, scale, True) if weighted else softmax)
     return scale * (moved - softmax * group_reduce(moved, groups, SUM, False, False, 1.0))
 
@@ -291,9 +292,9 @@ def spearman_loss(
     _check_regularization(regularization, regularization_strength)
     valid = valid_items("scores", scores, mask, lengths)
     arguments = (valid, float(regularization_strength), regularization == "kl", False)
+    wanted = _ranks(labels.detach(), valid)
     ranks = isotonic(_wide(scores), *arguments)[0].double()
     count: Any = scores.shape[-1] if valid is None else valid.sum(-1, keepdim=True)
-    wanted = _ranks(labels.detach(), valid)
     mean = (count + 1) / 2  # of both, whatever the scores
     ours, theirs = (x - mean if valid is None else torch.where(valid, x - mean, 0) for x in (ranks, wanted))
     spread, active = (ours * ours).sum(-1), (theirs * theirs).sum(-1) > 0
@@ -312,17 +313,12 @@ def _tied(spread: Tensor, n: int | Tensor) -> Tensor:
 
 def _ranks(x: Tensor, valid: Tensor | None) -> Tensor:
     """Ranks from 1 of the valid items, ascending, those of tied ones averaged; in double."""
-    n = x.shape[-1]
     x = x.double()
     if valid is not None:
         x = x.masked_fill(~valid, torch.inf)  # last; only tied with infinite labels
-    ordered, order = x.sort(dim=-1, stable=True)
-    begins = torch.nn.functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)[..., :n]
-    place = torch.arange(n, device=x.device).expand(x.shape)
-    start = torch.where(begins, place, 0).cummax(-1).values
-    ends = torch.nn.functional.pad(begins[..., 1:], (0, 1), value=True)[..., :n]
-    end = torch.where(ends, place, n).flip(-1).cummin(-1).values.flip(-1)
-    return torch.zeros_like(x).scatter(-1, order, (start + end).double() / 2 + 1)
+    ordered = x.sort(dim=-1).values
+    below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
+    return (below + through + 1).double() / 2
 
 
 class SpearmanLoss(torch.nn.Module):

@@ -1,0 +1,250 @@
+"""What all list losses promise at the edges, on the C++ and the Triton kernels.
+
+A new loss is tested by being registered; where one differs by its definition, the test says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from custom_ops.ranking.lambdas import WEIGHTINGS
+from custom_ops.registry import REGISTRY
+from custom_ops.verify._backends import backend
+
+FUNCTIONS = {
+    name: info.function for name, info in REGISTRY.items() if "labels" in inspect.signature(info.function).parameters
+}
+OPTIONS = {
+    "pairwise_hinge_loss": [{}, {"squared": True}],
+    "lambda_loss": [*({"weighting": weighting} for weighting in WEIGHTINGS), {"k": 2}],
+    "list_mle_loss": [
+        {},
+        {"ties": "score", "position_weights": "exponential"},
+        {"ties": "breslow", "position_weights": "discount", "k": 5},
+    ],
+    "unique_softmax_loss": [{}, {"gain": "linear"}],
+    "approx_ndcg_loss": [{"temperature": 1.0}, {"temperature": 1.0, "gain": "linear"}],
+    "approx_mrr_loss": [{"temperature": 1.0}],
+    "smooth_ap_loss": [{"temperature": 1.0}],
+    "spearman_loss": [{}, {"regularization": "kl"}],
+}
+CASES = [(name, own) for name in FUNCTIONS for own in OPTIONS.get(name, [{}])]
+NAN, INF = math.nan, math.inf
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+each_loss = pytest.mark.parametrize(
+    ("name", "own"), CASES, ids=[" ".join([name, *map(str, own.values())]) for name, own in CASES]
+)
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def both(request):
+    with backend(request.param):
+        yield
+
+
+on_both = pytest.mark.usefixtures("both")
+
+
+def loss_and_slope(name, scores, labels, **options):
+    """Of all lists, whose losses are summed for the slope."""
+    scores = scores.detach().clone().requires_grad_()
+    loss = FUNCTIONS[name](scores, labels, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
+
+
+def draw(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return scores, torch.randint(0, 5, shape, generator=generator)
+
+
+def in_double(name, scores, labels, **options):
+    """By the reference."""
+    scores = scores.detach().double().requires_grad_()
+    loss = REGISTRY[name].reference(scores, labels.double(), **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
+
+
+def close(ours, exact):
+    """Up to the rounding of float32, or of a float16 result."""
+    rounding = 2e-3 if ours.dtype == torch.float16 else 1e-5
+    largest = max([1.0, *exact.abs().flatten().tolist()])
+    torch.testing.assert_close(ours.double(), exact, rtol=rounding, atol=1e-6 * largest)
+
+
+@each_loss
+def test_padded_jagged_and_nested_lists_give_the_same(name, own):
+    lengths = torch.tensor([6, 0, 4, 1, 2, 5])
+    scores, labels = draw(6, 6)
+    labels[:, :2] = 5 * (scores[:, :2] == scores[:, :2].amin(1, True))  # each list of two items has a loss
+    inside = torch.arange(6) < lengths[:, None]
+    loss, slope = loss_and_slope(name, scores, labels, lengths=lengths, reduction="none", **own)
+    assert loss[lengths > 1].all() and not slope[~inside].any()
+    nested, of_nested = loss_and_slope(
+        name, scores.view(2, 3, 6), labels.view(2, 3, 6), lengths=lengths.view(2, 3), reduction="none", **own
+    )
+    same = [
+        loss_and_slope(name, scores, labels, mask=inside, reduction="none", **own),
+        loss_and_slope(name, scores, labels, mask=inside, lengths=lengths.int(), reduction="none", **own),
+        (nested.flatten(), of_nested.view(6, 6)),
+    ]
+    if "cu_lengths" in inspect.signature(FUNCTIONS[name]).parameters:
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        flat, of_flat = loss_and_slope(name, scores[inside], labels[inside], cu_lengths=bounds, reduction="none", **own)
+        same.append((flat, torch.zeros_like(scores).masked_scatter(inside, of_flat)))
+    for i in (0, 2, 5):
+        alone, of_alone = loss_and_slope(name, scores[i, : lengths[i]], labels[i, : lengths[i]], **own)
+        torch.testing.assert_close((alone, of_alone), (loss[i], slope[i, : lengths[i]]), rtol=1e-12, atol=1e-14)
+    for others in same:
+        torch.testing.assert_close(others, (loss, slope), rtol=1e-12, atol=1e-14)
+
+
+@each_loss
+def test_the_mean_is_over_the_lists_that_contribute(name, own):
+    scores, labels = draw(4, 6)
+    labels[:, 0], labels[:, 1] = 5, 0
+    lengths = torch.tensor([6, 1, 0, 5])
+    losses = FUNCTIONS[name](scores, labels, lengths=lengths, reduction="none", **own)
+    mean = FUNCTIONS[name](scores, labels, lengths=lengths, **own)
+    torch.testing.assert_close(mean, (losses[0] + losses[3]) / 2)
+
+
+@on_both
+@each_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_list_with_nothing_to_rank_is_zero_and_connected(name, own, reduction):
+    own = {**own, "reduction": reduction}
+    nothing = [(*draw(*shape), {}) for shape in ((0,), (1,), (2, 0), (0, 3), (2, 1))]
+    scores, labels = draw(2, 3)
+    nothing += [
+        (scores, labels, {"mask": torch.zeros(2, 3, dtype=torch.bool)}),
+        (scores.fill_(NAN), labels, {"lengths": torch.tensor([0, 0])}),
+    ]
+    if name != "pairwise_mse_loss":  # for which tied labels say that the scores should be equal
+        nothing += [(draw(2, 3)[0], torch.full((2, 3), label), {}) for label in (0, 2, -1)]
+    for scores, labels, options in nothing:
+        loss, slope = loss_and_slope(name, scores, labels, **options, **own)
+        assert not loss.any() and not slope.any()  # NaN is true
+
+
+@on_both
+@each_loss
+def test_without_a_gain_nothing_is_lost(name, own):
+    """The ideal DCG is 0, or there is no relevant item: losses of gains are 0, all others as ever."""
+    gained = name in ("unique_softmax_loss", "approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")
+    gained |= name == "neural_sort_ndcg_loss"
+    gained |= name == "lambda_loss" and own.get("weighting") not in ("ranknet", "label_diff")
+    for labels in (torch.tensor([0, -1, -2]), torch.tensor([0.0, 0.0, -0.5])):
+        loss, slope = loss_and_slope(name, torch.tensor([0.3, -0.2, 0.1]), labels, **own)
+        assert loss.isfinite() and slope.isfinite().all()
+        if gained:
+            assert loss == 0 and not slope.any()
+
+
+@on_both
+@each_loss
+def test_tied_scores_have_their_gradient(name, own):
+    labels = torch.tensor([2, 0, 1, 0, 2, 1])
+    loss, slope = loss_and_slope(name, torch.zeros(6), labels, **own)
+    assert loss > 0 and slope.isfinite().all()
+    if name == "spearman_loss":  # of which tied scores are a stationary point
+        assert loss == 1 and not slope.any()
+    else:
+        assert slope[0] < 0 < slope[1]
+
+
+@on_both
+@each_loss
+def test_a_pair_misordered_by_thirty_is_pushed_apart(name, own):
+    loss, slope = loss_and_slope(name, torch.tensor([0.0, 30.0]), torch.tensor([1, 0]), **own)
+    assert loss > 0 and slope.isfinite().all()
+    if name == "spearman_loss":
+        assert loss == 2 and not slope.any()  # hard ranks, beyond the strength of the regularisation
+        return
+    if name == "neural_sort_ndcg_loss":  # whose rows may round to permutations
+        assert slope[0] <= 0 <= slope[1]
+        return
+    assert slope[0] < 0 < slope[1]
+    bounded = ("pairwise_soft_zero_one_loss", "approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")
+    if name not in bounded:  # those saturate by definition
+        assert slope[0] < -0.2
+
+
+@on_both
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scores_far_apart(name, own, dtype):
+    far = 1e4 if dtype == torch.float32 else 1e3
+    scores, labels = torch.tensor([-far, far, 0, 1], dtype=dtype), torch.tensor([3, 0, 2, 1])
+    loss, slope = loss_and_slope(name, scores, labels, **own)
+    if name == "pairwise_exponential_loss":  # overflows by definition
+        assert loss == INF
+        return
+    expected, of_scores = in_double(name, scores, labels, **own)
+    for ours, exact in ((loss, expected), (slope, of_scores)):
+        fits = exact.abs() <= torch.finfo(dtype).max
+        assert (ours[~fits] == exact[~fits].sign() * INF).all()
+        close(ours[fits], exact[fits])
+
+
+@on_both
+@each_loss
+@pytest.mark.parametrize("junk", [NAN, INF, -INF])
+def test_masked_items_are_not_read(name, own, junk):
+    scores, labels = draw(2, 6, dtype=torch.float32)
+    labels = labels.float()
+    mask = torch.tensor([[True, True, False, True, True, False], [True] * 6])
+    expected, of_scores = loss_and_slope(name, scores, labels, mask=mask, **own)
+    dirty, dirty_labels = scores.masked_fill(~mask, junk), labels.masked_fill(~mask, junk)
+    loss, slope = loss_and_slope(name, dirty, dirty_labels, mask=mask, **own)
+    assert torch.equal(loss, expected) and torch.equal(slope, of_scores) and not slope[~mask].any()
+
+    def of(s):
+        return FUNCTIONS[name](s, dirty_labels, mask=mask, **own)
+
+    tangent = torch.ones_like(dirty).masked_fill(~mask, junk)
+    slope_along, hessian_v = (torch.func.jvp(f, (dirty,), (tangent,))[1] for f in (of, torch.func.grad(of)))
+    assert slope_along.isfinite() and hessian_v.isfinite().all() and not hessian_v[~mask].any()
+
+
+@on_both
+@each_loss
+def test_a_valid_nan_spoils_its_own_list_only(name, own):
+    scores, labels = draw(2, 5, dtype=torch.float32)
+    labels[:] = torch.tensor([0, 1, 2, 3, 0])
+    scores[0, 1] = NAN
+    loss, slope = loss_and_slope(name, scores, labels, reduction="none", **own)
+    assert loss.isnan().tolist() == [True, False]
+    assert slope[0].isnan().any() and slope[1].isfinite().all()
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_computed_in_32_and_rounded_once(name, own, dtype):
+    scores, labels = draw(3, 12, dtype=dtype)
+    loss, slope = loss_and_slope(name, scores, labels, **own)
+    wide, of_wide = loss_and_slope(name, scores.float(), labels, **own)
+    assert loss.dtype == slope.dtype == dtype
+    assert torch.equal(loss, wide.to(dtype)) and torch.equal(slope, of_wide.to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert FUNCTIONS[name](scores, labels, **own).dtype == torch.float32
+
+
+@on_both
+@each_loss
+def test_labels_of_forty_and_two_thousand(name, own):
+    """2^40 is beyond float16, 2^2000 beyond float64: gains are relative to the largest."""
+    labels = torch.tensor([40, 39, 0, 40])
+    for dtype in (torch.float16, torch.float32):
+        scores = torch.tensor([0.5, 1.0, -1.0, 0.25], dtype=dtype)
+        loss, slope = loss_and_slope(name, scores, labels, **own)
+        expected, of_scores = in_double(name, scores, labels, **own)
+        close(loss, expected)
+        close(slope, of_scores)
+    loss, slope = loss_and_slope(name, scores.float(), 50 * labels, **own)
+    assert loss.isfinite() and slope.isfinite().all()

@@ -1,0 +1,83 @@
+"""Nothing of size n^2: what the list losses allocate, and lists of 100,000 documents."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_ranking_lists import FUNCTIONS
+
+from custom_ops.benchmarks.memory import peak_bytes
+from custom_ops.verify._backends import backend
+
+CPU = torch.device("cpu")
+FEW_RELEVANT = ("approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")  # whose time is that of their rows
+OPTIONS = {**{name: {"temperature": 1.0} for name in FEW_RELEVANT}, "cosent_loss": {"scale": 1.0}}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+each_loss = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def lists(*shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).requires_grad_(), torch.randint(0, 5, shape, generator=generator)
+
+
+def peak(name, *shape):
+    """Of forward, backward and second derivative."""
+    scores, labels = lists(*shape)
+    own = OPTIONS.get(name, {})
+
+    def run():
+        (slope,) = torch.autograd.grad(FUNCTIONS[name](scores, labels, **own), scores, create_graph=True)
+        torch.autograd.grad(slope.square().sum(), scores)
+
+    return peak_bytes(run, CPU)
+
+
+@each_loss
+def test_four_lists_of_4096_take_a_mebibyte_at_most(name):
+    """One n x n matrix of one of them would be 64. The kibibyte is for the numbers of which each list has one."""
+    assert peak(name, 4, 4096) <= (1 << 20) + (1 << 10)
+
+
+def test_the_kernels_own_memory_is_small_too():
+    """What the C++ kernels take beside torch's allocator: the growth of a fresh process, over all losses."""
+    code = f"""
+import resource, torch, custom_ops
+def step(name, n):
+    scores = torch.randn(4, n, requires_grad=True)
+    loss = getattr(custom_ops, name)(scores, torch.randint(0, 5, (4, n)), **options.get(name, {{}}))
+    slope, = torch.autograd.grad(loss, scores, create_graph=True)
+    torch.autograd.grad(slope.square().sum(), scores)
+names, options = {list(FUNCTIONS)}, {OPTIONS}
+for name in names:
+    step(name, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in names:
+    step(name, 4096)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    assert float(subprocess.check_output([sys.executable, "-c", code], text=True)) < 8
+
+
+@each_loss
+def test_the_triton_launchers_allocate_in_proportion_to_n(name):
+    with backend("triton"):
+        small, large = (peak(name, 1, n) for n in (64, 128))
+    assert large <= 2.3 * small  # one byte for each pair would make it 2.4 or more
+
+
+@each_loss
+def test_a_list_of_100_000_documents_trains(name):
+    scores, labels = lists(100_000)
+    if name in FEW_RELEVANT:
+        labels = (torch.rand(100_000, generator=torch.Generator().manual_seed(1)) < 0.003).long()
+    own = {"k": 100} if name == "lambda_loss" else OPTIONS.get(name, {})
+    loss = FUNCTIONS[name](scores, labels, **own)
+    (slope,) = torch.autograd.grad(loss, scores)
+    assert slope.isfinite().all()
+    with torch.no_grad():
+        assert FUNCTIONS[name](scores - slope / slope.abs().max(), labels, **own) < loss
