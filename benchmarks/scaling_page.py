@@ -24,9 +24,9 @@ def write_page(reports: Sequence[Report], page: Path) -> None:
         "# Scaling",
         "",
         "Written by `make docs`. Milliseconds of forward+backward (forward, where there is no backward) from a hundred "
-        "elements or points to a hundred million, or one list of up to a hundred thousand items, as far as ten seconds a "
-        f"call and a quarter of the memory go; fresh memory, threads: {threads[-1]}. The last column is what these gain against {threads[0]}, at the "
-        "largest size.",
+        "elements or points to a hundred million, or one list of up to a hundred thousand items, as far as ten "
+        f"seconds a call and a quarter of the memory go; fresh memory, threads: {threads[-1]}. The last column is what "
+        f"these gain against {threads[0]}, at the largest size.",
         "",
         *(f"- {report.where}: `{report.command}`" for report in reports),
     ]
