@@ -22,6 +22,8 @@ OPTIONS = [
     ("list_mle_loss", {"ties": "breslow", "position_weights": "discount", "k": 5}),
     ("unique_softmax_loss", {"gain": "linear"}),
     ("approx_ndcg_loss", {"gain": "linear", "temperature": 1.0}),
+    ("neural_sort_ndcg_loss", {}),
+    ("neural_sort_ndcg_loss", {"gain": "linear", "temperature": 0.1, "k": 5}),
 ]
 losses = pytest.mark.parametrize(
     ("name", "own"), OPTIONS, ids=[" ".join([name, *map(str, own.values())]) for name, own in OPTIONS]
@@ -168,7 +170,7 @@ def test_a_smooth_rank_30_away_still_has_a_gradient(name):
     assert slope[0] < 0 < slope[1]
 
 
-@pytest.mark.parametrize("name", ["approx_ndcg_loss", "unique_softmax_loss"])
+@pytest.mark.parametrize("name", ["approx_ndcg_loss", "neural_sort_ndcg_loss", "unique_softmax_loss"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_label_40_does_not_overflow(name, dtype):
     scores, labels = torch.tensor([0.5, 1.0, -1.0], dtype=dtype), torch.tensor([40, 39, 0])
@@ -235,11 +237,17 @@ def test_cold_smooth_ranks_are_the_metrics(temperature):
     ndcg = (gains / (1 + ranks).log2()).sum() / ideal
     mrr = (labels / ranks).sum() / labels.sum()
     precision = torch.tensor([(ranks[relevant] <= r).sum() / r for r in ranks[relevant]]).mean()
-    for name, metric in (("approx_ndcg_loss", ndcg), ("approx_mrr_loss", mrr), ("smooth_ap_loss", precision)):
+    metrics = {
+        "approx_ndcg_loss": ndcg,
+        "neural_sort_ndcg_loss": ndcg,
+        "approx_mrr_loss": mrr,
+        "smooth_ap_loss": precision,
+    }
+    for name, metric in metrics.items():
         torch.testing.assert_close(call(name, scores, labels, temperature=temperature), 1 - metric)
 
 
-@pytest.mark.parametrize("name", [*LISTWISE, *SMOOTH])
+@pytest.mark.parametrize("name", [*LISTWISE, *SMOOTH, "neural_sort_ndcg_loss"])
 def test_allocates_nothing_quadratic(name):
     """Forward, backward and double backward at (4, 4096) in a fresh process; one n x n matrix is 64 MiB."""
     code = f"""
@@ -257,7 +265,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(subprocess.check_output([sys.executable, "-c", code], text=True)) < 8
 
 
-@pytest.mark.parametrize("name", LISTWISE)
+@pytest.mark.parametrize("name", [*LISTWISE, "neural_sort_ndcg_loss"])
 def test_a_list_of_100_000_documents_trains(name):
     scores, labels = lists(100_000, dtype=torch.float32)
     own = {"scale": 1.0} if name == "cosent_loss" else {}
@@ -274,3 +282,33 @@ def test_smooth_ranks_of_100_000_documents_train(name):
     loss, slope = loss_and_slope(name, scores, labels, temperature=1.0)
     after, _ = loss_and_slope(name, scores - slope / slope.abs().max(), labels, temperature=1.0)
     assert after < loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_neural_sort_of_tied_and_long_lists(dtype):
+    """Lists whose rows are cut where they vanish, and which are cut into parts."""
+    scores, labels = lists(1, 9000, dtype=dtype, spread=50.0)
+    scores = scores.round()  # so that many are tied
+    _, slope = loss_and_slope("neural_sort_ndcg_loss", scores, labels, k=300)
+    s = scores.double()[0].requires_grad_()
+    distances = (s[:, None] - s).abs().sum(1)
+    rows = ((8999.0 - 2 * torch.arange(300.0, dtype=torch.float64))[:, None] * s - distances).softmax(1)
+    gains, discounts = 2 ** labels[0].double() - 1, 1 / (torch.arange(300.0, dtype=torch.float64) + 2).log2()
+    ideal = gains.sort(descending=True).values[:300] @ discounts
+    (expected,) = torch.autograd.grad(1 - rows @ gains @ discounts / ideal, s)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(
+        slope[0].double(), expected, rtol=1e-4, atol=(1e-10 if s.dtype == dtype else 1e-5) * scale
+    )
+
+
+def test_neural_sort_does_not_depend_on_the_number_of_threads():
+    scores, labels = lists(1, 20_000, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(loss_and_slope("neural_sort_ndcg_loss", scores, labels))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))

@@ -243,10 +243,7 @@ def list_mle_loss(
         >>> loss, scores.grad
         (tensor(1.3133, grad_fn=<ToCopyBackward0>), tensor([-7.1716e-22, -7.3106e-01,  7.3106e-01]))
     """
-    if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k: expected an integer or None, got {type(k).__name__}")
-        _checks.is_positive("k", k)
+    _checks.is_limit("k", k)
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
     params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
@@ -500,7 +497,7 @@ _register(
     {"position_weights": "exponential", "ties": "score"},
     bad=(
         ("k: expected an integer or None, got float", 1.0),
-        ("k: expected a positive number, got 0", 0),
+        ("k: expected at least 1, got 0", 0),
         ("position_weights: expected one of 'uniform', 'exponential', 'discount', got 'x'", "x"),
         ("ties: expected one of 'index', 'score', 'breslow', got 'x'", "x"),
     ),
