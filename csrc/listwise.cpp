@@ -205,9 +205,12 @@ struct ListMle {
 
   double weight(int64_t i, int64_t n) const {
     if (k > 0 && i >= k) return 0;
-    const double place = static_cast<double>(i), last = std::exp2(static_cast<double>(1 - n));
+    const double place = static_cast<double>(i);
     switch (weighting) {
-      case kExponential: return (std::exp2(-place) - last) / (1 - last);  // (2^(n-1-i) - 1) / (2^(n-1) - 1)
+      case kExponential: {  // (2^(n-1-i) - 1) / (2^(n-1) - 1)
+        const double last = std::exp2(static_cast<double>(1 - n));
+        return (std::exp2(-place) - last) / (1 - last);
+      }
       case kDiscount: return std::log(2.0) / std::log(2 + place);
       default: return 1;
     }
