@@ -37,6 +37,12 @@ def approx_ndcg(scores: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def neural_ndcg(scores: Tensor, labels: Tensor) -> Tensor:
+    """With the scaling of columns, which ours is without."""
+    loss: Tensor = 1 + losses.neuralNDCG(scores, labels.to(scores.dtype))
+    return loss
+
+
 def list_mle(scores: Tensor, labels: Tensor) -> Tensor:
     loss: Tensor = losses.listMLE(scores, labels.to(scores.dtype))
     return loss

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from custom_ops.ranking.neural_sort import neural_sort_matrix
+
 
 class CumulativeVoxelsSumming(torch.autograd.Function):
     """The cumulative-sum trick of Lift-Splat-Shoot and FIERY: differences of a running sum over all points."""
@@ -277,4 +279,14 @@ def pairwise_hinge_loss(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.where(pairs, (1 - difference).relu(), 0).sum((-1, -2)).mean()
 
 
+def neural_sort_ndcg_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """NeuralNDCG without the scaling of columns, from the whole matrix; every list needs a relevant item."""
+    gains = 2 ** labels.to(scores.dtype) - 1
+    discounts = 1 / (torch.arange(gains.shape[-1], device=gains.device) + 2.0).log2()
+    ideal = (gains.sort(descending=True).values * discounts).sum(-1)
+    found = ((neural_sort_matrix(scores, 1.0) @ gains.unsqueeze(-1)).squeeze(-1) * discounts).sum(-1)
+    return (1 - found / ideal).mean()
+
+
 compiled_pairwise_logistic_loss = torch.compile(pairwise_logistic_loss)
+compiled_neural_sort_ndcg_loss = torch.compile(neural_sort_ndcg_loss)

@@ -1,4 +1,4 @@
-// exp and log1p on the intervals that a logistic function needs, written so that loops over them
+// exp and log1p on the intervals that a logistic function needs, and sums, written so that loops over them
 // vectorise; the same bits on every instruction set. NaN stays NaN.
 #pragma once
 
@@ -36,6 +36,26 @@ ALWAYS_INLINE inline float log1p_unit(float u) {
   y = (y * q + 2 / 7.f) * q + 2 / 5.f;
   y = (y * q + 2 / 3.f) * q + 2.f;
   return y * s;
+}
+
+constexpr int64_t kSumTile = 1024;  // elements summed in A before the sum goes on in double
+constexpr int64_t kSumLanes = 16;
+
+// term(i) summed over n, in lanes that vectorise.
+template <class A, class Term>
+ALWAYS_INLINE inline double sum_of(int64_t n, const Term& term) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kSumTile) {
+    const int64_t end = std::min(begin + kSumTile, n);
+    A lanes[kSumLanes] = {}, rest = 0;
+    int64_t i = begin;
+    for (; i + kSumLanes <= end; i += kSumLanes)
+      for (int64_t k = 0; k < kSumLanes; ++k) lanes[k] += term(i + k);
+    for (; i < end; ++i) rest += term(i);
+    for (A lane : lanes) rest += lane;
+    sum += rest;
+  }
+  return sum;
 }
 
 }  // namespace custom_ops

@@ -1,4 +1,5 @@
-// The bounds of lists, and the two ops that every list loss needs: scaling each list, and its adjoint.
+// The bounds of lists, and the ops that every list loss needs: scaling each list, the sum over lists, and
+// their adjoints.
 #include "lists.h"
 
 namespace custom_ops {
@@ -79,7 +80,60 @@ Tensor list_dot(const Tensor& x_in, const Tensor& y_in, const std::optional<Tens
   return out;
 }
 
+namespace {
+
+// What the sum over an example's lists is divided by.
+int64_t count_active(const bool* active, int64_t n, bool mean) {
+  return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
+}
+
+}  // namespace
+
+Tensor list_total(const Tensor& loss_in, const Tensor& active_in, bool mean, int64_t batch_dims) {
+  const Tensor loss = dense(loss_in), active = dense(active_in);
+  check(batch_dims >= 0 && batch_dims <= loss.dim(), "batch_dims: expected 0 to ", loss.dim(), ", got ", batch_dims);
+  check(active.scalar_type() == ScalarType::Bool && sizes(active) == sizes(loss),
+        "active: expected bool of the shape of the loss");
+  const Shape batch = sizes(loss, 0, batch_dims);
+  const int64_t lists = product(sizes(loss, batch_dims, loss.dim()));
+  Tensor out = fresh(loss, batch);
+  dispatch_accumulator(loss, "loss", [&](auto type) {
+    using A = typename decltype(type)::type;
+    const A* lp = data<A>(loss);
+    const bool* ap = data<bool>(active);
+    A* op = mutable_data<A>(out);
+    for (int64_t e = 0; e < product(batch); ++e, lp += lists, ap += lists) {
+      const double sum = std::accumulate(lp, lp + lists, 0.0);
+      op[e] = static_cast<A>(sum / static_cast<double>(count_active(ap, lists, mean)));
+    }
+  });
+  return out;
+}
+
+Tensor list_share(const Tensor& grad_in, const Tensor& active_in, bool mean) {
+  const Tensor grad = dense(grad_in), active = dense(active_in);
+  const int64_t batch_dims = grad.dim();
+  check(active.scalar_type() == ScalarType::Bool && active.dim() >= batch_dims &&
+            sizes(active, 0, batch_dims) == sizes(grad),
+        "active: expected bool, of the shape of grad and more dimensions");
+  const int64_t lists = product(sizes(active, batch_dims, active.dim())), examples = grad.numel();
+  Tensor out = fresh(grad, sizes(active));
+  dispatch_accumulator(grad, "grad", [&](auto type) {
+    using A = typename decltype(type)::type;
+    const A* gp = data<A>(grad);
+    const bool* ap = data<bool>(active);
+    A* op = mutable_data<A>(out);
+    for (int64_t e = 0; e < examples; ++e) {
+      const double count = static_cast<double>(count_active(ap + e * lists, lists, mean));
+      std::fill_n(op + e * lists, lists, static_cast<A>(static_cast<double>(gp[e]) / count));
+    }
+  });
+  return out;
+}
+
 }  // namespace custom_ops
 
 CUSTOM_OPS_CPU_KERNEL(list_scale)
 CUSTOM_OPS_CPU_KERNEL(list_dot)
+CUSTOM_OPS_CPU_KERNEL(list_total)
+CUSTOM_OPS_CPU_KERNEL(list_share)

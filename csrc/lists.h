@@ -80,14 +80,16 @@ struct Lists {
     const int64_t total = examples * lists;
     const int64_t mean = std::max<int64_t>(1, examples * items / std::max<int64_t>(1, total));
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, mean * cost));
-    torch::stable::parallel_for(0, total, grain, [&](int64_t first, int64_t last) {
+    const auto run = [&](int64_t first, int64_t last) {
       Scratch scratch;
       for (int64_t i = first; i < last; ++i) {
         const int64_t at = i / lists * items, l = i % lists;
         scratch.reset();
         f(i, at + bounds[l], at + bounds[l + 1], scratch);
       }
-    });
+    };
+    if (total == 1) return run(0, 1);  // outside of parallel_for, so that the list may use it for its own parts
+    torch::stable::parallel_for(0, total, grain, run);
   }
 
   // Zeroes the items of x that lie in no list.

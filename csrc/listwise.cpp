@@ -24,26 +24,6 @@ void clear_slope(List<A>& list) {
 
 // ---------------------------------------------------------------- softmax cross entropy
 
-constexpr int64_t kTile = 1024;  // elements summed in A before the sum goes on in double
-constexpr int64_t kLanes = 16;
-
-// term(i) summed over n, in lanes that vectorise.
-template <class A, class Term>
-ALWAYS_INLINE inline double sum_of(int64_t n, const Term& term) {
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kTile) {
-    const int64_t end = std::min(begin + kTile, n);
-    A lanes[kLanes] = {}, rest = 0;
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += term(i + k);
-    for (; i < end; ++i) rest += term(i);
-    for (A lane : lanes) rest += lane;
-    sum += rest;
-  }
-  return sum;
-}
-
 // e^(x - the largest x): in `out` each, and their sum.
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
@@ -225,9 +205,12 @@ struct ListMle {
 
   double weight(int64_t i, int64_t n) const {
     if (k > 0 && i >= k) return 0;
-    const double place = static_cast<double>(i), last = std::exp2(static_cast<double>(1 - n));
+    const double place = static_cast<double>(i);
     switch (weighting) {
-      case kExponential: return (std::exp2(-place) - last) / (1 - last);  // (2^(n-1-i) - 1) / (2^(n-1) - 1)
+      case kExponential: {  // (2^(n-1-i) - 1) / (2^(n-1) - 1)
+        const double last = std::exp2(static_cast<double>(1 - n));
+        return (std::exp2(-place) - last) / (1 - last);
+      }
       case kDiscount: return std::log(2.0) / std::log(2 + place);
       default: return 1;
     }

@@ -55,14 +55,25 @@ struct Pairwise {
 
 // ---------------------------------------------------------------- hinge
 
-// Of the items added so far, by label: how many, and the sums of their scores, squares and v.
+// Of some items: how many, and the sums of their scores, squares and v.
+struct Sums {
+  double count = 0, s = 0, squares = 0, v = 0;
+  void operator+=(const Sums& other) { count += other.count, s += other.s, squares += other.squares, v += other.v; }
+};
+
+// The same in one vector; and x if `yes`, else zeros, without a branch.
+using SumsOf = VectorOf<double>;
+ALWAYS_INLINE inline SumsOf only(bool yes, const SumsOf& x) {
+  using I = Vector<double>::I;
+  const I mask = I{} - static_cast<int64_t>(yes);
+  return reinterpret_cast<SumsOf>(reinterpret_cast<I>(x) & mask);
+}
+
+constexpr int64_t kFewLevels = 8;  // so many are swept one by one, sooner than in a tree
+
+// Of the items added so far, by label.
 class Counters {
  public:
-  struct Sums {
-    double count = 0, s = 0, squares = 0, v = 0;
-    void operator+=(const Sums& other) { count += other.count, s += other.s, squares += other.squares, v += other.v; }
-  };
-
   Counters(int64_t levels, Scratch& scratch) : levels_(levels), tree_(scratch.get<Sums>(levels + 1)) { clear(); }
   void clear() { std::fill(tree_, tree_ + levels_ + 1, Sums()); }
   void add(int64_t level, const Sums& item) {
@@ -120,34 +131,80 @@ struct PairwiseHinge {
     double* sums = scratch.get<double>(n);
     std::fill(sums, sums + n, 0.0);
 
-    Counters counters(levels, scratch);
     const auto item = [&](int64_t i) {
-      return Counters::Sums{1, s[i], s[i] * s[i], list.v ? static_cast<double>(list.v[i]) : 0};
+      return Sums{1, s[i], s[i] * s[i], list.v ? static_cast<double>(list.v[i]) : 0};
     };
-    const auto add_gradient = [&](int64_t i, const Counters::Sums& c, double a, double sign) {
+    const auto add_gradient = [&](int64_t i, const Sums& c, double a, double sign) {
       if (list.v) sums[i] += squared ? 2 * (c.count * static_cast<double>(list.v[i]) - c.v) : 0;
       else sums[i] += sign * (squared ? 2 * (c.count * a - sign * c.s) : c.count);
     };
-    // Those of a lower label that aren't below an item by the margin; the highest scores come first.
+    // c: those of a lower label that aren't below item i by the margin.
     double loss = 0;
-    for (int64_t k = 0, next = 0; k < n; ++k) {
-      const int64_t i = by_score[k];
+    const auto add_lower = [&](int64_t i, const Sums& c) {
       const double a = margin - s[i];
-      for (; next < n && s[by_score[next]] > -a; ++next)
-        counters.add(levels - 1 - level[by_score[next]], item(by_score[next]));
-      const Counters::Sums c = counters.before(levels - 1 - level[i]);
-      if (c.count == 0) continue;
+      if (c.count == 0) return;
       loss += squared ? c.count * a * a + 2 * a * c.s + c.squares : c.count * a + c.s;
       add_gradient(i, c, a, -1);
+    };
+    // c: those of a higher label that aren't above it by the margin.
+    const auto add_higher = [&](int64_t i, const Sums& c) {
+      if (c.count > 0) add_gradient(i, c, margin + s[i], 1);
+    };
+
+    // In the order of the scores: how many aren't below item i by the margin, and how many are above it by the
+    // margin or more.
+    int32_t* near = scratch.get<int32_t>(n);
+    int32_t* above = scratch.get<int32_t>(n);
+    const double* ordered = gather(s, by_score, n, scratch);
+    for (int64_t k = 0, next = 0; k < n; ++k) {
+      while (next < n && ordered[next] > ordered[k] - margin) ++next;
+      near[by_score[k]] = static_cast<int32_t>(next);
     }
-    // Those of a higher label that aren't above it by the margin; the lowest scores come first.
-    counters.clear();
-    for (int64_t k = n - 1, next = n - 1; k >= 0; --k) {
-      const int64_t i = by_score[k];
-      const double a = margin + s[i];
-      for (; next >= 0 && s[by_score[next]] < a; --next) counters.add(level[by_score[next]], item(by_score[next]));
-      const Counters::Sums c = counters.before(level[i]);
-      if (c.count > 0) add_gradient(i, c, a, 1);
+    for (int64_t k = n, next = n; k-- > 0;) {
+      while (next > 0 && ordered[next - 1] < margin + ordered[k]) --next;
+      above[by_score[k]] = static_cast<int32_t>(next);
+    }
+    if (levels <= kFewLevels) {
+      SumsOf* of_place = scratch.get<SumsOf>(n);
+      SumsOf* sum = scratch.get<SumsOf>(n + 1);
+      int32_t* level_of_place = gather(level, by_score, n, scratch);
+      for (int64_t k = 0; k < n; ++k) {
+        const Sums x = item(by_score[k]);
+        of_place[k] = SumsOf{x.count, x.s, x.squares, x.v};
+      }
+      const auto sums_at = [&](int32_t place) {
+        const SumsOf& x = sum[place];
+        return Sums{x[0], x[1], x[2], x[3]};
+      };
+      for (int64_t t = 0, begin = 0; t + 1 < levels; ++t) {
+        // Of those of a lower label than t, before each place.
+        multiversion([&]() ALWAYS_INLINE {
+          SumsOf running = sum[0] = SumsOf{};
+          for (int64_t k = 0; k < n; ++k) sum[k + 1] = running += only(level_of_place[k] > t, of_place[k]);
+        });
+        for (; begin < n && level[by_label[begin]] == t; ++begin)
+          add_lower(by_label[begin], sums_at(near[by_label[begin]]));
+        // Of those of a higher label than the next, from each place on.
+        multiversion([&]() ALWAYS_INLINE {
+          SumsOf running = sum[n] = SumsOf{};
+          for (int64_t k = n; k-- > 0;) sum[k] = running += only(level_of_place[k] <= t, of_place[k]);
+        });
+        for (int64_t m = begin; m < n && level[by_label[m]] == t + 1; ++m)
+          add_higher(by_label[m], sums_at(above[by_label[m]]));
+      }
+    } else {
+      Counters counters(levels, scratch);
+      for (int64_t k = 0, next = 0; k < n; ++k) {
+        const int64_t i = by_score[k];
+        for (; next < near[i]; ++next) counters.add(levels - 1 - level[by_score[next]], item(by_score[next]));
+        add_lower(i, counters.before(levels - 1 - level[i]));
+      }
+      counters.clear();
+      for (int64_t k = n, next = n; k-- > 0;) {
+        const int64_t i = by_score[k];
+        for (; next > above[i]; --next) counters.add(level[by_score[next - 1]], item(by_score[next - 1]));
+        add_higher(i, counters.before(level[i]));
+      }
     }
     for (int64_t i = 0; i < n; ++i) list.slope[i] = static_cast<A>(scale * sums[i]);
     list.loss = static_cast<A>(scale * loss);

@@ -67,6 +67,16 @@ def is_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
+def is_limit(name: str, value: Any) -> None:
+    """A number of items of at least 1, or None for no limit."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
 def broadcast(**tensors: Tensor) -> list[Tensor]:
     """The tensors on one device, in the dtype that torch promotes them to, expanded to one shape."""
     same_device(**tensors)

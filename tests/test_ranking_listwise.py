@@ -19,6 +19,8 @@ OPTIONS = [
     ("list_mle_loss", {"ties": "breslow", "position_weights": "discount", "k": 5}),
     ("unique_softmax_loss", {"gain": "linear"}),
     ("approx_ndcg_loss", {"gain": "linear", "temperature": 1.0}),
+    ("neural_sort_ndcg_loss", {}),
+    ("neural_sort_ndcg_loss", {"gain": "linear", "temperature": 0.1, "k": 5}),
 ]
 losses = pytest.mark.parametrize(
     ("name", "own"), OPTIONS, ids=[" ".join([name, *map(str, own.values())]) for name, own in OPTIONS]
@@ -124,5 +126,11 @@ def test_cold_smooth_ranks_are_the_metrics(temperature):
     ndcg = (gains / (1 + ranks).log2()).sum() / ideal
     mrr = (labels / ranks).sum() / labels.sum()
     precision = torch.tensor([(ranks[relevant] <= r).sum() / r for r in ranks[relevant]]).mean()
-    for name, metric in (("approx_ndcg_loss", ndcg), ("approx_mrr_loss", mrr), ("smooth_ap_loss", precision)):
+    metrics = {
+        "approx_ndcg_loss": ndcg,
+        "neural_sort_ndcg_loss": ndcg,
+        "approx_mrr_loss": mrr,
+        "smooth_ap_loss": precision,
+    }
+    for name, metric in metrics.items():
         torch.testing.assert_close(call(name, scores, labels, temperature=temperature), 1 - metric)

@@ -145,6 +145,20 @@ def test_perfect_and_reversed_orders():
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_jagged_lists_are_the_padded_ones(metric, reduction):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([4, 0, 7, 1, 5])
+    scores, labels = torch.randn(5, 7, generator=generator), torch.randint(0, 3, (5, 7), generator=generator)
+    valid = torch.arange(7) < lengths[:, None]
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    flat = metric(scores[valid], labels[valid], 3, cu_lengths=bounds, reduction=reduction)
+    torch.testing.assert_close(flat, metric(scores, labels, 3, lengths=lengths, reduction=reduction))
+    none = metric(scores[valid], labels[valid], cu_lengths=bounds[:1], reduction=reduction)
+    assert none.shape == ((0,) if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -153,9 +167,13 @@ def test_perfect_and_reversed_orders():
         ({"labels": [1, 0]}, "labels: expected a tensor, got list"),
         ({"labels": torch.ones(3)}, r"labels: expected shape \[2\], got \[3\]"),
         ({"labels": torch.ones(2, device="meta")}, "labels: expected on cpu as scores, got meta"),
-        ({"k": 0}, "k: expected a whole number of at least 1, or None, got 0"),
+        ({"k": 0}, "k: expected at least 1, got 0"),
         ({"mask": torch.ones(2)}, "mask: expected one of bool"),
         ({"lengths": torch.ones(2).int()}, r"lengths: expected shape \[\], got \[2\]"),
+        ({"cu_lengths": torch.tensor([[0, 2]])}, r"cu_lengths: expected \[L \+ 1\]"),
+        ({"cu_lengths": torch.tensor([0, 3])}, "cu_lengths: expected non-decreasing values from 0 to 2"),
+        ({"cu_lengths": torch.tensor([0, 2, 1])}, "cu_lengths: expected non-decreasing values"),
+        ({"cu_lengths": torch.tensor([0]), "lengths": torch.tensor(1)}, "expected at most one of them"),
         ({"ties": "random"}, "ties: expected one of 'average', 'index'.* got 'random'"),
         ({"reduction": "avg"}, "reduction: expected one of"),
     ],

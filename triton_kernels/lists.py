@@ -213,3 +213,19 @@ def list_dot(x: Tensor, y: Tensor, valid: Tensor | None, offsets: Tensor | None)
     pointers = (x, y, out, lists.valid, lists.bounds)
     list_dot_kernel(lists.examples * lists.lists, *pointers, lists.items, lists.lists, variant=lists.masked)
     return out
+
+
+def list_total(loss: Tensor, active: Tensor, mean: bool, batch_dims: int) -> Tensor:
+    dims = tuple(range(batch_dims, loss.dim()))
+    total = loss.sum(dims, dtype=torch.float64) if dims else loss.double()
+    return _over_active(total, active, mean, dims).to(loss.dtype)
+
+
+def list_share(grad: Tensor, active: Tensor, mean: bool) -> Tensor:
+    dims = tuple(range(grad.dim(), active.dim()))
+    share = _over_active(grad.double(), active, mean, dims).to(grad.dtype)
+    return share.view(*grad.shape, *[1] * len(dims)).expand(active.shape).clone(memory_format=torch.contiguous_format)
+
+
+def _over_active(x: Tensor, active: Tensor, mean: bool, dims: tuple[int, ...]) -> Tensor:
+    return x / (active.sum(dims) if dims else active.long()).clamp_min(1) if mean else x

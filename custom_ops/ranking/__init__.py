@@ -15,6 +15,7 @@ from custom_ops.ranking.listwise import (
 )
 from custom_ops.ranking.margin import MarginRanking, MarginRankingLoss, margin_ranking_loss
 from custom_ops.ranking.metrics import average_precision, mrr, ndcg
+from custom_ops.ranking.neural_sort import NeuralSortNDCGLoss, neural_sort_ndcg_loss
 from custom_ops.ranking.pairwise import (
     PairwiseExponentialLoss,
     PairwiseHingeLoss,
@@ -51,6 +52,7 @@ __all__ = [
     "ListNetLoss",
     "MarginRanking",
     "MarginRankingLoss",
+    "NeuralSortNDCGLoss",
     "PairwiseExponentialLoss",
     "PairwiseHingeLoss",
     "PairwiseLogisticLoss",
@@ -73,6 +75,7 @@ __all__ = [
     "margin_ranking_loss",
     "mrr",
     "ndcg",
+    "neural_sort_ndcg_loss",
     "pairwise_exponential_loss",
     "pairwise_hinge_loss",
     "pairwise_logistic_loss",

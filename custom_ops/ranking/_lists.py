@@ -32,8 +32,6 @@ from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Sample
 
-REDUCTIONS = ("none", "mean", "sum")
-
 
 def empty_loss(scores: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What the fake kernel of a list loss returns."""
@@ -100,6 +98,77 @@ class ListDot(Function, op=list_dot):
         parts = [] if x_t is None else [list_dot(x_t, y, *where)]
         parts += [] if y_t is None else [list_dot(x, y_t, *where)]
         return sum(parts[1:], parts[0])
+
+
+# ---------------------------------------------------------------- the sum or mean over lists, and the adjoint
+
+
+@define
+def list_total(loss: Tensor, active: Tensor, mean: bool, batch_dims: int) -> Tensor:
+    """The sum of each example's losses, over the number of the active ones if ``mean``; of none it is 0."""
+    return loss.new_empty(loss.shape[:batch_dims])
+
+
+@define
+def list_share(grad: Tensor, active: Tensor, mean: bool) -> Tensor:
+    """The adjoint of `list_total`: the gradient [...] of an example for each of its lists, or its share of it."""
+    return grad.new_empty(active.shape)
+
+
+class ListTotal(Function, op=list_total):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, active, ctx.mean, ctx.batch_dims = inputs
+        ctx.save_for_backward(active)
+        ctx.save_for_forward(active)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return list_share(grad, ctx.saved_tensors[0], ctx.mean), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        total: Tensor = list_total(tangent, ctx.saved_tensors[0], ctx.mean, ctx.batch_dims)
+        return total
+
+
+class ListShare(Function, op=list_share):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, active, ctx.mean = inputs
+        ctx.batch_dims = grad.dim()
+        ctx.save_for_backward(active)
+        ctx.save_for_forward(active)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return list_total(grad, ctx.saved_tensors[0], ctx.mean, ctx.batch_dims), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        share: Tensor = list_share(tangent, ctx.saved_tensors[0], ctx.mean)
+        return share
+
+
+@library.vmap(list_total)
+def _(info: Any, in_dims: Any, loss: Tensor, active: Tensor, mean: bool, batch_dims: int) -> Any:
+    loss, active = (library.to_front(x, dim, info.batch_size) for x, dim in zip((loss, active), in_dims))
+    return list_total(loss, active, mean, batch_dims + 1), 0
+
+
+@library.vmap(list_share)
+def _(info: Any, in_dims: Any, grad: Tensor, active: Tensor, mean: bool) -> Any:
+    grad, active = (library.to_front(x, dim, info.batch_size) for x, dim in zip((grad, active), in_dims))
+    return list_share(grad, active, mean), 0
+
+
+for _op in (list_total, list_share):
+
+    @library.sharding(_op)
+    def _(*args: Any) -> Any:
+        from torch.distributed.tensor import Replicate
+
+        return [([Replicate()], [Replicate() if hasattr(arg, "placements") else None for arg in args])]
 
 
 # ---------------------------------------------------------------- derivatives of a list loss
@@ -230,21 +299,18 @@ def list_loss(
     reduction: str,
 ) -> Tensor:
     """Check what all list losses take, call ``op`` on it and reduce over the lists."""
-    _check(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    valid = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    valid = mask
-    if lengths is not None:
-        begun = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
-        valid = begun if mask is None else mask & begun
     offsets = None if cu_lengths is None else cu_lengths.to(torch.int64)
     loss, _, active = op(scores.to(wide), labels.to(wide), valid, offsets, *params)
-    if offsets is None:
+    if offsets is None and (weights is not None or reduction == "none"):
         loss, active = loss.squeeze(-1), active.squeeze(-1)
-    loss = _reduce(loss, active, weights, reduction)
-    return loss if torch.is_autocast_enabled(scores.device.type) else loss.to(scores.dtype)
+    loss = reduce(loss, active, weights, reduction)
+    stays = wide == scores.dtype or torch.is_autocast_enabled(scores.device.type)
+    return loss if stays else loss.to(scores.dtype)
 
 
-def _check(
+def checked(
     scores: Tensor,
     labels: Tensor,
     mask: Tensor | None,
@@ -252,7 +318,8 @@ def _check(
     cu_lengths: Tensor | None,
     weights: Tensor | None,
     reduction: str,
-) -> None:
+) -> Tensor | None:
+    """What `valid_items` gives, once all arguments are checked."""
     _checks.has_dtype("scores", scores, _checks.FLOATING)
     if scores.dim() == 0:
         raise ValueError("scores: expected [..., n], got a single number")
@@ -261,37 +328,52 @@ def _check(
         raise TypeError(f"labels: expected real numbers, got {str(labels.dtype).removeprefix('torch.')}")
     if labels.requires_grad:
         raise ValueError("labels: expected a tensor without gradient, as the loss has none in the labels; detach it")
-    if lengths is not None and cu_lengths is not None:
-        raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
-    if mask is not None:
-        _checks.has_dtype("mask", mask, (torch.bool,))
-    if lengths is not None:
-        _checks.has_dtype("lengths", lengths, _checks.INDEX)
+    _has_shape("labels", labels, scores, scores.shape)
     per_list = scores.shape[:-1]
     if cu_lengths is not None:
+        if lengths is not None:
+            raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
         _checks.has_dtype("cu_lengths", cu_lengths, _checks.INDEX)
         _checks.has_dims("cu_lengths", cu_lengths, "[L + 1]")
         if cu_lengths.shape[0] == 0:
             raise ValueError("cu_lengths: expected at least one element, got none")
+        _checks.same_device(scores=scores, cu_lengths=cu_lengths)
         per_list = torch.Size((*per_list, cu_lengths.shape[0] - 1))
     if weights is not None:
         _checks.has_dtype("weights", weights, _checks.FLOATING)
-    expected = [
-        ("labels", labels, scores.shape),
-        ("mask", mask, scores.shape),
-        ("lengths", lengths, scores.shape[:-1]),
-        ("weights", weights, per_list),
-    ]
-    for name, tensor, shape in expected:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    others = {"labels": labels, "mask": mask, "lengths": lengths, "cu_lengths": cu_lengths, "weights": weights}
-    _checks.same_device(scores=scores, **{name: t for name, t in others.items() if t is not None})
-    _checks.is_one_of("reduction", reduction, REDUCTIONS)
+        _has_shape("weights", weights, scores, per_list)
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    return valid_items("scores", scores, mask, lengths)
 
 
-def _reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """Which items of ``x``, called ``name``, are valid, once both arguments are checked; None if all are."""
+    if mask is not None:
+        _checks.has_dtype("mask", mask, (torch.bool,))
+        _has_shape("mask", mask, x, x.shape, name)
+    if lengths is None:
+        return mask
+    _checks.has_dtype("lengths", lengths, _checks.INDEX)
+    _has_shape("lengths", lengths, x, x.shape[:-1], name)
+    begun = torch.arange(x.shape[-1], device=x.device) < lengths.unsqueeze(-1)
+    return begun if mask is None else mask & begun
+
+
+def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, called: str = "scores") -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    _checks.same_device(**{called: beside, name: tensor})
+
+
+def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """The mean is over the lists that contribute; of none it is 0."""
+    if weights is not None or reduction == "none":
+        return _reduce_by_torch(loss, active, weights, reduction)
+    total: Tensor = list_total(loss, active, reduction == "mean", 0)
+    return total
+
+
+def _reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     if weights is not None:
         weights = weights.to(loss.dtype)
         loss = loss * weights
@@ -312,7 +394,7 @@ class ListLossModule(torch.nn.Module):
 
     def __init__(self, reduction: str = "mean", **own: Any) -> None:
         super().__init__()
-        _checks.is_one_of("reduction", reduction, REDUCTIONS)
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
         self.reduction, self.own = reduction, own
 
     def forward(
@@ -382,7 +464,7 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
         shape = batch if cu_lengths is None else (*batch, len(bounds) - 1)
         loss = torch.stack(losses, -1).reshape(shape) + connected if losses else connected.expand(shape)
         active = torch.stack(actives, -1).reshape(shape) if actives else torch.zeros(shape, dtype=torch.bool)
-        return _reduce(loss, active, weights, reduction)
+        return _reduce_by_torch(loss, active, weights, reduction)
 
     return reference
 

@@ -76,10 +76,7 @@ def _check(
     weighting: str, k: int | None, topk_mode: str, gain: str, sigma: float, mu: float, log_base: float, normalize: bool
 ) -> None:
     _checks.is_one_of("weighting", weighting, WEIGHTINGS)
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
-        raise TypeError(f"k: expected an integer or None, got {type(k).__name__}")
-    if k is not None and k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    _checks.is_limit("k", k)
     _checks.is_one_of("topk_mode", topk_mode, _TOPK_MODES)
     _checks.is_one_of("gain", gain, _GAINS)
     for name, value, least in (("sigma", sigma, 0), ("mu", mu, -math.inf), ("log_base", log_base, 1)):

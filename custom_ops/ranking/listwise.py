@@ -163,8 +163,8 @@ def list_net_loss(
         >>> scores = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
         >>> loss = custom_ops.list_net_loss(scores, torch.tensor([0, 2, 1]))
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(1.4614, grad_fn=<ToCopyBackward0>), tensor([ 0.4861, -0.4533, -0.0328]))
+        >>> loss.detach(), scores.grad
+        (tensor(1.4614), tensor([ 0.4861, -0.4533, -0.0328]))
     """
     return list_loss(list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction)
 
@@ -192,8 +192,8 @@ def softmax_loss(
         >>> scores = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
         >>> loss = custom_ops.softmax_loss(scores, torch.tensor([0, 1, 0]))
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(1.5514, grad_fn=<ToCopyBackward0>), tensor([ 0.5761, -0.7881,  0.2119]))
+        >>> loss.detach(), scores.grad
+        (tensor(1.5514), tensor([ 0.5761, -0.7881,  0.2119]))
     """
     return list_loss(list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction)
 
@@ -240,13 +240,10 @@ def list_mle_loss(
         >>> scores = torch.tensor([50.0, 0.0, 1.0], requires_grad=True)
         >>> loss = custom_ops.list_mle_loss(scores, torch.tensor([2, 1, 0]))
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(1.3133, grad_fn=<ToCopyBackward0>), tensor([-7.1716e-22, -7.3106e-01,  7.3106e-01]))
+        >>> loss.detach(), scores.grad
+        (tensor(1.3133), tensor([-7.1716e-22, -7.3106e-01,  7.3106e-01]))
     """
-    if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k: expected an integer or None, got {type(k).__name__}")
-        _checks.is_positive("k", k)
+    _checks.is_limit("k", k)
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
     params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
@@ -280,8 +277,8 @@ def unique_softmax_loss(
         >>> scores = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
         >>> loss = custom_ops.unique_softmax_loss(scores, torch.tensor([0, 2, 1]))
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(1.9892, grad_fn=<ToCopyBackward0>), tensor([ 0.8198, -0.7881, -0.0317]))
+        >>> loss.detach(), scores.grad
+        (tensor(1.9892), tensor([ 0.8198, -0.7881, -0.0317]))
     """
     _checks.is_one_of("gain", gain, _GAINS)
     params = (gain == "exponential",)
@@ -314,8 +311,8 @@ def cosent_loss(
         >>> scores = torch.tensor([0.3, 0.1, 0.25], requires_grad=True)
         >>> loss = custom_ops.cosent_loss(scores, torch.tensor([0.1, 0.9, 0.5]), scale=5.0)
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(1.9628, grad_fn=<ToCopyBackward0>), tensor([ 2.8109, -3.3959,  0.5850]))
+        >>> loss.detach(), scores.grad
+        (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
     _checks.is_positive("scale", scale)
     return list_loss(cosent, scores, labels, (float(scale),), mask, lengths, cu_lengths, weights, reduction)
@@ -501,7 +498,7 @@ _register(
     {"position_weights": "exponential", "ties": "score"},
     bad=(
         ("k: expected an integer or None, got float", 1.0),
-        ("k: expected a positive number, got 0", 0),
+        ("k: expected at least 1, got 0", 0),
         ("position_weights: expected one of 'uniform', 'exponential', 'discount', got 'x'", "x"),
         ("ties: expected one of 'index', 'score', 'breslow', got 'x'", "x"),
     ),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
+from custom_ops.ranking._lists import checked
 
 __all__ = ["average_precision", "mrr", "ndcg"]
 
@@ -30,13 +31,18 @@ class _Ranked:
         k: int | None,
         mask: Tensor | None,
         lengths: Tensor | None,
+        cu_lengths: Tensor | None,
         ties: str,
         choices: tuple[str, ...],
         reduction: str,
     ) -> None:
-        valid = _checked(scores, labels, k, mask, lengths)
+        _checks.is_limit("k", k)
+        _checks.is_tensor("labels", labels)
+        valid = checked(scores, labels.detach(), mask, lengths, cu_lengths, None, reduction)
         _checks.is_one_of("ties", ties, choices)
-        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+        valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        if cu_lengths is not None:
+            scores, labels, valid = _by_list(scores, labels, valid, cu_lengths)
         n = scores.shape[-1]
         self.reduction, self.dtype = reduction, torch.promote_types(scores.dtype, torch.float32)
         scores, labels = scores.detach().double(), labels.detach().double()
@@ -77,38 +83,14 @@ class _Ranked:
         return metric.to(self.dtype)
 
 
-def _checked(scores: Tensor, labels: Tensor, k: int | None, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """Which items are valid."""
-    _checks.has_dtype("scores", scores, _checks.FLOATING)
-    if scores.dim() == 0:
-        raise ValueError("scores: expected [..., n], got a single number")
-    _checks.is_tensor("labels", labels)
-    if labels.is_complex():
-        raise TypeError(f"labels: expected real numbers, got {str(labels.dtype).removeprefix('torch.')}")
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-        raise ValueError(f"k: expected a whole number of at least 1, or None, got {k!r}")
-    if labels.shape != scores.shape:
-        raise ValueError(f"labels: expected shape {list(scores.shape)}, got {list(labels.shape)}")
-    _checks.same_device(scores=scores, labels=labels)
-    valid = valid_items("scores", scores, mask, lengths)
-    return torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-
-
-def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Which items of ``x``, called ``name``, are valid; None if all are."""
-    for option, tensor, dtypes, shape in (
-        ("mask", mask, (torch.bool,), x.shape),
-        ("lengths", lengths, _checks.INDEX, x.shape[:-1]),
-    ):
-        if tensor is not None:
-            _checks.has_dtype(option, tensor, dtypes)
-            if tensor.shape != shape:
-                raise ValueError(f"{option}: expected shape {list(shape)}, got {list(tensor.shape)}")
-            _checks.same_device(**{name: x, option: tensor})
-    if lengths is None:
-        return mask
-    begun = torch.arange(x.shape[-1], device=x.device) < lengths.unsqueeze(-1)
-    return begun if mask is None else mask & begun
+def _by_list(scores: Tensor, labels: Tensor, valid: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The items [..., T] of lists between bounds [L + 1] as [..., L, n] of the longest list."""
+    lengths, total = bounds.diff(), scores.shape[-1]
+    if bool((lengths < 0).any()) or int(bounds[0]) < 0 or int(bounds[-1]) > total:
+        raise ValueError(f"cu_lengths: expected non-decreasing values from 0 to {total}, got {bounds.tolist()}")
+    place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=scores.device)
+    at = (bounds[:-1, None] + place).clamp_max(max(total - 1, 0))
+    return scores[..., at], labels[..., at], valid[..., at] & (place < lengths[:, None])
 
 
 def ndcg(
@@ -118,6 +100,7 @@ def ndcg(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
     gain: str = "exponential",
     ties: str = "average",
     reduction: str = "mean",
@@ -133,17 +116,21 @@ def ndcg(
         k: only the first k ranks count; None for all.
         mask: [..., n], True for valid items: others are never read.
         lengths: [...], how many items of each list are valid, from the first on.
+        cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
+            the last dimension. Memory is then that of the lists padded to the longest.
         gain: "exponential", 2^label - 1 (for labels of any size), or "linear", the label.
         ties: "average" over the orders of items tied in score, or "index", in the order they came in.
         reduction: "mean" over the lists that have a gain (0 if none does), "sum", or "none" for one number for
             each list, 0 where it has no gain.
 
     Returns:
-        A scalar or [...]; float64 for float64 scores, else float32. NaN for a list with a NaN score.
+        A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
+        NaN score.
 
     Raises:
-        TypeError: no tensor, a wrong dtype.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, an unknown option.
+        TypeError: no tensor, a wrong dtype, ``k`` no integer.
+        ValueError: shapes that don't match, several devices, ``k`` less than 1, ``cu_lengths`` out of order or range
+            or with ``lengths``, an unknown option.
 
     O(n log n) time, O(n) memory.
 
@@ -155,7 +142,7 @@ def ndcg(
         tensor(0.1738)
     """
     _checks.is_one_of("gain", gain, ("exponential", "linear"))
-    ranked = _Ranked(scores, labels, k, mask, lengths, ties, ("average", "index"), reduction)
+    ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, ("average", "index"), reduction)
     if ranked.place.shape[-1] == 0:
         return ranked.reduce(*_nothing(ranked))
     discount = 1 / (ranked.place.double() + 2).log2()
@@ -180,6 +167,7 @@ def mrr(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
     ties: str = "average",
     reduction: str = "mean",
 ) -> Tensor:
@@ -194,17 +182,21 @@ def mrr(
         k: 0 for a list whose first relevant item has a rank beyond k; None for no such limit.
         mask: [..., n], True for valid items: others are never read.
         lengths: [...], how many items of each list are valid, from the first on.
+        cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
+            the last dimension. Memory is then that of the lists padded to the longest.
         ties: "average" over the orders of items tied in score; "index", in the order they came in; or
             "together", each at the last rank of the tied.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
             number for each list, 0 where it has none.
 
     Returns:
-        A scalar or [...]; float64 for float64 scores, else float32. NaN for a list with a NaN score.
+        A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
+        NaN score.
 
     Raises:
-        TypeError: no tensor, a wrong dtype.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, an unknown option.
+        TypeError: no tensor, a wrong dtype, ``k`` no integer.
+        ValueError: shapes that don't match, several devices, ``k`` less than 1, ``cu_lengths`` out of order or range
+            or with ``lengths``, an unknown option.
 
     O(n log n) time, O(n) memory.
 
@@ -215,7 +207,7 @@ def mrr(
         >>> custom_ops.mrr(torch.tensor([[0.1, 0.3, 0.2], [1.0, 1.0, 0.0]]), torch.tensor([[0, 0, 1], [1, 0, 0]]))
         tensor(0.6250)
     """
-    ranked = _Ranked(scores, labels, k, mask, lengths, ties, _ALL_TIES, reduction)
+    ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, _ALL_TIES, reduction)
     relevant = (ranked.labels > 0).double()
     counts = relevant.sum(-1) > 0
     if ranked.place.shape[-1] == 0:
@@ -241,6 +233,7 @@ def average_precision(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
     ties: str = "average",
     reduction: str = "mean",
 ) -> Tensor:
@@ -255,17 +248,21 @@ def average_precision(
             is less, so that a perfect order has 1; None for all.
         mask: [..., n], True for valid items: others are never read.
         lengths: [...], how many items of each list are valid, from the first on.
+        cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
+            the last dimension. Memory is then that of the lists padded to the longest.
         ties: "average" over the orders of items tied in score; "index", in the order they came in; or
             "together", each at the last rank of the tied.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
             number for each list, 0 where it has none.
 
     Returns:
-        A scalar or [...]; float64 for float64 scores, else float32. NaN for a list with a NaN score.
+        A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
+        NaN score.
 
     Raises:
-        TypeError: no tensor, a wrong dtype.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, an unknown option.
+        TypeError: no tensor, a wrong dtype, ``k`` no integer.
+        ValueError: shapes that don't match, several devices, ``k`` less than 1, ``cu_lengths`` out of order or range
+            or with ``lengths``, an unknown option.
 
     O(n log n) time, O(n) memory.
 
@@ -277,7 +274,7 @@ def average_precision(
         >>> custom_ops.average_precision(torch.tensor([0.9, 0.3, 0.2]), torch.tensor([1, 0, 1]))
         tensor(0.8333)
     """
-    ranked = _Ranked(scores, labels, k, mask, lengths, ties, _ALL_TIES, reduction)
+    ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, _ALL_TIES, reduction)
     relevant = (ranked.labels > 0).double()
     hits = ranked.over_group(relevant)
     before = ranked.before(relevant, ranked.start)

@@ -111,8 +111,8 @@ def approx_ndcg_loss(
         >>> scores = torch.tensor([0.3, 0.1, 0.2], requires_grad=True)
         >>> loss = custom_ops.approx_ndcg_loss(scores, torch.tensor([0, 2, 1]))
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(0.3803, grad_fn=<ToCopyBackward0>), tensor([ 0.2046, -0.1863, -0.0183]))
+        >>> loss.detach(), scores.grad
+        (tensor(0.3803), tensor([ 0.2046, -0.1863, -0.0183]))
     """
     _checks.is_one_of("gain", gain, _NDCG)
     return _smooth_rank(scores, labels, temperature, _NDCG[gain], mask, lengths, cu_lengths, weights, reduction)
@@ -141,8 +141,8 @@ def approx_mrr_loss(
         >>> scores = torch.tensor([0.3, 0.1, 0.2], requires_grad=True)
         >>> loss = custom_ops.approx_mrr_loss(scores, torch.tensor([0, 1, 0]))
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(0.6171, grad_fn=<ToCopyBackward0>), tensor([ 0.1539, -0.4421,  0.2882]))
+        >>> loss.detach(), scores.grad
+        (tensor(0.6171), tensor([ 0.1539, -0.4421,  0.2882]))
     """
     return _smooth_rank(scores, labels, temperature, _MRR, mask, lengths, cu_lengths, weights, reduction)
 
@@ -172,8 +172,8 @@ def smooth_ap_loss(
         >>> scores = torch.tensor([0.3, 0.1, 0.2], requires_grad=True)
         >>> loss = custom_ops.smooth_ap_loss(scores, torch.tensor([0, 1, 1]), temperature=0.1)
         >>> loss.backward()
-        >>> loss, scores.grad
-        (tensor(0.3514, grad_fn=<ToCopyBackward0>), tensor([ 0.4451, -0.1860, -0.2591]))
+        >>> loss.detach(), scores.grad
+        (tensor(0.3514), tensor([ 0.4451, -0.1860, -0.2591]))
     """
     return _smooth_rank(scores, labels, temperature, _AVERAGE_PRECISION, mask, lengths, cu_lengths, weights, reduction)
 

@@ -11,7 +11,7 @@ from custom_ops import _checks
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
-from custom_ops.ranking.metrics import valid_items
+from custom_ops.ranking._lists import valid_items
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["SpearmanLoss", "soft_rank", "soft_sort", "spearman_loss"]
@@ -288,9 +288,8 @@ def spearman_loss(
         >>> custom_ops.spearman_loss(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1, 3, 2]))
         tensor(0.5000)
     """
-    _lists._check(scores, labels, mask, lengths, None, None, reduction)
+    valid = _lists.checked(scores, labels, mask, lengths, None, None, reduction)
     _check_regularization(regularization, regularization_strength)
-    valid = valid_items("scores", scores, mask, lengths)
     arguments = (valid, float(regularization_strength), regularization == "kl", False)
     wanted = _ranks(labels.detach(), valid)
     ranks = isotonic(_wide(scores), *arguments)[0].double()
@@ -301,7 +300,7 @@ def spearman_loss(
     defined = active & ~_tied(spread, count if valid is None else count.squeeze(-1))
     scale = spread * (theirs * theirs).sum(-1)
     correlation = torch.where(defined, (ours * theirs).sum(-1) * torch.where(defined, scale, 1).rsqrt(), 0)
-    loss = _lists._reduce(torch.where(active, 1 - correlation, 0), active, None, reduction)
+    loss = _lists.reduce(torch.where(active, 1 - correlation, 0), active, None, reduction)
     return loss.float() if torch.is_autocast_enabled(scores.device.type) else loss.to(scores.dtype)
 
 

@@ -1,0 +1,230 @@
+// NDCG of a list sorted softly by NeuralSort: row i of the relaxed permutation is the softmax over j of
+// z_ij = a_i x_j - b_j, with a_i = n + 1 - 2 i (i from 1), x the scores over the temperature and b_j the sum of
+// |x_j - x_k| over k. Along the items by descending score z_ij rises up to j = i and falls from there on, so that
+// a row is summed over the items around its own whose term isn't 0: one row at a time, in O(n) memory.
+#include "elementary.h"
+#include "lists.h"
+
+#include <cmath>
+#include <limits>
+
+namespace custom_ops {
+namespace {
+
+constexpr int64_t kPartRows = 4096;  // rows that one thread takes at least,
+constexpr int64_t kParts = 8;        // and into how many parts a list is cut at most, each with sums of its own
+
+template <class A>
+constexpr double kVanishes = std::is_same_v<A, double> ? -745.0 : -86.0;  // the exponential is 0 below
+
+// The items of a list by descending score, in double.
+struct Sorted {
+  int64_t n;
+  const int32_t* order;
+  int64_t *start, *end;  // of the items with the same score as this one
+  double* lead;          // by how many more items each one is above than below
+  double *x, *b;
+
+  template <class A>
+  Sorted(const List<A>& list, double temperature) : n(list.n) {
+    Scratch& scratch = list.scratch;
+    order = order_descending(list.s, n, scratch);
+    const double middle = (static_cast<double>(list.s[order[0]]) + static_cast<double>(list.s[order[n - 1]])) / 2;
+    start = scratch.get<int64_t>(n);
+    end = scratch.get<int64_t>(n);
+    lead = scratch.get<double>(n);
+    x = scratch.get<double>(n);
+    b = scratch.get<double>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = (static_cast<double>(list.s[order[i]]) - middle) / temperature;
+      start[i] = i && x[i] == x[i - 1] ? start[i - 1] : i;
+    }
+    for (int64_t i = n - 1; i >= 0; --i) end[i] = i + 1 < n && x[i] == x[i + 1] ? end[i + 1] : i + 1;
+    for (int64_t i = 0; i < n; ++i) lead[i] = static_cast<double>(n - end[i] - start[i]);
+    opposed(x, b, scratch);
+    for (int64_t i = 0; i < n; ++i) b[i] = lead[i] * x[i] - b[i];
+  }
+
+  // Of each item: the sum of t over the items below it, less that over those above.
+  void opposed(const double* t, double* out, Scratch& scratch) const {
+    double* before = scratch.get<double>(n + 1);
+    before[0] = 0;
+    for (int64_t i = 0; i < n; ++i) before[i + 1] = before[i] + t[i];
+    for (int64_t i = 0; i < n; ++i) out[i] = before[n] - before[end[i]] - before[start[i]];
+  }
+
+  double slope_of_row(int64_t i) const { return static_cast<double>(n - 1 - 2 * i); }
+  // z_ij less the greatest of its row, which is z_ii.
+  ALWAYS_INLINE double logit(int64_t i, int64_t j) const { return slope_of_row(i) * (x[j] - x[i]) - (b[j] - b[i]); }
+
+  // From and to which item the terms of row i don't vanish.
+  template <class A>
+  void reach(int64_t i, int64_t& begin, int64_t& stop) const {
+    int64_t low = 0, high = i;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (logit(i, middle) < kVanishes<A>) low = middle + 1;
+      else high = middle;
+    }
+    begin = low;
+    low = i + 1, high = n;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (logit(i, middle) < kVanishes<A>) high = middle;
+      else low = middle + 1;
+    }
+    stop = low;
+  }
+};
+
+// What the rows of one part add up to: the metric, and of each column the sum of its w_ij, and of w_ij times what
+// the column's lead is above the row's slope; w_ij is minus the derivative of the loss in z_ij, or its tangent.
+struct Totals {
+  double found = 0;
+  double *own, *ahead;
+};
+
+template <class A>
+struct NeuralSortRows {
+  const Sorted& items;
+  const double* discount;
+  const A* gain;
+  const double* u;  // the tangent of x, or null if the slope is wanted,
+  const double* q;  // and of each item the part of its logits' tangent that isn't u's
+
+  void run(int64_t begin, int64_t end, Totals& totals, Scratch& scratch) const {
+    A* e = scratch.get<A>(items.n);
+    A* t = scratch.get<A>(items.n);
+    for (int64_t i = begin; i < end; ++i)
+      multiversion([&]() ALWAYS_INLINE {
+        if (u) row<true>(i, totals, e, t);
+        else row<false>(i, totals, e, t);
+      });
+  }
+
+ private:
+  template <bool kTangent>
+  ALWAYS_INLINE inline void row(int64_t i, Totals& totals, A* __restrict e, A* __restrict t) const {
+    int64_t begin, stop;
+    items.reach<A>(i, begin, stop);
+    const int64_t m = stop - begin;
+    const double *x = items.x + begin, *b = items.b + begin, *lead = items.lead + begin;
+    const double slope = items.slope_of_row(i), own_x = items.x[i], own_b = items.b[i];
+    const A* __restrict g = gain + begin;
+    for (int64_t j = 0; j < m; ++j) t[j] = static_cast<A>(slope * (x[j] - own_x) - (b[j] - own_b));
+    for (int64_t j = 0; j < m; ++j) e[j] = exp_nonpositive(t[j]);
+    const double sum = sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j]; });
+    const double found = sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j] * g[j]; }) / sum;
+    totals.found += discount[i] * found;
+    const A share = static_cast<A>(discount[i] / sum), mean = static_cast<A>(found);
+    if constexpr (kTangent) {
+      const double own = (slope - items.lead[i]) * u[i] + q[i];  // less this the tangents are near 0
+      for (int64_t j = 0; j < m; ++j) t[j] = static_cast<A>((slope - lead[j]) * u[begin + j] + (q[begin + j] - own));
+      const double moved = sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j] * t[j]; }) / sum;
+      const A centre = static_cast<A>(moved);
+      const A of_found = static_cast<A>(
+          sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j] * (t[j] - centre) * (g[j] - mean); }) / sum);
+      for (int64_t j = 0; j < m; ++j) e[j] *= share * ((t[j] - centre) * (g[j] - mean) - of_found);
+    } else {
+      for (int64_t j = 0; j < m; ++j) e[j] *= share * (g[j] - mean);
+    }
+    double* __restrict of_own = totals.own + begin;
+    double* __restrict of_ahead = totals.ahead + begin;
+    const double rounded = sum_of<double>(m, [&](int64_t j) ALWAYS_INLINE {
+      const double w = static_cast<double>(e[j]);
+      of_own[j] += w;
+      of_ahead[j] += w * (lead[j] - slope);
+      return w;
+    });
+    of_own[i - begin] -= rounded;  // a row adds up to 0: otherwise the items far from it would get the difference
+    of_ahead[i - begin] -= rounded * (items.lead[i] - slope);
+  }
+};
+
+struct NeuralSort {
+  double temperature;
+  int64_t k;
+  bool exponential;
+
+  // Over that of the highest label, so that 2^label can't overflow.
+  double gain(double label, double highest) const {
+    if (!(label > 0)) return 0;
+    return exponential ? std::exp2(label - highest) - std::exp2(-highest) : label;
+  }
+
+  template <class A>
+  void operator()(List<A>& list) const {
+    Scratch& scratch = list.scratch;
+    const int64_t n = list.n, rows = std::min(k, n);
+    const int32_t* ideal = order_descending(list.y, n, scratch);
+    const double highest = static_cast<double>(list.y[ideal[0]]);
+    list.active = highest > 0 && list.y[ideal[0]] != list.y[ideal[n - 1]];
+    if (!list.active) return std::fill(list.slope, list.slope + n, A(0));
+    if (!std::all_of(list.s, list.s + n, [](A s) { return std::isfinite(s); })) {
+      list.loss = std::numeric_limits<A>::quiet_NaN();
+      return std::fill(list.slope, list.slope + n, list.loss);
+    }
+    double* discount = scratch.get<double>(rows);
+    double best = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      discount[i] = std::log(2.0) / std::log(static_cast<double>(i + 2));
+      best += discount[i] * gain(static_cast<double>(list.y[ideal[i]]), highest);
+    }
+    const Sorted items(list, temperature);
+    A* gains = scratch.get<A>(n);
+    for (int64_t i = 0; i < n; ++i)
+      gains[i] = static_cast<A>(gain(static_cast<double>(list.y[items.order[i]]), highest) / best);
+    double *u = nullptr, *q = nullptr;
+    if (list.v) {
+      u = scratch.get<double>(n);
+      q = scratch.get<double>(n);
+      for (int64_t i = 0; i < n; ++i) u[i] = static_cast<double>(list.v[items.order[i]]) / temperature;
+      items.opposed(u, q, scratch);
+    }
+
+    const NeuralSortRows<A> kernel{items, discount, gains, u, q};
+    Totals totals[kParts];
+    const int64_t parts = std::clamp<int64_t>(rows / kPartRows, 1, kParts);
+    for (int64_t p = 0; p < parts; ++p) {
+      totals[p].own = scratch.get<double>(2 * n);
+      totals[p].ahead = totals[p].own + n;
+      std::fill(totals[p].own, totals[p].own + 2 * n, 0.0);
+    }
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      Scratch own;
+      for (int64_t p = first; p < last; ++p) {
+        own.reset();
+        kernel.run(rows * p / parts, rows * (p + 1) / parts, totals[p], own);
+      }
+    });
+    for (int64_t p = 1; p < parts; ++p) {
+      totals[0].found += totals[p].found;
+      for (int64_t i = 0; i < 2 * n; ++i) totals[0].own[i] += totals[p].own[i];
+    }
+
+    double* others = scratch.get<double>(n);  // through the distances of the others from this item
+    items.opposed(totals[0].own, others, scratch);
+    for (int64_t i = 0; i < n; ++i)
+      list.slope[items.order[i]] = static_cast<A>((totals[0].ahead[i] + others[i]) / temperature);
+    list.loss = static_cast<A>(1 - totals[0].found);
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> neural_sort(const Tensor& scores, const Tensor& labels,
+                                               const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
+                                               double temperature, int64_t k, bool exponential) {
+  return list_loss(scores, labels, valid, offsets, NeuralSort{temperature, k, exponential});
+}
+
+Tensor neural_sort_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                         const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, double temperature,
+                         int64_t k, bool exponential) {
+  return list_slope(scores, labels, valid, offsets, v, NeuralSort{temperature, k, exponential});
+}
+
+}  // namespace custom_ops
+
+CUSTOM_OPS_CPU_KERNEL(neural_sort)
+CUSTOM_OPS_CPU_KERNEL(neural_sort_slope)

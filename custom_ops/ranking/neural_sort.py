@@ -1,0 +1,204 @@
+"""NeuralNDCG: the NDCG of a list that is sorted softly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks
+from custom_ops._native import define
+from custom_ops.ranking._lists import (
+    ListLossModule,
+    attach,
+    empty_loss,
+    list_bad_calls,
+    list_loss,
+    list_samples,
+    reference_of,
+)
+from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
+from custom_ops.registry import BadCall, Benchmark, OpInfo, register
+
+__all__ = ["NeuralSortNDCGLoss", "neural_sort_ndcg_loss"]
+
+_GAINS = ("exponential", "linear")
+_NO_LIMIT = 2**31 - 1
+
+
+@define
+def neural_sort(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    temperature: float,
+    k: int,
+    exponential: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """1 less the NDCG of each list, with the gain at each rank a mean by a row of NeuralSort's matrix."""
+    return empty_loss(scores, offsets)
+
+
+@define
+def neural_sort_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    temperature: float,
+    k: int,
+    exponential: bool,
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+attach(neural_sort, neural_sort_slope)
+
+
+def _check(k: int | None, temperature: float, gain: str) -> None:
+    _checks.is_limit("k", k)
+    _checks.is_positive("temperature", temperature)
+    _checks.is_one_of("gain", gain, _GAINS)
+
+
+def neural_sort_ndcg_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    k: int | None = None,
+    temperature: float = 1.0,
+    gain: str = "exponential",
+) -> Tensor:
+    """NeuralNDCG: 1 - NDCG@k of the list sorted softly by NeuralSort.
+
+    ``1 - sum_{i <= k} g_i / log2(1 + i) / ideal`` with the gain at rank i ``g_i = sum_j P_ij G_j``, gains
+    ``G = 2^y - 1`` or ``y``, the rows ``P_i = softmax_j(((n + 1 - 2 i) s_j - sum_k |s_j - s_k|) / temperature)``
+    of a relaxed permutation matrix, and the ideal DCG@k. A label below 0 has no gain.
+
+    This is the loss without Sinkhorn's scaling of the columns: each row is a distribution over the items, but the
+    gain of an item may be counted more or less than once. allRank scales the columns by default.
+
+    Differentiable twice and in forward mode; among tied scores the derivative of \\|s_j - s_k\\| is 0. 16-bit scores
+    are computed in float32.
+
+    Args:
+        scores: ``[..., n]``; float16, bfloat16, float32 or float64.
+        labels: graded relevance ``[..., n]``, real numbers.
+        mask: True where an item is valid; others are not read, and get a zero gradient.
+        lengths: ``[...]``: of each list the first so many items are valid.
+        cu_lengths: ``[L + 1]``: list l is the items from cu_lengths[l] to cu_lengths[l + 1].
+        weights: of each list.
+        reduction: "mean" over the lists that contribute, "sum" or "none".
+        k: only the first k ranks count; None for all.
+        temperature: in units of the scores: the smaller, the closer to sorting and the steeper.
+        gain: "exponential" or "linear".
+
+    Returns:
+        A scalar, or for "none" one loss for each list. A list without a relevant item, or whose labels are all
+        equal, doesn't contribute: its loss and gradient are 0. NaN if a valid score isn't finite.
+
+    Raises:
+        TypeError: no tensor, a wrong dtype, ``temperature`` no number, ``k`` no integer.
+        ValueError: shapes that don't match, several devices, labels that require a gradient,
+            ``temperature`` not positive, ``k`` less than 1, an unknown ``gain`` or ``reduction``.
+
+    O(n min(k, n)) time at most, O(n) memory. On the CPU a row is summed only where its terms don't vanish, in a
+    number of items that grows with the square root of n for scores spread alike.
+
+    Source: Pobrotyn, Białobrzeski, "NeuralNDCG: Direct Optimisation of a Ranking Metric via Differentiable Relaxation
+    of Sorting", 2021; Grover et al., "Stochastic Optimization of Sorting Networks via Continuous Relaxations",
+    ICLR 2019.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([0.3, 0.1, 0.2], requires_grad=True)
+        >>> loss = custom_ops.neural_sort_ndcg_loss(scores, torch.tensor([0, 2, 1]))
+        >>> loss.backward()
+        >>> loss.detach(), scores.grad
+        (tensor(0.2496), tensor([-0.1159, -0.4163,  0.5322]))
+    """
+    _check(k, temperature, gain)
+    params = (float(temperature), _NO_LIMIT if k is None else min(k, _NO_LIMIT), gain == "exponential")
+    return list_loss(neural_sort, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+
+
+class NeuralSortNDCGLoss(ListLossModule):
+    """`neural_sort_ndcg_loss` as a layer."""
+
+    function = staticmethod(neural_sort_ndcg_loss)
+
+    def __init__(
+        self, reduction: str = "mean", k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
+    ) -> None:
+        _check(k, temperature, gain)
+        super().__init__(reduction, k=k, temperature=temperature, gain=gain)
+
+
+# ---------------------------------------------------------------- reference
+
+
+def neural_sort_matrix(s: Tensor, temperature: float) -> Tensor:
+    """NeuralSort's relaxed permutation matrix of scores [..., n]: row i is the item of rank i."""
+    n = s.shape[-1]
+    distances = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
+    slopes = torch.arange(n - 1, -n, -2, device=s.device).to(s.dtype)
+    return ((slopes.unsqueeze(-1) * s.unsqueeze(-2) - distances.unsqueeze(-2)) / temperature).softmax(-1)
+
+
+def _neural_sort_ndcg_of_one_list(
+    s: Tensor, y: Tensor, k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
+) -> tuple[Tensor, Tensor]:
+    g = (2**y - 1 if gain == "exponential" else y).clamp_min(0)
+    discounts = 1 / (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
+    discounts = discounts * (torch.arange(len(y), device=y.device) < (k or len(y)))
+    ideal = (g.sort(descending=True).values * discounts).sum()
+    found = (neural_sort_matrix(s, temperature) @ g * discounts).sum()
+    return 1 - found / torch.where(ideal > 0, ideal, 1), (y > 0).any() & (y != y[0]).any()
+
+
+# ---------------------------------------------------------------- registry
+
+
+_options: dict[str, Any] = {"k": 2, "temperature": 0.5, "gain": "linear"}
+_x = torch.ones(2)
+register(
+    OpInfo(
+        name="neural_sort_ndcg_loss",
+        summary="NDCG of a list sorted softly by NeuralSort",
+        function=neural_sort_ndcg_loss,
+        reference=reference_of(_neural_sort_ndcg_of_one_list),
+        samples=lambda device, dtype: [*list_samples(device, dtype), *list_samples(device, dtype, **_options)[:2]],
+        modules=lambda: [
+            (NeuralSortNDCGLoss(), {}),
+            (NeuralSortNDCGLoss("sum", **_options), {"reduction": "sum", **_options}),
+        ],
+        bad_calls=lambda: [
+            *list_bad_calls(),
+            BadCall((_x, _x), "k: expected an integer or None, got float", {"k": 1.0}),
+            BadCall((_x, _x), "k: expected at least 1, got 0", {"k": 0}),
+            BadCall((_x, _x), "temperature: expected a number, got str", {"temperature": "1"}),
+            BadCall((_x, _x), "temperature: expected a positive number, got 0", {"temperature": 0}),
+            BadCall((_x, _x), "gain: expected one of 'exponential', 'linear', got 'log'", {"gain": "log"}),
+        ],
+        benchmarks=[
+            Benchmark(
+                sizes=SHAPES,
+                make=lists_of_five_levels,
+                peers={
+                    "plain PyTorch": "custom_ops.benchmarks.peers:neural_sort_ndcg_loss",
+                    "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_neural_sort_ndcg_loss",
+                    "allRank": "custom_ops.benchmarks.allrank_peers:neural_ndcg",
+                },
+                unit="scores, of five labels",
+            )
+        ],
+    )
+)

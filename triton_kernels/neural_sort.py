@@ -1,0 +1,318 @@
+"""NeuralNDCG: the rows of NeuralSort's matrix as softmaxes, and their sums by column, on lists by descending score."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.triton_kernels.common import kernel
+from custom_ops.triton_kernels.lists import WIDE, Lists, columns, load_list
+
+_ROWS, _COLUMNS = 32, 16
+_VARIANTS: dict[Any, dict[str, Any]] = {
+    (several, tangent): {"SEVERAL": several, "TANGENT": tangent, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+    for several in (False, True)
+    for tangent in (False, True)
+}
+
+
+@triton.jit
+def _places(ids_ptr, items, blocks, SEVERAL: tl.constexpr, ROWS: tl.constexpr):
+    """This program's places: the example's first one, the places in it, and their lists."""
+    program = tl.program_id(0).to(tl.int64)
+    place = program % blocks * ROWS + tl.arange(0, ROWS)
+    return program // blocks * items, place, load_list(ids_ptr, place, place < items, SEVERAL)
+
+
+@triton.jit
+def _terms(x, b, slope, other_x, other_b, like):
+    """exp(z_ij - z_ii) of rows [:, None] or [None, :]; the differences in double, the exponential not."""
+    return tl.exp((slope * (other_x - x) - (other_b - b)).to(like.dtype))
+
+
+@triton.jit
+def _tangents(slope, lead, u, q, other_lead, other_u, other_q, like):
+    """The tangent of z_ij - z_ii."""
+    return ((slope - other_lead) * other_u - (slope - lead) * u + (other_q - q)).to(like.dtype)
+
+
+@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *i32 *i64 i32 i32 i32", WIDE, _VARIANTS)
+@triton.jit(do_not_specialize=["items", "lists", "blocks"])
+def neural_sort_rows_kernel(
+    x_ptr,
+    b_ptr,
+    slope_ptr,
+    lead_ptr,
+    u_ptr,
+    q_ptr,
+    gain_ptr,
+    kept_ptr,
+    sum_ptr,
+    found_ptr,
+    moved_ptr,
+    of_found_ptr,
+    ids_ptr,
+    bounds_ptr,
+    items,
+    lists,
+    blocks,
+    SEVERAL: tl.constexpr,
+    TANGENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of each row: the sum of its terms, the mean gain, and with TANGENT the mean tangent and the mean gain's."""
+    base, row, ids = _places(ids_ptr, items, blocks, SEVERAL, ROWS)
+    kept = (ids >= 0) & (tl.load(kept_ptr + base + row, mask=ids >= 0, other=0) != 0)
+    x = tl.load(x_ptr + base + row, mask=kept, other=0)[:, None]
+    b = tl.load(b_ptr + base + row, mask=kept, other=0)[:, None]
+    slope = tl.load(slope_ptr + base + row, mask=kept, other=0)[:, None]
+    if TANGENT:
+        lead = tl.load(lead_ptr + base + row, mask=kept, other=0)[:, None]
+        u = tl.load(u_ptr + base + row, mask=kept, other=0)[:, None]
+        q = tl.load(q_ptr + base + row, mask=kept, other=0)[:, None]
+    total = tl.zeros([ROWS], gain_ptr.dtype.element_ty)
+    gained, moved, both = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
+    start, stop = columns(bounds_ptr, ids, items, lists, SEVERAL)
+    for first in range(start, stop, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        column_ids = load_list(ids_ptr, column, column < stop, SEVERAL)
+        exists = (column_ids >= 0) & (tl.load(kept_ptr + base + column, mask=column_ids >= 0, other=0) != 0)
+        gain = tl.load(gain_ptr + base + column, mask=exists, other=0)
+        other_x = tl.load(x_ptr + base + column, mask=exists, other=0)[None, :]
+        other_b = tl.load(b_ptr + base + column, mask=exists, other=0)[None, :]
+        pair = (ids[:, None] == column_ids[None, :]) & exists[None, :] & kept[:, None]
+        e = tl.where(pair, _terms(x, b, slope, other_x, other_b, gain), 0.0)
+        total += tl.sum(e, axis=1)
+        gained += tl.sum(e * gain[None, :], axis=1)
+        if TANGENT:
+            other_lead = tl.load(lead_ptr + base + column, mask=exists, other=0)[None, :]
+            other_u = tl.load(u_ptr + base + column, mask=exists, other=0)[None, :]
+            other_q = tl.load(q_ptr + base + column, mask=exists, other=0)[None, :]
+            e *= _tangents(slope, lead, u, q, other_lead, other_u, other_q, gain)
+            moved += tl.sum(e, axis=1)
+            both += tl.sum(e * gain[None, :], axis=1)
+    inverse = 1.0 / tl.where(kept, total, 1.0)
+    inside = row < items
+    tl.store(sum_ptr + base + row, total, mask=inside)
+    tl.store(found_ptr + base + row, gained * inverse, mask=inside)
+    if TANGENT:
+        moved *= inverse
+        tl.store(moved_ptr + base + row, moved, mask=inside)
+        tl.store(of_found_ptr + base + row, both * inverse - gained * inverse * moved, mask=inside)
+
+
+@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *fp64 *fp64 *i32 *i64 i32 i32 i32", WIDE, _VARIANTS)
+@triton.jit(do_not_specialize=["items", "lists", "blocks"])
+def neural_sort_columns_kernel(
+    x_ptr,
+    b_ptr,
+    slope_ptr,
+    lead_ptr,
+    u_ptr,
+    q_ptr,
+    gain_ptr,
+    kept_ptr,
+    share_ptr,
+    found_ptr,
+    moved_ptr,
+    of_found_ptr,
+    own_ptr,
+    ahead_ptr,
+    ids_ptr,
+    bounds_ptr,
+    items,
+    lists,
+    blocks,
+    SEVERAL: tl.constexpr,
+    TANGENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of each column j the sums of w_ij, and of w_ij times what j's lead is above row i's slope.
+
+    w_ij is minus the derivative of the loss in z_ij, with TANGENT its tangent. share: a row's discount over the sum
+    of its terms.
+    """
+    base, column, ids = _places(ids_ptr, items, blocks, SEVERAL, ROWS)
+    exists = (ids >= 0) & (tl.load(kept_ptr + base + column, mask=ids >= 0, other=0) != 0)
+    gain = tl.load(gain_ptr + base + column, mask=exists, other=0)
+    x = tl.load(x_ptr + base + column, mask=exists, other=0)[:, None]
+    b = tl.load(b_ptr + base + column, mask=exists, other=0)[:, None]
+    lead = tl.load(lead_ptr + base + column, mask=exists, other=0)[:, None]
+    if TANGENT:
+        u = tl.load(u_ptr + base + column, mask=exists, other=0)[:, None]
+        q = tl.load(q_ptr + base + column, mask=exists, other=0)[:, None]
+    own, ahead = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    start, stop = columns(bounds_ptr, ids, items, lists, SEVERAL)
+    for first in range(start, stop, COLUMNS):
+        row = first + tl.arange(0, COLUMNS)
+        row_ids = load_list(ids_ptr, row, row < stop, SEVERAL)
+        kept = (row_ids >= 0) & (tl.load(kept_ptr + base + row, mask=row_ids >= 0, other=0) != 0)
+        row_x = tl.load(x_ptr + base + row, mask=kept, other=0)[None, :]
+        row_b = tl.load(b_ptr + base + row, mask=kept, other=0)[None, :]
+        slope = tl.load(slope_ptr + base + row, mask=kept, other=0)[None, :]
+        share = tl.load(share_ptr + base + row, mask=kept, other=0)
+        found = tl.load(found_ptr + base + row, mask=kept, other=0)
+        pair = (ids[:, None] == row_ids[None, :]) & exists[:, None] & kept[None, :]
+        w = tl.where(pair, _terms(row_x, row_b, slope, x, b, gain), 0.0) * share[None, :]
+        beyond = gain[:, None] - found[None, :]
+        if TANGENT:
+            row_lead = tl.load(lead_ptr + base + row, mask=kept, other=0)[None, :]
+            row_u = tl.load(u_ptr + base + row, mask=kept, other=0)[None, :]
+            row_q = tl.load(q_ptr + base + row, mask=kept, other=0)[None, :]
+            moved = tl.load(moved_ptr + base + row, mask=kept, other=0)
+            of_found = tl.load(of_found_ptr + base + row, mask=kept, other=0)
+            t = _tangents(slope, row_lead, row_u, row_q, lead, u, q, gain)
+            w *= (t - moved[None, :]) * beyond - of_found[None, :]
+        else:
+            w *= beyond
+        wide = w.to(tl.float64)
+        own += tl.sum(wide, axis=1)
+        ahead += tl.sum(wide * (lead - slope), axis=1)
+    tl.store(own_ptr + base + column, own, mask=column < items)
+    tl.store(ahead_ptr + base + column, ahead, mask=column < items)
+
+
+class _NeuralSort:
+    """The lists by descending score, their masked items last, and the launches, as in csrc/neural_sort.cpp."""
+
+    def __init__(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        offsets: Tensor | None,
+        temperature: float,
+        k: int,
+        exponential: bool,
+    ) -> None:
+        if labels.shape != scores.shape or labels.dtype != scores.dtype:
+            raise RuntimeError("labels: expected the shape and dtype of the scores")
+        self.temperature, self.dtype = temperature, scores.dtype
+        self.lists = lists = Lists(scores, valid, offsets)
+        exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        if lists.several:
+            exists = exists & (lists.ids >= 0)
+        self.own = lists.ids.clamp_min(0).long() if lists.several else lists.ids.long().expand(lists.items)
+        self.first = lists.bounds[:-1].clamp_max(lists.items - 1)[self.own]
+        scores = scores.double().masked_fill(~exists, 0)
+        self.undefined = lists.sum((~scores.isfinite()).double()) > 0
+        scores = scores.masked_fill(self.to_items(self.undefined), 0)
+        labels = labels.double().masked_fill(~exists, 0)
+        self.count = lists.sum(exists.double())
+        place = torch.arange(lists.items, device=scores.device) - self.first
+        self.kept = place < self.to_items(self.count)  # of sorted lists
+        if lists.several:
+            self.kept &= lists.ids >= 0
+
+        best = labels.gather(-1, lists.sort(labels))
+        ends = (lists.bounds[:-1] + self.count.long() - 1).clamp(0, lists.items - 1)
+        top = best.gather(-1, lists.bounds[:-1].clamp_max(lists.items - 1).expand(ends.shape))
+        self.active = (top > best.gather(-1, ends)) & (top > 0) & (self.count > 0)
+
+        def gain_of(y: Tensor) -> Tensor:  # relative to the largest label: no overflow
+            gain = torch.exp2(y - self.to_items(top)) - self.to_items(torch.exp2(-top)) if exponential else y
+            return torch.where(y > 0, gain, 0)
+
+        self.discount = torch.where(self.kept & (place < k), math.log(2) / (place + 2.0).double().log(), 0)
+        ideal = lists.sum(torch.where(self.kept, gain_of(best), 0) * self.discount)
+        self.order = lists.sort(scores)
+        gain = gain_of(labels.gather(-1, self.order)) * self.to_items(torch.where(self.active, 1 / ideal, 0))
+        self.gain = torch.where(self.kept, gain, 0).to(self.dtype)
+        self.slope_of_row = (self.to_items(self.count) - 1 - 2 * place).contiguous()
+
+        x = torch.where(self.kept, scores.gather(-1, self.order), 0) / temperature
+        middle = lists.sum(x) / self.count.clamp_min(1)
+        self.x = torch.where(self.kept, x - self.to_items(middle), 0)
+        at = torch.arange(lists.items, device=x.device)
+        new = torch.ones_like(self.kept)
+        new[..., 1:] = (self.x[..., 1:] != self.x[..., :-1]) | ~self.kept[..., 1:] | (self.own[1:] != self.own[:-1])
+        self.start = torch.where(new, at, 0).cummax(-1).values  # of the items with the same score
+        new = torch.nn.functional.pad(new[..., 1:], (0, 1), value=True)
+        self.end = torch.where(new, at + 1, lists.items).flip(-1).cummin(-1).values.flip(-1)
+        self.lead = (self.to_items(self.count) - (self.end - self.first) - (self.start - self.first)).contiguous()
+        self.b = self.lead * self.x - self.opposed(self.x)
+
+    def to_items(self, x: Tensor) -> Tensor:
+        return x[..., self.own]
+
+    def opposed(self, t: Tensor) -> Tensor:
+        """Of each item: the sum of t over the items below it, less that over those above."""
+        before = torch.nn.functional.pad(t.cumsum(-1), (1, 0))
+        first, last = (before[..., bounds] for bounds in (self.lists.bounds[:-1], self.lists.bounds[1:]))
+        return self.to_items(first + last) - before.gather(-1, self.end) - before.gather(-1, self.start)
+
+    def rows(self, u: Tensor, q: Tensor, tangent: bool) -> tuple[Tensor, ...]:
+        """The sum of each row's terms, its mean gain, and the tangents' means."""
+        total, found = torch.empty_like(self.gain), torch.empty_like(self.gain)
+        moved, of_found = (torch.empty_like(self.gain) if tangent else total for _ in range(2))
+        self._launch(neural_sort_rows_kernel, tangent, u, q, total, found, moved, of_found)
+        return total, found, moved, of_found
+
+    def _launch(self, kernel: Any, tangent: bool, u: Tensor, q: Tensor, *pointers: Tensor) -> None:
+        lists = self.lists
+        blocks = triton.cdiv(lists.items, _ROWS)
+        items = (self.x, self.b, self.slope_of_row, self.lead, u, q, self.gain, self.kept.view(torch.uint8))
+        where = (lists.ids, lists.bounds, lists.items, lists.lists, blocks)
+        kernel(lists.examples * blocks, *items, *pointers, *where, variant=(lists.several, tangent))
+
+    def loss(self, found: Tensor) -> Tensor:
+        loss = torch.where(self.active, 1 - self.lists.sum(found.double() * self.discount), 0)
+        return loss.masked_fill(self.active & self.undefined, torch.nan).to(self.dtype)
+
+    def slope(self, rows: tuple[Tensor, ...], u: Tensor, q: Tensor, tangent: bool) -> Tensor:
+        total, *of_rows = rows
+        share = torch.where(self.kept, self.discount / total.double(), 0).to(self.dtype)
+        own, ahead = torch.empty_like(self.x), torch.empty_like(self.x)
+        self._launch(neural_sort_columns_kernel, tangent, u, q, share, *of_rows, own, ahead)
+        slope = torch.where(self.kept, (ahead + self.opposed(own)) / self.temperature, 0)
+        slope = slope.masked_fill(self.to_items(self.active & self.undefined) & self.kept, torch.nan)
+        return torch.zeros_like(slope).scatter_(-1, self.order, slope).to(self.dtype)
+
+    def tangents(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        u = torch.where(self.kept, v.double().gather(-1, self.order), 0) / self.temperature
+        return u, self.opposed(u)
+
+
+def _has_no_list(offsets: Tensor | None) -> bool:
+    return offsets is not None and offsets.shape[0] == 1
+
+
+def neural_sort(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    temperature: float,
+    k: int,
+    exponential: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if scores.numel() == 0 or _has_no_list(offsets):
+        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
+        return loss, torch.zeros_like(scores), loss.bool()
+    lists = _NeuralSort(scores, labels, valid, offsets, temperature, k, exponential)
+    rows = lists.rows(lists.x, lists.x, tangent=False)
+    return lists.loss(rows[1]), lists.slope(rows, lists.x, lists.x, tangent=False), lists.active
+
+
+def neural_sort_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    temperature: float,
+    k: int,
+    exponential: bool,
+) -> Tensor:
+    if scores.numel() == 0 or _has_no_list(offsets):
+        return torch.zeros_like(scores)
+    lists = _NeuralSort(scores, labels, valid, offsets, temperature, k, exponential)
+    u, q = (lists.x, lists.x) if v is None else lists.tangents(v)
+    return lists.slope(lists.rows(u, q, v is not None), u, q, v is not None)
