@@ -619,17 +619,22 @@ def test_the_readme_shows_each_size_beside_the_peers(monkeypatch, tmp_path):
     spec.loader.exec_module(update)
     monkeypatch.setattr(update, "ROOT", tmp_path)
     monkeypatch.setattr(update, "RESULTS", tmp_path)
-    assert update.speed() == "No results of this version are in benchmarks/results yet."
+    assert update.fastest() == "No results of this version are in benchmarks/results yet."
     result = report(1.0, peer=2.0)
     result.rows[0] = replace(result.rows[0], floors=1.5, peak_bytes=3 << 20)
     result.rows[1] = replace(result.rows[1], note="differs")
     result.overhead = {"library": {}, "ops": {"square": {OURS: 20.0, "native": 10.0}}}
     result.remarks = ["something to know"]
     result.write_json(tmp_path / "cpu.json")
+    assert "| op |" in update.fastest()
+    assert "peer" not in update.fastest()  # its answer differs
     text = update.speed()
-    assert "**a CPU, 2 threads, AVX2, fresh memory** (torch 2.13.0; `bench`, [cpu.json](cpu.json))" in text
+    assert "## a CPU, 2 threads, AVX2, fresh memory\n\ntorch 2.13.0, `bench`, cpu.json" in text
     assert "- something to know" in text
     assert "| square, first sample | 20.0 | native | 2.00 |" in text
     assert "| square, forward, by n | ours, ms | × floor | peak, MiB | ours / peer |" in text
     assert "| 8 | 1 | 1.50 | 3.0 | 0.50* |" in text
     assert "its answer differs" in text
+    result.rows[1] = replace(result.rows[1], note="")
+    result.write_json(tmp_path / "cpu.json")
+    assert "| `square` | 8 n, forward | 1 | 1.50 | peer | 0.50 |" in update.fastest()
