@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from functools import reduce
 from typing import Any
@@ -52,7 +51,7 @@ def is_bool(name: str, value: Any) -> None:
 
 def is_number(name: str, value: Any) -> None:
     _is_real(name, value)
-    if isinstance(value, float) and math.isnan(value):
+    if value != value:  # Dynamo can't trace math.isnan of a symbolic number
         raise ValueError(f"{name}: expected a number, got nan")
 
 
