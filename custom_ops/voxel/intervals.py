@@ -111,6 +111,8 @@ def bev_pool_v2(
     expected = [batch, cameras, height, width]
     if list(feat.shape[:4]) != expected:
         raise ValueError(f"feat: expected shape {[*expected, 'C']} as depth, got {list(feat.shape)}")
+    if not isinstance(bev_feat_shape, Sequence):
+        raise TypeError(f"bev_feat_shape: expected (B, Z, Y, X, C), got {type(bev_feat_shape).__name__}")
     if len(bev_feat_shape) != 5 or bev_feat_shape[0] != batch or bev_feat_shape[4] != feat.shape[4]:
         wanted = f"(B, Z, Y, X, C) with B={batch} and C={feat.shape[4]}"
         raise ValueError(f"bev_feat_shape: expected {wanted}, got {tuple(bev_feat_shape)}")
