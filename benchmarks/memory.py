@@ -6,6 +6,7 @@ on every run. Memory taken behind the allocator's back (scratch in a C++ kernel,
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,13 @@ def _peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
 
 def _peak_on_cpu(run: Callable[[], Any]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints two lines to stderr for each profile
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        run()
+    gc.collect()
+    gc.disable()  # or tensors of others, collected meanwhile, would count as given back
+    try:
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            run()
+    finally:
+        gc.enable()
     results: Any = profile.kineto_results
     assert results is not None
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")

@@ -309,6 +309,7 @@ def work_for_a_minute():
 
 
 def be_interrupted():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     wanted = all_results()
     for delay in (0.2, 0.31, 0.43):
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -224,7 +224,7 @@ def list_total(loss: Tensor, active: Tensor, mean: bool, batch_dims: int) -> Ten
 def list_share(grad: Tensor, active: Tensor, mean: bool) -> Tensor:
     dims = tuple(range(grad.dim(), active.dim()))
     share = _over_active(grad.double(), active, mean, dims).to(grad.dtype)
-    return share.view(*grad.shape, *[1] * len(dims)).expand(active.shape).clone(memory_format=torch.contiguous_format)
+    return share.view((*grad.shape, *[1] * len(dims))).expand(active.shape).clone(memory_format=torch.contiguous_format)
 
 
 def _over_active(x: Tensor, active: Tensor, mean: bool, dims: tuple[int, ...]) -> Tensor:
