@@ -114,6 +114,7 @@ def step_memory(batch: int, size: int, device: torch.device, compiled: bool) -> 
     for name, network in NETWORKS.items():
         for variant, model in _variants(network).items():
             model = model.to(device).train()
+            torch._dynamo.reset()  # or the last of many models would run uncompiled
             forward = torch.compile(model) if compiled else model
             losses: list[float] = []
 
@@ -140,7 +141,7 @@ def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -
     grad = torch.randn(rows, columns, device=device)
     results = []
     for name, theirs in CHAINED.items():
-        torch._dynamo.reset()  # or so many versions of one function would be taken for a fault
+        torch._dynamo.reset()
         contenders = {}
         for library, activation in (("custom_ops", getattr(custom_ops, name)), ("torch", theirs)):
 

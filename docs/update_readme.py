@@ -106,14 +106,17 @@ def speed() -> str:
 
 
 def fastest() -> str:
-    """For the README: of each op in each result file the first table at its largest size, beside the best peer."""
+    """For the README: of each op the first table at its largest size, beside the best peer; not on warm memory."""
     blocks = []
     for path, report in _reports():
+        if report.memory == "warm":
+            continue
         lines = ["| op | at | ours, ms | × floor | beside | ours / that |", "|---|---|--:|--:|---|--:|"]
         seen = set()
         for (op, table), rows in report.tables.items():
             last = [row for row in rows if (row.size, row.direction) == (rows[-1].size, rows[-1].direction)]
             peers = [row for row in last if row.contender not in (OURS, FLOOR) and not row.note]
+            peers = [row for row in peers if not row.contender.startswith("ours")]
             if op in seen or not peers:
                 continue
             seen.add(op)
