@@ -315,6 +315,7 @@ def _ranks(x: Tensor, valid: Tensor | None) -> Tensor:
     x = x.double()
     if valid is not None:
         x = x.masked_fill(~valid, torch.inf)  # last; only tied with infinite labels
+    x = x.contiguous()
     ordered = x.sort(dim=-1).values
     below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
     return (below + through + 1).double() / 2
