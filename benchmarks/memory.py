@@ -31,12 +31,14 @@ def _peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
 def _peak_on_cpu(run: Callable[[], Any]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints two lines to stderr for each profile
     gc.collect()
+    collecting = gc.isenabled()
     gc.disable()  # or tensors of others, collected meanwhile, would count as given back
     try:
         with torch.autograd.profiler.profile(profile_memory=True) as profile:
             run()
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
     results: Any = profile.kineto_results
     assert results is not None
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")

@@ -218,23 +218,8 @@ def soft_sort(
     towards their mean. For "l2" piecewise linear: its second derivative is 0 but at the kinks; "kl" is
     differentiable to any order between them. In forward mode too.
 
-    Args:
-        values: [..., n]; float16, bfloat16, float32 or float64.
-        regularization: "l2" or "kl".
-        regularization_strength: e > 0.
-        mask: [..., n], True for valid items: others are never read and have no gradient; the result has 0 behind
-            the valid ones.
-        lengths: [...], how many items of each list are valid, from the first on.
-
-    Returns:
-        [..., n] in the values' dtype, computed in double and rounded once.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, a strength that is no number.
-        ValueError: shapes that don't match, several devices, an unknown ``regularization``, a strength not
-            above 0.
-
-    O(n log n) time, O(n) memory; on a GPU the regression of each list is sequential.
+    Args, dtype, errors and cost as for `soft_rank`; what is masked has no gradient, and behind the valid items the
+    result has 0.
 
     Source: Blondel et al., "Fast Differentiable Sorting and Ranking", ICML 2020; torchsort.
 
