@@ -43,10 +43,11 @@ MARGIN = 1.0
 STEPS = 150  # by then it starts to overfit, with 43 queries to learn from
 PAIRS = 1 << 16  # per step
 
-# Our ops repeat torch's arithmetic but for the order in which the loss adds up its pairs; compiled,
-# both differ from eager by rounding. In float32 the losses, of about 1, then differ by about 1e-7 a
-# step; the weights trained on them drift apart, and the limit leaves room for that.
-TOLERANCE = 1e-4
+# Our ops repeat torch's arithmetic but for the order in which the loss adds up its pairs, so early losses,
+# of about 1, differ by float32's rounding. Later a page may fall on the other side of a kink of ReLU or of
+# the margin, on one machine and not on another: that has put torch's own compiled curve 1e-4 from its eager one.
+EARLY, TOLERANCE_EARLY = 50, 1e-5
+TOLERANCE = 1e-3
 
 
 class Scorer(nn.Module):
@@ -198,9 +199,14 @@ def example(options: Options) -> Report:
         result.rows.append(
             (f"step, {mode}", f"{mine.milliseconds:.1f} ms", f"{theirs.milliseconds:.1f} ms", f"{ratio} (median)")
         )
-    for v in variants[1:]:
-        gap = float(np.max(np.abs(np.subtract(v.losses, reference.losses))))
-        result.checks.append(Check(f"loss curve of `{v.name}` against `torch, eager`, largest gap", gap, TOLERANCE))
+    _, _, compiled_reference, compiled = variants
+    for v, other in ((ours, reference), (compiled, compiled_reference), (compiled, ours)):
+        gaps = np.abs(np.subtract(v.losses, other.losses))
+        curves = f"loss of `{v.name}` against `{other.name}`, largest gap"
+        result.checks += [
+            Check(f"{curves} of {EARLY} steps", float(gaps[:EARLY].max()), TOLERANCE_EARLY),
+            Check(f"{curves} of all", float(gaps.max()), TOLERANCE),
+        ]
     if not options.quick:
         gain = qualities["custom_ops"] - max(qualities["untrained"], qualities["random order"])
         result.checks.append(Check("NDCG@10 above the untrained network and random order", gain, 0.1, at_least=True))
