@@ -52,6 +52,7 @@ struct Vector<float> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
   TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_ps(v, o.v)}; }
+  TARGET_LANES Vector operator-(Vector o) const { return {_mm256_sub_ps(v, o.v)}; }
   TARGET_LANES Vector operator*(Vector o) const { return {_mm256_mul_ps(v, o.v)}; }
   TARGET_LANES Vector operator&(Vector o) const { return {_mm256_and_ps(v, o.v)}; }
   TARGET_LANES Vector and_not(Vector o) const { return {_mm256_andnot_ps(o.v, v)}; }  // this where not o
@@ -89,6 +90,7 @@ struct Vector<double> {
   TARGET_LANES void store(double* p) const { _mm256_storeu_pd(p, v); }
   TARGET_LANES void store_exact(double* p) const { store(p); }
   TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_pd(v, o.v)}; }
+  TARGET_LANES Vector operator-(Vector o) const { return {_mm256_sub_pd(v, o.v)}; }
   TARGET_LANES Vector operator*(Vector o) const { return {_mm256_mul_pd(v, o.v)}; }
   TARGET_LANES Vector operator&(Vector o) const { return {_mm256_and_pd(v, o.v)}; }
   TARGET_LANES Vector and_not(Vector o) const { return {_mm256_andnot_pd(o.v, v)}; }

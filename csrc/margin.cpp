@@ -1,101 +1,74 @@
 // Margin ranking loss.
-#include "bits.h"
+#include "activation.h"
 
 namespace custom_ops {
 namespace {
 
-constexpr int64_t kSpan = 1 << 14;
-constexpr int64_t kTile = 512;  // elements whose intermediate values stay in the first-level cache
-
-// n elements of T as accumulators: in place where the types agree, converted into `tile` otherwise.
-template <class T, class A>
-ALWAYS_INLINE inline const A* widen(const T* p, A* tile, int64_t n) {
-  if constexpr (std::is_same_v<T, A>) return p;
-  for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<A>(p[i]);
-  return tile;
-}
-
-template <class A>
-ALWAYS_INLINE inline void hinge_arguments(const A* __restrict x1, const A* __restrict x2, const A* __restrict y,
-                                          A margin, A* __restrict v, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) v[i] = -y[i] * (x1[i] - x2[i]) + margin;
-}
-
 // A NaN is no less than 0 and stays.
 template <class A>
-ALWAYS_INLINE inline A hinge(A v) {
+A hinge(A v) {
   return v < 0 ? A(0) : v;
 }
 
-template <class A>
-ALWAYS_INLINE inline void multiply(const A* __restrict a, const A* __restrict b, bool elementwise, A* __restrict out,
-                                   int64_t n) {
-  if (elementwise)
-    for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
-  else
-    for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[0];
+#ifdef CUSTOM_OPS_AVX2
+template <class V>
+TARGET_LANES V hinge_vector(V v) {
+  return v.and_not(V::all(0) > v);
 }
 
-template <class A>
-ALWAYS_INLINE inline void subtract(const A* __restrict a, const A* __restrict b, A* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = a[i] - b[i];
+// The hinges, stored in `loss` or, without one, added to `sum`; mask: which arguments are at least 0.
+template <class T>
+TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumulator<T> margin, T* loss, uint8_t* mask,
+                                   double& sum, int64_t n) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  constexpr int64_t kVectors = avx2::kStep / V::kLanes;
+  int64_t i = 0;
+  while (i + avx2::kStep <= n) {
+    V sums[kVectors];
+    for (V& v : sums) v = V::all(0);
+    for (const int64_t end = std::min(n - avx2::kStep, i + kTile - avx2::kStep); i <= end; i += avx2::kStep) {
+      V kept[kVectors];
+      for (int64_t k = 0; k < kVectors; ++k) {
+        const int64_t at = i + k * V::kLanes;
+        const V v = (V::load(x2 + at) - V::load(x1 + at)) * V::load(y + at) + V::all(margin);
+        kept[k] = v >= V::all(0);
+        if (loss != nullptr) hinge_vector(v).store(loss + at);
+        else sums[k] = sums[k] + hinge_vector(v);
+      }
+      const uint32_t bits = V::signs(kept);
+      std::memcpy(mask + i / 8, &bits, sizeof(bits));
+    }
+    for (const V& v : sums) {
+      A lanes[V::kLanes];
+      v.store(lanes);
+      for (A lane : lanes) sum += lane;
+    }
+  }
+  return i;
 }
 
 template <class T>
-ALWAYS_INLINE inline void negate(const T* __restrict a, T* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(0 - static_cast<Accumulator<T>>(a[i]));
-}
-
-template <class A>
-ALWAYS_INLINE inline double sum_hinges(const A* __restrict v, int64_t n) {
-  A lanes[16] = {};
+TARGET_LANES int64_t hinge_gradient_vectors(const T* x1, const T* x2, const T* y, const T* grads, Accumulator<T> grad,
+                                            const uint8_t* mask, T* grad1, T* grad2, T* grad_y, int64_t n) {
+  using V = Vector<Accumulator<T>>;
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int64_t k = 0; k < 16; ++k) lanes[k] += hinge(v[i + k]);
-  double sum = 0;
-  for (A lane : lanes) sum += lane;
-  for (; i < n; ++i) sum += hinge(v[i]);
-  return sum;
-}
-
-// Bit i of mask = v[i] >= 0.
-template <class A>
-void pack_nonnegative(const A* v, uint8_t* mask, int64_t n) {
-  for (int64_t i = 0; i < n; i += 8) {
-    uint8_t bits = 0;
-    for (int64_t k = 0; k < std::min<int64_t>(8, n - i); ++k) bits |= static_cast<uint8_t>((v[i + k] >= 0) << k);
-    mask[i / 8] = bits;
+  for (; i + avx2::kStep <= n; i += avx2::kStep) {
+    uint32_t bits;
+    std::memcpy(&bits, mask + i / 8, sizeof(bits));
+    for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
+      const int64_t at = i + k;
+      const V zero = V::all(0), kept = V::signs_of(bits, static_cast<int>(k));
+      const V g = grads != nullptr ? V::load(grads + at) : V::all(grad);
+      const V toward2 = zero.replaced(V::load(y + at) * g, kept);
+      toward2.store(grad2 + at);
+      (zero - toward2).store(grad1 + at);
+      if (grad_y != nullptr) zero.replaced((V::load(x2 + at) - V::load(x1 + at)) * g, kept).store(grad_y + at);
+    }
   }
-}
-
-#ifdef CUSTOM_OPS_AVX2
-TARGET_AVX2 void pack_nonnegative_avx2(const float* v, uint8_t* mask, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    mask[i / 8] = static_cast<uint8_t>(
-        _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(v + i), _mm256_setzero_ps(), _CMP_GE_OQ)));
-  pack_nonnegative(v + i, mask + i / 8, n - i);
+  return i;
 }
 #endif
-
-void pack(const double* v, uint8_t* mask, int64_t n) { pack_nonnegative(v, mask, n); }
-void pack(const float* v, uint8_t* mask, int64_t n) {
-#ifdef CUSTOM_OPS_AVX2
-  if (cpu_has_avx2()) return pack_nonnegative_avx2(v, mask, n);
-#endif
-  pack_nonnegative(v, mask, n);
-}
-
-// out[i] = bit i of mask ? T(v[i]) : 0.
-template <class T, class A>
-void select_tile(const A* v, const uint8_t* mask, T* out, int64_t n) {
-  T tile[kTile];
-  const T* narrow = tile;
-  if constexpr (std::is_same_v<T, A>) narrow = v;
-  else
-    for (int64_t i = 0; i < n; ++i) tile[i] = static_cast<T>(v[i]);
-  select_bits<sizeof(T)>(narrow, mask, out, n);
-}
 
 struct Pairs {
   Tensor x1, x2, target;
@@ -130,24 +103,19 @@ std::tuple<Tensor, Tensor> margin_ranking(const Tensor& input1, const Tensor& in
     T* lp = mutable_data<T>(loss);
     const A m = static_cast<A>(margin);
     layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
+      const int64_t at = example * layout.elements + begin, n = end - begin;
+      uint8_t* bits = mp + example * layout.bytes + begin / 8;
       double sum = 0;
-      for (int64_t i = begin; i < end; i += kTile) {
-        const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
-        A b1[kTile], b2[kTile], by[kTile], v[kTile];
-        double tile_sum = 0;
-        multiversion([&]() ALWAYS_INLINE {
-          const A* p1 = widen(x1 + at, b1, n);
-          const A* p2 = widen(x2 + at, b2, n);
-          const A* py = widen(y + at, by, n);
-          hinge_arguments(p1, p2, py, m, v, n);
-        });
-        pack(v, mp + example * layout.bytes + i / 8, n);
-        multiversion([&]() ALWAYS_INLINE {
-          if (reduce) tile_sum = sum_hinges(v, n);
-          else
-            for (int64_t k = 0; k < n; ++k) lp[at + k] = static_cast<T>(hinge(v[k]));
-        });
-        sum += tile_sum;
+      int64_t i = 0;
+#ifdef CUSTOM_OPS_AVX2
+      if (cpu_has_lanes()) i = hinge_vectors(x1 + at, x2 + at, y + at, m, reduce ? nullptr : lp + at, bits, sum, n);
+#endif
+      for (; i < n; ++i) {
+        const A v = (static_cast<A>(x2[at + i]) - static_cast<A>(x1[at + i])) * static_cast<A>(y[at + i]) + m;
+        if (reduce) sum += hinge(v);
+        else lp[at + i] = static_cast<T>(hinge(v));
+        if (i % 8 == 0) bits[i / 8] = 0;
+        bits[i / 8] |= static_cast<uint8_t>((v >= 0) << (i % 8));
       }
       if (reduce) partial[example * spans + begin / kSpan] = sum;
     });
@@ -188,23 +156,25 @@ std::tuple<Tensor, Tensor, Tensor> margin_ranking_backward(const Tensor& grad_in
     T* oy = mutable_data<T>(grad_target);
     const A scale = static_cast<A>(1.0 / static_cast<double>(divisor));
     layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i += kTile) {
-        const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
-        const uint8_t* bits = mp + example * layout.bytes + i / 8;
-        A b1[kTile], b2[kTile], by[kTile], bg[kTile], v[kTile];
-        A g_example = 0;
-        const A* g = &g_example;  // with stride 0, or one for each element
-        if (reduce) g_example = static_cast<A>(gp[example]) * scale;
-        else g = widen(gp + at, bg, n);
-        multiversion([&]() ALWAYS_INLINE { multiply(widen(y + at, by, n), g, !reduce, v, n); });
-        select_tile(v, bits, o2 + at, n);
-        multiversion([&]() ALWAYS_INLINE { negate(o2 + at, o1 + at, n); });
+      const int64_t at = example * layout.elements + begin, n = end - begin;
+      const uint8_t* bits = mp + example * layout.bytes + begin / 8;
+      const T* grads = reduce ? nullptr : gp + at;
+      const A mean_grad = reduce ? static_cast<A>(gp[example]) * scale : A(0);
+      int64_t i = 0;
+#ifdef CUSTOM_OPS_AVX2
+      if (cpu_has_lanes())
+        i = hinge_gradient_vectors(x1 + at, x2 + at, y + at, grads, mean_grad, bits, o1 + at, o2 + at,
+                                   with_target ? oy + at : nullptr, n);
+#endif
+      for (; i < n; ++i) {
+        const bool kept = bit(bits, i);
+        const A g = reduce ? mean_grad : static_cast<A>(grads[i]);
+        const A toward2 = kept ? static_cast<A>(y[at + i]) * g : A(0);
+        o2[at + i] = static_cast<T>(toward2);
+        o1[at + i] = static_cast<T>(0 - toward2);
         if (!with_target) continue;
-        multiversion([&]() ALWAYS_INLINE {
-          subtract(widen(x2 + at, b2, n), widen(x1 + at, b1, n), by, n);
-          multiply(by, g, !reduce, v, n);
-        });
-        select_tile(v, bits, oy + at, n);
+        const A difference = static_cast<A>(x2[at + i]) - static_cast<A>(x1[at + i]);
+        oy[at + i] = static_cast<T>(kept ? difference * g : A(0));
       }
     });
   });
