@@ -21,7 +21,7 @@ LENGTHS = (32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000)  # of one list
 CHECKED = 100_000  # beyond, the answers are those of this size: a reference may need a hundred times the memory
 CHECKED_LENGTH = 3200  # as their references hold all pairs
 SECONDS = 10.0  # one call that is expected to take longer is not made
-BRIEF = Effort(seconds=0.5, rounds=5, warm_ups=2)
+BRIEF = Effort(seconds=0.1, rounds=3, warm_ups=1)
 
 
 def scaled(info: OpInfo) -> OpInfo:

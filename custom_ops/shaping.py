@@ -875,6 +875,7 @@ register(
             BadCall((_two, 1.0, (0, -1)), r"dim: expected different dimensions, got \(0, -1\)"),
             BadCall((_two, 1.0, ()), "dim: expected at least one dimension, got none"),
         ],
+        native=lambda x, max_norm, dim: torch.renorm(x, 2, dim, max_norm),
         not_applicable=_VIEW,
         not_comparable=_OF_CLIPPING,
     )

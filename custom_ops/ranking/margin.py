@@ -275,6 +275,7 @@ register(
             BadCall((_two, _two, _two, True), "margin: expected a number, got bool"),
             BadCall((_two, _two, _two, 0.0, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
         ],
+        native=lambda *args: torch.nn.functional.margin_ranking_loss(*args[:4], reduction=args[4]),
         benchmarks=[
             Benchmark(
                 unit="pairs",

@@ -142,6 +142,9 @@ register(
             BadCall((_x, _geometry, _ranks, "no"), "check_sorted: expected True or False, got 'no'"),
             BadCall((_x, _geometry, _ranks.flip(0)), "ranks: expected non-decreasing values"),
         ],
+        native=lambda x, geometry, ranks: torch.segment_reduce(
+            x, "sum", lengths=ranks.unique_consecutive(return_counts=True)[1]
+        ),
         benchmarks=[
             Benchmark(
                 unit="points of 64 features, 8 to a voxel",

@@ -287,6 +287,9 @@ register(
             BadCall((_x, _rank, 3, "sum", None, _csr), r"csr: expected perm \[3\] and indptr \[4\]"),
             BadCall((_x, _rank.to("meta"), 2), "rank: expected on cpu as x, got meta"),
         ],
+        native=lambda x, rank, num_voxels: x.new_zeros(num_voxels + 1, x.shape[1]).index_add(
+            0, torch.where(rank < 0, num_voxels, rank), x
+        )[:num_voxels],
         benchmarks=[
             Benchmark(
                 unit="points of 64 features in any order, 8 to a voxel",

@@ -390,6 +390,9 @@ register(
             BadCall((_x, _indptr, _perm, _x), r"weight: expected shape \[3\]"),
             BadCall((_x, _indptr.to("meta")), "indptr: expected on cpu as x, got meta"),
         ],
+        native=lambda x, indptr, perm, weight: torch.nn.functional.embedding_bag(
+            perm, x, indptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+        ),
         benchmarks=[
             Benchmark(
                 unit="points of 64 features in order, 8 to a segment",
