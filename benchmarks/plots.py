@@ -19,10 +19,14 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for (op, title), rows in report.tables.items():
-        path = folder / f"{op}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png"
-        _figure(rows, report.where).savefig(path, dpi=110)
+        path = folder / file_name(op, title)
+        _figure(rows, report.where).savefig(path, dpi=80)
         paths.append(path)
     return paths
+
+
+def file_name(op: str, table: str) -> str:
+    return f"{op}-{re.sub('[^a-z0-9]+', '-', table.lower()).strip('-')}.png"
 
 
 def _figure(rows: list[Row], where: str) -> Figure:

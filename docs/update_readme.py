@@ -1,4 +1,4 @@
-"""Writes the generated pages here (matrix, speed, scaling, gpu) and parts of README.md: ``make docs``.
+"""Writes the generated pages here (matrix, speed, cost, gpu) and parts of README.md: ``make docs``.
 
 The table of ops comes from the registry, the matrix from tests/test_battery.py, the timings from the result files in
 benchmarks/results. With ``--matrix FILE`` the matrix is read from a saved run of the tests with
@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
+from custom_ops.benchmarks.plots import file_name
 from custom_ops.benchmarks.report import Report, read_json
-from custom_ops.benchmarks.scaling_page import write_page
+from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import Cell, capabilities
 from custom_ops.verify import Report as Matrix
@@ -25,8 +26,9 @@ from custom_ops.verify import Report as Matrix
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MATRIX = ROOT / "docs" / "matrix.md"
+PLOTS = ROOT / "docs" / "plots"  # of the tables that `bench --plots` drew there
 SPEED = ROOT / "docs" / "speed.md"
-SCALING = ROOT / "docs" / "scaling.md"
+COST = ROOT / "docs" / "cost.md"
 GPU = ROOT / "docs" / "gpu.md"
 BACKENDS = ("cpp", "triton")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -101,7 +103,10 @@ def speed() -> str:
         remarks = "\n".join(f"- {remark}" for remark in report.remarks)
         missing = "\n".join(f"- not installed: {name}" for name in report.missing)
         blocks += [f"## {report.where}", _source(path, report), *filter(None, [remarks, missing]), _overhead(report)]
-        blocks += [_timings(op, table, rows) for (op, table), rows in report.tables.items()]
+        for (op, table), rows in report.tables.items():
+            picture = PLOTS / file_name(op, table)
+            drawn = report.memory != "warm" and picture.exists()
+            blocks += [_timings(op, table, rows), *([f"![{op}, by {table}](plots/{picture.name})"] if drawn else [])]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -222,7 +227,7 @@ def main() -> None:
     report.cells.sort(key=lambda cell: order.index(cell.capability))
     MATRIX.write_text(matrix(report))
     SPEED.write_text(speed())
-    write_page([read_json(path) for path in (RESULTS / "scaling").glob("*.json")], SCALING)
+    write_page([read_json(path) for path in (RESULTS / "scaling").glob("*.json")], COST)
     text = README.read_text()
     for block, content in (("ops", ops()), ("matrix", summary(report)), ("speed", fastest()), ("networks", networks())):
         text = replace(text, block, content)

@@ -22,7 +22,7 @@ from custom_ops.benchmarks.measure import FLOOR, OURS, Cell, Effort, Result, Row
 from custom_ops.benchmarks.memory import peak_bytes
 from custom_ops.benchmarks.plan import Peers, Plan
 from custom_ops.benchmarks.report import Report, read_json
-from custom_ops.benchmarks.scaling_page import write_page
+from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.benchmarks.timing import Call, interleave, median, spread
 from custom_ops.registry import REGISTRY, Benchmark, OpInfo, Sample, Target, Unavailable
 
@@ -390,15 +390,15 @@ def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
     assert table.checked_at(10**8) == scaling.CHECKED
 
 
-def test_the_scaling_page_shows_every_size_and_what_threads_gain(tmp_path):
+def test_the_cost_page_shows_every_size_and_what_threads_gain(tmp_path):
     def run(threads, slower):
         rows = [row(OURS, slower * size, 1.0, size=size, direction="forward+backward") for size in (100, 1000)]
         rows += [row(FLOOR, 1.0, 1.0, size=100), row(OURS, 7.0, 1.0, size=100, direction="backward")]
         return Report("bench --scaling", "cpu", "fresh", MACHINE | {"threads": threads}, rows=rows)
 
-    write_page([run(2, 1.0), run(1, 1.75)], tmp_path / "scaling.md")
-    assert "| `square` | n | 100 | 1e+03 | 1.75 |" in (tmp_path / "scaling.md").read_text()
-    assert (tmp_path / "scaling-f.png").stat().st_size > 5000
+    write_page([run(2, 1.0), run(1, 1.75)], tmp_path / "cost.md")
+    assert "| `square` | n | 100 | 1e+03 | 1.75 |" in (tmp_path / "cost.md").read_text()
+    assert (tmp_path / "cost-f.png").stat().st_size > 5000
     write_page([run(2, 1.0)], tmp_path / "alone.md")
     assert "| `square` | n | 100 | 1e+03 |  |" in (tmp_path / "alone.md").read_text()
 

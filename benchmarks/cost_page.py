@@ -1,4 +1,4 @@
-"""docs/scaling.md, from runs of ``bench --scaling``: how cost grows with size and shrinks with threads."""
+"""docs/cost.md, from runs of ``bench --scaling``: how cost grows with size and shrinks with threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_page(reports: Sequence[Report], page: Path) -> None:
     threads = [report.machine["threads"] for report in reports]
     all_times = [_times(report.rows) for report in reports]
     lines = [
-        "# Scaling",
+        "# Cost by size and threads",
         "",
         "Written by `make docs`. Milliseconds of forward+backward (forward, where there is no backward) from a hundred "
         "elements or points to a hundred million, or one list of up to a hundred thousand items, as far as ten "
@@ -37,14 +37,14 @@ def write_page(reports: Sequence[Report], page: Path) -> None:
     for family, tables in families.items():
         sizes = sorted({size for table in tables for size in all_times[-1][table]})
         heads = " | ".join(map(label, sizes))
-        lines += ["", f"## {family}", "", f"![{family}](scaling-{family}.png)", ""]
+        lines += ["", f"## {family}", "", f"![{family}](cost-{family}.png)", ""]
         lines += [f"| op | by | {heads} | gain |", f"|---|---|{'--:|' * (len(sizes) + 1)}"]
         for op, table in tables:
             times = all_times[-1][op, table]
             cells = [f"{times[size]:.3g}" if size in times else "" for size in sizes]
             lines.append(f"| `{op}` | {table} | {' | '.join(cells)} | {_speed_up(all_times, (op, table))} |")
         _figure(family, {table: all_times[-1][table] for table in tables}).savefig(
-            page.parent / f"scaling-{family}.png", dpi=80
+            page.parent / f"cost-{family}.png", dpi=80
         )
     page.write_text("\n".join(lines) + "\n")
 
