@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
 from custom_ops.benchmarks.plots import file_name
 from custom_ops.benchmarks.report import Report, read_json
-from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import Cell, capabilities
 from custom_ops.verify import Report as Matrix

@@ -16,13 +16,13 @@ import torch
 
 from custom_ops.benchmarks import plan, run, scaling
 from custom_ops.benchmarks.compare import changes
+from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.benchmarks.environment import describe, trouble
 from custom_ops.benchmarks.floor import Floor, least_traffic
 from custom_ops.benchmarks.measure import FLOOR, OURS, Cell, Effort, Result, Row, label, measure
 from custom_ops.benchmarks.memory import peak_bytes
 from custom_ops.benchmarks.plan import Peers, Plan
 from custom_ops.benchmarks.report import Report, read_json
-from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.benchmarks.timing import Call, interleave, median, spread
 from custom_ops.registry import REGISTRY, Benchmark, OpInfo, Sample, Target, Unavailable
 
