@@ -50,7 +50,7 @@ def gradcheck(case: Case) -> None:
 def gradgradcheck(case: Case) -> None:
     """Finite differences of the gradient of the op's square, and in the full matrix of the op."""
     forward_over_reverse = "forward AD" not in case.info.not_applicable
-    for call in case.few_input_calls():
+    for _, call, _ in case.low_dimensional_calls():
         for function in (call.loss,) if case.quick else (call, call.loss):
             torch.autograd.gradgradcheck(
                 function,
@@ -257,20 +257,20 @@ def func_jacfwd(case: Case) -> None:
 
 
 def _check_jacobian(case: Case, transform: Callable[..., Any]) -> None:
-    for call in case.few_input_calls():
+    for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
         with _no_fallback():
             blocks = transform(call, _all(call))(*inputs)
         actual = matrix(blocks, inputs)
-        check_close(actual, jacobian(case.oracle(call)), f"{transform.__name__} of {describe(call)}")
+        check_close(actual, jacobian(oracle), f"{transform.__name__} of {what}")
 
 
 @capability("func.hessian", may_be_refused=True)
 def func_hessian(case: Case) -> None:
     """``torch.func.hessian`` (forward over reverse) and reverse over reverse, of a weighted sum of squares."""
-    for call in case.few_input_calls():
+    for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
-        expected = hessian(case.oracle(call))
+        expected = hessian(oracle)
         transforms = {
             "hessian": torch.func.hessian(call.loss, _all(call)),
             "jacrev(jacrev)": torch.func.jacrev(torch.func.jacrev(call.loss, _all(call)), _all(call)),
@@ -278,23 +278,23 @@ def func_hessian(case: Case) -> None:
         for name, transform in transforms.items():
             with _no_fallback():
                 blocks = transform(*inputs)
-            check_close(matrix(blocks, inputs), expected, f"{name} of {describe(call)}")
+            check_close(matrix(blocks, inputs), expected, f"{name} of {what}")
 
 
 @capability("forward over forward", may_be_refused=True)
 def forward_over_forward(case: Case) -> None:
     """``jacfwd`` of ``jacfwd``, and ``jvp`` of ``jvp``, of a weighted sum of squares: the reference's Hessian."""
-    for call in case.few_input_calls():
+    for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
-        expected = hessian(case.oracle(call))
+        expected = hessian(oracle)
         nested = torch.func.jacfwd(torch.func.jacfwd(call.loss, _all(call)), _all(call))
         with _no_fallback():
             blocks = nested(*inputs)
-        check_close(matrix(blocks, inputs), expected, f"jacfwd(jacfwd) of {describe(call)}")
+        check_close(matrix(blocks, inputs), expected, f"jacfwd(jacfwd) of {what}")
         first, second = (tuple(randn_like(inputs, seed=seed)) for seed in (4, 5))
         along = partial(_tangent, call.loss, first)
         actual = _tangent(along, second, *inputs)
-        check_close(actual, flat(first) @ expected @ flat(second), f"jvp(jvp) of {describe(call)}")
+        check_close(actual, flat(first) @ expected @ flat(second), f"jvp(jvp) of {what}")
 
 
 def _tangent(function: Callable[..., Any], direction: tuple[Tensor, ...], *inputs: Tensor) -> Any:
