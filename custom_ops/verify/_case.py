@@ -23,8 +23,7 @@ class NotApplicable(Exception):
 class Capability:
     """One row of the matrix; one that ``may_be_refused`` must raise where the op declares it not applicable.
 
-    Rows on the kernels' numbers take ``every_sample`` always; the others only two where Triton interprets
-    in quick mode, for there it's the calls that take the time.
+    Rows on the kernels' numbers take ``every_sample`` always; the others only two where the case is `sparing`.
     """
 
     name: str
@@ -143,6 +142,11 @@ class Case:
             self.kept[key] = make()
         return self.kept[key]
 
+    @property
+    def sparing(self) -> bool:
+        """Whether rows do less: in quick mode where Triton interprets, for there it's the calls that take the time."""
+        return self.quick and self.interpreted
+
     def samples(self, dtype: torch.dtype = torch.float64) -> list[Sample]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -150,7 +154,7 @@ class Case:
         if not samples:
             raise NotApplicable(f"no sample of dtype {short(dtype)}")
         refuse_nested(samples)
-        return samples if self.every_sample or not (self.quick and self.interpreted) else samples[:2]
+        return samples[:2] if self.sparing and not self.every_sample else samples
 
     def calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
         return [Call(self.info.function, sample) for sample in self.samples(dtype)]
@@ -171,7 +175,7 @@ class Case:
         """
         for call in self.differentiable_calls():
             oracle = self.oracle(call)
-            if self.quick and self.interpreted:
+            if self.sparing:
                 yield describe(call), along(call), along(oracle)
             else:
                 yield describe(call), call, oracle
