@@ -46,7 +46,7 @@ docs: $(STAMPS)/test build
 	$(PY) docs/update_readme.py
 
 test: $(STAMPS)/test build
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 fuzz: $(STAMPS)/test build
 	$(PY) tests/fuzz.py $(FUZZ_ARGS)
@@ -59,7 +59,7 @@ dist: $(STAMPS)/dist
 	$(PY) .ci/dist.py
 
 test-full: $(STAMPS)/test build
-	CUSTOM_OPS_FULL=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	CUSTOM_OPS_FULL=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff check .

@@ -23,7 +23,6 @@ FOLDERS = ("triton_kernels", "benchmarks", "examples")
 NOT_SOURCE = shutil.ignore_patterns(
     *(".*cache", ".git", ".hypothesis", ".venv", "*.egg-info", "*.so", "__pycache__", "build", "dist", "out")
 )
-pytestmark = pytest.mark.xdist_group("packaging")  # in one process, so that each thing is built once
 
 USE = """
 import sys, torch, custom_ops, importlib.util as u

@@ -332,13 +332,20 @@ def run_compiling(*arguments):
 
 
 def test_every_kernel_compiles_without_spills(tmp_path):
-    run = run_compiling("-m", "custom_ops.triton_kernels.aot", "--report", str(tmp_path / "gpu.md"))
+    """All that there is with CUSTOM_OPS_FULL=1; otherwise two dtypes, and on other targets than sm_90 the largest."""
+    quick = not os.environ.get("CUSTOM_OPS_FULL")
+    options = ["--report", str(tmp_path / "gpu.md"), *(["--quick"] if quick else [])]
+    run = run_compiling("-m", "custom_ops.triton_kernels.aot", *options)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     compiled = set(re.findall(r"^(\w+)\s+(\w+)\[(\w+)\]", run.stdout, re.MULTILINE))
     expected = {(target, k.name, dtype) for target in aot.TARGETS for k in aot.kernels() for dtype in k.dtypes}
-    assert compiled == expected
-    if f"with Triton {triton.__version__}," in GPU_PAGE.read_text():  # registers vary with the compiler
-        assert GPU_PAGE.read_text() == (tmp_path / "gpu.md").read_text(), "run `make docs`"
+    if quick:
+        assert {found[:2] for found in compiled} == {e[:2] for e in expected}
+        expected = {e for e in expected if e[0] == aot.REPORTED and e[2] not in ("bf16", "fp16")}
+    assert expected <= compiled
+    page, written = (path.read_text().splitlines() for path in (GPU_PAGE, tmp_path / "gpu.md"))
+    if f"with Triton {triton.__version__}," in page[2]:  # registers vary with the compiler
+        assert set(written) <= set(page) if quick else written == page, "run `make docs`"
 
 
 @pytest.mark.parametrize("name", ["piecewise_linear", "apply_mask", "margin_ranking_backward", "segment_reduce"])
@@ -423,7 +430,7 @@ def test_planted_spills_are_reported(monkeypatch, capsys):
     def verdict(resources):
         report = aot.Report("k", "fp32", "", "sm_90", 4, resources)
         assert ("SPILLS" in str(report)) == (not report.ok)
-        monkeypatch.setattr(aot, "compile_all", lambda name: [report])
+        monkeypatch.setattr(aot, "compile_all", lambda name, quick: [report])
         assert aot.main([]) == (not report.ok)
         return report.ok
 
@@ -436,8 +443,8 @@ def test_planted_spills_are_reported(monkeypatch, capsys):
     assert not verdict(aot.parse_amdgcn(AMDGCN.format(private=4, sgprs=0, vgprs=0)))
     assert not verdict(aot.parse_amdgcn(AMDGCN.format(private=0, sgprs=1, vgprs=0)))
     assert not verdict(aot.parse_amdgcn(AMDGCN.format(private=0, sgprs=0, vgprs=1)))
-    sass = "LDG.E.U8 R2, [R4]; LDG.E.EF.128.CONSTANT R8, [R6]; STG.E [R2], R4; LDG.E.64 R0, [R2]"
-    assert (aot.widest(sass, "LDG"), aot.widest(sass, "STG"), aot.widest("", "STG")) == (16, 4, 0)
+    ptx = "ld.global.b8 a; ld.global.L1::evict_last.L2::cache_hint.v4.b32 {b}; ld.shared.v4.b64 {c}; st.global.v2.b16 d"
+    assert (aot.widest(ptx, "ld"), aot.widest(ptx, "st"), aot.widest("", "st")) == (16, 4, 0)
     with pytest.raises(KeyError):
         aot.parse_cuobjdump("the format has changed")
     assert "1 compiled, 1 with spills" in capsys.readouterr().out

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-REPORTED = "sm_90"  # the one in docs/gpu.md, and the only one that is disassembled: that takes long
+REPORTED = "sm_90"  # the one in docs/gpu.md
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,10 @@ def parse_amdgcn(text: str) -> Resources:
     )
 
 
-def widest(sass: str, instruction: str) -> int:
-    """Bytes of the widest of these instructions, LDG or STG, in NVIDIA's assembly."""
-    # LDG.E.128 and the like; without a number 4 bytes, with S8, U16 and so on that many bits.
-    found = re.findall(rf"\b{instruction}\.E(?:\.\w+)*", sass)
-    bits = [
-        next((int(part.strip("US")) for part in f.split(".") if re.fullmatch(r"[US]?\d+", part)), 32) for f in found
-    ]
-    return max(bits, default=0) // 8
+def widest(ptx: str, instruction: str) -> int:
+    """Bytes of the widest of these instructions on global memory, ld or st, in NVIDIA's PTX."""
+    found = re.findall(rf"\b{instruction}\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[a-z]+(\d+)\b", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
 
 
 def kernels() -> list[Kernel]:
@@ -124,49 +121,47 @@ def sources(kernel: Kernel) -> Iterator[tuple[str, str, ASTSource]]:
             yield dtype, label, ASTSource(kernel.fn, signature, dict(variant), aligned)
 
 
-def resources(compiled: Any, disassemble: bool) -> Resources:
+def resources(compiled: Any) -> Resources:
     if "amdgcn" in compiled.asm:
         return parse_amdgcn(compiled.asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-
-        def dump(option: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        found = parse_cuobjdump(dump("--dump-resource-usage"))
-        if disassemble:
-            sass = dump("--dump-sass")
-            found = replace(found, load=widest(sass, "LDG"), store=widest(sass, "STG"))
-        return found
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        found = parse_cuobjdump(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    ptx = compiled.asm["ptx"]
+    return replace(found, load=widest(ptx, "ld"), store=widest(ptx, "st"))
 
 
-def compile_kernel(index: int, targets: Iterable[str]) -> list[Report]:
+def compile_one(kernel: Kernel, target: str, dtype: str, variant: str, source: ASTSource) -> Report:
+    compiled = triton.compile(source, target=TARGETS[target], options=dict(kernel.options))
+    return Report(kernel.name, dtype, variant, target, kernel.options["num_warps"], resources(compiled))
+
+
+def compile_kernel(index: int, quick: bool) -> list[Report]:
     kernel = kernels()[index]
-    reports = []
-    for target in targets:
-        for dtype, variant, source in sources(kernel):
-            compiled = triton.compile(source, target=TARGETS[target], options=dict(kernel.options))
-            warps = kernel.options["num_warps"]
-            found = resources(compiled, disassemble=target == REPORTED)
-            reports.append(Report(kernel.name, dtype, variant, target, warps, found))
-    return reports
+    chosen = [found for found in sources(kernel) if not quick or found[0] in (kernel.dtypes[0], kernel.dtypes[-1])]
+    reports = [compile_one(kernel, REPORTED, *source) for source in chosen]
+    if quick:
+        largest = max(range(len(chosen)), key=lambda i: reports[i].resources.registers)
+        chosen = [chosen[largest]]
+    others = (target for target in TARGETS if target != REPORTED)
+    return reports + [compile_one(kernel, target, *source) for target in others for source in chosen]
 
 
-def compile_all(targets: Iterable[str] = tuple(TARGETS), name: str = "") -> list[Report]:
-    """Compile every kernel whose name contains ``name`` for every target, in as many processes as there are cores.
+def compile_all(name: str = "", quick: bool = False) -> list[Report]:
+    """Compile every kernel whose name contains ``name``, in as many processes as there are cores.
 
-    Raises ``RuntimeError`` where Triton interprets instead of compiling.
+    With ``quick`` for the first and the last of its dtypes only, and for the other targets only what takes most
+    registers on sm_90. Raises ``RuntimeError`` where Triton interprets instead of compiling.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("custom_ops.triton_kernels.aot: unset TRITON_INTERPRET, under it nothing is compiled")
     chosen = [index for index, kernel in enumerate(kernels()) if name in kernel.name]
     if not chosen:
         raise ValueError(f"name: no kernel's name contains {name!r}")
-    tasks = [(index, [target]) for target in targets for index in chosen]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return [report for reports in pool.map(compile_kernel, *zip(*tasks)) for report in reports]
+        return [report for reports in pool.map(partial(compile_kernel, quick=quick), chosen) for report in reports]
 
 
 def occupancy(report: Report) -> float:
@@ -190,7 +185,7 @@ def markdown(reports: Iterable[Report]) -> str:
         f"compiles for {', '.join(TARGETS)}, none of it with a spill or local memory. Here {REPORTED}, of each kernel "
         "the worst of its variants: registers per thread, shared bytes per program, the share of a multiprocessor's "
         "warps that these leave room for, and the bytes of a thread's widest access to global memory in the "
-        "disassembly.",
+        "PTX.",
         "",
         "| kernel | | variants | warps | registers | shared | occupancy | load | store |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -208,9 +203,10 @@ def markdown(reports: Iterable[Report]) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m custom_ops.triton_kernels.aot", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="only kernels with this in their name")
+    parser.add_argument("--quick", action="store_true", help="two dtypes, and one variant for other targets than sm_90")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write docs/gpu.md there")
     options = parser.parse_args(argv)
-    reports = compile_all(name=options.name)
+    reports = compile_all(options.name, options.quick)
     print(HEADING, *reports, sep="\n")
     spilling = sum(not report.ok for report in reports)
     print(f"{len(reports)} compiled, {spilling} with spills or local memory")

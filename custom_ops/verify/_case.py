@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,8 +23,7 @@ class NotApplicable(Exception):
 class Capability:
     """One row of the matrix; one that ``may_be_refused`` must raise where the op declares it not applicable.
 
-    Rows on the kernels' numbers take ``every_sample`` always; the others only two where Triton interprets
-    in quick mode, for there it's the calls that take the time.
+    Rows on the kernels' numbers take ``every_sample`` always; the others only two where the case is `sparing`.
     """
 
     name: str
@@ -59,6 +58,7 @@ class Call:
     function: Callable[..., Any]
     sample: Sample
     _outputs: tuple[int, ...] | None = field(default=None, repr=False)
+    _like: list[Tensor] | None = field(default=None, repr=False)  # the differentiable outputs
 
     @property
     def keys(self) -> list[Key]:
@@ -81,7 +81,7 @@ class Call:
         new = dict(zip(self.keys if keys is None else keys, tensors))
         args = tuple(new.get(i, a) for i, a in enumerate(self.sample.args))
         kwargs = {k: new.get(k, a) for k, a in self.sample.kwargs.items()}
-        return replace(self, sample=replace(self.sample, args=args, kwargs=kwargs))
+        return replace(self, sample=replace(self.sample, args=args, kwargs=kwargs), _like=None)
 
     def run(self) -> list[Tensor]:
         """All output tensors."""
@@ -97,19 +97,23 @@ class Call:
     @property
     def differentiable(self) -> tuple[int, ...]:
         """Which outputs depend on the inputs, by the function's own account."""
-        return self.find_differentiable() if self._outputs is None else self._outputs
+        return tuple(self.find_differentiable()) if self._outputs is None else self._outputs
 
-    def find_differentiable(self) -> tuple[int, ...]:
+    def find_differentiable(self) -> dict[int, Tensor]:
         """To be called once outside of any transform, inside of which it couldn't be told."""
         outputs = self.with_tensors(self.inputs, self.input_keys).run()
-        self._outputs = tuple(i for i, y in enumerate(outputs) if y.requires_grad)
-        if not self._outputs:
+        found = {i: y.detach() for i, y in enumerate(outputs) if y.requires_grad}
+        if not found:
             raise AssertionError("inputs require grad, but no output does: the derivative is cut off")
-        return self._outputs
+        self.differentiable_like(found)
+        return found
+
+    def differentiable_like(self, found: dict[int, Tensor]) -> None:
+        self._outputs, self._like = tuple(found), list(found.values())
 
     def weights(self) -> list[Tensor]:
         """A fixed random cotangent for each differentiable output."""
-        return randn_like(self(*self.inputs), seed=1)
+        return randn_like(self.find_differentiable().values() if self._like is None else self._like, seed=1)
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """A scalar, not linear in the outputs, so that every op has a second derivative."""
@@ -122,13 +126,26 @@ class Call:
 
 @dataclass
 class Case:
-    """An op on one device, as the capabilities see it."""
+    """An op on one device, as the capabilities see it; what several of them need is kept from one to the next."""
 
     info: OpInfo
     device: torch.device
     quick: bool
     interpreted: bool = False
     every_sample: bool = True  # of the row being checked
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave for this key, in whichever row asked first; one that raises is asked again."""
+        key = (*key, self.every_sample)
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    @property
+    def sparing(self) -> bool:
+        """Whether rows do less: in quick mode where Triton interprets, for there it's the calls that take the time."""
+        return self.quick and self.interpreted
 
     def samples(self, dtype: torch.dtype = torch.float64) -> list[Sample]:
         with torch.random.fork_rng(devices=[]):
@@ -137,7 +154,7 @@ class Case:
         if not samples:
             raise NotApplicable(f"no sample of dtype {short(dtype)}")
         refuse_nested(samples)
-        return samples if self.every_sample or not (self.quick and self.interpreted) else samples[:2]
+        return samples[:2] if self.sparing and not self.every_sample else samples
 
     def calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
         return [Call(self.info.function, sample) for sample in self.samples(dtype)]
@@ -145,19 +162,23 @@ class Case:
     def differentiable_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
         """The non-empty calls with an input to differentiate in."""
         calls = [c for c in self.calls(dtype) if c.input_keys and not c.is_empty]
-        for call in calls:
-            call.find_differentiable()
+        for i, call in enumerate(calls):
+            call.differentiable_like(self.keep(("outputs", dtype, i), call.find_differentiable))
         if not calls:
             raise NotApplicable("no sample has an input that requires grad")
         return calls
 
-    def few_input_calls(self) -> list[Call]:
-        """Those for rows whose work is quadratic in the inputs: on the interpreter, where each program counts."""
-        calls = self.differentiable_calls()
-        if not self.interpreted:
-            return calls
-        calls = sorted(calls, key=lambda c: sum(x.numel() for x in c.inputs))
-        return calls[:1] + [c for c in calls[1:] if sum(x.numel() for x in c.inputs) <= 24]
+    def low_dimensional_calls(self) -> Iterator[tuple[str, Call, Call]]:
+        """Description, call and oracle, for rows whose work is quadratic in the inputs.
+
+        Where Triton interprets in quick mode, the inputs move along two random directions each, not element by element.
+        """
+        for call in self.differentiable_calls():
+            oracle = self.oracle(call)
+            if self.sparing:
+                yield describe(call), along(call), along(oracle)
+            else:
+                yield describe(call), call, oracle
 
     def compiled_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
         """Compilation is what costs: the first calls stand for all, in quick mode the first."""
@@ -217,7 +238,7 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(tensor.requires_grad)
 
 
-def randn_like(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
+def randn_like(tensors: Iterable[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in tensors]
 
@@ -230,6 +251,18 @@ def grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def along(call: Call, directions: int = 2) -> Call:
+    """The call as a function of how far each input moves from its value along random directions."""
+    inputs = [x.detach() for x in call.inputs]
+    moves = [torch.stack(many) for many in zip(*(randn_like(inputs, seed=6 + i) for i in range(directions)))]
+
+    def function(*steps: Tensor) -> tuple[Tensor, ...]:
+        return call(*(x + torch.tensordot(s, m, 1) for x, s, m in zip(inputs, steps, moves)))
+
+    steps = [x.new_zeros(directions).requires_grad_() for x in inputs]
+    return Call(function, Sample(tuple(steps)), tuple(range(len(call.differentiable))))
 
 
 def jacobian(call: Call) -> Tensor:

@@ -31,7 +31,7 @@ from custom_ops.verify._case import (
 )
 
 
-@capability("gradcheck", every_sample=True)
+@capability("gradcheck")
 def gradcheck(case: Case) -> None:
     """Finite differences in float64: reverse mode, forward mode, and both batched."""
     for call in case.differentiable_calls():
@@ -40,6 +40,7 @@ def gradcheck(case: Case) -> None:
                 call,
                 call.inputs,
                 check_forward_ad="forward AD" not in case.info.not_applicable,
+                check_undefined_grad=not case.sparing,
                 check_batched_grad=True,
                 check_batched_forward_grad="forward AD" not in case.info.not_applicable,
                 fast_mode=case.quick,
@@ -50,11 +51,12 @@ def gradcheck(case: Case) -> None:
 def gradgradcheck(case: Case) -> None:
     """Finite differences of the gradient of the op's square, and in the full matrix of the op."""
     forward_over_reverse = "forward AD" not in case.info.not_applicable
-    for call in case.few_input_calls():
+    for _, call, _ in case.low_dimensional_calls():
         for function in (call.loss,) if case.quick else (call, call.loss):
             torch.autograd.gradgradcheck(
                 function,
                 call.inputs,
+                check_undefined_grad=not case.sparing,
                 check_fwd_over_rev=forward_over_reverse,
                 check_batched_grad=True,
                 fast_mode=case.quick,
@@ -154,7 +156,7 @@ def each_input_alone(case: Case) -> None:
 @capability("checkpoint")
 def checkpointed(case: Case) -> None:
     """Gradients under ``checkpoint``, reentrant and not, and with saved tensors moved (``save_on_cpu``) or copied."""
-    for call in case.differentiable_calls()[: 2 if case.interpreted else None]:
+    for call in case.differentiable_calls():
         weights = call.weights()
         expected = _gradients_of_two_layers(case.oracle(call), weights)
         for reentrant in (True, False):
@@ -257,20 +259,20 @@ def func_jacfwd(case: Case) -> None:
 
 
 def _check_jacobian(case: Case, transform: Callable[..., Any]) -> None:
-    for call in case.few_input_calls():
+    for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
         with _no_fallback():
             blocks = transform(call, _all(call))(*inputs)
         actual = matrix(blocks, inputs)
-        check_close(actual, jacobian(case.oracle(call)), f"{transform.__name__} of {describe(call)}")
+        check_close(actual, jacobian(oracle), f"{transform.__name__} of {what}")
 
 
 @capability("func.hessian", may_be_refused=True)
 def func_hessian(case: Case) -> None:
     """``torch.func.hessian`` (forward over reverse) and reverse over reverse, of a weighted sum of squares."""
-    for call in case.few_input_calls():
+    for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
-        expected = hessian(case.oracle(call))
+        expected = hessian(oracle)
         transforms = {
             "hessian": torch.func.hessian(call.loss, _all(call)),
             "jacrev(jacrev)": torch.func.jacrev(torch.func.jacrev(call.loss, _all(call)), _all(call)),
@@ -278,23 +280,23 @@ def func_hessian(case: Case) -> None:
         for name, transform in transforms.items():
             with _no_fallback():
                 blocks = transform(*inputs)
-            check_close(matrix(blocks, inputs), expected, f"{name} of {describe(call)}")
+            check_close(matrix(blocks, inputs), expected, f"{name} of {what}")
 
 
 @capability("forward over forward", may_be_refused=True)
 def forward_over_forward(case: Case) -> None:
     """``jacfwd`` of ``jacfwd``, and ``jvp`` of ``jvp``, of a weighted sum of squares: the reference's Hessian."""
-    for call in case.few_input_calls():
+    for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
-        expected = hessian(case.oracle(call))
+        expected = hessian(oracle)
         nested = torch.func.jacfwd(torch.func.jacfwd(call.loss, _all(call)), _all(call))
         with _no_fallback():
             blocks = nested(*inputs)
-        check_close(matrix(blocks, inputs), expected, f"jacfwd(jacfwd) of {describe(call)}")
+        check_close(matrix(blocks, inputs), expected, f"jacfwd(jacfwd) of {what}")
         first, second = (tuple(randn_like(inputs, seed=seed)) for seed in (4, 5))
         along = partial(_tangent, call.loss, first)
         actual = _tangent(along, second, *inputs)
-        check_close(actual, flat(first) @ expected @ flat(second), f"jvp(jvp) of {describe(call)}")
+        check_close(actual, flat(first) @ expected @ flat(second), f"jvp(jvp) of {what}")
 
 
 def _tangent(function: Callable[..., Any], direction: tuple[Tensor, ...], *inputs: Tensor) -> Any:
@@ -326,7 +328,7 @@ def vmap(case: Case) -> str | None:
             continue
         for keys in _choices(call):
             try:
-                batch, expected = _batch(call, keys)
+                batch, expected = _batch(call, keys, size=2 if case.sparing else 3)
             except NotApplicable as reason:
                 remarks.add(f"not over argument {', '.join(map(str, keys))}: {reason}")
                 continue

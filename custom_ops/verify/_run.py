@@ -92,15 +92,26 @@ def verify(
             not_applicable=not_applicable or {},
             not_comparable=not_comparable or {},
         )
-    chosen = _chosen(only, quick)
+    return run(info, backend, quick, _chosen(only, quick), {}, on_cell)
+
+
+def run(
+    info: OpInfo,
+    backend: str,
+    quick: bool,
+    rows: Iterable[Capability],
+    kept: dict[Any, Any],
+    on_cell: Callable[[Cell], None] | None = None,
+) -> Report:
+    """`verify` with what earlier runs of the same op on the same backend have ``kept`` for other rows."""
     for declared in ("not_applicable", "not_comparable"):
         unknown = getattr(info, declared).keys() - CAPABILITIES.keys()
         if unknown:
             raise ValueError(f"{declared}: unknown capabilities {sorted(unknown)}, see verify.capabilities()")
     report = Report()
     with on_backend(backend) as device:
-        case = Case(info, device, quick, interpreted=backend == "triton")
-        for row in chosen:
+        case = Case(info, device, quick, interpreted=backend == "triton", kept=kept)
+        for row in rows:
             cell = _cell(row, case, backend)
             report.cells.append(cell)
             if on_cell is not None:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +90,24 @@ class _Recorder(TorchDispatchMode):
 
 def records(case: Case, dtypes: Sequence[torch.dtype], layouts: Sequence[str] = ()) -> list[Record]:
     """Every distinct call of a registered op that forward, both backwards, jvp and vmap of the samples make."""
-    recorder = _Recorder()
+    found: dict[tuple[Any, ...], Record] = {}
     for dtype in dtypes:
-        for call in case.calls(dtype):
-            variants = [call]
-            for name in layouts:
-                moved = [LAYOUTS[name](t.detach()).requires_grad_(t.requires_grad) for t in call.tensors]
-                variants.append(call.with_tensors(moved))
-            for variant in variants:
-                with recorder:
-                    _exercise(variant)
-    if not recorder.records:
+        for layout in ("", *layouts):
+            found |= case.keep(("records", dtype, layout), partial(_recorded, case, dtype, layout))
+    if not found:
         raise NotApplicable("reaches no registered op")
-    return list(recorder.records.values())
+    return list(found.values())
+
+
+def _recorded(case: Case, dtype: torch.dtype, layout: str) -> dict[tuple[Any, ...], Record]:
+    recorder = _Recorder()
+    for call in case.calls(dtype):
+        if layout:
+            moved = [LAYOUTS[layout](t.detach()).requires_grad_(t.requires_grad) for t in call.tensors]
+            call = call.with_tensors(moved)
+        with recorder:
+            _exercise(call)
+    return recorder.records
 
 
 def _exercise(call: Call) -> None:

@@ -84,7 +84,8 @@ def _check_rounded(case: Case, call: Call, dtype: torch.dtype) -> None:
     half = dtype.itemsize == 2
     call64 = call.with_tensors([double(t) for t in call.tensors])
     oracle = case.reference(call64) if case.info.reference is not None else call64
-    actual, expected = call.run(), oracle.run()
+    inputs, oracle_inputs = call.inputs, oracle.inputs
+    actual, expected = (c.with_tensors(i, c.input_keys).run() for c, i in ((call, inputs), (oracle, oracle_inputs)))
     rounding = max(64 * eps, TOLERANCE)
     rtol, atol = (2 * eps, 64 * wide) if half else (rounding, rounding)
     check_close(actual, expected, f"{short(dtype)} value of {describe(call)}", rtol, atol, dtypes=False)
@@ -92,11 +93,14 @@ def _check_rounded(case: Case, call: Call, dtype: torch.dtype) -> None:
         for i, (a, e) in enumerate(zip(actual, flatten(case.reference(call).run()))):
             if a.dtype != e.dtype:
                 raise AssertionError(f"output {i} of {describe(call)}: {short(a.dtype)}, expected {short(e.dtype)}")
-    if not call.input_keys:
+    if not inputs:
         return
-    weights = call.weights()
-    expected = _gradients(Call(oracle.function, call64.sample, call.differentiable), [double(w) for w in weights])
-    actual = _gradients(call, weights)
+    pairs = [(a, e) for a, e in zip(actual, expected) if a.requires_grad]
+    if not pairs:
+        raise AssertionError("inputs require grad, but no output does: the derivative is cut off")
+    weights = randn_like([a for a, _ in pairs], seed=1)
+    expected = grads([e for _, e in pairs], oracle_inputs, [double(w) for w in weights])
+    actual = grads([a for a, _ in pairs], inputs, weights)
     atol = 2 * eps if half else atol
     check_close(actual, expected, f"{short(dtype)} gradients of {describe(call)}", rtol, atol, dtypes=False)
 
@@ -225,33 +229,43 @@ def input_layouts(case: Case) -> None:
 @capability("gradient layouts")
 def gradient_layouts(case: Case) -> None:
     """Incoming gradients and tangents with those layouts (expanded as from ``sum``), to second order."""
-    for call in case.differentiable_calls()[: 2 if case.quick and case.interpreted else None]:
-        weights = call.weights()
-        tangents = () if "func.jvp" in case.info.not_applicable else randn_like(call.inputs, seed=4)
-        contiguous = _derivatives(call, weights, tangents, _row_major)
+    for call in case.differentiable_calls():
+        inputs, weights = call.inputs, call.weights()
+        outputs = call(*inputs)
+        tangents = () if "func.jvp" in case.info.not_applicable else randn_like(inputs, seed=4)
+        derivatives = partial(_derivatives, call, inputs, outputs, weights, tangents)
+        contiguous = derivatives(_row_major)
         for name, layout in {**LAYOUTS, **EXPANDED}.items():
             expected = contiguous
             if name in EXPANDED:
-                expected = _derivatives(call, weights, tangents, _contiguous_after(layout))
+                expected = derivatives(_contiguous_after(layout))
             elif _same_layout([layout(t) for t in (*weights, *tangents)], [*weights, *tangents]):
                 continue
-            actual = _derivatives(call, weights, tangents, layout)
-            check_close(actual, expected, f"derivatives of {describe(call)} with {name} gradients and tangents")
+            check_close(
+                derivatives(layout), expected, f"derivatives of {describe(call)} with {name} gradients and tangents"
+            )
 
 
 def _contiguous_after(layout: Layout) -> Layout:
     return lambda t: layout(t).contiguous()
 
 
-def _derivatives(call: Call, weights: Sequence[Tensor], tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+def _derivatives(
+    call: Call,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    layout: Layout,
+) -> list[Tensor]:
     """First and second derivatives and tangents, for gradients and tangents of that layout."""
-    inputs = call.inputs
     weights = [layout(w.detach()).requires_grad_() for w in weights]
-    results = grads(call(*inputs), inputs, weights, create_graph=True)
+    results = grads(outputs, inputs, weights, create_graph=True)
     connected = [g for g in results if g.requires_grad]
     with suppress(RuntimeError):  # a second derivative that doesn't exist is for another row to report
         directions = [layout(d) for d in randn_like(connected, seed=3)]
-        results = results + grads(connected, [*inputs, *weights], directions) if connected else results
+        second = grads(connected, [*inputs, *weights], directions, retain_graph=True) if connected else []
+        results = results + second
     if tangents:
         plain = tuple(x.detach() for x in inputs)
         results = results + list(torch.func.jvp(call, plain, tuple(layout(t) for t in tangents))[1])
@@ -342,33 +356,47 @@ def deterministic(case: Case) -> str:
     threads = torch.get_num_threads()
     sizes = []
     for call in case.calls(torch.float32):
-        big = _large(call)
+        big = _grown(call, _growth(case, call))
         sizes.append(max((t.numel() for t in big.tensors), default=0))
         results = []
         try:
-            for count in (1, 2, 2):
+            for count in (2, 2) if case.interpreted else (2, 2, 1):  # Triton's interpreter has no threads
                 torch.set_num_threads(count)
                 results.append(everything(big))
         finally:
             torch.set_num_threads(threads)
-        check_same_bits(results[1], results[2], f"two runs of {describe(big)}")
-        # Not second derivatives: they may contain torch's own sums, which depend on the threads.
-        first = len(big.run()) + len(big.inputs)
-        check_same_bits(results[0][:first], results[1][:first], f"one thread and two on {describe(big)}")
+        check_same_bits(results[0], results[1], f"two runs of {describe(big)}")
+        if not case.interpreted:
+            # Not second derivatives: they may contain torch's own sums, which depend on the threads.
+            first = len(big.run()) + len(big.inputs)
+            check_same_bits(results[1][:first], results[2][:first], f"one thread and two on {describe(big)}")
     return f"up to {max(sizes)} elements"
 
 
-def _large(call: Call, reference: Callable[[Call], Call] | None = None, elements: int = 1 << 18) -> Call:
-    """The call grown along its dynamic dimensions until threads matter, or until it or its reference takes long."""
+def _growth(case: Case, call: Call, with_reference: bool = False, elements: int = 1 << 18) -> int:
+    """How often to repeat the dynamic dimensions: until threads matter, or the call or its reference takes long."""
     times = 1
-    everything(call)  # the first run takes longer
+    if not case.interpreted:
+        everything(call)  # the first run takes longer
     while call.sample.dynamic:
         grown = resized(call, times)
-        if _seconds(grown) > 0.1 or max(t.numel() for t in call.tensors) * times > elements:
+        if _seconds(partial(everything, grown)) > 0.1 or max(t.numel() for t in call.tensors) * times > elements:
             break
-        if reference is not None and _seconds(reference(grown)) > 1:
+        reference = partial(run_leaves, case.reference(grown), grown.tensors) if with_reference else None
+        if reference is not None and _seconds(reference) > (0.25 if case.quick else 1):
             break
         times *= 4
+    return times
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()  # on a busy machine, too, the same growth
+    run()
+    return time.process_time() - start
+
+
+def _grown(call: Call, times: int) -> Call:
+    """Its dynamic dimensions ``times`` as long, and the values of its inputs different from one another."""
     if times == 1:
         return call
     big = resized(call, times)
@@ -377,19 +405,15 @@ def _large(call: Call, reference: Callable[[Call], Call] | None = None, elements
     return big.with_tensors(spread, big.input_keys)
 
 
-def _seconds(call: Call) -> float:
-    start = time.perf_counter()
-    everything(call)
-    return time.perf_counter() - start
-
-
 @capability("large")
 def large(case: Case) -> str:
     """Grown until kernels take their other paths (blocks, threads), values and gradients equal the reference's."""
     sizes = []
+    growth: dict[int, int] = {}
     for dtype in [d for d in (torch.float64, torch.float32) if d in case.info.dtypes]:
-        for call in case.dynamic_calls(dtype):
-            big = _large(call, case.reference)
+        for i, call in enumerate(case.dynamic_calls(dtype)):
+            growth[i] = growth.get(i) or _growth(case, call, with_reference=True)
+            big = _grown(call, growth[i])
             sizes.append(max(t.numel() for t in big.tensors))
             _check_rounded(case, big, dtype)
     return f"up to {max(sizes)} elements"
