@@ -11,7 +11,7 @@ constexpr int64_t kTile = 512;      // elements whose intermediate values stay i
 #ifdef CUSTOM_OPS_AVX2
 template <class T, class Rule>
 TARGET_LANES int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y,
-                                      uint8_t* mask, int64_t n) {
+                                      uint8_t* mask, int64_t n, bool stream) {
   using V = Vector<Accumulator<T>>;
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
@@ -22,8 +22,8 @@ TARGET_LANES int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T
       V v = V::load(x + i + k), result;
       if (bias != nullptr) v = v + V::load(bias + i + k);
       kept[k / V::kLanes] = rule.apply(v, V::signs_of(draws, static_cast<int>(k)), result);
-      if (Rule::kExact && bias == nullptr) result.store_exact(y + i + k);
-      else result.store(y + i + k);
+      if (Rule::kExact && bias == nullptr) result.store_exact(y + i + k, stream);
+      else result.store(y + i + k, stream);
     }
     const uint32_t bits = V::signs(kept);
     std::memcpy(mask + i / 8, &bits, sizeof(bits));
@@ -35,14 +35,14 @@ TARGET_LANES int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T
 
 inline bool bit(const uint8_t* mask, int64_t i) { return (mask[i >> 3] >> (i & 7)) & 1; }
 
-// `bias`, one value for each element, and `random`, one bit for each, may be null.
+// `bias`, one value for each element, and `random`, one bit for each, may be null; `stream` as `Streaming` says at `y`.
 template <class T, class Rule>
 void activate_span(const Rule& rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y, uint8_t* mask,
-                   int64_t n) {
+                   int64_t n, bool stream) {
   using A = Accumulator<T>;
   int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-  if (cpu_has_lanes()) i = activate_vectors(rule, x, bias, random, y, mask, n);
+  if (cpu_has_lanes()) i = activate_vectors(rule, x, bias, random, y, mask, n, stream);
 #endif
   for (; i < n; ++i) {
     A result;

@@ -7,6 +7,10 @@
 #include <algorithm>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CUSTOM_OPS_AVX2 1
 #include <immintrin.h>
@@ -42,6 +46,31 @@ void multiversion(const Body& body) {
 #endif
   body();
 }
+
+// Whether a fresh output is written past the caches. A large one is: they would fetch each line only to have it
+// overwritten, and push it out again before anyone reads it. Then `flush` before the thread says that it is done.
+class Streaming {
+ public:
+  static constexpr int64_t kLarge = 8 << 20, kLine = 64;
+
+  explicit Streaming(const Tensor& out) {
+#ifdef __SSE2__
+    on_ = out.numel() * static_cast<int64_t>(out.element_size()) >= kLarge;
+#endif
+  }
+
+  // Whether lines from `p` on are. One that is written in part must be fetched in any case.
+  bool at(const void* p) const { return on_ && reinterpret_cast<uintptr_t>(p) % kLine == 0; }
+
+  void flush() const {
+#ifdef __SSE2__
+    if (on_) _mm_sfence();
+#endif
+  }
+
+ private:
+  bool on_ = false;
+};
 
 // The masks of a batch: `examples` masks of `elements` bits each, for the elements of `x` beyond its
 // first `batch_dims` dimensions.
@@ -92,7 +121,15 @@ struct Bits {
 namespace avx2 {
 
 TARGET_AVX2 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-TARGET_AVX2 inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+TARGET_AVX2 inline void store(void* p, __m256i v, bool stream) {
+  if (stream) _mm256_stream_si256(static_cast<__m256i*>(p), v);
+  else _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+}
+TARGET_AVX2 inline void store(void* p, __m128i v, bool stream) {
+  if (stream) _mm_stream_si128(static_cast<__m128i*>(p), v);
+  else _mm_storeu_si128(static_cast<__m128i*>(p), v);
+}
 
 // The lanes of x from bit `first` of `bits` on, 0 where the lane's bit isn't set. Each bit of `bits` is
 // moved to its lane's sign, by which wide lanes are selected.
@@ -135,13 +172,13 @@ template <size_t kWidth>
 constexpr int64_t kLanes = 32 / kWidth;
 
 template <size_t kWidth, class Word>
-TARGET_AVX2 int64_t select_bits(const Word* x, const uint8_t* mask, Word* out, int64_t n) {
+TARGET_AVX2 int64_t select_bits(const Word* x, const uint8_t* mask, Word* out, int64_t n, bool stream) {
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     uint32_t bits;
     std::memcpy(&bits, mask + i / 8, sizeof(bits));
     for (int64_t k = 0; k < kStep; k += kLanes<kWidth>)
-      store(out + i + k, select<kWidth>(load(x + i + k), bits, static_cast<int>(k)));
+      store(out + i + k, select<kWidth>(load(x + i + k), bits, static_cast<int>(k)), stream);
   }
   return i;
 }
@@ -149,15 +186,15 @@ TARGET_AVX2 int64_t select_bits(const Word* x, const uint8_t* mask, Word* out, i
 }  // namespace avx2
 #endif
 
-// out[i] = bit i of mask ? x[i] : 0, for n elements of kWidth bytes.
+// out[i] = bit i of mask ? x[i] : 0, for n elements of kWidth bytes; `stream` as `Streaming` says at `to`.
 template <size_t kWidth>
-void select_bits(const void* from, const uint8_t* mask, void* to, int64_t n) {
+void select_bits(const void* from, const uint8_t* mask, void* to, int64_t n, bool stream = false) {
   using Word = typename Bits<kWidth>::Word;
   const Word* x = static_cast<const Word*>(from);
   Word* out = static_cast<Word*>(to);
   int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-  if (cpu_has_avx2()) i = avx2::select_bits<kWidth>(x, mask, out, n);
+  if (cpu_has_avx2()) i = avx2::select_bits<kWidth>(x, mask, out, n, stream);
 #endif
   for (; i < n; ++i) out[i] = (mask[i >> 3] >> (i & 7)) & 1 ? x[i] : 0;
 }

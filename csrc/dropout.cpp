@@ -72,6 +72,7 @@ std::tuple<Tensor, Tensor> relu_dropout_forward(const Tensor& x_in, const Tensor
     const T* xp = data<T>(x);
     T* yp = mutable_data<T>(y);
     uint8_t* mp = mutable_data<uint8_t>(mask);
+    const Streaming streaming(y);
     layout.parallel_spans(kSpan, [&, &layout = layout](int64_t example, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kTile) {
         const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
@@ -79,8 +80,10 @@ std::tuple<Tensor, Tensor> relu_dropout_forward(const Tensor& x_in, const Tensor
         multiversion([&]() ALWAYS_INLINE {
           draw(static_cast<uint64_t>(sp[example]), static_cast<uint64_t>(i / 4), least, kept, n);
         });
-        activate_span<T>(rule, xp + at, nullptr, kept, yp + at, mp + example * layout.bytes + i / 8, n);
+        activate_span<T>(rule, xp + at, nullptr, kept, yp + at, mp + example * layout.bytes + i / 8, n,
+                         streaming.at(yp + at));
       }
+      streaming.flush();
     });
   });
   return {y, mask};

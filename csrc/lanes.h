@@ -1,4 +1,5 @@
-// Vectors of floats: 8 lanes of float for the 16- and 32-bit types, 4 of double for the 64-bit one.
+// Vectors of floats: 8 lanes of float for the 16- and 32-bit types, 4 of double for the 64-bit one. They are stored
+// past the caches if `stream`, as `Streaming` says.
 #pragma once
 
 #include "bits.h"
@@ -30,26 +31,26 @@ struct Vector<float> {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
-  TARGET_LANES void store(float* p) const { _mm256_storeu_ps(p, v); }
-  TARGET_LANES void store(Half* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  TARGET_LANES void store(float* p, bool stream) const { avx2::store(p, _mm256_castps_si256(v), stream); }
+  TARGET_LANES void store(Half* p, bool stream) const {
+    avx2::store(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), stream);
   }
   // To nearest, ties to even. The NaNs here carry 16 bits, so that rounding can't make an infinity of one.
-  TARGET_LANES void store(BFloat16* p) const {
+  TARGET_LANES void store(BFloat16* p, bool stream) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
-    Vector{_mm256_castsi256_ps(_mm256_add_epi32(bits, half))}.store_exact(p);
+    Vector{_mm256_castsi256_ps(_mm256_add_epi32(bits, half))}.store_exact(p, stream);
   }
   // Of numbers that a T holds.
   template <class T>
-  TARGET_LANES void store_exact(T* p) const {
-    store(p);
+  TARGET_LANES void store_exact(T* p, bool stream) const {
+    store(p, stream);
   }
-  TARGET_LANES void store_exact(BFloat16* p) const {
+  TARGET_LANES void store_exact(BFloat16* p, bool stream) const {
     const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    avx2::store(p, _mm256_castsi256_si128(packed), stream);
   }
   TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_ps(v, o.v)}; }
   TARGET_LANES Vector operator-(Vector o) const { return {_mm256_sub_ps(v, o.v)}; }
@@ -87,8 +88,8 @@ struct Vector<double> {
 
   TARGET_LANES static Vector all(double x) { return {_mm256_set1_pd(x)}; }
   TARGET_LANES static Vector load(const double* p) { return {_mm256_loadu_pd(p)}; }
-  TARGET_LANES void store(double* p) const { _mm256_storeu_pd(p, v); }
-  TARGET_LANES void store_exact(double* p) const { store(p); }
+  TARGET_LANES void store(double* p, bool stream) const { avx2::store(p, _mm256_castpd_si256(v), stream); }
+  TARGET_LANES void store_exact(double* p, bool stream) const { store(p, stream); }
   TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_pd(v, o.v)}; }
   TARGET_LANES Vector operator-(Vector o) const { return {_mm256_sub_pd(v, o.v)}; }
   TARGET_LANES Vector operator*(Vector o) const { return {_mm256_mul_pd(v, o.v)}; }

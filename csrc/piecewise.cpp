@@ -47,31 +47,32 @@ void with_constant(bool value, const F& f) {
 // `bias`, one value for each channel of each example, may be null.
 template <class T, class Rule>
 void activate(const Rule& rule, const T* x, const T* bias, int64_t inner, int64_t channels, const MaskLayout& layout,
-              T* y, uint8_t* mask) {
+              T* y, uint8_t* mask, const Streaming& streaming) {
   using A = Accumulator<T>;
   layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
     const int64_t at = example * layout.elements;
     uint8_t* bits = mask + example * layout.bytes;
-    if (bias == nullptr)
-      return activate_span(rule, x + at + begin, nullptr, nullptr, y + at + begin, bits + begin / 8, end - begin);
-    for (int64_t i = begin; i < end; i += kTile) {
-      const int64_t n = std::min(kTile, end - i);
+    const int64_t step = bias == nullptr ? end - begin : kTile;
+    for (int64_t i = begin; i < end; i += step) {
+      const int64_t n = std::min(step, end - i);
       A tile[kTile];
-      for (int64_t k = 0, run; k < n; k += run) {
+      for (int64_t k = 0, run; bias != nullptr && k < n; k += run) {
         const int64_t channel = (i + k) / inner % channels;
         const T* value = bias + example * channels + channel;
         run = std::min(n - k, inner > 1 ? inner - (i + k) % inner : channels - channel);
         for (int64_t j = 0; j < run; ++j) tile[k + j] = static_cast<A>(value[inner > 1 ? 0 : j]);
       }
-      activate_span(rule, x + at + i, tile, nullptr, y + at + i, bits + i / 8, n);
+      activate_span(rule, x + at + i, bias == nullptr ? nullptr : tile, nullptr, y + at + i, bits + i / 8, n,
+                    streaming.at(y + at + i));
     }
+    streaming.flush();
   });
 }
 
 #ifdef CUSTOM_OPS_AVX2
 template <class T>
 TARGET_LANES int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out, int64_t n, Accumulator<T> on,
-                                        Accumulator<T> off) {
+                                        Accumulator<T> off, bool stream) {
   using V = Vector<Accumulator<T>>;
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
@@ -79,7 +80,7 @@ TARGET_LANES int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out,
     std::memcpy(&bits, mask + i / 8, sizeof(bits));
     for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
       const V v = V::load(x + i + k), rest = off != 0 ? v * V::all(off) : V::all(0);
-      rest.replaced(v * V::all(on), V::signs_of(bits, static_cast<int>(k))).store(out + i + k);
+      rest.replaced(v * V::all(on), V::signs_of(bits, static_cast<int>(k))).store(out + i + k, stream);
     }
   }
   return i;
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor> piecewise_linear(const Tensor& x_in, const std::optio
           const auto held = [](double constant) { return static_cast<A>(static_cast<T>(constant)); };
           const Rule rule{static_cast<A>(low), static_cast<A>(high.value_or(0)), held(below), held(above),
                           static_cast<A>(slope)};
-          activate(rule, xp, bp, inner, channels, layout, yp, mp);
+          activate(rule, xp, bp, inner, channels, layout, yp, mp, Streaming(y));
         });
       });
     });
@@ -132,19 +133,25 @@ Tensor apply_mask(const Tensor& x_in, const Tensor& mask_in, double on, double o
     const T* xp = data<T>(x);
     const uint8_t* mp = data<uint8_t>(mask);
     T* op = mutable_data<T>(out);
+    const Streaming streaming(out);
     layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
       const int64_t at = example * layout.elements + begin, n = end - begin;
       const uint8_t* bits = mp + example * layout.bytes + begin / 8;
-      if (on == 1 && off == 0) return select_bits<sizeof(T)>(xp + at, bits, op + at, n);
-      const A scale = static_cast<A>(on), rest = static_cast<A>(off);
-      int64_t i = 0;
+      const bool stream = streaming.at(op + at);
+      if (on == 1 && off == 0) {
+        select_bits<sizeof(T)>(xp + at, bits, op + at, n, stream);
+      } else {
+        const A scale = static_cast<A>(on), rest = static_cast<A>(off);
+        int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-      if (cpu_has_lanes()) i = apply_mask_vectors(xp + at, bits, op + at, n, scale, rest);
+        if (cpu_has_lanes()) i = apply_mask_vectors(xp + at, bits, op + at, n, scale, rest, stream);
 #endif
-      for (; i < n; ++i) {
-        const A v = static_cast<A>(xp[at + i]);
-        op[at + i] = static_cast<T>(bit(bits, i) ? v * scale : rest != 0 ? v * rest : A(0));
+        for (; i < n; ++i) {
+          const A v = static_cast<A>(xp[at + i]);
+          op[at + i] = static_cast<T>(bit(bits, i) ? v * scale : rest != 0 ? v * rest : A(0));
+        }
       }
+      streaming.flush();
     });
   });
   return out;

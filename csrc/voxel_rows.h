@@ -5,10 +5,6 @@
 
 #include <cstring>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // all functions that pass vectors are inlined
 #endif
@@ -120,16 +116,13 @@ ALWAYS_INLINE inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
 }
 
-// Writes whole rows of one tensor. Of a large one past the caches, which would fetch each line only to
-// have it overwritten; then `flush` before the thread says that it is done.
+// Writes whole rows of one tensor, past the caches as `Streaming` says.
 class RowWriter {
  public:
-  RowWriter(const Tensor& out, int64_t columns) : bytes_(columns * static_cast<int64_t>(out.element_size())) {
-#ifdef __SSE2__
-    const bool aligned = bytes_ % kLine == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % kLine == 0;
-    streams_ = aligned && out.numel() * static_cast<int64_t>(out.element_size()) >= kLarge;
-#endif
-  }
+  RowWriter(const Tensor& out, int64_t columns)
+      : bytes_(columns * static_cast<int64_t>(out.element_size())),
+        streaming_(out),
+        streams_(bytes_ % Streaming::kLine == 0 && streaming_.at(out.const_data_ptr())) {}
 
   ALWAYS_INLINE inline void copy(void* to, const void* from) const {
 #ifdef __SSE2__
@@ -156,16 +149,12 @@ class RowWriter {
     std::memset(to, 0, static_cast<size_t>(rows * bytes_));
   }
 
-  void flush() const {
-#ifdef __SSE2__
-    if (streams_) _mm_sfence();
-#endif
-  }
+  void flush() const { streaming_.flush(); }
 
  private:
-  static constexpr int64_t kLarge = 8 << 20, kLine = 64;
   int64_t bytes_;
-  bool streams_ = false;
+  Streaming streaming_;
+  bool streams_;
 };
 
 }  // namespace custom_ops

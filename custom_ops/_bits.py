@@ -1,4 +1,8 @@
-"""Packed masks, laid out as in csrc/bits.h and triton_kernels/common.py."""
+"""Packed masks, laid out as in csrc/bits.h and triton_kernels/common.py.
+
+Packing and unpacking are stated for Inductor on the CPU: bytes that each hold one bit are eight to a 64-bit word, and
+between them and booleans stands a float, as it converts those by vector instructions, and bytes to booleans one by one.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,14 @@ def empty_mask(x: Tensor, batch_dims: int) -> Tensor:
 def pack(keep: Tensor, batch_dims: int) -> Tensor:
     """The packed mask of booleans."""
     batch, n = keep.shape[:batch_dims], math.prod(keep.shape[batch_dims:])
-    bits = F.pad(keep.reshape(*batch, n).to(torch.uint8), (0, -n % 8))
-    # Eight bytes of 0 or 1 are a 64-bit word; the product moves their bits into its highest byte.
+    bits = F.pad(torch.where(keep, 1.0, 0.0).to(torch.uint8).reshape(*batch, n), (0, -n % 8))
+    # The product moves the bits of a word into its highest byte.
     return ((bits.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
 def unpack(mask: Tensor, x: Tensor) -> Tensor:
     """The booleans of the packed ``mask`` for the elements of x."""
-    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1 != 0
+    # The product puts the byte into all eight of its word, each of which then keeps a bit of its own.
+    words = (mask.to(torch.int64) * 0x0101010101010101) & (0x8040201008040201 - (1 << 64))
     n = math.prod(x.shape[mask.dim() - 1 :])
-    return bits.reshape(*mask.shape[:-1], mask.shape[-1] * 8)[..., :n].reshape(x.shape)
+    return words.view(torch.uint8)[..., :n].reshape(x.shape).to(torch.float32) != 0

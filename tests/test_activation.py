@@ -71,6 +71,25 @@ def test_one_bit_per_element_is_kept(n, name):
         assert torch.equal(torch.autograd.grad(y, x, grad)[0], expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("examples", [0, 3])
+def test_large_outputs_are_written_past_the_caches_to_the_last_element(examples, dtype):
+    # A batch of several examples of such a size starts all but the first one off the lines of the cache.
+    n = (9 << 20) // dtype.itemsize // max(1, examples) + 37
+    x = torch.randn(*[examples] * bool(examples), n, dtype=dtype, requires_grad=True)
+    grad = torch.randn_like(x)
+    for ours, theirs in (
+        (custom_ops.relu, F.relu),
+        (lambda x: custom_ops.leaky_relu(x, 0.5), lambda x: F.leaky_relu(x, 0.5)),
+        (custom_ops.relu6, F.relu6),
+        (lambda x: custom_ops.relu_dropout(x, 0.0), F.relu),
+        (lambda x: custom_ops.bias_relu(x, x.new_zeros(x.shape[:1]), 0), F.relu),
+    ):
+        y, expected = (torch.func.vmap(ours, randomness="different") if examples else ours)(x), theirs(x)
+        assert torch.equal(y, expected)
+        assert torch.equal(*(torch.autograd.grad(of, x, grad)[0] for of in (y, expected)))
+
+
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "hardtanh", "bias_relu", "squared_relu"])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 4, 5)])
 def test_channels_last_stays(shape, name):
