@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace custom_ops {
 
@@ -40,6 +41,20 @@ ALWAYS_INLINE inline float log1p_unit(float u) {
 
 constexpr int64_t kSumTile = 1024;  // elements summed in A before the sum goes on in double
 constexpr int64_t kSumLanes = 16;
+
+// The largest x[i] that isn't above `bound`, in lanes that vectorise; -inf of none. A NaN isn't any.
+template <class A>
+ALWAYS_INLINE inline A largest_up_to(A bound, const A* x, int64_t n) {
+  const auto larger = [&](A a, A b) ALWAYS_INLINE { return (a > b) & (a <= bound) ? a : b; };
+  A lanes[kSumLanes], largest = -std::numeric_limits<A>::infinity();
+  std::fill(lanes, lanes + kSumLanes, largest);
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int64_t k = 0; k < kSumLanes; ++k) lanes[k] = larger(x[i + k], lanes[k]);
+  for (; i < n; ++i) largest = larger(x[i], largest);
+  for (A lane : lanes) largest = larger(lane, largest);
+  return largest;
+}
 
 // term(i) summed over n, in lanes that vectorise.
 template <class A, class Term>

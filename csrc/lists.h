@@ -2,8 +2,9 @@
 // items to a kernel, and puts the results in place.
 #pragma once
 
-#include "bits.h"
+#include "elementary.h"
 
+#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -136,27 +137,52 @@ void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& label
   });
 }
 
-// The op of a list loss, from a kernel that takes a List<float>& or List<double>&.
+// What the sum over n lists is divided by.
+inline int64_t count_active(const bool* active, int64_t n, bool mean) {
+  return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
+}
+
+enum Reduction : int64_t { kNone, kMean, kSum };  // as numbered in custom_ops/ranking/_lists.py
+
+// The op of a list loss, from a kernel that takes a List<float>& or List<double>&. Unless the reduction is none, the
+// loss is that of all the lists of each example of the first `batch_dims` dimensions, and the slope its derivative.
 template <class Kernel>
 std::tuple<Tensor, Tensor, Tensor> list_loss(const Tensor& scores_in, const Tensor& labels_in,
                                              const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                             const Kernel& kernel) {
+                                             int64_t reduction, int64_t batch_dims, const Kernel& kernel) {
   const Tensor scores = dense(scores_in), labels = dense(labels_in);
   const Lists lists(scores, valid, offsets);
   check(sizes(labels) == sizes(scores) && labels.scalar_type() == scores.scalar_type(),
         "labels: expected the shape and dtype of the scores");
-  Tensor loss = fresh(scores, lists.per_list());
+  check(batch_dims >= 0 && batch_dims < scores.dim(), "batch_dims: expected 0 to ", scores.dim() - 1, ", got ",
+        batch_dims);
+  const bool reduced = reduction != kNone;
+  const Shape examples = sizes(scores, 0, batch_dims);
+  Tensor loss = fresh(scores, reduced ? examples : lists.per_list());
   Tensor slope = fresh(scores, sizes(scores));
   Tensor active = fresh(scores, lists.per_list(), ScalarType::Bool);
   bool* ap = mutable_data<bool>(active);
   dispatch_accumulator(scores, "scores", [&](auto type) {
     using A = typename decltype(type)::type;
-    A* lp = mutable_data<A>(loss);
+    std::vector<A> each(static_cast<size_t>(reduced ? lists.examples * lists.lists : 0));
+    A* lp = reduced ? each.data() : mutable_data<A>(loss);
+    A* sp = mutable_data<A>(slope);
     const A* none = nullptr;
-    for_each_list(lists, scores, labels, none, mutable_data<A>(slope), kernel, [&](int64_t l, const List<A>& list) {
+    for_each_list(lists, scores, labels, none, sp, kernel, [&](int64_t l, const List<A>& list) {
       lp[l] = list.loss;
       ap[l] = list.active;
     });
+    for (int64_t e = 0, of = reduced ? product(examples) : 0; e < of; ++e) {
+      const int64_t n = lists.examples * lists.lists / of, items = lists.examples * lists.items / of;
+      const int64_t count = count_active(ap + e * n, n, reduction == kMean);
+      const double sum = std::accumulate(lp + e * n, lp + (e + 1) * n, 0.0);
+      mutable_data<A>(loss)[e] = static_cast<A>(sum / static_cast<double>(count));
+      if (count == 1) continue;
+      const A share = static_cast<A>(1 / static_cast<double>(count));
+      torch::stable::parallel_for(e * items, (e + 1) * items, 32768, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) sp[i] *= share;
+      });
+    }
   });
   return {loss, slope, active};
 }
@@ -180,7 +206,40 @@ Tensor list_slope(const Tensor& scores_in, const Tensor& labels_in, const std::o
   return slope;
 }
 
-// ---------------------------------------------------------------- orders
+// ---------------------------------------------------------------- long lists
+
+constexpr int64_t kParts = 8;
+
+// Into how many parts a list with so many pairs is divided; by its size only, so that no sum depends on the threads.
+inline int64_t parts_of(double pairs) { return pairs < (1 << 20) ? 1 : kParts; }
+
+// Calls run(part, sums) for each, in parallel where the list is the only one; the sums of a part are n zeros that it
+// adds to. Returns what all parts added, in scratch memory.
+template <class Run>
+double* sum_parts(int64_t n, int64_t parts, Scratch& scratch, const Run& run) {
+  double* sums = scratch.get<double>(parts * n);
+  std::fill(sums, sums + parts * n, 0.0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) run(part, sums + part * n);
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < n; ++i) sums[i] += sums[part * n + i];
+  return sums;
+}
+
+// ---------------------------------------------------------------- discounts and orders
+
+// 1 / log2(1 + rank) of the ranks 1, 2, ..., here counted from 0.
+inline double discount_at(int64_t rank) {
+  constexpr int64_t kTable = 1024;
+  const auto compute = [](int64_t i) { return 1 / std::log2(static_cast<double>(i + 2)); };
+  static const std::vector<double> table = [&] {
+    std::vector<double> out;
+    for (int64_t i = 0; i < kTable; ++i) out.push_back(compute(i));
+    return out;
+  }();
+  return rank < kTable ? table[static_cast<size_t>(rank)] : compute(rank);
+}
 
 // An integer that is the greater the greater the float is; -0 as 0, NaN greater than all.
 inline uint32_t rank_bits(float x) {
@@ -198,8 +257,31 @@ inline uint64_t rank_bits(double x) {
   return bits & 0x8000000000000000u ? ~bits : bits | 0x8000000000000000u;
 }
 
-// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory: a radix sort,
-// which skips the digits that all keys share.
+constexpr int64_t kFewLevels = 8;
+
+// The positions 0..n-1 in the order of descending x, ties by position, if x has a few different values only: is it
+// so? There must be room for one position more.
+template <class A>
+ALWAYS_INLINE inline bool order_of_few(const A* x, int64_t n, int32_t* order) {
+  int64_t levels = 0, placed = 0;
+  A level[kFewLevels], bound = std::numeric_limits<A>::infinity();
+  for (;; ++levels) {
+    const A next = largest_up_to(bound, x, n);
+    if (next == -std::numeric_limits<A>::infinity()) break;
+    if (levels == kFewLevels) return false;
+    level[levels] = next;
+    bound = std::nextafter(next, -std::numeric_limits<A>::infinity());
+  }
+  for (int64_t l = 0; l < levels; ++l)
+    for (int64_t i = 0; i < n; ++i) {
+      order[placed] = static_cast<int32_t>(i);
+      placed += x[i] == level[l];
+    }
+  return placed == n;  // not with a NaN or -inf
+}
+
+// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory. If there are more than
+// a few levels, by a radix sort, which skips the digits that all keys share.
 template <class A>
 const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
   using Key = decltype(rank_bits(A()));
@@ -209,6 +291,10 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
     int32_t at;
   };
   check(n <= INT32_MAX, "scores: expected lists of less than 2^31 items");
+  int32_t* order = scratch.get<int32_t>(n + 1);
+  bool done;
+  multiversion([&]() ALWAYS_INLINE { done = order_of_few(x, n, order); });
+  if (done) return order;
   Item* from = scratch.get<Item>(n);
   Item* to = scratch.get<Item>(n);
   int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kDigits * 256));
@@ -226,7 +312,6 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
     for (int64_t i = 0; i < n; ++i) to[count[from[i].key >> (8 * d) & 255]++] = from[i];
     std::swap(from, to);
   }
-  int32_t* order = scratch.get<int32_t>(n);
   for (int64_t i = 0; i < n; ++i) order[i] = from[i].at;
   return order;
 }

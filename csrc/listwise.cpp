@@ -27,8 +27,7 @@ void clear_slope(List<A>& list) {
 // e^(x - the largest x): in `out` each, and their sum.
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
-  A largest = -std::numeric_limits<A>::infinity();
-  for (int64_t i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  const A largest = largest_up_to(std::numeric_limits<A>::infinity(), x, n);
   for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(x[i] - largest);
   top = largest;
   return sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; });
@@ -360,8 +359,9 @@ struct Cosent {
 
 std::tuple<Tensor, Tensor, Tensor> list_softmax(const Tensor& scores, const Tensor& labels,
                                                 const std::optional<Tensor>& valid,
-                                                const std::optional<Tensor>& offsets, bool softmax_labels) {
-  return list_loss(scores, labels, valid, offsets, ListSoftmax{softmax_labels});
+                                                const std::optional<Tensor>& offsets, int64_t reduction,
+                                                int64_t batch_dims, bool softmax_labels) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, ListSoftmax{softmax_labels});
 }
 
 Tensor list_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
@@ -371,8 +371,9 @@ Tensor list_softmax_slope(const Tensor& scores, const Tensor& labels, const std:
 
 std::tuple<Tensor, Tensor, Tensor> list_mle(const Tensor& scores, const Tensor& labels,
                                             const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                            int64_t ties, int64_t weighting, int64_t k) {
-  return list_loss(scores, labels, valid, offsets, ListMle(ties, weighting, k));
+                                            int64_t reduction, int64_t batch_dims, int64_t ties, int64_t weighting,
+                                            int64_t k) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, ListMle(ties, weighting, k));
 }
 
 Tensor list_mle_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
@@ -383,8 +384,9 @@ Tensor list_mle_slope(const Tensor& scores, const Tensor& labels, const std::opt
 
 std::tuple<Tensor, Tensor, Tensor> unique_softmax(const Tensor& scores, const Tensor& labels,
                                                   const std::optional<Tensor>& valid,
-                                                  const std::optional<Tensor>& offsets, bool exponential) {
-  return list_loss(scores, labels, valid, offsets, UniqueSoftmax{exponential});
+                                                  const std::optional<Tensor>& offsets, int64_t reduction,
+                                                  int64_t batch_dims, bool exponential) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, UniqueSoftmax{exponential});
 }
 
 Tensor unique_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
@@ -394,8 +396,8 @@ Tensor unique_softmax_slope(const Tensor& scores, const Tensor& labels, const st
 
 std::tuple<Tensor, Tensor, Tensor> cosent(const Tensor& scores, const Tensor& labels,
                                           const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                          double scale) {
-  return list_loss(scores, labels, valid, offsets, Cosent{scale});
+                                          int64_t reduction, int64_t batch_dims, double scale) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, Cosent{scale});
 }
 
 Tensor cosent_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
