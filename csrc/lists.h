@@ -257,31 +257,30 @@ inline uint64_t rank_bits(double x) {
   return bits & 0x8000000000000000u ? ~bits : bits | 0x8000000000000000u;
 }
 
-constexpr int64_t kFewLevels = 8;
+constexpr int64_t kGrades = 16;
 
-// The positions 0..n-1 in the order of descending x, ties by position, if x has a few different values only: is it
-// so? There must be room for one position more.
+// The positions 0..n-1 in the order of descending x, ties by position, if all x are integers from 0 to 15; are they?
 template <class A>
-ALWAYS_INLINE inline bool order_of_few(const A* x, int64_t n, int32_t* order) {
-  int64_t levels = 0, placed = 0;
-  A level[kFewLevels], bound = std::numeric_limits<A>::infinity();
-  for (;; ++levels) {
-    const A next = largest_up_to(bound, x, n);
-    if (next == -std::numeric_limits<A>::infinity()) break;
-    if (levels == kFewLevels) return false;
-    level[levels] = next;
-    bound = std::nextafter(next, -std::numeric_limits<A>::infinity());
+ALWAYS_INLINE inline bool order_of_grades(const A* __restrict x, int64_t n, int32_t* __restrict grade,
+                                          int32_t* __restrict order) {
+  int32_t other = 0, highest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    grade[i] = static_cast<int32_t>((x[i] >= 0) & (x[i] < kGrades) ? x[i] : A(0));
+    other |= static_cast<A>(grade[i]) != x[i];
+    highest = grade[i] > highest ? grade[i] : highest;
   }
-  for (int64_t l = 0; l < levels; ++l)
-    for (int64_t i = 0; i < n; ++i) {
-      order[placed] = static_cast<int32_t>(i);
-      placed += x[i] == level[l];
-    }
-  return placed == n;  // not with a NaN or -inf
+  if (other) return false;
+  int32_t next[kGrades], before = 0;
+  for (int32_t g = highest; g >= 0; --g) {
+    next[g] = before;
+    for (int64_t i = 0; i < n; ++i) before += grade[i] == g;
+  }
+  for (int64_t i = 0; i < n; ++i) order[next[grade[i]]++] = static_cast<int32_t>(i);
+  return true;
 }
 
-// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory. If there are more than
-// a few levels, by a radix sort, which skips the digits that all keys share.
+// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory. But for small integers it
+// is a radix sort, which skips the digits that all keys share.
 template <class A>
 const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
   using Key = decltype(rank_bits(A()));
@@ -291,11 +290,11 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
     int32_t at;
   };
   check(n <= INT32_MAX, "scores: expected lists of less than 2^31 items");
-  int32_t* order = scratch.get<int32_t>(n + 1);
-  bool done;
-  multiversion([&]() ALWAYS_INLINE { done = order_of_few(x, n, order); });
-  if (done) return order;
+  int32_t* order = scratch.get<int32_t>(n);
   Item* from = scratch.get<Item>(n);
+  bool done;
+  multiversion([&]() ALWAYS_INLINE { done = order_of_grades(x, n, reinterpret_cast<int32_t*>(from), order); });
+  if (done) return order;
   Item* to = scratch.get<Item>(n);
   int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kDigits * 256));
   std::memset(counts, 0, kDigits * sizeof(*counts));

@@ -10,6 +10,7 @@ namespace custom_ops {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kExponents = 600;  // the range of scores whose exponentials are normal numbers
 
 // A list with a single distinct label has nothing to rank.
 template <class A>
@@ -27,7 +28,7 @@ void clear_slope(List<A>& list) {
 // e^(x - the largest x): in `out` each, and their sum.
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
-  const A largest = largest_up_to(std::numeric_limits<A>::infinity(), x, n);
+  const A largest = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return x[i]; });
   for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(x[i] - largest);
   top = largest;
   return sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; });
@@ -103,8 +104,38 @@ struct Scan {
         later(scratch.get<double>(groups)),
         whole(scratch.get<double>(groups)),
         lse(scratch.get<double>(groups + 1)) {
+    lse[groups] = -kInfinity;
+    bool narrow;
+    multiversion([&]() ALWAYS_INLINE {
+      const double highest = largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return s[i]; });
+      narrow = highest + largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return -s[i]; }) <= kExponents;
+      if (narrow) sum_narrow(highest);
+    });
+    if (!narrow) sum_wide();
+  }
+
+ private:
+  // From the end, of the exponentials below the highest score.
+  ALWAYS_INLINE void sum_narrow(double highest) {
+    for (int64_t i = 0; i < n; ++i) share[i] = exp_nonpositive(s[i] - highest);
+    double sum = 0;
+    for (int64_t g = groups - 1; g >= 0; --g) {
+      later[g] = sum;
+      double own = 0;
+      for (int64_t i = first[g]; i < first[g + 1]; ++i) own += share[i];
+      whole[g] = own;
+      lse[g] = sum += own;
+    }
+    each([&](int64_t i, int64_t g) { share[i] /= lse[g]; });
+    for (int64_t g = 0; g < groups; ++g) {
+      later[g] /= lse[g], whole[g] /= lse[g];
+      lse[g] = highest + log_normal(lse[g]);
+    }
+  }
+
+  // From the end, of the exponentials below the highest score so far.
+  void sum_wide() {
     double top = -kInfinity, sum = 0;
-    lse[groups] = top;
     for (int64_t g = groups - 1; g >= 0; --g) {
       const double before = top;
       for (int64_t i = first[g]; i < first[g + 1]; ++i) top = std::max(top, s[i]);
@@ -119,6 +150,7 @@ struct Scan {
     }
   }
 
+ public:
   // f(item, group) for all, in order.
   template <class F>
   void each(const F& f) const {

@@ -297,11 +297,12 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     A* up = scratch.get<A>(length);
     A* down = scratch.get<A>(n);
     const double middle = low <= high ? (low + high) / 2 : 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const A d = static_cast<A>(sigma * (static_cast<double>(items.s[i]) - middle));
-      up[i] = std::exp(d);
-      down[i] = 1 / up[i];
-    }
+    multiversion([&]() ALWAYS_INLINE {
+      for (int64_t i = 0; i < n; ++i) {
+        up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(items.s[i]) - middle)));
+        down[i] = 1 / up[i];
+      }
+    });
     std::fill(up + n, up + length, A(0));
     const int64_t chunk = low <= high ? static_cast<int64_t>((kLogMax - 1) / (range + 0.7)) : 1;
     run(FromItems<A>{up, down, std::max<int64_t>(chunk, 1)});

@@ -162,7 +162,7 @@ struct PairwiseHinge {
       while (next > 0 && ordered[next - 1] < margin + ordered[k]) --next;
       above[by_score[k]] = static_cast<int32_t>(next);
     }
-    if (levels <= kFewLevels) {  // which are swept one by one, sooner than in a tree
+    if (levels <= 8) {  // which are swept one by one, sooner than in a tree
       SumsOf* of_place = scratch.get<SumsOf>(n);
       SumsOf* sum = scratch.get<SumsOf>(n + 1);
       int32_t* level_of_place = gather(level, by_score, n, scratch);

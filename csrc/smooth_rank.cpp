@@ -18,7 +18,7 @@ constexpr int64_t kRows = 64;      // rows summed in A before their sum goes on 
 template <class A>
 struct Ratio {  // keeps e^x: a quotient for each pair, an exponential only for each item
   static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;  // of |x|, so that nothing overflows
-  static A keep(double x) { return static_cast<A>(std::exp(x)); }
+  static ALWAYS_INLINE A keep(double x) { return static_cast<A>(exp_nonpositive(x)); }
   static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
     const A inverse = 1 / (own + other);
     p = other * inverse, q = own * inverse;
@@ -26,7 +26,7 @@ struct Ratio {  // keeps e^x: a quotient for each pair, an exponential only for 
 };
 template <class A>
 struct Difference {  // keeps x: for any range
-  static A keep(double x) { return static_cast<A>(x); }
+  static ALWAYS_INLINE A keep(double x) { return static_cast<A>(x); }
   static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
     const A d = other - own, e = exp_nonpositive(-std::abs(d)), inverse = 1 / (1 + e);
     p = (d < 0 ? e : 1) * inverse, q = (d < 0 ? 1 : e) * inverse;
@@ -90,7 +90,7 @@ struct Share {
   double gain;
 
   // And the derivative of the loss, which is 1 less the metric.
-  double value(Ranks r, Ranks& derivative) const {
+  ALWAYS_INLINE double value(Ranks r, Ranks& derivative) const {
     double value = gain / r.all;
     switch (metric) {
       case kMrr: derivative = {value / r.all, 0}; break;
@@ -99,7 +99,7 @@ struct Share {
         value *= r.relevant;
         break;
       default: {
-        const double log = std::log1p(r.all);
+        const double log = log_normal(1 + r.all);
         value = gain * std::log(2.0) / log;
         derivative = {value / ((1 + r.all) * log), 0};
       }
@@ -114,7 +114,7 @@ struct Share {
       case kAveragePrecision:
         return {gain * (t.relevant - 2 * r.relevant / r.all * t.all) / square, gain * t.all / square};
       default: {
-        const double log = std::log1p(r.all);
+        const double log = log_normal(1 + r.all);
         return {-gain * std::log(2.0) * (log + 2) / ((1 + r.all) * (1 + r.all) * log * log * log) * t.all, 0};
       }
     }
@@ -200,7 +200,9 @@ void smooth_rank_of(List<A>& list, const int32_t* order, const double* x, double
   const int64_t n = list.n;
   Scratch& scratch = list.scratch;
   A* kept = scratch.get<A>(n);
-  for (int64_t i = 0; i < n; ++i) kept[i] = Pair::keep(x[i]);
+  multiversion([&]() ALWAYS_INLINE {
+    for (int64_t i = 0; i < n; ++i) kept[i] = Pair::keep(x[i]);
+  });
   Ranks* rank = sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
     return sum_ranks<A, Pair>(kept[i], kept + begin, columns);
   });

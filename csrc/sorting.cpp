@@ -143,10 +143,12 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
       const auto narrow = [&](const double* x) { return x[0] - x[m - 1] <= kExponents; };
       if (narrow(s) && (!sort || narrow(w))) {
         const double shift = sort ? w[0] - s[0] : 0;
-        for (int64_t p = 0; p < m; ++p) {
-          a[p] = std::exp(sort ? w[p] - w[0] : s[p]);
-          b[p] = sort ? std::exp(s[p] - s[0]) : w[p];
-        }
+        multiversion([&]() ALWAYS_INLINE {
+          for (int64_t p = 0; p < m; ++p) {
+            a[p] = exp_nonpositive(sort ? w[p] - w[0] : s[p]);
+            b[p] = sort ? exp_nonpositive(s[p] - s[0]) : w[p];
+          }
+        });
         const auto value = [&](int64_t p, double fit) { return sort ? std::log(fit) + shift - w[p] : a[p] / fit; };
         return put(scratch.get<MeanPool>(m), value);
       }

@@ -397,7 +397,8 @@ def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | Non
 def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, called: str = "scores") -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    _checks.same_device(**{called: beside, name: tensor})
+    if tensor.device != beside.device:
+        _checks.same_device(**{called: beside, name: tensor})
 
 
 def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
