@@ -1,4 +1,4 @@
-// exp and log1p on the intervals that a logistic function needs, and sums, written so that loops over them
+// exp, log and log1p on the intervals that the losses need, and sums, written so that loops over them
 // vectorise; the same bits on every instruction set. NaN stays NaN.
 #pragma once
 
@@ -6,16 +6,34 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace custom_ops {
 
-// e^x for x <= 0; 0 where that lies near or below the smallest normal number.
-ALWAYS_INLINE inline double exp_nonpositive(double x) { return std::exp(x); }
+// e^x for x <= 0, or up to 80; 0 where that lies near or below the smallest normal number.
+ALWAYS_INLINE inline double exp_nonpositive(double x) {
+  constexpr double kRound = 6755399441055744;  // 1.5 * 2^52: adding it leaves the nearest integer in the low bits
+  const double shifted = x * 1.4426950408889634 + kRound, n = shifted - kRound;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
+  double y = 1 / 6227020800. * r + 1 / 479001600.;  // written out: with a loop here GCC 12 vectorises none around it
+  y = (y * r + 1 / 39916800.) * r + 1 / 3628800.;
+  y = (y * r + 1 / 362880.) * r + 1 / 40320.;
+  y = (y * r + 1 / 5040.) * r + 1 / 720.;
+  y = (y * r + 1 / 120.) * r + 1 / 24.;
+  y = ((y * r + 1 / 6.) * r + 0.5) * r + 1.;
+  y = y * r + 1.;
+  int64_t power, bits;
+  std::memcpy(&power, &shifted, sizeof(power));
+  std::memcpy(&bits, &y, sizeof(bits));
+  bits += static_cast<int64_t>(static_cast<uint64_t>(power) << 52);
+  std::memcpy(&y, &bits, sizeof(y));
+  return x < -700. ? 0. : y;
+}
 ALWAYS_INLINE inline float exp_nonpositive(float x) {
   constexpr float kRound = 12582912;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first one short
-  float y = 1 / 5040.f * r + 1 / 720.f;  // written out: with a loop here GCC 12 vectorises none around it
+  float y = 1 / 5040.f * r + 1 / 720.f;                         // written out, as above
   y = (y * r + 1 / 120.f) * r + 1 / 24.f;
   y = ((y * r + 1 / 6.f) * r + 0.5f) * r + 1.f;
   y = y * r + 1.f;
@@ -38,8 +56,47 @@ ALWAYS_INLINE inline float log1p_unit(float u) {
   return y * s;
 }
 
+// log x of a normal x > 0: that of its mantissa, between the roots of 1/2 and 2, as 2 artanh((m - 1) / (m + 1)).
+ALWAYS_INLINE inline double log_normal(double x) {
+  constexpr double kTwo52 = 4503599627370496;
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  uint64_t power = bits >> 52 | 0x4330000000000000u;  // as the low digits of 2^52
+  bits = (bits & 0x000fffffffffffffu) | 0x3ff0000000000000u;
+  double m, e;
+  std::memcpy(&m, &bits, sizeof(m));
+  std::memcpy(&e, &power, sizeof(e));
+  const bool large = m > 1.4142135623730951;
+  m = large ? 0.5 * m : m;
+  e = e - (large ? kTwo52 + 1022 : kTwo52 + 1023);
+  const double z = (m - 1) / (m + 1), q = z * z;
+  double y = 2 / 23. * q + 2 / 21.;
+  y = (y * q + 2 / 19.) * q + 2 / 17.;
+  y = (y * q + 2 / 15.) * q + 2 / 13.;
+  y = (y * q + 2 / 11.) * q + 2 / 9.;
+  y = (y * q + 2 / 7.) * q + 2 / 5.;
+  y = (y * q + 2 / 3.) * q;
+  const double log = e * 6.93147180369123816490e-01 + (2 * z + (z * y + e * 1.90821492927058770002e-10));
+  return x != x ? x : log;
+}
+
 constexpr int64_t kSumTile = 1024;  // elements summed in A before the sum goes on in double
 constexpr int64_t kSumLanes = 16;
+
+// The largest term(i) of n, in lanes that vectorise; -inf of none, and a NaN isn't any.
+template <class A, class Term>
+ALWAYS_INLINE inline A largest_of(int64_t n, const Term& term) {
+  const auto larger = [](A a, A b) ALWAYS_INLINE { return a > b ? a : b; };
+  A lanes[kSumLanes];
+  std::fill(lanes, lanes + kSumLanes, -std::numeric_limits<A>::infinity());
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int64_t k = 0; k < kSumLanes; ++k) lanes[k] = larger(term(i + k), lanes[k]);
+  for (; i < n; ++i) lanes[0] = larger(term(i), lanes[0]);
+  for (int64_t half = kSumLanes / 2; half; half /= 2)
+    for (int64_t k = 0; k < half; ++k) lanes[k] = larger(lanes[k + half], lanes[k]);
+  return lanes[0];
+}
 
 // term(i) summed over n, in lanes that vectorise.
 template <class A, class Term>
@@ -47,13 +104,14 @@ ALWAYS_INLINE inline double sum_of(int64_t n, const Term& term) {
   double sum = 0;
   for (int64_t begin = 0; begin < n; begin += kSumTile) {
     const int64_t end = std::min(begin + kSumTile, n);
-    A lanes[kSumLanes] = {}, rest = 0;
+    A lanes[kSumLanes] = {};
     int64_t i = begin;
     for (; i + kSumLanes <= end; i += kSumLanes)
       for (int64_t k = 0; k < kSumLanes; ++k) lanes[k] += term(i + k);
-    for (; i < end; ++i) rest += term(i);
-    for (A lane : lanes) rest += lane;
-    sum += rest;
+    for (; i < end; ++i) lanes[0] += term(i);
+    for (int64_t half = kSumLanes / 2; half; half /= 2)
+      for (int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    sum += lanes[0];
   }
   return sum;
 }

@@ -24,7 +24,7 @@ struct Ranked {
   template <bool kWide>
   ALWAYS_INLINE void ratio(int64_t i, int64_t j, VectorOf<A>& u) const {
     if constexpr (kWide) {
-      for (int64_t l = 0; l < kWidth<A>; ++l) u[l] = std::exp(s[j + l] - s[i]);
+      for (int64_t l = 0; l < kWidth<A>; ++l) u[l] = exp_nonpositive(s[j + l] - s[i]);
     } else {
       load<A>(u, up + j);
       u *= down[i];
@@ -68,9 +68,9 @@ struct Sums {
   double loss = 0, pairs = 0;
 };
 
-// Adds to `sums` the slopes (or with v the Hessian times v) by rank, but for sigma.
+// Adds to `sums` the slopes (or with v the Hessian times v) by rank, but for sigma; of every parts-th block of rows.
 template <int64_t kWeighting, bool kHessian, bool kWide, class A>
-ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, double* sums) {
+ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t parts, double* sums) {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   using Integer = std::remove_reference_t<decltype(I{}[0])>;
@@ -79,7 +79,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, double* sums) {
   Sums total;
   I lanes;
   for (int64_t l = 0; l < W; ++l) lanes[l] = static_cast<Integer>(l);
-  for (int64_t top = 0; top < x.rows; top += kPairRows) {
+  for (int64_t top = part * kPairRows; top < x.rows; top += parts * kPairRows) {
     const int64_t bottom = std::min(top + kPairRows, x.rows);
     for (int64_t left = (top + 1) / W * W; left < x.columns; left += kPairColumns) {
       const int64_t right = std::min(left + kPairColumns, x.columns);
@@ -157,12 +157,11 @@ struct LambdaLoss {
     bool contributes = true;
     if (weighting != kRanknet && weighting != kLabelDiff) contributes = weights(list, x, length);
 
-    double* sums = scratch.get<double>(n);
-    std::fill(sums, sums + n, 0.0);
-    Sums total;
-    if (contributes) total = run(x, sums, list.v != nullptr);
-    // The Hessian isn't asked for its pairs, which the normalised needs.
-    const double pairs = normalize && list.v ? run(x, scratch.get<double>(n), false).pairs : total.pairs;
+    if (!contributes) x.rows = 0;
+    Sums total, counted;
+    const double* sums = run(x, list.v != nullptr, scratch, total);
+    if (normalize && list.v) run(x, false, scratch, counted);  // the Hessian isn't asked for its pairs
+    const double pairs = list.v ? counted.pairs : total.pairs;
     const double factor = normalize && pairs > 0 ? scale / pairs : scale;
     const double slope = factor * (list.v ? sigma * sigma : sigma);
     for (int64_t i = 0; i < n; ++i) list.slope[x.order[i]] = static_cast<A>(slope * sums[i]);
@@ -194,46 +193,62 @@ struct LambdaLoss {
     const int64_t n = x.n;
     const int32_t* ideal = order_descending(list.y, n, scratch);
     const double highest = std::max(0.0, static_cast<double>(list.y[ideal[0]]));
-    double* discount = scratch.get<double>(n + 2);
-    for (int64_t i = 0; i < n + 2; ++i) discount[i] = 1 / std::log2(static_cast<double>(i + 2));
+    double* gains = scratch.get<double>(n);
     double most = 0;
-    for (int64_t i = 0; i < x.rows; ++i) most += gain(static_cast<double>(list.y[ideal[i]]), highest) * discount[i];
+    for (int64_t i = 0; i < n; ++i) {
+      const A label = list.y[ideal[i]];
+      const bool same = i > 0 && label == list.y[ideal[i - 1]];
+      const double own = same ? gains[ideal[i - 1]] : gain(static_cast<double>(label), highest);
+      gains[ideal[i]] = own;
+      if (i < x.rows) most += own * discount_at(i);
+    }
     if (most <= 0) return false;
     x.gain = scratch.get<A>(length);
     x.discount = scratch.get<A>(length);
     x.by_distance = scratch.get<A>(length + kWidth<A>) + kWidth<A>;  // a vector may begin before the distance 0
     std::fill(x.by_distance - kWidth<A>, x.by_distance, A(0));
     for (int64_t i = 0; i < length; ++i) {
-      x.gain[i] = i < n ? static_cast<A>(gain(static_cast<double>(x.y[i]), highest) / most) : A(0);
-      x.discount[i] = i < n ? static_cast<A>(discount[i]) : A(0);
-      const double by = i > 0 && i < n ? discount[i - 1] - discount[i] : 0;
+      x.gain[i] = i < n ? static_cast<A>(gains[x.order[i]] / most) : A(0);
+      x.discount[i] = i < n ? static_cast<A>(discount_at(i)) : A(0);
+      const double by = i > 0 && i < n ? discount_at(i - 1) - discount_at(i) : 0;
       x.by_distance[i] = static_cast<A>(weighting == kNdcg2pp ? mu * by : by);
     }
     return true;
   }
 
+  // What all parts of the list add up to, by rank, and their total.
   template <class A>
-  Sums run(const Ranked<A>& x, double* sums, bool hessian) const {
-    switch (weighting) {
-      case kRanknet: return run<kRanknet>(x, sums, hessian);
-      case kLambdarank: return run<kLambdarank>(x, sums, hessian);
-      case kNdcg1: return run<kNdcg1>(x, sums, hessian);
-      case kNdcg2: return run<kNdcg2>(x, sums, hessian);
-      case kNdcg2pp: return run<kNdcg2pp>(x, sums, hessian);
-      default: return run<kLabelDiff>(x, sums, hessian);
-    }
+  double* run(const Ranked<A>& x, bool hessian, Scratch& scratch, Sums& total) const {
+    const int64_t parts = parts_of(static_cast<double>(x.rows) * static_cast<double>(x.columns));
+    Sums of_parts[kParts];
+    double* sums = sum_parts(x.n, parts, scratch, [&](int64_t part, double* own) {
+      const auto in = [&](auto weights) {
+        constexpr int64_t kWeighting = decltype(weights)::value;
+        multiversion([&]() ALWAYS_INLINE { of_parts[part] = sum_part<kWeighting>(x, part, parts, own, hessian); });
+      };
+      switch (weighting) {
+        case kRanknet: return in(Weights<kRanknet>{});
+        case kLambdarank: return in(Weights<kLambdarank>{});
+        case kNdcg1: return in(Weights<kNdcg1>{});
+        case kNdcg2: return in(Weights<kNdcg2>{});
+        case kNdcg2pp: return in(Weights<kNdcg2pp>{});
+        default: return in(Weights<kLabelDiff>{});
+      }
+    });
+    for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
+    return sums;
   }
 
+  template <int64_t kWeighting>
+  using Weights = std::integral_constant<int64_t, kWeighting>;
+
   template <int64_t kWeighting, class A>
-  static Sums run(const Ranked<A>& x, double* sums, bool hessian) {
-    Sums total;
-    multiversion([&]() ALWAYS_INLINE {
-      if (x.wide)
-        total = hessian ? sum_ranked<kWeighting, true, true>(x, sums) : sum_ranked<kWeighting, false, true>(x, sums);
-      else
-        total = hessian ? sum_ranked<kWeighting, true, false>(x, sums) : sum_ranked<kWeighting, false, false>(x, sums);
-    });
-    return total;
+  static ALWAYS_INLINE inline Sums sum_part(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
+                                            bool hessian) {
+    if (x.wide && hessian) return sum_ranked<kWeighting, true, true>(x, part, parts, sums);
+    if (x.wide) return sum_ranked<kWeighting, false, true>(x, part, parts, sums);
+    if (hessian) return sum_ranked<kWeighting, true, false>(x, part, parts, sums);
+    return sum_ranked<kWeighting, false, false>(x, part, parts, sums);
   }
 };
 
@@ -241,11 +256,12 @@ struct LambdaLoss {
 
 std::tuple<Tensor, Tensor, Tensor> lambda_pairs(const Tensor& scores, const Tensor& labels,
                                                 const std::optional<Tensor>& valid,
-                                                const std::optional<Tensor>& offsets, int64_t weighting, int64_t k,
-                                                bool both, bool exponential, double sigma, double mu, double scale,
+                                                const std::optional<Tensor>& offsets, int64_t reduction,
+                                                int64_t batch_dims, int64_t weighting, int64_t k, bool both,
+                                                bool exponential, double sigma, double mu, double scale,
                                                 bool normalize) {
   const LambdaLoss kernel{weighting, k, both, exponential, sigma, mu, scale, normalize};
-  return list_loss(scores, labels, valid, offsets, kernel);
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, kernel);
 }
 
 Tensor lambda_pairs_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,

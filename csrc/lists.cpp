@@ -80,15 +80,6 @@ Tensor list_dot(const Tensor& x_in, const Tensor& y_in, const std::optional<Tens
   return out;
 }
 
-namespace {
-
-// What the sum over an example's lists is divided by.
-int64_t count_active(const bool* active, int64_t n, bool mean) {
-  return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
-}
-
-}  // namespace
-
 Tensor list_total(const Tensor& loss_in, const Tensor& active_in, bool mean, int64_t batch_dims) {
   const Tensor loss = dense(loss_in), active = dense(active_in);
   check(batch_dims >= 0 && batch_dims <= loss.dim(), "batch_dims: expected 0 to ", loss.dim(), ", got ", batch_dims);

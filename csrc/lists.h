@@ -2,8 +2,9 @@
 // items to a kernel, and puts the results in place.
 #pragma once
 
-#include "bits.h"
+#include "elementary.h"
 
+#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -136,27 +137,52 @@ void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& label
   });
 }
 
-// The op of a list loss, from a kernel that takes a List<float>& or List<double>&.
+// What the sum over n lists is divided by.
+inline int64_t count_active(const bool* active, int64_t n, bool mean) {
+  return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
+}
+
+enum Reduction : int64_t { kNone, kMean, kSum };  // as numbered in custom_ops/ranking/_lists.py
+
+// The op of a list loss, from a kernel that takes a List<float>& or List<double>&. Unless the reduction is none, the
+// loss is that of all the lists of each example of the first `batch_dims` dimensions, and the slope its derivative.
 template <class Kernel>
 std::tuple<Tensor, Tensor, Tensor> list_loss(const Tensor& scores_in, const Tensor& labels_in,
                                              const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                             const Kernel& kernel) {
+                                             int64_t reduction, int64_t batch_dims, const Kernel& kernel) {
   const Tensor scores = dense(scores_in), labels = dense(labels_in);
   const Lists lists(scores, valid, offsets);
   check(sizes(labels) == sizes(scores) && labels.scalar_type() == scores.scalar_type(),
         "labels: expected the shape and dtype of the scores");
-  Tensor loss = fresh(scores, lists.per_list());
+  check(batch_dims >= 0 && batch_dims < scores.dim(), "batch_dims: expected 0 to ", scores.dim() - 1, ", got ",
+        batch_dims);
+  const bool reduced = reduction != kNone;
+  const Shape examples = sizes(scores, 0, batch_dims);
+  Tensor loss = fresh(scores, reduced ? examples : lists.per_list());
   Tensor slope = fresh(scores, sizes(scores));
   Tensor active = fresh(scores, lists.per_list(), ScalarType::Bool);
   bool* ap = mutable_data<bool>(active);
   dispatch_accumulator(scores, "scores", [&](auto type) {
     using A = typename decltype(type)::type;
-    A* lp = mutable_data<A>(loss);
+    std::vector<A> each(static_cast<size_t>(reduced ? lists.examples * lists.lists : 0));
+    A* lp = reduced ? each.data() : mutable_data<A>(loss);
+    A* sp = mutable_data<A>(slope);
     const A* none = nullptr;
-    for_each_list(lists, scores, labels, none, mutable_data<A>(slope), kernel, [&](int64_t l, const List<A>& list) {
+    for_each_list(lists, scores, labels, none, sp, kernel, [&](int64_t l, const List<A>& list) {
       lp[l] = list.loss;
       ap[l] = list.active;
     });
+    for (int64_t e = 0, of = reduced ? product(examples) : 0; e < of; ++e) {
+      const int64_t n = lists.examples * lists.lists / of, items = lists.examples * lists.items / of;
+      const int64_t count = count_active(ap + e * n, n, reduction == kMean);
+      const double sum = std::accumulate(lp + e * n, lp + (e + 1) * n, 0.0);
+      mutable_data<A>(loss)[e] = static_cast<A>(sum / static_cast<double>(count));
+      if (count == 1) continue;
+      const A share = static_cast<A>(1 / static_cast<double>(count));
+      torch::stable::parallel_for(e * items, (e + 1) * items, 32768, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) sp[i] *= share;
+      });
+    }
   });
   return {loss, slope, active};
 }
@@ -180,7 +206,40 @@ Tensor list_slope(const Tensor& scores_in, const Tensor& labels_in, const std::o
   return slope;
 }
 
-// ---------------------------------------------------------------- orders
+// ---------------------------------------------------------------- long lists
+
+constexpr int64_t kParts = 8;
+
+// Into how many parts a list with so many pairs is divided; by its size only, so that no sum depends on the threads.
+inline int64_t parts_of(double pairs) { return pairs < (1 << 20) ? 1 : kParts; }
+
+// Calls run(part, sums) for each, in parallel where the list is the only one; the sums of a part are n zeros that it
+// adds to. Returns what all parts added, in scratch memory.
+template <class Run>
+double* sum_parts(int64_t n, int64_t parts, Scratch& scratch, const Run& run) {
+  double* sums = scratch.get<double>(parts * n);
+  std::fill(sums, sums + parts * n, 0.0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) run(part, sums + part * n);
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < n; ++i) sums[i] += sums[part * n + i];
+  return sums;
+}
+
+// ---------------------------------------------------------------- discounts and orders
+
+// 1 / log2(1 + rank) of the ranks 1, 2, ..., here counted from 0.
+inline double discount_at(int64_t rank) {
+  constexpr int64_t kTable = 1024;
+  const auto compute = [](int64_t i) { return 1 / std::log2(static_cast<double>(i + 2)); };
+  static const std::vector<double> table = [&] {
+    std::vector<double> out;
+    for (int64_t i = 0; i < kTable; ++i) out.push_back(compute(i));
+    return out;
+  }();
+  return rank < kTable ? table[static_cast<size_t>(rank)] : compute(rank);
+}
 
 // An integer that is the greater the greater the float is; -0 as 0, NaN greater than all.
 inline uint32_t rank_bits(float x) {
@@ -198,8 +257,30 @@ inline uint64_t rank_bits(double x) {
   return bits & 0x8000000000000000u ? ~bits : bits | 0x8000000000000000u;
 }
 
-// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory: a radix sort,
-// which skips the digits that all keys share.
+constexpr int64_t kGrades = 16;
+
+// The positions 0..n-1 in the order of descending x, ties by position, if all x are integers from 0 to 15; are they?
+template <class A>
+ALWAYS_INLINE inline bool order_of_grades(const A* __restrict x, int64_t n, int32_t* __restrict grade,
+                                          int32_t* __restrict order) {
+  int32_t other = 0, highest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    grade[i] = static_cast<int32_t>((x[i] >= 0) & (x[i] < kGrades) ? x[i] : A(0));
+    other |= static_cast<A>(grade[i]) != x[i];
+    highest = grade[i] > highest ? grade[i] : highest;
+  }
+  if (other) return false;
+  int32_t next[kGrades], before = 0;
+  for (int32_t g = highest; g >= 0; --g) {
+    next[g] = before;
+    for (int64_t i = 0; i < n; ++i) before += grade[i] == g;
+  }
+  for (int64_t i = 0; i < n; ++i) order[next[grade[i]]++] = static_cast<int32_t>(i);
+  return true;
+}
+
+// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory. But for small integers it
+// is a radix sort, which skips the digits that all keys share.
 template <class A>
 const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
   using Key = decltype(rank_bits(A()));
@@ -209,7 +290,11 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
     int32_t at;
   };
   check(n <= INT32_MAX, "scores: expected lists of less than 2^31 items");
+  int32_t* order = scratch.get<int32_t>(n);
   Item* from = scratch.get<Item>(n);
+  bool done;
+  multiversion([&]() ALWAYS_INLINE { done = order_of_grades(x, n, reinterpret_cast<int32_t*>(from), order); });
+  if (done) return order;
   Item* to = scratch.get<Item>(n);
   int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kDigits * 256));
   std::memset(counts, 0, kDigits * sizeof(*counts));
@@ -226,7 +311,6 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
     for (int64_t i = 0; i < n; ++i) to[count[from[i].key >> (8 * d) & 255]++] = from[i];
     std::swap(from, to);
   }
-  int32_t* order = scratch.get<int32_t>(n);
   for (int64_t i = 0; i < n; ++i) order[i] = from[i].at;
   return order;
 }

@@ -10,6 +10,7 @@ namespace custom_ops {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kExponents = 600;  // the range of scores whose exponentials are normal numbers
 
 // A list with a single distinct label has nothing to rank.
 template <class A>
@@ -27,8 +28,7 @@ void clear_slope(List<A>& list) {
 // e^(x - the largest x): in `out` each, and their sum.
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
-  A largest = -std::numeric_limits<A>::infinity();
-  for (int64_t i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  const A largest = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return x[i]; });
   for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(x[i] - largest);
   top = largest;
   return sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; });
@@ -104,8 +104,38 @@ struct Scan {
         later(scratch.get<double>(groups)),
         whole(scratch.get<double>(groups)),
         lse(scratch.get<double>(groups + 1)) {
+    lse[groups] = -kInfinity;
+    bool narrow;
+    multiversion([&]() ALWAYS_INLINE {
+      const double highest = largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return s[i]; });
+      narrow = highest + largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return -s[i]; }) <= kExponents;
+      if (narrow) sum_narrow(highest);
+    });
+    if (!narrow) sum_wide();
+  }
+
+ private:
+  // From the end, of the exponentials below the highest score.
+  ALWAYS_INLINE void sum_narrow(double highest) {
+    for (int64_t i = 0; i < n; ++i) share[i] = exp_nonpositive(s[i] - highest);
+    double sum = 0;
+    for (int64_t g = groups - 1; g >= 0; --g) {
+      later[g] = sum;
+      double own = 0;
+      for (int64_t i = first[g]; i < first[g + 1]; ++i) own += share[i];
+      whole[g] = own;
+      lse[g] = sum += own;
+    }
+    each([&](int64_t i, int64_t g) { share[i] /= lse[g]; });
+    for (int64_t g = 0; g < groups; ++g) {
+      later[g] /= lse[g], whole[g] /= lse[g];
+      lse[g] = highest + log_normal(lse[g]);
+    }
+  }
+
+  // From the end, of the exponentials below the highest score so far.
+  void sum_wide() {
     double top = -kInfinity, sum = 0;
-    lse[groups] = top;
     for (int64_t g = groups - 1; g >= 0; --g) {
       const double before = top;
       for (int64_t i = first[g]; i < first[g + 1]; ++i) top = std::max(top, s[i]);
@@ -120,6 +150,7 @@ struct Scan {
     }
   }
 
+ public:
   // f(item, group) for all, in order.
   template <class F>
   void each(const F& f) const {
@@ -360,8 +391,9 @@ struct Cosent {
 
 std::tuple<Tensor, Tensor, Tensor> list_softmax(const Tensor& scores, const Tensor& labels,
                                                 const std::optional<Tensor>& valid,
-                                                const std::optional<Tensor>& offsets, bool softmax_labels) {
-  return list_loss(scores, labels, valid, offsets, ListSoftmax{softmax_labels});
+                                                const std::optional<Tensor>& offsets, int64_t reduction,
+                                                int64_t batch_dims, bool softmax_labels) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, ListSoftmax{softmax_labels});
 }
 
 Tensor list_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
@@ -371,8 +403,9 @@ Tensor list_softmax_slope(const Tensor& scores, const Tensor& labels, const std:
 
 std::tuple<Tensor, Tensor, Tensor> list_mle(const Tensor& scores, const Tensor& labels,
                                             const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                            int64_t ties, int64_t weighting, int64_t k) {
-  return list_loss(scores, labels, valid, offsets, ListMle(ties, weighting, k));
+                                            int64_t reduction, int64_t batch_dims, int64_t ties, int64_t weighting,
+                                            int64_t k) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, ListMle(ties, weighting, k));
 }
 
 Tensor list_mle_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
@@ -383,8 +416,9 @@ Tensor list_mle_slope(const Tensor& scores, const Tensor& labels, const std::opt
 
 std::tuple<Tensor, Tensor, Tensor> unique_softmax(const Tensor& scores, const Tensor& labels,
                                                   const std::optional<Tensor>& valid,
-                                                  const std::optional<Tensor>& offsets, bool exponential) {
-  return list_loss(scores, labels, valid, offsets, UniqueSoftmax{exponential});
+                                                  const std::optional<Tensor>& offsets, int64_t reduction,
+                                                  int64_t batch_dims, bool exponential) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, UniqueSoftmax{exponential});
 }
 
 Tensor unique_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
@@ -394,8 +428,8 @@ Tensor unique_softmax_slope(const Tensor& scores, const Tensor& labels, const st
 
 std::tuple<Tensor, Tensor, Tensor> cosent(const Tensor& scores, const Tensor& labels,
                                           const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                          double scale) {
-  return list_loss(scores, labels, valid, offsets, Cosent{scale});
+                                          int64_t reduction, int64_t batch_dims, double scale) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, Cosent{scale});
 }
 
 Tensor cosent_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,

@@ -214,8 +214,9 @@ struct NeuralSort {
 
 std::tuple<Tensor, Tensor, Tensor> neural_sort(const Tensor& scores, const Tensor& labels,
                                                const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                               double temperature, int64_t k, bool exponential) {
-  return list_loss(scores, labels, valid, offsets, NeuralSort{temperature, k, exponential});
+                                               int64_t reduction, int64_t batch_dims, double temperature, int64_t k,
+                                               bool exponential) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, NeuralSort{temperature, k, exponential});
 }
 
 Tensor neural_sort_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,

@@ -90,9 +90,9 @@ struct Pair {
 };
 
 // Each function of a pair says its value, and its first and second derivative in d; where its value is
-// log(1 + q), only that.
+// log(1 + q), only that; and whether it reads q, which has no bound.
 struct Logistic {
-  static constexpr bool kLog = true;
+  static constexpr bool kLog = true, kUnbounded = false;
   template <class V>
   static ALWAYS_INLINE V slope(const Pair<V>& x) {
     return -x.p;
@@ -163,7 +163,7 @@ struct FromItems {
 };
 
 // Pairs from an exponential for each, where those of the items would leave the range.
-template <class A>
+template <class A, bool kUnbounded>
 struct FromPairs {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
@@ -175,11 +175,11 @@ struct FromPairs {
   ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
     for (int64_t l = 0; l < kWidth<A>; ++l) {
       const A d = inside[l] ? s[i] - s[j + l] : std::numeric_limits<A>::infinity();
-      const A z = std::exp(-std::abs(d)), r = 1 / (1 + z);
-      x.q[l] = d < 0 ? std::exp(-d) : z;
+      const A z = exp_nonpositive(-std::abs(d)), r = 1 / (1 + z);
+      if constexpr (kUnbounded) x.q[l] = d < 0 ? std::exp(-d) : z;
       x.p[l] = d < 0 ? r : z * r;
       x.r[l] = d < 0 ? z * r : r;
-      t[l] = std::log1p(z) + (d < 0 ? -d : A(0));
+      t[l] = log1p_unit(z) + (d < 0 ? -d : A(0));
     }
   }
 };
@@ -188,9 +188,10 @@ constexpr int64_t kPairColumns = 512;  // columns whose sums are kept in the acc
 constexpr int64_t kPairRows = 64;      // for so many rows
 
 // Adds to each item's sum its terms' slopes, or with v curvatures times v_i - v_j; gives the sum of the
-// values, without v.
+// values, without v. Of every parts-th block of rows.
 template <class Phi, bool kHessian, class A, class Terms>
-ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const Terms& terms, double* sums) {
+ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const Terms& terms, int64_t part,
+                                      int64_t parts, double* sums) {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   constexpr int64_t W = kWidth<A>;
@@ -204,7 +205,7 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const
     all[l] = -1;
     lanes[l] = static_cast<std::remove_reference_t<decltype(lanes[0])>>(l);
   }
-  for (int64_t top = 0; top < items.n; top += kPairRows) {
+  for (int64_t top = part * kPairRows; top < items.n; top += parts * kPairRows) {
     const int64_t bottom = std::min(top + kPairRows, items.n);
     for (int64_t left = items.below[top] / W * W; left < items.n; left += kPairColumns) {
       const int64_t right = std::min(left + kPairColumns, padded(items.n, W));
@@ -273,8 +274,6 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     high = std::max(high, static_cast<double>(items.s[i]));
   }
   const double range = sigma * (high - low);  // not of NaN
-  double* sums = scratch.get<double>(n);
-  std::fill(sums, sums + n, 0.0);
   const A* v = nullptr;
   if (items.v) {
     A* padded_v = scratch.get<A>(length);
@@ -282,11 +281,15 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     std::fill(padded_v + n, padded_v + length, A(0));
     v = padded_v;
   }
-  double loss = 0;
+  const int64_t parts = parts_of(items.pairs);
+  double losses[kParts] = {};
+  const double* sums;
   const auto run = [&](const auto& terms) {
-    multiversion([&]() ALWAYS_INLINE {
-      if (v) sum_pairs<Phi, true>(items, v, terms, sums);
-      else loss = sum_pairs<Phi, false>(items, v, terms, sums);
+    sums = sum_parts(n, parts, scratch, [&](int64_t part, double* own) {
+      multiversion([&]() ALWAYS_INLINE {
+        if (v) sum_pairs<Phi, true>(items, v, terms, part, parts, own);
+        else losses[part] = sum_pairs<Phi, false>(items, v, terms, part, parts, own);
+      });
     });
   };
   constexpr double kLogMax = Vector<A>::kLogMax;
@@ -294,11 +297,12 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     A* up = scratch.get<A>(length);
     A* down = scratch.get<A>(n);
     const double middle = low <= high ? (low + high) / 2 : 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const A d = static_cast<A>(sigma * (static_cast<double>(items.s[i]) - middle));
-      up[i] = std::exp(d);
-      down[i] = 1 / up[i];
-    }
+    multiversion([&]() ALWAYS_INLINE {
+      for (int64_t i = 0; i < n; ++i) {
+        up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(items.s[i]) - middle)));
+        down[i] = 1 / up[i];
+      }
+    });
     std::fill(up + n, up + length, A(0));
     const int64_t chunk = low <= high ? static_cast<int64_t>((kLogMax - 1) / (range + 0.7)) : 1;
     run(FromItems<A>{up, down, std::max<int64_t>(chunk, 1)});
@@ -306,10 +310,10 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     A* scaled = scratch.get<A>(length);
     for (int64_t i = 0; i < n; ++i) scaled[i] = static_cast<A>(sigma * static_cast<double>(items.s[i]));
     std::fill(scaled + n, scaled + length, -std::numeric_limits<A>::infinity());
-    run(FromPairs<A>{scaled});
+    run(FromPairs<A, Phi::kUnbounded>{scaled});
   }
   items.finish(list, sums, scale * (v ? sigma * sigma : sigma));
-  list.loss = static_cast<A>(scale * loss);
+  list.loss = static_cast<A>(scale * std::accumulate(losses, losses + parts, 0.0));
   list.active = items.pairs > 0;
 }
 

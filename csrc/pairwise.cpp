@@ -7,7 +7,7 @@ namespace {
 // ---------------------------------------------------------------- functions of sigmoids
 
 struct SoftZeroOne {
-  static constexpr bool kLog = false;
+  static constexpr bool kLog = false, kUnbounded = false;
   template <class V>
   static ALWAYS_INLINE V value(const Pair<V>& x) {
     return x.p;
@@ -23,7 +23,7 @@ struct SoftZeroOne {
 };
 
 struct Exponential {
-  static constexpr bool kLog = false;
+  static constexpr bool kLog = false, kUnbounded = true;
   template <class V>
   static ALWAYS_INLINE V value(const Pair<V>& x) {
     return x.q;
@@ -68,8 +68,6 @@ ALWAYS_INLINE inline SumsOf only(bool yes, const SumsOf& x) {
   const I mask = I{} - static_cast<int64_t>(yes);
   return reinterpret_cast<SumsOf>(reinterpret_cast<I>(x) & mask);
 }
-
-constexpr int64_t kFewLevels = 8;  // so many are swept one by one, sooner than in a tree
 
 // Of the items added so far, by label.
 class Counters {
@@ -164,7 +162,7 @@ struct PairwiseHinge {
       while (next > 0 && ordered[next - 1] < margin + ordered[k]) --next;
       above[by_score[k]] = static_cast<int32_t>(next);
     }
-    if (levels <= kFewLevels) {
+    if (levels <= 8) {  // which are swept one by one, sooner than in a tree
       SumsOf* of_place = scratch.get<SumsOf>(n);
       SumsOf* sum = scratch.get<SumsOf>(n + 1);
       int32_t* level_of_place = gather(level, by_score, n, scratch);
@@ -243,8 +241,8 @@ using MaybeTensor = std::optional<Tensor>;
 using Losses = std::tuple<Tensor, Tensor, Tensor>;
 
 Losses pairwise(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
-                int64_t phi, double sigma, bool normalize) {
-  return list_loss(scores, labels, valid, offsets, Pairwise{phi, sigma, normalize});
+                int64_t reduction, int64_t batch_dims, int64_t phi, double sigma, bool normalize) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, Pairwise{phi, sigma, normalize});
 }
 
 Tensor pairwise_slope(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
@@ -253,8 +251,8 @@ Tensor pairwise_slope(const Tensor& scores, const Tensor& labels, const MaybeTen
 }
 
 Losses pairwise_hinge(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
-                      double margin, bool squared, bool normalize) {
-  return list_loss(scores, labels, valid, offsets, PairwiseHinge{margin, squared, normalize});
+                      int64_t reduction, int64_t batch_dims, double margin, bool squared, bool normalize) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, PairwiseHinge{margin, squared, normalize});
 }
 
 Tensor pairwise_hinge_slope(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid,
@@ -264,8 +262,8 @@ Tensor pairwise_hinge_slope(const Tensor& scores, const Tensor& labels, const Ma
 }
 
 Losses pairwise_mse(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
-                    bool normalize) {
-  return list_loss(scores, labels, valid, offsets, PairwiseMse{normalize});
+                    int64_t reduction, int64_t batch_dims, bool normalize) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, PairwiseMse{normalize});
 }
 
 Tensor pairwise_mse_slope(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid,

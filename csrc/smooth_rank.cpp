@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kColumns = 512;  // items whose values stay in the first-level cache
 constexpr int64_t kRows = 64;      // rows summed in A before their sum goes on in double
-constexpr int64_t kLanes = 16;
 
 // ---------------------------------------------------------------- pairs
 
@@ -19,7 +18,7 @@ constexpr int64_t kLanes = 16;
 template <class A>
 struct Ratio {  // keeps e^x: a quotient for each pair, an exponential only for each item
   static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;  // of |x|, so that nothing overflows
-  static A keep(double x) { return static_cast<A>(std::exp(x)); }
+  static ALWAYS_INLINE A keep(double x) { return static_cast<A>(exp_nonpositive(x)); }
   static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
     const A inverse = 1 / (own + other);
     p = other * inverse, q = own * inverse;
@@ -27,27 +26,15 @@ struct Ratio {  // keeps e^x: a quotient for each pair, an exponential only for 
 };
 template <class A>
 struct Difference {  // keeps x: for any range
-  static A keep(double x) { return static_cast<A>(x); }
+  static ALWAYS_INLINE A keep(double x) { return static_cast<A>(x); }
   static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
-    const A d = other - own, e = std::exp(-std::abs(d)), inverse = 1 / (1 + e);
+    const A d = other - own, e = exp_nonpositive(-std::abs(d)), inverse = 1 / (1 + e);
     p = (d < 0 ? e : 1) * inverse, q = (d < 0 ? 1 : e) * inverse;
   }
 };
 
-// term(j), which may also write to the j-th place of somewhere, summed over j < n in lanes that vectorise.
-template <class A, class Term>
-ALWAYS_INLINE inline A sum_of(int64_t n, const Term& term) {
-  A lanes[kLanes] = {}, sum = 0;
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes)
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += term(j + k);
-  for (; j < n; ++j) sum += term(j);
-  for (A lane : lanes) sum += lane;
-  return sum;
-}
-
 template <class A, class Pair>
-ALWAYS_INLINE inline A sum_ranks(A own, const A* __restrict other, int64_t n) {
+ALWAYS_INLINE inline double sum_ranks(A own, const A* __restrict other, int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
     Pair::compare(own, other[j], p, q);
@@ -56,7 +43,7 @@ ALWAYS_INLINE inline A sum_ranks(A own, const A* __restrict other, int64_t n) {
 }
 
 template <class A, class Pair>
-ALWAYS_INLINE inline A sum_moves(A own, const A* __restrict other, A own_v, const A* __restrict v, int64_t n) {
+ALWAYS_INLINE inline double sum_moves(A own, const A* __restrict other, A own_v, const A* __restrict v, int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
     Pair::compare(own, other[j], p, q);
@@ -66,7 +53,7 @@ ALWAYS_INLINE inline A sum_moves(A own, const A* __restrict other, A own_v, cons
 
 // What a row gives to each column, and in sum takes from its own item.
 template <class A, class Pair>
-ALWAYS_INLINE inline A give_slope(A own, const A* __restrict other, A weight, A* __restrict out, int64_t n) {
+ALWAYS_INLINE inline double give_slope(A own, const A* __restrict other, A weight, A* __restrict out, int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
     Pair::compare(own, other[j], p, q);
@@ -77,8 +64,8 @@ ALWAYS_INLINE inline A give_slope(A own, const A* __restrict other, A weight, A*
 }
 
 template <class A, class Pair>
-ALWAYS_INLINE inline A give_product(A own, const A* __restrict other, A own_v, const A* __restrict v, A weight, A moved,
-                                    A* __restrict out, int64_t n) {
+ALWAYS_INLINE inline double give_product(A own, const A* __restrict other, A own_v, const A* __restrict v, A weight,
+                                         A moved, A* __restrict out, int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
     Pair::compare(own, other[j], p, q);
@@ -102,23 +89,22 @@ struct Share {
   Metric metric;
   double gain;
 
-  double value(Ranks r) const {
+  // And the derivative of the loss, which is 1 less the metric.
+  ALWAYS_INLINE double value(Ranks r, Ranks& derivative) const {
+    double value = gain / r.all;
     switch (metric) {
-      case kMrr: return gain / r.all;
-      case kAveragePrecision: return gain * r.relevant / r.all;
-      default: return gain * std::log(2.0) / std::log1p(r.all);
-    }
-  }
-  // Of the loss, which is 1 less the metric.
-  Ranks derivative(Ranks r) const {
-    switch (metric) {
-      case kMrr: return {gain / (r.all * r.all), 0};
-      case kAveragePrecision: return {gain * r.relevant / (r.all * r.all), -gain / r.all};
+      case kMrr: derivative = {value / r.all, 0}; break;
+      case kAveragePrecision:
+        derivative = {value * r.relevant / r.all, -value};
+        value *= r.relevant;
+        break;
       default: {
-        const double log = std::log1p(r.all);
-        return {gain * std::log(2.0) / ((1 + r.all) * log * log), 0};
+        const double log = log_normal(1 + r.all);
+        value = gain * std::log(2.0) / log;
+        derivative = {value / ((1 + r.all) * log), 0};
       }
     }
+    return value;
   }
   // The derivative's tangent along t.
   Ranks second(Ranks r, Ranks t) const {
@@ -128,7 +114,7 @@ struct Share {
       case kAveragePrecision:
         return {gain * (t.relevant - 2 * r.relevant / r.all * t.all) / square, gain * t.all / square};
       default: {
-        const double log = std::log1p(r.all);
+        const double log = log_normal(1 + r.all);
         return {-gain * std::log(2.0) * (log + 2) / ((1 + r.all) * (1 + r.all) * log * log * log) * t.all, 0};
       }
     }
@@ -144,12 +130,11 @@ int64_t relative_gains(Metric metric, const A* y, int64_t n, double* gain) {
   int64_t relevant = 0;
   for (; relevant < n && !(y[relevant] <= 0); ++relevant) {
     double g = static_cast<double>(y[relevant]);
-    if (metric == kNdcg) g = std::exp2(g - static_cast<double>(y[0])) - least;
-    if (metric == kAveragePrecision) g = 1;
+    if (relevant > 0 && y[relevant] == y[relevant - 1]) g = gain[relevant - 1];
+    else if (metric == kNdcg) g = std::exp2(g - static_cast<double>(y[0])) - least;
+    else if (metric == kAveragePrecision) g = 1;
     gain[relevant] = g;
-    total += metric == kNdcg || metric == kNdcgLinear
-                 ? g * std::log(2.0) / std::log(2.0 + static_cast<double>(relevant))
-                 : g;
+    total += metric == kNdcg || metric == kNdcgLinear ? g * discount_at(relevant) : g;
   }
   for (int64_t i = 0; i < relevant; ++i) gain[i] /= total;
   return relevant;
@@ -157,49 +142,56 @@ int64_t relative_gains(Metric metric, const A* y, int64_t n, double* gain) {
 
 // ---------------------------------------------------------------- one list
 
-// Calls f(whether the columns are relevant, first column, columns) over tiles of columns.
+// Calls f(whether the columns are relevant, first column, columns) over every parts-th tile of columns.
 template <class F>
-void each_tile(int64_t relevant, int64_t n, const F& f) {
-  for (int64_t begin = 0; begin < n;) {
+void each_tile(int64_t relevant, int64_t n, int64_t part, int64_t parts, const F& f) {
+  for (int64_t begin = 0, tile = 0; begin < n; ++tile) {
     const int64_t end = std::min(begin + kColumns, begin < relevant ? relevant : n);
-    f(begin < relevant, begin, end - begin);
+    if (tile % parts == part) f(begin < relevant, begin, end - begin);
     begin = end;
   }
 }
 
-// The sums over the columns of each row: row(i, first column, columns) -> A.
+int64_t parts_of_rows(int64_t relevant, int64_t n) {
+  return parts_of(static_cast<double>(relevant) * static_cast<double>(n));
+}
+
+// The sums over the columns of each row: row(i, first column, columns).
 template <class A, class Row>
 Ranks* sum_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
   Ranks* sums = scratch.get<Ranks>(relevant);
   std::fill(sums, sums + relevant, Ranks{0, 0});
-  each_tile(relevant, n, [&](bool among, int64_t begin, int64_t columns) {
-    multiversion([&]() ALWAYS_INLINE {
-      for (int64_t i = 0; i < relevant; ++i) {
-        const double sum = row(i, begin, columns);
-        sums[i].all += sum;
-        if (among) sums[i].relevant += sum;
-      }
+  const int64_t parts = parts_of_rows(relevant, n);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    each_tile(relevant, n, 0, 1, [&](bool among, int64_t begin, int64_t columns) {
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t i = relevant * first / parts; i < relevant * last / parts; ++i) {
+          const double sum = row(i, begin, columns);
+          sums[i].all += sum;
+          if (among) sums[i].relevant += sum;
+        }
+      });
     });
   });
   return sums;
 }
 
-// What the rows give to the columns: row(i, whether the columns are relevant, first column, columns, out) -> A.
+// What the rows give to the columns: row(i, whether the columns are relevant, first column, columns, out).
 template <class A, class Row>
 double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
-  double* out = scratch.get<double>(n);
-  std::fill(out, out + n, 0.0);
-  each_tile(relevant, n, [&](bool among, int64_t begin, int64_t columns) {
-    for (int64_t first = 0; first < relevant; first += kRows) {
-      A tile[kColumns] = {};
-      multiversion([&]() ALWAYS_INLINE {
-        for (int64_t i = first; i < std::min(first + kRows, relevant); ++i)
-          out[i] -= row(i, among, begin, columns, tile);
-      });
-      for (int64_t j = 0; j < columns; ++j) out[begin + j] += tile[j];
-    }
+  const int64_t parts = parts_of_rows(relevant, n);
+  return sum_parts(n, parts, scratch, [&](int64_t part, double* out) {
+    each_tile(relevant, n, part, parts, [&](bool among, int64_t begin, int64_t columns) {
+      for (int64_t first = 0; first < relevant; first += kRows) {
+        A tile[kColumns] = {};
+        multiversion([&]() ALWAYS_INLINE {
+          for (int64_t i = first; i < std::min(first + kRows, relevant); ++i)
+            out[i] -= row(i, among, begin, columns, tile);
+        });
+        for (int64_t j = 0; j < columns; ++j) out[begin + j] += tile[j];
+      }
+    });
   });
-  return out;
 }
 
 template <class A, class Pair>
@@ -208,7 +200,9 @@ void smooth_rank_of(List<A>& list, const int32_t* order, const double* x, double
   const int64_t n = list.n;
   Scratch& scratch = list.scratch;
   A* kept = scratch.get<A>(n);
-  for (int64_t i = 0; i < n; ++i) kept[i] = Pair::keep(x[i]);
+  multiversion([&]() ALWAYS_INLINE {
+    for (int64_t i = 0; i < n; ++i) kept[i] = Pair::keep(x[i]);
+  });
   Ranks* rank = sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
     return sum_ranks<A, Pair>(kept[i], kept + begin, columns);
   });
@@ -219,9 +213,8 @@ void smooth_rank_of(List<A>& list, const int32_t* order, const double* x, double
   double metric_value = 0;
   for (int64_t i = 0; i < relevant; ++i) {
     rank[i] = {rank[i].all + 0.5, rank[i].relevant + 0.5};  // of the item itself sigmoid(0) was counted for 1
-    const Share share{metric, gain[i]};
-    const Ranks w = share.derivative(rank[i]);
-    metric_value += share.value(rank[i]);
+    Ranks w;
+    metric_value += Share{metric, gain[i]}.value(rank[i], w);
     weights[i].weight[0] = static_cast<A>(scale * w.all);
     weights[i].weight[1] = static_cast<A>(scale * (w.all + w.relevant));
   }
@@ -289,8 +282,9 @@ struct SmoothRank {
 
 std::tuple<Tensor, Tensor, Tensor> smooth_rank(const Tensor& scores, const Tensor& labels,
                                                const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                               double temperature, int64_t metric) {
-  return list_loss(scores, labels, valid, offsets, SmoothRank(temperature, metric));
+                                               int64_t reduction, int64_t batch_dims, double temperature,
+                                               int64_t metric) {
+  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, SmoothRank(temperature, metric));
 }
 
 Tensor smooth_rank_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,

@@ -12,13 +12,14 @@ namespace {
 
 // A pool of adjacent items, and the constant it is fitted by: of least squares, or of least divergence.
 struct MeanPool {
-  double a, b;  // the sum of its values, and their number
+  double a, b;  // the sum of its values, and their number; or sums of exponentials
   int64_t begin;
+  double fit = a / b;
 
-  double fit() const { return a / b; }
   void merge(const MeanPool& next) {
     a += next.a;
     b += next.b;
+    fit = a / b;
   }
 };
 
@@ -29,13 +30,16 @@ double logaddexp(double x, double y) {
 struct LogPool {
   double a, b;  // the logarithms of the sums of exponentials, of what is fitted and of what to
   int64_t begin;
+  double fit = a - b;
 
-  double fit() const { return a - b; }
   void merge(const LogPool& next) {
     a = logaddexp(a, next.a);
     b = logaddexp(b, next.b);
+    fit = a - b;
   }
 };
+
+constexpr double kExponents = 600;  // values that differ by no more may be exponentiated
 
 // The non-increasing sequence nearest to the values (a, b) of m items: its pools. Returns their number.
 template <class Pool>
@@ -43,7 +47,7 @@ int64_t pool_adjacent_violators(const double* a, const double* b, int64_t m, Poo
   int64_t count = 0;
   for (int64_t p = 0; p < m; ++p) {
     Pool pool{a[p], b[p], p};
-    while (count && pools[count - 1].fit() <= pool.fit()) {
+    while (count && pools[count - 1].fit <= pool.fit) {
       Pool before = pools[--count];
       before.merge(pool);
       pool = before;
@@ -118,29 +122,42 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         w[p] = static_cast<double>(m - p) / (sort ? strength : 1.0);
         group[p] = items[order[p]];
       }
-      const auto put = [&](const auto* pools, int64_t count) {
+      double* a = scratch.get<double>(m);
+      double* b = scratch.get<double>(m);
+      // value(place, fit of its pool)
+      const auto put = [&](auto* pools, const auto& value) {
+        const int64_t count = pool_adjacent_violators(a, b, m, pools);
         for (int64_t k = 0; k < count; ++k) {
           const int64_t last = k + 1 < count ? pools[k + 1].begin : m;
-          const double fit = pools[k].fit();
-          for (int64_t p = pools[k].begin; p < last; ++p) {
-            if (sort) to[p] = static_cast<A>(fit - w[p]);
-            else to[group[p]] = static_cast<A>(kl ? std::exp(s[p] - fit) : s[p] - fit);
-          }
+          const double fit = pools[k].fit;
+          for (int64_t p = pools[k].begin; p < last; ++p) to[sort ? p : group[p]] = static_cast<A>(value(p, fit));
           group[pools[k].begin] = ~group[pools[k].begin];
         }
       };
-      double* b = scratch.get<double>(m);
-      if (kl) {
-        LogPool* pools = scratch.get<LogPool>(m);
-        for (int64_t p = 0; p < m; ++p) b[p] = sort ? s[p] : std::log(w[p]);
-        put(pools, pool_adjacent_violators(sort ? w : s, b, m, pools));
-      } else {
-        MeanPool* pools = scratch.get<MeanPool>(m);
-        double* a = scratch.get<double>(m);
+      if (!kl) {
         for (int64_t p = 0; p < m; ++p) a[p] = sort ? w[p] - s[p] : s[p] - w[p];
         std::fill(b, b + m, 1.0);
-        put(pools, pool_adjacent_violators(a, b, m, pools));
+        const auto value = [&](int64_t p, double fit) { return sort ? fit - w[p] : s[p] - fit; };
+        return put(scratch.get<MeanPool>(m), value);
       }
+      const auto narrow = [&](const double* x) { return x[0] - x[m - 1] <= kExponents; };
+      if (narrow(s) && (!sort || narrow(w))) {
+        const double shift = sort ? w[0] - s[0] : 0;
+        multiversion([&]() ALWAYS_INLINE {
+          for (int64_t p = 0; p < m; ++p) {
+            a[p] = exp_nonpositive(sort ? w[p] - w[0] : s[p]);
+            b[p] = sort ? exp_nonpositive(s[p] - s[0]) : w[p];
+          }
+        });
+        const auto value = [&](int64_t p, double fit) { return sort ? std::log(fit) + shift - w[p] : a[p] / fit; };
+        return put(scratch.get<MeanPool>(m), value);
+      }
+      for (int64_t p = 0; p < m; ++p) {
+        a[p] = sort ? w[p] : s[p];
+        b[p] = sort ? s[p] : std::log(w[p]);
+      }
+      const auto value = [&](int64_t p, double fit) { return sort ? fit - w[p] : std::exp(s[p] - fit); };
+      put(scratch.get<LogPool>(m), value);
     });
   });
   return {out, groups};
@@ -168,6 +185,39 @@ Tensor group_reduce(const Tensor& x_in, const Tensor& groups_in, int64_t mode, b
           const int32_t item = item_of(group[p]);
           const double own = mode == 2 ? static_cast<double>(from[from_order ? p : item]) - shared : shared;
           to[to_order ? p : item] = static_cast<A>(scale * own);
+        }
+      });
+    });
+  });
+  return out;
+}
+
+Tensor group_share(const Tensor& v_in, const Tensor& ranks_in, const Tensor& groups_in, double scale) {
+  const Tensor v = dense(v_in), ranks = dense(ranks_in), groups = checked_groups(groups_in, v);
+  check(sizes(ranks) == sizes(v) && ranks.scalar_type() == v.scalar_type(), "ranks: expected the shape and dtype of v");
+  const Lists lists(v, std::nullopt, std::nullopt);
+  const int64_t n = lists.items;
+  Tensor out = fresh(v, sizes(v));
+  dispatch_accumulator(v, "v", [&](auto type) {
+    using A = typename decltype(type)::type;
+    lists.parallel(4, [&](int64_t, int64_t begin, int64_t, Scratch&) {
+      const A* vp = data<A>(v) + begin;
+      const A* rank = data<A>(ranks) + begin;
+      const int32_t* group = data<int32_t>(groups) + begin;
+      A* to = mutable_data<A>(out) + begin;
+      std::fill(to, to + n, A(0));
+      for_each_group(group, n, [&](int64_t first, int64_t last) {
+        double whole = 0, moved = 0;
+        for (int64_t p = first; p < last; ++p) {
+          const int32_t item = item_of(group[p]);
+          const double r = static_cast<double>(rank[item]);
+          whole += r;
+          moved += r * static_cast<double>(vp[item]);
+        }
+        for (int64_t p = first; p < last; ++p) {
+          const int32_t item = item_of(group[p]);
+          const double r = static_cast<double>(rank[item]);
+          to[item] = static_cast<A>(scale * (r * (static_cast<double>(vp[item]) - moved / whole)));
         }
       });
     });
@@ -209,4 +259,5 @@ Tensor group_softmax(const Tensor& x_in, const Tensor& groups_in, double scale, 
 
 CUSTOM_OPS_CPU_KERNEL(isotonic)
 CUSTOM_OPS_CPU_KERNEL(group_reduce)
+CUSTOM_OPS_CPU_KERNEL(group_share)
 CUSTOM_OPS_CPU_KERNEL(group_softmax)

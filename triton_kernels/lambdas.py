@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale
+from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale, reducing
 from custom_ops.triton_kernels.pairwise import pair_value, wrong_order
 
 _ROWS, _COLUMNS = 32, 16
@@ -181,6 +181,7 @@ def _highest(lists: Lists, labels: Tensor) -> Tensor:
     return top.scatter_reduce(-1, place, labels, "amax").gather(-1, place)
 
 
+@reducing
 def lambda_pairs(
     scores: Tensor,
     labels: Tensor,

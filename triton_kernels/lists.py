@@ -7,6 +7,7 @@ columns of the lists that the block touches (`columns`); it need not know which 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from custom_ops.triton_kernels.common import kernel
 
 WIDE = ("fp32", "fp64")  # the dtypes of list losses
 _BLOCK = 256
+NONE, MEAN = range(2)  # reductions, as numbered in custom_ops/ranking/_lists.py
 
 
 class Lists:
@@ -229,3 +231,27 @@ def list_share(grad: Tensor, active: Tensor, mean: bool) -> Tensor:
 
 def _over_active(x: Tensor, active: Tensor, mean: bool, dims: tuple[int, ...]) -> Tensor:
     return x / (active.sum(dims) if dims else active.long()).clamp_min(1) if mean else x
+
+
+def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The launcher of a list loss, from one that gives the loss of each list."""
+
+    def run(
+        scores: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        offsets: Tensor | None,
+        reduction: int,
+        batch_dims: int,
+        *params: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, slope, active = launch(scores, labels, valid, offsets, *params)
+        if reduction == NONE:
+            return loss, slope, active
+        mean, dims = reduction == MEAN, tuple(range(batch_dims, active.dim()))
+        total = list_total(loss, active, mean, batch_dims)
+        if mean:
+            slope = (slope / active.sum(dims, keepdim=True).clamp_min(1)).to(slope.dtype)
+        return total, slope, active
+
+    return run

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import Lists
+from custom_ops.triton_kernels.lists import Lists, reducing
 
 _LEAST = tl.constexpr(-1e300)  # in place of -inf, of which a difference would be NaN
 _BY_INDEX, _BY_SCORE, _BRESLOW = range(3)
@@ -367,7 +367,7 @@ def _slope(
     return lists.result(lists.slope() if v is None else lists.product(lists.sorted(v)))
 
 
-list_softmax, list_softmax_slope = partial(_loss, _ListSoftmax), partial(_slope, _ListSoftmax)
-list_mle, list_mle_slope = partial(_loss, _ListMle), partial(_slope, _ListMle)
-unique_softmax, unique_softmax_slope = partial(_loss, _UniqueSoftmax), partial(_slope, _UniqueSoftmax)
-cosent, cosent_slope = partial(_loss, _Cosent), partial(_slope, _Cosent)
+list_softmax, list_softmax_slope = reducing(partial(_loss, _ListSoftmax)), partial(_slope, _ListSoftmax)
+list_mle, list_mle_slope = reducing(partial(_loss, _ListMle)), partial(_slope, _ListMle)
+unique_softmax, unique_softmax_slope = reducing(partial(_loss, _UniqueSoftmax)), partial(_slope, _UniqueSoftmax)
+cosent, cosent_slope = reducing(partial(_loss, _Cosent)), partial(_slope, _Cosent)

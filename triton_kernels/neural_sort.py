@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import WIDE, Lists, columns, load_list
+from custom_ops.triton_kernels.lists import WIDE, Lists, columns, load_list, reducing
 
 _ROWS, _COLUMNS = 32, 16
 _VARIANTS: dict[Any, dict[str, Any]] = {
@@ -284,6 +284,7 @@ def _has_no_list(offsets: Tensor | None) -> bool:
     return offsets is not None and offsets.shape[0] == 1
 
 
+@reducing
 def neural_sort(
     scores: Tensor,
     labels: Tensor,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale
+from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale, reducing
 
 _ROWS, _COLUMNS = 32, 32
 
@@ -170,6 +170,7 @@ def _pairs(
     return loss / pairs.clamp_min(1) if normalize else loss, list_scale(weight, slope, valid, offsets), pairs
 
 
+@reducing
 def pairwise(
     scores: Tensor,
     labels: Tensor,
@@ -199,6 +200,7 @@ def pairwise_slope(
 # ---------------------------------------------------------------- hinge: with d - margin + 1 for d
 
 
+@reducing
 def pairwise_hinge(
     scores: Tensor,
     labels: Tensor,
@@ -239,6 +241,7 @@ def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | No
     return list_scale((count > 1).to(x.dtype), x, valid, offsets), count
 
 
+@reducing
 def pairwise_mse(
     scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

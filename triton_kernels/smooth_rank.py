@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import VARIANTS, WIDE, Lists, columns, load_list, load_valid
+from custom_ops.triton_kernels.lists import VARIANTS, WIDE, Lists, columns, load_list, load_valid, reducing
 
 _NDCG, _NDCG_LINEAR, _MRR, _AVERAGE_PRECISION = range(4)
 _ROWS, _COLUMNS = 32, 16
@@ -277,6 +277,7 @@ class _SmoothRank:
         return self._give(v, self._derivative(), moved, product=True)
 
 
+@reducing
 def smooth_rank(
     scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, temperature: float, metric: int
 ) -> tuple[Tensor, Tensor, Tensor]:

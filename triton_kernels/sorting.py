@@ -184,6 +184,17 @@ def group_reduce(x: Tensor, groups: Tensor, mode: int, from_order: bool, to_orde
     return out.copy_((own if to_order else order.write(own)).view(x.shape))
 
 
+def group_share(v: Tensor, ranks: Tensor, groups: Tensor, scale: float) -> Tensor:
+    out = v.new_empty(v.shape)
+    if v.numel() == 0:
+        return out
+    order = _Order.of(groups, v)
+    values, weights = order.read(_wide(v)), order.read(_wide(ranks))
+    mean = order.sum(weights * values) / order.sum(weights)
+    share = torch.where(order.holds, scale * weights * (values - mean), 0)
+    return out.copy_(order.write(share).view(v.shape))
+
+
 def group_softmax(x: Tensor, groups: Tensor, scale: float, weighted: bool) -> Tensor:
     out = x.new_empty(x.shape)
     wide = _wide(x)

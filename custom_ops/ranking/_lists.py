@@ -3,13 +3,14 @@
 A list loss is two ops, here called ``op`` and ``slope_op``, over ``scores [..., T]`` whose last dimension
 holds one list (``offsets`` None, L = 1) or L lists one after the other (``offsets [L + 1]``)::
 
-    op(scores, labels, valid, offsets, *params) -> (loss [..., L], slope [..., T], active [..., L])
+    op(scores, labels, valid, offsets, reduction, batch_dims, *params) -> (loss, slope [..., T], active [..., L])
     slope_op(scores, labels, valid, offsets, v, *params) -> [..., T]
 
-The slope is the derivative of the loss in the scores. It comes with the loss because one pass gives
-both, and serves the plain backward; whenever that backward is itself differentiated, ``slope_op`` with
-``v`` None gives it again, with a derivative of its own: ``slope_op`` with ``v`` is the Hessian times v.
-``active`` tells which lists contribute to a mean.
+The loss is that of each list [..., L], or by ``reduction`` the mean over those that contribute, which ``active``
+tells, or the sum over all, of each example of the first ``batch_dims`` dimensions (0 but under ``vmap``). The slope
+is its derivative in the scores. It comes with the loss because one pass gives both, and serves the plain backward;
+whenever that backward is itself differentiated, ``slope_op`` with ``v`` None gives the slope of each list's own
+loss, with a derivative of its own: ``slope_op`` with ``v`` is the Hessian times v.
 
 The ops see float32 or float64 only. An item that isn't ``valid`` is never read, and its slope is 0.
 """
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from custom_ops import _checks, library
 from custom_ops._native import define
@@ -33,10 +35,16 @@ from custom_ops.library import Function
 from custom_ops.registry import BadCall, Sample
 
 
-def empty_loss(scores: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+NONE, MEAN, SUM = map(_checks.REDUCTIONS.index, ("none", "mean", "sum"))  # as numbered in csrc/lists.h
+
+
+def empty_loss(
+    scores: Tensor, offsets: Tensor | None, reduction: int, batch_dims: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the fake kernel of a list loss returns."""
-    loss = _per_list(scores, offsets)
-    return loss, scores.new_empty(scores.shape), torch.empty_like(loss, dtype=torch.bool)
+    active = torch.empty_like(_per_list(scores, offsets), dtype=torch.bool)
+    loss = scores.new_empty(active.shape if reduction == NONE else active.shape[:batch_dims])
+    return loss, scores.new_empty(scores.shape), active
 
 
 def _per_list(x: Tensor, offsets: Tensor | None) -> Tensor:
@@ -174,6 +182,11 @@ for _op in (list_total, list_share):
 # ---------------------------------------------------------------- derivatives of a list loss
 
 
+def is_differentiated() -> bool:
+    """Whether derivatives may be taken of what a backward computes."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -> None:
     """Give a list loss its derivatives up to the second, batching rules and sharding rules.
 
@@ -184,24 +197,39 @@ def attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) ->
     class ListLoss(Function, op=op):
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            scores, labels, valid, offsets, *ctx.params = inputs
+            *tensors, ctx.reduction, ctx.batch_dims = inputs[:6]
+            ctx.params = inputs[6:]
             _, slope, active = output
             ctx.mark_non_differentiable(slope, active)
-            ctx.save_for_backward(scores, labels, valid, offsets, slope)
-            ctx.save_for_forward(scores, labels, valid, offsets)
+            ctx.save_for_backward(*tensors, slope, active)
+            ctx.save_for_forward(*tensors, active)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-            scores, labels, valid, offsets, slope = ctx.saved_tensors
-            if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # what follows is differentiated
+            scores, labels, valid, offsets, slope, active = ctx.saved_tensors
+            whole = ctx.reduction != NONE
+            if is_differentiated():
                 slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
-            return list_scale(grad, slope, valid, offsets), *[None] * (3 + len(ctx.params))
+                of_lists = list_share(grad, active, ctx.reduction == MEAN) if whole else grad
+                of_scores = list_scale(of_lists, slope, valid, offsets)
+            elif not whole:
+                of_scores = list_scale(grad, slope, valid, offsets)
+            else:  # the share of each list is in the slope
+                of_lists = grad.reshape(*grad.shape, *[1] * (slope.dim() - ctx.batch_dims)) if grad.dim() else grad
+                if valid is None and offsets is None:
+                    of_scores = of_lists * slope
+                else:  # what is in no list gets 0, whatever the gradient
+                    of_scores = list_scale(of_lists.expand(active.shape), slope, valid, offsets)
+            return of_scores, *[None] * (5 + len(ctx.params))
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:
-            scores, labels, valid, offsets = ctx.saved_tensors
+            scores, labels, valid, offsets, active = ctx.saved_tensors
             slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
-            return list_dot(slope, tangent, valid, offsets), None, None
+            moved = list_dot(slope, tangent, valid, offsets)
+            if ctx.reduction != NONE:
+                moved = list_total(moved, active, ctx.reduction == MEAN, ctx.batch_dims)
+            return moved, None, None
 
     class ListSlope(Function, op=slope_op):
         @staticmethod
@@ -252,6 +280,8 @@ def _batch(op: OpOverload) -> None:
     @library.vmap(op)
     def _(info: Any, in_dims: Any, *args: Any) -> Any:
         def front(name: str, arg: Any, dim: int | None) -> Any:
+            if name == "batch_dims":
+                return arg + 1
             if name == "offsets" and dim is not None:
                 raise RuntimeError("cu_lengths: can't be vmapped, because each example would have lists of its own")
             is_batch = isinstance(arg, Tensor) and name != "offsets"
@@ -262,7 +292,7 @@ def _batch(op: OpOverload) -> None:
 
 
 def _shard(op: OpOverload) -> None:
-    """Sharded alike in any dimension but the items'."""
+    """Sharded alike in any dimension but the items'; not at all if the op reduces over the lists."""
     names = [argument.name for argument in op._schema.arguments]
     outputs = len(op._schema.returns)
 
@@ -275,7 +305,8 @@ def _shard(op: OpOverload) -> None:
                 return None
             return Replicate() if name == "offsets" else placement
 
-        free = [Replicate(), *(Shard(d) for d in range(args[0].ndim - 1))]
+        whole = any(name == "reduction" and arg != NONE for name, arg in zip(names, args))
+        free = [Replicate(), *(Shard(d) for d in range(0 if whole else args[0].ndim - 1))]
         return [([p] * outputs, [placed(name, arg, p) for name, arg in zip(names, args)]) for p in free]
 
 
@@ -302,10 +333,14 @@ def list_loss(
     valid = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     offsets = None if cu_lengths is None else cu_lengths.to(torch.int64)
-    loss, _, active = op(scores.to(wide), labels.to(wide), valid, offsets, *params)
-    if offsets is None and (weights is not None or reduction == "none"):
-        loss, active = loss.squeeze(-1), active.squeeze(-1)
-    loss = reduce(loss, active, weights, reduction)
+    # A DTensor is left sharded until only the losses of its lists are to be communicated.
+    whole = weights is None and type(scores) in (Tensor, Parameter)
+    by_op = _checks.REDUCTIONS.index(reduction) if whole else NONE
+    loss, _, active = op(scores.to(wide), labels.to(wide), valid, offsets, by_op, 0, *params)
+    if by_op == NONE:
+        if offsets is None and (weights is not None or reduction == "none"):
+            loss, active = loss.squeeze(-1), active.squeeze(-1)
+        loss = reduce(loss, active, weights, reduction)
     stays = wide == scores.dtype or torch.is_autocast_enabled(scores.device.type)
     return loss if stays else loss.to(scores.dtype)
 
@@ -362,7 +397,8 @@ def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | Non
 def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, called: str = "scores") -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    _checks.same_device(**{called: beside, name: tensor})
+    if tensor.device != beside.device:
+        _checks.same_device(**{called: beside, name: tensor})
 
 
 def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:

@@ -37,6 +37,8 @@ def lambda_pairs(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
     weighting: int,
     k: int,
     both: bool,
@@ -47,7 +49,7 @@ def lambda_pairs(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over the pairs of each list in the top k."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define

@@ -46,10 +46,16 @@ _GAINS = ("exponential", "linear")
 
 @define
 def list_softmax(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, softmax_labels: bool
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    softmax_labels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of p_i (logsumexp(s) - s_i) for each list, p the labels or their softmax."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define
@@ -61,10 +67,18 @@ def list_softmax_slope(
 
 @define
 def list_mle(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, ties: int, weighting: int, k: int
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    ties: int,
+    weighting: int,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of w_i (logsumexp of s from the i-th item on - s_i), in label order; of k items unless k is 0."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define
@@ -83,10 +97,16 @@ def list_mle_slope(
 
 @define
 def unique_softmax(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, exponential: bool
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    exponential: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of gain_i softplus(logsumexp of s at lower labels - s_i) for each list."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define
@@ -98,10 +118,16 @@ def unique_softmax_slope(
 
 @define
 def cosent(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, scale: float
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log(1 + sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j) for each list."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define

@@ -48,12 +48,14 @@ def pairwise(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
     phi: int,
     sigma: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of phi(sigma (s_i - s_j)) over the pairs of each list, or its mean if ``normalize``."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define
@@ -76,12 +78,14 @@ def pairwise_hinge(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
     margin: float,
     squared: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of max(0, margin - (s_i - s_j)), or its square, over the pairs of each list."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define
@@ -100,10 +104,16 @@ def pairwise_hinge_slope(
 
 @define
 def pairwise_mse(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define

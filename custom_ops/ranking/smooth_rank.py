@@ -38,10 +38,17 @@ _MRR, _AVERAGE_PRECISION = 2, 3
 
 @define
 def smooth_rank(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, temperature: float, metric: int
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    temperature: float,
+    metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1 less the metric of each list, at r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature)."""
-    return empty_loss(scores, offsets)
+    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
 @define

@@ -41,6 +41,15 @@ def group_reduce(x: Tensor, groups: Tensor, mode: int, from_order: bool, to_orde
 
 
 @define
+def group_share(v: Tensor, ranks: Tensor, groups: Tensor, scale: float) -> Tensor:
+    """``scale`` times the ranks times what v is above its mean over the group, weighted with the ranks; by item.
+
+    That is the derivative of the "kl" ranks, of which it needs no exponential; it has none itself.
+    """
+    return v.new_empty(v.shape)
+
+
+@define
 def group_softmax(x: Tensor, groups: Tensor, scale: float, weighted: bool) -> Tensor:
     """The softmax of scale x within each group, times the sum of the group's ranks if ``weighted``; by item."""
     return x.new_empty(x.shape)
@@ -59,17 +68,19 @@ class Isotonic(Function, op=isotonic):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, _, ctx.strength, ctx.kl, ctx.sort = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x if ctx.kl else None, output[1])
+        ctx.save_for_backward(x if ctx.kl else None, output[1], output[0] if ctx.kl and not ctx.sort else None)
         ctx.save_for_forward(x if ctx.kl else None, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        x, groups = ctx.saved_tensors
+        x, groups, ranks = ctx.saved_tensors
         if ctx.sort and ctx.kl:
             total = group_reduce(grad, groups, SUM, True, False, 1.0)
             of_x = total * group_softmax(x, groups, -1.0, False)
         elif ctx.sort:
             of_x = group_reduce(grad, groups, MEAN, True, False, 1.0)
+        elif ctx.kl and not _lists.is_differentiated():
+            of_x = group_share(grad, ranks, groups, 1 / ctx.strength)
         else:
             of_x = _rank_derivative(x, groups, ctx, grad)
         return of_x, None, None, None, None
@@ -129,7 +140,7 @@ class GroupSoftmax(Function, op=group_softmax):
         return _softmax_derivative(x, groups, ctx.scale, ctx.weighted, tangent)
 
 
-for _op in (isotonic, group_reduce, group_softmax):
+for _op in (isotonic, group_reduce, group_share, group_softmax):
     _lists._batch(_op)
     _lists._shard(_op)
 
