@@ -1,4 +1,4 @@
-"""docs/scaling.md, from runs of ``bench --scaling``: how cost grows with size and shrinks with threads."""
+"""docs/sizes_and_threads.md, from runs of ``bench --scaling``: how cost grows with size and shrinks with threads."""
 
 from __future__ import annotations
 

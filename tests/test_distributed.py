@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from custom_ops.benchmarks import exchange
+
 STEPS = 8
 
 
@@ -65,6 +67,20 @@ def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, 
     whole = losses(uninterrupted("lift_splat", parallel).stdout)
     assert losses(died.stdout) | losses(resumed.stdout) == whole
     assert list(losses(resumed.stdout)) == [str(n + 1) for n in range(last, STEPS)]
+
+
+def test_the_page_on_scaling_shows_the_model_of_today_and_the_grid_that_is_exchanged() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    assert "\n".join(exchange.model_table()) in text, "python -m custom_ops.benchmarks.exchange --write docs/scaling.md"
+    grid = exchange.shown(4 * exchange.VOXELS * exchange.COLUMNS)
+    assert f"| `voxel_sum` | points, the grid whole | 110 MB | all_reduce {grid} |" in text
+    assert all(f"| `{case.op}` | {case.over} |" in text for case in exchange.CASES)
+
+
+def test_a_ring_sends_all_parts_but_one() -> None:
+    assert exchange.ring_bytes("all_reduce", 1000, 1) == 0
+    assert exchange.ring_bytes("all_reduce", 1000, 4) == 1500
+    assert exchange.ring_bytes("all_gather", 1000, 4) == 750
 
 
 def die(killed: str) -> None:
