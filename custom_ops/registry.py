@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "Target", "Unavailable", "register"]
+__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "Sharding", "Target", "Unavailable", "register"]
 
 
 class Unavailable(RuntimeError):
@@ -27,6 +27,23 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     dynamic: dict[int | str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A call of an op with its tensors spread over processes, to be what it is in one.
+
+    ``dims`` are the dimensions that tensors are sharded in, as {position in args or name in kwargs: dimension}; the
+    other tensors are whole. ``result`` is how the result is placed: the dimension that it is sharded in, or "partial"
+    where it is the sum of the processes' results. ``exchanged`` are all collectives of forward and backward,
+    {"all_reduce": 1}; a partial result isn't summed up yet, but the gradient of a tensor that is whole is.
+    """
+
+    over: str  # what is spread, in words
+    sample: Sample
+    dims: dict[int | str, int]
+    result: int | str
+    exchanged: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,9 @@ class OpInfo:
     A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run: there the
     op gives something, by design other than what they compare with. ``not_fuzzed`` are kinds of values of
     `custom_ops.verify.VALUES` on which the op's results aren't specified, or its reference's aren't right.
+
+    ``shardings`` are the ways to spread a call over processes; by default the samples are, by their first dimension.
+    An op that is ``not_sharded``, and why, must raise for DTensors.
     """
 
     name: str
@@ -111,6 +131,8 @@ class OpInfo:
     not_fuzzed: dict[str, str] = field(default_factory=dict)  # kind of values: reason
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     native: Callable[..., Any] | None = None
+    shardings: Callable[[], list[Sharding]] | None = None
+    not_sharded: str = ""
 
     @property
     def family(self) -> str:

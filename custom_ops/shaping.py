@@ -21,7 +21,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._native import define
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 
 __all__ = [
     "ClipGradient",
@@ -862,6 +862,17 @@ register(
         reference=clip_gradient_norm_reference,
         apply=GradientNormClipping.apply,
         samples=_norm_samples,
+        shardings=lambda: [
+            Sharding("rows", Sample((torch.randn(5, 3, requires_grad=True), 1.0, 1)), {0: 0}, 0),
+            # Two sums of squares over all rows: of the gradient, and for the factor.
+            Sharding(
+                "what the norm is of",
+                Sample((torch.randn(5, 3, requires_grad=True), 1.0)),
+                {0: 0},
+                0,
+                {"all_reduce": 2},
+            ),
+        ],
         modules=lambda: [
             (ClipGradientNorm(1.0), {"max_norm": 1.0}),
             (ClipGradientNorm(0.5, (0,)), {"max_norm": 0.5, "dim": (0,)}),

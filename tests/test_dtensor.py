@@ -1,159 +1,191 @@
-"""The ops on DTensors over two processes: the results of one process, without hidden gathers."""
+"""Every registered op on DTensors over 2 and 4 processes: the results of one process, and no hidden exchange.
+
+What is spread, how the result is placed and which collectives are called is in the registry (`Sharding`); an op that
+says nothing is spread by the rows of its samples.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import custom_ops
-from custom_ops.examples.rank_mslr import LIST_LOSSES
-from custom_ops.voxel import segment_sum
+from custom_ops import library
+from custom_ops.registry import REGISTRY, OpInfo, Sample, Sharding
+
+ROWS = 5  # unevenly spread; of four processes the last has none
 
 
-def worker() -> None:
-    mesh = init_device_mesh("cpu", (2,))
+def by_rows(info: OpInfo) -> Iterator[Sharding]:
+    """The samples, made longer by repeating their rows, sharded in the first dimension of all that have it."""
+    for sample in info.samples(torch.device("cpu"), torch.float32):
+        calls = {**dict(enumerate(sample.args)), **sample.kwargs}
+        rows = {key: t for key, t in calls.items() if isinstance(t, Tensor) and t.dim() and len(t) == len(calls[0])}
+        if calls[0].dim() < 2 or not len(calls[0]):
+            continue
+
+        def longer(t: Tensor) -> Tensor:
+            repeated = t.detach().repeat(-(-ROWS // len(t)), *[1] * (t.dim() - 1))[:ROWS]
+            return repeated.requires_grad_(t.requires_grad)
+
+        calls |= {key: longer(t) for key, t in rows.items()}
+        values = dict(calls)
+        args = tuple(calls.pop(at) for at in range(len(sample.args)))
+        of_whole = sum(t.requires_grad for key, t in values.items() if isinstance(t, Tensor) and key not in rows)
+        exchanged = {"all_reduce": of_whole} if of_whole else {}
+        yield Sharding("rows", Sample(args, calls), dict.fromkeys(rows, 0), 0, exchanged)
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def differentiable(results: Any) -> list[Tensor]:
+    return [t for t in flat(results) if t.requires_grad]
+
+
+def check(info: OpInfo, sharding: Sharding, mesh: Any, declared: bool) -> dict[str, int]:
+    """Compare value and gradients with one process; returns what was exchanged."""
+    sample = sharding.sample
+    calls = {**dict(enumerate(sample.args)), **sample.kwargs}
+    whole = {k: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for k, t in calls.items()}
+    spread = dict(whole)
+    for key, t in whole.items():
+        if isinstance(t, Tensor):
+            placement = Shard(sharding.dims[key]) if key in sharding.dims else Replicate()
+            spread[key] = distribute_tensor(t.detach(), mesh, [placement]).requires_grad_(t.requires_grad)
+
+    def call(values: dict[Any, Any]) -> Any:
+        kwargs = {key: value for key, value in values.items() if isinstance(key, str)}
+        return info.function(*(values[at] for at in range(len(sample.args))), **kwargs)
+
+    expected = call(whole)
     torch.manual_seed(0)
-    for placement in (Shard(0), Replicate()):
-        for activation in (custom_ops.relu, custom_ops.leaky_relu, custom_ops.hardtanh, custom_ops.squared_relu):
-            activation_agrees(activation, mesh, placement)
-        bias_agrees(mesh, placement)
-        margin_ranking_loss_agrees(mesh, placement)
-        shaped_gradients_agree(mesh, placement)
-        list_losses_agree(mesh, placement)
-    for placement in (Shard(1), Replicate()):
-        segment_sum_agrees(mesh, placement)
-    mixed = init_device_mesh("cpu", (2, 1))
-    for placements in ([Shard(0), Replicate()], [Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(1), Replicate()]):
-        mixtures_agree(mixed, placements)
+    grads = [torch.randn(t.shape) for t in differentiable(expected)]
+    with CommDebugMode() as communication:
+        results = call(spread)
+        spread_grads = []
+        for t, grad in zip(differentiable(results), grads):
+            placement = t.placements[0]
+            whole_grad = Replicate() if placement.is_partial() else placement
+            spread_grads.append(distribute_tensor(grad, mesh, [whole_grad], src_data_rank=None))
+        if grads:
+            torch.autograd.backward(differentiable(results), spread_grads)
+    exchanged = {op.__name__.removesuffix("_"): n for op, n in communication.get_comm_counts().items()}
+    for ours, theirs in zip(flat(results), flat(expected)):
+        assert isinstance(ours, DTensor)
+        torch.testing.assert_close(ours.full_tensor(), theirs)
+        if ours.ndim and declared:
+            wanted = Partial() if sharding.result == "partial" else Shard(sharding.result)
+            assert ours.placements == (wanted,), ours.placements
+    if grads:
+        torch.autograd.backward(differentiable(expected), grads)
+    for key, t in whole.items():
+        if isinstance(t, Tensor) and t.grad is not None:
+            torch.testing.assert_close(spread[key].grad.full_tensor(), t.grad)
+    return exchanged
+
+
+def mixtures_agree() -> None:
+    """Two dimensions of the mesh, each of which spreads something else."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    x, rank = torch.randn(6, 9, 4, requires_grad=True), torch.randint(-1, 5, (6, 9))
+    for placements in ([Shard(0), Shard(1)], [Shard(1), Shard(0)], [Shard(2), Replicate()], [Shard(0), Shard(0)]):
+        ours = distribute_tensor(x.detach(), mesh, placements).requires_grad_()
+        y = custom_ops.relu(ours)
+        custom_ops.margin_ranking_loss(y, ours * 2, ours.detach()).backward()
+        (expected,) = torch.autograd.grad(custom_ops.margin_ranking_loss(custom_ops.relu(x), x * 2, x.detach()), x)
+        torch.testing.assert_close(ours.grad.full_tensor(), expected)
+    for placements in ([Shard(0), Shard(1)], [Shard(1), Shard(2)], [Shard(1), Shard(1)]):
+        ours = distribute_tensor(x.detach(), mesh, placements).requires_grad_()
+        spread_rank = distribute_tensor(rank, mesh, [Replicate()] * 2)
+        for reduce in ("sum", "mean"):
+            sums = custom_ops.voxel_sum(ours, spread_rank, 5, reduce)
+            torch.testing.assert_close(sums.full_tensor(), custom_ops.voxel_sum(x, rank, 5, reduce))
+
+
+def own_geometry_agrees() -> None:
+    """A csr of each process's own points, the layer, and a second derivative; nobody asks for others' points."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, rank = torch.randn(9, 4, requires_grad=True), torch.randint(-1, 5, (9,))
+    ours = distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_()
+    spread_rank = distribute_tensor(rank, mesh, [Shard(0)])
+    with CommDebugMode() as communication:
+        csr = custom_ops.voxel_csr(spread_rank.to_local(), 5)
+        sums = custom_ops.voxel_sum(ours, spread_rank, 5, csr=csr)
+        layer = custom_ops.VoxelSum(5)(ours, spread_rank)
+    assert communication.get_total_counts() == 0
+    for result in (sums, layer):
+        torch.testing.assert_close(result.full_tensor(), custom_ops.voxel_sum(x, rank, 5))
+    with pytest.raises(NotImplementedError, match="expected dimension N of N->N,V whole"):
+        custom_ops.voxel_csr(spread_rank, 5)
+    with pytest.raises(NotImplementedError, match="expected dimension P"):
+        custom_ops.voxel_sum(ours, spread_rank, 5, "max")
+
+    def second(x: Tensor, rank: Tensor, whole: Any) -> Tensor:
+        y = whole(custom_ops.voxel_sum(x * x, rank, 5))
+        (grad,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+        return torch.autograd.grad((grad * grad).sum(), x)[0]
+
+    ours = ours.detach().requires_grad_()  # CommDebugMode left hooks on the other
+    of_ours = second(ours, spread_rank, library.summed_up)
+    torch.testing.assert_close(of_ours.full_tensor(), second(x, rank, lambda y: y))
+
+
+def worker(names: list[str]) -> None:
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    failures = []
+    for name in names or REGISTRY:
+        info = REGISTRY[name]
+        torch.manual_seed(0)
+        shardings = list(by_rows(info)) if info.shardings is None else info.shardings()
+        for number, sharding in enumerate(shardings):
+            label = f"{name}, over {sharding.over}, call {number}"
+            try:
+                exchanged = check(info, sharding, mesh, info.shardings is not None)
+            except Exception as error:
+                if not (info.not_sharded and isinstance(error, NotImplementedError)):
+                    failures.append(f"{label}: {type(error).__name__}: {error}")
+                continue
+            if info.not_sharded:
+                failures.append(f"{label}: expected an error, because {info.not_sharded}")
+            expected = [sharding.exchanged]
+            if info.shardings is None and "reduction" in inspect.signature(info.function).parameters:
+                expected.append({"all_reduce": 1})  # how many lists a mean is over
+            if exchanged not in expected:
+                failures.append(f"{label}: exchanged {exchanged}, expected one of {expected}")
+        if not shardings:
+            failures.append(f"{name}: nothing to spread")
+    if not names:
+        mixtures_agree()
+        own_geometry_agrees()
+    if dist.get_rank() == 0:
+        print(*failures, sep="\n", file=sys.stderr)
+    dist.barrier()
     dist.destroy_process_group()
+    if failures:
+        raise SystemExit(1)
 
 
-def activation_agrees(activation, mesh, placement) -> None:
-    x = torch.randn(5, 7, requires_grad=True)  # odd: each rank's mask has padding bits of its own
-    grad = torch.randn(5, 7)
-    sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
-    sharded_grad = distribute_tensor(grad, mesh, [placement])
-    with CommDebugMode() as communication:
-        y = activation(sharded)
-        y.backward(sharded_grad)
-    assert communication.get_total_counts() == 0
-    activation(x).backward(grad)
-    torch.testing.assert_close(y.full_tensor(), activation(x))
-    torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
-
-
-def bias_agrees(mesh, placement) -> None:
-    """One all-reduce where the rows are spread: of the bias's gradient, when it is asked for in full."""
-    for dim in (0, 1):
-        x, bias = torch.randn(5, 7, requires_grad=True), torch.randn((5, 7)[dim], requires_grad=True)
-        sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
-        replicated = distribute_tensor(bias.detach(), mesh, [Replicate()]).requires_grad_()
-        y = custom_ops.bias_leaky_relu(sharded, replicated, 0.3, dim)
-        y.sum().backward()
-        expected = custom_ops.bias_leaky_relu(x, bias, 0.3, dim)
-        expected.sum().backward()
-        torch.testing.assert_close(y.full_tensor(), expected)
-        torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
-        torch.testing.assert_close(replicated.grad.full_tensor(), bias.grad)
-
-
-def mixtures_agree(mesh, placements) -> None:
-    """Placements that differ between mesh dimensions: right, though what isn't sharded by rows is moved."""
-    x = torch.randn(5, 8, requires_grad=True)
-    sharded = distribute_tensor(x.detach(), mesh, placements).requires_grad_()
-    y = custom_ops.relu(sharded)
-    custom_ops.margin_ranking_loss(y, sharded * 2, sharded.detach()).backward()
-    custom_ops.margin_ranking_loss(custom_ops.relu(x), x * 2, x.detach()).backward()
-    torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
-
-
-def margin_ranking_loss_agrees(mesh, placement) -> None:
-    for reduction in ("mean", "sum", "none"):
-        tensors = [torch.randn(5, 3, requires_grad=True) for _ in range(3)]
-        sharded = [distribute_tensor(t.detach(), mesh, [placement]).requires_grad_() for t in tensors]
-        loss = custom_ops.margin_ranking_loss(*sharded, 0.5, reduction)
-        expected = custom_ops.margin_ranking_loss(*tensors, 0.5, reduction)
-        with CommDebugMode() as communication:
-            loss.sum().backward()
-        assert communication.get_total_counts() == 0
-        expected.sum().backward()
-        torch.testing.assert_close(loss.full_tensor(), expected)
-        for ours, whole in zip(sharded, tensors):
-            torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
-
-
-def shaped_gradients_agree(mesh, placement) -> None:
-    x, grad = torch.randn(4, 6), torch.randn(4, 6)
-    sharded, sharded_grad = (distribute_tensor(t, mesh, [placement]) for t in (x, grad))
-    shapings = (
-        lambda x: custom_ops.reverse_gradient(x, 0.5),
-        lambda x: custom_ops.clip_gradient_norm(x, 1.0, dim=1),
-        lambda x: custom_ops.straight_through(x.round(), x),
-        lambda x: custom_ops.surrogate_gradient(x, "triangle"),
-    )
-    for shaping in shapings:
-        ours, whole = sharded.detach().requires_grad_(), x.clone().requires_grad_()
-        with CommDebugMode() as communication:
-            y = shaping(ours)
-            y.backward(sharded_grad)
-        assert communication.get_total_counts() == 0
-        shaping(whole).backward(grad)
-        torch.testing.assert_close(y.full_tensor(), shaping(x))
-        torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
-
-
-def list_losses_agree(mesh, placement) -> None:
-    """Sharded over the lists: each process has whole ones, and no more than a mean's sums are communicated."""
-    scores, labels = torch.randn(5, 6), torch.randint(0, 4, (5, 6))
-    mask = torch.rand(5, 6) < 0.8
-    for name, loss_fn in LIST_LOSSES.items():
-        if name == "spearman_loss":
-            continue  # the labels are ranked by ops of torch that have no sharding rule
-        for masks in ({}, {"mask": mask}):
-            whole = scores.clone().requires_grad_()
-            ours, sharded_labels = (distribute_tensor(t, mesh, [placement]) for t in (scores, labels))
-            ours = ours.requires_grad_()
-            sharded_masks = {key: distribute_tensor(t, mesh, [placement]) for key, t in masks.items()}
-            expected = loss_fn(whole, labels, reduction="none", **masks)
-            with CommDebugMode() as communication:
-                losses = loss_fn(ours, sharded_labels, reduction="none", **sharded_masks)
-                losses.sum().backward()
-            assert communication.get_total_counts() == 0, name
-            expected.sum().backward()
-            torch.testing.assert_close(losses.full_tensor(), expected)
-            torch.testing.assert_close(ours.grad.full_tensor(), whole.grad)
-            mean = loss_fn(ours, sharded_labels, **sharded_masks)
-            torch.testing.assert_close(mean.full_tensor(), loss_fn(whole, labels, **masks))
-
-
-def segment_sum_agrees(mesh, placement) -> None:
-    indptr = torch.tensor([0, 2, 2, 5, 6])
-    x = torch.randn(6, 4, requires_grad=True)
-    sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
-    whole = distribute_tensor(indptr, mesh, [Replicate()])
-    with CommDebugMode() as communication:
-        sums = segment_sum(sharded, whole)
-        (sums * sums).sum().backward()
-    assert communication.get_total_counts() == 0
-    expected = segment_sum(x, indptr)
-    (expected * expected).sum().backward()
-    torch.testing.assert_close(sums.full_tensor(), expected)
-    torch.testing.assert_close(sharded.grad.full_tensor(), x.grad)
-
-
-def test_two_processes_agree_with_one() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_processes_agree_with_one(processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 if __name__ == "__main__":
-    worker()
+    worker(sys.argv[1:])

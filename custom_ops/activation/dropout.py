@@ -14,7 +14,7 @@ from custom_ops._native import define
 from custom_ops.activation._common import not_a_tensor, unary_samples
 from custom_ops.activation.piecewise import apply_mask, relu, relu_reference
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 
 __all__ = ["ReLUDropout", "relu_dropout"]
 
@@ -53,11 +53,6 @@ def _dropout_scale(p: float) -> float:
 def _(info: Any, in_dims: Any, x: Tensor, seed: Tensor, p: float, batch_dims: int) -> Any:
     x, seed = (library.to_front(t, d, info.batch_size) for t, d in zip((x, seed), in_dims))
     return relu_dropout_forward(x, seed, p, batch_dims + 1), (0, 0)
-
-
-@library.sharding(relu_dropout_forward)
-def _(x: Any, seed: Any, p: float, batch_dims: int) -> Any:
-    raise NotImplementedError("x: each element's draw depends on its place in the whole tensor, not in a shard")
 
 
 def relu_dropout(
@@ -102,6 +97,8 @@ def relu_dropout(
             raise ValueError(f"seed: expected a scalar, got shape {list(seed.shape)}")
     if not training:
         return relu(x, inplace)
+    if library.is_sharded(x):
+        raise NotImplementedError("x: each element's draw depends on its place in the whole tensor, not in a shard")
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
     y = relu_dropout_forward(x, seed, float(p), 0)[0]
@@ -164,6 +161,8 @@ register(
         reference=relu_dropout_reference,
         native=lambda x, p, training: F.dropout(torch.relu(x), p, training),
         samples=_dropout_samples,
+        not_sharded="each element's draw depends on its place in the whole tensor, not in a shard",
+        shardings=lambda: [Sharding("rows", Sample((torch.ones(5, 3), 0.5)), {0: 0}, 0)],
         bad_calls=lambda: [
             *not_a_tensor(),
             BadCall((_x, 1.5), "p: expected a probability, got 1.5"),

@@ -132,22 +132,6 @@ def _(info: Any, in_dims: Any, x: Tensor, mask: Tensor, on: float, off: float) -
     return apply_mask(x, mask, on, off), 0
 
 
-@library.sharding(piecewise_linear)
-def _(x: Any, bias: Any, inner: int, *rest: Any) -> Any:
-    from torch.distributed.tensor import Replicate
-
-    rows = library.row_placement(x)
-    if bias is not None and math.prod(x.shape[1:]) % (bias.shape[-1] * inner):
-        rows = Replicate()  # a row has only some of the channels
-    return [([rows, rows], [rows, None if bias is None else Replicate(), *[None] * 8])]
-
-
-@library.sharding(apply_mask)
-def _(x: Any, mask: Any, on: float, off: float) -> Any:
-    packed = mask.placements[0]
-    return [([packed], [packed, packed, None, None])]
-
-
 @library.inductor(piecewise_linear)
 def _(
     x: Tensor,
@@ -196,11 +180,20 @@ def _activate(
     if inplace and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())):
         raise ValueError(f"x: expected elements with memory of their own to write to, got strides {list(x.stride())}")
 
+    def part(x: Tensor, bias: Tensor | None) -> Tensor:
+        return _activate(
+            x, low=low, high=high, below=below, above=above, slope=slope, nan_passes=nan_passes, bias=bias, dim=dim
+        )
+
     def run(rows: Tensor, dim: int) -> Tensor:
         inner = 1 if bias is None else math.prod(rows.shape[dim + 1 :])
         return piecewise_linear(rows, bias, inner, low, high, below, above, slope, nan_passes, 0)[0]
 
-    y = as_it_lies(x, run, dim)
+    if library.is_sharded(x):
+        names = library.batch_labels(x.dim())
+        y = library.in_shards(part, f"{names},{names[dim : dim + 1]}->{names}", x, bias)
+    else:
+        y = as_it_lies(x, run, dim)
     return x.copy_(y) if inplace else y
 
 

@@ -170,15 +170,6 @@ def _(info: Any, in_dims: Any, grad: Tensor, active: Tensor, mean: bool) -> Any:
     return list_share(grad, active, mean), 0
 
 
-for _op in (list_total, list_share):
-
-    @library.sharding(_op)
-    def _(*args: Any) -> Any:
-        from torch.distributed.tensor import Replicate
-
-        return [([Replicate()], [Replicate() if hasattr(arg, "placements") else None for arg in args])]
-
-
 # ---------------------------------------------------------------- derivatives of a list loss
 
 
@@ -390,7 +381,10 @@ def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | Non
         return mask
     _checks.has_dtype("lengths", lengths, _checks.INDEX)
     _has_shape("lengths", lengths, x, x.shape[:-1], name)
-    begun = torch.arange(x.shape[-1], device=x.device) < lengths.unsqueeze(-1)
+    places = torch.arange(x.shape[-1], device=x.device)
+    if library.is_sharded(lengths):
+        places = library.replicated(places, lengths)
+    begun = places < lengths.unsqueeze(-1)
     return begun if mask is None else mask & begun
 
 
@@ -403,7 +397,7 @@ def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, cal
 
 def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """The mean is over the lists that contribute; of none it is 0."""
-    if weights is not None or reduction == "none":
+    if weights is not None or reduction == "none" or library.is_sharded(loss):
         return _reduce_by_torch(loss, active, weights, reduction)
     total: Tensor = list_total(loss, active, reduction == "mean", 0)
     return total
@@ -419,6 +413,8 @@ def _reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduc
     total = loss.sum(dtype=torch.float64)
     if reduction == "mean":
         count = active.sum() if weights is None else (weights * active).sum(dtype=torch.float64)
+        if library.is_sharded(count):
+            count = library.summed_up(count)
         total = total / torch.where(count == 0, 1, count)
     return total.to(loss.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,26 +136,6 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     return margin_ranking_backward(*tensors, divisor, reduce), out_dims
 
 
-@library.sharding(margin_ranking)
-def _(input1: Any, input2: Any, target: Any, margin: float, divisor: int, reduce: bool, batch_dims: int) -> Any:
-    from torch.distributed.tensor import Partial, Shard
-
-    rows = library.row_placement(input1, input2, target)
-    summed = reduce and not batch_dims and rows == Shard(0)
-    return [([Partial() if summed else rows, rows], [rows] * 3 + [None] * 4)]
-
-
-@library.sharding(margin_ranking_backward)
-def _(grad: Any, input1: Any, input2: Any, target: Any, mask: Any, divisor: int, reduce: bool) -> Any:
-    from torch.distributed.tensor import Replicate
-
-    packed = mask.placements[0]
-    of_loss = Replicate() if reduce and mask.ndim == 1 else packed
-    scores = [None if input1 is None else packed] * 2
-    of_target = Replicate() if input1 is None else packed
-    return [([packed, packed, of_target], [of_loss, *scores, packed, packed, None, None])]
-
-
 library.autocast(margin_ranking, torch.float32)
 
 
@@ -201,9 +182,28 @@ def margin_ranking_loss(
         raise TypeError(f"target: expected real numbers, got {str(target.dtype).removeprefix('torch.')}")
     _checks.is_number("margin", margin)
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    if library.is_sharded(input1, input2, target):
+        return _in_shards((input1, input2, target), margin, reduction)
     tensors = _checks.broadcast(input1=input1, input2=input2, target=target)
     divisor = tensors[0].numel() if reduction == "mean" else 1
     return margin_ranking(*tensors, float(margin), divisor, reduction != "none", 0)[0]
+
+
+def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Tensor:
+    """Broadcast in each process, so that the gradient of what is smaller is summed up before it is exchanged."""
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    divisor = math.prod(shape) if reduction == "mean" else 1
+
+    def run(*tensors: Tensor) -> Tensor:
+        parts = _checks.broadcast(**dict(zip(("input1", "input2", "target"), tensors)))
+        return margin_ranking(*parts, float(margin), divisor, reduction != "none", 0)[0]
+
+    names = library.batch_labels(len(shape))
+    labels = []
+    for t in tensors:
+        sizes = zip(names[len(shape) - t.dim() :], t.shape, shape[len(shape) - t.dim() :])
+        labels.append("".join(name if size == of_all else "X" for name, size, of_all in sizes))
+    return library.in_shards(run, f"{','.join(labels)}->{names if reduction == 'none' else ''}", *tensors)
 
 
 class MarginRankingLoss(torch.nn.Module):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from custom_ops import _checks
+from custom_ops import _checks, library
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
@@ -162,8 +163,19 @@ def _soft(
         raise ValueError("values: expected [..., n], got a single number")
     _check_regularization(regularization, strength)
     valid = valid_items("values", values, mask, lengths)
-    out = isotonic(_wide(values), valid, float(strength), regularization == "kl", sort)[0]
-    return out.to(values.dtype)
+    return _fitted(_wide(values), valid, float(strength), regularization == "kl", sort).to(values.dtype)
+
+
+def _fitted(x: Tensor, valid: Tensor | None, strength: float, kl: bool, sort: bool) -> Tensor:
+    return _by_lists(lambda x, valid: isotonic(x, valid, strength, kl, sort)[0], x, valid)
+
+
+def _by_lists(run: Callable[..., Tensor], x: Tensor, valid: Tensor | None) -> Tensor:
+    """``run(x, valid)``, which takes lists one by one; of DTensors each process takes its own."""
+    if not library.is_sharded(x):
+        return run(x, valid)
+    lists = library.batch_labels(x.dim() - 1) + "N"
+    return library.in_shards(run, f"{lists},{lists}->{lists}", x, valid)
 
 
 def soft_rank(
@@ -287,8 +299,8 @@ def spearman_loss(
     valid = _lists.checked(scores, labels, mask, lengths, None, None, reduction)
     _check_regularization(regularization, regularization_strength)
     arguments = (valid, float(regularization_strength), regularization == "kl", False)
-    wanted = _ranks(labels.detach(), valid)
-    ranks = isotonic(_wide(scores), *arguments)[0].double()
+    wanted = _by_lists(_ranks, labels.detach(), valid)
+    ranks = _fitted(_wide(scores), *arguments).double()
     count: Any = scores.shape[-1] if valid is None else valid.sum(-1, keepdim=True)
     mean = (count + 1) / 2  # of both, whatever the scores
     ours, theirs = (x - mean if valid is None else torch.where(valid, x - mean, 0) for x in (ranks, wanted))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library
 from custom_ops._native import define
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, register
 from custom_ops.voxel.pooling import bev_pool, draw_cameras
 
 __all__ = ["bev_pool_v2"]
@@ -37,6 +37,13 @@ def interval_ranks(
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     arrays = [library.to_front(t, d, info.batch_size) for t, d in zip(args[:5], in_dims)]
     return torch.stack([interval_ranks(*example, *args[5:]) for example in zip(*arrays)]), 0
+
+
+@library.sharding(interval_ranks)
+def _(*args: Any) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return [([Replicate()], [*[Replicate()] * 5, *[None] * 4])]
 
 
 def bev_pool_v2(
@@ -76,6 +83,9 @@ def bev_pool_v2(
         ValueError: a wrong shape, or tensors on several devices.
         RuntimeError: on the CPU, for arrays that don't belong together as described, or an index out of range.
             On a GPU, where finding out would wait for the device, such points count nowhere.
+
+    DTensors may be sharded as for `bev_pool`, with all of the arrays on each process; the result is `Partial`, for
+    examples too.
 
     As `bev_pool`, and O(B N D H W + B Z Y X) for the sorting.
 
@@ -121,13 +131,15 @@ def bev_pool_v2(
     voxels = batch * bev_feat_shape[1] * bev_feat_shape[2] * bev_feat_shape[3]
     in_long = (array.long() for array in (*ranks.values(), *intervals.values()))
     rank = interval_ranks(*in_long, depth.numel(), bins, height * width, voxels)
-    # The voxels count over the batch: its examples are more cameras of one.
-    out = bev_pool(
-        depth.flatten(0, 1)[None],
-        feat.permute(0, 1, 4, 2, 3).flatten(0, 1)[None],
-        rank.view(1, batch * cameras, bins, height, width),
-        voxels,
-    )
+
+    def pool(depth: Tensor, feat: Tensor, rank: Tensor) -> Tensor:
+        """The voxels count over the batch: its examples are more cameras of one."""
+        depth, feat, rank = (t.flatten(0, 1)[None] for t in (depth, feat.permute(0, 1, 4, 2, 3), rank))
+        return bev_pool(depth, feat, rank, voxels)[0]
+
+    pooled = (depth, feat, rank.view(depth.shape))
+    in_shards = library.is_sharded(depth, feat)
+    out = library.in_shards(pool, "bndHW,bnHWc,bndHW->Vc", *pooled) if in_shards else pool(*pooled)
     return out.view(tuple(bev_feat_shape)).permute(0, 4, 1, 2, 3)
 
 
@@ -182,6 +194,17 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _shardings() -> list[Sharding]:
+    depth, feat = torch.rand(2, 3, 4, 1, 2, requires_grad=True), torch.randn(2, 3, 1, 2, 5, requires_grad=True)
+    arrays = interval_arrays(torch.randint(-1, 4, depth.shape), 4)
+    call = Sample((depth, feat, *arrays[:3], (2, 1, 2, 2, 5), *arrays[3:]))
+    return [
+        Sharding("examples", call, {0: 0, 1: 0}, "partial"),
+        Sharding("cameras", call, {0: 1, 1: 1}, "partial"),
+        Sharding("channels", call, {1: 4}, 1, {"all_reduce": 1}),
+    ]
+
+
 def _interval_cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
     depth, feat, rank, voxels, _ = draw_cameras(batch, device)
     feat = feat.detach().permute(0, 1, 3, 4, 2).contiguous().requires_grad_()
@@ -228,6 +251,7 @@ register(
         function=bev_pool_v2,
         reference=bev_pool_v2_reference,
         samples=_samples,
+        shardings=_shardings,
         bad_calls=_bad_calls,
         benchmarks=[
             Benchmark(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from custom_ops import _checks
+from custom_ops import _checks, library
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
 from custom_ops.voxel.pooling import bev_pool
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
@@ -49,6 +49,9 @@ class LiftSplat(KeepsGeometry):
     [B, N, 3, 3]`` and ``camera_to_ego [B, N, 4, 4]``; without their B all examples share the cameras.
     Returns ``[B, Z C, X, Y]``, the channels of the lowest layer of voxels first; for Z = 1 its memory is
     channels-last.
+
+    ``depth`` and ``feat`` may be DTensors, sharded as for `bev_pool`; the cameras are plain tensors, all of them, and
+    the points are sorted on each call.
 
     Raises:
         TypeError: a wrong dtype, or no tensor.
@@ -107,7 +110,10 @@ class LiftSplat(KeepsGeometry):
             raise ValueError(f"depth: expected (D, H, W) = {frustum}, got shape {list(depth.shape)}")
         if cameras not in (depth.shape[:2], depth.shape[1:2]):
             raise ValueError(f"depth: expected (B, N) of the cameras, {list(cameras)}, got shape {list(depth.shape)}")
-        bev = bev_pool(depth, feat, geometry.rank, self._voxels(), csr=geometry.csr)
+        if library.is_sharded(depth):  # its points are sorted where they are
+            bev = bev_pool(depth, feat, library.replicated(geometry.rank, depth), self._voxels())
+        else:
+            bev = bev_pool(depth, feat, geometry.rank, self._voxels(), csr=geometry.csr)
         return bev.unflatten(1, self.grid_size).permute(0, 3, 4, 1, 2).flatten(1, 2)
 
     def points(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:

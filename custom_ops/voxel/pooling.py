@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops import _checks, library
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
 from custom_ops.voxel.sums import check_ranks, geometry_of, voxel_sum_reference
 from custom_ops.voxel.voxel_grid import voxel_csr
@@ -54,6 +54,9 @@ def bev_pool(
         RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks (found by
             probes). On a GPU, where finding out would wait for the device, such points count nowhere.
 
+    DTensors may be sharded by examples, channels, cameras or depths (each process then sums its own, and the result is
+    `Partial`). ``rank`` is cut as ``depth`` is; a ``csr`` is then the process's own, as in `voxel_sum`.
+
     O(B N D H W C + B V C) time; the inputs and the geometry are kept for backward.
 
     Source: Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020; fused as in Huang & Huang, "BEVPoolv2",
@@ -72,6 +75,8 @@ def bev_pool(
     _checks.has_dims("depth", depth, "[B, N, D, H, W]")
     _checks.has_dtype("feat", feat, _checks.FLOATING)
     _checks.has_dims("feat", feat, "[B, N, C, H, W]")
+    if library.is_sharded(depth, feat):
+        return _in_shards(depth, feat, rank, num_voxels, csr)
     batch, cameras, bins, height, width = depth.shape
     expected = (batch, cameras, feat.shape[2], height, width)
     if feat.shape != expected:
@@ -87,6 +92,15 @@ def bev_pool(
     if 0 in (bins, height * width):  # no point: what is left is a sum of nothing, connected to both
         return segment_reduce(weight[..., None] * pixels.sum(1, keepdim=True), None, indptr, perm, False, 1, 1)
     return segment_reduce(pixels, weight, indptr, perm, False, bins, height * width)
+
+
+def _in_shards(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> Tensor:
+    def run(depth: Tensor, feat: Tensor, rank: Tensor, perm: Tensor | None, indptr: Tensor | None) -> Tensor:
+        return bev_pool(depth, feat, rank, num_voxels, None if perm is None or indptr is None else (perm, indptr))
+
+    lead = "b" if rank.dim() > 4 else ""
+    labels = f"bndHW,bncHW,{lead}ndHW,{lead}P,{lead}V->bVc"
+    return library.in_shards(run, labels, depth, feat, rank, *(csr or (None, None)))
 
 
 class BEVPool(KeepsGeometry):
@@ -113,7 +127,7 @@ class BEVPool(KeepsGeometry):
             if csr is not None:
                 raise ValueError("rank: expected ranks with a csr, got None")
             geometry = self._kept("rank: expected ranks")
-        elif csr is not None:
+        elif csr is not None or library.is_sharded(depth):
             return bev_pool(depth, feat, rank, self.num_voxels, csr)
         else:
             geometry = self._geometry_of(_checked(rank))
@@ -159,6 +173,19 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _shardings() -> list[Sharding]:
+    depth, feat = torch.rand(2, 3, 4, 1, 2, requires_grad=True), torch.randn(2, 3, 5, 1, 2, requires_grad=True)
+    rank = torch.randint(-1, 5, depth.shape)
+    call = Sample((depth, feat, rank, 5))
+    return [
+        Sharding("examples", call, {0: 0, 1: 0, 2: 0}, 0),
+        Sharding("cameras", call, {0: 1, 1: 1, 2: 1}, "partial"),
+        Sharding("cameras, all examples alike", Sample((depth, feat, rank[0], 5)), {0: 1, 1: 1}, "partial"),
+        Sharding("depths", call, {0: 2}, "partial", {"all_reduce": 1}),
+        Sharding("channels", call, {1: 2}, 2, {"all_reduce": 1}),
+    ]
+
+
 def draw_cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(batch)
     depth = torch.rand(batch, 6, 41, 8, 22, generator=generator).to(device).requires_grad_()
@@ -184,6 +211,7 @@ register(
         function=bev_pool,
         reference=bev_pool_reference,
         samples=_samples,
+        shardings=_shardings,
         modules=lambda: [(BEVPool(5), {"num_voxels": 5})],
         bad_calls=lambda: [
             BadCall((None, _feat, _rank, 2), "depth: expected a tensor, got NoneType"),

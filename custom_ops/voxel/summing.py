@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks
+from custom_ops import _checks, library
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 from custom_ops.voxel.voxel_grid import SCALING, voxel_bounds
 from custom_ops.voxel.voxel_segments import SegmentReduce, segment_reduce
 
 __all__ = ["VoxelsSumming", "VoxelsSummingLayer", "voxels_summing"]
+
+
+_NOT_SHARDED = "the number of voxels depends on the data"
 
 
 class VoxelsSumming(SegmentReduce):
@@ -63,6 +66,8 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
                 [0, 1]]))
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
+    if library.is_sharded(x, ranks):
+        raise NotImplementedError(f"x: expected no DTensor, because {_NOT_SHARDED}; voxel_sum's grid has a static size")
     _checks.has_dims("x", x, "[N, C]")
     _checks.is_tensor("geometry", geometry)
     _checks.has_dims("geometry", geometry, "[N, k]")
@@ -129,6 +134,7 @@ register(
         reference=voxels_summing_reference,
         apply=VoxelsSumming.apply,
         samples=_samples,
+        not_sharded=_NOT_SHARDED,
         modules=lambda: [(VoxelsSummingLayer(), {}), (VoxelsSummingLayer(False), {"check_sorted": False})],
         bad_calls=lambda: [
             BadCall((None, _geometry, _ranks), "x: expected a tensor, got NoneType"),

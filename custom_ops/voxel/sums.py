@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops import _checks, library
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
 from custom_ops.voxel.voxel_grid import SCALING, voxel_csr, voxel_match, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
@@ -99,6 +99,10 @@ def voxel_sum(
         RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks (found by
             probes). On a GPU, where finding out would wait for the device, such points count nowhere.
 
+    DTensors may be sharded by leading dimensions, by columns and, except for "max", by points: each process then sums
+    its own and the result is `Partial`. ``rank`` and ``mask`` are cut as x is; a ``csr`` is then the process's
+    own, ``voxel_csr(rank.to_local(), num_voxels)`` with ``rank`` sharded as x is.
+
     O(N C + V C) time, split by points and not by voxels. The result doesn't depend on the number of
     threads, nor on the order in which they run.
 
@@ -113,14 +117,54 @@ def voxel_sum(
                 [0.],
                 [5.]])
     """
-    rank = _ranks_of(x, rank, num_voxels, mask)
     _checks.is_one_of("reduce", reduce, _REDUCTIONS)
     if mask is not None and csr is not None:
         raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
+    if library.is_sharded(x):
+        return _in_shards(x, rank, num_voxels, reduce, mask, csr)
+    rank = _ranks_of(x, rank, num_voxels, mask)
     perm, indptr = geometry_of(rank, num_voxels, csr)
     if reduce == "max":
         return segment_max(x, indptr, perm)[0]
     return segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
+
+
+def _in_shards(
+    x: Any, rank: Tensor, num_voxels: int, reduce: str, mask: Tensor | None, csr: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """`voxel_sum` of DTensors. A ``csr`` is that of the whole, or a plain one that of the process's own points."""
+    points = x.dim() - 2
+    if reduce == "mean" and any(p.is_shard(points) for p in x.placements):
+        return _mean_of_parts(x, rank, num_voxels, mask, csr)
+
+    def run(x: Tensor, rank: Tensor, mask: Tensor | None, perm: Tensor | None, indptr: Tensor | None) -> Tensor:
+        own = None if perm is None or indptr is None else (perm, indptr)
+        return voxel_sum(x, rank, num_voxels, reduce, mask, own)
+
+    lead = library.batch_labels(points)
+    p = "P" if reduce == "max" else "p"
+    of_rank, of_mask = (lead if t is not None and t.dim() > 1 else "" for t in (rank, mask))
+    labels = f"{lead}{p}c,{of_rank}{p},{of_mask}{p},{of_rank}N,{of_rank}V->{lead}Vc"
+    return library.in_shards(run, labels, x, rank, mask, *(csr or (None, None)))
+
+
+def _mean_of_parts(
+    x: Any, rank: Any, num_voxels: int, mask: Tensor | None, csr: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The sum over all processes' points by their number; that is one integer per voxel to exchange."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def count(rank: Tensor) -> Tensor:
+        return voxel_csr(rank, num_voxels)[1].diff()
+
+    inside: Any = rank if mask is None else torch.where(mask, rank, -1)
+    at = [p.dim - (x.dim() - 1 - inside.dim()) if p.is_shard() else -1 for p in x.placements]
+    cut = [Shard(d) if 0 <= d < inside.dim() else Replicate() for d in at]
+    lead = library.batch_labels(inside.dim() - 1)
+    counts = library.in_shards(count, f"{lead}p->{lead}V", inside.redistribute(placements=cut))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = voxel_sum(wide, rank, num_voxels, "sum", mask, csr)
+    return (sums / library.summed_up(counts).clamp_min(1)[..., None]).to(x.dtype)
 
 
 class VoxelSum(KeepsGeometry):
@@ -160,7 +204,7 @@ class VoxelSum(KeepsGeometry):
             if mask is not None or csr is not None:
                 raise ValueError("rank: expected ranks with a mask or csr, got None")
             geometry = self._kept("rank: expected ranks")
-        elif csr is not None:
+        elif csr is not None or library.is_sharded(x):
             return voxel_sum(x, rank, self.num_voxels, self.reduce, mask, csr)
         else:
             geometry = self._geometry_of(_ranks_of(x, rank, self.num_voxels, mask))
@@ -221,6 +265,22 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _shardings() -> list[Sharding]:
+    x, rank = torch.randn(2, 9, 4, requires_grad=True), torch.randint(-1, 5, (2, 9))
+    alone, mask = x[0].detach().requires_grad_(), torch.rand(2, 9) > 0.3
+    return [
+        Sharding("points", Sample((alone, rank[0], 5)), {0: 0, 1: 0}, "partial"),
+        Sharding("points, ranks whole", Sample((x, rank, 5, "sum", mask)), {0: 1}, "partial"),
+        Sharding(
+            "points, their mean", Sample((x, rank[0], 5, "mean", mask)), {0: 1, 1: 0}, "partial", {"all_reduce": 1}
+        ),
+        Sharding("examples", Sample((x, rank, 5, "mean", mask)), {0: 0, 1: 0, 4: 0}, 0),
+        Sharding("examples, their maximum", Sample((x, rank, 5, "max")), {0: 0, 1: 0}, 0),
+        Sharding("columns", Sample((x, rank[0], 5)), {0: 2}, 2),
+        Sharding("columns, their maximum", Sample((alone, rank[0], 5, "max")), {0: 1}, 1),
+    ]
+
+
 def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor, Tensor, int]:
     """Points in any order, eight to a voxel, in one voxel of eight of the grid; fewer and fuller ones by ``skew``."""
     generator = torch.Generator().manual_seed(points)
@@ -265,6 +325,7 @@ register(
         function=voxel_sum,
         reference=voxel_sum_reference,
         samples=_samples,
+        shardings=_shardings,
         modules=lambda: [
             (VoxelSum(4), {"num_voxels": 4}),
             (VoxelSum(6, "max"), {"num_voxels": 6, "reduce": "max"}),

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from custom_ops import _checks, library
 from custom_ops._native import define
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, register
 
 __all__ = ["voxel_csr", "voxel_rank"]
 
@@ -80,11 +80,6 @@ def _(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
     return voxel_match(*(library.to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims))), 0
 
 
-@library.sharding(voxel_bounds)
-def _(ranks: Any, check_sorted: bool) -> Any:
-    raise NotImplementedError("ranks: the number of voxels depends on the data, which DTensor can't express")
-
-
 def _triple(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         _checks.same_device(points=like, **{name: value})
@@ -142,6 +137,14 @@ def voxel_rank(
         >>> custom_ops.voxel_rank(points, (0, 0, 0), (1, 1, 1), (2, 2, 1), rounding="trunc")
         tensor([0, 2, 0])
     """
+    if library.is_sharded(points):
+
+        def run(points: Tensor, batch: Tensor | None) -> Tensor:
+            return voxel_rank(points, origin, voxel_size, grid_size, batch, rounding)
+
+        lead = library.batch_labels(points.dim() - 1)
+        own = "" if batch is None else lead[len(lead) - batch.dim() :]
+        return library.in_shards(run, f"{lead}X,{own}->{lead}", points, batch)
     _checks.has_dtype("points", points, _checks.FLOATING)
     if points.dim() < 1 or points.shape[-1] != 3:
         raise ValueError(f"points: expected [..., 3], got shape {list(points.shape)}")
@@ -199,6 +202,9 @@ def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
     if rank.dim() < 1:
         raise ValueError("rank: expected [..., N], got a scalar")
     _checks.is_count("num_voxels", num_voxels)
+    if library.is_sharded(rank):
+        lead = library.batch_labels(rank.dim() - 1)
+        return library.in_shards(lambda rank: voxel_csr(rank, num_voxels), f"{lead}N->{lead}N,{lead}V", rank)
     return voxel_sort(rank, num_voxels)
 
 
@@ -280,6 +286,15 @@ register(
         function=voxel_rank,
         reference=voxel_rank_reference,
         samples=_points,
+        shardings=lambda: [
+            Sharding("points", Sample((torch.rand(9, 3), (0, 0, 0), (0.5, 0.5, 0.5), (2, 2, 1))), {0: 0}, 0),
+            Sharding(
+                "points of examples",
+                Sample((torch.rand(2, 9, 3), (0, 0, 0), (0.5, 0.5, 0.5), (2, 2, 1), torch.arange(9) % 3 - 1)),
+                {0: 1},
+                1,
+            ),
+        ],
         bad_calls=lambda: [
             BadCall(([1, 2, 3], _one, _one, _one), "points: expected a tensor, got list"),
             BadCall((_p.int(), _one, _one, _one), "points: expected one of float16"),

@@ -10,7 +10,6 @@ derivatives are these forms again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._native import define
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel.voxel_grid import SCALING
 
 __all__ = ["segment_sum"]
@@ -175,7 +174,7 @@ class SegmentMax(Function, op=segment_max):
         return _pick(tangent, *ctx.saved_tensors), None
 
 
-# ---------------------------------------------------------------- batching and sharding
+# ---------------------------------------------------------------- batching
 
 
 def _batched(info: Any, in_dims: Any, tensors: Any) -> list[Tensor | None]:
@@ -210,49 +209,6 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 @library.vmap(segment_max)
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
     return segment_max(*_batched(info, in_dims, args)), (0, 0)
-
-
-def _shardings(inputs: Sequence[tuple[Any, str]], outputs: Sequence[str], numbers: int) -> list[tuple[Any, Any]]:
-    """Everything whole, or sharded by a leading dimension, or by columns.
-
-    Each tensor is of a kind: "rows" [..., C], "points" [...], "geometry" [...] or shared, "dots" (a
-    [...] summed over the columns), "none". ``numbers`` arguments follow that are no tensors.
-    """
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    last = inputs[0][0].ndim - 1
-    options = []
-    for d in (None, *range(last - 1), last):
-
-        def place(kind: str, tensor: Any = None, d: int | None = d) -> Any:
-            if kind == "dots" and d == last:
-                return Partial()
-            shared = kind == "geometry" and tensor.ndim == 1
-            if d is None or shared or kind == "none" or (d == last and kind != "rows"):
-                return Replicate()
-            return Shard(d)
-
-        placed = [None if tensor is None else place(kind, tensor) for tensor, kind in inputs]
-        options.append(([place(kind) for kind in outputs], [*placed, *[None] * numbers]))
-    return options
-
-
-@library.sharding(segment_reduce)
-def _(x: Any, weight: Any, indptr: Any, perm: Any, *numbers: Any) -> Any:
-    inputs = [(x, "rows"), (weight, "points"), (indptr, "geometry"), (perm, "geometry")]
-    return _shardings(inputs, ["rows"], len(numbers))
-
-
-@library.sharding(segment_spread)
-def _(sums: Any, x: Any, weight: Any, indptr: Any, perm: Any, *numbers: Any) -> Any:
-    inputs = [(sums, "rows"), (x, "rows"), (weight, "points"), (indptr, "geometry"), (perm, "geometry")]
-    outputs = ["rows" if numbers[-1] else "none", "none" if x is None else "dots"]
-    return _shardings(inputs, outputs, len(numbers))
-
-
-@library.sharding(segment_max)
-def _(x: Any, indptr: Any, perm: Any) -> Any:
-    return _shardings([(x, "rows"), (indptr, "geometry"), (perm, "geometry")], ["rows", "rows"], 0)
 
 
 # ---------------------------------------------------------------- segment_sum
@@ -300,6 +256,9 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
         RuntimeError: on the CPU, for boundaries or points out of range, and in backward for a ``perm``
             that has a point twice. On a GPU they are clamped, so that no other memory is reached.
 
+    DTensors may be sharded by leading dimensions, by columns and by points: then each process sums its own, which it
+    finds in an ``indptr`` and ``perm`` that are whole, and the result is `Partial`. Plain ones are of its own points.
+
     O(N C + V C) time, split by points and not by segments; the result doesn't depend on the number of
     threads. The sum of PyTorch Scatter's ``segment_csr``, with order and weights.
 
@@ -314,6 +273,8 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
     _checks.has_dtype("x", x, _checks.FLOATING)
     if x.dim() < 2:
         raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
+    if library.is_sharded(x):
+        return _segment_sum_in_shards(x, indptr, perm, weight)
     check_segments(x, indptr, perm, x.dim() - 2)
     if perm is not None and perm.shape[-1] != x.shape[-2]:
         raise ValueError(f"perm: expected {x.shape[-2]} points as in x, got {perm.shape[-1]}")
@@ -326,6 +287,28 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
     given = {"x": x, "indptr": indptr, "perm": perm, "weight": weight}
     _checks.same_device(**{name: t for name, t in given.items() if t is not None})
     return segment_reduce(x, weight, indptr, perm, False, 1, 1)
+
+
+def _segment_sum_in_shards(x: Tensor, indptr: Tensor, perm: Tensor | None, weight: Tensor | None) -> Tensor:
+    """Each process sums its own points, which it finds in a geometry that is whole; a plain one is its own already."""
+
+    def run(x: Tensor, indptr: Tensor, perm: Tensor | None, weight: Tensor | None, own: Tensor) -> Tensor:
+        if of_all and x.shape[-2] < points:
+            first = own[:1].sum()  # 0 of none
+            if perm is None:
+                indptr = (indptr - first).clamp(0, x.shape[-2])
+            else:
+                mine = (perm >= first) & (perm < first + x.shape[-2])
+                perm = (perm[mine] - first).view(*perm.shape[:-1], x.shape[-2])
+                indptr = torch.nn.functional.pad(mine.cumsum(-1), (1, 0)).gather(-1, indptr)
+        return segment_sum(x, indptr, perm, weight)
+
+    of_all, points = library.is_sharded(indptr), x.shape[-2]
+    own = library.replicated(torch.arange(points, device=x.device), x)
+    lead = library.batch_labels(x.dim() - 2)
+    shared = lead if indptr.dim() > 1 else ""
+    labels = f"{lead}pc,{shared}V,{shared}N,{lead}p,p->{lead}Vc"
+    return library.in_shards(run, labels, x, indptr, perm, weight, own)
 
 
 def segment_sum_reference(
@@ -363,6 +346,21 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _shardings() -> list[Sharding]:
+    x = torch.randn(2, 9, 4, requires_grad=True)
+    indptr, perm = torch.tensor([0, 3, 3, 8, 9]), torch.stack([torch.randperm(9) for _ in range(2)])
+    alone = x[0].detach().requires_grad_()
+    weight = torch.randn(2, 9, requires_grad=True)
+    weighted = Sample((x, indptr.expand(2, 5).contiguous(), perm, weight))
+    return [
+        Sharding("points", Sample((alone, indptr)), {0: 0}, "partial"),
+        Sharding("points in any order", Sample((alone, indptr, perm[0])), {0: 0}, "partial"),
+        Sharding("points of examples", weighted, {0: 1, 3: 1}, "partial"),
+        Sharding("examples", weighted, {0: 0, 3: 0}, 0),
+        Sharding("columns", weighted, {0: 2}, 2, {"all_reduce": 1}),
+    ]
+
+
 def _sorted(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(points)
     counts = torch.randint(0, max(points // 8, 1), (points,), generator=generator).bincount()
@@ -378,6 +376,7 @@ register(
         function=segment_sum,
         reference=segment_sum_reference,
         samples=_samples,
+        shardings=_shardings,
         bad_calls=lambda: [
             BadCall((None, _indptr), "x: expected a tensor, got NoneType"),
             BadCall((_x[0], _indptr), r"x: expected \[..., N, C\], got shape \[2\]"),

@@ -1,0 +1,229 @@
+"""Two of the examples trained by several processes: DistributedDataParallel, FSDP2 or tensor parallel, on any CPU.
+
+    torchrun --standalone --nproc-per-node 2 -m custom_ops.examples.distributed --task rank --parallel ddp
+
+The losses of all steps have to be those of one process, which the first process computes afterwards; the command fails
+if they aren't. With ``--checkpoint FOLDER`` the same command, started again, goes on where it was interrupted.
+
+With ``ddp`` and ``fsdp`` each process takes its share of the pairs or scenes; ``fsdp`` also cuts parameters, gradients
+and Adam's moments. With ``tp`` each sees all data. Of the ranker the first layer is cut by its outputs and the second
+by its inputs, so that our ReLU, between them, sees a part of the features. Of Lift-Splat only the middle is cut, by the
+channels that are pooled: each process sums its own into the grid and multiplies them with its columns of the first
+convolution after that. The networks of the cameras and of the grid are computed by every process alike; models of this
+size gain nothing by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import custom_ops
+from custom_ops.examples import lift_splat, rank_mslr
+from custom_ops.examples.data import DataError, load_mslr
+
+Loss = Callable[[nn.Module, Any, slice], Tensor]  # of a part of a batch
+
+# Other orders of summation, and training amplifies what they round; see the two examples.
+TOLERANCE = {"rank": 1e-4, "lift_splat": 1e-3}
+
+
+def rank(pairs: int = 1 << 14) -> tuple[nn.Module, Iterator[Any], Loss, int]:
+    train = load_mslr("train")
+    pages, _ = rank_mslr.standardise(train, train)
+    sampler = rank_mslr.PairSampler(train)
+
+    def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], part: slice) -> Tensor:
+        scores = model(pages)
+        better, worse = (scores.index_select(0, which[part]) for which in batch)
+        return custom_ops.margin_ranking_loss(better, worse, torch.ones(()), margin=rank_mslr.MARGIN)
+
+    batches = (sampler.draw(pairs) for _ in itertools.count())
+    return rank_mslr.Scorer(pages.shape[1], custom_ops.relu), batches, loss_of, pairs
+
+
+def lift(scenes: int = 16) -> tuple[nn.Module, Iterator[Any], Loss, int]:
+    data = lift_splat.Scenes.draw(scenes, 0)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss_of(model: nn.Module, batch: lift_splat.Scenes, part: slice) -> Tensor:
+        return lift_splat.loss_of(model(*batch[part].inputs), batch[part].occupied)
+
+    size = lift_splat.BATCH
+    batches = (data[torch.randperm(scenes, generator=generator)[:size]] for _ in itertools.count())
+    return lift_splat.LiftSplatNet(), batches, loss_of, size
+
+
+class PoolChannels(ParallelStyle):
+    """`custom_ops.LiftSplat` of each process's own channels: a cut of the features, and nothing to exchange."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        def cut(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+            depth, features = (DTensor.from_local(t, mesh, [Replicate()]) for t in inputs[:2])
+            return depth, features.redistribute(placements=[Shard(2)]), *inputs[2:]
+
+        module.register_forward_pre_hook(cut)
+        return module
+
+
+class RowwiseConv(ParallelStyle):
+    """A convolution of each process's own input channels, the results summed up over the processes."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Conv2d) and module.bias is not None
+        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(1)]))
+
+        def forward(x: Any) -> Tensor:
+            weight: Any = module.weight
+            own = F.conv2d(x.to_local(), weight.to_local(), None, module.stride, module.padding)
+            return DTensor.from_local(own, mesh, [Partial()]).full_tensor() + module.bias[:, None, None]
+
+        module.forward = forward
+        return module
+
+
+PLANS: dict[str, dict[str, ParallelStyle]] = {
+    "rank": {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()},
+    "lift_splat": {"lift_splat": PoolChannels(), "picture.0": RowwiseConv()},
+}
+
+
+def parallelise(model: nn.Module, task: str, parallel: str, mesh: DeviceMesh) -> nn.Module:
+    if parallel == "ddp":
+        return DistributedDataParallel(model)
+    if parallel == "tp":
+        return parallelize_module(model, mesh, PLANS[task])
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+class Checkpoints:
+    """Model, optimiser and losses in FOLDER/step-N, which has that name only once it is complete."""
+
+    def __init__(self, folder: Path | None, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        self.folder, self.model, self.optimiser = folder, model, optimiser
+
+    def save(self, losses: list[float]) -> None:
+        if self.folder is None:
+            return
+        path = self.folder / f"step-{len(losses):06}"
+        partial = path.with_suffix(".partial")
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        model, optimiser = get_state_dict(self.model, self.optimiser)
+        checkpoint.save({"model": model, "optimiser": optimiser, "losses": losses}, checkpoint_id=partial)
+        if dist.get_rank() == 0:
+            self.publish(partial, path)
+        dist.barrier()
+
+    @staticmethod
+    def publish(partial: Path, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+
+    def load(self) -> list[float]:
+        """The losses up to the latest checkpoint, with model and optimiser as they were then."""
+        found = [p for p in self.folder.glob("step-*") if not p.suffix] if self.folder else []
+        if not found:
+            return []
+        model, optimiser = get_state_dict(self.model, self.optimiser)
+        state: dict[str, Any] = {"model": model, "optimiser": optimiser, "losses": []}
+        checkpoint.load(state, checkpoint_id=max(found))
+        set_state_dict(self.model, self.optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+        return list(state["losses"])
+
+
+def train(task: str, parallel: str, steps: int, folder: Path | None = None, every: int = 5) -> bool:
+    """Whether the losses are those of one process."""
+    torch.manual_seed(0)
+    model, batches, loss_of, size = rank() if task == "rank" else lift()
+    alone, all_batches = copy.deepcopy(model), list(itertools.islice(batches, steps))
+    processes, process = dist.get_world_size(), dist.get_rank()
+    if size % processes:
+        raise ValueError(f"--nproc-per-node: expected a divisor of {size}, got {processes}")
+    share = size // processes
+    part = slice(None) if parallel == "tp" else slice(process * share, (process + 1) * share)
+
+    model = parallelise(model, task, parallel, init_device_mesh("cpu", (processes,)))
+    optimiser = adam(model)
+    checkpoints = Checkpoints(folder, model, optimiser)
+    losses = checkpoints.load()
+    if losses and process == 0:
+        print(f"resumed after step {len(losses)}", flush=True)
+    for batch in all_batches[len(losses) :]:
+        loss = step(model, optimiser, loss_of, batch, part)
+        dist.all_reduce(loss)
+        losses.append(loss.item() / processes)
+        if process == 0:
+            print(f"step {len(losses)}: loss {losses[-1]:.6f}", flush=True)
+        if len(losses) % every == 0 or len(losses) == steps:
+            checkpoints.save(losses)
+    holds = torch.ones(())
+    if process == 0:
+        optimiser = adam(alone)
+        expected = [step(alone, optimiser, loss_of, batch, slice(None)).item() for batch in all_batches]
+        gap, limit = float(np.abs(np.subtract(losses, expected)).max()), TOLERANCE[task]
+        holds.fill_(gap <= limit)
+        print(f"{task}, {parallel}, {processes} processes: loss {losses[0]:.4f} to {losses[-1]:.4f} in {steps} steps")
+        print(f"largest gap to one process: {gap:.2g}, {'' if holds else 'NOT '}at most {limit:.2g}", flush=True)
+    dist.broadcast(holds, 0)
+    return bool(holds)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3, foreach=False)  # some parameters are DTensors, some aren't
+
+
+def step(model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Loss, batch: Any, part: slice) -> Tensor:
+    optimiser.zero_grad()
+    loss = loss_of(model, batch, part)
+    loss.backward()
+    optimiser.step()
+    return loss.detach()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="torchrun -m custom_ops.examples.distributed", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--task", choices=TOLERANCE, default="rank")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp", "tp"), default="ddp")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="save into it, and resume from it")
+    parser.add_argument("--every", type=int, default=5, metavar="STEPS", help="between two checkpoints")
+    options = parser.parse_args(argv)
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, e.g. torchrun --standalone --nproc-per-node 2 -m ...")
+    dist.init_process_group("gloo")
+    try:
+        return 0 if train(options.task, options.parallel, options.steps, options.checkpoint, options.every) else 1
+    except DataError as error:
+        print(f"error: {error}")
+        return 2
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
