@@ -13,7 +13,18 @@ from custom_ops.verify._report import PASS, Cell, Report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; 0 if nothing failed, 1 if something did, 2 if it can't run."""
+    """Run the command line; 0 if nothing failed, 1 if something did, 2 if it can't run.
+
+    Example:
+        >>> from custom_ops.verify import main
+        >>> main(["--op", "relu", "--only", "gradcheck", "vmap", "--markdown"])
+        | | relu (cpp) |
+        |---|:-:|
+        | gradcheck | ✓ |
+        | vmap | ✓ |
+        <BLANKLINE>
+        0
+    """
     options = _parse(argv)
     from custom_ops.verify._run import capabilities, verify
 
