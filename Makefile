@@ -60,7 +60,7 @@ sanitize: $(STAMPS)/test
 	$(PY) tests/sanitize/run.py thread
 
 dist: $(STAMPS)/dist
-	$(PY) .ci/dist.py
+	$(PY) .ci/dist.py $(ALSO)
 
 test-full: $(STAMPS)/test build
 	CUSTOM_OPS_FULL=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
