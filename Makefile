@@ -16,7 +16,7 @@ STAMPS := build/env/$(subst /,_,$(PY))
 STALE := $(if $(wildcard $(PY)),$(if $(shell $(PY) .ci/env.py installed),,stale),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full fuzz sanitize dist bench docs lint format clean stale
+.PHONY: help build demo test test-full fuzz sanitize dist bench docs apidocs lint format clean stale
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -29,6 +29,7 @@ help:
 	@echo 'make dist       sdist and manylinux wheel in dist/, audited and tried in an environment with only torch'
 	@echo 'make bench      side by side with the peers, small sizes'
 	@echo 'make docs       the generated parts of README.md (runs the whole matrix)'
+	@echo 'make apidocs    the API as HTML, from the docstrings: build/docs/index.html'
 	@echo 'make lint       ruff, mypy, clang-format;  make format  applies them'
 	@echo 'make build      the C++ kernels, in place'
 	@echo 'make clean      removes what these made, .venv included'
@@ -45,6 +46,9 @@ bench: $(STAMPS)/tools build
 docs: $(STAMPS)/test build
 	$(PY) docs/update_readme.py
 
+apidocs: $(STAMPS)/docs build
+	$(PY) docs/apidocs.py
+
 test: $(STAMPS)/test build
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
@@ -56,7 +60,7 @@ sanitize: $(STAMPS)/test
 	$(PY) tests/sanitize/run.py thread
 
 dist: $(STAMPS)/dist
-	$(PY) .ci/dist.py
+	$(PY) .ci/dist.py $(ALSO)
 
 test-full: $(STAMPS)/test build
 	CUSTOM_OPS_FULL=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)

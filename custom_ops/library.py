@@ -1,6 +1,6 @@
 """The bridge: attach an ``autograd.Function`` to an operator so that it composes with all of PyTorch.
 
-An op is defined in a handful of lines, each saying one thing once::
+An op is defined in a handful of lines, each saying one thing once:
 
     import torch
     from torch import Tensor
@@ -112,6 +112,16 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
     derivative of the op raises.
 
     Returns the operator itself, ``torch.ops.namespace.op.default``.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::twice")
+        ... def twice(x: Tensor) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> twice(torch.ones(2, device="meta")).shape
+        torch.Size([2])
     """
     _split(name)
 
@@ -136,6 +146,22 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
     in-place writes to the output and to its base; in forward mode it isn't a view but a copy.
 
     Returns the operator itself, ``torch.ops.namespace.op.default``.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::rounded")
+        ... def rounded(x: Tensor) -> Tensor:
+        ...     return x.round()
+        >>> class Rounded(library.Function, op=rounded):
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         return grad
+        >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+        >>> rounded(x).sum().backward()
+        >>> rounded(x).detach(), x.grad
+        (tensor([0., 2.]), tensor([1., 1.]))
     """
     _split(name)
 
@@ -186,6 +212,19 @@ def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
 
     ``kernel(op, "cuda")("package.module:function")`` takes the kernel from there on its first
     call, so that defining the op imports nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::negated")
+        ... def negated(x: Tensor) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> @library.kernel(negated, "cpu")
+        ... def _(x):
+        ...     return -x
+        >>> negated(torch.ones(2))
+        tensor([-1., -1.])
     """
 
     def decorate(fn: Any) -> Any:
@@ -199,7 +238,22 @@ def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
 
 @contextmanager
 def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iterator[None]:
-    """Within the context ``fn`` stands in for ``op``'s kernel on ``device``."""
+    """Within the context ``fn`` stands in for ``op``'s kernel on ``device``.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::times")
+        ... def times(x: Tensor, factor: float) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> @library.kernel(times, "cpu")
+        ... def _(x, factor):
+        ...     return x * factor
+        >>> with library.override_kernel(times, "cpu", lambda x, factor: x * round(factor)):
+        ...     times(torch.ones(2), 1.75)
+        tensor([2., 2.])
+    """
     _library_of(op)
     lib = torch.library.Library(op.namespace, "IMPL")  # noqa: TOR901 (destroyed below)
     try:
@@ -215,6 +269,20 @@ def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register ``rule(info, in_dims, *args) -> (outputs, out_dims)`` as ``op``'s batching rule.
 
     See ``torch.library.register_vmap``; `to_front` helps to write one.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::doubled")
+        ... def doubled(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> @library.vmap(doubled)
+        ... def _(info, in_dims, x):
+        ...     return doubled(x), in_dims[0]
+        >>> torch.func.vmap(doubled)(torch.ones(2, 1))
+        tensor([[2.],
+                [2.]])
     """
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,12 +296,32 @@ def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def to_front(x: Tensor, in_dim: int | None, batch: int) -> Tensor:
-    """``x`` with its vmapped dimension first; expanded to ``batch`` if it isn't vmapped."""
+    """``x`` with its vmapped dimension first; expanded to ``batch`` if it isn't vmapped.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops import library
+        >>> library.to_front(torch.ones(2, 3), 1, 3).shape, library.to_front(torch.ones(2), None, 3).shape
+        (torch.Size([3, 2]), torch.Size([3, 2]))
+    """
     return x.expand(batch, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
 
 
 def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu", "cuda")) -> None:
-    """Under autocast compute ``op`` in ``dtype``; an op without this keeps its inputs' dtypes."""
+    """Under autocast compute ``op`` in ``dtype``; an op without this keeps its inputs' dtypes.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::in_half")
+        ... def in_half(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> library.autocast(in_half, torch.bfloat16)
+        >>> with torch.autocast("cpu"):
+        ...     in_half(torch.ones(2)).dtype
+        torch.bfloat16
+    """
     for device in devices:
         torch.library.register_autocast(op._name, device, dtype, lib=_library_of(op))
 
@@ -247,6 +335,19 @@ def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     DTensor caches a rule's answer by the tensors and by the arguments from the op's first ``int`` on:
     arguments that a rule depends on must not come before that.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::sharded")
+        ... def sharded(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> @library.sharding(sharded)
+        ... def _(x):
+        ...     from torch.distributed.tensor import Replicate, Shard
+        ...
+        ...     return [([p], [p]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
     """
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -268,6 +369,17 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
     everywhere else. The derivatives are those of ``op`` too: AOTAutograd takes the composition apart only
     below them, so that what backward needs is still what the Function saves. It must return what the kernels
     return, contiguous, bit for bit where it is packed: a graph may hand it to a kernel.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::cubed")
+        ... def cubed(x: Tensor) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> @library.inductor(cubed)
+        ... def _(x):
+        ...     return x * x * x
     """
 
     def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
@@ -419,6 +531,26 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
 
     Raises ``TypeError`` if ``op`` wasn't made by `define`, takes or returns a list of tensors, or has
     a Function already.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::linear")
+        ... def linear(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> class Linear(library.Function, op=linear):
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         return linear(grad)
+        ...
+        ...     @staticmethod
+        ...     def jvp(ctx, tangent):
+        ...         return linear(tangent)
+        >>> torch.func.grad(lambda x: Linear.apply(x).pow(2).sum())(torch.ones(2))
+        tensor([8., 8.])
+        >>> torch.func.jvp(linear, (torch.ones(2),), (torch.ones(2),))[1]
+        tensor([2., 2.])
     """
 
     def __init_subclass__(cls, op: OpOverload | None = None, **kwargs: Any) -> None:
@@ -428,7 +560,20 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
 
 
 def function_of(op: OpOverload) -> type[Function] | None:
-    """The Function attached to ``op``, if any."""
+    """The Function attached to ``op``, if any.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::shown")
+        ... def shown(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> class Shown(library.Function, op=shown):
+        ...     pass
+        >>> library.function_of(shown)
+        <class 'custom_ops.library.Shown'>
+    """
     return _functions.get(op)
 
 

@@ -1,4 +1,7 @@
-"""The registry: one entry per public op gives it the battery, its benchmark and its README row."""
+"""The registry: one entry per public op gives it the battery, its benchmark and its README row.
+
+`REGISTRY` holds the entries by name, in the order of their registration.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ __all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "Sharding", "
 
 
 class Unavailable(RuntimeError):
-    """Raised by a benchmark's ``make`` where its data can't be had: the table is skipped, and says so."""
+    """Raised by a benchmark's ``make`` where its data can't be had: the table is skipped, and says so.
+
+    Example:
+        >>> from custom_ops.registry import Unavailable
+        >>> raise Unavailable("no network")
+        Traceback (most recent call last):
+            ...
+        custom_ops.registry.Unavailable: no network
+    """
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,13 @@ class Sample:
 
     ``dynamic`` names a dimension whose size may vary under ``torch.compile(dynamic=True)`` and
     export, as {position in args or name in kwargs: dimension}; tensors named together share one size.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.verify import Sample, verify
+        >>> x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        >>> verify(torch.sin, [Sample((x,), dynamic={0: 0})], only=["compile dynamic"], quick=True).ok
+        True
     """
 
     args: tuple[Any, ...]
@@ -48,7 +66,16 @@ class Sharding:
 
 @dataclass(frozen=True)
 class BadCall:
-    """Wrong arguments, and what the error must say: a regular expression naming the argument."""
+    """Wrong arguments, and what the error must say: a regular expression naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.verify import BadCall, verify
+        >>> x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        >>> wrong = BadCall((None,), "must be Tensor, not NoneType")
+        >>> verify(torch.sin, [(x,)], bad_calls=lambda: [wrong], only=["error messages"]).ok
+        True
+    """
 
     args: tuple[Any, ...]
     message: str
@@ -58,7 +85,13 @@ class BadCall:
 
 @dataclass(frozen=True)
 class Target:
-    """The ratio of our time to ``peer``'s that must not be exceeded at ``size``."""
+    """The ratio of our time to ``peer``'s that must not be exceeded at ``size``.
+
+    Example:
+        >>> from custom_ops.registry import Target
+        >>> Target(size=1 << 24, peer="F.relu", ratio=0.5)
+        Target(size=16777216, peer='F.relu', ratio=0.5, direction='forward+backward', memory='fresh')
+    """
 
     size: Any
     peer: str
@@ -81,6 +114,17 @@ class Benchmark:
     which is wrong for an op that may leave most of an argument unread. ``checked_at(size)`` is the size
     to check the answers at, where the reference would need too much memory or time at ``size`` itself.
     ``scaling`` are the sizes of ``--scaling``, if they aren't the powers of ten.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.registry import Benchmark
+        >>> Benchmark(
+        ...     unit="elements",
+        ...     sizes=(1 << 16, 1 << 20),
+        ...     make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
+        ...     peers={"F.relu": torch.relu},
+        ... ).title
+        'elements'
     """
 
     sizes: Sequence[Any]
@@ -115,6 +159,15 @@ class OpInfo:
 
     ``shardings`` are the ways to spread a call over processes; by default the samples are, by their first dimension.
     An op that is ``not_sharded``, and why, must raise for DTensors.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.registry import OpInfo, Sample
+        >>> from custom_ops.verify import verify
+        >>> def samples(device, dtype):
+        ...     return [Sample((torch.randn(3, device=device, dtype=dtype, requires_grad=True),))]
+        >>> verify(OpInfo("sine", torch.sin, torch.sin, samples, "The sine"), only=["value", "gradcheck"]).ok
+        True
     """
 
     name: str
@@ -144,6 +197,16 @@ REGISTRY: dict[str, OpInfo] = {}
 
 
 def register(info: OpInfo) -> None:
+    """Add an op to `REGISTRY`; ``ValueError`` if there is one of its name.
+
+    Example:
+        >>> import custom_ops
+        >>> from custom_ops.registry import REGISTRY, register
+        >>> register(REGISTRY["relu"])
+        Traceback (most recent call last):
+            ...
+        ValueError: name: 'relu' is registered already
+    """
     if info.name in REGISTRY:
         raise ValueError(f"name: {info.name!r} is registered already")
     REGISTRY[info.name] = info

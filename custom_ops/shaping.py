@@ -56,7 +56,15 @@ def gradient_scaling(x: Tensor, factor: float, scale: Tensor | None) -> Tensor:
 
 
 class GradientScaling(Function, op=gradient_scaling):
-    """``GradientScaling.apply(x, scale)`` is `scale_gradient`, in the idiom of ``torch.autograd.Function``."""
+    """``GradientScaling.apply(x, scale)`` is `scale_gradient`, in the idiom of ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> custom_ops.GradientScaling.apply(x, 0.5).sum().backward()
+        >>> x.grad
+        tensor([0.5000, 0.5000])
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -135,7 +143,15 @@ def _check_scale(name: str, scale: Any) -> None:
 
 
 class ScaleGradient(torch.nn.Module):
-    """`scale_gradient` as a layer. A tensor ``scale`` is a buffer: it moves and is saved with the layer."""
+    """`scale_gradient` as a layer. A tensor ``scale`` is a buffer: it moves and is saved with the layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> custom_ops.ScaleGradient(0.5)(x).sum().backward()
+        >>> x.grad
+        tensor([0.5000, 0.5000])
+    """
 
     scale: float | Tensor
 
@@ -186,7 +202,15 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
 
 
 class ReverseGradient(torch.nn.Module):
-    """`reverse_gradient` as a layer; set ``lambda_`` to follow a schedule."""
+    """`reverse_gradient` as a layer; set ``lambda_`` to follow a schedule.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> custom_ops.ReverseGradient(0.5)(x).sum().backward()
+        >>> x.grad
+        tensor([-0.5000, -0.5000])
+    """
 
     def __init__(self, lambda_: float = 1.0) -> None:
         super().__init__()
@@ -222,7 +246,15 @@ class _Clipping(Function):
 
 
 class GradientClipping(_Clipping, op=gradient_clipping):
-    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, in the idiom of ``torch.autograd.Function``."""
+    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, in the idiom of ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> (3 * custom_ops.GradientClipping.apply(x, None, 1.0)).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -238,7 +270,15 @@ class GradientClipping(_Clipping, op=gradient_clipping):
 
 
 class GradientNormClipping(_Clipping, op=gradient_norm_clipping):
-    """``GradientNormClipping.apply(x, max_norm, dim)`` is `clip_gradient_norm`, as a ``torch.autograd.Function``."""
+    """``GradientNormClipping.apply(x, max_norm, dim)`` is `clip_gradient_norm`, as a ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> (custom_ops.GradientNormClipping.apply(x, 1.0, None) * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> x.grad
+        tensor([0.6000, 0.8000])
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -312,7 +352,15 @@ def _check_limits(min: float | None, max: float | None) -> tuple[float | None, f
 
 
 class ClipGradient(torch.nn.Module):
-    """`clip_gradient` as a layer."""
+    """`clip_gradient` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> (3 * custom_ops.ClipGradient(max=1.0)(x)).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
 
     def __init__(self, min: float | None = None, max: float | None = None) -> None:
         super().__init__()
@@ -380,7 +428,15 @@ def _check_norm(max_norm: Any, dim: Any) -> None:
 
 
 class ClipGradientNorm(torch.nn.Module):
-    """`clip_gradient_norm` as a layer."""
+    """`clip_gradient_norm` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> (custom_ops.ClipGradientNorm(1.0)(x) * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> x.grad
+        tensor([0.6000, 0.8000])
+    """
 
     def __init__(self, max_norm: float, dim: int | Sequence[int] | None = None) -> None:
         super().__init__()
@@ -404,7 +460,15 @@ def straight_through_estimator(value: Tensor, x: Tensor) -> Tensor:
 
 
 class StraightThroughEstimator(Function, op=straight_through_estimator):
-    """``StraightThroughEstimator.apply(forward_value, x)`` is `straight_through`, as a ``torch.autograd.Function``."""
+    """``StraightThroughEstimator.apply(forward_value, x)`` is `straight_through`, as a ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+        >>> custom_ops.StraightThroughEstimator.apply(x.round(), x).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
@@ -465,7 +529,16 @@ def straight_through(forward_value: Tensor, x: Tensor) -> Tensor:
 
 
 class StraightThrough(torch.nn.Module):
-    """`straight_through` as a layer of two inputs."""
+    """`straight_through` as a layer of two inputs.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+        >>> y = custom_ops.StraightThrough()(x.round(), x)
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([0., 2.]), tensor([1., 1.]))
+    """
 
     def forward(self, forward_value: Tensor, x: Tensor) -> Tensor:
         return straight_through(forward_value, x)
@@ -487,7 +560,15 @@ def surrogate_step(x: Tensor, shape: int, width: float) -> Tensor:
 
 
 class SurrogateStep(Function, op=surrogate_step):
-    """``SurrogateStep.apply(x, shape, width)`` is `surrogate_gradient`, in the idiom of ``torch.autograd.Function``."""
+    """``SurrogateStep.apply(x, shape, width)`` is `surrogate_gradient`, in the idiom of ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([-0.5, 0.0], requires_grad=True)
+        >>> custom_ops.SurrogateStep.apply(x, "triangle", 1.0).sum().backward()
+        >>> x.grad
+        tensor([0.5000, 1.0000])
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -637,7 +718,16 @@ def _check_step(shape: Any, width: Any) -> None:
 
 
 class SurrogateGradient(torch.nn.Module):
-    """`surrogate_gradient` as a layer."""
+    """`surrogate_gradient` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([-1.0, 0.0], requires_grad=True)
+        >>> spikes = custom_ops.SurrogateGradient("triangle")(x)
+        >>> spikes.sum().backward()
+        >>> spikes.detach(), x.grad
+        (tensor([0., 1.]), tensor([0., 1.]))
+    """
 
     def __init__(self, shape: str = "sigmoid", width: float = 1.0) -> None:
         super().__init__()

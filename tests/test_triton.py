@@ -14,7 +14,10 @@ import pytest
 import torch
 import triton
 
+from custom_ops.registry import REGISTRY, Sample
 from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel_grid, voxel_segments
+from custom_ops.verify import backend
+from custom_ops.verify import check as check_call
 
 GPU_PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 ops = torch.ops.custom_ops
@@ -448,3 +451,10 @@ def test_planted_spills_are_reported(monkeypatch, capsys):
     with pytest.raises(KeyError):
         aot.parse_cuobjdump("the format has changed")
     assert "1 compiled, 1 with spills" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["pairwise_logistic_loss", "lambda_loss"])
+def test_a_list_with_nan_counts_in_the_mean(op):
+    scores = torch.tensor([[0.5, 0.25, 1.0], [0.5, math.nan, 1.0]], requires_grad=True)
+    with backend("triton"):
+        check_call(REGISTRY[op], Sample((scores, torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]))))

@@ -1,4 +1,8 @@
-"""What every kernel file shares: declared kernels, packed masks, accumulators."""
+"""What every kernel file shares: declared kernels, packed masks, accumulators.
+
+`FLOATING` and `INDEX` are the types that kernels are compiled for, as Triton writes them; `BLOCK` is the number of
+elements of a pointwise kernel's program.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+__all__ = [
+    "BLOCK",
+    "FLOATING",
+    "INDEX",
+    "Kernel",
+    "MaskLayout",
+    "accumulator",
+    "kernel",
+    "load_bits",
+    "locate",
+    "store_bits",
+    "tile",
+    "widen",
+]
 
 # ---------------------------------------------------------------- kernels
 
@@ -35,7 +54,12 @@ KERNELS: list[Kernel] = []
 class Kernel:
     """A ``@triton.jit`` function with everything it is compiled with.
 
-    Launching it and compiling it ahead of time (``aot``) read the same variants and options.
+    Launching it and compiling it ahead of time (``aot``) read the same variants and options. `kernel` makes it.
+
+    Example:
+        >>> from custom_ops.triton_kernels.squared import squared_relu_forward_kernel
+        >>> squared_relu_forward_kernel.arguments, squared_relu_forward_kernel.dtypes
+        (['*T', '*T', 'i32'], ('fp32', 'bf16', 'fp16', 'fp64'))
     """
 
     def __init__(
@@ -87,6 +111,21 @@ def kernel(
 
     ``arguments`` are the types of its arguments before the compile-time ones, as Triton writes them:
     T stands for each of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time ones.
+
+    Example:
+        >>> import torch, triton
+        >>> import triton.language as tl
+        >>> from custom_ops.triton_kernels.common import BLOCK, FLOATING, kernel, widen
+        >>> @kernel("*T *T i32", FLOATING, {None: {"BLOCK": BLOCK}})
+        ... @triton.jit
+        ... def negate(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
+        ...     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        ...     x = widen(tl.load(x_ptr + at, mask=at < elements, other=0))
+        ...     tl.store(y_ptr + at, -x, mask=at < elements)
+        >>> x, y = torch.ones(3), torch.empty(3)
+        >>> negate(1, x, y, 3)
+        >>> y
+        tensor([-1., -1., -1.])
     """
     options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
     return lambda fn: Kernel(fn, arguments, dtypes, variants, options)
@@ -96,6 +135,14 @@ def kernel(
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of ``dtype`` are computed in.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.triton_kernels.common import accumulator
+        >>> accumulator(torch.bfloat16)
+        torch.float32
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -112,7 +159,14 @@ def widen(x):
 
 
 class MaskLayout(NamedTuple):
-    """``examples`` masks of ``elements`` bits in ``bytes`` bytes each, as in csrc/bits.h."""
+    """``examples`` masks of ``elements`` bits in ``bytes`` bytes each, as in csrc/bits.h.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.triton_kernels.common import MaskLayout
+        >>> MaskLayout.of(torch.empty(2, 3, 5), batch_dims=1)
+        MaskLayout(examples=2, elements=15, bytes=2)
+    """
 
     examples: int
     elements: int

@@ -60,7 +60,8 @@ def lambda_pairs_kernel(
     rank_i = tl.load(rank_ptr + example + i, mask=valid_i, other=0)
     gain_i = tl.load(gain_ptr + example + i, mask=valid_i, other=0)
     discount_i = tl.load(discount_ptr + example + i, mask=valid_i, other=0)
-    slope, value, count = s_i * 0.0, s_i * 0.0, s_i * 0.0
+    slope = tl.full([ROWS], 0.0, s_i.dtype)
+    value, count = slope, slope
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     scale = tl.full([1, 1], sigma, s_i.dtype)

@@ -26,6 +26,13 @@ class ConvertedActivation:
     """A module that changed its class; if measured, the bytes that it alone keeps for backward, before and after.
 
     0 before means that nothing is to be saved there: a neighbour keeps the same tensor for its own backward.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU6(), torch.nn.Linear(8, 8))
+        >>> (change,) = custom_ops.convert_activations(model, measure=[torch.ones(4, 8)]).activations
+        >>> change.name, change.bytes_before, change.bytes_after
+        ('1', 128, 4)
     """
 
     name: str
@@ -44,7 +51,14 @@ class ConvertedActivation:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_activations` changed; if measured, all bytes kept for backward, before and after."""
+    """What `convert_activations` changed; if measured, all bytes kept for backward, before and after.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> conversion = custom_ops.convert_activations(torch.nn.Sequential(torch.nn.ReLU()))
+        >>> [(change.name, change.after.__name__) for change in conversion.activations]
+        [('0', 'ReLU')]
+    """
 
     activations: Sequence[ConvertedActivation]
     bytes_before: int | None = None

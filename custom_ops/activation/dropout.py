@@ -106,7 +106,13 @@ def relu_dropout(
 
 
 class ReLUDropout(torch.nn.Module):
-    """`relu_dropout` as a layer; `relu` in evaluation mode."""
+    """`relu_dropout` as a layer; `relu` in evaluation mode.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.ReLUDropout(0.5).eval()(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()

@@ -359,7 +359,13 @@ def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
 
 
 class CustomReLU(PiecewiseLinear):
-    """``CustomReLU.apply(x)`` is `relu(x)`, in the idiom of ``torch.autograd.Function``."""
+    """``CustomReLU.apply(x)`` is `relu(x)`, in the idiom of ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.CustomReLU.apply(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:
@@ -367,42 +373,80 @@ class CustomReLU(PiecewiseLinear):
 
 
 class ReLU(torch.nn.ReLU):
-    """`relu` as a layer."""
+    """`relu` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.ReLU()(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return relu(x, self.inplace)
 
 
 class LeakyReLU(torch.nn.LeakyReLU):
-    """`leaky_relu` as a layer."""
+    """`leaky_relu` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.LeakyReLU(0.5)(torch.tensor([-1.0, 2.0]))
+        tensor([-0.5000,  2.0000])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return leaky_relu(x, self.negative_slope, self.inplace)
 
 
 class Hardtanh(torch.nn.Hardtanh):
-    """`hardtanh` as a layer."""
+    """`hardtanh` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.Hardtanh(-0.5, 0.5)(torch.tensor([-1.0, 0.25, 2.0]))
+        tensor([-0.5000,  0.2500,  0.5000])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return hardtanh(x, self.min_val, self.max_val, self.inplace)
 
 
 class ReLU6(torch.nn.ReLU6):
-    """`relu6` as a layer."""
+    """`relu6` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.ReLU6()(torch.tensor([-1.0, 2.0, 7.0]))
+        tensor([0., 2., 6.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return relu6(x, self.inplace)
 
 
 class Threshold(torch.nn.Threshold):
-    """`threshold` as a layer."""
+    """`threshold` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.Threshold(0.5, -1.0)(torch.tensor([0.25, 2.0]))
+        tensor([-1.,  2.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return threshold(x, self.threshold, self.value, self.inplace)
 
 
 class BiasReLU(torch.nn.Module):
-    """`bias_relu` with a learned bias ``[channels]``, which starts at 0."""
+    """`bias_relu` with a learned bias ``[channels]``, which starts at 0.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> layer = custom_ops.BiasReLU(2)
+        >>> layer(torch.tensor([[-1.0, 2.0]])).sum().backward()
+        >>> layer.bias.grad
+        tensor([0., 1.])
+    """
 
     def __init__(self, channels: int, dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
@@ -418,7 +462,13 @@ class BiasReLU(torch.nn.Module):
 
 
 class BiasLeakyReLU(BiasReLU):
-    """`bias_leaky_relu` with a learned bias ``[channels]``, which starts at 0."""
+    """`bias_leaky_relu` with a learned bias ``[channels]``, which starts at 0.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.BiasLeakyReLU(2, negative_slope=0.5)(torch.tensor([[-1.0, 2.0]])).tolist()
+        [[-0.5, 2.0]]
+    """
 
     def __init__(self, channels: int, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False) -> None:
         super().__init__(channels, dim, inplace)

@@ -121,7 +121,13 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class SquaredReLU(torch.nn.Module):
-    """`squared_relu` as a layer."""
+    """`squared_relu` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.SquaredReLU()(torch.tensor([-1.0, 3.0]))
+        tensor([0., 9.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return squared_relu(x)

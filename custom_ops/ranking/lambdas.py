@@ -168,7 +168,13 @@ def lambda_loss(
 
 
 class LambdaLoss(ListLossModule):
-    """`lambda_loss` as a layer."""
+    """`lambda_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.LambdaLoss(k=2)(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(0.4216)
+    """
 
     function = staticmethod(lambda_loss)
 

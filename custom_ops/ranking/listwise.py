@@ -348,7 +348,13 @@ def cosent_loss(
 
 
 class ListNetLoss(ListLossModule):
-    """`list_net_loss` as a layer."""
+    """`list_net_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.ListNetLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(1.0894)
+    """
 
     function = staticmethod(list_net_loss)
 
@@ -357,7 +363,13 @@ class ListNetLoss(ListLossModule):
 
 
 class SoftmaxLoss(ListLossModule):
-    """`softmax_loss` as a layer."""
+    """`softmax_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.SoftmaxLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(3.0538)
+    """
 
     function = staticmethod(softmax_loss)
 
@@ -366,7 +378,13 @@ class SoftmaxLoss(ListLossModule):
 
 
 class ListMLELoss(ListLossModule):
-    """`list_mle_loss` as a layer."""
+    """`list_mle_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.ListMLELoss(ties="breslow")(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(1.5224)
+    """
 
     function = staticmethod(list_mle_loss)
 
@@ -377,7 +395,13 @@ class ListMLELoss(ListLossModule):
 
 
 class UniqueSoftmaxLoss(ListLossModule):
-    """`unique_softmax_loss` as a layer."""
+    """`unique_softmax_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.UniqueSoftmaxLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(1.2750)
+    """
 
     function = staticmethod(unique_softmax_loss)
 
@@ -386,7 +410,13 @@ class UniqueSoftmaxLoss(ListLossModule):
 
 
 class CoSENTLoss(ListLossModule):
-    """`cosent_loss` as a layer."""
+    """`cosent_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.CoSENTLoss(scale=5.0)(torch.tensor([0.3, 0.1, 0.25]), torch.tensor([0.1, 0.9, 0.5]))
+        tensor(1.9628)
+    """
 
     function = staticmethod(cosent_loss)
 

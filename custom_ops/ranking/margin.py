@@ -54,7 +54,13 @@ def _contract(moves: Sequence[Tensor | None], slopes: Sequence[Tensor], reduce: 
 
 
 class MarginRanking(Function, op=margin_ranking):
-    """``MarginRanking.apply`` is `margin_ranking_loss`, in the idiom of ``torch.autograd.Function``."""
+    """``MarginRanking.apply`` is `margin_ranking_loss`, in the idiom of ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.MarginRanking.apply(torch.tensor([1.0]), torch.tensor([1.5]), torch.ones(1), 0.25)
+        tensor(0.7500)
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -207,7 +213,13 @@ def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Te
 
 
 class MarginRankingLoss(torch.nn.Module):
-    """`margin_ranking_loss` as a layer."""
+    """`margin_ranking_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.MarginRankingLoss(margin=0.25)(torch.tensor([1.0]), torch.tensor([1.5]), torch.ones(1))
+        tensor(0.7500)
+    """
 
     def __init__(self, margin: float = 0.0, reduction: str = "mean") -> None:
         super().__init__()

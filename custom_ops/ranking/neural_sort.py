@@ -133,7 +133,13 @@ def neural_sort_ndcg_loss(
 
 
 class NeuralSortNDCGLoss(ListLossModule):
-    """`neural_sort_ndcg_loss` as a layer."""
+    """`neural_sort_ndcg_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.NeuralSortNDCGLoss(k=2)(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(0.2846)
+    """
 
     function = staticmethod(neural_sort_ndcg_loss)
 

@@ -332,7 +332,13 @@ def pairwise_mse_loss(
 
 
 class PairwiseLogisticLoss(ListLossModule):
-    """`pairwise_logistic_loss` as a layer."""
+    """`pairwise_logistic_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.PairwiseLogisticLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(1.7971)
+    """
 
     function = staticmethod(pairwise_logistic_loss)
 
@@ -342,7 +348,13 @@ class PairwiseLogisticLoss(ListLossModule):
 
 
 class PairwiseSoftZeroOneLoss(ListLossModule):
-    """`pairwise_soft_zero_one_loss` as a layer."""
+    """`pairwise_soft_zero_one_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.PairwiseSoftZeroOneLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(1.3100)
+    """
 
     function = staticmethod(pairwise_soft_zero_one_loss)
 
@@ -352,7 +364,13 @@ class PairwiseSoftZeroOneLoss(ListLossModule):
 
 
 class PairwiseExponentialLoss(ListLossModule):
-    """`pairwise_exponential_loss` as a layer."""
+    """`pairwise_exponential_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.PairwiseExponentialLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(2.6115)
+    """
 
     function = staticmethod(pairwise_exponential_loss)
 
@@ -362,7 +380,13 @@ class PairwiseExponentialLoss(ListLossModule):
 
 
 class PairwiseHingeLoss(ListLossModule):
-    """`pairwise_hinge_loss` as a layer."""
+    """`pairwise_hinge_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.PairwiseHingeLoss(margin=0.5)(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(1.)
+    """
 
     function = staticmethod(pairwise_hinge_loss)
 
@@ -374,7 +398,13 @@ class PairwiseHingeLoss(ListLossModule):
 
 
 class PairwiseMSELoss(ListLossModule):
-    """`pairwise_mse_loss` as a layer."""
+    """`pairwise_mse_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.PairwiseMSELoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(9.1200)
+    """
 
     function = staticmethod(pairwise_mse_loss)
 

@@ -394,7 +394,13 @@ def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict
 
 
 class BPRLoss(torch.nn.Module):
-    """`bpr_loss` as a layer."""
+    """`bpr_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.BPRLoss()(torch.tensor([2.0]), torch.tensor([1.0]))
+        tensor(0.3133)
+    """
 
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
@@ -409,7 +415,13 @@ class BPRLoss(torch.nn.Module):
 
 
 class BradleyTerryLoss(torch.nn.Module):
-    """`bradley_terry_loss` as a layer; the margin is given with the rewards."""
+    """`bradley_terry_loss` as a layer; the margin is given with the rewards.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.BradleyTerryLoss()(torch.tensor([2.0]), torch.tensor([1.0]), margin=0.5)
+        tensor(0.4741)
+    """
 
     def __init__(self, beta: float = 1.0, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
         super().__init__()
@@ -427,7 +439,14 @@ class BradleyTerryLoss(torch.nn.Module):
 
 
 class DPOLoss(torch.nn.Module):
-    """`dpo_loss` as a layer."""
+    """`dpo_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> chosen, rejected, reference = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
+        >>> custom_ops.DPOLoss(beta=0.5)(chosen, rejected, reference, reference)
+        tensor(0.3133)
+    """
 
     def __init__(
         self, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, reduction: str = "mean"

@@ -202,7 +202,13 @@ def _smooth_rank(
 
 
 class ApproxNDCGLoss(ListLossModule):
-    """`approx_ndcg_loss` as a layer."""
+    """`approx_ndcg_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.ApproxNDCGLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(0.2069)
+    """
 
     function = staticmethod(approx_ndcg_loss)
 
@@ -213,7 +219,13 @@ class ApproxNDCGLoss(ListLossModule):
 
 
 class ApproxMRRLoss(ListLossModule):
-    """`approx_mrr_loss` as a layer."""
+    """`approx_mrr_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.ApproxMRRLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(0.3393)
+    """
 
     function = staticmethod(approx_mrr_loss)
 
@@ -223,7 +235,13 @@ class ApproxMRRLoss(ListLossModule):
 
 
 class SmoothAPLoss(ListLossModule):
-    """`smooth_ap_loss` as a layer."""
+    """`smooth_ap_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.SmoothAPLoss()(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([0, 1, 1]))
+        tensor(0.1667)
+    """
 
     function = staticmethod(smooth_ap_loss)
 

@@ -330,7 +330,14 @@ def _ranks(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class SpearmanLoss(torch.nn.Module):
-    """`spearman_loss` as a layer."""
+    """`spearman_loss` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> loss = custom_ops.SpearmanLoss(regularization_strength=0.1)
+        >>> loss(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([2, 0, 1]))
+        tensor(0.5000)
+    """
 
     def __init__(
         self, regularization: str = "l2", regularization_strength: float = 1.0, reduction: str = "mean"

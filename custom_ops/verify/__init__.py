@@ -1,14 +1,16 @@
 """The battery: every promise of composability, checked for any op.
 
-For a user's own op::
+For a user's own op:
 
-    from custom_ops.verify import Sample, verify
+    >>> import torch
+    >>> from custom_ops.verify import Sample, verify
+    >>> x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    >>> report = verify(torch.sin, [Sample((x,), dynamic={0: 0})], reference=torch.sin, only=["value", "vmap"])
+    >>> report.raise_on_failure()
 
-    report = verify(my_op, [Sample((x, 2.0), dynamic={0: 0})], reference=my_reference)
-    report.raise_on_failure()
-
-and for the ops of this package ``python -m custom_ops verify``. `capabilities` lists what is checked.
-A new check is one function decorated with ``capability`` in a module of this folder.
+and for the ops of this package ``python -m custom_ops verify``. `capabilities` lists what is checked, `BACKENDS` on
+what, and `VALUES` the kinds of values that `random_sample` draws from. A new check is one function decorated with
+``capability`` in a module of this folder.
 """
 
 from custom_ops.registry import BadCall, OpInfo, Sample
@@ -16,6 +18,7 @@ from custom_ops.registry import BadCall, OpInfo, Sample
 # Importing them fills the matrix, in this order.
 from custom_ops.verify import _values, _derivatives, _tracing, _objects  # noqa: F401 isort: skip
 from custom_ops.verify._backends import BACKENDS, backend
+from custom_ops.verify._case import NotApplicable
 from custom_ops.verify._cli import main
 from custom_ops.verify._fuzz import VALUES, check, random_sample, script
 from custom_ops.verify._report import Cell, Report
@@ -26,6 +29,7 @@ __all__ = [
     "VALUES",
     "BadCall",
     "Cell",
+    "NotApplicable",
     "OpInfo",
     "Report",
     "Sample",

@@ -21,6 +21,12 @@ def backend(name: str) -> Iterator[torch.device]:
     """Within the context the ops of this package run on backend ``name``; gives the samples' device.
 
     Raises ``RuntimeError`` where the machine or the process can't run it.
+
+    Example:
+        >>> from custom_ops.verify import backend
+        >>> with backend("cpp") as device:
+        ...     device
+        device(type='cpu')
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")

@@ -16,7 +16,21 @@ Key = int | str
 
 
 class NotApplicable(Exception):
-    """Raised by a capability that has nothing to check for this op; the message is the reason."""
+    """Raised by a check that has nothing to look at for this op; the message is the reason.
+
+    `verify` makes a cell of it. Code that calls the battery's parts itself meets it: `random_sample` raises it where
+    the op gives no sample of the dtype that was drawn.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.verify import NotApplicable, OpInfo, random_sample
+        >>> never = OpInfo("never", torch.sin, torch.sin, lambda device, dtype: [], "An op without samples")
+        >>> try:
+        ...     random_sample(never, lambda choices: choices[0])
+        ... except NotApplicable as reason:
+        ...     print(reason)
+        no sample of dtype float64
+    """
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from custom_ops.verify._backends import BACKENDS
@@ -13,7 +14,18 @@ from custom_ops.verify._report import PASS, Cell, Report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; 0 if nothing failed, 1 if something did, 2 if it can't run."""
+    """Run the command line; 0 if nothing failed, 1 if something did, 2 if it can't run.
+
+    Example:
+        >>> from custom_ops.verify import main
+        >>> main(["--op", "relu", "--only", "gradcheck", "vmap", "--markdown"])
+        | | relu (cpp) |
+        |---|:-:|
+        | gradcheck | ✓ |
+        | vmap | ✓ |
+        <BLANKLINE>
+        0
+    """
     options = _parse(argv)
     from custom_ops.verify._run import capabilities, verify
 
@@ -33,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
     columns = [(REGISTRY[name], backend) for backend in options.backend for name in options.op or REGISTRY]
     rows = options.only or list(capabilities(options.quick))
     report = Report()
-    plain = options.json or options.markdown
+    plain = options.json or options.markdown  # for machines: no bar, and rich isn't needed
     try:
-        with _Progress(len(columns) * len(rows), quiet=plain) as progress:
+        with nullcontext() if plain else _Progress(len(columns) * len(rows)) as progress:
             for info, backend in columns:
                 report.cells += verify(info, backend=backend, quick=options.quick, only=rows, on_cell=progress).cells
     except (RuntimeError, ValueError) as error:
@@ -72,14 +84,14 @@ _COLUMNS = 4  # of one table: as many as fit a terminal
 
 
 class _Progress:
-    """A bar on the terminal; nothing where the output is for machines."""
+    """A bar on the terminal."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
+    def __init__(self, total: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self.task = self.bar.add_task("starting", total=total)
 
     def __enter__(self) -> _Progress:

@@ -80,7 +80,17 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
     """A call of the op: one of its samples with another size, other values, layouts and dtypes.
 
     Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude; what else
-    is floating or boolean is drawn from its own elements, integers keep theirs.
+    is floating or boolean is drawn from its own elements, integers keep theirs. ``choose(options)`` picks one of them.
+
+    Raises `NotApplicable` where the op gives no sample of the dtype chosen.
+
+    Example:
+        >>> import random
+        >>> import custom_ops
+        >>> from custom_ops.registry import REGISTRY
+        >>> from custom_ops.verify import check, random_sample
+        >>> for seed in range(10):
+        ...     check(REGISTRY["relu"], random_sample(REGISTRY["relu"], random.Random(seed).choice))
     """
     dtype = choose(info.dtypes)
     call = Call(info.function, choose(Case(info, torch.device("cpu"), quick=True).samples(dtype)))
@@ -113,6 +123,12 @@ def check(info: OpInfo, sample: Sample) -> None:
     What is NaN, infinite or beyond the dtype there must be so here. A gradient is compared where the input and the
     reference's are finite, since formulas that agree may differ in what 0 * inf comes to; where an output is NaN
     it may be so too.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> from custom_ops.registry import REGISTRY, Sample
+        >>> from custom_ops.verify import check
+        >>> check(REGISTRY["relu"], Sample((torch.tensor([-1.0, 2.0], requires_grad=True),)))
     """
     if info.reference is None:
         raise ValueError(f"info: {info.name} has no reference")
@@ -167,7 +183,24 @@ def _compare(
 
 
 def script(info: OpInfo, sample: Sample) -> str:
-    """A program that makes the same call and checks it."""
+    """A program that makes the same call and checks it.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> from custom_ops.registry import REGISTRY, Sample
+        >>> from custom_ops.verify import script
+        >>> print(script(REGISTRY["relu"], Sample((torch.tensor([-1.0, 2.0]),))).rstrip())
+        import torch
+        from torch import inf, nan
+        <BLANKLINE>
+        import custom_ops  # registers the ops
+        from custom_ops.registry import REGISTRY, Sample
+        from custom_ops.verify import check
+        <BLANKLINE>
+        t0 = torch.tensor([-1.0, 2.0], dtype=torch.float32).as_strided((2,), (1,))
+        <BLANKLINE>
+        check(REGISTRY['relu'], Sample((t0, ), {}))
+    """
     call = Call(info.function, sample)
     lines = ["import torch", "from torch import inf, nan", "", "import custom_ops  # registers the ops"]
     lines += ["from custom_ops.registry import REGISTRY, Sample", "from custom_ops.verify import check", ""]

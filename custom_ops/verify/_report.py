@@ -13,7 +13,16 @@ _MARKS = {PASS: "✓", FAIL: "✗", NOT_APPLICABLE: "–"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: ``status`` is "pass", "fail" or "not applicable"; ``detail`` the remark, failure or reason."""
+    """One cell: ``status`` is "pass", "fail" or "not applicable"; ``detail`` the remark, failure or reason.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.verify import verify
+        >>> x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        >>> cell = verify(torch.sin, [(x,)], name="sine", only=["vmap"])["vmap"]
+        >>> cell.column, cell.status, cell.mark
+        ('sine (cpp)', 'pass', '✓')
+    """
 
     op: str
     backend: str
@@ -33,7 +42,23 @@ class Cell:
 
 @dataclass
 class Report:
-    """The cells of one or several ops; truthy questions are asked of ``ok``."""
+    """The cells of one or several ops; truthy questions are asked of ``ok``.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.verify import verify
+        >>> x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        >>> report = verify(torch.sin, [(x,)], name="sine", only=["vmap", "modules"])
+        >>> report.ok, report["modules"].detail
+        (True, 'no module')
+        >>> print(report.to_markdown())
+        | | sine (cpp) |
+        |---|:-:|
+        | vmap | ✓ |
+        | modules | – (1) |
+        <BLANKLINE>
+        1. not applicable: no module
+    """
 
     cells: list[Cell] = field(default_factory=list)
 

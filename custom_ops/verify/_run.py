@@ -120,7 +120,13 @@ def run(
 
 
 def capabilities(quick: bool = False) -> dict[str, str]:
-    """The rows of the matrix and what each means; those of quick mode, or all."""
+    """The rows of the matrix and what each means; those of quick mode, or all.
+
+    Example:
+        >>> from custom_ops.verify import capabilities
+        >>> capabilities()["vmap"]
+        'Equals a Python loop: over each tensor and all together, first and last dimension, nested; no fallback.'
+    """
     return {row.name: row.meaning for row in _chosen(None, quick)}
 
 

@@ -113,6 +113,14 @@ class BEVPool(KeepsGeometry):
     one per voxel, isn't in the ``state_dict``; ``clear_geometry()`` releases it.
 
     Raises as `bev_pool` does, and ``ValueError`` without ranks, here or set.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> layer = custom_ops.BEVPool(num_voxels=2)
+        >>> layer.set_geometry(torch.tensor([0, 1]).view(1, 1, 2, 1, 1))
+        >>> depth, feat = torch.tensor([0.25, 0.75]).view(1, 1, 2, 1, 1), torch.tensor([4.0]).view(1, 1, 1, 1, 1)
+        >>> layer(depth, feat).flatten()
+        tensor([1., 3.])
     """
 
     def __init__(self, num_voxels: int) -> None:

@@ -19,7 +19,15 @@ _NOT_SHARDED = "the number of voxels depends on the data"
 
 
 class VoxelsSumming(SegmentReduce):
-    """``VoxelsSumming.apply(x, geometry, ranks)`` is `voxels_summing`, a drop-in for FIERY's class."""
+    """``VoxelsSumming.apply(x, geometry, ranks)`` is `voxels_summing`, a drop-in for FIERY's class.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x, geometry = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0, 0], [0, 0], [0, 1]])
+        >>> sums, voxels = custom_ops.VoxelsSumming.apply(x, geometry, torch.tensor([0, 0, 1]))
+        >>> sums.flatten(), voxels.tolist()
+        (tensor([3., 4.]), [[0, 0], [0, 1]])
+    """
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +91,15 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
 
 
 class VoxelsSummingLayer(torch.nn.Module):
-    """`voxels_summing` as a layer (the name VoxelsSumming belongs to the drop-in Function)."""
+    """`voxels_summing` as a layer (the name VoxelsSumming belongs to the drop-in Function).
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x, geometry = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0, 0], [0, 0], [0, 1]])
+        >>> sums, voxels = custom_ops.VoxelsSummingLayer()(x, geometry, torch.tensor([0, 0, 1]))
+        >>> sums.flatten(), voxels.tolist()
+        (tensor([3., 4.]), [[0, 0], [0, 1]])
+    """
 
     def __init__(self, check_sorted: bool = True) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The C++ kernels under sanitizers: ``make sanitize``.
 
 ``python tests/sanitize/run.py address|thread [OP ...]`` builds the package with that sanitizer into ``build/NAME``, and
-runs the battery's rows on values there, random calls, wrong ones and corrupted indices (tests/test_errors.py). A
-finding ends it with its report.
+runs the battery's rows on values there, random calls, wrong ones and corrupted indices (tests/test_errors.py; by
+itself it is called ``errors`` here). A finding ends it with its report.
 
 "address" is AddressSanitizer and UndefinedBehaviorSanitizer, on torch's own threads. "thread" is ThreadSanitizer; there
 our parallel loops run on threads of their own (threads.h), because torch's OpenMP runtime isn't instrumented: races
@@ -26,6 +26,7 @@ SANITIZERS = {
 ROWS = ["value", "gradient", "float32", "bfloat16", "input layouts", "zero size", "large", "second derivative"]
 FAULTS = {"address": ["overflow", "undefined"], "thread": ["race"]}  # of planted.cpp
 CALLS = 40  # random ones of each op
+ERRORS = "errors"
 RUNTIMES = {"address": ["libasan.so", "libubsan.so", "libstdc++.so.6"], "thread": ["libtsan.so", "libstdc++.so.6"]}
 OPTIONS = {
     # Python and torch keep much until the end. Frames of Python aren't instrumented.
@@ -71,10 +72,10 @@ def inside(ops: list[str]) -> int:
     from custom_ops.verify import check, random_sample, verify
 
     assert Path(custom_ops.__file__).is_relative_to(ROOT / "build"), custom_ops.__file__
-    ops = ops or list(REGISTRY)
+    ops = ops or [*REGISTRY, ERRORS]
     failures = []
     with Progress(console=Console(stderr=True)) as bar:
-        for name in bar.track(ops, description="ops"):
+        for name in bar.track([op for op in ops if op != ERRORS], description="ops"):
             info = REGISTRY[name]
             report = verify(info, quick=True, only=ROWS)
             failures += [f"{cell.op}, {cell.capability}: {cell.detail}" for cell in report.failures]
@@ -84,10 +85,10 @@ def inside(ops: list[str]) -> int:
                 except AssertionError as error:
                     failures.append(str(error))
     errors = ["-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_errors.py")]
-    if ops == list(REGISTRY) and pytest.main(errors):
+    if ERRORS in ops and pytest.main(errors):
         failures.append("tests/test_errors.py")
     print("\n".join(failures))
-    print(f"{len(ops)} ops, {len(failures)} failures")
+    print(f"{', '.join(ops)}: {len(failures)} failures")
     return 1 if failures else 0
 
 
