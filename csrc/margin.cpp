@@ -19,7 +19,7 @@ TARGET_LANES V hinge_vector(V v) {
 // The hinges, stored in `loss` or, without one, added to `sum`; mask: which arguments are at least 0.
 template <class T>
 TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumulator<T> margin, T* loss, uint8_t* mask,
-                                   double& sum, int64_t n) {
+                                   double& sum, int64_t n, bool stream) {
   using A = Accumulator<T>;
   using V = Vector<A>;
   constexpr int64_t kVectors = avx2::kStep / V::kLanes;
@@ -33,7 +33,7 @@ TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumul
         const int64_t at = i + k * V::kLanes;
         const V v = (V::load(x2 + at) - V::load(x1 + at)) * V::load(y + at) + V::all(margin);
         kept[k] = v >= V::all(0);
-        if (loss != nullptr) hinge_vector(v).store(loss + at);
+        if (loss != nullptr) hinge_vector(v).store(loss + at, stream);
         else sums[k] = sums[k] + hinge_vector(v);
       }
       const uint32_t bits = V::signs(kept);
@@ -41,7 +41,7 @@ TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumul
     }
     for (const V& v : sums) {
       A lanes[V::kLanes];
-      v.store(lanes);
+      v.store(lanes, false);
       for (A lane : lanes) sum += lane;
     }
   }
@@ -50,7 +50,8 @@ TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumul
 
 template <class T>
 TARGET_LANES int64_t hinge_gradient_vectors(const T* x1, const T* x2, const T* y, const T* grads, Accumulator<T> grad,
-                                            const uint8_t* mask, T* grad1, T* grad2, T* grad_y, int64_t n) {
+                                            const uint8_t* mask, T* grad1, T* grad2, T* grad_y, int64_t n,
+                                            bool stream) {
   using V = Vector<Accumulator<T>>;
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
@@ -61,9 +62,9 @@ TARGET_LANES int64_t hinge_gradient_vectors(const T* x1, const T* x2, const T* y
       const V zero = V::all(0), kept = V::signs_of(bits, static_cast<int>(k));
       const V g = grads != nullptr ? V::load(grads + at) : V::all(grad);
       const V toward2 = zero.replaced(V::load(y + at) * g, kept);
-      toward2.store(grad2 + at);
-      (zero - toward2).store(grad1 + at);
-      if (grad_y != nullptr) zero.replaced((V::load(x2 + at) - V::load(x1 + at)) * g, kept).store(grad_y + at);
+      toward2.store(grad2 + at, stream);
+      (zero - toward2).store(grad1 + at, stream);
+      if (grad_y != nullptr) zero.replaced((V::load(x2 + at) - V::load(x1 + at)) * g, kept).store(grad_y + at, stream);
     }
   }
   return i;
@@ -102,13 +103,15 @@ std::tuple<Tensor, Tensor> margin_ranking(const Tensor& input1, const Tensor& in
     const T* y = data<T>(pairs.target);
     T* lp = mutable_data<T>(loss);
     const A m = static_cast<A>(margin);
+    const Streaming streaming(loss);
     layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
       const int64_t at = example * layout.elements + begin, n = end - begin;
       uint8_t* bits = mp + example * layout.bytes + begin / 8;
       double sum = 0;
       int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-      if (cpu_has_lanes()) i = hinge_vectors(x1 + at, x2 + at, y + at, m, reduce ? nullptr : lp + at, bits, sum, n);
+      if (cpu_has_lanes())
+        i = hinge_vectors(x1 + at, x2 + at, y + at, m, reduce ? nullptr : lp + at, bits, sum, n, streaming.at(lp + at));
 #endif
       for (; i < n; ++i) {
         const A v = (static_cast<A>(x2[at + i]) - static_cast<A>(x1[at + i])) * static_cast<A>(y[at + i]) + m;
@@ -117,6 +120,7 @@ std::tuple<Tensor, Tensor> margin_ranking(const Tensor& input1, const Tensor& in
         if (i % 8 == 0) bits[i / 8] = 0;
         bits[i / 8] |= static_cast<uint8_t>((v >= 0) << (i % 8));
       }
+      streaming.flush();
       if (reduce) partial[example * spans + begin / kSpan] = sum;
     });
     if (reduce)
@@ -155,16 +159,18 @@ std::tuple<Tensor, Tensor, Tensor> margin_ranking_backward(const Tensor& grad_in
     T* o2 = mutable_data<T>(grad2);
     T* oy = mutable_data<T>(grad_target);
     const A scale = static_cast<A>(1.0 / static_cast<double>(divisor));
+    const Streaming streaming(grad1);
     layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
       const int64_t at = example * layout.elements + begin, n = end - begin;
       const uint8_t* bits = mp + example * layout.bytes + begin / 8;
       const T* grads = reduce ? nullptr : gp + at;
       const A mean_grad = reduce ? static_cast<A>(gp[example]) * scale : A(0);
+      const bool stream = streaming.at(o1 + at) && streaming.at(o2 + at) && (!with_target || streaming.at(oy + at));
       int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
       if (cpu_has_lanes())
         i = hinge_gradient_vectors(x1 + at, x2 + at, y + at, grads, mean_grad, bits, o1 + at, o2 + at,
-                                   with_target ? oy + at : nullptr, n);
+                                   with_target ? oy + at : nullptr, n, stream);
 #endif
       for (; i < n; ++i) {
         const bool kept = bit(bits, i);
@@ -176,6 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> margin_ranking_backward(const Tensor& grad_in
         const A difference = static_cast<A>(x2[at + i]) - static_cast<A>(x1[at + i]);
         oy[at + i] = static_cast<T>(kept ? difference * g : A(0));
       }
+      streaming.flush();
     });
   });
   return {grad1, grad2, grad_target};
