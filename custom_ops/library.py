@@ -395,7 +395,14 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def is_sharded(*values: Any) -> bool:
-    """Whether one of them is a DTensor, told without importing what defines it."""
+    """Whether one of them is a DTensor, told without importing what defines it.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops import library
+        >>> library.is_sharded(torch.ones(3), None)
+        False
+    """
     for value in values:  # noqa: SIM110 (a generator would double the time)
         if hasattr(value, "device_mesh"):
             return True
@@ -403,19 +410,53 @@ def is_sharded(*values: Any) -> bool:
 
 
 def summed_up(x: Any) -> Any:
-    """The DTensor ``x`` with what is `Partial` summed up over the processes."""
+    """The DTensor ``x`` with what is `Partial` summed up over the processes.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor import Shard, distribute_tensor
+        >>> from custom_ops import library
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> total = distribute_tensor(torch.ones(4), mesh, [Shard(0)]).sum()
+        >>> total.placements, library.summed_up(total).placements
+        ((Partial(sum),), (Replicate(),))
+        >>> dist.destroy_process_group()
+    """
     from torch.distributed.tensor import Replicate
 
     return x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
 
 
 def batch_labels(dims: int) -> str:
-    """Labels of ``dims`` leading dimensions for `in_shards`."""
+    """Labels of ``dims`` leading dimensions for `in_shards`.
+
+    Example:
+        >>> from custom_ops import library
+        >>> library.batch_labels(2) + "N"
+        'abN'
+    """
     return string.ascii_lowercase[:dims]
 
 
 def replicated(plain: Tensor, like: Any) -> Any:
-    """``plain``, which is the same in every process, as a DTensor on the mesh of ``like``."""
+    """``plain``, which is the same in every process, as a DTensor on the mesh of ``like``.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor import Shard, distribute_tensor
+        >>> from custom_ops import library
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> x = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+        >>> library.replicated(torch.arange(4), x).placements
+        (Replicate(),)
+        >>> dist.destroy_process_group()
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
@@ -433,6 +474,19 @@ def in_shards(run: Callable[..., Any], labels: str, *tensors: Any) -> Any:
     processes where a tensor is whole and the others are parts.
 
     Raises ``NotImplementedError`` where a dimension of a capital letter is sharded.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor import Shard, distribute_tensor
+        >>> from custom_ops import library
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> x = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+        >>> library.in_shards(lambda rows: rows.sum(0), "nc->c", x).placements
+        (Partial(sum),)
+        >>> dist.destroy_process_group()
     """
     from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 

@@ -55,6 +55,13 @@ class Sharding:
     other tensors are whole. ``result`` is how the result is placed: the dimension that it is sharded in, or "partial"
     where it is the sum of the processes' results. ``exchanged`` are all collectives of forward and backward,
     {"all_reduce": 1}; a partial result isn't summed up yet, but the gradient of a tensor that is whole is.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops.registry import Sample, Sharding
+        >>> two_lists = Sample((torch.randn(2, 5, requires_grad=True), torch.rand(2, 5)), {"reduction": "none"})
+        >>> Sharding("lists", two_lists, dims={0: 0, 1: 0}, result=0).exchanged
+        {}
     """
 
     over: str  # what is spread, in words
