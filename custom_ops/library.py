@@ -410,7 +410,7 @@ def is_sharded(*values: Any) -> bool:
 
 
 def summed_up(x: Any) -> Any:
-    """The DTensor ``x`` with what is `Partial` summed up over the processes.
+    """The DTensor ``x`` with what is ``Partial`` summed up over the processes.
 
     Example:
         >>> import torch
@@ -468,7 +468,7 @@ def in_shards(run: Callable[..., Any], labels: str, *tensors: Any) -> Any:
 
     ``labels`` names the dimensions of the tensors and of the results, a letter each: "bpc,bp->bVc". A dimension of a
     small letter may be sharded in any number of dimensions of the mesh. Tensors that have it too and are whole are cut
-    alike, which moves nothing; over one that the result hasn't, ``run`` must be a sum, and the result is `Partial`.
+    alike, which moves nothing; over one that the result hasn't, ``run`` must be a sum, and the result is ``Partial``.
     A dimension of a capital letter has to be whole. A plain tensor among DTensors is this process's part already; None
     stays None. What is differentiated is ``run``; the gradients are placed as the tensors are, and are sums over the
     processes where a tensor is whole and the others are parts.
@@ -526,7 +526,7 @@ class _Part(torch.autograd.Function):
     """This process's part of a DTensor, whose gradient is placed as ``dual``.
 
     Unlike ``to_local`` and ``from_local``, this and its adjoint can be differentiated to any order: there the second
-    derivative of a `Partial` result lacks what other processes add to it.
+    derivative of a ``Partial`` result lacks what other processes add to it.
     """
 
     @staticmethod

@@ -84,7 +84,7 @@ def bev_pool_v2(
         RuntimeError: on the CPU, for arrays that don't belong together as described, or an index out of range.
             On a GPU, where finding out would wait for the device, such points count nowhere.
 
-    DTensors may be sharded as for `bev_pool`, with all of the arrays on each process; the result is `Partial`, for
+    DTensors may be sharded as for `bev_pool`, with all of the arrays on each process; the result is ``Partial``, for
     examples too.
 
     As `bev_pool`, and O(B N D H W + B Z Y X) for the sorting.

@@ -55,7 +55,7 @@ def bev_pool(
             probes). On a GPU, where finding out would wait for the device, such points count nowhere.
 
     DTensors may be sharded by examples, channels, cameras or depths (each process then sums its own, and the result is
-    `Partial`). ``rank`` is cut as ``depth`` is; a ``csr`` is then the process's own, as in `voxel_sum`.
+    ``Partial``). ``rank`` is cut as ``depth`` is; a ``csr`` is then the process's own, as in `voxel_sum`.
 
     O(B N D H W C + B V C) time; the inputs and the geometry are kept for backward.
 

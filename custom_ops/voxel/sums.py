@@ -100,7 +100,7 @@ def voxel_sum(
             probes). On a GPU, where finding out would wait for the device, such points count nowhere.
 
     DTensors may be sharded by leading dimensions, by columns and, except for "max", by points: each process then sums
-    its own and the result is `Partial`. ``rank`` and ``mask`` are cut as x is; a ``csr`` is then the process's
+    its own and the result is ``Partial``. ``rank`` and ``mask`` are cut as x is; a ``csr`` is then the process's
     own, ``voxel_csr(rank.to_local(), num_voxels)`` with ``rank`` sharded as x is.
 
     O(N C + V C) time, split by points and not by voxels. The result doesn't depend on the number of

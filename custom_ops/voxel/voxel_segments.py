@@ -257,7 +257,7 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
             that has a point twice. On a GPU they are clamped, so that no other memory is reached.
 
     DTensors may be sharded by leading dimensions, by columns and by points: then each process sums its own, which it
-    finds in an ``indptr`` and ``perm`` that are whole, and the result is `Partial`. Plain ones are of its own points.
+    finds in an ``indptr`` and ``perm`` that are whole, and the result is ``Partial``. Plain ones are of its own points.
 
     O(N C + V C) time, split by points and not by segments; the result doesn't depend on the number of
     threads. The sum of PyTorch Scatter's ``segment_csr``, with order and weights.
