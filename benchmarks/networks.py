@@ -25,7 +25,8 @@ from custom_ops.benchmarks.memory import peak_bytes
 from custom_ops.benchmarks.timing import Call, interleave, median
 
 LEAST_SAVED = {"MobileNetV2-shaped, ReLU6": 0.2, "Darknet-shaped, LeakyReLU": 0.2}
-MEMORY_ONLY = {"cpp.simdlen": 1, "aot_inductor.debug_compile": True}  # compiles in half the time, to slower code
+# Compiles in half the time, to slower code.
+MEMORY_ONLY: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.simdlen": 1, "aot_inductor.debug_compile": True}
 CHAINED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
