@@ -1,7 +1,7 @@
 """What one-bit activations save in whole networks, and what they cost in a compiled chain.
 
-``python -m custom_ops.benchmarks.networks [--quick] [--json FILE]``: the peak memory of a training step of
-three networks, eager and compiled, with torch's activations out of place, with ours and with torch's in
+``python -m custom_ops.benchmarks.networks [--quick] [--only PART ...] [--json FILE]``: the peak memory of a training
+step of three networks, eager and compiled, with torch's activations out of place, with ours and with torch's in
 place; then the time of a compiled ``linear -> bias -> activation -> residual``.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from custom_ops.benchmarks.memory import peak_bytes
 from custom_ops.benchmarks.timing import Call, interleave, median
 
 LEAST_SAVED = {"MobileNetV2-shaped, ReLU6": 0.2, "Darknet-shaped, LeakyReLU": 0.2}
+# Compiles in half the time, to slower code.
+MEMORY_ONLY: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.simdlen": 1, "aot_inductor.debug_compile": True}
 CHAINED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
@@ -94,6 +96,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _part(network: str) -> str:
+    return network.partition("-")[0].lower()
+
+
+PARTS = [*map(_part, NETWORKS), "chains"]
+
+
 def _variants(network: Callable[[], nn.Module]) -> dict[str, nn.Module]:
     """The same network, weights and all, with each kind of activation."""
     torch.manual_seed(0)
@@ -106,16 +115,18 @@ def _variants(network: Callable[[], nn.Module]) -> dict[str, nn.Module]:
     return {"torch": theirs, "custom_ops": ours, "torch, in place": inplace}
 
 
-def step_memory(batch: int, size: int, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
-    """Peak memory and loss of one training step of each network with each kind of activation."""
+def step_memory(
+    batch: int, size: int, device: torch.device, compiled: bool, networks: Sequence[str] = tuple(NETWORKS)
+) -> list[dict[str, Any]]:
+    """Peak memory and loss of one training step of each of the networks with each kind of activation."""
     rows = []
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
     target = torch.arange(batch, device=device) % 10
-    for name, network in NETWORKS.items():
-        for variant, model in _variants(network).items():
+    for name in networks:
+        for variant, model in _variants(NETWORKS[name]).items():
             model = model.to(device).train()
             torch._dynamo.reset()  # or the last of many models would run uncompiled
-            forward = torch.compile(model) if compiled else model
+            forward = torch.compile(model, options=MEMORY_ONLY) if compiled else model
             losses: list[float] = []
 
             def step(model: nn.Module = model, forward: Any = forward, losses: list[float] = losses) -> None:
@@ -150,7 +161,8 @@ def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -
 
             run = torch.compile(chain, fullgraph=True)
             contenders[library] = Call(lambda _, run=run: torch.autograd.grad(run(*inputs), inputs, grad))
-        times = {library: median(values) * 1e3 for library, values in interleave(contenders, seconds, device).items()}
+        measured = interleave(contenders, seconds, device, warm_ups=1)
+        times = {library: median(values) * 1e3 for library, values in measured.items()}
         results.append({"activation": name, **times, "ours_over_torch": times["custom_ops"] / times["torch"]})
     return results
 
@@ -158,15 +170,21 @@ def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.networks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller images, eager only, shorter timings")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; all by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     batch, size = (4, 64) if options.quick else (16, 128)
-    steps = [r for c in ((False,) if options.quick else (False, True)) for r in step_memory(batch, size, device, c)]
-    chains = chain_times(*((512, 512) if options.quick else (8192, 2048)), device, 1.0 if options.quick else 10.0)
-    _print_steps(steps, batch, size)
-    _print_chains(chains)
+    networks = [name for name in NETWORKS if _part(name) in options.only]
+    modes = (False,) if options.quick else (False, True)
+    steps = [row for compiled in modes for row in step_memory(batch, size, device, compiled, networks)]
+    if steps:
+        _print_steps(steps, batch, size)
+    chains = []
+    if "chains" in options.only:
+        chains = chain_times(*((512, 512) if options.quick else (65536, 256)), device, 1.0 if options.quick else 3.0)
+        _print_chains(chains)
     if options.json:
         command = f"python -m custom_ops.benchmarks.networks {' '.join(argv)}"
         inputs = {"device": options.device, "batch": batch, "size": size}
