@@ -34,7 +34,6 @@ from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Sample
 
-
 NONE, MEAN, SUM = map(_checks.REDUCTIONS.index, ("none", "mean", "sum"))  # as numbered in csrc/lists.h
 
 
