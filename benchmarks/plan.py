@@ -36,6 +36,11 @@ class Plan:
         self.left = len(self.cells)
         self._last: dict[int, tuple[Cell, float]] = {}
 
+    def keep(self, sizes: list[str]) -> None:
+        """Only the cells of these sizes, written as "16x1024"."""
+        self.cells = [cell for cell in self.cells if _written(cell.size) in sizes]
+        self.left = len(self.cells)
+
     def effort(self, cell: Cell) -> Effort | None:
         """For the next cell; None to skip it."""
         remaining, cells = self.end - time.perf_counter(), self.left
@@ -55,6 +60,10 @@ def elements(size: Any) -> float:
     if isinstance(size, (tuple, list)):
         return math.prod(map(elements, size))
     return max(float(size), 1.0) if isinstance(size, (int, float)) else 1.0
+
+
+def _written(size: Any) -> str:
+    return "x".join(map(_written, size)) if isinstance(size, (tuple, list)) else str(size)
 
 
 class Peers:

@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--family", **several, choices=families, metavar="NAME", help=f"only these of {', '.join(families)}"
     )
+    parser.add_argument("--sizes", **several, metavar="SIZE", help='only these, written as "1000" or "16x1024"')
     parser.add_argument("--quick", action="store_true", help="under 3 minutes: fewer rounds, no torch.compile")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--memory", choices=("fresh", "warm"), default="fresh", help="new pages or reused ones (CPU)")
@@ -100,6 +101,8 @@ def _is_chosen(info: OpInfo, options: argparse.Namespace) -> bool:
 
 def _run(report: Report, infos: list[OpInfo], options: argparse.Namespace) -> None:
     plan = Scaling(infos) if options.scaling else Plan(infos, QUICK_SECONDS if options.quick else math.inf)
+    if options.sizes:
+        plan.keep(options.sizes)
     tables = [cell.benchmark for cell in plan.cells]
     peers = Peers(tables, [] if options.scaling else options.peers, options.quick)
     device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0

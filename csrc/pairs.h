@@ -169,12 +169,13 @@ struct FromPairs {
   using I = typename Vector<A>::I;
   static constexpr bool kProduct = false;
   const A* s;  // sigma s
+  int64_t n;
   int64_t chunk = INT64_MAX;
 
   // t is log(1 + q) itself.
   ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
     for (int64_t l = 0; l < kWidth<A>; ++l) {
-      const A d = inside[l] ? s[i] - s[j + l] : std::numeric_limits<A>::infinity();
+      const A d = inside[l] && j + l < n ? s[i] - s[j + l] : std::numeric_limits<A>::infinity();
       const A z = exp_nonpositive(-std::abs(d)), r = 1 / (1 + z);
       if constexpr (kUnbounded) x.q[l] = d < 0 ? std::exp(-d) : z;
       x.p[l] = d < 0 ? r : z * r;
@@ -309,8 +310,8 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
   } else {
     A* scaled = scratch.get<A>(length);
     for (int64_t i = 0; i < n; ++i) scaled[i] = static_cast<A>(sigma * static_cast<double>(items.s[i]));
-    std::fill(scaled + n, scaled + length, -std::numeric_limits<A>::infinity());
-    run(FromPairs<A, Phi::kUnbounded>{scaled});
+    std::fill(scaled + n, scaled + length, A(0));
+    run(FromPairs<A, Phi::kUnbounded>{scaled, n});
   }
   items.finish(list, sums, scale * (v ? sigma * sigma : sigma));
   list.loss = static_cast<A>(scale * std::accumulate(losses, losses + parts, 0.0));

@@ -115,9 +115,13 @@ struct PairwiseHinge {
 
     double centre = 0, finite = 0;
     bool nan = false;
+    int32_t infinite[2] = {-1, -1};  // the level of an item at -inf, and at inf: two levels there make inf - inf
     for (int64_t i = 0; i < n; ++i) {
       nan |= list.s[i] != list.s[i];
       if (std::isfinite(list.s[i])) centre += static_cast<double>(list.s[i]), finite += 1;
+      if (!std::isinf(list.s[i])) continue;
+      const int32_t other = std::exchange(infinite[list.s[i] > 0], level[i]);
+      nan |= other >= 0 && other != level[i];
     }
     if (nan && list.active) {
       list.loss = std::numeric_limits<A>::quiet_NaN();
@@ -141,7 +145,9 @@ struct PairwiseHinge {
     const auto add_lower = [&](int64_t i, const Sums& c) {
       const double a = margin - s[i];
       if (c.count == 0) return;
-      loss += squared ? c.count * a * a + 2 * a * c.s + c.squares : c.count * a + c.s;
+      const bool finite = std::isfinite(a) && std::isfinite(c.s);
+      const double sum = squared ? c.count * a * a + 2 * a * c.s + c.squares : c.count * a + c.s;
+      loss += finite ? sum : std::numeric_limits<double>::infinity();
       add_gradient(i, c, a, -1);
     };
     // c: those of a higher label that aren't above it by the margin.

@@ -638,3 +638,10 @@ def test_the_readme_shows_each_size_beside_the_peers(monkeypatch, tmp_path):
     result.rows[1] = replace(result.rows[1], note="")
     result.write_json(tmp_path / "cpu.json")
     assert "| `square` | 8 n, forward | 1 | 1.50 | peer | 0.50 |" in update.fastest()
+
+
+def test_only_the_sizes_that_are_named_are_measured():
+    plan = Plan([REGISTRY["lambda_loss"], REGISTRY["margin_ranking_loss"]])
+    plan.keep(["16x1024", "10000"])
+    assert {cell.size for cell in plan.cells} == {(16, 1024), 10000}
+    assert plan.left == len(plan.cells)

@@ -248,3 +248,21 @@ def test_labels_of_forty_and_two_thousand(name, own):
         close(slope, of_scores)
     loss, slope = loss_and_slope(name, scores.float(), 50 * labels, **own)
     assert loss.isfinite() and slope.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["pairwise_logistic_loss", "lambda_loss", "approx_ndcg_loss", "neural_sort_ndcg_loss"])
+def test_a_long_list_gives_the_same_bits_with_any_number_of_threads(name):
+    torch.manual_seed(0)
+    scores, labels = torch.randn(2, 2000), torch.randint(0, 5, (2, 2000))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(loss_and_slope(name, scores[:1], labels[:1], reduction="none"))
+    finally:
+        torch.set_num_threads(threads)
+    found.append(tuple(x[:1] for x in loss_and_slope(name, scores, labels, reduction="none")))
+    for loss, slope in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(slope, found[0][1])

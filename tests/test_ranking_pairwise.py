@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch.nn.functional import softplus
@@ -143,3 +146,23 @@ def test_vmap_over_cu_lengths_says_why_not():
 
 def test_phi_is_numbered_alike():
     assert (pairwise.LOGISTIC, pairwise.SOFT_ZERO_ONE, pairwise.EXPONENTIAL) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "mse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_scores_are_those_of_the_formula_at_each_pair(name, dtype):
+    """inf - inf of one pair makes the loss NaN; of items that are no pair it doesn't matter."""
+    inf = math.inf
+    for values in itertools.product((-inf, 0.5, inf), repeat=4):
+        labels = torch.tensor([2, 1, 1, 0])
+        scores = torch.tensor(values, dtype=dtype, requires_grad=True)
+        expected = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        better, worse = (labels[:, None] > labels).nonzero().unbind(1)
+        ours, phi = LOSSES[name]
+        loss, sum_of_pairs = ours(scores, labels), phi(expected[better] - expected[worse]).sum()
+        if sum_of_pairs.isnan():
+            assert loss.isnan(), values
+            continue
+        torch.testing.assert_close(loss.double(), sum_of_pairs)
+        slopes = torch.autograd.grad(loss, scores)[0], torch.autograd.grad(sum_of_pairs, expected)[0]
+        torch.testing.assert_close(slopes[0].double(), slopes[1], equal_nan=True)
