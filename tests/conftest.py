@@ -18,12 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker takes all tests of a package that is built, or of an op on a backend: they share that."""
+    """One worker takes all tests of the built package, of typing, or of an op on a backend: they share what is made."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            together = re.match(r".*test_packaging\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*", nodeid)
+            together = re.match(r".*test_(?:packaging|typing)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*", nodeid)
             return together.group() if together else nodeid
 
     config.option.loadscopereorder = False

@@ -18,6 +18,7 @@ from custom_ops.registry import REGISTRY, Sample
 from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel_grid, voxel_segments
 from custom_ops.verify import backend
 from custom_ops.verify import check as check_call
+from custom_ops.verify._interpreter import patched_once
 
 GPU_PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 ops = torch.ops.custom_ops
@@ -28,6 +29,12 @@ SHAPES = [((), 0), ((0,), 0), ((1,), 0), ((7,), 0), ((8,), 0), ((9,), 0), ((1025
 SHAPES += [((3, 9), 1), ((2, 2, 2, 4), 2), ((2, 1025), 1), ((3, 0), 1), ((0, 3), 1)]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quicker_interpreter():
+    with patched_once():
+        yield
 
 
 def draw(shape, dtype, seed=0, special=False):

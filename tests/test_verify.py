@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import custom_ops
 from custom_ops.verify import Cell, Report, Sample, backend, capabilities, main, verify
 
 
@@ -98,6 +100,16 @@ def test_tensors_within_arguments_are_refused(sample: tuple, message: str) -> No
         verify(torch.sin, samples)
     report = verify(torch.sin, lambda device, dtype: samples, only=["vmap"])
     assert message in report["vmap"].detail
+
+
+def test_the_interpreter_is_left_as_it_was() -> None:
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    before = interpreter._patch_lang, language.load, language.tensor.__add__
+    with backend("triton"):
+        custom_ops.relu(torch.ones(3))
+        assert language.load is not before[1]
+    assert before == (interpreter._patch_lang, language.load, language.tensor.__add__)
 
 
 def test_triton_backend_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

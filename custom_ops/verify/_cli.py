@@ -62,6 +62,11 @@ def main(argv: Sequence[str]) -> int:
     return 0 if report.ok else 1
 
 
+QUICK = """capture with aot_eager mostly, no AOTInductor; on the triton backend also two samples in most rows (value,
+gradient, second derivative and the dtypes have all), Jacobians and Hessians along two random directions of each
+input, finite differences without undefined gradients, batches of two"""
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m custom_ops verify", description="Check every op against the capability matrix."
@@ -70,7 +75,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--op", **several, default=[], metavar="NAME", help="only these ops")
     parser.add_argument("--backend", **several, choices=BACKENDS, help="by default cpp")
     parser.add_argument("--only", **several, metavar="CAPABILITY", help="only these rows")
-    parser.add_argument("--quick", action="store_true", help="capture with aot_eager mostly, no AOTInductor")
+    parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--markdown", action="store_true", help="print the matrix as a Markdown table")
     parser.add_argument("--list", action="store_true", help="list the capabilities and what they mean")

@@ -56,7 +56,9 @@ def verify(
         not_comparable: {capability: reason}, not run. For ops that shape gradients: finite differences don't see that.
         name: what the report calls it; by default the function's name.
         backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
-        quick: capture with ``aot_eager`` mostly, and skip AOTInductor.
+        quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
+            rows (values, gradients, second derivatives and dtypes have all), Jacobians and Hessians along two random
+            directions of each input, finite differences without undefined gradients, and batches of two.
         only: the capabilities to check; all by default (`capabilities` lists them).
         on_cell: called with each `Cell` as it is done.
 
