@@ -144,6 +144,22 @@ def own_geometry_agrees() -> None:
     torch.testing.assert_close(of_ours.full_tensor(), second(x, rank, lambda y: y))
 
 
+def compiled_agrees() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, ranks = torch.randn(8, 6, requires_grad=True), torch.randint(-1, 5, (8,))
+    ours, spread_ranks = distribute_tensor(x.detach(), mesh, [Shard(0)]), distribute_tensor(ranks, mesh, [Shard(0)])
+
+    def loss_of(x: Tensor, ranks: Tensor) -> Tensor:
+        x = custom_ops.relu(x)
+        of_scores = custom_ops.pairwise_logistic_loss(x, torch.ones_like(x).cumsum(1), reduction="sum")
+        return of_scores + custom_ops.voxel_sum(x, ranks, 5)[2:].sum()
+
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)(ours.requires_grad_(), spread_ranks)
+    compiled.full_tensor().backward()
+    (expected,) = torch.autograd.grad(loss_of(x, ranks), x)
+    torch.testing.assert_close(ours.grad.full_tensor(), expected)
+
+
 def worker(names: list[str]) -> None:
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
     failures = []
@@ -171,6 +187,7 @@ def worker(names: list[str]) -> None:
     if not names:
         mixtures_agree()
         own_geometry_agrees()
+        compiled_agrees()
     if dist.get_rank() == 0:
         print(*failures, sep="\n", file=sys.stderr)
     dist.barrier()
