@@ -28,8 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -90,14 +91,15 @@ class RowwiseConv(ParallelStyle):
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Conv2d) and module.bias is not None
+        bias = module.bias
         module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(1)]))
 
         def forward(x: Any) -> Tensor:
             weight: Any = module.weight
             own = F.conv2d(x.to_local(), weight.to_local(), None, module.stride, module.padding)
-            return DTensor.from_local(own, mesh, [Partial()]).full_tensor() + module.bias[:, None, None]
+            return DTensor.from_local(own, mesh, [Partial()]).full_tensor() + bias[:, None, None]
 
-        module.forward = forward
+        module.forward = forward  # type: ignore[assignment, method-assign]
         return module
 
 
@@ -115,7 +117,8 @@ def parallelise(model: nn.Module, task: str, parallel: str, mesh: DeviceMesh) ->
     for module in list(model.modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 class Checkpoints:
@@ -133,7 +136,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         model, optimiser = get_state_dict(self.model, self.optimiser)
-        checkpoint.save({"model": model, "optimiser": optimiser, "losses": losses}, checkpoint_id=partial)
+        save({"model": model, "optimiser": optimiser, "losses": losses}, checkpoint_id=partial)
         if dist.get_rank() == 0:
             self.publish(partial, path)
         dist.barrier()
@@ -150,7 +153,7 @@ class Checkpoints:
             return []
         model, optimiser = get_state_dict(self.model, self.optimiser)
         state: dict[str, Any] = {"model": model, "optimiser": optimiser, "losses": []}
-        checkpoint.load(state, checkpoint_id=max(found))
+        load(state, checkpoint_id=max(found))
         set_state_dict(self.model, self.optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
         return list(state["losses"])
 

@@ -144,6 +144,22 @@ def own_geometry_agrees() -> None:
     torch.testing.assert_close(of_ours.full_tensor(), second(x, rank, lambda y: y))
 
 
+def compiled_agrees() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, ranks = torch.randn(8, 6, requires_grad=True), torch.randint(-1, 5, (8,))
+    ours, spread_ranks = distribute_tensor(x.detach(), mesh, [Shard(0)]), distribute_tensor(ranks, mesh, [Shard(0)])
+
+    def loss_of(x: Tensor, ranks: Tensor) -> Tensor:
+        x = custom_ops.relu(x)
+        of_scores = custom_ops.pairwise_logistic_loss(x, torch.ones_like(x).cumsum(1), reduction="sum")
+        return of_scores + custom_ops.voxel_sum(x, ranks, 5)[2:].sum()
+
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)(ours.requires_grad_(), spread_ranks)
+    compiled.full_tensor().backward()
+    (expected,) = torch.autograd.grad(loss_of(x, ranks), x)
+    torch.testing.assert_close(ours.grad.full_tensor(), expected)
+
+
 def worker(names: list[str]) -> None:
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
     failures = []
@@ -179,13 +195,22 @@ def worker(names: list[str]) -> None:
         raise SystemExit(1)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_all_processes_agree_with_one(processes: int) -> None:
+@pytest.mark.parametrize("arguments", [(2,), (4,), (2, "compiled")])
+def test_all_processes_agree_with_one(arguments: tuple[Any, ...]) -> None:
+    """Compiled in processes of their own: after all the rest AOTAutograd has been seen to fail."""
+    processes, *names = arguments
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += names
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1:])
+    if sys.argv[1:] == ["compiled"]:
+        dist.init_process_group("gloo")
+        torch.manual_seed(0)
+        compiled_agrees()
+        dist.destroy_process_group()
+    else:
+        worker(sys.argv[1:])
