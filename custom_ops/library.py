@@ -50,6 +50,7 @@ import inspect
 import re
 import string
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -791,31 +792,42 @@ def _imported_on_first_call(path: str) -> Callable[..., Any]:
 
 def _after_import(module: str, callback: Callable[[], None]) -> None:
     """Call back once ``module``, slow to import, has been imported by someone else; now if it has been."""
-    if module in sys.modules:
+    with _AfterImport.lock:
+        spec = getattr(sys.modules.get(module), "__spec__", None)
+        imported = module in _AfterImport.imported or (spec and not getattr(spec, "_initializing", False))
+        if not imported:
+            _AfterImport.callbacks.setdefault(module, []).append(callback)
+    if imported:
         callback()
-    else:
-        _AfterImport.callbacks.setdefault(module, []).append(callback)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
+    """Threads may import several of the modules at once, and define ops meanwhile."""
+
     callbacks: dict[str, list[Callable[[], None]]] = {}
-    searching = False
+    imported: set[str] = set()
+    lock = threading.Lock()
+    thread = threading.local()
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname not in self.callbacks or self.searching:
+        searching = self.thread.__dict__.setdefault("searching", set())
+        if fullname not in self.callbacks or fullname in searching:
             return None
-        self.searching = True
+        searching.add(fullname)
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self.searching = False
+            searching.discard(fullname)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
-            for callback in self.callbacks.pop(fullname, []):
+            with self.lock:
+                self.imported.add(fullname)
+                waiting = self.callbacks.pop(fullname, [])
+            for callback in waiting:
                 callback()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

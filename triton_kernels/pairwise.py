@@ -109,8 +109,8 @@ def pairwise_kernel(
     valid_i = owner_i >= 0
     s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0)
     y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
-    slope = tl.full([ROWS], 0.0, s_i.dtype)
-    value, count = slope, slope
+    slope = s_i * 0.0  # with a constant in its place a kernel spills
+    value, count = tl.full([ROWS], 0.0, s_i.dtype), tl.full([ROWS], 0.0, s_i.dtype)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     scale = tl.full([1, 1], factor, s_i.dtype)
