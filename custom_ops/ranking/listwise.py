@@ -500,6 +500,7 @@ def _register(
     base: dict[str, Any] | None = None,
     bad: tuple[tuple[str, Any], ...] = (),
     benchmarks: Sequence[Benchmark] = (),
+    native: Callable[..., Tensor] | None = None,
 ) -> None:
     """Each of ``owns`` are a sample's own arguments, ``base`` those of the samples common to all losses.
 
@@ -524,8 +525,13 @@ def _register(
                 *(BadCall((x, x), message, {message.split(":")[0]: value}) for message, value in bad),
             ],
             benchmarks=benchmarks,
+            native=native,
         )
     )
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(scores, labels.to(scores.dtype).softmax(-1))
 
 
 _register(
@@ -536,13 +542,12 @@ _register(
     benchmarks=_benchmark(
         {
             "allRank": "custom_ops.benchmarks.allrank_peers:list_net",
-            "F.cross_entropy": lambda scores, labels: torch.nn.functional.cross_entropy(
-                scores, labels.to(scores.dtype).softmax(-1)
-            ),
+            "F.cross_entropy": _cross_entropy,
         },
         "F.cross_entropy",
         1,
     ),
+    native=_cross_entropy,
 )
 _register(softmax_loss, SoftmaxLoss, _softmax_of_one_list, "Softmax cross entropy weighted with the labels")
 _register(

@@ -590,6 +590,7 @@ register(
         function=bpr_loss,
         reference=bpr_loss_reference,
         samples=_bpr_samples,
+        native=lambda positive, negative: -torch.nn.functional.logsigmoid(positive - negative).mean(),
         modules=lambda: [(BPRLoss(), {}), (BPRLoss("sum"), {"reduction": "sum"})],
         bad_calls=lambda: [
             BadCall((1.0, _two), "positive: expected a tensor, got float"),

@@ -582,6 +582,7 @@ register(
         reference=soft_sort_reference,
         not_fuzzed=_NOT_FUZZED,
         samples=_samples,
+        native=lambda x: x.sort().values,
         bad_calls=_bad_calls,
     )
 )
