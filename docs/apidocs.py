@@ -24,7 +24,13 @@ from custom_ops.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = [f"custom_ops.{family}" for family in dict.fromkeys(info.family for info in REGISTRY.values())]
-TOOLS = ["custom_ops.library", "custom_ops.verify", "custom_ops.registry", "custom_ops.triton_kernels.common"]
+TOOLS = [
+    "custom_ops.library",
+    "custom_ops.shards",
+    "custom_ops.verify",
+    "custom_ops.registry",
+    "custom_ops.triton_kernels.common",
+]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

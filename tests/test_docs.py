@@ -28,7 +28,14 @@ for path in sorted((ROOT / "custom_ops").rglob("*.py")):
         MODULES.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
 PUBLIC = {
     f"{module}.{name}": getattr(importlib.import_module(module), name)
-    for module in ("custom_ops", "custom_ops.library", "custom_ops.registry", "custom_ops.verify", MODULES[0])
+    for module in (
+        "custom_ops",
+        "custom_ops.library",
+        "custom_ops.registry",
+        "custom_ops.shards",
+        "custom_ops.verify",
+        MODULES[0],
+    )
     for name in importlib.import_module(module).__all__
 }
 

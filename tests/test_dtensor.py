@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 import custom_ops
-from custom_ops import library
+from custom_ops import shards
 from custom_ops.registry import REGISTRY, OpInfo, Sample, Sharding
 
 ROWS = 5  # unevenly spread; of four processes the last has none
@@ -140,7 +140,7 @@ def own_geometry_agrees() -> None:
         return torch.autograd.grad((grad * grad).sum(), x)[0]
 
     ours = ours.detach().requires_grad_()  # CommDebugMode left hooks on the other
-    of_ours = second(ours, spread_rank, library.summed_up)
+    of_ours = second(ours, spread_rank, shards.summed_up)
     torch.testing.assert_close(of_ours.full_tensor(), second(x, rank, lambda y: y))
 
 

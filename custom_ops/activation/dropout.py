@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
 from custom_ops.activation._common import not_a_tensor, unary_samples
@@ -97,7 +97,7 @@ def relu_dropout(
             raise ValueError(f"seed: expected a scalar, got shape {list(seed.shape)}")
     if not training:
         return relu(x, inplace)
-    if library.is_sharded(x):
+    if shards.is_sharded(x):
         raise NotImplementedError("x: each element's draw depends on its place in the whole tensor, not in a shard")
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask, pack, unpack
 from custom_ops._native import define
 from custom_ops.activation._common import against, as_it_lies, away_from, not_a_tensor, unary_samples
@@ -189,9 +189,9 @@ def _activate(
         inner = 1 if bias is None else math.prod(rows.shape[dim + 1 :])
         return piecewise_linear(rows, bias, inner, low, high, below, above, slope, nan_passes, 0)[0]
 
-    if library.is_sharded(x):
-        names = library.batch_labels(x.dim())
-        y = library.in_shards(part, f"{names},{names[dim : dim + 1]}->{names}", x, bias)
+    if shards.is_sharded(x):
+        names = shards.batch_labels(x.dim())
+        y = shards.in_shards(part, f"{names},{names[dim : dim + 1]}->{names}", x, bias)
     else:
         y = as_it_lies(x, run, dim)
     return x.copy_(y) if inplace else y

@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Sample
@@ -381,8 +381,8 @@ def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | Non
     _checks.has_dtype("lengths", lengths, _checks.INDEX)
     _has_shape("lengths", lengths, x, x.shape[:-1], name)
     places = torch.arange(x.shape[-1], device=x.device)
-    if library.is_sharded(lengths):
-        places = library.replicated(places, lengths)
+    if shards.is_sharded(lengths):
+        places = shards.replicated(places, lengths)
     begun = places < lengths.unsqueeze(-1)
     return begun if mask is None else mask & begun
 
@@ -396,7 +396,7 @@ def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, cal
 
 def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """The mean is over the lists that contribute; of none it is 0."""
-    if weights is not None or reduction == "none" or library.is_sharded(loss):
+    if weights is not None or reduction == "none" or shards.is_sharded(loss):
         return _reduce_by_torch(loss, active, weights, reduction)
     total: Tensor = list_total(loss, active, reduction == "mean", 0)
     return total
@@ -412,8 +412,8 @@ def _reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduc
     total = loss.sum(dtype=torch.float64)
     if reduction == "mean":
         count = active.sum() if weights is None else (weights * active).sum(dtype=torch.float64)
-        if library.is_sharded(count):
-            count = library.summed_up(count)
+        if shards.is_sharded(count):
+            count = shards.summed_up(count)
         total = total / torch.where(count == 0, 1, count)
     return total.to(loss.dtype)
 

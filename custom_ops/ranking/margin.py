@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
 from custom_ops.library import Function
@@ -188,7 +188,7 @@ def margin_ranking_loss(
         raise TypeError(f"target: expected real numbers, got {str(target.dtype).removeprefix('torch.')}")
     _checks.is_number("margin", margin)
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-    if library.is_sharded(input1, input2, target):
+    if shards.is_sharded(input1, input2, target):
         return _in_shards((input1, input2, target), margin, reduction)
     tensors = _checks.broadcast(input1=input1, input2=input2, target=target)
     divisor = tensors[0].numel() if reduction == "mean" else 1
@@ -204,12 +204,12 @@ def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Te
         parts = _checks.broadcast(**dict(zip(("input1", "input2", "target"), tensors)))
         return margin_ranking(*parts, float(margin), divisor, reduction != "none", 0)[0]
 
-    names = library.batch_labels(len(shape))
+    names = shards.batch_labels(len(shape))
     labels = []
     for t in tensors:
         sizes = zip(names[len(shape) - t.dim() :], t.shape, shape[len(shape) - t.dim() :])
         labels.append("".join(name if size == of_all else "X" for name, size, of_all in sizes))
-    return library.in_shards(run, f"{','.join(labels)}->{names if reduction == 'none' else ''}", *tensors)
+    return shards.in_shards(run, f"{','.join(labels)}->{names if reduction == 'none' else ''}", *tensors)
 
 
 class MarginRankingLoss(torch.nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, shards
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
@@ -172,10 +172,10 @@ def _fitted(x: Tensor, valid: Tensor | None, strength: float, kl: bool, sort: bo
 
 def _by_lists(run: Callable[..., Tensor], x: Tensor, valid: Tensor | None) -> Tensor:
     """``run(x, valid)``, which takes lists one by one; of DTensors each process takes its own."""
-    if not library.is_sharded(x):
+    if not shards.is_sharded(x):
         return run(x, valid)
-    lists = library.batch_labels(x.dim() - 1) + "N"
-    return library.in_shards(run, f"{lists},{lists}->{lists}", x, valid)
+    lists = shards.batch_labels(x.dim() - 1) + "N"
+    return shards.in_shards(run, f"{lists},{lists}->{lists}", x, valid)
 
 
 def soft_rank(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, register
 from custom_ops.voxel.pooling import bev_pool, draw_cameras
@@ -138,8 +138,8 @@ def bev_pool_v2(
         return bev_pool(depth, feat, rank, voxels)[0]
 
     pooled = (depth, feat, rank.view(depth.shape))
-    in_shards = library.is_sharded(depth, feat)
-    out = library.in_shards(pool, "bndHW,bnHWc,bndHW->Vc", *pooled) if in_shards else pool(*pooled)
+    in_shards = shards.is_sharded(depth, feat)
+    out = shards.in_shards(pool, "bndHW,bnHWc,bndHW->Vc", *pooled) if in_shards else pool(*pooled)
     return out.view(tuple(bev_feat_shape)).permute(0, 4, 1, 2, 3)
 
 

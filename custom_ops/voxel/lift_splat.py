@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, shards
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
 from custom_ops.voxel.pooling import bev_pool
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
@@ -110,8 +110,8 @@ class LiftSplat(KeepsGeometry):
             raise ValueError(f"depth: expected (D, H, W) = {frustum}, got shape {list(depth.shape)}")
         if cameras not in (depth.shape[:2], depth.shape[1:2]):
             raise ValueError(f"depth: expected (B, N) of the cameras, {list(cameras)}, got shape {list(depth.shape)}")
-        if library.is_sharded(depth):  # its points are sorted where they are
-            bev = bev_pool(depth, feat, library.replicated(geometry.rank, depth), self._voxels())
+        if shards.is_sharded(depth):  # its points are sorted where they are
+            bev = bev_pool(depth, feat, shards.replicated(geometry.rank, depth), self._voxels())
         else:
             bev = bev_pool(depth, feat, geometry.rank, self._voxels(), csr=geometry.csr)
         return bev.unflatten(1, self.grid_size).permute(0, 3, 4, 1, 2).flatten(1, 2)

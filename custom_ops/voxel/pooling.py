@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, shards
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
 from custom_ops.voxel.sums import check_ranks, geometry_of, voxel_sum_reference
@@ -75,7 +75,7 @@ def bev_pool(
     _checks.has_dims("depth", depth, "[B, N, D, H, W]")
     _checks.has_dtype("feat", feat, _checks.FLOATING)
     _checks.has_dims("feat", feat, "[B, N, C, H, W]")
-    if library.is_sharded(depth, feat):
+    if shards.is_sharded(depth, feat):
         return _in_shards(depth, feat, rank, num_voxels, csr)
     batch, cameras, bins, height, width = depth.shape
     expected = (batch, cameras, feat.shape[2], height, width)
@@ -100,7 +100,7 @@ def _in_shards(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: 
 
     lead = "b" if rank.dim() > 4 else ""
     labels = f"bndHW,bncHW,{lead}ndHW,{lead}P,{lead}V->bVc"
-    return library.in_shards(run, labels, depth, feat, rank, *(csr or (None, None)))
+    return shards.in_shards(run, labels, depth, feat, rank, *(csr or (None, None)))
 
 
 class BEVPool(KeepsGeometry):
@@ -135,7 +135,7 @@ class BEVPool(KeepsGeometry):
             if csr is not None:
                 raise ValueError("rank: expected ranks with a csr, got None")
             geometry = self._kept("rank: expected ranks")
-        elif csr is not None or library.is_sharded(depth):
+        elif csr is not None or shards.is_sharded(depth):
             return bev_pool(depth, feat, rank, self.num_voxels, csr)
         else:
             geometry = self._geometry_of(_checked(rank))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, shards
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 from custom_ops.voxel.voxel_grid import SCALING, voxel_bounds
 from custom_ops.voxel.voxel_segments import SegmentReduce, segment_reduce
@@ -74,7 +74,7 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
                 [0, 1]]))
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    if library.is_sharded(x, ranks):
+    if shards.is_sharded(x, ranks):
         raise NotImplementedError(f"x: expected no DTensor, because {_NOT_SHARDED}; voxel_sum's grid has a static size")
     _checks.has_dims("x", x, "[N, C]")
     _checks.is_tensor("geometry", geometry)

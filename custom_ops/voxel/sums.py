@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, shards
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
 from custom_ops.voxel.voxel_grid import SCALING, voxel_csr, voxel_match, voxel_rank
@@ -120,7 +120,7 @@ def voxel_sum(
     _checks.is_one_of("reduce", reduce, _REDUCTIONS)
     if mask is not None and csr is not None:
         raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
-    if library.is_sharded(x):
+    if shards.is_sharded(x):
         return _in_shards(x, rank, num_voxels, reduce, mask, csr)
     rank = _ranks_of(x, rank, num_voxels, mask)
     perm, indptr = geometry_of(rank, num_voxels, csr)
@@ -141,11 +141,11 @@ def _in_shards(
         own = None if perm is None or indptr is None else (perm, indptr)
         return voxel_sum(x, rank, num_voxels, reduce, mask, own)
 
-    lead = library.batch_labels(points)
+    lead = shards.batch_labels(points)
     p = "P" if reduce == "max" else "p"
     of_rank, of_mask = (lead if t is not None and t.dim() > 1 else "" for t in (rank, mask))
     labels = f"{lead}{p}c,{of_rank}{p},{of_mask}{p},{of_rank}N,{of_rank}V->{lead}Vc"
-    return library.in_shards(run, labels, x, rank, mask, *(csr or (None, None)))
+    return shards.in_shards(run, labels, x, rank, mask, *(csr or (None, None)))
 
 
 def _mean_of_parts(
@@ -160,11 +160,11 @@ def _mean_of_parts(
     inside: Any = rank if mask is None else torch.where(mask, rank, -1)
     at = [p.dim - (x.dim() - 1 - inside.dim()) if p.is_shard() else -1 for p in x.placements]
     cut = [Shard(d) if 0 <= d < inside.dim() else Replicate() for d in at]
-    lead = library.batch_labels(inside.dim() - 1)
-    counts = library.in_shards(count, f"{lead}p->{lead}V", inside.redistribute(placements=cut))
+    lead = shards.batch_labels(inside.dim() - 1)
+    counts = shards.in_shards(count, f"{lead}p->{lead}V", inside.redistribute(placements=cut))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     sums = voxel_sum(wide, rank, num_voxels, "sum", mask, csr)
-    return (sums / library.summed_up(counts).clamp_min(1)[..., None]).to(x.dtype)
+    return (sums / shards.summed_up(counts).clamp_min(1)[..., None]).to(x.dtype)
 
 
 class VoxelSum(KeepsGeometry):
@@ -204,7 +204,7 @@ class VoxelSum(KeepsGeometry):
             if mask is not None or csr is not None:
                 raise ValueError("rank: expected ranks with a mask or csr, got None")
             geometry = self._kept("rank: expected ranks")
-        elif csr is not None or library.is_sharded(x):
+        elif csr is not None or shards.is_sharded(x):
             return voxel_sum(x, rank, self.num_voxels, self.reduce, mask, csr)
         else:
             geometry = self._geometry_of(_ranks_of(x, rank, self.num_voxels, mask))

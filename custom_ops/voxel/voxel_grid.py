@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, register
 
@@ -137,14 +137,14 @@ def voxel_rank(
         >>> custom_ops.voxel_rank(points, (0, 0, 0), (1, 1, 1), (2, 2, 1), rounding="trunc")
         tensor([0, 2, 0])
     """
-    if library.is_sharded(points):
+    if shards.is_sharded(points):
 
         def run(points: Tensor, batch: Tensor | None) -> Tensor:
             return voxel_rank(points, origin, voxel_size, grid_size, batch, rounding)
 
-        lead = library.batch_labels(points.dim() - 1)
+        lead = shards.batch_labels(points.dim() - 1)
         own = "" if batch is None else lead[len(lead) - batch.dim() :]
-        return library.in_shards(run, f"{lead}X,{own}->{lead}", points, batch)
+        return shards.in_shards(run, f"{lead}X,{own}->{lead}", points, batch)
     _checks.has_dtype("points", points, _checks.FLOATING)
     if points.dim() < 1 or points.shape[-1] != 3:
         raise ValueError(f"points: expected [..., 3], got shape {list(points.shape)}")
@@ -202,9 +202,9 @@ def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
     if rank.dim() < 1:
         raise ValueError("rank: expected [..., N], got a scalar")
     _checks.is_count("num_voxels", num_voxels)
-    if library.is_sharded(rank):
-        lead = library.batch_labels(rank.dim() - 1)
-        return library.in_shards(lambda rank: voxel_csr(rank, num_voxels), f"{lead}N->{lead}N,{lead}V", rank)
+    if shards.is_sharded(rank):
+        lead = shards.batch_labels(rank.dim() - 1)
+        return shards.in_shards(lambda rank: voxel_csr(rank, num_voxels), f"{lead}N->{lead}N,{lead}V", rank)
     return voxel_sort(rank, num_voxels)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
@@ -273,7 +273,7 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
     _checks.has_dtype("x", x, _checks.FLOATING)
     if x.dim() < 2:
         raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
-    if library.is_sharded(x):
+    if shards.is_sharded(x):
         return _segment_sum_in_shards(x, indptr, perm, weight)
     check_segments(x, indptr, perm, x.dim() - 2)
     if perm is not None and perm.shape[-1] != x.shape[-2]:
@@ -303,12 +303,12 @@ def _segment_sum_in_shards(x: Tensor, indptr: Tensor, perm: Tensor | None, weigh
                 indptr = torch.nn.functional.pad(mine.cumsum(-1), (1, 0)).gather(-1, indptr)
         return segment_sum(x, indptr, perm, weight)
 
-    of_all, points = library.is_sharded(indptr), x.shape[-2]
-    own = library.replicated(torch.arange(points, device=x.device), x)
-    lead = library.batch_labels(x.dim() - 2)
+    of_all, points = shards.is_sharded(indptr), x.shape[-2]
+    own = shards.replicated(torch.arange(points, device=x.device), x)
+    lead = shards.batch_labels(x.dim() - 2)
     shared = lead if indptr.dim() > 1 else ""
     labels = f"{lead}pc,{shared}V,{shared}N,{lead}p,p->{lead}Vc"
-    return library.in_shards(run, labels, x, indptr, perm, weight, own)
+    return shards.in_shards(run, labels, x, indptr, perm, weight, own)
 
 
 def segment_sum_reference(
