@@ -287,7 +287,9 @@ register(
             BadCall((_two, _two, _two, True), "margin: expected a number, got bool"),
             BadCall((_two, _two, _two, 0.0, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
         ],
-        native=lambda *args: torch.nn.functional.margin_ranking_loss(*args[:4], reduction=args[4]),
+        native=lambda x1, x2, target, margin, reduction: torch.nn.functional.margin_ranking_loss(
+            x1, x2, target, margin, reduction=reduction
+        ),
         benchmarks=[
             Benchmark(
                 unit="pairs",
