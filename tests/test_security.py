@@ -27,7 +27,7 @@ import custom_ops.verify, custom_ops.benchmarks.run, custom_ops.examples.demo, c
 import custom_ops.__main__
 for event, args in events:
     assert not event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "pickle.")), event
-    if event == "open" and isinstance(args[2], int):
+    if event == "open" and isinstance(args[2], int) and not isinstance(args[0], int):  # a number is open already
         assert not args[2] & 3 or "__pycache__" in str(args[0]) or str(args[0]) == "/dev/null", args
 """
 

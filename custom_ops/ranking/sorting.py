@@ -592,7 +592,7 @@ register(
         summary="1 - Spearman's rank correlation, with soft ranks",
         function=spearman_loss,
         reference=spearman_loss_reference,
-        not_fuzzed=_NOT_FUZZED,
+        not_fuzzed={**_NOT_FUZZED, "tiny": "in float32 ranks that hardly differ lose their differences"},
         samples=_spearman_samples,
         modules=lambda: [
             (SpearmanLoss(), {}),
