@@ -53,8 +53,10 @@ def main(target: Path = ROOT / "build" / "docs") -> None:
     for page, html in pages.items():
         (target / page).parent.mkdir(parents=True, exist_ok=True)
         (target / page).write_text(html)
-    for image in (ROOT / "docs").glob("*.png"):
-        shutil.copy(image, target)
+    for image in (ROOT / "docs").rglob("*.png"):
+        copied = target / image.relative_to(ROOT / "docs")
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(image, copied)
     _check_links(target)
 
 
