@@ -65,14 +65,14 @@ def read_json(path: Path) -> Report:
 
 def print_overhead(console: Console, report: Report) -> None:
     table = _table(f"one call on 16 elements ({report.where})", ("", "contender"), ("µs", "ours / this", "target"))
-    for direction, times in report.overhead.get("library", {}).items():
+    for direction, times in report.overhead["library"].items():
         for name, microseconds in times.items():
             ratio = times["custom_ops.library"] / microseconds
             target = _verdict(ratio, overhead.TARGETS[direction]) if name == overhead.PEER else ""
             table.add_row(direction, name, f"{microseconds:.1f}", f"{ratio:.2f}", target)
     console.print(table)
     table = _table("forward+backward on each op's first sample", ("op", "contender"), ("µs", "ours / this", "target"))
-    for op, times in report.overhead.get("ops", {}).items():
+    for op, times in report.overhead["ops"].items():
         for name, microseconds in times.items():
             ratio = times[OURS] / microseconds
             target = _verdict(ratio, overhead.OP_TARGET) if name == "native" else ""

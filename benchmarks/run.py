@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
     report.remarks += filter(None, [trouble(report.machine)])
     _run(report, infos, options)
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    print_overhead(console, report)
+    if report.overhead:
+        print_overhead(console, report)
     for rows in report.tables.values():
         print_rows(console, rows, report.where)
     print_remarks(console, report)
@@ -108,12 +109,13 @@ def _run(report: Report, infos: list[OpInfo], options: argparse.Namespace) -> No
     device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("overhead of a call", total=len(infos) + len(plan.cells))
-        report.overhead["library"] = overhead.of_library(seconds, device)
-        report.overhead["ops"] = {}
-        for info in infos:
-            progress.update(bar, advance=1, description=f"overhead of {info.name}")
-            report.overhead["ops"][info.name] = overhead.of_op(info, seconds, device)
+        bar = progress.add_task("overhead of a call", total=len(plan.cells) + (0 if options.scaling else len(infos)))
+        if not options.scaling:
+            report.overhead["library"] = overhead.of_library(seconds, device)
+            report.overhead["ops"] = {}
+            for info in infos:
+                progress.update(bar, advance=1, description=f"overhead of {info.name}")
+                report.overhead["ops"][info.name] = overhead.of_op(info, seconds, device)
         for cell in plan.cells:
             progress.update(bar, advance=1, description=str(cell))
             effort = plan.effort(cell)
