@@ -6,6 +6,8 @@ holds one list (``offsets`` None, L = 1) or L lists one after the other (``offse
     op(scores, labels, valid, offsets, reduction, batch_dims, *params) -> (loss, slope [..., T], active [..., L])
     slope_op(scores, labels, valid, offsets, v, *params) -> [..., T]
 
+`list_op` declares both, given the parameters.
+
 The loss is that of each list [..., L], or by ``reduction`` the mean over those that contribute, which ``active``
 tells, or the sum over all, of each example of the first ``batch_dims`` dimensions (0 but under ``vmap``). The slope
 is its derivative in the scores. It comes with the loss because one pass gives both, and serves the plain backward;
@@ -17,6 +19,7 @@ The ops see float32 or float64 only. An item that isn't ``valid`` is never read,
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,15 +38,6 @@ from custom_ops.library import Function
 from custom_ops.registry import BadCall, Sample
 
 NONE, MEAN, SUM = map(_checks.REDUCTIONS.index, ("none", "mean", "sum"))  # as numbered in csrc/lists.h
-
-
-def empty_loss(
-    scores: Tensor, offsets: Tensor | None, reduction: int, batch_dims: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the fake kernel of a list loss returns."""
-    active = torch.empty_like(_per_list(scores, offsets), dtype=torch.bool)
-    loss = scores.new_empty(active.shape if reduction == NONE else active.shape[:batch_dims])
-    return loss, scores.new_empty(scores.shape), active
 
 
 def _per_list(x: Tensor, offsets: Tensor | None) -> Tensor:
@@ -177,7 +171,56 @@ def is_differentiated() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
-def attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -> None:
+def _loss(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    active = torch.empty_like(_per_list(scores, offsets), dtype=torch.bool)
+    loss = scores.new_empty(active.shape if reduction == NONE else active.shape[:batch_dims])
+    return loss, scores.new_empty(scores.shape), active
+
+
+def _slope(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, *_: Any
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def list_op(third_is_zero: bool = False) -> Callable[[Callable[..., None]], OpOverload]:
+    """Define the two ops of a list loss, ``name`` and ``name_slope``, with all their rules; gives the first.
+
+    What is decorated has the name, what the loss is of each list, and the parameters that come after the
+    arguments common to all. For ``third_is_zero`` see `_attach`.
+    """
+
+    def decorate(declared: Callable[..., None]) -> OpOverload:
+        op = define(_fake(_loss, declared, declared.__name__))
+        _attach(op, define(_fake(_slope, declared, f"{declared.__name__}_slope")), third_is_zero)
+        return op
+
+    return decorate
+
+
+def _fake(common: Callable[..., Any], declared: Callable[..., None], name: str) -> Callable[..., Any]:
+    """The fake kernel of that name, with the arguments of ``common`` and then those of ``declared``."""
+
+    def fake(*args: Any) -> Any:
+        return common(*args)
+
+    signature = inspect.signature(common, eval_str=True)
+    own = inspect.signature(declared, eval_str=True).parameters.values()
+    parameters = [*list(signature.parameters.values())[:-1], *own]
+    fake.__name__, fake.__module__, fake.__doc__ = name, declared.__module__, declared.__doc__
+    fake.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return fake
+
+
+def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -> None:
     """Give a list loss its derivatives up to the second, batching rules and sharding rules.
 
     A third derivative raises, unless ``third_is_zero`` says that it vanishes: of a loss that is a

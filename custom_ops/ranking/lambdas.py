@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from custom_ops import _checks
-from custom_ops._native import define
 from custom_ops.ranking._lists import (
     ListLossModule,
-    attach,
-    empty_loss,
     list_bad_calls,
     list_loss,
+    list_op,
     list_samples,
     reference_of,
 )
@@ -31,47 +29,11 @@ _GAINS = ("exponential", "linear")
 _NO_LIMIT = 2**31 - 1
 
 
-@define
+@list_op()
 def lambda_pairs(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    weighting: int,
-    k: int,
-    both: bool,
-    exponential: bool,
-    sigma: float,
-    mu: float,
-    scale: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weighting: int, k: int, both: bool, exponential: bool, sigma: float, mu: float, scale: float, normalize: bool
+) -> None:
     """``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over the pairs of each list in the top k."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
-
-
-@define
-def lambda_pairs_slope(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    v: Tensor | None,
-    weighting: int,
-    k: int,
-    both: bool,
-    exponential: bool,
-    sigma: float,
-    mu: float,
-    scale: float,
-    normalize: bool,
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-attach(lambda_pairs, lambda_pairs_slope)
 
 
 def _check(

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops._native import define
 from custom_ops.ranking._lists import (
     ListLossModule,
-    attach,
-    empty_loss,
     list_bad_calls,
     list_loss,
+    list_op,
     list_samples,
     reference_of,
 )
@@ -44,103 +42,24 @@ _GAINS = ("exponential", "linear")
 # ---------------------------------------------------------------- ops
 
 
-@define
-def list_softmax(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    softmax_labels: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op()
+def list_softmax(softmax_labels: bool) -> None:
     """The sum of p_i (logsumexp(s) - s_i) for each list, p the labels or their softmax."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
-@define
-def list_softmax_slope(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, softmax_labels: bool
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-@define
-def list_mle(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    ties: int,
-    weighting: int,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op()
+def list_mle(ties: int, weighting: int, k: int) -> None:
     """The sum of w_i (logsumexp of s from the i-th item on - s_i), in label order; of k items unless k is 0."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
-@define
-def list_mle_slope(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    v: Tensor | None,
-    ties: int,
-    weighting: int,
-    k: int,
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-@define
-def unique_softmax(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    exponential: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op()
+def unique_softmax(exponential: bool) -> None:
     """The sum of gain_i softplus(logsumexp of s at lower labels - s_i) for each list."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
-@define
-def unique_softmax_slope(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, exponential: bool
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-@define
-def cosent(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op()
+def cosent(scale: float) -> None:
     """log(1 + sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j) for each list."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
-
-
-@define
-def cosent_slope(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, scale: float
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-attach(list_softmax, list_softmax_slope)
-attach(list_mle, list_mle_slope)
-attach(unique_softmax, unique_softmax_slope)
-attach(cosent, cosent_slope)
 
 
 # ---------------------------------------------------------------- public functions

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops._native import define
 from custom_ops.ranking._lists import (
     ListLossModule,
-    attach,
-    empty_loss,
     list_bad_calls,
     list_loss,
+    list_op,
     list_samples,
     reference_of,
 )
@@ -27,37 +25,9 @@ _GAINS = ("exponential", "linear")
 _NO_LIMIT = 2**31 - 1
 
 
-@define
-def neural_sort(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    temperature: float,
-    k: int,
-    exponential: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op()
+def neural_sort(temperature: float, k: int, exponential: bool) -> None:
     """1 less the NDCG of each list, with the gain at each rank a mean by a row of NeuralSort's matrix."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
-
-
-@define
-def neural_sort_slope(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    v: Tensor | None,
-    temperature: float,
-    k: int,
-    exponential: bool,
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-attach(neural_sort, neural_sort_slope)
 
 
 def _check(k: int | None, temperature: float, gain: str) -> None:

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from custom_ops import _checks
-from custom_ops._native import define
 from custom_ops.ranking._lists import (
     ListLossModule,
-    attach,
-    empty_loss,
     list_bad_calls,
     list_loss,
+    list_op,
     list_samples,
     reference_of,
 )
@@ -42,90 +40,19 @@ __all__ = [
 LOGISTIC, SOFT_ZERO_ONE, EXPONENTIAL = range(3)  # as the kernels number them
 
 
-@define
-def pairwise(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    phi: int,
-    sigma: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op()
+def pairwise(phi: int, sigma: float, normalize: bool) -> None:
     """The sum of phi(sigma (s_i - s_j)) over the pairs of each list, or its mean if ``normalize``."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
-@define
-def pairwise_slope(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    v: Tensor | None,
-    phi: int,
-    sigma: float,
-    normalize: bool,
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-@define
-def pairwise_hinge(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    margin: float,
-    squared: bool,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op(third_is_zero=True)
+def pairwise_hinge(margin: float, squared: bool, normalize: bool) -> None:
     """The sum of max(0, margin - (s_i - s_j)), or its square, over the pairs of each list."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
 
 
-@define
-def pairwise_hinge_slope(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    v: Tensor | None,
-    margin: float,
-    squared: bool,
-    normalize: bool,
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-@define
-def pairwise_mse(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op(third_is_zero=True)
+def pairwise_mse(normalize: bool) -> None:
     """The sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
-
-
-@define
-def pairwise_mse_slope(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, normalize: bool
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-attach(pairwise, pairwise_slope)
-attach(pairwise_hinge, pairwise_hinge_slope, third_is_zero=True)
-attach(pairwise_mse, pairwise_mse_slope, third_is_zero=True)
 
 
 def _is_positive(name: str, value: float) -> None:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops._native import define
 from custom_ops.ranking._lists import (
     ListLossModule,
-    attach,
-    empty_loss,
     list_bad_calls,
     list_loss,
+    list_op,
     list_samples,
     reference_of,
 )
@@ -36,35 +34,9 @@ _NDCG = {"exponential": 0, "linear": 1}
 _MRR, _AVERAGE_PRECISION = 2, 3
 
 
-@define
-def smooth_rank(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    reduction: int,
-    batch_dims: int,
-    temperature: float,
-    metric: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@list_op()
+def smooth_rank(temperature: float, metric: int) -> None:
     """1 less the metric of each list, at r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature)."""
-    return empty_loss(scores, offsets, reduction, batch_dims)
-
-
-@define
-def smooth_rank_slope(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    v: Tensor | None,
-    temperature: float,
-    metric: int,
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-attach(smooth_rank, smooth_rank_slope)
 
 
 def approx_ndcg_loss(
