@@ -32,6 +32,12 @@ def ndcg2pp(scores: Tensor, labels: Tensor) -> Tensor:
     return _lambda_loss("ndcgLoss2PP_scheme", scores, labels)
 
 
+def rank_net(scores: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the pairs of all lists, where ours sums those of each."""
+    loss: Tensor = losses.rankNet(scores, labels.to(scores.dtype))
+    return loss
+
+
 def approx_ndcg(scores: Tensor, labels: Tensor) -> Tensor:
     loss: Tensor = losses.approxNDCGLoss(scores, labels.to(scores.dtype))
     return loss

@@ -67,6 +67,7 @@ def logsigmoid_bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 compiled_bpr_loss = torch.compile(logsigmoid_bpr_loss)
+compiled_margin_ranking_loss = torch.compile(F.margin_ranking_loss)
 
 
 # Pooling onto a dense grid. These are called as the op they stand beside: `segment_sum(x, indptr)`,

@@ -72,6 +72,7 @@ struct Lists {
   Lists(const Tensor& x, const std::optional<Tensor>& valid_in, const std::optional<Tensor>& offsets);
 
   Shape per_list() const { return append(batch, {lists}); }
+  int64_t row_of(int64_t index) const { return index / lists * items; }  // where the row of a list begins
   const bool* valid_data() const { return valid ? data<bool>(*valid) : nullptr; }
 
   // Calls f(index, begin, end, scratch) for each list, in parallel, where begin and end are positions in the
@@ -84,7 +85,7 @@ struct Lists {
     const auto run = [&](int64_t first, int64_t last) {
       Scratch scratch;
       for (int64_t i = first; i < last; ++i) {
-        const int64_t at = i / lists * items, l = i % lists;
+        const int64_t at = row_of(i), l = i % lists;
         scratch.reset();
         f(i, at + bounds[l], at + bounds[l + 1], scratch);
       }
@@ -93,12 +94,12 @@ struct Lists {
     torch::stable::parallel_for(0, total, grain, run);
   }
 
-  // Zeroes the items of x that lie in no list.
+  // Puts `value` in the items of x that lie in no list.
   template <class A>
-  void clear_outside(A* x) const {
+  void clear_outside(A* x, A value = A(0)) const {
     for (int64_t e = 0; e < examples; ++e) {
-      std::fill(x + e * items, x + e * items + bounds.front(), A(0));
-      std::fill(x + e * items + bounds.back(), x + (e + 1) * items, A(0));
+      std::fill(x + e * items, x + e * items + bounds.front(), value);
+      std::fill(x + e * items + bounds.back(), x + (e + 1) * items, value);
     }
   }
 };

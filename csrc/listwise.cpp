@@ -84,15 +84,16 @@ double sigmoid(double x) {
   return (x >= 0 ? 1 : e) / (1 + e);
 }
 
-// A list's items in groups, each of which competes with all items from itself on. L is the logarithm of
-// the sum of e^s over a group and those after it.
+// A list's items in groups, or each alone, each of which competes with all items from itself on. L is the logarithm
+// of the sum of e^s over a group and those after it.
+template <bool kGrouped>
 struct Scan {
   int64_t n, groups;
-  const int64_t* first;  // of each group: its first item; and the end
+  const int64_t* first;  // of each group: its first item; and the end. Of items alone it isn't read
   const double* s;       // of each item: its score,
   double* share;         // and e^(s - L) for its group's L
   double* later;         // of each group: the shares of all later ones in its L,
-  double* whole;         // and of its own items;
+  double* whole;         // and of its own items, if grouped;
   double* lse;           // L; and -inf at the end
 
   Scan(const double* s, int64_t n, const int64_t* first, int64_t groups, Scratch& scratch)
@@ -102,7 +103,7 @@ struct Scan {
         s(s),
         share(scratch.get<double>(n)),
         later(scratch.get<double>(groups)),
-        whole(scratch.get<double>(groups)),
+        whole(kGrouped ? scratch.get<double>(groups) : nullptr),
         lse(scratch.get<double>(groups + 1)) {
     lse[groups] = -kInfinity;
     bool narrow;
@@ -122,13 +123,14 @@ struct Scan {
     for (int64_t g = groups - 1; g >= 0; --g) {
       later[g] = sum;
       double own = 0;
-      for (int64_t i = first[g]; i < first[g + 1]; ++i) own += share[i];
-      whole[g] = own;
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) own += share[i];
+      if (kGrouped) whole[g] = own;
       lse[g] = sum += own;
     }
-    each([&](int64_t i, int64_t g) { share[i] /= lse[g]; });
+    each([&](int64_t i, int64_t g) ALWAYS_INLINE { share[i] /= lse[g]; });
     for (int64_t g = 0; g < groups; ++g) {
-      later[g] /= lse[g], whole[g] /= lse[g];
+      later[g] /= lse[g];
+      if (kGrouped) whole[g] /= lse[g];
       lse[g] = highest + log_normal(lse[g]);
     }
   }
@@ -138,24 +140,30 @@ struct Scan {
     double top = -kInfinity, sum = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
       const double before = top;
-      for (int64_t i = first[g]; i < first[g + 1]; ++i) top = std::max(top, s[i]);
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) top = std::max(top, s[i]);
       if (top > before) sum *= std::exp(before - top);
       const double rest = sum;
       double own = 0;
-      for (int64_t i = first[g]; i < first[g + 1]; ++i) own += share[i] = std::exp(s[i] - top);
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) own += share[i] = std::exp(s[i] - top);
       sum = rest + own;
-      for (int64_t i = first[g]; i < first[g + 1]; ++i) share[i] /= sum;
-      later[g] = rest / sum, whole[g] = own / sum;
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) share[i] /= sum;
+      later[g] = rest / sum;
+      if (kGrouped) whole[g] = own / sum;
       lse[g] = top + std::log(sum);
     }
   }
 
  public:
+  ALWAYS_INLINE int64_t begin(int64_t group) const { return kGrouped ? first[group] : group; }
+
+  // What of a group's L isn't item i's: 1 - share, exact for an item alone.
+  double miss(int64_t i, int64_t group) const { return later[group] + (kGrouped ? whole[group] - share[i] : 0); }
+
   // f(item, group) for all, in order.
   template <class F>
-  void each(const F& f) const {
+  ALWAYS_INLINE void each(const F& f) const {
     for (int64_t g = 0; g < groups; ++g)
-      for (int64_t i = first[g]; i < first[g + 1]; ++i) f(i, g);
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) f(i, g);
   }
 
   // Of each group: the mean of v, weighted with e^s, over it and those after it; and 0 at the end.
@@ -164,7 +172,7 @@ struct Scan {
     mean[groups] = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
       mean[g] = later[g] * mean[g + 1];
-      for (int64_t i = first[g]; i < first[g + 1]; ++i) mean[g] += share[i] * v[i];
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) mean[g] += share[i] * v[i];
     }
     return mean;
   }
@@ -173,9 +181,9 @@ struct Scan {
 // A list in label order, highest first, in double.
 struct Ordered {
   const int32_t* order;
-  double *s, *y, *v;  // v is null where the slope is wanted
+  double *s, *y, *v;  // the labels if grouped; v is null where the slope is wanted
   int64_t groups = 0;
-  int64_t* first;
+  int64_t* first = nullptr;
 
   // Of equal labels the higher score comes first if by_score. A group for each label if `grouped`, else
   // for each item.
@@ -191,11 +199,13 @@ struct Ordered {
       order = order_descending(list.y, n, scratch);
     }
     s = widened(list.s, n, scale, scratch);
-    y = widened(list.y, n, 1, scratch);
     v = list.v ? widened(list.v, n, 1, scratch) : nullptr;
+    y = grouped ? widened(list.y, n, 1, scratch) : nullptr;
+    if (!grouped) groups = n;
+    if (!grouped) return;
     first = scratch.template get<int64_t>(n + 1);
     for (int64_t i = 0; i < n; ++i)
-      if (i == 0 || !grouped || y[i] != y[i - 1]) first[groups++] = i;
+      if (i == 0 || y[i] != y[i - 1]) first[groups++] = i;
     first[groups] = n;
   }
 
@@ -234,44 +244,49 @@ struct ListMle {
     check(ties >= 0 && ties < kTies && weighting >= 0 && weighting < kWeightings, "ties, weighting: out of range");
   }
 
-  double weight(int64_t i, int64_t n) const {
-    if (k > 0 && i >= k) return 0;
-    const double place = static_cast<double>(i);
-    switch (weighting) {
-      case kExponential: {  // (2^(n-1-i) - 1) / (2^(n-1) - 1)
-        const double last = std::exp2(static_cast<double>(1 - n));
-        return (std::exp2(-place) - last) / (1 - last);
-      }
-      case kDiscount: return std::log(2.0) / std::log(2 + place);
-      default: return 1;
-    }
+  // Of the places of a list of n items.
+  double* place_weights(int64_t n, Scratch& scratch) const {
+    double* w = scratch.get<double>(n);
+    const int64_t last = k > 0 ? std::min(k, n) : n;
+    const double least = std::exp2(static_cast<double>(1 - n));
+    for (int64_t i = 0; i < last; ++i)  // (2^(n-1-i) - 1) / (2^(n-1) - 1), 1 / log2(2 + i) or 1
+      w[i] = weighting == kExponential ? (std::exp2(-static_cast<double>(i)) - least) / (1 - least)
+             : weighting == kDiscount  ? discount_at(i)
+                                       : 1;
+    std::fill(w + last, w + n, 0.0);
+    return w;
   }
 
   template <class A>
   void operator()(List<A>& list) const {
-    in_label_order(list, ties == kByScore, ties == kBreslow, 1,
-                   [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
-                     const Scan scan(o.s, n, o.first, o.groups, scratch);
-                     double* w = scratch.get<double>(n);  // items of one group share the weights of their places
-                     for (int64_t g = 0; g < o.groups; ++g) {
-                       double sum = 0;
-                       for (int64_t i = o.first[g]; i < o.first[g + 1]; ++i) sum += weight(i, n);
-                       const double mean = sum / static_cast<double>(o.first[g + 1] - o.first[g]);
-                       std::fill(w + o.first[g], w + o.first[g + 1], mean);
-                     }
-                     if (!o.v) return slope(scan, w, out);
-                     product(scan, w, o.v, scan.means(o.v, scratch), out);
-                     return 0.0;
-                   });
+    if (ties == kBreslow) run<true>(list);
+    else run<false>(list);
   }
 
-  static double slope(const Scan& scan, const double* w, double* out) {
+  template <bool kGrouped, class A>
+  void run(List<A>& list) const {
+    in_label_order(
+        list, ties == kByScore, kGrouped, 1, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+          const Scan<kGrouped> scan(o.s, n, o.first, o.groups, scratch);
+          double* w = place_weights(n, scratch);
+          for (int64_t g = 0; kGrouped && g < o.groups; ++g) {  // the items share those of their places
+            const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
+            std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
+          }
+          if (!o.v) return slope(scan, w, out);
+          product(scan, w, o.v, scan.means(o.v, scratch), out);
+          return 0.0;
+        });
+  }
+
+  template <bool kGrouped>
+  static double slope(const Scan<kGrouped>& scan, const double* w, double* out) {
     double loss = 0, carry = 0;  // the earlier groups' weights, each times the share of this L in its own
     for (int64_t g = 0; g < scan.groups; ++g) {
       double total = 0;
-      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) total += w[i];
-      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
-        const double miss = scan.later[g] + (scan.whole[g] - scan.share[i]);  // 1 - share, exact for a group of one
+      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) total += w[i];
+      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) {
+        const double miss = scan.miss(i, g);
         loss += w[i] * (miss < 0.5 ? -std::log1p(-miss) : scan.lse[g] - scan.s[i]);
         out[i] = scan.share[i] * (carry + (total - w[i])) - w[i] * miss;
       }
@@ -280,11 +295,12 @@ struct ListMle {
     return loss;
   }
 
-  static void product(const Scan& scan, const double* w, const double* v, const double* mean, double* out) {
+  template <bool kGrouped>
+  static void product(const Scan<kGrouped>& scan, const double* w, const double* v, const double* mean, double* out) {
     double carry = 0, moved = 0;
     for (int64_t g = 0; g < scan.groups; ++g) {
-      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) carry += w[i], moved += w[i] * mean[g];
-      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) out[i] = scan.share[i] * (v[i] * carry - moved);
+      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) carry += w[i], moved += w[i] * mean[g];
+      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) out[i] = scan.share[i] * (v[i] * carry - moved);
       carry *= scan.later[g], moved *= scan.later[g];
     }
   }
@@ -299,7 +315,7 @@ struct UniqueSoftmax {
     const A top = *std::max_element(list.y, list.y + list.n);
     if (top <= 0) return clear_slope(list);
     in_label_order(list, false, true, 1, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
-      const Scan scan(o.s, n, o.first, o.groups, scratch);
+      const Scan<true> scan(o.s, n, o.first, o.groups, scratch);
       double* w = o.y;
       const double most = o.y[0], least = std::exp2(-most);
       for (int64_t i = 0; i < n; ++i) {
@@ -312,7 +328,7 @@ struct UniqueSoftmax {
     });
   }
 
-  static double slope(const Scan& scan, const double* w, double* out) {
+  static double slope(const Scan<true>& scan, const double* w, double* out) {
     double loss = 0, carry = 0;
     for (int64_t g = 0; g < scan.groups; ++g) {
       double pushed = 0;
@@ -327,7 +343,7 @@ struct UniqueSoftmax {
     return loss;
   }
 
-  static void product(const Scan& scan, const double* w, const double* v, const double* mean, double* out) {
+  static void product(const Scan<true>& scan, const double* w, const double* v, const double* mean, double* out) {
     double carry = 0, moved = 0;
     for (int64_t g = 0; g < scan.groups; ++g) {
       double pushed = 0, pushed_moved = 0;
@@ -352,12 +368,12 @@ struct Cosent {
     in_label_order(list, false, true, scale, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
       const int64_t groups = o.groups;
       // Over the lower labels of e^s, and, all reversed, over the higher ones of e^-s.
-      const Scan down(o.s, n, o.first, groups, scratch);
+      const Scan<true> down(o.s, n, o.first, groups, scratch);
       double* reversed = scratch.get<double>(n);
       int64_t* first = scratch.get<int64_t>(groups + 1);
       for (int64_t i = 0; i < n; ++i) reversed[i] = -o.s[n - 1 - i];
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
-      const Scan up(reversed, n, first, groups, scratch);
+      const Scan<true> up(reversed, n, first, groups, scratch);
 
       double top = 0, sum = 0;
       down.each([&](int64_t i, int64_t g) { top = std::max(top, down.lse[g + 1] - o.s[i]); });

@@ -142,12 +142,17 @@ int64_t relative_gains(Metric metric, const A* y, int64_t n, double* gain) {
 
 // ---------------------------------------------------------------- one list
 
+// The columns are the relevant items, which are the rows too, and from a whole number of lanes on the others, up to
+// such a number n: no sum has a rest. In the gaps there is no item, and what adds nothing to any sum.
+int64_t padded(int64_t n) { return (n + kSumLanes - 1) / kSumLanes * kSumLanes; }
+
 // Calls f(whether the columns are relevant, first column, columns) over every parts-th tile of columns.
 template <class F>
 void each_tile(int64_t relevant, int64_t n, int64_t part, int64_t parts, const F& f) {
+  const int64_t others = padded(relevant);
   for (int64_t begin = 0, tile = 0; begin < n; ++tile) {
-    const int64_t end = std::min(begin + kColumns, begin < relevant ? relevant : n);
-    if (tile % parts == part) f(begin < relevant, begin, end - begin);
+    const int64_t end = std::min(begin + kColumns, begin < others ? others : n);
+    if (tile % parts == part) f(begin < others, begin, end - begin);
     begin = end;
   }
 }
@@ -194,10 +199,10 @@ double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row)
   });
 }
 
+// item: that of each of n columns, -1 in the gaps.
 template <class A, class Pair>
-void smooth_rank_of(List<A>& list, const int32_t* order, const double* x, double scale, Metric metric,
+void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const double* x, double scale, Metric metric,
                     const double* gain, int64_t relevant) {
-  const int64_t n = list.n;
   Scratch& scratch = list.scratch;
   A* kept = scratch.get<A>(n);
   multiversion([&]() ALWAYS_INLINE {
@@ -226,7 +231,8 @@ void smooth_rank_of(List<A>& list, const int32_t* order, const double* x, double
                          return give_slope<A, Pair>(kept[i], kept + begin, weights[i].weight[among], tile, columns);
                        });
   } else {
-    const A* v = gather(list.v, order, n, scratch);
+    A* v = scratch.get<A>(n);
+    for (int64_t j = 0; j < n; ++j) v[j] = item[j] < 0 ? A(0) : list.v[item[j]];
     const Ranks* moves =
         sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
           return sum_moves<A, Pair>(kept[i], kept + begin, v[i], v + begin, columns);
@@ -244,7 +250,8 @@ void smooth_rank_of(List<A>& list, const int32_t* order, const double* x, double
                                                       w.moved[among], tile, columns);
                        });
   }
-  for (int64_t i = 0; i < n; ++i) list.slope[order[i]] = static_cast<A>(out[i]);
+  for (int64_t j = 0; j < n; ++j)
+    if (item[j] >= 0) list.slope[item[j]] = static_cast<A>(out[j]);
 }
 
 struct SmoothRank {
@@ -265,16 +272,23 @@ struct SmoothRank {
     const bool tied = metric == kAveragePrecision ? relevant == n : y[0] == y[n - 1];
     list.active = relevant > 0 && !tied;
     if (!list.active) return std::fill(list.slope, list.slope + n, A(0));
-    double* x = list.scratch.template get<double>(n);
-    double low = std::numeric_limits<double>::infinity(), high = -low;
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    double low = kInfinity, high = -kInfinity;
     for (int64_t i = 0; i < n; ++i) {
-      x[i] = static_cast<double>(list.s[order[i]]);
-      low = std::min(low, x[i]), high = std::max(high, x[i]);
+      low = std::min(low, static_cast<double>(list.s[i]));
+      high = std::max(high, static_cast<double>(list.s[i]));
     }
-    for (int64_t i = 0; i < n; ++i) x[i] = scale * (x[i] - (low + high) / 2);
-    if (scale * (high - low) <= 2 * Ratio<A>::kRange)
-      smooth_rank_of<A, Ratio<A>>(list, order, x, scale, metric, gain, relevant);
-    else smooth_rank_of<A, Difference<A>>(list, order, x, scale, metric, gain, relevant);
+    const int64_t others = padded(relevant), columns = others + padded(n - relevant);
+    int32_t* item = list.scratch.template get<int32_t>(columns);
+    std::fill(item, item + columns, -1);
+    std::copy(order, order + relevant, item);
+    std::copy(order + relevant, order + n, item + others);
+    double* x = list.scratch.template get<double>(columns);
+    for (int64_t j = 0; j < columns; ++j)
+      x[j] = item[j] < 0 ? -kInfinity : scale * (static_cast<double>(list.s[item[j]]) - (low + high) / 2);
+    const auto run =
+        scale * (high - low) <= 2 * Ratio<A>::kRange ? smooth_rank_of<A, Ratio<A>> : smooth_rank_of<A, Difference<A>>;
+    run(list, item, columns, x, scale, metric, gain, relevant);
   }
 };
 

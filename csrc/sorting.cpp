@@ -1,8 +1,8 @@
 // Soft ranks and soft sorting: projections onto the permutahedron, which are isotonic regressions of the
 // sorted values, by pooling adjacent violators in double.
 //
-// The result is constant or linear within groups of adjacent items of the order. `groups` says for each place
-// in the order which item it holds: i, or ~i where a group begins; n behind the last valid item.
+// The result is constant or linear within groups of adjacent items of the order. `groups` says for each place in
+// the order of a list which item of the row it holds: i, or ~i where a group begins; n, the row's length, where none.
 #include "lists.h"
 
 #include <cmath>
@@ -59,57 +59,87 @@ int64_t pool_adjacent_violators(const double* a, const double* b, int64_t m, Poo
 
 int32_t item_of(int32_t entry) { return entry < 0 ? ~entry : entry; }
 
-// Calls f(begin, end) for each group of places.
-template <class F>
-void for_each_group(const int32_t* groups, int64_t n, const F& f) {
-  for (int64_t begin = 0; begin < n && groups[begin] != n;) {
-    int64_t end = begin + 1;
-    while (end < n && groups[end] >= 0 && groups[end] != n) ++end;
-    f(begin, end);
-    begin = end;
-  }
+template <class A>
+void store(double value, A& to) {
+  to = static_cast<A>(value);
 }
 
-Tensor checked_groups(const Tensor& groups, const Tensor& x) {
+// A run of places of a row, from `first` to before `last`, which hold the items of one group.
+struct Group {
+  int64_t row;             // where the row begins
+  const int32_t* entries;  // of its places
+  int64_t list, count;     // where the group's list begins in it, and how many of its places hold an item
+  int64_t first, last;
+
+  int32_t item(int64_t place) const { return item_of(entries[place]); }
+};
+
+// Fills a tensor like x, 0 where there is no item, by f(x, group, out) for each group; both point to the row.
+template <class F>
+Tensor of_groups(const Tensor& x_in, const Tensor& groups_in, const std::optional<Tensor>& offsets, int64_t cost,
+                 const F& f) {
+  const Tensor x = dense(x_in), groups = dense(groups_in);
   check(groups.scalar_type() == ScalarType::Int && sizes(groups) == sizes(x),
         "groups: expected int32 of the shape of x");
-  const Tensor flat = dense(groups);
-  const int64_t total = x.numel(), n = total ? x.size(x.dim() - 1) : 0;
-  const int32_t* entries = data<int32_t>(flat);
-  for (int64_t i = 0; i < total; ++i)
-    check(item_of(entries[i]) < n + (entries[i] >= 0), "groups: expected items from 0 to ", n - 1, ", got ",
-          item_of(entries[i]));
-  return flat;
+  const Lists lists(x, std::nullopt, offsets);
+  const int64_t n = lists.items;
+  const int32_t* all = data<int32_t>(groups);
+  for (int64_t i = 0; i < x.numel(); ++i)
+    check(item_of(all[i]) < n + (all[i] >= 0), "groups: expected items from 0 to ", n - 1, ", got ", item_of(all[i]));
+  Tensor out = fresh(x, sizes(x));
+  dispatch_accumulator(x, "x", [&](auto type) {
+    using A = typename decltype(type)::type;
+    A* op = mutable_data<A>(out);
+    lists.clear_outside(op);
+    lists.parallel(cost, [&](int64_t index, int64_t begin, int64_t end, Scratch&) {
+      const int64_t row = lists.row_of(index);
+      const int32_t* entries = all + row;
+      std::fill(op + begin, op + end, A(0));
+      Group group{row, entries, begin - row, 0, begin - row, 0};
+      while (begin + group.count < end && all[begin + group.count] != n) ++group.count;
+      for (const int64_t stop = group.list + group.count; group.first < stop; group.first = group.last) {
+        group.last = group.first + 1;
+        while (group.last < stop && entries[group.last] >= 0) ++group.last;
+        f(data<A>(x) + row, group, op + row);
+      }
+    });
+  });
+  return out;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tensor>& valid_in, double strength, bool kl,
-                                    bool sort) {
+std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tensor>& valid_in,
+                                    const std::optional<Tensor>& offsets, double strength, bool kl, bool sort) {
   const Tensor x = dense(x_in);
-  const Lists lists(x, valid_in, std::nullopt);
-  const int64_t n = lists.items;
+  const Lists lists(x, valid_in, offsets);
+  check(lists.items <= INT32_MAX, "x: expected less than 2^31 items");
+  const int32_t none = static_cast<int32_t>(lists.items);
   Tensor out = fresh(x, sizes(x));
   Tensor groups = fresh(x, sizes(x), ScalarType::Int);
   int32_t* gp = mutable_data<int32_t>(groups);
   const bool* valid = lists.valid_data();
+  lists.clear_outside(gp, none);
   dispatch_accumulator(x, "x", [&](auto type) {
     using A = typename decltype(type)::type;
     const A* xp = data<A>(x);
     A* op = mutable_data<A>(out);
-    lists.parallel(64, [&](int64_t, int64_t begin, int64_t end, Scratch& scratch) {
+    lists.clear_outside(op);
+    lists.parallel(64, [&](int64_t index, int64_t begin, int64_t end, Scratch& scratch) {
+      const int64_t n = end - begin, start = lists.row_of(index);
       int32_t* items = scratch.get<int32_t>(n);
       A* keys = scratch.get<A>(n);
       int64_t m = 0;
       for (int64_t i = begin; i < end; ++i) {
         if (valid && !valid[i]) continue;
-        items[m] = static_cast<int32_t>(i - begin);
+        items[m] = static_cast<int32_t>(i - start);
         keys[m++] = sort ? -xp[i] : xp[i];
       }
+      A* row = op + start;
       A* to = op + begin;
       int32_t* group = gp + begin;
       if (m < n) std::fill(to, to + n, A(0));
-      std::fill(group + m, group + n, static_cast<int32_t>(n));
+      std::fill(group + m, group + n, none);
       if (!m) return;
 
       // s: the values, descending, to be matched with w = m..1; the one of the two that is regularised is scaled.
@@ -130,7 +160,8 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         for (int64_t k = 0; k < count; ++k) {
           const int64_t last = k + 1 < count ? pools[k + 1].begin : m;
           const double fit = pools[k].fit;
-          for (int64_t p = pools[k].begin; p < last; ++p) to[sort ? p : group[p]] = static_cast<A>(value(p, fit));
+          for (int64_t p = pools[k].begin; p < last; ++p)
+            (sort ? to[p] : row[group[p]]) = static_cast<A>(value(p, fit));
           group[pools[k].begin] = ~group[pools[k].begin];
         }
       };
@@ -163,96 +194,52 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
   return {out, groups};
 }
 
-Tensor group_reduce(const Tensor& x_in, const Tensor& groups_in, int64_t mode, bool from_order, bool to_order,
-                    double scale) {
-  const Tensor x = dense(x_in), groups = checked_groups(groups_in, x);
+Tensor group_reduce(const Tensor& x, const Tensor& groups, const std::optional<Tensor>& offsets, int64_t mode,
+                    bool from_order, bool to_order, double scale) {
   check(mode >= 0 && mode <= 2, "mode: expected 0 to 2, got ", mode);
-  const Lists lists(x, std::nullopt, std::nullopt);
-  const int64_t n = lists.items;
-  Tensor out = fresh(x, sizes(x));
-  dispatch_accumulator(x, "x", [&](auto type) {
-    using A = typename decltype(type)::type;
-    lists.parallel(4, [&](int64_t, int64_t begin, int64_t, Scratch&) {
-      const A* from = data<A>(x) + begin;
-      const int32_t* group = data<int32_t>(groups) + begin;
-      A* to = mutable_data<A>(out) + begin;
-      std::fill(to, to + n, A(0));
-      for_each_group(group, n, [&](int64_t first, int64_t last) {
-        double sum = 0;
-        for (int64_t p = first; p < last; ++p) sum += from[from_order ? p : item_of(group[p])];
-        const double shared = mode == 0 ? sum : sum / static_cast<double>(last - first);
-        for (int64_t p = first; p < last; ++p) {
-          const int32_t item = item_of(group[p]);
-          const double own = mode == 2 ? static_cast<double>(from[from_order ? p : item]) - shared : shared;
-          to[to_order ? p : item] = static_cast<A>(scale * own);
-        }
-      });
-    });
+  return of_groups(x, groups, offsets, 4, [&](const auto* from, const Group& group, auto* to) {
+    double sum = 0;
+    for (int64_t p = group.first; p < group.last; ++p) sum += from[from_order ? p : group.item(p)];
+    const double shared = mode == 0 ? sum : sum / static_cast<double>(group.last - group.first);
+    for (int64_t p = group.first; p < group.last; ++p) {
+      const double own = mode == 2 ? static_cast<double>(from[from_order ? p : group.item(p)]) - shared : shared;
+      store(scale * own, to[to_order ? p : group.item(p)]);
+    }
   });
-  return out;
 }
 
-Tensor group_share(const Tensor& v_in, const Tensor& ranks_in, const Tensor& groups_in, double scale) {
-  const Tensor v = dense(v_in), ranks = dense(ranks_in), groups = checked_groups(groups_in, v);
+Tensor group_share(const Tensor& v, const Tensor& ranks_in, const Tensor& groups, const std::optional<Tensor>& offsets,
+                   double scale) {
+  const Tensor ranks = dense(ranks_in);
   check(sizes(ranks) == sizes(v) && ranks.scalar_type() == v.scalar_type(), "ranks: expected the shape and dtype of v");
-  const Lists lists(v, std::nullopt, std::nullopt);
-  const int64_t n = lists.items;
-  Tensor out = fresh(v, sizes(v));
-  dispatch_accumulator(v, "v", [&](auto type) {
-    using A = typename decltype(type)::type;
-    lists.parallel(4, [&](int64_t, int64_t begin, int64_t, Scratch&) {
-      const A* vp = data<A>(v) + begin;
-      const A* rank = data<A>(ranks) + begin;
-      const int32_t* group = data<int32_t>(groups) + begin;
-      A* to = mutable_data<A>(out) + begin;
-      std::fill(to, to + n, A(0));
-      for_each_group(group, n, [&](int64_t first, int64_t last) {
-        double whole = 0, moved = 0;
-        for (int64_t p = first; p < last; ++p) {
-          const int32_t item = item_of(group[p]);
-          const double r = static_cast<double>(rank[item]);
-          whole += r;
-          moved += r * static_cast<double>(vp[item]);
-        }
-        for (int64_t p = first; p < last; ++p) {
-          const int32_t item = item_of(group[p]);
-          const double r = static_cast<double>(rank[item]);
-          to[item] = static_cast<A>(scale * (r * (static_cast<double>(vp[item]) - moved / whole)));
-        }
-      });
-    });
+  return of_groups(v, groups, offsets, 4, [&](const auto* from, const Group& group, auto* to) {
+    const auto* rank = data<std::decay_t<decltype(*from)>>(ranks) + group.row;
+    double whole = 0, moved = 0;
+    for (int64_t p = group.first; p < group.last; ++p) {
+      const double r = static_cast<double>(rank[group.item(p)]);
+      whole += r;
+      moved += r * static_cast<double>(from[group.item(p)]);
+    }
+    for (int64_t p = group.first; p < group.last; ++p) {
+      const int32_t item = group.item(p);
+      const double r = static_cast<double>(rank[item]);
+      store(scale * (r * (static_cast<double>(from[item]) - moved / whole)), to[item]);
+    }
   });
-  return out;
 }
 
-Tensor group_softmax(const Tensor& x_in, const Tensor& groups_in, double scale, bool weighted) {
-  const Tensor x = dense(x_in), groups = checked_groups(groups_in, x);
-  const Lists lists(x, std::nullopt, std::nullopt);
-  const int64_t n = lists.items;
-  Tensor out = fresh(x, sizes(x));
-  dispatch_accumulator(x, "x", [&](auto type) {
-    using A = typename decltype(type)::type;
-    lists.parallel(32, [&](int64_t, int64_t begin, int64_t, Scratch&) {
-      const A* from = data<A>(x) + begin;
-      const int32_t* group = data<int32_t>(groups) + begin;
-      A* to = mutable_data<A>(out) + begin;
-      std::fill(to, to + n, A(0));
-      int64_t m = 0;
-      while (m < n && group[m] != n) ++m;
-      for_each_group(group, n, [&](int64_t first, int64_t last) {
-        double top = -INFINITY, sum = 0;
-        for (int64_t p = first; p < last; ++p) top = std::max(top, scale * from[item_of(group[p])]);
-        for (int64_t p = first; p < last; ++p) sum += std::exp(scale * from[item_of(group[p])] - top);
-        // The ranks of the group's places add up to this.
-        const double whole = weighted ? static_cast<double>((last - first) * (2 * m - first - last + 1)) / 2 : 1.0;
-        for (int64_t p = first; p < last; ++p) {
-          const int32_t item = item_of(group[p]);
-          to[item] = static_cast<A>(whole * (std::exp(scale * from[item] - top) / sum));
-        }
-      });
-    });
+Tensor group_softmax(const Tensor& x, const Tensor& groups, const std::optional<Tensor>& offsets, double scale,
+                     bool weighted) {
+  return of_groups(x, groups, offsets, 32, [&](const auto* from, const Group& group, auto* to) {
+    const int64_t first = group.first - group.list, last = group.last - group.list;
+    double top = -INFINITY, sum = 0;
+    for (int64_t p = group.first; p < group.last; ++p) top = std::max(top, scale * from[group.item(p)]);
+    for (int64_t p = group.first; p < group.last; ++p) sum += std::exp(scale * from[group.item(p)] - top);
+    // The ranks of the group's places add up to this.
+    const double whole = weighted ? static_cast<double>((last - first) * (2 * group.count - first - last + 1)) / 2 : 1;
+    for (int64_t p = group.first; p < group.last; ++p)
+      store(whole * (std::exp(scale * from[group.item(p)] - top) / sum), to[group.item(p)]);
   });
-  return out;
 }
 
 }  // namespace custom_ops

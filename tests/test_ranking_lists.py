@@ -77,6 +77,7 @@ def close(ours, exact):
     torch.testing.assert_close(ours.double(), exact, rtol=rounding, atol=1e-6 * largest)
 
 
+@on_both
 @each_loss
 def test_padded_jagged_and_nested_lists_give_the_same(name, own):
     lengths = torch.tensor([6, 0, 4, 1, 2, 5])
@@ -88,15 +89,14 @@ def test_padded_jagged_and_nested_lists_give_the_same(name, own):
     nested, of_nested = loss_and_slope(
         name, scores.view(2, 3, 6), labels.view(2, 3, 6), lengths=lengths.view(2, 3), reduction="none", **own
     )
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    flat, of_flat = loss_and_slope(name, scores[inside], labels[inside], cu_lengths=bounds, reduction="none", **own)
     same = [
         loss_and_slope(name, scores, labels, mask=inside, reduction="none", **own),
         loss_and_slope(name, scores, labels, mask=inside, lengths=lengths.int(), reduction="none", **own),
         (nested.flatten(), of_nested.view(6, 6)),
+        (flat, torch.zeros_like(scores).masked_scatter(inside, of_flat)),
     ]
-    if "cu_lengths" in inspect.signature(FUNCTIONS[name]).parameters:
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        flat, of_flat = loss_and_slope(name, scores[inside], labels[inside], cu_lengths=bounds, reduction="none", **own)
-        same.append((flat, torch.zeros_like(scores).masked_scatter(inside, of_flat)))
     for i in (0, 2, 5):
         alone, of_alone = loss_and_slope(name, scores[i, : lengths[i]], labels[i, : lengths[i]], **own)
         torch.testing.assert_close((alone, of_alone), (loss[i], slope[i, : lengths[i]]), rtol=1e-12, atol=1e-14)
@@ -104,6 +104,27 @@ def test_padded_jagged_and_nested_lists_give_the_same(name, own):
         torch.testing.assert_close(others, (loss, slope), rtol=1e-12, atol=1e-14)
 
 
+@on_both
+@each_loss
+def test_jagged_lists_need_not_cover_the_items(name, own):
+    scores, labels = draw(2, 9)
+    labels[:, 2:4] = torch.tensor([0, 5])
+    where = {"reduction": "none", "mask": torch.arange(18).view(2, 9) % 7 != 6}
+    loss, slope = loss_and_slope(name, scores, labels, cu_lengths=torch.tensor([2, 2, 5, 8, 8]), **where, **own)
+    assert loss.shape == (2, 4) and loss[0, 1] > 0 and not loss[:, ::3].any()
+    assert not slope[:, [0, 1, 8]].any()
+    for k, (start, stop) in enumerate([(2, 5), (5, 8)], 1):
+        mask = where["mask"][:, start:stop]
+        alone = loss_and_slope(name, scores[:, start:stop], labels[:, start:stop], mask=mask, reduction="none", **own)
+        torch.testing.assert_close((loss[:, k], slope[:, start:stop]), alone, rtol=1e-12, atol=1e-14)
+    for bounds in ([0], [9], [0, 0], [9, 9], [4, 4, 4]):
+        options = {"cu_lengths": torch.tensor(bounds, dtype=torch.int32), **own}
+        loss, slope = loss_and_slope(name, scores, labels, reduction="none", **options)
+        assert loss.shape == (2, len(bounds) - 1) and not loss.any() and not slope.any()
+        assert FUNCTIONS[name](scores, labels, **options) == 0
+
+
+@on_both
 @each_loss
 def test_the_mean_is_over_the_lists_that_contribute(name, own):
     scores, labels = draw(4, 6)
@@ -112,6 +133,11 @@ def test_the_mean_is_over_the_lists_that_contribute(name, own):
     losses = FUNCTIONS[name](scores, labels, lengths=lengths, reduction="none", **own)
     mean = FUNCTIONS[name](scores, labels, lengths=lengths, **own)
     torch.testing.assert_close(mean, (losses[0] + losses[3]) / 2)
+    weights = torch.tensor([1.0, 5.0, 7.0, 3.0])
+    weighted = FUNCTIONS[name](scores, labels, lengths=lengths, weights=weights, **own)
+    torch.testing.assert_close(weighted, (losses[0] + 3 * losses[3]) / 4)
+    total = FUNCTIONS[name](scores, labels, lengths=lengths, weights=weights, reduction="sum", **own)
+    torch.testing.assert_close(total, losses[0] + 3 * losses[3])
 
 
 @on_both
@@ -223,6 +249,7 @@ def test_a_valid_nan_spoils_its_own_list_only(name, own):
     assert slope[0].isnan().any() and slope[1].isfinite().all()
 
 
+@on_both
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits_are_computed_in_32_and_rounded_once(name, own, dtype):
@@ -233,6 +260,14 @@ def test_16_bits_are_computed_in_32_and_rounded_once(name, own, dtype):
     assert torch.equal(loss, wide.to(dtype)) and torch.equal(slope, of_wide.to(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert FUNCTIONS[name](scores, labels, **own).dtype == torch.float32
+
+
+@each_loss
+def test_labels_of_any_real_dtype(name, own):
+    scores, labels = draw(3, 6)
+    expected = loss_and_slope(name, scores, labels.double() % 2, **own)
+    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.half, torch.float):
+        torch.testing.assert_close(loss_and_slope(name, scores, (labels % 2).to(dtype), **own), expected)
 
 
 @on_both
@@ -250,7 +285,18 @@ def test_labels_of_forty_and_two_thousand(name, own):
     assert loss.isfinite() and slope.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["pairwise_logistic_loss", "lambda_loss", "approx_ndcg_loss", "neural_sort_ndcg_loss"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_module_refuses_the_options_that_its_function_refuses(name):
+    module = type(REGISTRY[name].modules()[0][0])
+    options = inspect.signature(module).parameters
+    wrong = [call for call in REGISTRY[name].bad_calls() if call.kwargs and call.kwargs.keys() <= options.keys()]
+    assert {argument for call in wrong for argument in call.kwargs} == options.keys()
+    for call in wrong:
+        with pytest.raises(call.error, match=call.message):
+            module(**call.kwargs)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_long_list_gives_the_same_bits_with_any_number_of_threads(name):
     torch.manual_seed(0)
     scores, labels = torch.randn(2, 2000), torch.randint(0, 5, (2, 2000))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_ranking_lists import FUNCTIONS
 
+import custom_ops
 from custom_ops.benchmarks.memory import peak_bytes
 from custom_ops.verify._backends import backend
 
@@ -20,6 +21,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 each_loss = pytest.mark.parametrize("name", FUNCTIONS)
 
 
+def squared(soft, regularization):
+    return lambda values, _: soft(values, regularization).square().sum()
+
+
+OTHERS = {
+    f"{soft.__name__} {regularization}": squared(soft, regularization)
+    for soft in (custom_ops.soft_rank, custom_ops.soft_sort)
+    for regularization in ("l2", "kl")
+}
+each_of_all = pytest.mark.parametrize("name", [*FUNCTIONS, *OTHERS])
+
+
 def lists(*shape):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).requires_grad_(), torch.randint(0, 5, shape, generator=generator)
@@ -28,16 +41,16 @@ def lists(*shape):
 def peak(name, *shape):
     """Of forward, backward and second derivative."""
     scores, labels = lists(*shape)
-    own = OPTIONS.get(name, {})
+    function, own = {**FUNCTIONS, **OTHERS}[name], OPTIONS.get(name, {})
 
     def run():
-        (slope,) = torch.autograd.grad(FUNCTIONS[name](scores, labels, **own), scores, create_graph=True)
+        (slope,) = torch.autograd.grad(function(scores, labels, **own), scores, create_graph=True)
         torch.autograd.grad(slope.square().sum(), scores)
 
     return peak_bytes(run, CPU)
 
 
-@each_loss
+@each_of_all
 def test_four_lists_of_4096_take_a_mebibyte_at_most(name):
     """One n x n matrix of one of them would be 64. The kibibyte is for the numbers of which each list has one."""
     assert peak(name, 4, 4096) <= (1 << 20) + (1 << 10)
@@ -63,7 +76,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(subprocess.check_output([sys.executable, "-c", code], text=True)) < 8
 
 
-@each_loss
+@pytest.mark.parametrize("metric", [custom_ops.ndcg, custom_ops.mrr, custom_ops.average_precision])
+def test_metrics_take_memory_in_proportion_to_n(metric):
+    small, large = (peak_bytes(lambda n=n: metric(*lists(4, n)), CPU) for n in (2048, 4096))
+    assert large <= 2.1 * small
+
+
+@each_of_all
 def test_the_triton_launchers_allocate_in_proportion_to_n(name):
     with backend("triton"):
         small, large = (peak(name, 1, n) for n in (64, 128))

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import spearmanr
 
 import custom_ops
+from custom_ops.verify._backends import backend
 
 BOTH = [custom_ops.soft_rank, custom_ops.soft_sort]
 
@@ -91,6 +92,57 @@ def test_masked_values_are_never_read(function, regularization):
         assert grad.isfinite().all() and (grad[~mask] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+@pytest.mark.parametrize("kernels", ["cpp", "triton"])
+@pytest.mark.parametrize("regularization", ["l2", "kl"])
+@pytest.mark.parametrize("function", BOTH)
+def test_jagged_lists_are_those_alone(function, regularization, kernels):
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, dtype=torch.float64)
+    mask = torch.arange(18).view(2, 9) % 5 != 3
+    bounds = torch.tensor([1, 5, 5, 8])
+    v = torch.randn_like(x)
+
+    def derivatives(x, v, **options):
+        def soft(x):
+            return function(x, regularization, 0.5, **options)
+
+        x = x.detach().requires_grad_()
+        y = soft(x)
+        (slope,) = torch.autograd.grad(y.square().sum() / 2, x, create_graph=True)
+        second = torch.autograd.grad(slope, x, v)[0]
+        (once,) = torch.autograd.grad(soft(x), x, v)
+        return y, slope, second, once, *torch.func.jvp(soft, (x.detach(),), (v,))
+
+    with backend(kernels):
+        for keep in (None, mask):
+            flat = derivatives(x, v, cu_lengths=bounds, mask=keep)
+            for start, stop in ((1, 5), (5, 8)):
+                part = slice(start, stop)
+                options = {} if keep is None else {"mask": keep[:, part]}
+                alone = derivatives(x[:, part], v[:, part], **options)
+                for whole, of_part in zip(flat, alone, strict=True):
+                    torch.testing.assert_close(whole[:, part], of_part, rtol=1e-12, atol=1e-12)
+            assert not torch.stack(flat)[..., [0, 8]].any()
+
+
+@pytest.mark.parametrize("bounds", [[0, 7], [3, 2], [-1, 3], [0, 2, 1]])
+def test_lists_out_of_bounds_raise(bounds):
+    x = torch.ones(6)
+    for call in (
+        custom_ops.soft_rank,
+        custom_ops.soft_sort,
+        lambda x, **where: custom_ops.spearman_loss(x, x, **where),
+    ):
+        with pytest.raises(RuntimeError, match="cu_lengths: expected non-decreasing values from 0 to 6"):
+            call(x, cu_lengths=torch.tensor(bounds))
+
+
+def test_spearman_takes_infinite_labels_beside_masked_ones():
+    scores, labels = torch.tensor([[3.0, 1.0, 2.0, 9.0]]), torch.tensor([[math.inf, -math.inf, 0.0, math.inf]])
+    assert custom_ops.spearman_loss(scores, labels, lengths=torch.tensor([3])).abs() < 1e-6
+
+
 def test_a_list_of_a_hundred_thousand():
     torch.manual_seed(0)
     x = torch.randn(100_000, requires_grad=True)
@@ -103,9 +155,9 @@ def test_groups_out_of_range_raise():
     for bad in ([0, 1, 7], [-9, 1, 2]):
         groups = torch.tensor([bad], dtype=torch.int32)
         with pytest.raises(RuntimeError, match="groups: expected items from 0 to 2"):
-            torch.ops.custom_ops.group_reduce(x, groups, 0, False, False, 1.0)
+            torch.ops.custom_ops.group_reduce(x, groups, None, 0, False, False, 1.0)
         with pytest.raises(RuntimeError, match="groups: expected items from 0 to 2"):
-            torch.ops.custom_ops.group_softmax(x, groups, 1.0, False)
+            torch.ops.custom_ops.group_softmax(x, groups, None, 1.0, False)
 
 
 @pytest.mark.parametrize("levels", [3, 1000])

@@ -71,6 +71,14 @@ class Lists:
     def per_list(self, x: Tensor) -> Tensor:
         return x.new_empty((*self.batch, self.lists))
 
+    def to_items(self, x: Tensor) -> Tensor:
+        """For each item [..., T] what x [..., L] says of its list; outside of all lists anything."""
+        if not self.several:
+            return x.expand(*x.shape[:-1], self.items)
+        if self.lists == 0:
+            return x.new_zeros(*x.shape[:-1], self.items)
+        return x[..., self.places.clamp(0, self.lists - 1)]
+
     def sum(self, x: Tensor) -> Tensor:
         """The sums [..., L] of x [..., T] over the lists, masked items and all."""
         out = self.per_list(x)

@@ -102,18 +102,16 @@ class _Ordered:
         self.dtype = scores.dtype
         self.lists = lists = Lists(scores, valid, offsets)
         place = torch.arange(lists.items, device=scores.device)
-        self.start, self.stop = torch.zeros_like(place), torch.full_like(place, lists.items)
+        self.start, self.stop = lists.to_items(lists.bounds[:-1]), lists.to_items(lists.bounds[1:])
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         if lists.several:
             exists = exists & (lists.ids >= 0)
-            self.list = lists.ids.clamp_min(0).long()
-            self.start, self.stop = lists.bounds[self.list], lists.bounds[self.list + 1]
         exists = exists.contiguous()
         scores, labels = (t.contiguous().masked_fill(~exists, 0).double() for t in (scores, labels))
         self.order = lists.sort(labels, scores if by_score else None).contiguous()
         self.s, self.y, self.exists = (t.gather(-1, self.order) for t in (scores, labels, exists))
         count = lists.sum(self.exists.double()).long()
-        end = self.start + self.to_items(count)  # of the valid ones
+        end = self.start + lists.to_items(count)  # of the valid ones
         begins = self.exists.clone()
         if grouped:
             begins[..., 1:] &= (self.y[..., 1:] != self.y[..., :-1]) | (self.start == place)[1:]
@@ -126,10 +124,6 @@ class _Ordered:
         top, bottom = (self.per_list(self.y, at) for at in (lists.bounds[:-1], lists.bounds[:-1] + count - 1))
         self.top = top
         self.active = (count > 1) & ~(top == bottom)
-
-    def to_items(self, x: Tensor) -> Tensor:
-        """For each item that of its list."""
-        return x[..., self.list] if self.lists.several else x.expand(self.order.shape)
 
     def per_list(self, x: Tensor, at: Tensor) -> Tensor:
         """For each list the item at a place of the example."""
@@ -155,7 +149,7 @@ class _Ordered:
         return _Sums(top, a, b)
 
     def result(self, slope: Tensor) -> Tensor:
-        slope = torch.where(self.exists & self.to_items(self.active), slope, 0)
+        slope = torch.where(self.exists & self.lists.to_items(self.active), slope, 0)
         return torch.empty_like(slope).scatter_(-1, self.order, slope).to(self.dtype)
 
     def sum(self, terms: Tensor) -> Tensor:
@@ -191,11 +185,11 @@ class _ListSoftmax(_Ordered):
         return self.sum(self.p * (self.lse - self.s))
 
     def slope(self) -> Tensor:
-        return self.to_items(self.total) * self.q - self.p
+        return self.lists.to_items(self.total) * self.q - self.p
 
     def product(self, v: Tensor) -> Tensor:
         mean = self.sum(self.q * v)
-        return self.to_items(self.total) * self.q * (v - self.to_items(mean))
+        return self.lists.to_items(self.total) * self.q * (v - self.lists.to_items(mean))
 
 
 # ---------------------------------------------------------------- scans in label order
@@ -241,7 +235,7 @@ class _ListMle(_Competing):
         place = (torch.arange(self.lists.items, device=scores.device) - self.start).double()
         w = torch.ones_like(self.s)
         if weighting == _EXPONENTIAL:
-            last = torch.exp2(1 - self.to_items(self.sum(w)))
+            last = torch.exp2(1 - self.lists.to_items(self.sum(w)))
             w = (torch.exp2(-place) - last) / (1 - last)
         elif weighting == _DISCOUNT:
             w = w * (math.log(2) / (place + 2).log())
@@ -279,7 +273,7 @@ class _UniqueSoftmax(_Competing):
     ) -> None:
         super().__init__(scores, labels, valid, offsets)
         self.active = self.active & ~(self.top <= 0)
-        top = self.to_items(self.top)
+        top = self.lists.to_items(self.top)
         least = torch.exp2(-top)
         w = (torch.exp2(self.y - top) - least) / (1 - least) if exponential else self.y / top
         self.w = w.masked_fill(self.y <= 0, 0)
@@ -323,7 +317,7 @@ class _Cosent(_Competing):
 
     def _shares(self) -> tuple[Tensor, Tensor]:
         """Of an item's pairs with those of lower and of higher labels."""
-        total = self.to_items(self.total)
+        total = self.lists.to_items(self.total)
         return (self.lower_lse - self.s - total).exp(), (self.higher.log + self.s - total).exp()
 
     def loss(self) -> Tensor:
@@ -336,7 +330,7 @@ class _Cosent(_Competing):
     def product(self, v: Tensor) -> Tensor:
         self.reach(v)
         lower, higher = self._shares()
-        mean = self.to_items(self.sum((higher - lower) * v))
+        mean = self.lists.to_items(self.sum((higher - lower) * v))
         moves = higher * (v - self.higher.mean - mean) - lower * (self.lower.mean - v - mean)
         return self.scale**2 * moves
 

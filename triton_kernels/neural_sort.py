@@ -199,15 +199,14 @@ class _NeuralSort:
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         if lists.several:
             exists = exists & (lists.ids >= 0)
-        self.own = lists.ids.clamp_min(0).long() if lists.several else lists.ids.long().expand(lists.items)
-        self.first = lists.bounds[:-1].clamp_max(lists.items - 1)[self.own]
+        self.first = lists.to_items(lists.bounds[:-1].clamp_max(lists.items - 1))
         scores = scores.double().masked_fill(~exists, 0)
         self.undefined = lists.sum((~scores.isfinite()).double()) > 0
-        scores = scores.masked_fill(self.to_items(self.undefined), 0)
+        scores = scores.masked_fill(lists.to_items(self.undefined), 0)
         labels = labels.double().masked_fill(~exists, 0)
         self.count = lists.sum(exists.double())
         place = torch.arange(lists.items, device=scores.device) - self.first
-        self.kept = place < self.to_items(self.count)  # of sorted lists
+        self.kept = place < lists.to_items(self.count)  # of sorted lists
         if lists.several:
             self.kept &= lists.ids >= 0
 
@@ -217,36 +216,33 @@ class _NeuralSort:
         self.active = (top > best.gather(-1, ends)) & (top > 0) & (self.count > 0)
 
         def gain_of(y: Tensor) -> Tensor:  # relative to the largest label: no overflow
-            gain = torch.exp2(y - self.to_items(top)) - self.to_items(torch.exp2(-top)) if exponential else y
+            gain = torch.exp2(y - lists.to_items(top)) - lists.to_items(torch.exp2(-top)) if exponential else y
             return torch.where(y > 0, gain, 0)
 
         self.discount = torch.where(self.kept & (place < k), math.log(2) / (place + 2.0).double().log(), 0)
         ideal = lists.sum(torch.where(self.kept, gain_of(best), 0) * self.discount)
         self.order = lists.sort(scores)
-        gain = gain_of(labels.gather(-1, self.order)) * self.to_items(torch.where(self.active, 1 / ideal, 0))
+        gain = gain_of(labels.gather(-1, self.order)) * lists.to_items(torch.where(self.active, 1 / ideal, 0))
         self.gain = torch.where(self.kept, gain, 0).to(self.dtype)
-        self.slope_of_row = (self.to_items(self.count) - 1 - 2 * place).contiguous()
+        self.slope_of_row = (lists.to_items(self.count) - 1 - 2 * place).contiguous()
 
         x = torch.where(self.kept, scores.gather(-1, self.order), 0) / temperature
         middle = lists.sum(x) / self.count.clamp_min(1)
-        self.x = torch.where(self.kept, x - self.to_items(middle), 0)
+        self.x = torch.where(self.kept, x - lists.to_items(middle), 0)
         at = torch.arange(lists.items, device=x.device)
         new = torch.ones_like(self.kept)
-        new[..., 1:] = (self.x[..., 1:] != self.x[..., :-1]) | ~self.kept[..., 1:] | (self.own[1:] != self.own[:-1])
+        new[..., 1:] = (self.x[..., 1:] != self.x[..., :-1]) | ~self.kept[..., 1:] | (place[1:] == 0)
         self.start = torch.where(new, at, 0).cummax(-1).values  # of the items with the same score
         new = torch.nn.functional.pad(new[..., 1:], (0, 1), value=True)
         self.end = torch.where(new, at + 1, lists.items).flip(-1).cummin(-1).values.flip(-1)
-        self.lead = (self.to_items(self.count) - (self.end - self.first) - (self.start - self.first)).contiguous()
+        self.lead = (lists.to_items(self.count) - (self.end - self.first) - (self.start - self.first)).contiguous()
         self.b = self.lead * self.x - self.opposed(self.x)
-
-    def to_items(self, x: Tensor) -> Tensor:
-        return x[..., self.own]
 
     def opposed(self, t: Tensor) -> Tensor:
         """Of each item: the sum of t over the items below it, less that over those above."""
         before = torch.nn.functional.pad(t.cumsum(-1), (1, 0))
         first, last = (before[..., bounds] for bounds in (self.lists.bounds[:-1], self.lists.bounds[1:]))
-        return self.to_items(first + last) - before.gather(-1, self.end) - before.gather(-1, self.start)
+        return self.lists.to_items(first + last) - before.gather(-1, self.end) - before.gather(-1, self.start)
 
     def rows(self, u: Tensor, q: Tensor, tangent: bool) -> tuple[Tensor, ...]:
         """The sum of each row's terms, its mean gain, and the tangents' means."""
@@ -272,7 +268,7 @@ class _NeuralSort:
         own, ahead = torch.empty_like(self.x), torch.empty_like(self.x)
         self._launch(neural_sort_columns_kernel, tangent, u, q, share, *of_rows, own, ahead)
         slope = torch.where(self.kept, (ahead + self.opposed(own)) / self.temperature, 0)
-        slope = slope.masked_fill(self.to_items(self.active & self.undefined) & self.kept, torch.nan)
+        slope = slope.masked_fill(self.lists.to_items(self.active & self.undefined) & self.kept, torch.nan)
         return torch.zeros_like(slope).scatter_(-1, self.order, slope).to(self.dtype)
 
     def tangents(self, v: Tensor) -> tuple[Tensor, Tensor]:

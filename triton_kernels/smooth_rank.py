@@ -192,25 +192,21 @@ class _SmoothRank:
         last = (starts + count.long() - 1).clamp(0, lists.items - 1)
         top = ordered.gather(-1, starts.clamp_max(lists.items - 1).expand(count.shape))
         tied = top == ordered.gather(-1, last)
-        own = lists.ids.clamp_min(0).long()
-
-        def to_items(x: Tensor) -> Tensor:
-            return x[..., own] if lists.several else x.expand(scores.shape)
 
         def gain_of(y: Tensor) -> Tensor:
             gain = y
             if metric == _NDCG:  # relative to the largest label: no overflow
-                gain = torch.exp2(y - to_items(top)) - to_items(torch.exp2(-top))
+                gain = torch.exp2(y - lists.to_items(top)) - lists.to_items(torch.exp2(-top))
             return gain.masked_fill(y <= 0, 0)
 
         ideal = gain_of(ordered)
         if metric in (_NDCG, _NDCG_LINEAR):
-            place = torch.arange(lists.items, device=scores.device) - to_items(starts)
+            place = torch.arange(lists.items, device=scores.device) - lists.to_items(starts)
             ideal = ideal / (place + 2).to(scores.dtype).log2()
         total = lists.sum(ideal)
         self.active = ~tied & (count > 0) & ~(total <= 0)
         per_gain = torch.where(self.active, 1 / total, 0)
-        self.gain = (to_items(per_gain) * gain_of(labels)).masked_fill(~exists, 0).contiguous()
+        self.gain = (lists.to_items(per_gain) * gain_of(labels)).masked_fill(~exists, 0).contiguous()
         sums = self._sum(self.scores, moves=False)
         # Of the item itself sigmoid(0) was counted for 1.
         self.rank = _Ranks(sums.all + 0.5, sums.relevant + 0.5)

@@ -10,20 +10,37 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
+from custom_ops.triton_kernels.lists import Lists
 
 _BLOCK = 32
 
 
-# Within a row it is sequential: a program, of one warp, for each row.
-@kernel("*fp64 *fp64 *i64 *fp64 *fp64 *i32 *fp64 *u8 i32", ("fp64",), {kl: {"KL": kl} for kl in (False, True)}, 1)
-@triton.jit(do_not_specialize=["n"])
+# Within a list it is sequential: a program, of one warp, for each.
+@kernel(
+    "*fp64 *fp64 *i64 *i64 *fp64 *fp64 *i32 *fp64 *u8 i32 i32",
+    ("fp64",),
+    {kl: {"KL": kl} for kl in (False, True)},
+    num_warps=1,
+)
+@triton.jit(do_not_specialize=["items", "lists"])
 def pool_adjacent_violators_kernel(
-    a_ptr, b_ptr, count_ptr, pool_a_ptr, pool_b_ptr, pool_begin_ptr, fit_ptr, begins_ptr, n, KL: tl.constexpr
+    a_ptr,
+    b_ptr,
+    count_ptr,
+    bounds_ptr,
+    pool_a_ptr,
+    pool_b_ptr,
+    pool_begin_ptr,
+    fit_ptr,
+    begins_ptr,
+    items,
+    lists,
+    KL: tl.constexpr,
 ):
-    """The pools of each row's first ``count`` values, and where each begins its fit; see csrc/sorting.cpp."""
-    row = tl.program_id(0).to(tl.int64)
-    at = row * n
-    m = tl.load(count_ptr + row).to(tl.int32)
+    """The pools of each list's first ``count`` values, and where each begins its fit; see csrc/sorting.cpp."""
+    program = tl.program_id(0).to(tl.int64)
+    at = program // lists * items + tl.load(bounds_ptr + program % lists)
+    m = tl.load(count_ptr + program).to(tl.int32)
     count = m * 0
     for p in range(m):
         a = tl.load(a_ptr + at + p)
@@ -132,45 +149,46 @@ class _Order(NamedTuple):
         return out
 
 
-def isotonic(x: Tensor, valid: Tensor | None, strength: float, kl: bool, sort: bool) -> tuple[Tensor, Tensor]:
+def isotonic(
+    x: Tensor, valid: Tensor | None, offsets: Tensor | None, strength: float, kl: bool, sort: bool
+) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape):
-        raise RuntimeError("mask: expected bool of the shape of the scores")
-    out, groups = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int32)
-    n = x.shape[-1]
-    if x.numel() == 0:
+    lists = Lists(x, valid, offsets)
+    n = lists.items
+    out, groups = x.new_zeros(x.shape), x.new_full(x.shape, n, dtype=torch.int32)
+    if x.numel() == 0 or lists.lists == 0:
         return out, groups
-    key = (-wide if sort else wide).reshape(-1, n)
-    kept = torch.ones_like(key, dtype=torch.bool) if valid is None else valid.reshape(-1, n)
-    order = key.sort(dim=-1, descending=True, stable=True).indices
-    order = order.gather(-1, (~kept.gather(-1, order)).to(torch.uint8).sort(dim=-1, stable=True).indices)
-    count = kept.sum(-1)
-    place = torch.arange(n, device=x.device).expand(key.shape)
-    holds = place < count[:, None]
+    key = -wide if sort else wide
+    order = lists.sort(key)
+    count = lists.sum(torch.ones_like(wide) if valid is None else valid.double()).long()
+    start = lists.to_items(lists.bounds[:-1].clamp_max(n - 1))
+    place = torch.arange(n, device=x.device)
+    left = lists.to_items(count) - (place - start)  # so many of the list from this place on
+    holds = (left > 0) & (lists.ids >= 0)
     s = torch.where(holds, key.gather(-1, order), 0)
-    s = s if sort else (s - s[:, :1]) / strength
-    w = (count[:, None] - place).double() / (strength if sort else 1.0)
-    w = torch.where(holds, w, 1)
+    s = s if sort else (s - s.gather(-1, start.expand(x.shape))) / strength
+    w = torch.where(holds, left.double() / (strength if sort else 1.0), 1)
     if kl:
         a, b = (w, s) if sort else (s, w.log())
     else:
         a, b = (w - s if sort else s - w), torch.ones_like(s)
     pools: Any = (torch.empty_like(a), torch.empty_like(a), a.new_empty(a.shape, dtype=torch.int32))
     fit, begins = torch.zeros_like(a), a.new_zeros(a.shape, dtype=torch.uint8)
-    values = (a.contiguous(), b.contiguous(), count)
-    pool_adjacent_violators_kernel(len(a), *values, *pools, fit, begins, n, variant=kl)
+    values = (a.contiguous(), b.contiguous(), count, lists.bounds)
+    sizes = (n, lists.lists)
+    pool_adjacent_violators_kernel(lists.examples * lists.lists, *values, *pools, fit, begins, *sizes, variant=kl)
     begun = begins != 0
     fit = fit.gather(-1, torch.where(begun, place, 0).cummax(-1).values)
     found = fit - w if sort else (s - fit).exp() if kl else s - fit
-    ordered = torch.where(holds, torch.where(begun, ~order, order), n)
-    result = torch.where(holds, found, 0)
-    result = result if sort else torch.zeros_like(result).scatter_(-1, order, result)
-    out.copy_(result.view(x.shape))
-    groups.copy_(ordered.view(x.shape))
+    found = torch.where(holds, found, 0)
+    out.copy_(found if sort else torch.zeros_like(found).scatter_(-1, order, found))
+    groups.copy_(torch.where(holds, torch.where(begun, ~order, order), n))
     return out, groups
 
 
-def group_reduce(x: Tensor, groups: Tensor, mode: int, from_order: bool, to_order: bool, scale: float) -> Tensor:
+def group_reduce(
+    x: Tensor, groups: Tensor, offsets: Tensor | None, mode: int, from_order: bool, to_order: bool, scale: float
+) -> Tensor:
     out = x.new_empty(x.shape)
     wide = _wide(x)
     if x.numel() == 0:
@@ -184,7 +202,7 @@ def group_reduce(x: Tensor, groups: Tensor, mode: int, from_order: bool, to_orde
     return out.copy_((own if to_order else order.write(own)).view(x.shape))
 
 
-def group_share(v: Tensor, ranks: Tensor, groups: Tensor, scale: float) -> Tensor:
+def group_share(v: Tensor, ranks: Tensor, groups: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
     out = v.new_empty(v.shape)
     if v.numel() == 0:
         return out
@@ -195,10 +213,11 @@ def group_share(v: Tensor, ranks: Tensor, groups: Tensor, scale: float) -> Tenso
     return out.copy_(order.write(share).view(v.shape))
 
 
-def group_softmax(x: Tensor, groups: Tensor, scale: float, weighted: bool) -> Tensor:
-    out = x.new_empty(x.shape)
+def group_softmax(x: Tensor, groups: Tensor, offsets: Tensor | None, scale: float, weighted: bool) -> Tensor:
+    out = x.new_zeros(x.shape)
     wide = _wide(x)
-    if x.numel() == 0:
+    lists = Lists(x, None, offsets)
+    if x.numel() == 0 or lists.lists == 0:
         return out
     order = _Order.of(groups, x)
     values = scale * order.read(wide)
@@ -206,7 +225,8 @@ def group_softmax(x: Tensor, groups: Tensor, scale: float, weighted: bool) -> Te
     exponential = torch.where(order.holds, (values - values.gather(-1, order.start)).exp(), 0)
     softmax = exponential / order.sum(exponential)
     if weighted:
-        count = order.holds.sum(-1, keepdim=True)
-        softmax = softmax * ((order.end - order.start) * (2 * count - order.start - order.end + 1)) / 2
+        count = lists.to_items(lists.sum(order.holds.view(x.shape).double())).reshape(softmax.shape)
+        first, last = (at - lists.to_items(lists.bounds[:-1]) for at in (order.start, order.end))
+        softmax = softmax * (last - first) * (2 * count - first - last + 1) / 2
     softmax = torch.where(order.holds, softmax, 0)
     return out.copy_(order.write(softmax).reshape(x.shape))

@@ -397,7 +397,19 @@ def checked(
     if labels.requires_grad:
         raise ValueError("labels: expected a tensor without gradient, as the loss has none in the labels; detach it")
     _has_shape("labels", labels, scores, scores.shape)
-    per_list = scores.shape[:-1]
+    valid = valid_items("scores", scores, mask, lengths, cu_lengths)
+    if weights is not None:
+        _checks.has_dtype("weights", weights, _checks.FLOATING)
+        per_list = scores.shape[:-1] if cu_lengths is None else (*scores.shape[:-1], cu_lengths.shape[0] - 1)
+        _has_shape("weights", weights, scores, torch.Size(per_list))
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    return valid
+
+
+def valid_items(
+    name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_lengths: Tensor | None
+) -> Tensor | None:
+    """Which items of ``x``, called ``name``, are valid, once all arguments are checked; None if all are."""
     if cu_lengths is not None:
         if lengths is not None:
             raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
@@ -405,17 +417,7 @@ def checked(
         _checks.has_dims("cu_lengths", cu_lengths, "[L + 1]")
         if cu_lengths.shape[0] == 0:
             raise ValueError("cu_lengths: expected at least one element, got none")
-        _checks.same_device(scores=scores, cu_lengths=cu_lengths)
-        per_list = torch.Size((*per_list, cu_lengths.shape[0] - 1))
-    if weights is not None:
-        _checks.has_dtype("weights", weights, _checks.FLOATING)
-        _has_shape("weights", weights, scores, per_list)
-    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-    return valid_items("scores", scores, mask, lengths)
-
-
-def valid_items(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """Which items of ``x``, called ``name``, are valid, once both arguments are checked; None if all are."""
+        _checks.same_device(**{name: x, "cu_lengths": cu_lengths})
     if mask is not None:
         _checks.has_dtype("mask", mask, (torch.bool,))
         _has_shape("mask", mask, x, x.shape, name)
@@ -468,8 +470,10 @@ class ListLossModule(torch.nn.Module):
 
     def __init__(self, reduction: str = "mean", **own: Any) -> None:
         super().__init__()
-        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
         self.reduction, self.own = reduction, own
+        with torch.no_grad():
+            nothing = torch.empty(0, device="cpu")
+            self(nothing, nothing)  # the function checks them
 
     def forward(
         self,

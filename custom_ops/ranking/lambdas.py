@@ -36,20 +36,6 @@ def lambda_pairs(
     """``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over the pairs of each list in the top k."""
 
 
-def _check(
-    weighting: str, k: int | None, topk_mode: str, gain: str, sigma: float, mu: float, log_base: float, normalize: bool
-) -> None:
-    _checks.is_one_of("weighting", weighting, WEIGHTINGS)
-    _checks.is_limit("k", k)
-    _checks.is_one_of("topk_mode", topk_mode, _TOPK_MODES)
-    _checks.is_one_of("gain", gain, _GAINS)
-    for name, value, least in (("sigma", sigma, 0), ("mu", mu, -math.inf), ("log_base", log_base, 1)):
-        _checks.is_number(name, value)
-        if not value > least:
-            raise ValueError(f"{name}: expected more than {least}, got {value}")
-    _checks.is_bool("normalize", normalize)
-
-
 def lambda_loss(
     scores: Tensor,
     labels: Tensor,
@@ -115,7 +101,16 @@ def lambda_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.4992), tensor([-0.2733,  0.1782,  0.0952]))
     """
-    _check(weighting, k, topk_mode, gain, sigma, mu, log_base, normalize)
+    _checks.is_one_of("weighting", weighting, WEIGHTINGS)
+    _checks.is_limit("k", k)
+    _checks.is_one_of("topk_mode", topk_mode, _TOPK_MODES)
+    _checks.is_one_of("gain", gain, _GAINS)
+    _checks.is_positive("sigma", sigma)
+    for name, value, least in (("mu", mu, -math.inf), ("log_base", log_base, 1)):
+        _checks.is_number(name, value)
+        if not least < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number of more than {least}, got {value}")
+    _checks.is_bool("normalize", normalize)
     params = (
         WEIGHTINGS.index(weighting),
         _NO_LIMIT if k is None else min(k, _NO_LIMIT),
@@ -152,7 +147,6 @@ class LambdaLoss(ListLossModule):
         log_base: float = 2.0,
         normalize: bool = False,
     ) -> None:
-        _check(weighting, k, topk_mode, gain, sigma, mu, log_base, normalize)
         own: dict[str, Any] = {"weighting": weighting, "k": k, "topk_mode": topk_mode, "gain": gain, "sigma": sigma}
         super().__init__(reduction, **own, mu=mu, log_base=log_base, normalize=normalize)
 
@@ -233,9 +227,10 @@ register(
             BadCall((_x, _y), "k: expected at least 1, got 0", {"k": 0}),
             BadCall((_x, _y), "topk_mode: expected one of 'or', 'and', got 'xor'", {"topk_mode": "xor"}),
             BadCall((_x, _y), "gain: expected one of 'exponential', 'linear', got 'log'", {"gain": "log"}),
-            BadCall((_x, _y), "sigma: expected more than 0, got -1", {"sigma": -1}),
+            BadCall((_x, _y), "sigma: expected a positive number, got -1", {"sigma": -1}),
             BadCall((_x, _y), "mu: expected a number, got str", {"mu": "1"}),
-            BadCall((_x, _y), "log_base: expected more than 1, got 1", {"log_base": 1}),
+            BadCall((_x, _y), "log_base: expected a finite number of more than 1, got 1", {"log_base": 1}),
+            BadCall((_x, _y), "mu: expected a finite number", {"mu": math.inf}),
             BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
         ],
         benchmarks=[

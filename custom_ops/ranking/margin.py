@@ -300,10 +300,14 @@ register(
                     torch.randn(n, device=device).sign(),
                     0.5,
                 ),
-                peers={"F.margin_ranking_loss": torch.nn.functional.margin_ranking_loss},
+                peers={
+                    "F.margin_ranking_loss": torch.nn.functional.margin_ranking_loss,
+                    "torch.compile(F.margin_ranking_loss)": "custom_ops.benchmarks.peers:compiled_margin_ranking_loss",
+                },
                 targets=[
                     Target(1_000_000, "F.margin_ranking_loss", 1 / 8),
                     Target(10_000_000, "F.margin_ranking_loss", 1 / 10),
+                    Target(10_000_000, "torch.compile(F.margin_ranking_loss)", 1 / 6),
                 ],
             )
         ],

@@ -30,12 +30,6 @@ def neural_sort(temperature: float, k: int, exponential: bool) -> None:
     """1 less the NDCG of each list, with the gain at each rank a mean by a row of NeuralSort's matrix."""
 
 
-def _check(k: int | None, temperature: float, gain: str) -> None:
-    _checks.is_limit("k", k)
-    _checks.is_positive("temperature", temperature)
-    _checks.is_one_of("gain", gain, _GAINS)
-
-
 def neural_sort_ndcg_loss(
     scores: Tensor,
     labels: Tensor,
@@ -97,7 +91,9 @@ def neural_sort_ndcg_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.2496), tensor([-0.1159, -0.4163,  0.5322]))
     """
-    _check(k, temperature, gain)
+    _checks.is_limit("k", k)
+    _checks.is_positive("temperature", temperature)
+    _checks.is_one_of("gain", gain, _GAINS)
     params = (float(temperature), _NO_LIMIT if k is None else min(k, _NO_LIMIT), gain == "exponential")
     return list_loss(neural_sort, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
 
@@ -116,7 +112,6 @@ class NeuralSortNDCGLoss(ListLossModule):
     def __init__(
         self, reduction: str = "mean", k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
     ) -> None:
-        _check(k, temperature, gain)
         super().__init__(reduction, k=k, temperature=temperature, gain=gain)
 
 

@@ -7,6 +7,7 @@ public function here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -53,12 +54,6 @@ def pairwise_hinge(margin: float, squared: bool, normalize: bool) -> None:
 @list_op(third_is_zero=True)
 def pairwise_mse(normalize: bool) -> None:
     """The sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
-
-
-def _is_positive(name: str, value: float) -> None:
-    _checks.is_number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 def pairwise_logistic_loss(
@@ -113,7 +108,7 @@ def pairwise_logistic_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.9888), tensor([-1.1086,  0.5486,  0.5600]))
     """
-    _is_positive("sigma", sigma)
+    _checks.is_positive("sigma", sigma)
     _checks.is_bool("normalize", normalize)
     params = (LOGISTIC, float(sigma), normalize)
     return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
@@ -143,7 +138,7 @@ def pairwise_soft_zero_one_loss(
         >>> custom_ops.pairwise_soft_zero_one_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
         tensor(1.2910)
     """
-    _is_positive("sigma", sigma)
+    _checks.is_positive("sigma", sigma)
     _checks.is_bool("normalize", normalize)
     params = (SOFT_ZERO_ONE, float(sigma), normalize)
     return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
@@ -173,7 +168,7 @@ def pairwise_exponential_loss(
         >>> custom_ops.pairwise_exponential_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
         tensor(3.5479)
     """
-    _is_positive("sigma", sigma)
+    _checks.is_positive("sigma", sigma)
     _checks.is_bool("normalize", normalize)
     params = (EXPONENTIAL, float(sigma), normalize)
     return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
@@ -270,7 +265,6 @@ class PairwiseLogisticLoss(ListLossModule):
     function = staticmethod(pairwise_logistic_loss)
 
     def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
-        _is_positive("sigma", sigma)
         super().__init__(reduction, sigma=sigma, normalize=normalize)
 
 
@@ -286,7 +280,6 @@ class PairwiseSoftZeroOneLoss(ListLossModule):
     function = staticmethod(pairwise_soft_zero_one_loss)
 
     def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
-        _is_positive("sigma", sigma)
         super().__init__(reduction, sigma=sigma, normalize=normalize)
 
 
@@ -302,7 +295,6 @@ class PairwiseExponentialLoss(ListLossModule):
     function = staticmethod(pairwise_exponential_loss)
 
     def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
-        _is_positive("sigma", sigma)
         super().__init__(reduction, sigma=sigma, normalize=normalize)
 
 
@@ -320,7 +312,6 @@ class PairwiseHingeLoss(ListLossModule):
     def __init__(
         self, reduction: str = "mean", margin: float = 1.0, squared: bool = False, normalize: bool = False
     ) -> None:
-        _checks.is_number("margin", margin)
         super().__init__(reduction, margin=margin, squared=squared, normalize=normalize)
 
 
@@ -404,6 +395,7 @@ def _register(
                 *list_bad_calls(),
                 BadCall((_x, _y), "sigma: expected a number, got str", {"sigma": "1"}),
                 BadCall((_x, _y), "sigma: expected a positive number, got 0", {"sigma": 0}),
+                BadCall((_x, _y), "sigma: expected a positive number, got inf", {"sigma": math.inf}),
                 BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
             ],
             benchmarks=benchmarks,
@@ -421,6 +413,8 @@ _register(
         {
             "plain PyTorch": "custom_ops.benchmarks.peers:pairwise_logistic_loss",
             "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_pairwise_logistic_loss",
+            "pytorchltr": "custom_ops.benchmarks.pytorchltr_peers:logistic",
+            "allRank rankNet": "custom_ops.benchmarks.allrank_peers:rank_net",
         },
         "plain PyTorch, compiled",
         (5, 20, 30),
@@ -468,7 +462,12 @@ register(
             BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
         ],
         benchmarks=_benchmark(
-            {"plain PyTorch": "custom_ops.benchmarks.peers:pairwise_hinge_loss"}, "plain PyTorch", (7, 150, 500)
+            {
+                "plain PyTorch": "custom_ops.benchmarks.peers:pairwise_hinge_loss",
+                "pytorchltr": "custom_ops.benchmarks.pytorchltr_peers:hinge",
+            },
+            "plain PyTorch",
+            (7, 150, 500),
         ),
     )
 )

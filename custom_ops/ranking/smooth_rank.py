@@ -185,8 +185,6 @@ class ApproxNDCGLoss(ListLossModule):
     function = staticmethod(approx_ndcg_loss)
 
     def __init__(self, reduction: str = "mean", temperature: float = 0.1, gain: str = "exponential") -> None:
-        _checks.is_positive("temperature", temperature)
-        _checks.is_one_of("gain", gain, _NDCG)
         super().__init__(reduction, temperature=temperature, gain=gain)
 
 
@@ -202,7 +200,6 @@ class ApproxMRRLoss(ListLossModule):
     function = staticmethod(approx_mrr_loss)
 
     def __init__(self, reduction: str = "mean", temperature: float = 0.1) -> None:
-        _checks.is_positive("temperature", temperature)
         super().__init__(reduction, temperature=temperature)
 
 
@@ -218,7 +215,6 @@ class SmoothAPLoss(ListLossModule):
     function = staticmethod(smooth_ap_loss)
 
     def __init__(self, reduction: str = "mean", temperature: float = 0.01) -> None:
-        _checks.is_positive("temperature", temperature)
         super().__init__(reduction, temperature=temperature)
 
 

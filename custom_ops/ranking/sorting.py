@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from custom_ops import _checks, shards
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
-from custom_ops.ranking._lists import valid_items
+from custom_ops.ranking._lists import (
+    ListLossModule,
+    list_bad_calls,
+    list_dot,
+    list_samples,
+    list_scale,
+    valid_items,
+)
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
 __all__ = ["SpearmanLoss", "soft_rank", "soft_sort", "spearman_loss"]
@@ -22,18 +30,22 @@ SUM, MEAN, CENTRE = range(3)
 
 
 @define
-def isotonic(x: Tensor, valid: Tensor | None, strength: float, kl: bool, sort: bool) -> tuple[Tensor, Tensor]:
-    """The soft ranks of the items, or if ``sort`` the soft sort, and the groups in which they are pooled.
+def isotonic(
+    x: Tensor, valid: Tensor | None, offsets: Tensor | None, strength: float, kl: bool, sort: bool
+) -> tuple[Tensor, Tensor]:
+    """The soft ranks of each list's items, or if ``sort`` the soft sort, and the groups in which they are pooled.
 
-    ``groups`` says for each place in the order (descending for ranks, ascending for ``sort``) which item it
-    holds: i, or ~i where a group begins; n behind the last valid item. There ``sort`` gives 0, as a rank is
-    for an item that isn't valid. float32 or float64.
+    ``groups`` says for each place in a list's order (descending for ranks, ascending for ``sort``) which item of
+    the row it holds: i, or ~i where a group begins; n, the row's length, behind the last valid item and outside
+    of all lists. There ``sort`` gives 0, as a rank is for an item that isn't valid. float32 or float64.
     """
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int32)
 
 
 @define
-def group_reduce(x: Tensor, groups: Tensor, mode: int, from_order: bool, to_order: bool, scale: float) -> Tensor:
+def group_reduce(
+    x: Tensor, groups: Tensor, offsets: Tensor | None, mode: int, from_order: bool, to_order: bool, scale: float
+) -> Tensor:
     """``scale`` times each group's sum, its mean, or x less its mean, by ``mode``, at all members of the group.
 
     x is given by place in the order if ``from_order``, else by item, and so is the result if ``to_order``.
@@ -42,7 +54,7 @@ def group_reduce(x: Tensor, groups: Tensor, mode: int, from_order: bool, to_orde
 
 
 @define
-def group_share(v: Tensor, ranks: Tensor, groups: Tensor, scale: float) -> Tensor:
+def group_share(v: Tensor, ranks: Tensor, groups: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
     """``scale`` times the ranks times what v is above its mean over the group, weighted with the ranks; by item.
 
     That is the derivative of the "kl" ranks, of which it needs no exponential; it has none itself.
@@ -51,57 +63,60 @@ def group_share(v: Tensor, ranks: Tensor, groups: Tensor, scale: float) -> Tenso
 
 
 @define
-def group_softmax(x: Tensor, groups: Tensor, scale: float, weighted: bool) -> Tensor:
+def group_softmax(x: Tensor, groups: Tensor, offsets: Tensor | None, scale: float, weighted: bool) -> Tensor:
     """The softmax of scale x within each group, times the sum of the group's ranks if ``weighted``; by item."""
     return x.new_empty(x.shape)
 
 
-def _softmax_derivative(x: Tensor, groups: Tensor, scale: float, weighted: bool, v: Tensor) -> Tensor:
+def _softmax_derivative(
+    x: Tensor, groups: Tensor, offsets: Tensor | None, scale: float, weighted: bool, v: Tensor
+) -> Tensor:
     """The Jacobian of `group_softmax`, which is symmetric, times v."""
-    softmax = group_softmax(x, groups, scale, False)
+    softmax = group_softmax(x, groups, offsets, scale, False)
     v = torch.where(softmax == 0, 0, v)  # where an item isn't valid v may be NaN
-    moved = v * (group_softmax(x, groups, scale, True) if weighted else softmax)
-    return scale * (moved - softmax * group_reduce(moved, groups, SUM, False, False, 1.0))
+    moved = v * (group_softmax(x, groups, offsets, scale, True) if weighted else softmax)
+    return scale * (moved - softmax * group_reduce(moved, groups, offsets, SUM, False, False, 1.0))
 
 
 class Isotonic(Function, op=isotonic):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, _, ctx.strength, ctx.kl, ctx.sort = inputs
+        x, _, offsets, ctx.strength, ctx.kl, ctx.sort = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x if ctx.kl else None, output[1], output[0] if ctx.kl and not ctx.sort else None)
-        ctx.save_for_forward(x if ctx.kl else None, output[1])
+        where = (x if ctx.kl else None, output[1], offsets)
+        ctx.save_for_backward(*where, output[0] if ctx.kl and not ctx.sort else None)
+        ctx.save_for_forward(*where)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        x, groups, ranks = ctx.saved_tensors
+        x, *where, ranks = ctx.saved_tensors
         if ctx.sort and ctx.kl:
-            total = group_reduce(grad, groups, SUM, True, False, 1.0)
-            of_x = total * group_softmax(x, groups, -1.0, False)
+            total = group_reduce(grad, *where, SUM, True, False, 1.0)
+            of_x = total * group_softmax(x, *where, -1.0, False)
         elif ctx.sort:
-            of_x = group_reduce(grad, groups, MEAN, True, False, 1.0)
+            of_x = group_reduce(grad, *where, MEAN, True, False, 1.0)
         elif ctx.kl and not _lists.is_differentiated():
-            of_x = group_share(grad, ranks, groups, 1 / ctx.strength)
+            of_x = group_share(grad, ranks, *where, 1 / ctx.strength)
         else:
-            of_x = _rank_derivative(x, groups, ctx, grad)
-        return of_x, None, None, None, None
+            of_x = _rank_derivative(x, *where, ctx, grad)
+        return of_x, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        x, groups = ctx.saved_tensors
+        x, *where = ctx.saved_tensors
         if ctx.sort and ctx.kl:
-            softmax = group_softmax(x, groups, -1.0, False)
-            return group_reduce(softmax * tangent, groups, SUM, False, True, 1.0), None
+            softmax = group_softmax(x, *where, -1.0, False)
+            return group_reduce(softmax * tangent, *where, SUM, False, True, 1.0), None
         if ctx.sort:
-            return group_reduce(tangent, groups, MEAN, False, True, 1.0), None
-        return _rank_derivative(x, groups, ctx, tangent), None
+            return group_reduce(tangent, *where, MEAN, False, True, 1.0), None
+        return _rank_derivative(x, *where, ctx, tangent), None
 
 
-def _rank_derivative(x: Tensor, groups: Tensor, ctx: Any, v: Tensor) -> Tensor:
+def _rank_derivative(x: Tensor, groups: Tensor, offsets: Tensor | None, ctx: Any, v: Tensor) -> Tensor:
     """The Jacobian of the ranks, which is symmetric, times v."""
     if ctx.kl:
-        return _softmax_derivative(x, groups, 1 / ctx.strength, True, v)
-    return group_reduce(v, groups, CENTRE, False, False, 1 / ctx.strength)
+        return _softmax_derivative(x, groups, offsets, 1 / ctx.strength, True, v)
+    return group_reduce(v, groups, offsets, CENTRE, False, False, 1 / ctx.strength)
 
 
 class GroupReduce(Function, op=group_reduce):
@@ -109,14 +124,14 @@ class GroupReduce(Function, op=group_reduce):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, groups, *ctx.options = inputs
-        ctx.save_for_backward(groups)
-        ctx.save_for_forward(groups)
+        _, groups, offsets, *ctx.options = inputs
+        ctx.save_for_backward(groups, offsets)
+        ctx.save_for_forward(groups, offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mode, from_order, to_order, scale = ctx.options
-        return group_reduce(grad, *ctx.saved_tensors, mode, to_order, from_order, scale), *[None] * 5
+        return group_reduce(grad, *ctx.saved_tensors, mode, to_order, from_order, scale), *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -132,13 +147,12 @@ class GroupSoftmax(Function, op=group_softmax):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, groups = ctx.saved_tensors
-        return _softmax_derivative(x, groups, ctx.scale, ctx.weighted, grad), None, None, None
+        of_x = _softmax_derivative(*ctx.saved_tensors, ctx.scale, ctx.weighted, grad)
+        return of_x, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        x, groups = ctx.saved_tensors
-        return _softmax_derivative(x, groups, ctx.scale, ctx.weighted, tangent)
+        return _softmax_derivative(*ctx.saved_tensors, ctx.scale, ctx.weighted, tangent)
 
 
 for _op in (isotonic, group_reduce, group_share, group_softmax):
@@ -156,26 +170,36 @@ def _check_regularization(regularization: str, strength: float) -> None:
 
 
 def _soft(
-    values: Tensor, regularization: str, strength: float, mask: Tensor | None, lengths: Tensor | None, sort: bool
+    values: Tensor,
+    regularization: str,
+    strength: float,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_lengths: Tensor | None,
+    sort: bool,
 ) -> Tensor:
     _checks.has_dtype("values", values, _checks.FLOATING)
     if values.dim() == 0:
         raise ValueError("values: expected [..., n], got a single number")
     _check_regularization(regularization, strength)
-    valid = valid_items("values", values, mask, lengths)
-    return _fitted(_wide(values), valid, float(strength), regularization == "kl", sort).to(values.dtype)
+    where = valid_items("values", values, mask, lengths, cu_lengths), _offsets(cu_lengths)
+    return _fitted(_wide(values), *where, float(strength), regularization == "kl", sort).to(values.dtype)
 
 
-def _fitted(x: Tensor, valid: Tensor | None, strength: float, kl: bool, sort: bool) -> Tensor:
-    return _by_lists(lambda x, valid: isotonic(x, valid, strength, kl, sort)[0], x, valid)
+def _offsets(cu_lengths: Tensor | None) -> Tensor | None:
+    return None if cu_lengths is None else cu_lengths.to(torch.int64)
 
 
-def _by_lists(run: Callable[..., Tensor], x: Tensor, valid: Tensor | None) -> Tensor:
-    """``run(x, valid)``, which takes lists one by one; of DTensors each process takes its own."""
+def _fitted(x: Tensor, valid: Tensor | None, offsets: Tensor | None, *options: Any) -> Tensor:
+    return _by_lists(lambda *lists: isotonic(*lists, *options)[0], x, valid, offsets)
+
+
+def _by_lists(run: Callable[..., Tensor], x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """``run(x, valid, offsets)``, which takes lists one by one; of DTensors each process takes its own."""
     if not shards.is_sharded(x):
-        return run(x, valid)
+        return run(x, valid, offsets)
     lists = shards.batch_labels(x.dim() - 1) + "N"
-    return shards.in_shards(run, f"{lists},{lists}->{lists}", x, valid)
+    return shards.in_shards(run, f"{lists},{lists},L->{lists}", x, valid, offsets)
 
 
 def soft_rank(
@@ -185,6 +209,7 @@ def soft_rank(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
 ) -> Tensor:
     """Ranks from 1, the least value's, to n, the greatest's, as a continuous function of the values.
 
@@ -200,14 +225,17 @@ def soft_rank(
         regularization_strength: e > 0.
         mask: [..., n], True for valid items: others are never read, and have rank 0 and no gradient.
         lengths: [...], how many items of each list are valid, from the first on.
+        cu_lengths: [L + 1], non-decreasing: the last dimension holds L lists, of which l is the values from
+            cu_lengths[l] to before cu_lengths[l + 1]. Values in no list are as those that aren't valid.
 
     Returns:
         [..., n] in the values' dtype, computed in double and rounded once.
 
     Raises:
         TypeError: no tensor, a wrong dtype, a strength that is no number.
-        ValueError: shapes that don't match, several devices, an unknown ``regularization``, a strength not
-            above 0.
+        ValueError: shapes that don't match, several devices, both ``lengths`` and ``cu_lengths``, an unknown
+            ``regularization``, a strength not above 0.
+        RuntimeError: ``cu_lengths`` out of order or out of range (on a GPU they are clamped).
 
     O(n log n) time, O(n) memory; on a GPU the regression of each list is sequential.
 
@@ -223,7 +251,7 @@ def soft_rank(
         >>> x.grad
         tensor([ 1.,  0., -1.])
     """
-    return _soft(values, regularization, regularization_strength, mask, lengths, sort=False)
+    return _soft(values, regularization, regularization_strength, mask, lengths, cu_lengths, sort=False)
 
 
 def soft_sort(
@@ -233,6 +261,7 @@ def soft_sort(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
 ) -> Tensor:
     """The values in ascending order, as a function that is continuous with its gradient's blocks.
 
@@ -242,7 +271,7 @@ def soft_sort(
     differentiable to any order between them. In forward mode too.
 
     Args, dtype, errors and cost as for `soft_rank`; what is masked has no gradient, and behind the valid items the
-    result has 0.
+    result has 0; with ``cu_lengths`` each list is sorted in its own place.
 
     Source: Blondel et al., "Fast Differentiable Sorting and Ranking", ICML 2020; torchsort.
 
@@ -251,7 +280,7 @@ def soft_sort(
         >>> custom_ops.soft_sort(torch.tensor([2.9, -0.4, 3.1]), regularization_strength=0.1)
         tensor([-0.4000,  2.9000,  3.1000])
     """
-    return _soft(values, regularization, regularization_strength, mask, lengths, sort=True)
+    return _soft(values, regularization, regularization_strength, mask, lengths, cu_lengths, sort=True)
 
 
 def spearman_loss(
@@ -260,9 +289,11 @@ def spearman_loss(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     regularization: str = "l2",
     regularization_strength: float = 1.0,
-    reduction: str = "mean",
 ) -> Tensor:
     """1 - Spearman's rank correlation, of the soft ranks of the scores with the ranks of the labels.
 
@@ -275,17 +306,21 @@ def spearman_loss(
         labels: [..., n] of any real dtype, without a gradient.
         mask: [..., n], True for valid items: others are never read and have no gradient.
         lengths: [...], how many items of each list are valid, from the first on.
+        cu_lengths: [L + 1], non-decreasing: the last dimension holds L lists, of which l is the items from
+            cu_lengths[l] to before cu_lengths[l + 1].
+        weights: [...] (with ``cu_lengths`` [..., L]), one for each list.
+        reduction: "mean" over the lists whose labels differ (0 if there is none), weighted by ``weights``,
+            "sum", or "none" for one number for each list.
         regularization, regularization_strength: those of `soft_rank`.
-        reduction: "mean" over the lists whose labels differ (0 if there is none), "sum", or "none" for one
-            number for each list.
 
     Returns:
-        A scalar or [...] in the scores' dtype, under autocast float32.
+        A scalar or [...] (with ``cu_lengths`` [..., L]) in the scores' dtype, under autocast float32.
 
     Raises:
         TypeError: no tensor, a wrong dtype, a strength that is no number.
-        ValueError: labels that require a gradient, shapes that don't match, several devices, an unknown
-            ``regularization`` or ``reduction``, a strength not above 0.
+        ValueError: labels that require a gradient, shapes that don't match, several devices, both ``lengths``
+            and ``cu_lengths``, an unknown ``regularization`` or ``reduction``, a strength not above 0.
+        RuntimeError: ``cu_lengths`` out of order or out of range (on a GPU they are clamped).
 
     O(n log n) time, O(n) memory.
 
@@ -296,19 +331,24 @@ def spearman_loss(
         >>> custom_ops.spearman_loss(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1, 3, 2]))
         tensor(0.5000)
     """
-    valid = _lists.checked(scores, labels, mask, lengths, None, None, reduction)
+    valid = _lists.checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
     _check_regularization(regularization, regularization_strength)
-    arguments = (valid, float(regularization_strength), regularization == "kl", False)
-    wanted = _by_lists(_ranks, labels.detach(), valid)
-    ranks = _fitted(_wide(scores), *arguments).double()
-    count: Any = scores.shape[-1] if valid is None else valid.sum(-1, keepdim=True)
-    mean = (count + 1) / 2  # of both, whatever the scores
-    ours, theirs = (x - mean if valid is None else torch.where(valid, x - mean, 0) for x in (ranks, wanted))
-    spread, active = (ours * ours).sum(-1), (theirs * theirs).sum(-1) > 0
-    defined = active & ~_tied(spread, count if valid is None else count.squeeze(-1))
-    scale = spread * (theirs * theirs).sum(-1)
-    correlation = torch.where(defined, (ours * theirs).sum(-1) * torch.where(defined, scale, 1).rsqrt(), 0)
-    loss = _lists.reduce(torch.where(active, 1 - correlation, 0), active, None, reduction)
+    where = valid, _offsets(cu_lengths)
+    options = float(regularization_strength), regularization == "kl", False
+    ranks = _fitted(_wide(scores), *where, *options).double()
+    wanted = _by_lists(_ranks, labels.detach(), *where)
+    ones = torch.ones_like(wanted)
+    count = list_dot(ones, ones, *where)
+    mean = list_scale((count + 1) / 2, ones, *where)  # of both, whatever the scores
+    ours, theirs = ranks - mean, wanted - mean
+    spread, of_labels = list_dot(ours, ours, *where), list_dot(theirs, theirs, *where)
+    active = of_labels > 0
+    defined = active & ~_tied(spread, count)
+    scale = torch.where(defined, spread * of_labels, 1).rsqrt()
+    loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, theirs, *where) * scale, 0), 0)
+    if cu_lengths is None:
+        loss, active = loss.squeeze(-1), active.squeeze(-1)
+    loss = _lists.reduce(loss, active, weights, reduction)
     return loss.float() if torch.is_autocast_enabled(scores.device.type) else loss.to(scores.dtype)
 
 
@@ -318,18 +358,30 @@ def _tied(spread: Tensor, n: int | Tensor) -> Tensor:
     return spread <= n * rounding * rounding
 
 
-def _ranks(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Ranks from 1 of the valid items, ascending, those of tied ones averaged; in double."""
-    x = x.double()
+def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """Ranks from 1 of each list's valid items, ascending, those of tied ones averaged; in double."""
+
+    def places(x: Tensor) -> tuple[Tensor, Tensor]:
+        """How many items of the row are less than each, and how many aren't greater."""
+        ordered, x = x.sort(dim=-1).values, x.contiguous()
+        below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
+        return below, through
+
+    below, through = places(x.double())
+    start: Any = 0
+    n = x.shape[-1]
     if valid is not None:
-        x = x.masked_fill(~valid, torch.inf)  # last; only tied with infinite labels
-    x = x.contiguous()
-    ordered = x.sort(dim=-1).values
-    below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
-    return (below + through + 1).double() / 2
+        below = below.masked_fill(~valid, n)  # last
+    if offsets is not None:
+        item = torch.arange(n, device=x.device)
+        place = torch.searchsorted(offsets, item, right=True) - 1
+        below, start = below + place * (n + 1), offsets[place]
+    if valid is not None or offsets is not None:
+        below, through = places(below)
+    return (below + through + 1).double() / 2 - start
 
 
-class SpearmanLoss(torch.nn.Module):
+class SpearmanLoss(ListLossModule):
     """`spearman_loss` as a layer.
 
     Example:
@@ -339,27 +391,12 @@ class SpearmanLoss(torch.nn.Module):
         tensor(0.5000)
     """
 
+    function = staticmethod(spearman_loss)
+
     def __init__(
-        self, regularization: str = "l2", regularization_strength: float = 1.0, reduction: str = "mean"
+        self, reduction: str = "mean", regularization: str = "l2", regularization_strength: float = 1.0
     ) -> None:
-        super().__init__()
-        _check_regularization(regularization, regularization_strength)
-        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.regularization, self.regularization_strength = regularization, regularization_strength
-        self.reduction = reduction
-
-    def forward(
-        self, scores: Tensor, labels: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
-    ) -> Tensor:
-        options: dict[str, Any] = {
-            "regularization": self.regularization,
-            "regularization_strength": self.regularization_strength,
-        }
-        return spearman_loss(scores, labels, mask=mask, lengths=lengths, reduction=self.reduction, **options)
-
-    def extra_repr(self) -> str:
-        own = f"{self.regularization!r}, regularization_strength={self.regularization_strength}"
-        return f"regularization={own}, reduction={self.reduction!r}"
+        super().__init__(reduction, regularization=regularization, regularization_strength=regularization_strength)
 
 
 # ---------------------------------------------------------------- plain PyTorch
@@ -415,79 +452,50 @@ def _soft_row(x: Tensor, strength: float, kl: bool, sort: bool) -> Tensor:
     return torch.zeros_like(ranks).index_add(0, order, ranks)
 
 
-def _soft_reference(
-    values: Tensor, regularization: str, strength: float, mask: Tensor | None, lengths: Tensor | None, sort: bool
-) -> Tensor:
-    if values.numel() == 0:
-        return values.clone()
-    valid = valid_items("values", values, mask, lengths)
-    n = values.shape[-1]
-    x = values.reshape(-1, n)
-    kept = torch.ones_like(x, dtype=torch.bool) if valid is None else valid.reshape(-1, n)
-    rows = []
-    for row, keep in zip(x, kept):
-        at = keep.nonzero().squeeze(-1)
-        soft = _soft_row(row[at], strength, regularization == "kl", sort)
-        rows.append(row.new_zeros(n).index_add(0, torch.arange(len(at)).to(at) if sort else at, soft))
-    return torch.stack(rows).view(values.shape)
+def _soft_reference(sort: bool) -> Callable[..., Tensor]:
+    def reference(
+        values: Tensor,
+        regularization: str = "l2",
+        regularization_strength: float = 1.0,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_lengths: Tensor | None = None,
+    ) -> Tensor:
+        valid = valid_items("values", values, mask, lengths, cu_lengths)
+        n = values.shape[-1]
+        bounds = [0, n] if cu_lengths is None else cu_lengths.tolist()
+        x = values.reshape(-1, n) if values.numel() else values.reshape(0, n)
+        kept = torch.ones_like(x, dtype=torch.bool) if valid is None else valid.reshape(x.shape)
+        rows = []
+        for row, keep in zip(x, kept):
+            result = torch.zeros_like(row)
+            for start, stop in pairwise(bounds):
+                at = start + keep[start:stop].nonzero().squeeze(-1)
+                soft = _soft_row(row[at], regularization_strength, regularization == "kl", sort)
+                result = result.index_add(0, torch.arange(len(at)).to(at) + start if sort else at, soft)
+            rows.append(result)
+        return torch.stack(rows).view(values.shape) if rows else values.clone()
+
+    return reference
 
 
-def soft_rank_reference(
-    values: Tensor,
-    regularization: str = "l2",
-    regularization_strength: float = 1.0,
-    *,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
-    return _soft_reference(values, regularization, regularization_strength, mask, lengths, sort=False)
+def _spearman_of_one_list(
+    s: Tensor, y: Tensor, regularization: str = "l2", regularization_strength: float = 1.0
+) -> tuple[Tensor, bool]:
+    below, above = (y[:, None] > y).sum(1), (y[:, None] < y).sum(1)
+    theirs = (below - above).to(s) / 2
+    ours = _soft_row(s, regularization_strength, regularization == "kl", False) - (len(s) + 1) / 2
+    spread = ours.pow(2).sum()
+    defined = (theirs != 0).any() & ~_tied(spread, len(s))
+    scale = torch.where(defined, spread * theirs.pow(2).sum(), 1)
+    return 1 - torch.where(defined, (ours * theirs).sum() / scale.sqrt(), 0), bool((theirs != 0).any())
 
 
-def soft_sort_reference(
-    values: Tensor,
-    regularization: str = "l2",
-    regularization_strength: float = 1.0,
-    *,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
-    return _soft_reference(values, regularization, regularization_strength, mask, lengths, sort=True)
-
-
-def spearman_loss_reference(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    regularization: str = "l2",
-    regularization_strength: float = 1.0,
-    reduction: str = "mean",
-) -> Tensor:
-    if scores.numel() == 0:
-        return scores.sum(-1) if reduction == "none" else scores.sum()
-    valid = valid_items("scores", scores, mask, lengths)
-    n = scores.shape[-1]
-    x, y = scores.reshape(-1, n), labels.reshape(-1, n)
-    kept = torch.ones_like(x, dtype=torch.bool) if valid is None else valid.reshape(-1, n)
-    losses, actives = [], []
-    for row, wanted, keep in zip(x, y, kept):
-        row, wanted = row[keep], wanted[keep].to(row)
-        below, above = (wanted[:, None] > wanted).sum(1), (wanted[:, None] < wanted).sum(1)
-        theirs = (below - above).to(row) / 2
-        actives.append(bool((theirs != 0).any()))
-        if actives[-1]:
-            ours = _soft_row(row, regularization_strength, regularization == "kl", False) - (len(row) + 1) / 2
-            spread = ours.pow(2).sum()
-            tied = _tied(spread, len(row))
-            scale = torch.where(tied, 1, spread) * theirs.pow(2).sum()
-            losses.append(1 - torch.where(tied, 0, (ours * theirs).sum() / scale.sqrt()))
-        else:
-            losses.append(row.sum() * 0)
-    loss = torch.stack(losses)
-    if reduction == "none":
-        return loss.view(scores.shape[:-1])
-    return loss.sum() / (max(sum(actives), 1) if reduction == "mean" else 1)
+def spearman_loss_reference(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Always with a mask, as pools can't be found under ``vmap``."""
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    return _lists.reference_of(_spearman_of_one_list)(scores, labels, mask=mask, **options)
 
 
 # ---------------------------------------------------------------- registry
@@ -508,26 +516,18 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         Sample((_draw(device, dtype, 4), "kl", 0.5)),
         Sample((_draw(device, dtype, 1, 4), "l2", 0.3), {"mask": mask}),
         Sample((_draw(device, dtype, 2, 3), "kl"), {"lengths": lengths}),
+        Sample((_draw(device, dtype, 6), "kl", 0.5), {"cu_lengths": torch.tensor([1, 3, 3, 6], device=device)}),
         Sample((_draw(device, dtype, 2, 0),)),
     ]
 
 
 def _spearman_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    labels = torch.tensor([[0, 2, 1, 1], [3, 1, 0, 2], [1, 1, 1, 1]], device=device).to(dtype)
-    mask = torch.tensor([[True, True, False, True]], device=device)
-    lengths = torch.tensor([3, 1, 4], device=device)
     kl = {"regularization": "kl", "regularization_strength": 0.5}
-    return [
-        Sample((_draw(device, dtype, 3, 4), labels), dynamic={0: 0, 1: 0}),
-        Sample((_draw(device, dtype, 1, 4), labels[:1]), {"mask": mask, "reduction": "none"}),
-        Sample((_draw(device, dtype, 3, 4), labels), {"lengths": lengths, "reduction": "sum"}),
-        Sample((_draw(device, dtype, 1, 4), labels[1:2]), kl),
-        Sample((_draw(device, dtype, 2, 0), labels[:2, :0])),
-    ]
+    return [*list_samples(device, dtype), list_samples(device, dtype, **kl)[0]]
 
 
 def _bad_calls() -> list[BadCall]:
-    x = torch.ones(2, 3)
+    x, two = torch.ones(2, 3), torch.tensor([1, 2])
     return [
         BadCall(([1.0],), "values: expected a tensor, got list"),
         BadCall((x.int(),), "values: expected one of float16"),
@@ -536,7 +536,9 @@ def _bad_calls() -> list[BadCall]:
         BadCall((x, "l2", 0), "regularization_strength: expected a positive number, got 0"),
         BadCall((x,), "mask: expected one of bool", {"mask": x}),
         BadCall((x,), r"mask: expected shape \[2, 3\], got \[3\]", {"mask": x[0] > 0}),
-        BadCall((x,), r"lengths: expected shape \[2\], got \[1\]", {"lengths": torch.tensor([1])}),
+        BadCall((x,), r"lengths: expected shape \[2\], got \[1\]", {"lengths": two[:1]}),
+        BadCall((x,), "lengths, cu_lengths: expected at most one", {"lengths": two, "cu_lengths": two}),
+        BadCall((x,), r"cu_lengths: expected \[L \+ 1\]", {"cu_lengths": two[None]}),
     ]
 
 
@@ -567,7 +569,7 @@ register(
         name="soft_rank",
         summary="Differentiable ranks, by projection onto the permutahedron",
         function=soft_rank,
-        reference=soft_rank_reference,
+        reference=_soft_reference(sort=False),
         not_fuzzed=_NOT_FUZZED,
         samples=_samples,
         bad_calls=_bad_calls,
@@ -579,7 +581,7 @@ register(
         name="soft_sort",
         summary="Differentiable sorting, by projection onto the permutahedron",
         function=soft_sort,
-        reference=soft_sort_reference,
+        reference=_soft_reference(sort=True),
         not_fuzzed=_NOT_FUZZED,
         samples=_samples,
         native=lambda x: x.sort().values,
@@ -597,16 +599,18 @@ register(
         modules=lambda: [
             (SpearmanLoss(), {}),
             (
-                SpearmanLoss("kl", 0.5, "sum"),
-                {"regularization": "kl", "regularization_strength": 0.5, "reduction": "sum"},
+                SpearmanLoss("sum", "kl", 0.5),
+                {"reduction": "sum", "regularization": "kl", "regularization_strength": 0.5},
             ),
         ],
         bad_calls=lambda: [
-            BadCall((None, torch.ones(2)), "scores: expected a tensor, got NoneType"),
-            BadCall((torch.ones(2), torch.ones(3)), r"labels: expected shape \[2\], got \[3\]"),
-            BadCall((torch.ones(2), torch.ones(2).requires_grad_()), "labels: expected a tensor without gradient"),
+            *list_bad_calls(),
             BadCall((torch.ones(2), torch.ones(2)), "regularization: expected one of", {"regularization": "l1"}),
-            BadCall((torch.ones(2), torch.ones(2)), "reduction: expected one of", {"reduction": "avg"}),
+            BadCall(
+                (torch.ones(2), torch.ones(2)),
+                "regularization_strength: expected a positive number, got 0",
+                {"regularization_strength": 0},
+            ),
         ],
     )
 )
