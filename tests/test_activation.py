@@ -123,6 +123,67 @@ def test_bias_of_any_dimension(dim, layout):
     torch.testing.assert_close(torch.autograd.grad(y, (x, bias), grad), torch.autograd.grad(expected, (x, bias), grad))
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "rows", "channels", "inner"),
+    [((), 5000, 3, 37), ((), 900, 700, 1), ((), 70001, 2, 1), ((), 3, 70000, 1), ((), 1, 1, 200001), ((), 3, 0, 4)]
+    + [((), 0, 3, 2), ((3,), 11, 5, 1), ((2, 2), 3, 5, 7), ((0,), 3, 4, 5), ((2,), 40000, 1, 3)],
+)  # fmt: skip
+def test_sums_over_channels(batch, rows, channels, inner, threads, dtype):
+    x = torch.randn(*batch, rows, channels, inner, dtype=torch.float64).to(dtype)
+    mask = torch.randint(0, 256, (*batch, -(-rows * channels * inner // 8)), dtype=torch.uint8)
+    default = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for off in (0.0, 0.3):
+            masked, sums = torch.ops.custom_ops.apply_mask_and_sum(x, mask, inner, channels, off)
+            assert torch.equal(masked, torch.ops.custom_ops.apply_mask(x, mask, 1.0, off))
+            exact = torch.ops.custom_ops.apply_mask(x.double(), mask, 1.0, off)
+            largest = exact.abs().sum((-3, -1))
+            assert sums.shape == (*batch, channels)
+            rounding = 2e-15 if dtype == torch.float64 else 1e-7
+            allowed = rounding * largest + torch.finfo(dtype).eps / 2 * (1.001 * exact.sum((-3, -1)).abs() + 1e-7)
+            assert ((sums.double() - exact.sum((-3, -1))).abs() <= allowed).all()
+            torch.set_num_threads(3 - threads)
+            assert torch.equal(sums, torch.ops.custom_ops.apply_mask_and_sum(x, mask, inner, channels, off)[1])
+            torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(default)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_the_gradient_of_a_bias_takes_one_pass(needed):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(op._opname)
+            return op(*args, **(kwargs or {}))
+
+    x, bias = torch.randn(4, 3, 5, requires_grad=needed[0]), torch.randn(3, requires_grad=needed[1])
+    y = custom_ops.bias_relu(x, bias)
+    with Recording():
+        torch.autograd.grad(y, [t for t in (x, bias) if t.requires_grad], torch.ones_like(y))
+    kernels = [name for name in called if "mask" in name]
+    assert kernels == ["apply_mask_and_sum" if needed[1] else "apply_mask"]
+    assert not {"sum", "reshape", "mul"} & set(called)
+
+
+def test_raw_sums_are_checked():
+    x, mask = torch.ones(24), torch.zeros(3, dtype=torch.uint8)
+    for channels, inner in ((5, 1), (3, 16), (4, 0), (0, 1), (-3, 8), (3, -8), (1 << 62, 4), (4, 1 << 62)):
+        with pytest.raises(RuntimeError, match="channels, inner: expected divisors of 24 elements"):
+            torch.ops.custom_ops.apply_mask_and_sum(x, mask, inner, channels, 0.0)
+    with pytest.raises(RuntimeError, match="mask: expected 3 bytes"):
+        torch.ops.custom_ops.apply_mask_and_sum(x, mask[:2], 1, 3, 0.0)
+    for inner in (0, 1 << 62):
+        with pytest.raises(RuntimeError, match="bias: expected"):
+            torch.ops.custom_ops.piecewise_linear(x, torch.ones(4), inner, 0.0, None, 0.0, 0.0, 0.0, True, 0)
+
+
 @pytest.mark.parametrize("module", [custom_ops.BiasReLU(5), custom_ops.BiasLeakyReLU(5, 0.2)])
 def test_bias_layers_learn_their_bias(module):
     x = torch.randn(3, 5, 4)
