@@ -420,11 +420,13 @@ def _check_norm(max_norm: Any, dim: Any) -> None:
     _checks.is_number("max_norm", max_norm)
     if not max_norm >= 0:
         raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
-    if dim is not None and not isinstance(dim, int):
-        if not isinstance(dim, Sequence) or not all(isinstance(d, int) for d in dim):
-            raise TypeError(f"dim: expected an integer or several, got {dim!r}")
-        if not dim:
-            raise ValueError("dim: expected at least one dimension, got none")
+    if dim is None:
+        return
+    dims = [dim] if isinstance(dim, int) else dim
+    if not isinstance(dims, Sequence) or any(isinstance(d, bool) or not isinstance(d, int) for d in dims):
+        raise TypeError(f"dim: expected an integer or several, got {dim!r}")
+    if not dims:
+        raise ValueError("dim: expected at least one dimension, got none")
 
 
 class ClipGradientNorm(torch.nn.Module):
@@ -972,6 +974,7 @@ register(
             BadCall((_two, None), "max_norm: expected a number, got NoneType"),
             BadCall((_two, -1.0), "max_norm: expected at least 0, got -1.0"),
             BadCall((_two, 1.0, 1.5), "dim: expected an integer or several, got 1.5"),
+            BadCall((_two, 1.0, False), "dim: expected an integer or several, got False"),
             BadCall((_two, 1.0, 1), "dim: expected within 1 dimensions, got 1"),
             BadCall((_two, 1.0, (0, -1)), r"dim: expected different dimensions, got \(0, -1\)"),
             BadCall((_two, 1.0, ()), "dim: expected at least one dimension, got none"),

@@ -196,6 +196,48 @@ def test_bias_layers_learn_their_bias(module):
     assert "inplace=True" in repr(module)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layer", [custom_ops.BiasReLU, custom_ops.BiasLeakyReLU])
+def test_bias_layers_under_autocast(layer, compiled):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), layer(8)), torch.randn(2, 3, 9, 9)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert model[1].bias.grad.dtype == torch.float32
+    conv = model[0].weight.detach().bfloat16()
+    slope = getattr(model[1], "negative_slope", 0.0)
+    steep = torch.where(F.conv2d(x.bfloat16(), conv) > 0, 1, slope).bfloat16().float().sum((0, 2, 3))
+    torch.testing.assert_close(model[1].bias.grad, steep, rtol=2**-8, atol=0)
+    with pytest.raises(TypeError, match="bias: expected one of float32, got bfloat16"):
+        custom_ops.bias_relu(x, torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_layers_check_what_they_are_made_of():
+    for channels, message in ((-1, "channels: expected at least 0, got -1"), ("8", "channels: expected an integer")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            custom_ops.BiasReLU(channels)
+    with pytest.raises(ValueError, match=r"p: expected a probability, got 1\.5"):
+        custom_ops.ReLUDropout(1.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("torch.sparse_coo", torch.Tensor.to_sparse),
+        ("torch.sparse_csr", torch.Tensor.to_sparse_csr),
+        ("torch._mkldnn", torch.Tensor.to_mkldnn),
+        ("a nested tensor", lambda x: torch.nested.nested_tensor([x, x])),
+    ],
+)
+def test_only_dense_tensors(kind, make):
+    x = make(torch.randn(3, 4))
+    for function in (custom_ops.relu, custom_ops.squared_relu, custom_ops.relu_dropout, custom_ops.reverse_gradient):
+        with pytest.raises(TypeError, match=f"x: expected a dense tensor, got {kind}"):
+            function(x)
+
+
 # ---------------------------------------------------------------- in place
 
 

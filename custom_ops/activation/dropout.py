@@ -86,10 +86,8 @@ def relu_dropout(
         tensor([0., 2.])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _checks.is_number("p", p)
+    _check_probability(p)
     _checks.is_bool("training", training)
-    if not 0 <= p <= 1:
-        raise ValueError(f"p: expected a probability, got {p}")
     if seed is not None:
         _checks.has_dtype("seed", seed, (torch.int64,))
         _checks.same_device(x=x, seed=seed)
@@ -105,6 +103,12 @@ def relu_dropout(
     return x.copy_(y) if inplace else y
 
 
+def _check_probability(p: Any) -> None:
+    _checks.is_number("p", p)
+    if not 0 <= p <= 1:
+        raise ValueError(f"p: expected a probability, got {p}")
+
+
 class ReLUDropout(torch.nn.Module):
     """`relu_dropout` as a layer; `relu` in evaluation mode.
 
@@ -116,6 +120,7 @@ class ReLUDropout(torch.nn.Module):
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()
+        _check_probability(p)
         self.p = p
         self.inplace = inplace
 

@@ -356,7 +356,7 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
 
     Args:
         x: as for `relu`; the channels are its dimension ``dim``, in any memory format.
-        bias: ``[C]``, of x's dtype.
+        bias: ``[C]``, of x's dtype; under autocast it is cast to that.
         dim: the channel dimension.
         inplace: as for `relu`.
 
@@ -372,7 +372,7 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
         >>> custom_ops.bias_relu(torch.tensor([[1.0, -3.0]]), torch.tensor([0.5, 1.0]))
         tensor([[1.5000, 0.0000]])
     """
-    dim = _channel_dim(x, bias, dim)
+    bias, dim = _of_channels(x, bias, dim)
     return _activate(x, low=0.0, nan_passes=True, inplace=inplace, bias=bias, dim=dim)
 
 
@@ -387,12 +387,17 @@ def bias_leaky_relu(
         tensor([[ 1.5000, -1.0000]])
     """
     _checks.is_number("negative_slope", negative_slope)
-    dim = _channel_dim(x, bias, dim)
+    bias, dim = _of_channels(x, bias, dim)
     return _activate(x, low=0.0, slope=float(negative_slope), inplace=inplace, bias=bias, dim=dim)
 
 
-def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
+def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
+    """The bias in x's dtype, and which dimension it is along."""
     _checks.has_dtype("x", x, _checks.FLOATING)
+    _checks.has_dtype("bias", bias, _checks.FLOATING)
+    kind = x.device.type
+    if bias.dtype != x.dtype and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        bias = bias.to(x.dtype)  # a parameter, beside the output of a layer that autocast runs in 16 bits
     _checks.has_dtype("bias", bias, (x.dtype,))
     _checks.has_dims("bias", bias, "[C]")
     _checks.same_device(x=x, bias=bias)
@@ -401,7 +406,7 @@ def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
         raise IndexError(f"dim: expected a dimension of x with shape {list(x.shape)}, got {dim}")
     if bias.shape[0] != x.shape[dim]:
         raise ValueError(f"bias: expected {x.shape[dim]} channels as in x, got {bias.shape[0]}")
-    return dim % x.dim()
+    return bias, dim % x.dim()
 
 
 class CustomReLU(PiecewiseLinear):
@@ -496,6 +501,7 @@ class BiasReLU(torch.nn.Module):
 
     def __init__(self, channels: int, dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
+        _checks.is_count("channels", channels)
         self.bias = torch.nn.Parameter(torch.zeros(channels))
         self.dim = dim
         self.inplace = inplace
