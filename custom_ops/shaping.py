@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._layout import as_it_lies
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
@@ -555,10 +556,10 @@ def surrogate_slope(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor
     return x.new_empty(x.shape)
 
 
-@library.compose("custom_ops::surrogate_step")
+@define
 def surrogate_step(x: Tensor, shape: int, width: float) -> Tensor:
-    """1 where x >= 0, else 0; differentiated as the smooth step numbered ``shape``."""
-    return (x >= 0).to(x.dtype)
+    """1 where x >= 0, else 0, contiguous; differentiated as the smooth step numbered ``shape``."""
+    return x.new_empty(x.shape)
 
 
 class SurrogateStep(Function, op=surrogate_step):
@@ -634,6 +635,11 @@ def _curvature(x: Tensor, shape: int, width: float) -> Tensor:
     return value / width**2
 
 
+@library.inductor(surrogate_step)
+def _(x: Tensor, shape: int, width: float) -> Tensor:
+    return torch.where(x >= 0, 1.0, 0.0).to(x.dtype).contiguous()
+
+
 @library.inductor(surrogate_slope)
 def _(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
     u = x.to(torch.promote_types(x.dtype, torch.float32)) / width
@@ -659,6 +665,13 @@ def _(info: Any, in_dims: Any, x: Tensor, shape: int, width: float) -> Any:
 def _(info: Any, in_dims: Any, grad: Tensor, x: Tensor, shape: int, width: float) -> Any:
     grad, x = (library.to_front(t, d, info.batch_size) for t, d in zip((grad, x), in_dims))
     return surrogate_slope(grad, x, shape, width), 0
+
+
+@library.sharding(surrogate_step)
+def _(x: Any, shape: int, width: float) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [([p], [p, None, None]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
 
 
 @library.sharding(surrogate_slope)
@@ -709,7 +722,7 @@ def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) ->
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
     _check_step(shape, width)
-    return surrogate_step(x, _SHAPES.index(shape), float(width))
+    return as_it_lies(x, lambda rows, _: surrogate_step(rows, _SHAPES.index(shape), float(width)))
 
 
 def _check_step(shape: Any, width: Any) -> None:

@@ -440,6 +440,33 @@ def test_inductor_fuses_and_keeps_one_bit(name):
     torch.testing.assert_close(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad))
 
 
+def test_compiled_networks_keep_what_they_keep_with_torchs_activations():
+    """The inputs of convolution and normalisation, and no bit: it is found again from those. See README, Limits."""
+    from custom_ops.benchmarks.networks import MEMORY_ONLY
+
+    torch.manual_seed(0)
+    block = nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.1),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3),
+    )  # fmt: skip
+    x, kept = torch.randn(2, 8, 12, 12), []
+    for to in ("torch", "custom_ops"):
+        custom_ops.convert_activations(block, to=to)
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = tensor.dtype, storage.nbytes()
+            return tensor
+
+        torch._dynamo.reset()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            torch.compile(block, fullgraph=True, options=MEMORY_ONLY)(x)
+        kept.append(sorted(saved.values(), key=str))
+    assert kept[0] == kept[1]
+    assert not any(dtype == torch.uint8 for dtype, _ in kept[1])
+
+
 @pytest.mark.parametrize("n", [1, 8, 13, 64])
 def test_inductors_masks_are_the_kernels(n):
     x, grad = torch.randn(n), torch.randn(n)

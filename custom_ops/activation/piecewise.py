@@ -11,8 +11,9 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask, pack, unpack
+from custom_ops._layout import as_it_lies
 from custom_ops._native import define
-from custom_ops.activation._common import against, as_it_lies, away_from, not_a_tensor, unary_samples
+from custom_ops.activation._common import against, away_from, not_a_tensor, unary_samples
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
 

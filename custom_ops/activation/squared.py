@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._layout import as_it_lies
 from custom_ops._native import define
-from custom_ops.activation._common import against, as_it_lies, not_a_tensor, unary_samples
+from custom_ops.activation._common import against, not_a_tensor, unary_samples
 from custom_ops.library import Function
 from custom_ops.registry import OpInfo, register
 
