@@ -1,7 +1,9 @@
 // Piecewise-linear activations: what backward needs of one is one bit per element.
 #include "activation.h"
+#include "elementary.h"
 
 #include <type_traits>
+#include <vector>
 
 namespace custom_ops {
 namespace {
@@ -44,6 +46,12 @@ void with_constant(bool value, const F& f) {
   else f(std::false_type{});
 }
 
+// Whether examples of that layout are made of such channels.
+bool divides(int64_t channels, int64_t inner, const MaskLayout& layout) {
+  if (channels <= 0 || inner <= 0) return channels == 0 && inner > 0 && layout.elements == 0;
+  return layout.elements % channels == 0 && layout.elements / channels % inner == 0;
+}
+
 // `bias`, one value for each channel of each example, may be null.
 template <class T, class Rule>
 void activate(const Rule& rule, const T* x, const T* bias, int64_t inner, int64_t channels, const MaskLayout& layout,
@@ -71,8 +79,8 @@ void activate(const Rule& rule, const T* x, const T* bias, int64_t inner, int64_
 
 #ifdef CUSTOM_OPS_AVX2
 template <class T>
-TARGET_LANES int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out, int64_t n, Accumulator<T> on,
-                                        Accumulator<T> off, bool stream) {
+TARGET_LANES int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out, Accumulator<T>* values, int64_t n,
+                                        Accumulator<T> on, Accumulator<T> off, bool stream) {
   using V = Vector<Accumulator<T>>;
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
@@ -80,12 +88,64 @@ TARGET_LANES int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out,
     std::memcpy(&bits, mask + i / 8, sizeof(bits));
     for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
       const V v = V::load(x + i + k), rest = off != 0 ? v * V::all(off) : V::all(0);
-      rest.replaced(v * V::all(on), V::signs_of(bits, static_cast<int>(k))).store(out + i + k, stream);
+      const V masked = rest.replaced(v * V::all(on), V::signs_of(bits, static_cast<int>(k)));
+      masked.store(out + i + k, stream);
+      if (values != nullptr) masked.store(values + i + k, false);
     }
   }
   return i;
 }
 #endif
+
+// `values`, the results before they are rounded, may be null; `stream` as `Streaming` says at `out`.
+template <class T>
+void apply_mask_span(const T* x, const uint8_t* mask, T* out, Accumulator<T>* values, int64_t n, Accumulator<T> on,
+                     Accumulator<T> off, bool stream) {
+  using A = Accumulator<T>;
+  if (on == 1 && off == 0 && values == nullptr) return select_bits<sizeof(T)>(x, mask, out, n, stream);
+  int64_t i = 0;
+#ifdef CUSTOM_OPS_AVX2
+  if (cpu_has_lanes()) i = apply_mask_vectors(x, mask, out, values, n, on, off, stream);
+#endif
+  for (; i < n; ++i) {
+    const A v = static_cast<A>(x[i]), masked = bit(mask, i) ? v * on : off != 0 ? v * off : A(0);
+    out[i] = static_cast<T>(masked);
+    if (values != nullptr) values[i] = masked;
+  }
+}
+
+// Adds up consecutive elements from the one numbered `first` on: each `inner` of them, a run, belong to the next of
+// `slots` sums, and after the last one again to the first.
+class RunSums {
+ public:
+  RunSums(int64_t first, int64_t inner, double* sums, int64_t slots)
+      : inner_(inner),
+        left_(inner - first % inner),
+        sums_(sums),
+        slots_(slots) {}
+
+  template <class A>
+  ALWAYS_INLINE void add(const A* x, int64_t n) {
+    for (int64_t taken; n > 0; x += taken, n -= taken) {
+      if (inner_ == 1) {
+        taken = std::min(n, slots_ - slot_);
+        for (int64_t j = 0; j < taken; ++j) sums_[slot_ + j] += static_cast<double>(x[j]);
+        slot_ += taken;
+      } else {
+        taken = std::min(n, left_);
+        sums_[slot_] += sum_of<A>(taken, [=](int64_t j) ALWAYS_INLINE { return x[j]; });
+        left_ -= taken;
+        if (left_ == 0) ++slot_, left_ = inner_;
+      }
+      if (slot_ == slots_) slot_ = 0;
+    }
+  }
+
+ private:
+  int64_t inner_, left_, slot_ = 0;
+  double* sums_;
+  int64_t slots_;
+};
 
 }  // namespace
 
@@ -97,8 +157,8 @@ std::tuple<Tensor, Tensor> piecewise_linear(const Tensor& x_in, const std::optio
   int64_t channels = 1;
   if (bias_in) {
     channels = bias.dim() > 0 ? bias.size(bias.dim() - 1) : 0;
-    check(bias.scalar_type() == x.scalar_type() && sizes(bias) == append(layout.batch, {channels}) && inner > 0 &&
-              (channels > 0 ? layout.elements % (channels * inner) == 0 : layout.elements == 0),
+    check(bias.scalar_type() == x.scalar_type() && sizes(bias) == append(layout.batch, {channels}) &&
+              divides(channels, inner, layout),
           "bias: expected x's dtype and one value for each of its channels");
   }
   dispatch_floating(x, "x", [&](auto type) {
@@ -135,29 +195,68 @@ Tensor apply_mask(const Tensor& x_in, const Tensor& mask_in, double on, double o
     T* op = mutable_data<T>(out);
     const Streaming streaming(out);
     layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
-      const int64_t at = example * layout.elements + begin, n = end - begin;
-      const uint8_t* bits = mp + example * layout.bytes + begin / 8;
-      const bool stream = streaming.at(op + at);
-      if (on == 1 && off == 0) {
-        select_bits<sizeof(T)>(xp + at, bits, op + at, n, stream);
-      } else {
-        const A scale = static_cast<A>(on), rest = static_cast<A>(off);
-        int64_t i = 0;
-#ifdef CUSTOM_OPS_AVX2
-        if (cpu_has_lanes()) i = apply_mask_vectors(xp + at, bits, op + at, n, scale, rest, stream);
-#endif
-        for (; i < n; ++i) {
-          const A v = static_cast<A>(xp[at + i]);
-          op[at + i] = static_cast<T>(bit(bits, i) ? v * scale : rest != 0 ? v * rest : A(0));
-        }
-      }
+      const int64_t at = example * layout.elements + begin;
+      apply_mask_span(xp + at, mp + example * layout.bytes + begin / 8, op + at, static_cast<A*>(nullptr), end - begin,
+                      static_cast<A>(on), static_cast<A>(off), streaming.at(op + at));
       streaming.flush();
     });
   });
   return out;
 }
 
+std::tuple<Tensor, Tensor> apply_mask_and_sum(const Tensor& x_in, const Tensor& mask_in, int64_t inner,
+                                              int64_t channels, double off) {
+  const Tensor x = dense(x_in), mask = dense(mask_in);
+  const MaskLayout layout = MaskLayout::of_mask(mask, x);
+  const int64_t elements = layout.elements;
+  check(divides(channels, inner, layout), "channels, inner: expected divisors of ", elements, " elements, got ",
+        channels, " and ", inner);
+  Tensor out = fresh(x, sizes(x)), sums = fresh(x, append(layout.batch, {channels}));
+  // Each example is summed up in pieces, and these in turn; the number of pieces is that of no threads, so that any
+  // gives the same bits. A piece has a sum for each channel, or for each run if it has fewer. Few channels are taken
+  // several times over, for loops of some length; with many, pieces are few, for their sums to be less than x.
+  constexpr int64_t kPieces = 128, kLeast = 1 << 16, kSlots = 64;
+  const int64_t run = channels == 1 ? std::max<int64_t>(elements, 1) : inner;
+  const int64_t pieces = std::clamp<int64_t>(elements / std::max(kLeast, 8 * channels), 1, kPieces);
+  const int64_t span = std::max<int64_t>((elements + pieces * kTile - 1) / (pieces * kTile), 1) * kTile;
+  const int64_t round = (kSlots + channels - 1) / std::max<int64_t>(channels, 1) * channels;
+  const int64_t slots = std::min(round, (std::min(span, elements) - 1) / run + 2);
+  std::vector<double> partial(static_cast<size_t>(layout.examples * pieces * slots));
+  dispatch_floating(x, "x", [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = Accumulator<T>;
+    const T* xp = data<T>(x);
+    const uint8_t* mp = data<uint8_t>(mask);
+    T* op = mutable_data<T>(out);
+    const Streaming streaming(out);
+    layout.parallel_spans(span, [&](int64_t example, int64_t begin, int64_t end) {
+      RunSums into(begin, run, partial.data() + (example * pieces + begin / span) * slots, slots);
+      for (int64_t i = begin; i < end; i += kTile) {
+        const int64_t at = example * elements + i, n = std::min(kTile, end - i);
+        A values[kTile];
+        apply_mask_span(xp + at, mp + example * layout.bytes + i / 8, op + at, values, n, A(1), static_cast<A>(off),
+                        streaming.at(op + at));
+        multiversion([&]() ALWAYS_INLINE { into.add(values, n); });
+      }
+      streaming.flush();
+    });
+    T* sp = mutable_data<T>(sums);
+    std::vector<double> total(static_cast<size_t>(channels));
+    for (int64_t example = 0; example < layout.examples; ++example) {
+      std::fill(total.begin(), total.end(), 0.);
+      const double* from = partial.data() + example * pieces * slots;
+      for (int64_t begin = 0; begin < elements; begin += span, from += slots)
+        for (int64_t s = 0, c = begin / run % channels; s < slots; ++s, c = c + 1 < channels ? c + 1 : 0)
+          total[static_cast<size_t>(c)] += from[s];
+      for (int64_t c = 0; c < channels; ++c)
+        sp[example * channels + c] = static_cast<T>(static_cast<A>(total[static_cast<size_t>(c)]));
+    }
+  });
+  return {out, sums};
+}
+
 }  // namespace custom_ops
 
 CUSTOM_OPS_CPU_KERNEL(piecewise_linear)
 CUSTOM_OPS_CPU_KERNEL(apply_mask)
+CUSTOM_OPS_CPU_KERNEL(apply_mask_and_sum)

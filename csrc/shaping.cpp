@@ -1,4 +1,4 @@
-// Gradient shaping: the slope of the smooth step as which a spike is differentiated.
+// Gradient shaping: a spike, and the slope of the smooth step as which it is differentiated.
 #include "elementary.h"
 
 namespace custom_ops {
@@ -50,6 +50,24 @@ void slopes(const T* grad, const T* x, T* out, int64_t n, double wide) {
 
 }  // namespace
 
+Tensor surrogate_step(const Tensor& x_in, int64_t, double) {
+  const Tensor x = dense(x_in);
+  Tensor y = fresh(x, sizes(x));
+  dispatch_floating(x, "x", [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = Accumulator<T>;
+    const T* xp = data<T>(x);
+    T* yp = mutable_data<T>(y);
+    torch::stable::parallel_for(0, x.numel(), kSpan, [&](int64_t begin, int64_t end) {
+      multiversion([=]() ALWAYS_INLINE {
+        const T zero = static_cast<T>(A(0)), one = static_cast<T>(A(1));
+        for (int64_t i = begin; i < end; ++i) yp[i] = static_cast<A>(xp[i]) >= 0 ? one : zero;
+      });
+    });
+  });
+  return y;
+}
+
 Tensor surrogate_slope(const Tensor& grad_in, const Tensor& x_in, int64_t shape, double width) {
   check(sizes(grad_in) == sizes(x_in), "grad: expected the shape of x");
   check(grad_in.scalar_type() == x_in.scalar_type(), "grad: expected the dtype of x");
@@ -73,4 +91,5 @@ Tensor surrogate_slope(const Tensor& grad_in, const Tensor& x_in, int64_t shape,
 
 }  // namespace custom_ops
 
+CUSTOM_OPS_CPU_KERNEL(surrogate_step)
 CUSTOM_OPS_CPU_KERNEL(surrogate_slope)

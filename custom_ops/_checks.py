@@ -17,6 +17,9 @@ REDUCTIONS = ("none", "mean", "sum")
 def is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"{value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def has_dtype(name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._layout import as_it_lies
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
@@ -420,11 +421,13 @@ def _check_norm(max_norm: Any, dim: Any) -> None:
     _checks.is_number("max_norm", max_norm)
     if not max_norm >= 0:
         raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
-    if dim is not None and not isinstance(dim, int):
-        if not isinstance(dim, Sequence) or not all(isinstance(d, int) for d in dim):
-            raise TypeError(f"dim: expected an integer or several, got {dim!r}")
-        if not dim:
-            raise ValueError("dim: expected at least one dimension, got none")
+    if dim is None:
+        return
+    dims = [dim] if isinstance(dim, int) else dim
+    if not isinstance(dims, Sequence) or any(isinstance(d, bool) or not isinstance(d, int) for d in dims):
+        raise TypeError(f"dim: expected an integer or several, got {dim!r}")
+    if not dims:
+        raise ValueError("dim: expected at least one dimension, got none")
 
 
 class ClipGradientNorm(torch.nn.Module):
@@ -553,10 +556,10 @@ def surrogate_slope(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor
     return x.new_empty(x.shape)
 
 
-@library.compose("custom_ops::surrogate_step")
+@define
 def surrogate_step(x: Tensor, shape: int, width: float) -> Tensor:
-    """1 where x >= 0, else 0; differentiated as the smooth step numbered ``shape``."""
-    return (x >= 0).to(x.dtype)
+    """1 where x >= 0, else 0, contiguous; differentiated as the smooth step numbered ``shape``."""
+    return x.new_empty(x.shape)
 
 
 class SurrogateStep(Function, op=surrogate_step):
@@ -632,6 +635,11 @@ def _curvature(x: Tensor, shape: int, width: float) -> Tensor:
     return value / width**2
 
 
+@library.inductor(surrogate_step)
+def _(x: Tensor, shape: int, width: float) -> Tensor:
+    return torch.where(x >= 0, 1.0, 0.0).to(x.dtype).contiguous()
+
+
 @library.inductor(surrogate_slope)
 def _(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
     u = x.to(torch.promote_types(x.dtype, torch.float32)) / width
@@ -657,6 +665,13 @@ def _(info: Any, in_dims: Any, x: Tensor, shape: int, width: float) -> Any:
 def _(info: Any, in_dims: Any, grad: Tensor, x: Tensor, shape: int, width: float) -> Any:
     grad, x = (library.to_front(t, d, info.batch_size) for t, d in zip((grad, x), in_dims))
     return surrogate_slope(grad, x, shape, width), 0
+
+
+@library.sharding(surrogate_step)
+def _(x: Any, shape: int, width: float) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [([p], [p, None, None]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
 
 
 @library.sharding(surrogate_slope)
@@ -707,7 +722,7 @@ def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) ->
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
     _check_step(shape, width)
-    return surrogate_step(x, _SHAPES.index(shape), float(width))
+    return as_it_lies(x, lambda rows, _: surrogate_step(rows, _SHAPES.index(shape), float(width)))
 
 
 def _check_step(shape: Any, width: Any) -> None:
@@ -972,6 +987,7 @@ register(
             BadCall((_two, None), "max_norm: expected a number, got NoneType"),
             BadCall((_two, -1.0), "max_norm: expected at least 0, got -1.0"),
             BadCall((_two, 1.0, 1.5), "dim: expected an integer or several, got 1.5"),
+            BadCall((_two, 1.0, False), "dim: expected an integer or several, got False"),
             BadCall((_two, 1.0, 1), "dim: expected within 1 dimensions, got 1"),
             BadCall((_two, 1.0, (0, -1)), r"dim: expected different dimensions, got \(0, -1\)"),
             BadCall((_two, 1.0, ()), "dim: expected at least one dimension, got none"),

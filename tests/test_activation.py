@@ -123,6 +123,67 @@ def test_bias_of_any_dimension(dim, layout):
     torch.testing.assert_close(torch.autograd.grad(y, (x, bias), grad), torch.autograd.grad(expected, (x, bias), grad))
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "rows", "channels", "inner"),
+    [((), 5000, 3, 37), ((), 900, 700, 1), ((), 70001, 2, 1), ((), 3, 70000, 1), ((), 1, 1, 200001), ((), 3, 0, 4)]
+    + [((), 0, 3, 2), ((3,), 11, 5, 1), ((2, 2), 3, 5, 7), ((0,), 3, 4, 5), ((2,), 40000, 1, 3)],
+)  # fmt: skip
+def test_sums_over_channels(batch, rows, channels, inner, threads, dtype):
+    x = torch.randn(*batch, rows, channels, inner, dtype=torch.float64).to(dtype)
+    mask = torch.randint(0, 256, (*batch, -(-rows * channels * inner // 8)), dtype=torch.uint8)
+    default = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for off in (0.0, 0.3):
+            masked, sums = torch.ops.custom_ops.apply_mask_and_sum(x, mask, inner, channels, off)
+            assert torch.equal(masked, torch.ops.custom_ops.apply_mask(x, mask, 1.0, off))
+            exact = torch.ops.custom_ops.apply_mask(x.double(), mask, 1.0, off)
+            largest = exact.abs().sum((-3, -1))
+            assert sums.shape == (*batch, channels)
+            rounding = 2e-15 if dtype == torch.float64 else 1e-7
+            allowed = rounding * largest + torch.finfo(dtype).eps / 2 * (1.001 * exact.sum((-3, -1)).abs() + 1e-7)
+            assert ((sums.double() - exact.sum((-3, -1))).abs() <= allowed).all()
+            torch.set_num_threads(3 - threads)
+            assert torch.equal(sums, torch.ops.custom_ops.apply_mask_and_sum(x, mask, inner, channels, off)[1])
+            torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(default)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_the_gradient_of_a_bias_takes_one_pass(needed):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(op._opname)
+            return op(*args, **(kwargs or {}))
+
+    x, bias = torch.randn(4, 3, 5, requires_grad=needed[0]), torch.randn(3, requires_grad=needed[1])
+    y = custom_ops.bias_relu(x, bias)
+    with Recording():
+        torch.autograd.grad(y, [t for t in (x, bias) if t.requires_grad], torch.ones_like(y))
+    kernels = [name for name in called if "mask" in name]
+    assert kernels == ["apply_mask_and_sum" if needed[1] else "apply_mask"]
+    assert not {"sum", "reshape", "mul"} & set(called)
+
+
+def test_raw_sums_are_checked():
+    x, mask = torch.ones(24), torch.zeros(3, dtype=torch.uint8)
+    for channels, inner in ((5, 1), (3, 16), (4, 0), (0, 1), (-3, 8), (3, -8), (1 << 62, 4), (4, 1 << 62)):
+        with pytest.raises(RuntimeError, match="channels, inner: expected divisors of 24 elements"):
+            torch.ops.custom_ops.apply_mask_and_sum(x, mask, inner, channels, 0.0)
+    with pytest.raises(RuntimeError, match="mask: expected 3 bytes"):
+        torch.ops.custom_ops.apply_mask_and_sum(x, mask[:2], 1, 3, 0.0)
+    for inner in (0, 1 << 62):
+        with pytest.raises(RuntimeError, match="bias: expected"):
+            torch.ops.custom_ops.piecewise_linear(x, torch.ones(4), inner, 0.0, None, 0.0, 0.0, 0.0, True, 0)
+
+
 @pytest.mark.parametrize("module", [custom_ops.BiasReLU(5), custom_ops.BiasLeakyReLU(5, 0.2)])
 def test_bias_layers_learn_their_bias(module):
     x = torch.randn(3, 5, 4)
@@ -133,6 +194,48 @@ def test_bias_layers_learn_their_bias(module):
     module.inplace, y = True, x.clone()
     assert module(y) is y
     assert "inplace=True" in repr(module)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layer", [custom_ops.BiasReLU, custom_ops.BiasLeakyReLU])
+def test_bias_layers_under_autocast(layer, compiled):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), layer(8)), torch.randn(2, 3, 9, 9)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert model[1].bias.grad.dtype == torch.float32
+    conv = model[0].weight.detach().bfloat16()
+    slope = getattr(model[1], "negative_slope", 0.0)
+    steep = torch.where(F.conv2d(x.bfloat16(), conv) > 0, 1, slope).bfloat16().float().sum((0, 2, 3))
+    torch.testing.assert_close(model[1].bias.grad, steep, rtol=2**-8, atol=0)
+    with pytest.raises(TypeError, match="bias: expected one of float32, got bfloat16"):
+        custom_ops.bias_relu(x, torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_layers_check_what_they_are_made_of():
+    for channels, message in ((-1, "channels: expected at least 0, got -1"), ("8", "channels: expected an integer")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            custom_ops.BiasReLU(channels)
+    with pytest.raises(ValueError, match=r"p: expected a probability, got 1\.5"):
+        custom_ops.ReLUDropout(1.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("torch.sparse_coo", torch.Tensor.to_sparse),
+        ("torch.sparse_csr", torch.Tensor.to_sparse_csr),
+        ("torch._mkldnn", torch.Tensor.to_mkldnn),
+        ("a nested tensor", lambda x: torch.nested.nested_tensor([x, x])),
+    ],
+)
+def test_only_dense_tensors(kind, make):
+    x = make(torch.randn(3, 4))
+    for function in (custom_ops.relu, custom_ops.squared_relu, custom_ops.relu_dropout, custom_ops.reverse_gradient):
+        with pytest.raises(TypeError, match=f"x: expected a dense tensor, got {kind}"):
+            function(x)
 
 
 # ---------------------------------------------------------------- in place
@@ -335,6 +438,33 @@ def test_inductor_fuses_and_keeps_one_bit(name):
     torch.testing.assert_close(y, expected)
     inputs = (x, bias, rest)
     torch.testing.assert_close(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+
+
+def test_compiled_networks_keep_what_they_keep_with_torchs_activations():
+    """The inputs of convolution and normalisation, and no bit: it is found again from those. See README, Limits."""
+    from custom_ops.benchmarks.networks import MEMORY_ONLY
+
+    torch.manual_seed(0)
+    block = nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.1),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3),
+    )  # fmt: skip
+    x, kept = torch.randn(2, 8, 12, 12), []
+    for to in ("torch", "custom_ops"):
+        custom_ops.convert_activations(block, to=to)
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = tensor.dtype, storage.nbytes()
+            return tensor
+
+        torch._dynamo.reset()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            torch.compile(block, fullgraph=True, options=MEMORY_ONLY)(x)
+        kept.append(sorted(saved.values(), key=str))
+    assert kept[0] == kept[1]
+    assert not any(dtype == torch.uint8 for dtype, _ in kept[1])
 
 
 @pytest.mark.parametrize("n", [1, 8, 13, 64])

@@ -294,6 +294,25 @@ def test_inductors_slopes_are_the_kernels(shape, dtype):
     torch.testing.assert_close(compiled, slope(grad, x, shape, 0.5), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_inductors_spikes_are_the_kernels(dtype):
+    x = torch.tensor([-torch.inf, -1e4, -1e-7, -0.0, 0.0, 1e-7, 1, torch.inf, torch.nan] * 5, dtype=dtype)
+    expected = torch.heaviside(x.nan_to_num(-1), torch.ones((), dtype=dtype))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: custom_ops.surrogate_gradient(x), fullgraph=True)(x)
+    assert torch.equal(compiled, expected)
+    assert torch.equal(custom_ops.surrogate_gradient(x), expected)
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 1 << 18])
+def test_spikes_of_any_number_and_layout(n):
+    x = torch.randn(n, 3)
+    for view in (x, x.T, x[::2], x[:, :1].expand(n, 3), x[:, 0]):
+        y = custom_ops.surrogate_gradient(view)
+        assert torch.equal(y, (view >= 0).float())
+        assert y.data_ptr() != view.data_ptr() or n == 0
+
+
 def test_channels_last_spikes():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
     y = custom_ops.surrogate_gradient(x)

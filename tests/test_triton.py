@@ -100,6 +100,11 @@ def test_bias_of_a_channel(dtype, inner):
     expected, expected_mask = ops.piecewise_linear.default(*arguments)
     rounded(y, expected)
     same(mask, expected_mask)
+    for off in (0.0, 0.3):
+        masked, sums = piecewise.apply_mask_and_sum(x.reshape(shape), mask, inner, 4, off)
+        expected, expected_sums = ops.apply_mask_and_sum.default(x.reshape(shape), mask, inner, 4, off)
+        rounded(masked, expected)
+        close(sums, expected_sums)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -300,6 +305,9 @@ def test_raw_checks():
     x, mask = torch.ones(9), torch.zeros(2, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="mask: expected 2 bytes for each of 1 examples"):
         piecewise.apply_mask(x, mask[:1], 1.0, 0.0)
+    for channels, inner in ((2, 1), (3, 6), (0, 1), (4, 0), (-9, -1)):
+        with pytest.raises(RuntimeError, match="channels, inner: expected divisors of 9 elements"):
+            piecewise.apply_mask_and_sum(x, mask, inner, channels, 0.0)
     with pytest.raises(RuntimeError, match="mask: expected 2 bytes"):
         margin.margin_ranking_backward(x, None, None, x, mask[:1], 1, False)
     with pytest.raises(RuntimeError, match="grad: expected the shape"):

@@ -124,3 +124,13 @@ def apply_mask(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
     blocks = triton.cdiv(elements, BLOCK)
     apply_mask_kernel(examples * blocks, x, mask, out, float(on), float(off), elements, bytes, blocks)
     return out
+
+
+def apply_mask_and_sum(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[Tensor, Tensor]:
+    masked = apply_mask(x, mask, 1.0, off)
+    batch = mask.shape[:-1]
+    elements = math.prod(x.shape[len(batch) :])
+    rows = elements // max(1, channels * inner)
+    if channels < 0 or inner <= 0 or rows * channels * inner != elements:
+        raise RuntimeError(f"channels, inner: expected divisors of {elements} elements, got {channels} and {inner}")
+    return masked, masked.reshape(*batch, rows, channels, inner).sum((-3, -1))

@@ -11,6 +11,15 @@ from custom_ops.triton_kernels.common import BLOCK, FLOATING, kernel, widen
 _SHAPES = ("sigmoid", "atan", "triangle", "boxcar")
 
 
+@kernel("*T *T i32", FLOATING, {None: {"BLOCK": BLOCK}})
+@triton.jit
+def surrogate_step_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    x = widen(tl.load(x_ptr + at, mask=inside, other=0))
+    tl.store(y_ptr + at, (x >= 0).to(x.dtype), mask=inside)
+
+
 @kernel(
     "*T *T *T fp64 i32",
     FLOATING,
@@ -38,6 +47,13 @@ def surrogate_slope_kernel(
         slope = tl.where(tl.abs(u) < 1, 0.5, 0.0)
     grad = widen(tl.load(grad_ptr + at, mask=inside, other=0))
     tl.store(out_ptr + at, grad * (slope / wide), mask=inside)
+
+
+def surrogate_step(x: Tensor, shape: int, width: float) -> Tensor:
+    x = x.contiguous()
+    y = x.new_empty(x.shape)
+    surrogate_step_kernel(triton.cdiv(x.numel(), BLOCK), x, y, x.numel())
+    return y
 
 
 def surrogate_slope(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:

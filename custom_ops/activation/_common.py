@@ -1,4 +1,4 @@
-"""What the activations share: memory layouts, samples and benchmarks."""
+"""What the activations share: samples and benchmarks."""
 
 from __future__ import annotations
 
@@ -6,30 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from custom_ops.registry import BadCall, Benchmark, Sample, Target
-
-
-def _by_stride(x: Tensor) -> list[int]:
-    """The dimensions of ``x``, largest stride first (Dynamo can't trace `sorted` over symbolic strides)."""
-    order: list[int] = []
-    for d in range(x.dim()):
-        at = len(order)
-        while at > 0 and x.stride(order[at - 1]) < x.stride(d):
-            at -= 1
-        order.insert(at, d)
-    return order
-
-
-def as_it_lies(x: Tensor, run: Callable[[Tensor, int], Tensor], dim: int = 0) -> Tensor:
-    """``run(x, dim)`` in the layout of x: an op, written for row-major memory, sees the dimensions as they lie."""
-    if x.is_contiguous():
-        return run(x, dim)
-    order = _by_stride(x)
-    inverse = [order.index(d) for d in range(x.dim())]
-    return run(x.permute(order), inverse[dim] if inverse else 0).permute(inverse)
 
 
 def away_from(kinks: tuple[float, ...], *shape: int) -> Tensor:
@@ -66,24 +45,36 @@ def not_a_tensor(*parameters: Any) -> list[BadCall]:
     ]
 
 
-def against(peer: str, *parameters: Any) -> list[Benchmark]:
-    """The sizes and targets of every elementwise activation."""
-    function = getattr(F, peer.partition(".")[2])
+def vector(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.randn(n, device=device, dtype=dtype, requires_grad=True),)
 
-    def make(dtype: torch.dtype) -> Callable[[int, torch.device], tuple[Any, ...]]:
-        return lambda n, device: (torch.randn(n, device=device, dtype=dtype, requires_grad=True), *parameters)
+
+def against(
+    peer: str,
+    function: Callable[..., Tensor],
+    *parameters: Any,
+    make: Callable[[int, torch.device, torch.dtype], tuple[Any, ...]] = vector,
+    unit: str = "elements",
+    elements: int = 1,
+) -> list[Benchmark]:
+    """The dtypes, sizes and targets of every activation; ``elements`` make up a ``unit``."""
+    small, middle, large = ((1 << bits) // elements for bits in (16, 20, 24))
+
+    def of(dtype: torch.dtype) -> Callable[[int, torch.device], tuple[Any, ...]]:
+        return lambda n, device: (*make(n, device, dtype), *parameters)
 
     return [
         Benchmark(
-            unit=f"{str(dtype).removeprefix('torch.')} elements",
-            sizes=(1 << 16, 1 << 20, 1 << 24),
-            make=make(dtype),
+            unit=f"{str(dtype).removeprefix('torch.')} {unit}",
+            sizes=(small, middle, large),
+            make=of(dtype),
             peers={peer: function},
             targets=[
-                Target(1 << 20, peer, 1.0),
-                Target(1 << 24, peer, 0.5),
-                Target(1 << 24, peer, 0.8, memory="warm"),
+                Target(middle, peer, 1.0),
+                Target(large, peer, 0.5),
+                Target(large, peer, 0.8, memory="warm"),
             ],
+            scaling=() if elements == 1 else (1, 10, 100, 1000),
         )
         for dtype in (torch.float32, torch.bfloat16)
     ]

@@ -11,10 +11,10 @@ from torch import Tensor
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
-from custom_ops.activation._common import not_a_tensor, unary_samples
+from custom_ops.activation._common import against, not_a_tensor, unary_samples, vector
 from custom_ops.activation.piecewise import apply_mask, relu, relu_reference
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
+from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 
 __all__ = ["ReLUDropout", "relu_dropout"]
 
@@ -86,10 +86,8 @@ def relu_dropout(
         tensor([0., 2.])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _checks.is_number("p", p)
+    _check_probability(p)
     _checks.is_bool("training", training)
-    if not 0 <= p <= 1:
-        raise ValueError(f"p: expected a probability, got {p}")
     if seed is not None:
         _checks.has_dtype("seed", seed, (torch.int64,))
         _checks.same_device(x=x, seed=seed)
@@ -105,6 +103,12 @@ def relu_dropout(
     return x.copy_(y) if inplace else y
 
 
+def _check_probability(p: Any) -> None:
+    _checks.is_number("p", p)
+    if not 0 <= p <= 1:
+        raise ValueError(f"p: expected a probability, got {p}")
+
+
 class ReLUDropout(torch.nn.Module):
     """`relu_dropout` as a layer; `relu` in evaluation mode.
 
@@ -116,6 +120,7 @@ class ReLUDropout(torch.nn.Module):
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()
+        _check_probability(p)
         self.p = p
         self.inplace = inplace
 
@@ -178,19 +183,15 @@ register(
             BadCall((_x, 0.5, True, torch.ones(2, dtype=torch.int64)), r"seed: expected a scalar, got shape \[2\]"),
             BadCall((_x, 0.5, True, torch.ones(())), "seed: expected one of int64, got float32"),
         ],
-        benchmarks=[
-            Benchmark(
-                unit="float32 elements",
-                sizes=(1 << 20, 1 << 24),
-                make=lambda n, device: (
-                    torch.randn(n, device=device, requires_grad=True),
-                    0.5,
-                    True,
-                    torch.ones((), dtype=torch.int64, device=device),
-                ),
-                peers={"torch: dropout(relu(x))": lambda x, p, training, _: F.dropout(torch.relu(x), p, training)},
-                targets=[Target(1 << 24, "torch: dropout(relu(x))", 0.5)],
-            )
-        ],
+        benchmarks=against(
+            "torch: dropout(relu(x))",
+            lambda x, p, training, _: F.dropout(torch.relu(x), p, training),
+            make=lambda n, device, dtype: (
+                *vector(n, device, dtype),
+                0.5,
+                True,
+                torch.ones((), dtype=torch.int64, device=device),
+            ),
+        ),
     )
 )

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask, pack, unpack
+from custom_ops._layout import as_it_lies
 from custom_ops._native import define
-from custom_ops.activation._common import against, as_it_lies, away_from, not_a_tensor, unary_samples
+from custom_ops.activation._common import against, away_from, not_a_tensor, unary_samples
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
 
 __all__ = [
     "BiasLeakyReLU",
@@ -64,6 +65,15 @@ def apply_mask(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@define
+def apply_mask_and_sum(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[Tensor, Tensor]:
+    """`apply_mask` with on = 1, and the sum of that over each channel, ``[*batch, channels]``, in one pass.
+
+    Channels are as in `piecewise_linear`: what is the gradient of x + bias for x is this sum for the bias.
+    """
+    return x.new_empty(x.shape), x.new_empty((*mask.shape[:-1], channels))
+
+
 class ApplyMask(Function, op=apply_mask):
     """Linear and its own adjoint: the gradient and the tangent are masked alike."""
 
@@ -89,6 +99,34 @@ def _spread(bias: Tensor, inner: int, shape: torch.Size, batch_dims: int) -> Ten
     return bias[..., None, :, None].expand(sizes).reshape(shape)
 
 
+def _plus_bias(x: Tensor | None, bias: Tensor | None, inner: int, shape: torch.Size, batch_dims: int) -> Tensor | None:
+    if bias is None:
+        return x
+    spread = _spread(bias, inner, shape, batch_dims)
+    return spread if x is None else x + spread
+
+
+class ApplyMaskAndSum(Function, op=apply_mask_and_sum):
+    """Linear; its adjoint is the tangent of `piecewise_linear`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, mask, ctx.inner, ctx.channels, ctx.off = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, of_sums: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+        (mask,) = ctx.saved_tensors
+        total = _plus_bias(grad, of_sums, ctx.inner, ctx.shape, mask.dim() - 1)
+        return apply_mask(total, mask, 1.0, ctx.off), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+        return apply_mask_and_sum(tangent, *ctx.saved_tensors, ctx.inner, ctx.channels, ctx.off)
+
+
 class PiecewiseLinear(Function, op=piecewise_linear):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -101,19 +139,14 @@ class PiecewiseLinear(Function, op=piecewise_linear):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        of_v = apply_mask(grad, *ctx.saved_tensors, 1.0, ctx.slope)
-        of_bias = None
+        (mask,) = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            batch = grad.shape[: ctx.batch_dims]
-            rows = math.prod(grad.shape[ctx.batch_dims :]) // max(ctx.channels * ctx.inner, 1)
-            of_bias = of_v.reshape(*batch, rows, ctx.channels, ctx.inner).sum((-3, -1))
-        return of_v, of_bias, *[None] * 8
+            return *apply_mask_and_sum(grad, mask, ctx.inner, ctx.channels, ctx.slope), *[None] * 8
+        return apply_mask(grad, mask, 1.0, ctx.slope), *[None] * 9
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, of_bias: Tensor | None, *_: None) -> tuple[Tensor, None]:
-        if of_bias is not None:
-            spread = _spread(of_bias, ctx.inner, ctx.shape, ctx.batch_dims)
-            tangent = spread if tangent is None else tangent + spread
+        tangent = _plus_bias(tangent, of_bias, ctx.inner, ctx.shape, ctx.batch_dims)
         return apply_mask(tangent, *ctx.saved_tensors, 1.0, ctx.slope), None
 
 
@@ -130,6 +163,12 @@ def _(info: Any, in_dims: Any, x: Tensor, bias: Tensor | None, *rest: Any) -> An
 def _(info: Any, in_dims: Any, x: Tensor, mask: Tensor, on: float, off: float) -> Any:
     x, mask = (library.to_front(t, d, info.batch_size) for t, d in zip((x, mask), in_dims))
     return apply_mask(x, mask, on, off), 0
+
+
+@library.vmap(apply_mask_and_sum)
+def _(info: Any, in_dims: Any, x: Tensor, mask: Tensor, *rest: Any) -> Any:
+    x, mask = (library.to_front(t, d, info.batch_size) for t, d in zip((x, mask), in_dims))
+    return apply_mask_and_sum(x, mask, *rest), (0, 0)
 
 
 @library.inductor(piecewise_linear)
@@ -159,6 +198,14 @@ def _(
 @library.inductor(apply_mask)
 def _(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
     return torch.where(unpack(mask, x), on * x, off * x if off else 0).to(x.dtype).contiguous()
+
+
+@library.inductor(apply_mask_and_sum)
+def _(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[Tensor, Tensor]:
+    masked = torch.where(unpack(mask, x), x, off * x if off else 0).to(x.dtype).contiguous()
+    batch = mask.shape[:-1]
+    rows = math.prod(x.shape[len(batch) :]) // max(channels * inner, 1)
+    return masked, masked.reshape(*batch, rows, channels, inner).sum((-3, -1))
 
 
 def _activate(
@@ -310,7 +357,7 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
 
     Args:
         x: as for `relu`; the channels are its dimension ``dim``, in any memory format.
-        bias: ``[C]``, of x's dtype.
+        bias: ``[C]``, of x's dtype; under autocast it is cast to that.
         dim: the channel dimension.
         inplace: as for `relu`.
 
@@ -326,7 +373,7 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
         >>> custom_ops.bias_relu(torch.tensor([[1.0, -3.0]]), torch.tensor([0.5, 1.0]))
         tensor([[1.5000, 0.0000]])
     """
-    dim = _channel_dim(x, bias, dim)
+    bias, dim = _of_channels(x, bias, dim)
     return _activate(x, low=0.0, nan_passes=True, inplace=inplace, bias=bias, dim=dim)
 
 
@@ -341,12 +388,17 @@ def bias_leaky_relu(
         tensor([[ 1.5000, -1.0000]])
     """
     _checks.is_number("negative_slope", negative_slope)
-    dim = _channel_dim(x, bias, dim)
+    bias, dim = _of_channels(x, bias, dim)
     return _activate(x, low=0.0, slope=float(negative_slope), inplace=inplace, bias=bias, dim=dim)
 
 
-def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
+def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
+    """The bias in x's dtype, and which dimension it is along."""
     _checks.has_dtype("x", x, _checks.FLOATING)
+    _checks.has_dtype("bias", bias, _checks.FLOATING)
+    kind = x.device.type
+    if bias.dtype != x.dtype and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        bias = bias.to(x.dtype)  # a parameter, beside the output of a layer that autocast runs in 16 bits
     _checks.has_dtype("bias", bias, (x.dtype,))
     _checks.has_dims("bias", bias, "[C]")
     _checks.same_device(x=x, bias=bias)
@@ -355,7 +407,7 @@ def _channel_dim(x: Tensor, bias: Tensor, dim: int) -> int:
         raise IndexError(f"dim: expected a dimension of x with shape {list(x.shape)}, got {dim}")
     if bias.shape[0] != x.shape[dim]:
         raise ValueError(f"bias: expected {x.shape[dim]} channels as in x, got {bias.shape[0]}")
-    return dim % x.dim()
+    return bias, dim % x.dim()
 
 
 class CustomReLU(PiecewiseLinear):
@@ -450,6 +502,7 @@ class BiasReLU(torch.nn.Module):
 
     def __init__(self, channels: int, dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
+        _checks.is_count("channels", channels)
         self.bias = torch.nn.Parameter(torch.zeros(channels))
         self.dim = dim
         self.inplace = inplace
@@ -533,6 +586,17 @@ def _bias_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _against_sums(peer: str, activation: Any) -> list[Benchmark]:
+    def images(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        shapes = (n, 64, 32, 32), (64,)
+        return tuple(torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
+
+    def of_sum(x: Tensor, bias: Tensor) -> Any:
+        return activation(x + bias.view(-1, 1, 1))
+
+    return against(peer, of_sum, make=images, unit="images of 64 channels, 32 x 32", elements=64 * 32 * 32)
+
+
 def _unary(
     name: str,
     summary: str,
@@ -551,7 +615,7 @@ def _unary(
             function=function,
             reference=reference,
             samples=unary_samples(*kinks, parameters=parameters, variant=variant),
-            benchmarks=against(f"F.{name}", *parameters),
+            benchmarks=against(f"F.{name}", getattr(F, name), *parameters),
             native=getattr(F, name),
             **info,
         )
@@ -644,18 +708,7 @@ register(
         native=lambda x, bias: torch.relu(x + bias),
         samples=_bias_samples,
         bad_calls=lambda: _BAD_BIASES,
-        benchmarks=[
-            Benchmark(
-                unit="images of 64 channels, 56 x 56",
-                sizes=(1, 32),
-                make=lambda n, device: (
-                    torch.randn(n, 64, 56, 56, device=device, requires_grad=True),
-                    torch.randn(64, device=device, requires_grad=True),
-                ),
-                peers={"torch: relu(x + bias)": lambda x, bias: torch.relu(x + bias.view(-1, 1, 1))},
-                targets=[Target(32, "torch: relu(x + bias)", 0.5)],
-            )
-        ],
+        benchmarks=_against_sums("torch: relu(x + bias)", torch.relu),
     )
 )
 register(
@@ -665,6 +718,7 @@ register(
         function=bias_leaky_relu,
         reference=bias_leaky_relu_reference,
         native=lambda x, bias: F.leaky_relu(x + bias),
+        benchmarks=_against_sums("torch: leaky_relu(x + bias)", F.leaky_relu),
         samples=_bias_samples,
         bad_calls=lambda: [
             *_BAD_BIASES,

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._layout import as_it_lies
 from custom_ops._native import define
-from custom_ops.activation._common import as_it_lies, not_a_tensor, unary_samples
+from custom_ops.activation._common import against, not_a_tensor, unary_samples
 from custom_ops.library import Function
-from custom_ops.registry import Benchmark, OpInfo, Target, register
+from custom_ops.registry import OpInfo, register
 
 __all__ = ["SquaredReLU", "squared_relu"]
 
@@ -147,14 +148,6 @@ register(
         samples=unary_samples(0.0),
         modules=lambda: [(SquaredReLU(), {})],
         bad_calls=not_a_tensor,
-        benchmarks=[
-            Benchmark(
-                unit="float32 elements",
-                sizes=(1 << 16, 1 << 20, 1 << 24),
-                make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
-                peers={"torch: relu(x) ** 2": lambda x: torch.relu(x) ** 2},
-                targets=[Target(1 << 24, "torch: relu(x) ** 2", 0.5)],
-            )
-        ],
+        benchmarks=against("torch: relu(x) ** 2", lambda x: torch.relu(x) ** 2),
     )
 )

@@ -1,0 +1,27 @@
+"""The layout of elementwise results in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def _by_stride(x: Tensor) -> list[int]:
+    """The dimensions of ``x``, largest stride first (Dynamo can't trace `sorted` over symbolic strides)."""
+    order: list[int] = []
+    for d in range(x.dim()):
+        at = len(order)
+        while at > 0 and x.stride(order[at - 1]) < x.stride(d):
+            at -= 1
+        order.insert(at, d)
+    return order
+
+
+def as_it_lies(x: Tensor, run: Callable[[Tensor, int], Tensor], dim: int = 0) -> Tensor:
+    """``run(x, dim)`` in the layout of x: an op, written for row-major memory, sees the dimensions as they lie."""
+    if x.is_contiguous():
+        return run(x, dim)
+    order = _by_stride(x)
+    inverse = [order.index(d) for d in range(x.dim())]
+    return run(x.permute(order), inverse[dim] if inverse else 0).permute(inverse)
