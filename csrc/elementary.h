@@ -22,10 +22,10 @@ ALWAYS_INLINE inline double exp_nonpositive(double x) {
   y = (y * r + 1 / 120.) * r + 1 / 24.;
   y = ((y * r + 1 / 6.) * r + 0.5) * r + 1.;
   y = y * r + 1.;
-  int64_t power, bits;
+  uint64_t power, bits;  // unsigned: beyond the interval, where nobody looks, the sum overflows
   std::memcpy(&power, &shifted, sizeof(power));
   std::memcpy(&bits, &y, sizeof(bits));
-  bits += static_cast<int64_t>(static_cast<uint64_t>(power) << 52);
+  bits += power << 52;
   std::memcpy(&y, &bits, sizeof(y));
   return x < -700. ? 0. : y;
 }
@@ -37,10 +37,10 @@ ALWAYS_INLINE inline float exp_nonpositive(float x) {
   y = (y * r + 1 / 120.f) * r + 1 / 24.f;
   y = ((y * r + 1 / 6.f) * r + 0.5f) * r + 1.f;
   y = y * r + 1.f;
-  int32_t power, bits;
+  uint32_t power, bits;
   std::memcpy(&power, &shifted, sizeof(power));
   std::memcpy(&bits, &y, sizeof(bits));
-  bits += static_cast<int32_t>(static_cast<uint32_t>(power) << 23);
+  bits += power << 23;
   std::memcpy(&y, &bits, sizeof(y));
   return x < -86.f ? 0.f : y;
 }

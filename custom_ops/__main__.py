@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -13,6 +14,40 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
+    """What happens to any command from outside is one line, and the exit status that shells give to it."""
+    command = argv[0] if argv else ""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # by `| head`
+        _drop_output()
+        return 141
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "matplotlib", "numpy", "sklearn", "triton"):
+            raise
+        extra = "gpu" if error.name == "triton" else "tools"
+        print(f"`{command}` needs {error.name}: pip install 'custom_ops[{extra}]'", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that can't be written
+        print(f"{command}: {error}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _drop_output() -> None:
+    """What can't be written: the interpreter would try once more at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(argv: list[str]) -> int:
     usage = "usage: python -m custom_ops COMMAND [--help]\n" + "\n".join(
         f"  {name:8}{summary}" for name, (_, summary) in COMMANDS.items()
     )
@@ -22,14 +57,7 @@ def main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(f"unknown command {argv[0]!r}\n{usage}", file=sys.stderr)
         return 2
-    try:
-        module = importlib.import_module(COMMANDS[argv[0]][0])
-        return int(module.main(argv[1:]))
-    except ModuleNotFoundError as error:
-        if error.name not in ("rich", "matplotlib", "numpy", "sklearn", "triton"):
-            raise
-        print(f"`{argv[0]}` needs {error.name}: pip install 'custom_ops[tools]'", file=sys.stderr)
-        return 1
+    return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
 
     def decorate(fake: Callable[..., Any]) -> OpOverload:
         op = _declare(name, fake)
-        torch.library.register_fake(name, _refusing_mixtures(op._opname, fake), lib=_libraries[op])
+        torch.library.register_fake(name, _checked_fake(op._opname, fake), lib=_libraries[op])
         return op
 
     return decorate
@@ -170,9 +170,9 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
 
 
 def _split(name: str) -> tuple[str, str]:
-    namespace, separator, opname = name.partition("::")
-    if not (namespace and separator and opname):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*::[A-Za-z_]\w*", name):
         raise ValueError(f'name: expected "namespace::op", got {name!r}')
+    namespace, _, opname = name.partition("::")
     return namespace, opname
 
 
@@ -184,6 +184,8 @@ def _declare(
     for parameter in inspect.signature(like).parameters.values():
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
             raise ValueError(f"{like.__name__}: expected positional arguments only, got {parameter}")
+    if hasattr(getattr(torch.ops, namespace), opname):
+        raise ValueError(f"name: expected a new one, and there is an operator {name} already")
     lib = torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept in _libraries)
     schema = torch.library.infer_schema(like, mutates_args=(), op_name=opname)
     if view:
@@ -222,10 +224,14 @@ def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
         tensor([-1., -1.])
     """
 
+    library = _library_of(op)
+    if not devices or not all(isinstance(device, str) for device in devices):
+        raise ValueError(f'devices: expected some of "cpu", "cuda", ..., got {devices}')
+
     def decorate(fn: Any) -> Any:
-        run = _with_defaults(op, _imported_on_first_call(fn) if isinstance(fn, str) else fn)
+        run = _with_defaults(op, _imported_on_first_call(fn) if isinstance(fn, str) else _callable(fn))
         for device in devices:
-            _library_of(op).impl(op._opname, run, _dispatch_key(device))
+            library.impl(op._opname, run, _dispatch_key(device))
         return fn
 
     return decorate
@@ -280,11 +286,13 @@ def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 [2.]])
     """
 
+    library = _library_of(op)
+
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
         def run(info: Any, in_dims: Any, *args: Any) -> Any:
             return _with_defaults(op, functools.partial(rule, info, in_dims))(*args)
 
-        torch.library.register_vmap(op._name, run, lib=_library_of(op))
+        torch.library.register_vmap(op._name, run, lib=library)
         return rule
 
     return decorate
@@ -317,8 +325,9 @@ def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu"
         ...     in_half(torch.ones(2)).dtype
         torch.bfloat16
     """
+    library = _library_of(op)
     for device in devices:
-        torch.library.register_autocast(op._name, device, dtype, lib=_library_of(op))
+        torch.library.register_autocast(op._name, device, dtype, lib=library)
 
 
 def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -344,6 +353,7 @@ def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
         ...
         ...     return [([p], [p]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
     """
+    _library_of(op)
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
         def register() -> None:
@@ -376,6 +386,7 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
         ... def _(x):
         ...     return x * x * x
     """
+    _library_of(op)
 
     def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
         def register() -> None:
@@ -464,12 +475,15 @@ def function_of(op: OpOverload) -> type[Function] | None:
 
 def _attach(function: type[Function], op: OpOverload) -> None:
     _library_of(op)
-    if op in _functions:
-        raise TypeError(f"op: {op} already has the Function {_functions[op].__name__}")
     for value in (*op._schema.arguments, *op._schema.returns):
         if "List[Tensor]" in str(value.type):
             raise TypeError(f"op: {op} takes or returns a list of tensors, for which there are no gradients here")
-    _functions[op] = function
+    for name, instead in (("forward", "kernel"), ("vmap", "vmap")):  # they would never be called
+        if getattr(function, name) is not getattr(torch.autograd.Function, name):
+            raise TypeError(f"{function.__name__}: expected no {name}, which is what library.{instead}({op}) is for")
+    attached = _functions.setdefault(op, function)
+    if attached is not function:
+        raise TypeError(f"op: {op} already has the Function {attached.__name__}")
     _applied[op][0] = _twin(op, function).apply
     if "apply" not in function.__dict__:
         function.apply = staticmethod(op)  # type: ignore[method-assign]
@@ -576,7 +590,7 @@ def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _refusing_mixtures(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_fake(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """One argument on the meta device is enough for the dispatcher to call ``fake`` and nothing else."""
 
     def run(*args: Any) -> Any:
@@ -585,13 +599,18 @@ def _refusing_mixtures(name: str, fake: Callable[..., Any]) -> Callable[..., Any
             raise ValueError(
                 f"{name}: expected all tensors or none on the meta device, got {sorted(map(str, devices))}"
             )
-        return fake(*args)
+        result = fake(*args)
+        if result is None:
+            raise TypeError(
+                f"{name}: expected empty tensors from the body of its definition, the fake kernel; got None"
+            )
+        return result
 
     return run
 
 
 def _library_of(op: OpOverload) -> torch.library.Library:
-    if op not in _libraries:
+    if not isinstance(op, OpOverload) or op not in _libraries:
         raise TypeError(f"op: expected an operator made by custom_ops.library.define, got {op!r}")
     return _libraries[op]
 
@@ -607,8 +626,16 @@ def _dispatch_key(device: str) -> str:
     return torch._C._dispatch_key_for_device(device)
 
 
+def _callable(fn: Any) -> Callable[..., Any]:
+    if not callable(fn):
+        raise TypeError(f"kernel: expected a function, got {fn!r}")
+    return fn
+
+
 def _imported_on_first_call(path: str) -> Callable[..., Any]:
     module, _, attribute = path.partition(":")
+    if not (module and attribute):
+        raise ValueError(f'kernel: expected a function or "package.module:function", got {path!r}')
     target: Callable[..., Any] | None = None
 
     def run(*args: Any) -> Any:

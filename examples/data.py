@@ -114,7 +114,10 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "custom_ops"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "custom_ops"
+    except RuntimeError:
+        raise DataError("There is no home folder to cache data in: set HOME or XDG_CACHE_HOME") from None
 
 
 def fetch(name: str) -> dict[str, Path]:
@@ -129,8 +132,11 @@ def fetch(name: str) -> dict[str, Path]:
         with tempfile.TemporaryDirectory() as temporary:
             archive = _download(source, Path(temporary), folder)
             content = {member: _read_member(archive, source, member) for member in source.members}
-        for member, data in content.items():
-            _write_atomically(files[member], data)
+        try:
+            for member, data in content.items():
+                _write_atomically(files[member], data)
+        except OSError as error:
+            raise DataError(f"The data can't be cached: {error}. Set XDG_CACHE_HOME to a folder with room") from None
     return {file.name: file for file in files.values()}
 
 

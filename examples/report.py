@@ -88,7 +88,10 @@ def run(examples: Sequence[Example], prog: str, description: str, argv: Sequence
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
     arguments = parser.parse_args(argv)
     options = Options(arguments.quick, arguments.out, Console())
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     reports = []
     for example in examples:
         start = time.perf_counter()

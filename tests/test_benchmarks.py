@@ -547,6 +547,10 @@ def test_the_command_compares_with_a_run_before(tiny, tmp_path, capsys):
         (["--op", "square", "--family", "other"], "no op is both"),
         (["--against", "missing.json"], "--against: missing.json can't be read"),
         (["--op", "cube"], "invalid choice: 'cube'"),
+        (["--sizes", "7x7"], "--sizes: no table has any of these"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--json", "/no/such/folder/a.json"], "--json, --csv, --plots: [Errno 2] No such file or directory"),
+        (["--plots", "/dev/null/plots"], "--json, --csv, --plots: [Errno 20] Not a directory"),
         pytest.param(
             ["--device", "cuda"],
             "--device: there is no CUDA device",

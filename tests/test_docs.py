@@ -110,7 +110,7 @@ IN_DOCSTRING = textwrap.dedent("\n".join(re.findall(r"^(?: {4}.*)?$", library.__
 def test_what_shows_how_to_define_an_op_works(source):
     names: dict = {}
     # The schema is inferred from annotations, which need a module of their own to be looked up in.
-    exec(compile("import torch\n" + source, "README.md", "exec"), names)
+    exec(compile(source, "README.md", "exec"), names)
     x = names["torch"].ones(3, requires_grad=True)
     assert names["torch"].func.grad(lambda x: names["Scale"].apply(x, 2.0).sum())(x).tolist() == [2, 2, 2]
 

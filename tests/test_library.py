@@ -338,10 +338,84 @@ def test_keyword_only_arguments_are_refused():
             return torch.empty_like(x)
 
 
-@pytest.mark.parametrize("name", ["scale", "::scale", "mylib::"])
+@pytest.mark.parametrize("name", ["scale", "::scale", "mylib::", "mylib::scale.out", "my lib::scale", None, len])
 def test_a_wrong_name_is_named(name):
-    with pytest.raises(ValueError, match="name: expected"):
-        library.define(name)
+    for decorator in (library.define, library.compose):
+        with pytest.raises(ValueError, match=r'name: expected "namespace::op", got '):
+            decorator(name)
+
+
+@pytest.mark.parametrize("name", ["custom_ops_test::cube", "aten::relu"])
+def test_a_name_that_is_taken(name):
+    for decorator in (library.define, library.compose):
+        with pytest.raises(ValueError, match=f"name: expected a new one, and there is an operator {name} already"):
+
+            @decorator(name)
+            def taken(x: Tensor) -> Tensor:
+                return torch.empty_like(x)
+
+    x = torch.tensor([2.0], requires_grad=True)
+    assert torch.autograd.grad(cube(x, 1.0), x)[0].item() == 12  # is what it was
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda op: library.kernel(op, "cpu"),
+        lambda op: library.vmap(op),
+        lambda op: library.autocast(op, torch.float16),
+        lambda op: library.sharding(op),
+        lambda op: library.inductor(op),
+        lambda op: library.override_kernel(op, "cpu", len).__enter__(),
+    ],
+)
+@pytest.mark.parametrize("op", [torch.ops.aten.relu.default, torch.ops.aten.relu, len, [], "custom_ops_test::cube"])
+def test_what_is_not_an_operator_of_ours_is_refused_at_once(use, op):
+    with pytest.raises(TypeError, match="op: expected an operator made by custom_ops.library.define, got "):
+        use(op)
+
+
+def test_a_wrong_kernel_is_refused_at_once():
+    @library.define("custom_ops_test::without_kernel")
+    def without_kernel(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    for devices in ((), (len,)):
+        with pytest.raises(ValueError, match='devices: expected some of "cpu", "cuda", ..., got '):
+            library.kernel(without_kernel, *devices)
+    for path in ("module", "module:", ":function"):
+        with pytest.raises(ValueError, match='kernel: expected a function or "package.module:function", got '):
+            library.kernel(without_kernel, "cpu")(path)
+    with pytest.raises(TypeError, match="kernel: expected a function, got 5"):
+        library.kernel(without_kernel, "cpu")(5)
+    with pytest.raises(RuntimeError, match="device"):
+        library.kernel(without_kernel, "gpu")(torch.neg)
+    with pytest.raises(NotImplementedError, match="custom_ops_test::without_kernel"):
+        without_kernel(torch.ones(2))
+
+
+def test_a_fake_kernel_that_was_forgotten_is_named():
+    @library.define("custom_ops_test::without_fake")
+    def without_fake(x: Tensor) -> Tensor: ...
+
+    library.kernel(without_fake, "cpu")(torch.neg)
+    assert without_fake(torch.ones(1)).item() == -1
+    message = "without_fake: expected empty tensors from the body of its definition, the fake kernel; got None"
+    with pytest.raises(TypeError, match=message):
+        without_fake(torch.ones(1, device="meta"))
+    with pytest.raises(Exception, match=message):
+        torch.compile(without_fake, backend="aot_eager", fullgraph=True)(torch.ones(1))
+
+
+@pytest.mark.parametrize(("name", "instead"), [("forward", "kernel"), ("vmap", "vmap")])
+def test_a_method_that_would_never_be_called_is_refused(name, instead):
+    @library.compose(f"custom_ops_test::with_{name}")
+    def op(x: Tensor) -> Tensor:
+        return x * 1
+
+    with pytest.raises(TypeError, match=rf"Wrong: expected no {name}, which is what library.{instead}\("):
+        type(library.Function)("Wrong", (library.Function,), {name: staticmethod(lambda ctx, x: x)}, op=op)
+    type(library.Function)("Right", (library.Function,), {}, op=op)
 
 
 def test_attaching_twice_or_to_a_foreign_op_is_refused():

@@ -47,9 +47,10 @@ class KeepsGeometry(torch.nn.Module):
         raise NotImplementedError
 
     def _kept(self, expected: str) -> Geometry:
-        if self._geometry is None:
+        kept = self._geometry  # once: another thread may clear it
+        if kept is None:
             raise ValueError(f"{expected}, here or by set_geometry before, got None")
-        return self._geometry
+        return kept
 
     def _keep(self, *sources: Tensor) -> Geometry:
         # What is made under inference_mode couldn't be saved for a backward pass later.

@@ -1,0 +1,102 @@
+"""``python -m custom_ops`` where something from outside goes wrong: a line that says what, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from custom_ops.__main__ import main
+
+FULL = Path("/dev/full")
+
+
+def run(*arguments: str, stdout: IO[str] | int = subprocess.DEVNULL, **env: str) -> tuple[int, str]:
+    """Status and stderr."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "custom_ops", *arguments],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | env,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["verify", "--list"], ["bench", "--help"], []])
+def test_a_reader_that_leaves(arguments: Sequence[str]) -> None:
+    """As in `... | head -1`, here before the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        assert run(*arguments, stdout=pipe) == (141, "")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["--list"], ["--op", "relu", "--only", "value", "--json"]])
+def test_a_full_disk(arguments: Sequence[str]) -> None:
+    with FULL.open("w") as disk:
+        assert run("verify", *arguments, stdout=disk) == (1, "verify: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["verify", "--op", "lambda_loss"], ["bench", "--op", "relu"], ["demo"]], ids=lambda a: a[0]
+)
+def test_an_interruption(arguments: Sequence[str], tmp_path: Path) -> None:
+    """Two seconds after the package has been imported."""
+    program = f"""if True:
+        import os, signal, sys, threading
+        from custom_ops.__main__ import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        sys.exit(main({arguments!r}))"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"{arguments[0]}: interrupted")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["nothing"], 2, "unknown command 'nothing'"),
+        (["verify", "--op", "nothing"], 2, "--op: expected some of relu, "),
+        (["verify", "--op", "relu", "--only", "nothing"], 2, "unknown capability 'nothing', expected some of value, "),
+        (["verify", "--backend", "tpu"], 2, "--backend: invalid choice: 'tpu'"),
+        (["verify", "--op"], 2, "--op: expected at least one argument"),
+        (["bench", "--json", "/dev/null/a.json"], 2, "--json, --csv, --plots: .*Not a directory: '/dev/null/a.json'"),
+        (["demo", "--out", "/dev/null/out"], 2, "--out: .*Not a directory: '/dev/null/out'"),
+    ],
+)
+def test_a_wrong_option(arguments: Sequence[str], status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        found: object = main(list(arguments))
+    except SystemExit as by_argparse:
+        found = by_argparse.code
+    assert found == status
+    assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module"),
+    [
+        (["verify", "--op", "relu", "--only", "value"], "rich"),
+        (["verify", "--op", "relu", "--only", "value", "--backend", "triton", "--json"], "triton"),
+        (["demo"], "numpy"),
+    ],
+)
+def test_a_missing_extra(arguments: Sequence[str], module: str, tmp_path: Path) -> None:
+    """A module of that name which can't be found comes first."""
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError({module!r}, name={module!r})")
+    extra = "gpu" if module == "triton" else "tools"
+    said = f"`{arguments[0]}` needs {module}: pip install 'custom_ops[{extra}]'\n"
+    assert run(*arguments, PYTHONPATH=str(tmp_path)) == (1, said)
