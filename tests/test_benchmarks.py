@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks import plan, run, scaling
+from custom_ops.benchmarks import goals, plan, run, scaling
+from custom_ops.benchmarks import measure as measure_module
 from custom_ops.benchmarks.compare import changes
 from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.benchmarks.environment import describe, trouble
@@ -442,6 +443,16 @@ def test_a_peer_that_its_package_lacks_is_an_error_before_anything_is_measured()
 
 def test_the_peers_that_the_registry_names_exist_where_they_are_installed():
     Peers([table for info in REGISTRY.values() for table in info.benchmarks], None, quick=False)
+
+
+def test_the_goals_on_a_gpu_are_beside_what_is_measured_there():
+    for name, beside in goals.GOALS.items():
+        for peer in beside:
+            assert peer == FLOOR or any(peer in table.peers for table in REGISTRY[name].benchmarks), (name, peer)
+    info = replace(op(peers={}), name="voxel_sum")
+    assert measure_module._target(cell(info, 64), FLOOR, "forward+backward", "cuda") == pytest.approx(1 / 0.7)
+    assert measure_module._target(cell(info, 8), FLOOR, "forward+backward", "cuda") is None
+    assert measure_module._target(cell(info, 64), FLOOR, "forward+backward", "fresh") is None
 
 
 def test_the_peers_can_be_chosen_and_quick_leaves_out_what_compiles():
