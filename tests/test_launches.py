@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from custom_ops.benchmarks.launches import SIZES, resized, samples, trace_of
+from custom_ops.benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import backend
 
+PAGE = Path(__file__).parent.parent / "docs" / "launches.md"
 WAITING = {
     "voxels_summing": {"tolist"},  # the number of voxels, its output's rows, has to be known on the host
     "voxel_rank": {"tensor"},  # a grid given as numbers is copied from the host; given as tensors it isn't
@@ -43,3 +47,11 @@ def test_new_sizes_compile_nothing(op):
     kernels = [(name, variant, *(seen[0] for seen in args if seen)) for name, variant, *args in compiled]
     for kernel in kernels:
         assert kernels.count(kernel) <= 3, [launch for launch in compiled if launch[0] == kernel[0]]
+
+
+def test_the_page_is_current():
+    """Of some ops, and of all with CUSTOM_OPS_FULL=1."""
+    page = PAGE.read_text().splitlines()
+    some = ("relu", "softmax_loss", "margin_ranking_loss", "voxels_summing")
+    lines = [row(REGISTRY[op]) for op in (REGISTRY if os.environ.get("CUSTOM_OPS_FULL") else some)]
+    assert {line for line in lines if line} | {*AIMS} <= {*page}, "run `make docs`"
