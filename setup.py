@@ -129,7 +129,9 @@ class BuildWithNinja(build_ext):
         ]
         objects = [f"{Path(source).stem}.o" for source in ext.sources]
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
-        builds = [f"build {o}: compile {_path(ROOT / source)}\n" for o, source in zip(objects, ext.sources)]
+        # Relative, so that what is compiled here can be moved with the sources: tests/test_packaging.py does.
+        sources = [os.path.relpath(ROOT / source, folder) for source in ext.sources]
+        builds = [f"build {o}: compile {_path(source)}\n" for o, source in zip(objects, sources)]
         build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)}\n"
         (folder / "build.ninja").write_text(build)
 
@@ -152,8 +154,8 @@ def _quoted(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def _path(path: Path) -> str:
-    return re.sub(r"([$ :])", r"$\1", str(path))
+def _path(path: str) -> str:
+    return re.sub(r"([$ :])", r"$\1", path)
 
 
 inside = [package for folder in FOLDERS for package in find_packages(include=[folder, f"{folder}.*"])]

@@ -2,68 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from custom_ops.benchmarks.measure import OURS, Row, label
+from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
 from custom_ops.benchmarks.report import Report
 
-Times = dict[tuple[str, str], dict[int, float]]  # {(op, table): {size: milliseconds}}
+LEAST_GAIN = 1.8  # of two threads against one
+LARGE = 1_000_000  # bytes to be moved, from which on that is expected
+
+Place = tuple[str, str]  # an op and one of its tables
+
+
+@dataclass
+class Run:
+    """All that was measured with one number of threads, in one process or in several."""
+
+    rows: dict[tuple[str, Place], dict[int, Row]] = field(default_factory=dict)  # {(contender, place): {size: row}}
+
+    def add(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            if row.direction != "backward":  # forward+backward comes after forward
+                self.rows.setdefault((row.contender, (row.op, row.table)), {})[row.size] = row
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much faster the most threads are than the fewest, at the largest size that both were measured at."""
+
+    ours: float
+    floor: float
+    bytes: int
+
+    @property
+    def mark(self) -> str:
+        """* where that is too little, as it is for memory itself; † where memory gains more."""
+        if self.bytes < LARGE or self.ours >= LEAST_GAIN:
+            return ""
+        return "\\*" if self.ours >= 0.9 * self.floor else "†"
 
 
 def write_page(reports: Sequence[Report], page: Path) -> None:
-    """From one run for each number of threads; the pictures go beside the page."""
-    reports = sorted(reports, key=lambda report: report.machine["threads"])
+    """From one run or several for each number of threads; the pictures go beside the page."""
     if not reports:
         return
-    threads = [report.machine["threads"] for report in reports]
-    all_times = [_times(report.rows) for report in reports]
+    reports = sorted(reports, key=lambda report: (report.machine["threads"], report.command))
+    runs: dict[int, Run] = {}
+    for report in reports:
+        runs.setdefault(report.machine["threads"], Run()).add(report.rows)
+    fewest, most = min(runs), max(runs)
+    families: dict[str, list[Place]] = {}
+    for row in (row for report in reports if report.machine["threads"] == most for row in report.rows):
+        if (row.op, row.table) not in families.setdefault(row.family, []):
+            families[row.family].append((row.op, row.table))
+    gains = {place: _gain(runs[fewest], runs[most], place) for places in families.values() for place in places}
     lines = [
         "# Cost by size and threads",
         "",
         "Written by `make docs`. Milliseconds of forward+backward (forward, where there is no backward) from a hundred "
         "elements or points to a hundred million, or one list of up to a hundred thousand items, as far as ten "
-        f"seconds a call and a quarter of the memory go; fresh memory, threads: {threads[-1]}. The last column is what "
-        f"these gain against {threads[0]}, at the largest size.",
+        f"seconds a call and a quarter of the memory go; fresh memory, threads: {most}.",
         "",
+        *([_about(gains, fewest, most), ""] if fewest != most else []),
         *(f"- {report.where}: `{report.command}`" for report in reports),
     ]
-    families: dict[str, list[tuple[str, str]]] = {}
-    for row in reports[-1].rows:
-        if (row.op, row.table) not in families.setdefault(row.family, []):
-            families[row.family].append((row.op, row.table))
-    for family, tables in families.items():
-        sizes = sorted({size for table in tables for size in all_times[-1][table]})
-        heads = " | ".join(map(label, sizes))
+    for family, places in families.items():
+        times = {place: {n: row.milliseconds for n, row in runs[most].rows[OURS, place].items()} for place in places}
+        sizes = sorted({size for place in places for size in times[place]})
         lines += ["", f"## {family}", "", f"![{family}](cost-{family}.png)", ""]
-        lines += [f"| op | by | {heads} | gain |", f"|---|---|{'--:|' * (len(sizes) + 1)}"]
-        for op, table in tables:
-            times = all_times[-1][op, table]
-            cells = [f"{times[size]:.3g}" if size in times else "" for size in sizes]
-            lines.append(f"| `{op}` | {table} | {' | '.join(cells)} | {_speed_up(all_times, (op, table))} |")
-        _figure(family, {table: all_times[-1][table] for table in tables}).savefig(
-            page.parent / f"cost-{family}.png", dpi=80
-        )
+        lines += [f"| op | by | {' | '.join(map(label, sizes))} | gain | of the floor |"]
+        lines += [f"|---|---|{'--:|' * (len(sizes) + 2)}"]
+        for place in places:
+            cells = [f"{times[place][size]:.3g}" if size in times[place] else "" for size in sizes]
+            gain = gains[place] if fewest != most else None
+            cells += [f"{gain.ours:.2f}{gain.mark}", f"{gain.floor:.2f}"] if gain else ["", ""]
+            lines.append(f"| `{place[0]}` | {place[1]} | {' | '.join(cells)} |")
+        _figure(family, times).savefig(page.parent / f"cost-{family}.png", dpi=80)
     page.write_text("\n".join(lines) + "\n")
 
 
-def _times(rows: Sequence[Row]) -> Times:
-    times: Times = {}
-    for row in rows:
-        if row.contender == OURS and row.direction != "backward":
-            times.setdefault((row.op, row.table), {})[row.size] = row.milliseconds  # forward+backward comes last
-    return times
+def _gain(one: Run, several: Run, place: Place) -> Gain | None:
+    runs = [(run.rows.get((OURS, place), {}), run.rows.get((FLOOR, place), {})) for run in (one, several)]
+    shared = set.intersection(*(set(rows) for pair in runs for rows in pair))
+    if not shared:
+        return None
+    (ours, floor), (ours_after, floor_after) = ([rows[max(shared)] for rows in pair] for pair in runs)
+    gain = floor.milliseconds / floor_after.milliseconds
+    return Gain(ours.milliseconds / ours_after.milliseconds, gain, ours.bytes)
 
 
-def _speed_up(all_times: Sequence[Times], table: tuple[str, str]) -> str:
-    first, last = all_times[0].get(table, {}), all_times[-1][table]
-    shared = [size for size in last if size in first]
-    return f"{first[max(shared)] / last[max(shared)]:.2f}" if shared and len(all_times) > 1 else ""
+def _about(gains: dict[Place, Gain | None], fewest: int, most: int) -> str:
+    large = [gain for gain in gains.values() if gain and gain.bytes >= LARGE]
+    marks = [gain.mark for gain in large]
+    return (
+        f"*Gain* is what {most} threads gain against {fewest} at the largest size measured with both, *of the floor* "
+        "what they gain in moving the same bytes without computing. Of the "
+        f"{len(large)} tables that move a megabyte or more {marks.count('')} gain {LEAST_GAIN} or more. "
+        f"{len(large) - marks.count('') - marks.count('†')} marked \\* gain less, but as much as memory does: one core "
+        "takes most of the bandwidth that all share; "
+        f"{marks.count('†')} marked † gain less than memory does."
+    )
 
 
-def _figure(family: str, times: Times) -> Figure:
+def _figure(family: str, times: dict[Place, dict[int, float]]) -> Figure:
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
     for i, ((op, table), by_size) in enumerate(times.items()):

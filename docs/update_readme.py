@@ -1,4 +1,4 @@
-"""Writes the generated pages here (matrix, speed, cost, gpu) and parts of README.md: ``make docs``.
+"""Writes the generated pages here (matrix, speed, cost, gpu, launches) and parts of README.md: ``make docs``.
 
 The table of ops comes from the registry, the matrix from tests/test_battery.py, the timings from the result files in
 benchmarks/results. With ``--matrix FILE`` the matrix is read from a saved run of the tests with
@@ -30,6 +30,7 @@ PLOTS = ROOT / "docs" / "plots"  # of the tables that `bench --plots` drew there
 SPEED = ROOT / "docs" / "speed.md"
 COST = ROOT / "docs" / "cost.md"
 GPU = ROOT / "docs" / "gpu.md"
+LAUNCHES = ROOT / "docs" / "launches.md"
 BACKENDS = ("cpp", "triton")
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -158,14 +159,15 @@ def _timings(op: str, table: str, rows: list[Row]) -> str:
         if row.direction == last:
             sizes.setdefault(label(row.size), {})[row.contender] = row
     peers = dict.fromkeys(name for by_name in sizes.values() for name in by_name if name not in (OURS, FLOOR))
-    head = ["ours, ms", "× floor", "peak, MiB", *(f"ours / {peer}" for peer in peers)]
+    head = ["ours, ms", "± IQR", "× floor", "GB/s", "peak, MiB", *(f"ours / {peer}" for peer in peers)]
     lines = [f"| {op}, {last}, by {table} | {' | '.join(head)} |", f"|---|{'--:|' * len(head)}"]
     for size, by_name in sizes.items():
         ours = by_name[OURS]
         ratios = [
             f"{by_name[p].ours_over_this:.2f}{'*' * bool(by_name[p].note)}" if p in by_name else "" for p in peers
         ]
-        cells = [f"{ours.milliseconds:.3g}", f"{ours.floors:.2f}", f"{(ours.peak_bytes or 0) / 2**20:.1f}", *ratios]
+        cells = [f"{ours.milliseconds:.3g}", f"{ours.spread:.0%}", f"{ours.floors:.2f}"]
+        cells += [f"{ours.gigabytes_per_second:.1f}", f"{(ours.peak_bytes or 0) / 2**20:.1f}", *ratios]
         lines.append(f"| {size} | {' | '.join(cells)} |")
     if any(row.note for row in rows):
         lines += ["", "\\* its answer differs from that of the reference in float64"]
@@ -234,6 +236,8 @@ def main() -> None:
     README.write_text(text)
     compile_all = [sys.executable, "-m", "custom_ops.triton_kernels.aot", "--report", str(GPU)]
     subprocess.run(compile_all, check=True, stdout=subprocess.DEVNULL)
+    trace_all = [sys.executable, "-m", "custom_ops.benchmarks.launches", "--write", str(LAUNCHES)]
+    subprocess.run(trace_all, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks import plan, run, scaling
+from custom_ops.benchmarks import goals, plan, run, scaling
+from custom_ops.benchmarks import measure as measure_module
 from custom_ops.benchmarks.compare import changes
 from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.benchmarks.environment import describe, trouble
@@ -390,17 +391,38 @@ def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
     assert table.checked_at(10**8) == scaling.CHECKED
 
 
-def test_the_cost_page_shows_every_size_and_what_threads_gain(tmp_path):
-    def run(threads, slower):
-        rows = [row(OURS, slower * size, 1.0, size=size, direction="forward+backward") for size in (100, 1000)]
-        rows += [row(FLOOR, 1.0, 1.0, size=100), row(OURS, 7.0, 1.0, size=100, direction="backward")]
-        return Report("bench --scaling", "cpu", "fresh", MACHINE | {"threads": threads}, rows=rows)
+def scaling_run(threads, times, floor=1.0, op="square", family="f"):
+    """{size: milliseconds} of ours; the floor takes as long as is given at every size, and moves a megabyte."""
+    here = {"op": op, "family": family, "direction": "forward+backward", "bytes": 1_000_000}
+    rows = [row(OURS, ms, 1.0, size=size, **here) for size, ms in times.items()]
+    rows += [row(FLOOR, floor, 1.0, size=size, **here) for size in times]
+    rows += [row(OURS, 7.0, 1.0, size=size, **here | {"direction": "backward"}) for size in times]
+    return Report(f"bench {family}", "cpu", "fresh", MACHINE | {"threads": threads}, rows=rows)
 
-    write_page([run(2, 1.0), run(1, 1.75)], tmp_path / "cost.md")
-    assert "| `square` | n | 100 | 1e+03 | 1.75 |" in (tmp_path / "cost.md").read_text()
+
+def test_the_cost_page_shows_every_size_and_what_threads_gain(tmp_path):
+    write_page([scaling_run(2, {100: 100, 1000: 1000}), scaling_run(1, {100: 175, 1000: 1850})], tmp_path / "cost.md")
+    assert "| `square` | n | 100 | 1e+03 | 1.85 | 1.00 |" in (tmp_path / "cost.md").read_text()
     assert (tmp_path / "cost-f.png").stat().st_size > 5000
-    write_page([run(2, 1.0)], tmp_path / "alone.md")
-    assert "| `square` | n | 100 | 1e+03 |  |" in (tmp_path / "alone.md").read_text()
+    write_page([scaling_run(2, {100: 100, 1000: 1000})], tmp_path / "alone.md")
+    assert "| `square` | n | 100 | 1e+03 |  |  |" in (tmp_path / "alone.md").read_text()
+
+
+def test_the_cost_page_takes_one_run_or_several_for_each_number_of_threads(tmp_path):
+    """And marks what gains too little: as little as memory, or less than that."""
+    runs = [scaling_run(1, {10: 20.0}, 2.0), scaling_run(2, {10: 10.0}, 1.0)]
+    runs += [scaling_run(1, {10: 2.0}, 1.8, "g", "g"), scaling_run(2, {10: 1.2}, 1.0, "g", "g")]
+    runs += [scaling_run(1, {10: 1.0}, 1.8, "h", "h"), scaling_run(2, {10: 1.0}, 1.0, "h", "h")]
+    runs += [scaling_run(2, {10: 1.0}, op="alone", family="h")]
+    write_page(runs, tmp_path / "cost.md")
+    text = (tmp_path / "cost.md").read_text()
+    assert "| `square` | n | 10 | 2.00 | 2.00 |" in text
+    assert "| `g` | n | 1.2 | 1.67\\* | 1.80 |" in text
+    assert "| `h` | n | 1 | 1.00† | 1.80 |" in text
+    assert "| `alone` | n | 1 |  |  |" in text
+    assert "Of the 3 tables that move a megabyte or more 1 gain 1.8 or more. 1 marked \\* gain less" in text
+    assert "1 marked † gain less than memory does." in text
+    assert text.count("\n- ") == len(runs)
 
 
 # ---------------------------------------------------------------- peers
@@ -421,6 +443,16 @@ def test_a_peer_that_its_package_lacks_is_an_error_before_anything_is_measured()
 
 def test_the_peers_that_the_registry_names_exist_where_they_are_installed():
     Peers([table for info in REGISTRY.values() for table in info.benchmarks], None, quick=False)
+
+
+def test_the_goals_on_a_gpu_are_beside_what_is_measured_there():
+    for name, beside in goals.GOALS.items():
+        for peer in beside:
+            assert peer == FLOOR or any(peer in table.peers for table in REGISTRY[name].benchmarks), (name, peer)
+    info = replace(op(peers={}), name="voxel_sum")
+    assert measure_module._target(cell(info, 64), FLOOR, "forward+backward", "cuda") == pytest.approx(1 / 0.7)
+    assert measure_module._target(cell(info, 8), FLOOR, "forward+backward", "cuda") is None
+    assert measure_module._target(cell(info, 64), FLOOR, "forward+backward", "fresh") is None
 
 
 def test_the_peers_can_be_chosen_and_quick_leaves_out_what_compiles():
@@ -636,8 +668,8 @@ def test_the_readme_shows_each_size_beside_the_peers(monkeypatch, tmp_path):
     assert "## a CPU, 2 threads, AVX2, fresh memory\n\ntorch 2.13.0, `bench`, cpu.json" in text
     assert "- something to know" in text
     assert "| square, first sample | 20.0 | native | 2.00 |" in text
-    assert "| square, forward, by n | ours, ms | × floor | peak, MiB | ours / peer |" in text
-    assert "| 8 | 1 | 1.50 | 3.0 | 0.50* |" in text
+    assert "| square, forward, by n | ours, ms | ± IQR | × floor | GB/s | peak, MiB | ours / peer |" in text
+    assert "| 8 | 1 | 2% | 1.50 | 1.0 | 3.0 | 0.50* |" in text
     assert "its answer differs" in text
     result.rows[1] = replace(result.rows[1], note="")
     result.write_json(tmp_path / "cpu.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from custom_ops.benchmarks import peers
+from custom_ops.benchmarks import interval_peers, peers
 
 VOXELS, COLUMNS = 7, 3
 
@@ -36,21 +36,29 @@ def test_segment_sum(peer):
 @pytest.mark.parametrize(
     "peer",
     ["lss_voxel_sum", "trash_row_index_add", "trash_row_scatter_add", "embedding_bag_voxel_sum",
-     "cached_embedding_bag_voxel_sum"],
+     "cached_embedding_bag_voxel_sum", "interval_voxel_sum"],
 )  # fmt: skip
 def test_voxel_sum(peer, batch):
     torch.manual_seed(0)
     rank = torch.randint(-1, VOXELS, (*batch, 40))
     x = torch.randn(*batch, 40, COLUMNS, dtype=torch.float64, requires_grad=True)
+    sums = getattr(interval_peers if peer.startswith("interval") else peers, peer)
     for _ in range(2):
-        agree(getattr(peers, peer)(x, rank, VOXELS), dense_sums(x, rank), [x])
-    more = getattr(peers, peer)(x, rank.clamp(max=3), VOXELS + 2)  # empty voxels at the end, another grid
+        agree(sums(x, rank, VOXELS), dense_sums(x, rank), [x])
+    more = sums(x, rank.clamp(max=3), VOXELS + 2)  # empty voxels at the end, another grid
     assert more.shape == (*batch, VOXELS + 2, COLUMNS) and not more[..., 4:, :].any()
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
-    "peer", ["lss_bev_pool", "index_add_bev_pool", "compiled_index_add_bev_pool", "cached_embedding_bag_bev_pool"]
+    "peer",
+    [
+        "lss_bev_pool",
+        "index_add_bev_pool",
+        "compiled_index_add_bev_pool",
+        "cached_embedding_bag_bev_pool",
+        "interval_bev_pool",
+    ],
 )
 def test_bev_pool(peer, shared):
     torch.manual_seed(0)
@@ -61,4 +69,5 @@ def test_bev_pool(peer, shared):
     points = torch.einsum("bndhw,bnchw->bndhwc", depth, feat).flatten(1, 4)
     expected = dense_sums(points, rank.expand_as(depth).flatten(1))
     for _ in range(2):
-        agree(getattr(peers, peer)(depth, feat, rank, VOXELS), expected, [depth, feat])
+        bev = getattr(interval_peers if peer.startswith("interval") else peers, peer)(depth, feat, rank, VOXELS)
+        agree(bev, expected, [depth, feat])

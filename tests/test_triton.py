@@ -445,15 +445,16 @@ amdhsa.kernels:
 
 
 def test_planted_spills_are_reported(monkeypatch, capsys):
-    def verdict(resources):
-        report = aot.Report("k", "fp32", "", "sm_90", 4, resources)
-        assert ("SPILLS" in str(report)) == (not report.ok)
+    def verdict(resources, seconds=0.0):
+        report = aot.Report("k", "fp32", "", "sm_90", 4, resources, seconds)
+        assert ("SPILLS" in str(report) or "SLOW" in str(report)) == (not report.ok)
         monkeypatch.setattr(aot, "compile_all", lambda name, quick: [report])
         assert aot.main([]) == (not report.ok)
         return report.ok
 
     assert aot.parse_cuobjdump(CUOBJDUMP.format(stack=0, local=0)) == aot.Resources(28, 0, 0, 1024)
     assert verdict(aot.parse_cuobjdump(CUOBJDUMP.format(stack=0, local=0)))
+    assert not verdict(aot.parse_cuobjdump(CUOBJDUMP.format(stack=0, local=0)), seconds=aot.FIRST_LAUNCH)
     assert not verdict(aot.parse_cuobjdump(CUOBJDUMP.format(stack=8, local=0)))
     assert not verdict(aot.parse_cuobjdump(CUOBJDUMP.format(stack=0, local=16)))
     assert aot.parse_amdgcn(AMDGCN.format(private=0, sgprs=0, vgprs=0)) == aot.Resources(38, 0, 0, 512)

@@ -37,7 +37,7 @@ class Lists:
         # Without a mask or several lists these aren't read.
         self.valid = x.new_ones(1, dtype=torch.uint8) if valid is None else valid.contiguous().view(torch.uint8)
         if offsets is None:
-            self.bounds = torch.tensor([0, self.items], device=x.device)
+            self.bounds = torch.arange(2, device=x.device) * self.items
             self.ids = self.bounds.new_zeros(1, dtype=torch.int32)
             self.lists, self.several = 1, False
         else:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 
 class _KeptScope:
@@ -20,23 +22,27 @@ def patched_once() -> Iterator[None]:
     """Within the context ``triton.language`` is patched for interpretation once, and restored at the end.
 
     By itself the interpreter looks through the whole language at each launch and at each call of a jitted
-    function by another, which takes longer than most of our kernels.
+    function by another, which takes longer than most of our kernels. It also computes each sum and product of integers
+    once more in 64 bits, to see whether it overflows, and drops the answer.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
-    patch: Callable[[Any], Any] = interpreter._patch_lang
+    patch_language: Callable[[Any], Any] = interpreter._patch_lang
+    builder = interpreter.interpreter_builder
     scopes = []
     seen: dict[Any, _KeptScope] = {}
 
     def patch_once(fn: Any) -> _KeptScope:
         if fn not in seen:
-            scopes.append(patch(fn))
+            scopes.append(patch_language(fn))
             seen[fn] = _KeptScope()
         return seen[fn]
 
-    interpreter._patch_lang = patch_once
-    try:
-        yield
-    finally:
-        interpreter._patch_lang = patch
-        while scopes:
-            scopes.pop().restore()
+    with (
+        patch.object(interpreter, "_patch_lang", patch_once),
+        patch.object(builder, "options", replace(builder.options, sanitize_overflow=False)),
+    ):
+        try:
+            yield
+        finally:
+            while scopes:
+                scopes.pop().restore()

@@ -58,8 +58,9 @@ def verify(
         backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
             rows (values, gradients, second derivatives and dtypes have all), Jacobians and Hessians along two random
-            directions of each input, finite differences without undefined gradients, and batches of two; on every
-            backend large inputs are smaller. Numbers of threads aren't compared under the interpreter.
+            directions of each input, finite differences without undefined gradients, batches of two, and of opcheck
+            what runs a kernel; on every backend large inputs are smaller. Numbers of threads aren't compared under
+            the interpreter.
         only: the capabilities to check; all by default (`capabilities` lists them).
         on_cell: called with each `Cell` as it is done.
 

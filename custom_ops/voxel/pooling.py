@@ -244,6 +244,7 @@ register(
                     "outer product, index_add": _without_csr("index_add_bev_pool"),
                     "torch.compile(gather, index_add)": _without_csr("compiled_index_add_bev_pool"),
                     "embedding_bag, cached": _without_csr("cached_embedding_bag_bev_pool"),
+                    "BEVFusion's intervals, in Triton": "custom_ops.benchmarks.interval_peers:interval_bev_pool",
                 },
                 targets=[
                     Target(4, "embedding_bag, cached", ratio, direction, memory)

@@ -308,6 +308,7 @@ _PEERS: dict[str, Callable[..., Any] | str] = {
     "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:trash_row_scatter",
     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
+    "BEVFusion's intervals, in Triton": "custom_ops.benchmarks.interval_peers:interval_voxel_sum",
 }
 
 

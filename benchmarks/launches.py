@@ -1,0 +1,221 @@
+"""docs/launches.md, what each op does on a GPU as far as a CPU can tell: ``python -m custom_ops.benchmarks.launches``.
+
+The Triton kernels run under the interpreter, and each launch is looked at: how many there are, which of them Triton
+would compile anew, and how many bytes their arguments hold; and each of torch's own ops that would wait for the
+device, so that no CUDA graph could hold the call. ``--write PAGE`` writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from custom_ops.benchmarks.floor import least_traffic
+from custom_ops.benchmarks.goals import GOALS
+from custom_ops.registry import REGISTRY, OpInfo, Sample, leaves
+from custom_ops.verify._case import flatten
+
+SIZES = (1, 2, 3, 5)  # times a sample's own
+ELEMENTS = 1024  # about so many in the largest tensor, where bytes are counted
+
+HEAD = [
+    "# Launches",
+    "",
+    "Written by `make docs` from `python -m custom_ops.benchmarks.launches`, which runs the Triton kernels under the "
+    "interpreter; nothing here was measured on a GPU. Of each op's first sample with a dynamic size, in float32 and "
+    f"grown to about {ELEMENTS:,} elements: the launches of our kernels in forward and in backward; for how many of "
+    "them Triton compiles on the first call (other sizes add at most two for each kernel: multiples of 16, and all "
+    "others); the bytes that the launches' tensors hold, as a multiple of the least that must be moved; and those of "
+    "torch's ops on the way that wait for the device or copy from the host, so that the call can't be captured in a "
+    "CUDA graph.",
+    "",
+    "| op | forward | backward | compiled | bytes × least | waits |",
+    "|---|--:|--:|--:|--:|---|",
+]
+
+AIMS = [
+    "",
+    "## Goals on an H200",
+    "",
+    "At the largest size of each table, forward+backward: how long an op may take at most, in units of what runs "
+    "beside it; 1.18 times the floor is 85% of the bandwidth of a copy. `python -m custom_ops bench --device cuda` "
+    "says which are met. None has been measured yet.",
+    "",
+    "| op | beside | at most | |",
+    "|---|---|--:|---|",
+]
+
+# What needs the device's answer before it can go on, or what only the host has.
+WAITS = {
+    "_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave",
+    "unique_consecutive", "unique_dim", "_unique", "_unique2",
+}  # fmt: skip
+COPIES: dict[str, Any] = {"tensor": torch, "as_tensor": torch, "new_tensor": Tensor, "tolist": Tensor}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``compiled`` is what Triton compiles for: kernel, compile-time arguments, and what it sees in the others."""
+
+    compiled: tuple[Any, ...]
+    bytes: int
+
+
+class Trace(TorchDispatchMode):
+    """What is launched and waited for within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.waits: set[str] = set()
+        self.launching = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "custom_ops":
+            with self:  # torch's ops inside of ours count too
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        if func._opname in WAITS or (func._opname == "index" and any(t.dtype == torch.bool for t in flatten(args[1]))):
+            self.waits.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+    def copying(self, name: str, copy: Callable[..., Any]) -> Callable[..., Any]:
+        """``copy``, noted under its name where it isn't the interpreter that calls it."""
+
+        def noted(value: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.launching and (name == "tolist" or not isinstance(value, Tensor)):
+                self.waits.add(name)
+            return copy(value, *args, **kwargs)
+
+        return noted
+
+    def run(self, kernel: Any, programs: int, args: Sequence[Any], variant: Any, launch: Callable[[], None]) -> None:
+        from triton._C.libtriton import native_specialize_impl
+        from triton.backends.compiler import BaseBackend
+
+        if programs:
+            plain = set(kernel.fn.kwargs["do_not_specialize"] or ())
+            seen = [
+                "" if isinstance(a, float) else native_specialize_impl(BaseBackend, a, False, name not in plain, True)
+                for name, a in zip(kernel.fn.arg_names, args)
+            ]
+            held = {a.data_ptr(): a.untyped_storage().nbytes() for a in args if isinstance(a, Tensor)}
+            self.launches.append(Launch((kernel.name, variant, *seen), sum(held.values())))
+        self.launching = True
+        try:
+            with _disable_current_modes():
+                launch()
+        finally:
+            self.launching = False
+
+
+@contextmanager
+def tracing() -> Iterator[Trace]:
+    """Within the context, on the Triton backend, what runs is traced."""
+    from custom_ops.triton_kernels.common import Kernel
+    from custom_ops.verify import backend
+
+    launch, trace = Kernel.__call__, Trace()
+
+    def traced(kernel: Kernel, programs: int, *args: Any, variant: Any = None) -> None:
+        trace.run(kernel, programs, args, variant, partial(launch, kernel, programs, *args, variant=variant))
+
+    with ExitStack() as stack:
+        stack.enter_context(backend("triton"))
+        stack.enter_context(patch.object(Kernel, "__call__", traced))
+        for name, owner in COPIES.items():
+            stack.enter_context(patch.object(owner, name, trace.copying(name, getattr(owner, name))))
+        yield stack.enter_context(trace)
+
+
+def call(info: OpInfo, sample: Sample) -> tuple[Any, Callable[[], Any]]:
+    """The op's output on a sample, and its backward."""
+    output = info.function(*sample.args, **sample.kwargs)
+    inputs = leaves([*sample.args, *sample.kwargs.values()])
+    differentiable = [y for y in flatten(output) if y.requires_grad]
+    return (
+        output,
+        lambda: (
+            torch.autograd.grad([y.sum() for y in differentiable], inputs, allow_unused=True) if differentiable else ()
+        ),
+    )
+
+
+def trace_of(info: OpInfo, sample: Sample) -> tuple[Trace, Trace]:
+    """Of forward and of backward."""
+    with tracing() as forward:
+        _, run = call(info, sample)
+    with tracing() as backward:
+        run()
+    return forward, backward
+
+
+def resized(sample: Sample, times: int) -> Sample:
+    """Its dynamic dimensions ``times`` as long."""
+
+    def longer(key: int | str, value: Any) -> Any:
+        if key not in sample.dynamic:
+            return value
+        return value.detach().repeat_interleave(times, sample.dynamic[key]).requires_grad_(value.requires_grad)
+
+    args = tuple(longer(i, a) for i, a in enumerate(sample.args))
+    return Sample(args, {k: longer(k, a) for k, a in sample.kwargs.items()}, sample.dynamic)
+
+
+def samples(info: OpInfo) -> list[Sample]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return info.samples(torch.device("cpu"), torch.float32)
+
+
+def row(info: OpInfo) -> str | None:
+    """Of the page; None for an op that launches nothing."""
+    sample = next((s for s in samples(info) if s.dynamic), samples(info)[0])
+    given = [*sample.args, *sample.kwargs.values()]
+    sample = resized(sample, max(1, ELEMENTS // max(a.numel() for a in given if isinstance(a, Tensor))))
+    forward, backward = trace_of(info, sample)
+    launches = forward.launches + backward.launches
+    if not launches:
+        return None
+    arguments = (*sample.args, *sample.kwargs.values())
+    least = sum(map(sum, least_traffic(arguments, call(info, sample)[0], leaves(arguments))))
+    moved = sum(launch.bytes for launch in launches)
+    counts = [len(forward.launches), len(backward.launches), len({launch.compiled for launch in launches})]
+    waits = ", ".join(f"`{name}`" for name in sorted(forward.waits | backward.waits))
+    return f"| `{info.name}` | {' | '.join(map(str, counts))} | {moved / least:.2f} | {waits} |"
+
+
+def page() -> str:
+    rows = [line for line in map(row, REGISTRY.values()) if line]
+    wanted = [
+        f"| `{op}` | {peer} | {ratio:.2f} | not measured |"
+        for op, of_op in GOALS.items()
+        for peer, ratio in of_op.items()
+    ]
+    return "\n".join([*HEAD, *rows, *AIMS, *wanted]) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.launches", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    options = parser.parse_args(argv)
+    text = page()
+    print(text, end="")
+    if options.write:
+        options.write.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""What only a GPU would show of the launches, as far as a CPU can tell: waiting for the device, compiling anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from custom_ops.benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
+from custom_ops.registry import REGISTRY
+from custom_ops.verify import backend
+
+PAGE = Path(__file__).parent.parent / "docs" / "launches.md"
+WAITING = {
+    "voxels_summing": {"tolist"},  # the number of voxels, its output's rows, has to be known on the host
+    "voxel_rank": {"tensor"},  # a grid given as numbers is copied from the host; given as tensors it isn't
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def triton():
+    with backend("triton"):  # opened once
+        yield
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_no_call_waits_for_the_device(op):
+    """Nor copies from the host: so that it can be captured in a CUDA graph."""
+    waits = set()
+    for sample in samples(REGISTRY[op]):
+        for trace in trace_of(REGISTRY[op], sample):
+            waits |= trace.waits
+    assert waits == WAITING.get(op, set())
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_new_sizes_compile_nothing(op):
+    """Each kernel is compiled for one, for multiples of 16 and for all other sizes at most."""
+    sample = next((s for s in samples(REGISTRY[op]) if s.dynamic), None)
+    if sample is None:
+        return
+    compiled = set()
+    for times in SIZES:
+        for trace in trace_of(REGISTRY[op], resized(sample, times)):
+            compiled |= {launch.compiled for launch in trace.launches}
+    kernels = [(name, variant, *(seen[0] for seen in args if seen)) for name, variant, *args in compiled]
+    for kernel in kernels:
+        assert kernels.count(kernel) <= 3, [launch for launch in compiled if launch[0] == kernel[0]]
+
+
+def test_the_page_is_current():
+    """Of some ops, and of all with CUSTOM_OPS_FULL=1."""
+    page = PAGE.read_text().splitlines()
+    some = ("relu", "softmax_loss", "margin_ranking_loss", "voxels_summing")
+    lines = [row(REGISTRY[op]) for op in (REGISTRY if os.environ.get("CUSTOM_OPS_FULL") else some)]
+    assert {line for line in lines if line} | {*AIMS} <= {*page}, "run `make docs`"
