@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -239,3 +240,36 @@ def test_more_than_two_to_the_31_elements_pooled(dtype):
     del out
     (grad,) = torch.autograd.grad(total, feat)
     assert grad[0, 0, :, -1].eq(2).all() and grad[0, 0, :, -2].eq(0).all()
+
+
+def test_offsets_past_2_to_the_31_in_the_triton_kernels():
+    """Interpreted, one program of each, on 4 GiB that are never touched but at their end."""
+    from custom_ops.triton_kernels import voxel_segments as kernels
+
+    rows, width = POINTS, COLUMNS
+    x = torch.from_numpy(np.zeros((rows, width), np.int16)).view(torch.float16)  # pages that nothing reads are free
+    x[-2:] = torch.tensor([[3.0], [5.0]])
+    indptr, nothing = torch.tensor([rows - 2, rows]), torch.empty(0)
+    perm = torch.from_numpy(np.zeros(rows, np.int64))
+    perm[-2:] = torch.tensor([rows - 1, rows - 2])
+    out, at = torch.empty(1, width, dtype=torch.float16), torch.empty(1, width, dtype=torch.int64)
+    partial, partial_at = nothing.float(), nothing.long()
+    sizes = (rows, 1, width, 1, 1, 1, 0, 0, 0, 0)  # points, segments, columns, bins, plane, pieces, chunks, ...
+    for ordered, largest in ((False, False), (True, False), (True, True)):
+        tensors = (x, x, indptr, perm, partial, partial_at, out, at)
+        kernels.segment_reduce_kernel(1, *tensors, *sizes, variant=(width, ordered, False, largest))
+        assert out.eq(5 if largest else 8).all()
+        if largest:
+            assert at.eq(rows - 1).all()
+    # The other way: two rows of x, in the last segments.
+    rank, bounds = torch.tensor([rows - 1, rows - 2]), torch.from_numpy(np.zeros(rows + 1, np.int64))
+    grad, dots = torch.empty(2, width, dtype=torch.float16), torch.empty(2, dtype=torch.float16)
+    ones = torch.ones(2, width, dtype=torch.float16)
+    kernels.segment_spread_rows_kernel(
+        1, *(x, x, bounds, rank, grad), *(rows, 2, width, 1, 1, 1, 1, 0, 0), variant=(width, False)
+    )
+    assert torch.equal(grad[:, 0], torch.tensor([5.0, 3.0]).half())
+    kernels.segment_spread_dots_kernel(
+        1, *(x, ones, bounds, rank, dots), *(rows, 2, width, 1, 1, 1, 0, 0), variant=width
+    )
+    assert torch.equal(dots, width * torch.tensor([5.0, 3.0]).half())
