@@ -151,6 +151,8 @@ class RowWriter {
 
   void flush() const { streaming_.flush(); }
 
+  bool streams() const { return streams_; }
+
  private:
   int64_t bytes_;
   Streaming streaming_;

@@ -228,15 +228,22 @@ void for_each_task(const std::vector<T>& tasks, int64_t grain, const F& f) {
 
 // ---------------------------------------------------------------- reductions
 
-// What a reduction reads: n > 0 rows of x at offsets, their weights if any, and their points.
+// What a reduction reads: n > 0 rows of x, their weights if any, and their points.
 template <class T>
 struct Input {
   const T* x;
-  const int64_t* offsets;
+  const int64_t* offsets;  // of the rows in x, or null: one after the other
   const Accumulator<T>* weights;
   const int64_t* points;
   int64_t n;
-  int64_t ahead;  // bytes to fetch of the rows that come kAhead later: all, or none if rows are in order
+
+  ALWAYS_INLINE inline const T* row(int64_t i, int64_t columns) const {
+    return x + (offsets ? offsets[i] : i * columns);
+  }
+  // What comes kAhead rows later; of rows in order the processor does so by itself.
+  ALWAYS_INLINE inline void fetch_ahead(int64_t i, int64_t columns) const {
+    if (offsets) prefetch(x + offsets[i + kAhead], columns * static_cast<int64_t>(sizeof(T)));
+  }
 };
 
 // value[c] = sum of the rows; the parts of a long segment are added in double.
@@ -251,8 +258,8 @@ struct Sum {
       typename B::L::V total[B::vectors];
       for (auto& t : total) t = B::L::all(0);
       for (int64_t i = 0; i < in.n; ++i) {
-        if (in.ahead && c0 == 0) prefetch(in.x + in.offsets[i + kAhead], in.ahead);
-        const T* row = in.x + in.offsets[i] + c0;
+        if (c0 == 0) in.fetch_ahead(i, columns);
+        const T* row = in.row(i, columns) + c0;
         for (int k = 0; k < B::vectors; ++k) {
           const auto v = B::L::load(row + k * B::lanes);
           if constexpr (kWeighted) total[k] += in.weights[i] * v;
@@ -291,10 +298,10 @@ struct Max {
       typename L::V best[B::vectors];
       typename L::Mask first[B::vectors];
       for (auto& f : first) f = L::all_bits(0);
-      for (int k = 0; k < B::vectors; ++k) best[k] = L::load(in.x + in.offsets[0] + c0 + k * B::lanes);
+      for (int k = 0; k < B::vectors; ++k) best[k] = L::load(in.row(0, columns) + c0 + k * B::lanes);
       for (int64_t i = 1; i < in.n; ++i) {
-        if (in.ahead && c0 == 0) prefetch(in.x + in.offsets[i + kAhead], in.ahead);
-        const T* row = in.x + in.offsets[i] + c0;
+        if (c0 == 0) in.fetch_ahead(i, columns);
+        const T* row = in.row(i, columns) + c0;
         const auto here = L::all_bits(static_cast<typename L::Bits>(i));
         for (int k = 0; k < B::vectors; ++k) {
           const auto v = L::load(row + k * B::lanes);
@@ -349,6 +356,7 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
   const auto argmax = [&](int64_t e, int64_t s) ALWAYS_INLINE {
     return Reduction::kIndexed ? io.argmax + (e * count + s) * columns : nullptr;
   };
+  const bool as_summed = !io.mean && !io.writer.streams();  // a row of the output is what a reduction gives
   const int64_t grain = std::max<int64_t>(1, kGrain / kTask * 8 / std::max<int64_t>(columns, 1));
   for_each_task(plan.tasks, grain, [&](const Task& task) {
     int64_t offsets[kTask + kAhead], points[kTask];
@@ -359,13 +367,16 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
     const int64_t *order = segments.order(e), *bounds = segments.at(e);
     const T* x = io.x + e * rows.rows * columns;
     for (int64_t i = 0; i < n; ++i) points[i] = order ? order[task.begin + i] : task.begin + i;
-    for (int64_t i = 0; i < n; ++i) offsets[i] = rows(points[i]) * columns;
-    for (int64_t i = n; i < n + kAhead; ++i) offsets[i] = n ? offsets[n - 1] : 0;
+    const bool in_order = !order && rows.bins == 1;
+    if (!in_order) {
+      for (int64_t i = 0; i < n; ++i) offsets[i] = rows(points[i]) * columns;
+      for (int64_t i = n; i < n + kAhead; ++i) offsets[i] = n ? offsets[n - 1] : 0;
+    }
     if (io.weight)
       for (int64_t i = 0; i < n; ++i) weights[i] = static_cast<A>(io.weight[e * segments.points + points[i]]);
     const auto input = [&](int64_t first, int64_t length) ALWAYS_INLINE {
-      const int64_t ahead = order ? columns * static_cast<int64_t>(sizeof(T)) : 0;
-      return Input<T>{x, offsets + first, weights + first, points + first, length, ahead};
+      return Input<T>{in_order ? x + (task.begin + first) * columns : x, in_order ? nullptr : offsets + first,
+                      weights + first, points + first, length};
     };
     multiversion([&]() ALWAYS_INLINE {
       if (task.part >= 0) {
@@ -381,7 +392,14 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
           continue;
         }
         next = s + 1;
-        Reduction::rows(input(bounds[s] - task.begin, bounds[next] - bounds[s]), columns, value.data(), argmax(e, s));
+        const auto in = input(bounds[s] - task.begin, bounds[next] - bounds[s]);
+        if constexpr (std::is_same_v<T, A>) {
+          if (as_summed) {
+            Reduction::rows(in, columns, io.out + (e * count + s) * columns, argmax(e, s));
+            continue;
+          }
+        }
+        Reduction::rows(in, columns, value.data(), argmax(e, s));
         finish(e, s, value.data(), row.data());
       }
     });

@@ -104,3 +104,5 @@ def is_count(name: str, value: Any) -> None:
     is_integer(name, value)
     if value < 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
+    if isinstance(value, int) and value >= 2**63:  # a symbolic one is below
+        raise ValueError(f"{name}: expected less than 2^63, got {value}")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,3 +29,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs on the C++ kernels, then on the Triton kernels."""
+    from custom_ops.verify._backends import backend
+
+    with backend(request.param):
+        yield

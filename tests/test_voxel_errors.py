@@ -124,6 +124,36 @@ def test_a_negative_grid_raises():
             run()
 
 
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+@pytest.mark.parametrize("batch", [2**60, 2**61, 2**62 + 1, 2**63 - 1])
+def test_ranks_that_int64_cant_hold_never_wrap_around(batch, name):
+    """Of 8 voxels in each grid: 2^61 times that is 0."""
+    points, grid = torch.tensor([[0.5, 0.5, 1.5]]), ((0, 0, 0), (1, 1, 1), (2, 2, 2))
+    with backend(name):
+        rank = custom_ops.voxel_rank(points, *grid, torch.tensor([batch]))
+    assert rank >= 2**62
+    with pytest.raises(RuntimeError, match="^rank: expected values below num_voxels=16, got"):
+        custom_ops.voxel_csr(rank, 16)
+    none = custom_ops.voxel_rank(points, *grid[:2], (0, 2, 2), torch.tensor([batch]))
+    assert none.tolist() == [-1]
+
+
+@pytest.mark.parametrize("grid", [(2**63, 1, 1), (2**40, 2**40, 1)])
+def test_grids_that_int64_cant_count_raise(grid):
+    voxels, x, rank = grid[0] * grid[1], torch.ones(2, 1), torch.tensor([0, 1])
+    arrays, depth = [torch.zeros(0, dtype=torch.int32)] * 5, torch.ones(1, 1, 1, 1, 1)
+    for name, run in (
+        ("grid_size", lambda: custom_ops.voxel_rank(torch.ones(2, 3), (0, 0, 0), (1, 1, 1), grid)),
+        ("grid_size", lambda: custom_ops.LiftSplat((2, 2), (1, 1), [1.0], (0, 0, 0), (1, 1, 1), grid)),
+        ("num_voxels", lambda: custom_ops.voxel_csr(rank, voxels)),
+        ("num_voxels", lambda: custom_ops.voxel_sum(x, rank, voxels)),
+        ("num_voxels", lambda: custom_ops.VoxelSum(voxels)),
+        ("bev_feat_shape", lambda: custom_ops.bev_pool_v2(depth, depth, *arrays[:3], (1, *grid, 1), *arrays[3:])),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected less than 2\\^63, got"):
+            run()
+
+
 @pytest.mark.parametrize("value", [VOXELS, 2**31, 2**62, -(2**62)])
 def test_on_a_gpu_such_points_count_nowhere(value):
     """Interpreted, the launchers read real memory: what is out of range must neither be reached nor count."""

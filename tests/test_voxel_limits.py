@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 import custom_ops
+from custom_ops.verify._backends import backend
 from custom_ops.voxel.pooling import bev_pool_reference
 from custom_ops.voxel.sums import voxel_sum_reference
 
@@ -28,6 +30,7 @@ def with_gradients(out, leaves):
     return [out.detach(), *first, *torch.autograd.grad(sum((g**2).sum() for g in first), leaves)]
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_ranks_of_both_widths(reduce):
     x, rank = torch.randn(3, 500, 5, requires_grad=True), torch.randint(-1, 40, (3, 500))
@@ -39,6 +42,7 @@ def test_ranks_of_both_widths(reduce):
         assert all(torch.equal(*pair) for pair in zip(wide, narrow))
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_ranks_of_both_widths_in_the_others():
     depth, feat, rank = cameras()
     wide, narrow = (with_gradients(custom_ops.bev_pool(depth, feat, r, 9), [depth, feat]) for r in (rank, rank.int()))
@@ -48,6 +52,7 @@ def test_ranks_of_both_widths_in_the_others():
     assert all(torch.equal(*pair) for pair in zip(wide, narrow))
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_a_frame_without_points():
     nothing = torch.zeros(0, dtype=torch.int64)
     assert custom_ops.voxel_rank(torch.zeros(0, 3), (0, 0, 0), (1, 1, 1), (2, 2, 2)).shape == (0,)
@@ -63,6 +68,7 @@ def test_a_frame_without_points():
     assert sums.shape == (0, 3) and voxels.shape == (0, 2)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_a_sample_without_points_in_the_grid(reduce):
     """Alone or between others: 0, and gradients of exactly 0, of the first order and the second."""
@@ -78,6 +84,7 @@ def test_a_sample_without_points_in_the_grid(reduce):
         assert (t[0] == 0).all() and (t[1] != 0).any()
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("value", [NAN, float("inf")])
 def test_what_lies_outside_of_the_grid_is_never_read(value):
     """NaN or infinite features of a pixel all of whose points are outside, and depths of points outside."""
@@ -191,6 +198,29 @@ def test_accuracy_at_a_million_points(voxels, positive, dtype, tolerance):
             assert ((a.double() - b).norm() / b.norm()).item() <= tolerance, name
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("voxels", [1, 50])
+def test_accuracy_of_the_triton_kernels(voxels, dtype, tolerance):
+    """Of as many points as the interpreter can take. Not in bfloat16, to which it truncates where a GPU rounds."""
+    torch.manual_seed(0)
+    rank = torch.randint(0, voxels, (3000,)).where(torch.rand(3000) < 0.5, 0)
+    x, weight = torch.rand(3000, 16).to(dtype).requires_grad_(), torch.rand(3000).to(dtype).requires_grad_()
+    perm, indptr = custom_ops.voxel_csr(rank, voxels)
+    grad = torch.rand(voxels, 16).to(dtype)
+    for function, leaves in (
+        (lambda x: custom_ops.voxel_sum(x, rank, voxels), [x]),
+        (lambda x: custom_ops.voxel_sum(x, rank, voxels, "mean"), [x]),
+        (lambda x, w: custom_ops.segment_sum(x, indptr, perm, w), [x, weight]),
+    ):
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        truth = function(*exact)
+        with backend("triton"):
+            out = function(*leaves)
+            got = [out, *torch.autograd.grad(out, leaves, grad)]
+        for a, b in zip(got, [truth, *torch.autograd.grad(truth, exact, grad.double())]):
+            assert ((a.double() - b).norm() / b.norm()).item() <= tolerance
+
+
 # ---------------------------------------------------------------- more than 2^31 elements
 
 POINTS, COLUMNS = 2**25 + 3, 64
@@ -239,3 +269,36 @@ def test_more_than_two_to_the_31_elements_pooled(dtype):
     del out
     (grad,) = torch.autograd.grad(total, feat)
     assert grad[0, 0, :, -1].eq(2).all() and grad[0, 0, :, -2].eq(0).all()
+
+
+def test_offsets_past_2_to_the_31_in_the_triton_kernels():
+    """Interpreted, one program of each, on 4 GiB that are never touched but at their end."""
+    from custom_ops.triton_kernels import voxel_segments as kernels
+
+    rows, width = POINTS, COLUMNS
+    x = torch.from_numpy(np.zeros((rows, width), np.int16)).view(torch.float16)  # pages that nothing reads are free
+    x[-2:] = torch.tensor([[3.0], [5.0]])
+    indptr, nothing = torch.tensor([rows - 2, rows]), torch.empty(0)
+    perm = torch.from_numpy(np.zeros(rows, np.int64))
+    perm[-2:] = torch.tensor([rows - 1, rows - 2])
+    out, at = torch.empty(1, width, dtype=torch.float16), torch.empty(1, width, dtype=torch.int64)
+    partial, partial_at = nothing.float(), nothing.long()
+    sizes = (rows, 1, width, 1, 1, 1, 0, 0, 0, 0)  # points, segments, columns, bins, plane, pieces, chunks, ...
+    for ordered, largest in ((False, False), (True, False), (True, True)):
+        tensors = (x, x, indptr, perm, partial, partial_at, out, at)
+        kernels.segment_reduce_kernel(1, *tensors, *sizes, variant=(width, ordered, False, largest))
+        assert out.eq(5 if largest else 8).all()
+        if largest:
+            assert at.eq(rows - 1).all()
+    # The other way: two rows of x, in the last segments.
+    rank, bounds = torch.tensor([rows - 1, rows - 2]), torch.from_numpy(np.zeros(rows + 1, np.int64))
+    grad, dots = torch.empty(2, width, dtype=torch.float16), torch.empty(2, dtype=torch.float16)
+    ones = torch.ones(2, width, dtype=torch.float16)
+    kernels.segment_spread_rows_kernel(
+        1, *(x, x, bounds, rank, grad), *(rows, 2, width, 1, 1, 1, 1, 0, 0), variant=(width, False)
+    )
+    assert torch.equal(grad[:, 0], torch.tensor([5.0, 3.0]).half())
+    kernels.segment_spread_dots_kernel(
+        1, *(x, ones, bounds, rank, dots), *(rows, 2, width, 1, 1, 1, 0, 0), variant=width
+    )
+    assert torch.equal(dots, width * torch.tensor([5.0, 3.0]).half())

@@ -37,6 +37,7 @@ def lidar_like(points, voxels, seed=0):
     return torch.where(torch.rand(points, generator=generator) < 0.1, -1, rank)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_masked_points_count_nowhere_even_as_nan(reduce):
     x = torch.randn(2, 40, 5, dtype=torch.float64)
@@ -60,6 +61,7 @@ def test_masked_points_count_nowhere_even_as_nan(reduce):
     assert second.isfinite().all()
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_empty_voxels_are_zero(reduce):
     x = torch.randn(3, 2, requires_grad=True)
@@ -76,6 +78,7 @@ def test_empty_voxels_are_zero(reduce):
     assert torch.equal(custom_ops.voxel_sum(batch, ranks, 5, reduce), torch.stack([torch.zeros(5, 3), batch[1]]))
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_max_is_the_first_of_equals_and_nan_above_all():
     x = torch.tensor([1.0, 3, 3, 2, NAN, 5, float("-inf")])[:, None].requires_grad_()
     out = custom_ops.voxel_sum(x, torch.tensor([0, 0, 0, 0, 1, 1, 2]), 4, "max")
@@ -137,6 +140,7 @@ def test_pooling_promotes_as_under_autocast():
     assert torch.equal(out, custom_ops.bev_pool(depth, feat.bfloat16().float(), rank, 1))
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("shape", [(0, 1, 2, 1, 2), (1, 0, 2, 1, 2), (1, 1, 0, 1, 2), (1, 1, 2, 0, 2)])
 def test_pooling_of_nothing(shape):
     depth = torch.rand(shape, requires_grad=True)
@@ -171,6 +175,7 @@ def test_results_too_large_for_the_caches(reduce, dtype):
     torch.testing.assert_close(grad, torch.autograd.grad(expected, x, torch.ones_like(expected))[0])
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_reused_geometry(reduce):
     x, rank = torch.randn(2, 50, 3), torch.randint(-1, 7, (2, 50))
@@ -223,6 +228,7 @@ def test_csr_reference_of_many_points():
             assert torch.equal(indptr, expected[1])
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_rank_truncates_as_lift_splat_shoot():
     """Points up to one voxel below the box leak in by ``trunc``, and don't by ``floor``."""
     points = torch.rand(10_000, 3) * 4 - 1
@@ -238,6 +244,7 @@ def test_rank_truncates_as_lift_splat_shoot():
     assert torch.equal(floor[~below], theirs[~below])
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_rank_of_what_is_no_number():
     points = torch.tensor([[NAN, 0, 0], [float("inf"), 0, 0], [0, -float("inf"), 0], [1e30, 0, 0], [0, 0, 0]])
     ranks = custom_ops.voxel_rank(points, (0, 0, 0), (1, 1, 1), (2, 2, 2), torch.tensor([0, 0, 0, 0, 3]))
@@ -268,6 +275,7 @@ def test_corrupted_points_never_reach_foreign_memory(perm):
             run()
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_points_outside_all_segments_count_nowhere():
     x = torch.arange(12.0).view(6, 2)
     indptr = torch.tensor([1, 3, 3, 4])

@@ -82,8 +82,9 @@ def _sum_rows(
     first = tl.arange(0, ROWS)
     total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty))
     for begin in range(start, stop, ROWS):
-        inside = begin + first < stop
-        row = _point(perm_ptr, begin + first, inside, points, PERM)
+        position = (begin + first).to(tl.int64)  # interpreted, begin has no width of its own
+        inside = position < stop
+        row = _point(perm_ptr, position, inside, points, PERM)
         if WEIGHT:
             weight = widen(tl.load(weight_ptr + row, mask=inside, other=0))
             row = row // (bins * plane) * plane + row % plane

@@ -79,24 +79,24 @@ class LiftSplat(KeepsGeometry):
         image_size: tuple[int, int],
         feature_size: tuple[int, int],
         depths: Sequence[float] | Tensor,
-        origin: Sequence[float],
-        voxel_size: Sequence[float],
+        origin: Sequence[float] | Tensor,
+        voxel_size: Sequence[float] | Tensor,
         grid_size: Sequence[int],
         rounding: str = "floor",
         align_corners: bool = False,
     ) -> None:
         super().__init__()
         for name, size in (("image_size", image_size), ("feature_size", feature_size)):
-            if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
+            if not isinstance(size, Sequence) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
                 raise ValueError(f"{name}: expected a height and a width of at least 1, got {size!r}")
         _checks.is_bool("align_corners", align_corners)
         self.image_size, self.feature_size = tuple(image_size), tuple(feature_size)
-        if len(depths) == 0:
+        self.depths = _numbers("depths", depths)
+        if not self.depths:
             raise ValueError("depths: expected at least one, got none")
-        self.depths = tuple(float(d) for d in depths)
-        self.origin, self.voxel_size, self.grid_size = tuple(origin), tuple(voxel_size), tuple(grid_size)
-        self.rounding, self.align_corners = rounding, align_corners
-        self._rank(torch.zeros(1, 3))  # a wrong grid raises here
+        self.origin, self.voxel_size = _numbers("origin", origin), _numbers("voxel_size", voxel_size)
+        voxel_rank(torch.zeros(1, 3), self.origin, self.voxel_size, grid_size, rounding=rounding)  # a wrong grid raises
+        self.grid_size, self.rounding, self.align_corners = tuple(grid_size), rounding, align_corners
 
     def forward(
         self, depth: Tensor, feat: Tensor, intrinsics: Tensor | None = None, camera_to_ego: Tensor | None = None
@@ -171,3 +171,13 @@ class LiftSplat(KeepsGeometry):
             f"image_size={self.image_size}, feature_size={self.feature_size}, depths={len(self.depths)}, "
             f"grid_size={self.grid_size}"
         )
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected numbers, got {values!r}") from None
+    for number in numbers:
+        _checks.is_number(name, number)
+    return numbers
