@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import _bags, _once, _outer
+from custom_ops.benchmarks.peers import _bags, once, _outer
 
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     raise ImportError("it needs a CUDA device")
@@ -55,7 +55,7 @@ class IntervalSum(torch.autograd.Function):
         return out, None, None, None, None
 
 
-@_once
+@once
 def _intervals(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     points, offsets = _bags(rank, batch, num_voxels)
     lengths = offsets.diff()
@@ -71,7 +71,7 @@ def interval_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
     return sums.view(*x.shape[:-2], num_voxels, -1)
 
 
-@_once
+@once
 def _flat(rank: Tensor) -> Tensor:
     return rank.flatten(-4)
 
