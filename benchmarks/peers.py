@@ -74,7 +74,7 @@ compiled_bpr_loss = torch.compile(logsigmoid_bpr_loss)
 # the "cached" ones keep what depends on the indices alone, as one does while the geometry stays the same.
 
 
-def once(compute: Callable[..., Any]) -> Callable[..., Any]:
+def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
     """``compute(indices, ...)``, called once for each tensor of indices and other arguments."""
     known: Any = WeakTensorKeyDictionary()
 
@@ -87,12 +87,12 @@ def once(compute: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
-@once
+@_once
 def segment_of_point(indptr: Tensor) -> Tensor:
     return torch.arange(len(indptr) - 1, device=indptr.device).repeat_interleave(indptr.diff())
 
 
-@once
+@_once
 def _all_points(indptr: Tensor) -> Tensor:
     return torch.arange(int(indptr[-1]), device=indptr.device)
 
@@ -165,7 +165,7 @@ def _bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor]:
     return points[: int(offsets[-1])], offsets
 
 
-_kept_bags = once(_bags)
+_kept_bags = _once(_bags)
 
 
 def embedding_bag_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int, bags: Callable[..., Any] = _bags) -> Tensor:
@@ -192,7 +192,7 @@ def index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: in
     return trash_row_index_add(_outer(depth, feat), rank.flatten(-4), num_voxels)
 
 
-@once
+@_once
 def _weighted_bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor, Tensor]:
     points, offsets = _bags(rank.flatten(-4), batch, num_voxels)
     cameras, bins, pixels = rank.shape[-4], rank.shape[-3], rank.shape[-2] * rank.shape[-1]
@@ -209,7 +209,7 @@ def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num
     return bev.view(len(depth), num_voxels, -1)
 
 
-@once
+@_once
 def _voxel_of_weight(rank: Tensor, batch: int, num_voxels: int) -> Tensor:
     points, _, offsets = _weighted_bags(rank, batch, num_voxels)
     return torch.searchsorted(offsets, torch.arange(len(points), device=rank.device), right=True) - 1
