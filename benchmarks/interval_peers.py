@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from custom_ops.benchmarks.peers import _bags, _once, _outer
+from custom_ops.benchmarks.peers import _bags, _outer
 
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     raise ImportError("it needs a CUDA device")
@@ -55,7 +56,9 @@ class IntervalSum(torch.autograd.Function):
         return out, None, None, None, None
 
 
-@_once
+_kept: Any = WeakTensorKeyDictionary()  # {ranks: {(batch, num_voxels): intervals}}
+
+
 def _intervals(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     points, offsets = _bags(rank, batch, num_voxels)
     lengths = offsets.diff()
@@ -63,18 +66,19 @@ def _intervals(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tenso
     return points, offsets[rows], lengths[rows], rows
 
 
-def interval_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+def _sums(x: Tensor, rank: Tensor, flat: Tensor, num_voxels: int) -> Tensor:
     """The intervals are kept for each ``rank``; the points are put in order each time, as BEVFusion does."""
-    points, starts, lengths, rows = _intervals(rank, x.shape[:-2].numel(), num_voxels)
-    in_order = x.flatten(0, -2)[points]
-    sums = IntervalSum.apply(in_order, starts, lengths, rows, x.shape[:-2].numel() * num_voxels)
+    batch, kept = x.shape[:-2].numel(), _kept.setdefault(rank, {})
+    if (batch, num_voxels) not in kept:
+        kept[batch, num_voxels] = _intervals(flat, batch, num_voxels)
+    points, *intervals = kept[batch, num_voxels]
+    sums = IntervalSum.apply(x.flatten(0, -2)[points], *intervals, batch * num_voxels)
     return sums.view(*x.shape[:-2], num_voxels, -1)
 
 
-@_once
-def _flat(rank: Tensor) -> Tensor:
-    return rank.flatten(-4)
+def interval_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    return _sums(x, rank, rank, num_voxels)
 
 
 def interval_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
-    return interval_voxel_sum(_outer(depth, feat), _flat(rank), num_voxels)
+    return _sums(_outer(depth, feat), rank, rank.flatten(-4), num_voxels)

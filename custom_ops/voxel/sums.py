@@ -303,12 +303,12 @@ def _scans(edge: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
 
 _PEERS: dict[str, Callable[..., Any] | str] = {
     "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
+    "BEVFusion's intervals, in Triton": "custom_ops.benchmarks.interval_peers:interval_voxel_sum",
     "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
     "scatter_add": "custom_ops.benchmarks.peers:trash_row_scatter_add",
     "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:trash_row_scatter",
     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
-    "BEVFusion's intervals, in Triton": "custom_ops.benchmarks.interval_peers:interval_voxel_sum",
 }
 
 
