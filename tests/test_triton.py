@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 
+import custom_ops
 from custom_ops.registry import REGISTRY, Sample
 from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel_grid, voxel_segments
 from custom_ops.verify import backend
@@ -382,22 +383,69 @@ def test_streaming_kernels_load_16_bytes_at_a_time(name):
     assert dict(rows) == dict.fromkeys(("fp32", "bf16", "fp16", "fp64"), "16") | narrow
 
 
-def test_the_kink_is_not_fused():
-    script = """
+# The kernels in which the CPU's rounding decides on which side of a kink a value lies.
+KINKED = """
 import subprocess, tempfile, triton
-from custom_ops.triton_kernels import aot, margin
-kernel = margin.margin_ranking_kernel
-for dtype, _, source in aot.sources(kernel):
-    if dtype in ("fp32", "fp64"):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(triton.compile(source, target=aot.TARGETS["sm_90"], options=dict(kernel.options)).asm["cubin"])
-            file.flush()
-            print(subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True))
+from custom_ops.triton_kernels import aot, margin, preference, shaping
+hinge = preference.HINGE.value
+for kernel, variant in [
+    (margin.margin_ranking_kernel, False),
+    (preference.preference_kernel, (hinge, False)),
+    (preference.preference_slope_kernel, (hinge, 1)),
+    (shaping.surrogate_slope_kernel, "boxcar"),
+]:
+    chosen = " ".join(f"{k}={v}" for k, v in kernel.variants[variant].items())
+    for dtype, label, source in aot.sources(kernel):
+        if dtype == "fp32" and label == chosen:
+            asm = triton.compile(source, target=aot.TARGETS["sm_90"], options=dict(kernel.options)).asm
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(asm["cubin"])
+                file.flush()
+                sass = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True)
+            print(f"kernel {kernel.name}", asm["ptx"], sass, sep="\\n")
+"""
+
+
+def test_kinks_are_where_the_cpu_has_them():
+    """No multiply-add is fused before a comparison, and a quotient that is compared is rounded to nearest."""
+    run = run_compiling("-c", KINKED)
+    assert run.returncode == 0, run.stderr[-4000:]
+    code = dict(part.split("\n", 1) for part in ("\n" + run.stdout).split("\nkernel ")[1:])
+    assert "div.rn.f32" in code.pop("surrogate_slope_kernel")
+    assert len(code) == 3
+    for name, instructions in code.items():
+        assert "FMUL" in instructions, name
+        assert "FFMA" not in instructions, name
+
+
+def test_sizes_of_one_and_of_64_bits():
+    """Triton takes an argument of 1 for a constant, and one past 32 bits in 64: each kernel must allow both."""
+    script = """
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource, make_backend
+from custom_ops.triton_kernels import aot
+target = aot.TARGETS["sm_90"]
+backend = make_backend(target)
+for kernel in aot.kernels():
+    for _, _, source in list(aot.sources(kernel))[:: max(len(kernel.variants) - 1, 1)][:2]:
+        sizes = [p for p in kernel.fn.params if source.signature[p.name] in ("i32", "i64")]
+        constants = {kernel.fn.arg_names[i]: value for (i,), value in source.constants.items()}
+        ones = {p.name: 1 for p in sizes if not p.do_not_specialize}
+        for fixed, types in (
+            ({**constants, **ones}, {**source.signature, **dict.fromkeys(ones, "constexpr")}),
+            (constants, {**source.signature, **{p.name: "i64" for p in sizes}}),
+        ):
+            options = backend.parse_options(dict(kernel.options))
+            context = ir.context()
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            generate = ASTSource(kernel.fn, types, fixed, {}).make_ir
+            generate(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    print(kernel.name)
 """
     run = run_compiling("-c", script)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "FMUL" in run.stdout and "DMUL" in run.stdout
-    assert "FFMA" not in run.stdout and "DFMA" not in run.stdout
+    assert run.returncode == 0, run.stdout[-100:] + run.stderr[-4000:]
+    assert len(run.stdout.splitlines()) == len(aot.kernels())
 
 
 def test_aot_refuses_the_interpreter():
@@ -484,3 +532,37 @@ def test_a_list_with_nan_counts_in_the_mean(op):
     scores = torch.tensor([[0.5, 0.25, 1.0], [0.5, math.nan, 1.0]], requires_grad=True)
     with backend("triton"):
         check_call(REGISTRY[op], Sample((scores, torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]))))
+
+
+def on_both_backends(loss):
+    """The loss, the gradient, and the Hessian times a vector with a NaN in the first list."""
+    results = []
+    for name in ("cpp", "triton"):
+        scores = torch.tensor([0.3, 0.5, 0.25, 1.0, 0.2, 0.1, 0.7], dtype=torch.float64, requires_grad=True)
+        labels = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+        with backend(name):
+            value = loss(scores, labels)
+            (slope,) = torch.autograd.grad(value.sum(), scores, create_graph=True)
+            (product,) = torch.autograd.grad(slope, scores, torch.tensor([math.nan, 1, 1, 2, 3, 0, 1]).double())
+        results.append((value, slope, product))
+    assert not results[0][2][2:].isnan().any()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_no_list_reaches_another():
+    """Neither does a NaN, through running sums or the pairs of a program that works on several lists."""
+    lists = {"cu_lengths": torch.tensor([0, 2, 5, 7]), "reduction": "none"}
+    on_both_backends(lambda s, y: custom_ops.neural_sort_ndcg_loss(s, y, **lists))
+    lists["cu_lengths"] = torch.tensor([0, 1, 5, 7])  # one item has no exponential weights
+    on_both_backends(
+        lambda s, y: custom_ops.list_mle_loss(s, y, ties="breslow", position_weights="exponential", **lists)
+    )
+
+
+@pytest.mark.parametrize("loss", [custom_ops.pairwise_logistic_loss, custom_ops.pairwise_hinge_loss])
+def test_an_infinite_score_has_a_slope(loss):
+    scores, labels = torch.tensor([0.5, math.inf, 0.25]), torch.tensor([1.0, 2.0, 0.0])
+    for name in ("cpp", "triton"):
+        with backend(name):
+            slope = torch.func.grad(loss)(scores, labels)
+        assert slope.isfinite().all(), name

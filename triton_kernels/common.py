@@ -24,6 +24,7 @@ __all__ = [
     "Kernel",
     "MaskLayout",
     "accumulator",
+    "divide",
     "kernel",
     "load_bits",
     "locate",
@@ -153,6 +154,15 @@ def widen(x):
         return x
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def divide(x, y):
+    """x / y rounded as the CPU rounds it; Triton's own division is approximate in single precision."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
 
 
 # ---------------------------------------------------------------- packed masks

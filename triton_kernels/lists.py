@@ -85,6 +85,16 @@ class Lists:
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
+    def scan(self, x: Tensor) -> Tensor:
+        """The running sums of x [..., T] along each list, in double; 0 outside of all.
+
+        Not by `torch.cumsum`, which on a GPU may add in another order each time, and in which a NaN passes on from list
+        to list.
+        """
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        list_scan_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
+        return out
+
     def sort(self, key: Tensor, then: Tensor | None = None) -> Tensor:
         """The order [..., T] of each list by descending key, ties by ``then`` and position, its masked items last."""
         if then is None:
@@ -151,6 +161,20 @@ def list_sum_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexp
         item = first + tl.arange(0, BLOCK)
         total += tl.load(x_ptr + item, mask=item < stop, other=0)
     tl.store(out_ptr + program, tl.sum(total).to(x_ptr.dtype.element_ty))
+
+
+@kernel("*fp64 *fp64 *i64 i32 i32", ("fp64",), {None: {"BLOCK": _BLOCK}})
+@triton.jit(do_not_specialize=["items", "lists"])
+def list_scan_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    carry = tl.zeros([1], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + base + item, mask=item < stop, other=0)
+        tl.store(out_ptr + base + item, carry + tl.cumsum(x), mask=item < stop)
+        carry += tl.sum(x, axis=0, keep_dims=True)
 
 
 @kernel("*T *T *T *u8 *i64 i32 i32", WIDE, {m: {"MASKED": m, "BLOCK": _BLOCK} for m in (False, True)})

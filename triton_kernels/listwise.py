@@ -243,7 +243,7 @@ class _ListMle(_Competing):
             w = w.masked_fill(place >= k, 0)
         self.w, self.whole = w, w
         if ties == _BRESLOW:  # the group's items share the weights of their places
-            through = w.masked_fill(~self.exists, 0).cumsum(-1)
+            through = self.lists.scan(w.masked_fill(~self.exists, 0))
             self.whole = through.gather(-1, self.last.clamp_min(0)) - through.gather(-1, self.first)
             self.whole = self.whole + w.gather(-1, self.first)
             self.w = self.whole / (self.last - self.first + 1).clamp_min(1)

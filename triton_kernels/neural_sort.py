@@ -89,14 +89,14 @@ def neural_sort_rows_kernel(
         pair = (ids[:, None] == column_ids[None, :]) & exists[None, :] & kept[:, None]
         e = tl.where(pair, _terms(x, b, slope, other_x, other_b, gain), 0.0)
         total += tl.sum(e, axis=1)
-        gained += tl.sum(e * gain[None, :], axis=1)
+        gained += tl.sum(tl.where(pair, e * gain[None, :], 0.0), axis=1)  # another list's gain may be NaN
         if TANGENT:
             other_lead = tl.load(lead_ptr + base + column, mask=exists, other=0)[None, :]
             other_u = tl.load(u_ptr + base + column, mask=exists, other=0)[None, :]
             other_q = tl.load(q_ptr + base + column, mask=exists, other=0)[None, :]
-            e *= _tangents(slope, lead, u, q, other_lead, other_u, other_q, gain)
+            e = tl.where(pair, e * _tangents(slope, lead, u, q, other_lead, other_u, other_q, gain), 0.0)
             moved += tl.sum(e, axis=1)
-            both += tl.sum(e * gain[None, :], axis=1)
+            both += tl.sum(tl.where(pair, e * gain[None, :], 0.0), axis=1)
     inverse = 1.0 / tl.where(kept, total, 1.0)
     inside = row < items
     tl.store(sum_ptr + base + row, total, mask=inside)
@@ -160,7 +160,7 @@ def neural_sort_columns_kernel(
         share = tl.load(share_ptr + base + row, mask=kept, other=0)
         found = tl.load(found_ptr + base + row, mask=kept, other=0)
         pair = (ids[:, None] == row_ids[None, :]) & exists[:, None] & kept[None, :]
-        w = tl.where(pair, _terms(row_x, row_b, slope, x, b, gain), 0.0) * share[None, :]
+        w = _terms(row_x, row_b, slope, x, b, gain) * share[None, :]
         beyond = gain[:, None] - found[None, :]
         if TANGENT:
             row_lead = tl.load(lead_ptr + base + row, mask=kept, other=0)[None, :]
@@ -172,7 +172,7 @@ def neural_sort_columns_kernel(
             w *= (t - moved[None, :]) * beyond - of_found[None, :]
         else:
             w *= beyond
-        wide = w.to(tl.float64)
+        wide = tl.where(pair, w, 0.0).to(tl.float64)
         own += tl.sum(wide, axis=1)
         ahead += tl.sum(wide * (lead - slope), axis=1)
     tl.store(own_ptr + base + column, own, mask=column < items)
@@ -240,9 +240,10 @@ class _NeuralSort:
 
     def opposed(self, t: Tensor) -> Tensor:
         """Of each item: the sum of t over the items below it, less that over those above."""
-        before = torch.nn.functional.pad(t.cumsum(-1), (1, 0))
-        first, last = (before[..., bounds] for bounds in (self.lists.bounds[:-1], self.lists.bounds[1:]))
-        return self.lists.to_items(first + last) - before.gather(-1, self.end) - before.gather(-1, self.start)
+        through = torch.nn.functional.pad(self.lists.scan(t), (1, 0))
+        total = self.lists.to_items(through[..., self.lists.bounds[1:]])
+        above = torch.where(self.start > self.first, through.gather(-1, self.start), 0)
+        return total - through.gather(-1, self.end) - above
 
     def rows(self, u: Tensor, q: Tensor, tangent: bool) -> tuple[Tensor, ...]:
         """The sum of each row's terms, its mean gain, and the tangents' means."""

@@ -114,6 +114,7 @@ def value_at(
     return derivative(d, beta, p, q, KIND, ORDER)
 
 
+# Without fusion 1 - beta d is rounded as in the C++ kernel: a fused multiply-add moves the hinge's kink.
 @kernel(
     "*T *T *T *T *T *A fp64 fp64 fp64 fp64 i32 i32 i32 i32",
     FLOATING,
@@ -122,6 +123,7 @@ def value_at(
         for kind in range(len(KINDS))
         for reduce in (False, True)
     },
+    enable_fp_fusion=False,
 )
 @triton.jit(do_not_specialize=["chosen_offsets", "rejected_offsets", "blocks"])
 def preference_kernel(
@@ -163,6 +165,7 @@ def preference_kernel(
         for kind in range(len(KINDS))
         for order in (1, 2, 3)
     },
+    enable_fp_fusion=False,
 )
 @triton.jit(do_not_specialize=["chosen_offsets", "rejected_offsets", "reduce", "blocks"])
 def preference_slope_kernel(

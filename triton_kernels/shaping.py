@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import BLOCK, FLOATING, kernel, widen
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, divide, kernel, widen
 
 _SHAPES = ("sigmoid", "atan", "triangle", "boxcar")
 
@@ -34,7 +34,7 @@ def surrogate_slope_kernel(
     inside = at < elements
     x = widen(tl.load(x_ptr + at, mask=inside, other=0))
     wide = tl.full([1], width, x.dtype)
-    u = x / wide
+    u = divide(x, wide)  # 1 at x = width, where triangle and boxcar end
     if SHAPE == "sigmoid":
         e = tl.exp(-tl.abs(u))
         slope = e / ((1 + e) * (1 + e))

@@ -63,6 +63,7 @@ def pool_adjacent_violators_kernel(
             begin = tl.where(merging, tl.load(pool_begin_ptr + at + count - 1), begin)
             count = tl.where(merging, count - 1, count)
             merging = merging & (count > 0)
+        tl.debug_barrier()  # one thread stores, and what it overwrites all have loaded
         tl.store(pool_a_ptr + at + count, a)
         tl.store(pool_b_ptr + at + count, b)
         tl.store(pool_begin_ptr + at + count, begin)

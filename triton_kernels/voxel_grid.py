@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import BLOCK, FLOATING, INDEX, kernel, widen
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, INDEX, divide, kernel, widen
 
 # ---------------------------------------------------------------- bounds
 
@@ -74,8 +74,7 @@ def _cell(points_ptr, frame_ptr, at, frame, inside, axis: tl.constexpr, cells, T
     x = widen(tl.load(points_ptr + at * 3 + axis, mask=inside, other=0))
     origin = tl.load(frame_ptr + frame * 6 + axis, mask=inside, other=0)
     size = tl.load(frame_ptr + frame * 6 + 3 + axis, mask=inside, other=1)
-    # As the CPU divides; Triton's own division is approximate in single precision.
-    position = (x - origin) / size if x.dtype == tl.float64 else tl.div_rn(x - origin, size)
+    position = divide(x - origin, size)
     whole = tl.floor(position)
     if TRUNCATE:
         whole = tl.where(position < 0, tl.ceil(position), whole)
