@@ -227,16 +227,17 @@ def _activate(
     if inplace and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())):
         raise ValueError(f"x: expected elements with memory of their own to write to, got strides {list(x.stride())}")
 
-    def part(x: Tensor, bias: Tensor | None) -> Tensor:
-        return _activate(
-            x, low=low, high=high, below=below, above=above, slope=slope, nan_passes=nan_passes, bias=bias, dim=dim
-        )
-
     def run(rows: Tensor, dim: int) -> Tensor:
         inner = 1 if bias is None else math.prod(rows.shape[dim + 1 :])
         return piecewise_linear(rows, bias, inner, low, high, below, above, slope, nan_passes, 0)[0]
 
     if shards.is_sharded(x):
+
+        def part(x: Tensor, bias: Tensor | None) -> Tensor:
+            return _activate(
+                x, low=low, high=high, below=below, above=above, slope=slope, nan_passes=nan_passes, bias=bias, dim=dim
+            )
+
         names = shards.batch_labels(x.dim())
         y = shards.in_shards(part, f"{names},{names[dim : dim + 1]}->{names}", x, bias)
     else:
