@@ -214,16 +214,17 @@ Tensor group_share(const Tensor& v, const Tensor& ranks_in, const Tensor& groups
   check(sizes(ranks) == sizes(v) && ranks.scalar_type() == v.scalar_type(), "ranks: expected the shape and dtype of v");
   return of_groups(v, groups, offsets, 4, [&](const auto* from, const Group& group, auto* to) {
     const auto* rank = data<std::decay_t<decltype(*from)>>(ranks) + group.row;
+    const double base = static_cast<double>(from[group.item(group.first)]);  // so that an item alone gets 0
     double whole = 0, moved = 0;
     for (int64_t p = group.first; p < group.last; ++p) {
       const double r = static_cast<double>(rank[group.item(p)]);
       whole += r;
-      moved += r * static_cast<double>(from[group.item(p)]);
+      moved += r * (static_cast<double>(from[group.item(p)]) - base);
     }
     for (int64_t p = group.first; p < group.last; ++p) {
       const int32_t item = group.item(p);
       const double r = static_cast<double>(rank[item]);
-      store(scale * (r * (static_cast<double>(from[item]) - moved / whole)), to[item]);
+      store(scale * (r * (static_cast<double>(from[item]) - base - moved / whole)), to[item]);
     }
   });
 }

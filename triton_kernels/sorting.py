@@ -209,6 +209,7 @@ def group_share(v: Tensor, ranks: Tensor, groups: Tensor, offsets: Tensor | None
         return out
     order = _Order.of(groups, v)
     values, weights = order.read(_wide(v)), order.read(_wide(ranks))
+    values = values - values.gather(-1, order.start)  # so that an item alone gets 0
     mean = order.sum(weights * values) / order.sum(weights)
     share = torch.where(order.holds, scale * weights * (values - mean), 0)
     return out.copy_(order.write(share).view(v.shape))
