@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from custom_ops.ranking.neural_sort import neural_sort_matrix
+from custom_ops.voxel import voxel_csr, voxel_sum
 
 
 class CumulativeVoxelsSumming(torch.autograd.Function):
@@ -71,11 +72,11 @@ compiled_margin_ranking_loss = torch.compile(F.margin_ranking_loss)
 
 
 # Pooling onto a dense grid. These are called as the op they stand beside: `segment_sum(x, indptr)`,
-# `voxel_sum(x, rank, num_voxels)`, `bev_pool(depth, feat, rank, num_voxels)`. Those of `segment_sum` and
+# `voxel_sum(x, rank, num_voxels)`, `bev_pool(depth, feat, rank, num_voxels, csr)`. Those of `segment_sum` and
 # the "cached" ones keep what depends on the indices alone, as one does while the geometry stays the same.
 
 
-def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
+def once(compute: Callable[..., Any]) -> Callable[..., Any]:
     """``compute(indices, ...)``, called once for each tensor of indices and other arguments."""
     known: Any = WeakTensorKeyDictionary()
 
@@ -88,18 +89,18 @@ def _once(compute: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
-@_once
+@once
 def segment_of_point(indptr: Tensor) -> Tensor:
     return torch.arange(len(indptr) - 1, device=indptr.device).repeat_interleave(indptr.diff())
 
 
-@_once
-def _all_points(indptr: Tensor) -> Tensor:
+@once
+def all_points(indptr: Tensor) -> Tensor:
     return torch.arange(int(indptr[-1]), device=indptr.device)
 
 
 def embedding_bag_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
-    return F.embedding_bag(_all_points(indptr), x, indptr, mode="sum", include_last_offset=True)
+    return F.embedding_bag(all_points(indptr), x, indptr, mode="sum", include_last_offset=True)
 
 
 def index_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def _bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor]:
     return points[: int(offsets[-1])], offsets
 
 
-_kept_bags = _once(_bags)
+kept_bags = once(_bags)
 
 
 def embedding_bag_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int, bags: Callable[..., Any] = _bags) -> Tensor:
@@ -177,7 +178,15 @@ def embedding_bag_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int, bags: Call
 
 
 def cached_embedding_bag_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    return embedding_bag_voxel_sum(x, rank, num_voxels, _kept_bags)
+    return embedding_bag_voxel_sum(x, rank, num_voxels, kept_bags)
+
+
+_kept_csr = once(voxel_csr)
+
+
+def cached_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    """Ours, of points sorted before."""
+    return voxel_sum(x, rank, num_voxels, csr=_kept_csr(rank, num_voxels))
 
 
 def _outer(depth: Tensor, feat: Tensor) -> Tensor:
@@ -185,34 +194,34 @@ def _outer(depth: Tensor, feat: Tensor) -> Tensor:
     return (depth[:, :, None] * feat[:, :, :, None]).movedim(2, -1).flatten(1, -2)
 
 
-def lss_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+def lss_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
     return lss_voxel_sum(_outer(depth, feat), rank.flatten(-4), num_voxels)
 
 
-def index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+def index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
     return trash_row_index_add(_outer(depth, feat), rank.flatten(-4), num_voxels)
 
 
-@_once
-def _weighted_bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor, Tensor]:
+@once
+def bags_of_pixels(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor, Tensor]:
     points, offsets = _bags(rank.flatten(-4), batch, num_voxels)
     cameras, bins, pixels = rank.shape[-4], rank.shape[-3], rank.shape[-2] * rank.shape[-1]
     pixel = torch.arange(batch * cameras * pixels, device=rank.device).view(-1, 1, pixels).expand(-1, bins, -1)
     return points, pixel.flatten()[points], offsets
 
 
-def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
     """A weighted bag of pixels for each voxel; the indices are kept for each ``rank``."""
-    points, pixels, offsets = _weighted_bags(rank, len(depth), num_voxels)
+    points, pixels, offsets = bags_of_pixels(rank, len(depth), num_voxels)
     rows = feat.movedim(2, -1).flatten(0, -2)
     weights = depth.flatten()[points]
     bev = F.embedding_bag(pixels, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return bev.view(len(depth), num_voxels, -1)
 
 
-@_once
+@once
 def _voxel_of_weight(rank: Tensor, batch: int, num_voxels: int) -> Tensor:
-    points, _, offsets = _weighted_bags(rank, batch, num_voxels)
+    points, _, offsets = bags_of_pixels(rank, batch, num_voxels)
     return torch.searchsorted(offsets, torch.arange(len(points), device=rank.device), right=True) - 1
 
 
@@ -223,8 +232,8 @@ def _compiled_weighted_index_add(
     return rows.new_zeros(n, rows.shape[1]).index_add(0, voxels, weights[points, None] * rows[pixels])
 
 
-def compiled_index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    points, pixels, _ = _weighted_bags(rank, len(depth), num_voxels)
+def compiled_index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
+    points, pixels, _ = bags_of_pixels(rank, len(depth), num_voxels)
     voxels, rows = _voxel_of_weight(rank, len(depth), num_voxels), feat.movedim(2, -1).flatten(0, -2)
     bev = _compiled_weighted_index_add(depth.flatten(), rows, points, pixels, voxels, len(depth) * num_voxels)
     return bev.view(len(depth), num_voxels, -1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, register
-from custom_ops.voxel.pooling import bev_pool, draw_cameras
+from custom_ops.voxel.pooling import CAMERAS, bev_pool, draw_cameras
 
 __all__ = ["bev_pool_v2"]
 
@@ -129,6 +129,7 @@ def bev_pool_v2(
     for cells in bev_feat_shape:
         _checks.is_count("bev_feat_shape", cells)
     voxels = batch * bev_feat_shape[1] * bev_feat_shape[2] * bev_feat_shape[3]
+    _checks.is_count("bev_feat_shape", voxels)
     in_long = (array.long() for array in (*ranks.values(), *intervals.values()))
     rank = interval_ranks(*in_long, depth.numel(), bins, height * width, voxels)
 
@@ -256,8 +257,9 @@ register(
         benchmarks=[
             Benchmark(
                 unit="examples of 6 cameras, 41 depths of 8 x 22 pixels, 64 features; BEVDet's arrays",
-                sizes=(1, 4),
+                sizes=CAMERAS,
                 make=_interval_cameras,
+                checked_at=lambda batch: 1,
                 scaling=(1, 4, 16, 46, 92),
                 peers={"outer product, index_add": "custom_ops.benchmarks.peers:index_add_bev_pool_v2"},
             )

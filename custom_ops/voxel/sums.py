@@ -13,7 +13,7 @@ from torch import Tensor
 from custom_ops import _checks, shards
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
-from custom_ops.voxel.voxel_grid import SCALING, voxel_csr, voxel_match, voxel_rank
+from custom_ops.voxel.voxel_grid import SCALING, SIZES, at_most_checked, voxel_csr, voxel_match, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
 
 __all__ = ["VoxelSum", "voxel_sum"]
@@ -309,12 +309,15 @@ _PEERS: dict[str, Callable[..., Any] | str] = {
     "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:trash_row_scatter",
     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
+    "conch, cached": "custom_ops.benchmarks.conch_peers:cached_bev_pool_voxel_sum",
+    "ours, cached": "custom_ops.benchmarks.peers:cached_voxel_sum",
 }
 
 
 def _beside_all(size: Any) -> list[Target]:
     """Of skewed points: 0.8 of whichever peer is best."""
-    return [Target(size, peer, 0.8, memory=memory) for peer in _PEERS for memory in ("fresh", "warm")]
+    peers = [peer for peer in _PEERS if not peer.startswith("ours")]
+    return [Target(size, peer, 0.8, memory=memory) for peer in peers for memory in ("fresh", "warm")]
 
 
 _x, _rank = torch.ones(3, 2), torch.tensor([0, 1, -1])
@@ -355,8 +358,9 @@ register(
         benchmarks=[
             Benchmark(
                 unit="points of 64 features in any order, 8 to a voxel",
-                sizes=(10_000, 172_824, 1_000_000),
+                sizes=SIZES,
                 make=_unsorted,
+                checked_at=at_most_checked,
                 scaling=SCALING,
                 peers=_PEERS,
                 targets=[
@@ -368,8 +372,9 @@ register(
             ),
             Benchmark(
                 unit="points of 64 features in any order, thousands in one voxel and one in many",
-                sizes=(140_000,),
+                sizes=(10_000, 140_000, 1_000_000, 4_000_000),
                 make=lambda points, device: _unsorted(points, device, skew=6),
+                checked_at=at_most_checked,
                 peers=_PEERS,
                 targets=_beside_all(140_000),
                 scaling=SCALING,

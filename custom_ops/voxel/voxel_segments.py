@@ -19,7 +19,7 @@ from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
-from custom_ops.voxel.voxel_grid import SCALING
+from custom_ops.voxel.voxel_grid import SCALING, SIZES, at_most_checked
 
 __all__ = ["segment_sum"]
 
@@ -395,8 +395,9 @@ register(
         benchmarks=[
             Benchmark(
                 unit="points of 64 features in order, 8 to a segment",
-                sizes=(10_000, 172_824, 1_000_000),
+                sizes=SIZES,
                 make=_sorted,
+                checked_at=at_most_checked,
                 scaling=SCALING,
                 peers={
                     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_segment_sum",
@@ -406,6 +407,7 @@ register(
                     "torch.compile(index_add)": "custom_ops.benchmarks.peers:compiled_index_add_segment_sum",
                     "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:scatter_segment_sum",
                     "torch_scatter.segment_csr": "custom_ops.benchmarks.scatter_peers:segment_csr_segment_sum",
+                    "fbgemm_gpu, on the CPU": "custom_ops.benchmarks.fbgemm_peers:table_segment_sum",
                 },
                 targets=[
                     Target(172_824, "embedding_bag", 1.0, "forward"),

@@ -1,0 +1,36 @@
+"""FBGEMM's embedding tables on the CPU, pooled: called as the op they stand beside."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType  # type: ignore[import-not-found]
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # type: ignore[import-not-found]
+    DenseTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor
+
+from custom_ops.benchmarks.peers import all_points, bags_of_pixels
+
+
+@functools.lru_cache(maxsize=1)
+def _table(rows: int, columns: int) -> Any:
+    return DenseTableBatchedEmbeddingBagsCodegen([(rows, columns)], use_cpu=True, output_dtype=SparseType.FP32)
+
+
+def _pooled(x: Tensor, points: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Of a table whose rows are x's."""
+    return torch.func.functional_call(_table(*x.shape), {"weights": x.flatten()}, (points, offsets, weights))
+
+
+def table_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
+    return _pooled(x, all_points(indptr), indptr)
+
+
+def table_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
+    """A weighted bag of pixels for each voxel; the indices are kept for each ``rank``."""
+    points, pixels, offsets = bags_of_pixels(rank, len(depth), num_voxels)
+    bev = _pooled(feat.movedim(2, -1).flatten(0, -2), pixels, offsets, depth.flatten()[points])
+    return bev.view(len(depth), num_voxels, -1)
