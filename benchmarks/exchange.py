@@ -351,8 +351,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
+        from custom_ops.examples import distributed
+
         worker(options.worker)
-        return 0
+        distributed.leave(0)
     parts = tables(measure(options.processes))
     print(*parts.values(), sep="\n\n")
     if options.write:

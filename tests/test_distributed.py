@@ -19,7 +19,7 @@ STEPS = 8
 
 def run(program: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False
     )

@@ -123,6 +123,21 @@ def test_a_member_that_is_missing_or_no_file(index: Path, monkeypatch: pytest.Mo
         data._read_member(archive, source, "data/words.txt")
 
 
+def test_a_cache_that_cannot_be_written(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(index, monkeypatch, "setuptools.build_meta")
+    monkeypatch.setattr(data, "_download", lambda *_: index / "some_words-1.0.tar.gz")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with pytest.raises(DataError, match="can't be cached: .*Not a directory.* Set XDG_CACHE_HOME"):
+        data.fetch("words")
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(data.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(DataError, match="set HOME or XDG_CACHE_HOME"):
+        data.cache_folder()
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
