@@ -69,7 +69,7 @@ def group_softmax(x: Tensor, groups: Tensor, offsets: Tensor | None, scale: floa
 
 
 def _softmax_derivative(
-    x: Tensor, groups: Tensor, offsets: Tensor | None, scale: float, weighted: bool, v: Tensor
+    v: Tensor, scale: float, weighted: bool, x: Tensor, groups: Tensor, offsets: Tensor | None
 ) -> Tensor:
     """The Jacobian of `group_softmax`, which is symmetric, times v."""
     softmax = group_softmax(x, groups, offsets, scale, False)
@@ -98,7 +98,7 @@ class Isotonic(Function, op=isotonic):
         elif ctx.kl and not _lists.is_differentiated():
             of_x = group_share(grad, ranks, *where, 1 / ctx.strength)
         else:
-            of_x = _rank_derivative(x, *where, ctx, grad)
+            of_x = _rank_derivative(ctx, grad, x, *where)
         return of_x, None, None, None, None, None
 
     @staticmethod
@@ -109,13 +109,13 @@ class Isotonic(Function, op=isotonic):
             return group_reduce(softmax * tangent, *where, SUM, False, True, 1.0), None
         if ctx.sort:
             return group_reduce(tangent, *where, MEAN, False, True, 1.0), None
-        return _rank_derivative(x, *where, ctx, tangent), None
+        return _rank_derivative(ctx, tangent, x, *where), None
 
 
-def _rank_derivative(x: Tensor, groups: Tensor, offsets: Tensor | None, ctx: Any, v: Tensor) -> Tensor:
+def _rank_derivative(ctx: Any, v: Tensor, x: Tensor, groups: Tensor, offsets: Tensor | None) -> Tensor:
     """The Jacobian of the ranks, which is symmetric, times v."""
     if ctx.kl:
-        return _softmax_derivative(x, groups, offsets, 1 / ctx.strength, True, v)
+        return _softmax_derivative(v, 1 / ctx.strength, True, x, groups, offsets)
     return group_reduce(v, groups, offsets, CENTRE, False, False, 1 / ctx.strength)
 
 
@@ -147,12 +147,12 @@ class GroupSoftmax(Function, op=group_softmax):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_x = _softmax_derivative(*ctx.saved_tensors, ctx.scale, ctx.weighted, grad)
+        of_x = _softmax_derivative(grad, ctx.scale, ctx.weighted, *ctx.saved_tensors)
         return of_x, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _softmax_derivative(*ctx.saved_tensors, ctx.scale, ctx.weighted, tangent)
+        return _softmax_derivative(tangent, ctx.scale, ctx.weighted, *ctx.saved_tensors)
 
 
 for _op in (isotonic, group_reduce, group_share, group_softmax):
@@ -522,7 +522,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 
 def _spearman_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    kl = {"regularization": "kl", "regularization_strength": 0.5}
+    kl: dict[str, Any] = {"regularization": "kl", "regularization_strength": 0.5}
     return [*list_samples(device, dtype), list_samples(device, dtype, **kl)[0]]
 
 
