@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import custom_ops
 from custom_ops.examples import report
 from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Report
-from custom_ops.shaping import surrogate_gradient_reference
+from custom_ops.shaping.surrogate import surrogate_gradient_reference
 
 LAYERS = (64, 32, 32, 32)
 TIMES = 8  # steps that the network is shown each picture

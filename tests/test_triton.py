@@ -386,13 +386,13 @@ def test_streaming_kernels_load_16_bytes_at_a_time(name):
 # The kernels in which the CPU's rounding decides on which side of a kink a value lies.
 KINKED = """
 import subprocess, tempfile, triton
-from custom_ops.triton_kernels import aot, margin, preference, shaping
+from custom_ops.triton_kernels import aot, margin, preference, surrogate
 hinge = preference.HINGE.value
 for kernel, variant in [
     (margin.margin_ranking_kernel, False),
     (preference.preference_kernel, (hinge, False)),
     (preference.preference_slope_kernel, (hinge, 1)),
-    (shaping.surrogate_slope_kernel, "boxcar"),
+    (surrogate.surrogate_slope_kernel, "boxcar"),
 ]:
     chosen = " ".join(f"{k}={v}" for k, v in kernel.variants[variant].items())
     for dtype, label, source in aot.sources(kernel):

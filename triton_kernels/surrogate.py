@@ -1,4 +1,4 @@
-"""Gradient shaping."""
+"""The spike that is differentiated as a smooth step."""
 
 from __future__ import annotations
 

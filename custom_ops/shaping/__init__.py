@@ -1,0 +1,56 @@
+"""Gradient shaping: ops that leave a value as it is and change its gradient on the way back.
+
+The four that are the identity return a view, so the forward pass copies nothing. For each of them:
+
+* The first derivative is the one stated, not that of the value.
+* Second and further derivatives are those of what backward computes, on a graph that contains the op
+  again: every pass through it shapes what passes.
+* The tangent, of forward mode, is what makes ``jvp`` the transpose of ``vjp``: the same linear map, applied
+  from the other side. Only clipping isn't linear and so has no transpose: a tangent passes unclipped.
+"""
+
+from custom_ops.shaping.clipping import (
+    ClipGradient,
+    ClipGradientNorm,
+    GradientClipping,
+    GradientNormClipping,
+    clip_gradient,
+    clip_gradient_norm,
+)
+from custom_ops.shaping.estimator import (
+    StraightThrough,
+    StraightThroughEstimator,
+    straight_through,
+)
+from custom_ops.shaping.scaling import (
+    GradientScaling,
+    ReverseGradient,
+    ScaleGradient,
+    reverse_gradient,
+    scale_gradient,
+)
+from custom_ops.shaping.surrogate import (
+    SurrogateGradient,
+    SurrogateStep,
+    surrogate_gradient,
+)
+
+__all__ = [
+    "ClipGradient",
+    "ClipGradientNorm",
+    "GradientClipping",
+    "GradientNormClipping",
+    "GradientScaling",
+    "ReverseGradient",
+    "ScaleGradient",
+    "StraightThrough",
+    "StraightThroughEstimator",
+    "SurrogateGradient",
+    "SurrogateStep",
+    "clip_gradient",
+    "clip_gradient_norm",
+    "reverse_gradient",
+    "scale_gradient",
+    "straight_through",
+    "surrogate_gradient",
+]

@@ -1,0 +1,377 @@
+"""Clipped gradients.
+
+Clipping isn't linear, so it has no transpose: a tangent passes unclipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
+from custom_ops.shaping._common import OF_SHAPING, VIEW, leaf, two
+
+__all__ = [
+    "ClipGradient",
+    "ClipGradientNorm",
+    "GradientClipping",
+    "GradientNormClipping",
+    "clip_gradient",
+    "clip_gradient_norm",
+]
+
+
+@library.compose("custom_ops::gradient_clipping", view=True)
+def gradient_clipping(x: Tensor, min: float | None, max: float | None) -> Tensor:
+    """x, whose gradient is clamped to [min, max]."""
+    return x
+
+
+@library.compose("custom_ops::gradient_norm_clipping", view=True)
+def gradient_norm_clipping(x: Tensor, max_norm: float, dim: Sequence[int]) -> Tensor:
+    """x, whose gradient is scaled to at most ``max_norm`` over the dimensions ``dim``, counted from the last."""
+    return x
+
+
+class _Clipping(Function):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.clone()  # in-place ops on the output would write to it
+
+
+class GradientClipping(_Clipping, op=gradient_clipping):
+    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, in the idiom of ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> (3 * custom_ops.GradientClipping.apply(x, None, 1.0)).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.min, ctx.max = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.clamp(ctx.min, ctx.max), None, None
+
+    @staticmethod
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        return clip_gradient(*args, **kwargs)
+
+
+class GradientNormClipping(_Clipping, op=gradient_norm_clipping):
+    """``GradientNormClipping.apply(x, max_norm, dim)`` is `clip_gradient_norm`, as a ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> (custom_ops.GradientNormClipping.apply(x, 1.0, None) * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> x.grad
+        tensor([0.6000, 0.8000])
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.max_norm, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=wide)
+        over = norm > ctx.max_norm
+        factor = torch.where(over, ctx.max_norm / torch.where(over, norm, 1.0), 1.0)  # no 0 / 0, nor its derivative
+        return (grad * factor).to(grad.dtype), None, None
+
+    @staticmethod
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        return clip_gradient_norm(*args, **kwargs)
+
+
+@library.vmap(gradient_clipping)
+def _(info: Any, in_dims: Any, x: Tensor, min: float | None, max: float | None) -> Any:
+    return gradient_clipping(x, min, max), in_dims[0]
+
+
+@library.vmap(gradient_norm_clipping)
+def _(info: Any, in_dims: Any, x: Tensor, max_norm: float, dim: Sequence[int]) -> Any:
+    return gradient_norm_clipping(x.movedim(in_dims[0], 0), max_norm, dim), 0
+
+
+def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    """``x``, whose gradient is clamped to ``[min, max]`` element by element on its way back.
+
+    ``y = x``, ``dL/dx = clamp(dL/dy, min, max)``; a NaN stays. In a double backward the clamp has its own
+    derivative, 0 where it was active, and clips what passes again. The tangent isn't clipped, ``dy = dx``: limits
+    for gradients say nothing of it, and as clipping isn't linear there is no transpose. So ``jvp`` and ``vjp``
+    differ where the clamp is active, and so do forward-over-reverse and reverse-over-reverse.
+
+    Args:
+        x: any shape and strides; float16, bfloat16, float32 or float64.
+        min, max: the limits, at least one of them.
+
+    Returns:
+        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+
+    Raises:
+        TypeError: ``x`` is no tensor or of another dtype, a limit is no number.
+        ValueError: no limit at all, or ``min`` above ``max``.
+
+    O(1) forward, O(n) backward; nothing is kept for backward.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        >>> custom_ops.clip_gradient(x, -1, 1).backward(torch.tensor([-5.0, 0.5, 5.0]))
+        >>> x.grad
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    low, high = _check_limits(min, max)
+    return gradient_clipping(x, low, high)
+
+
+def _check_limits(min: float | None, max: float | None) -> tuple[float | None, float | None]:
+    for name, limit in (("min", min), ("max", max)):
+        if limit is not None:
+            _checks.is_number(name, limit)
+    if min is None and max is None:
+        raise ValueError("min, max: expected at least one limit, got None for both")
+    if min is not None and max is not None and not min <= max:
+        raise ValueError(f"min: expected at most max = {max}, got {min}")
+    return None if min is None else float(min), None if max is None else float(max)
+
+
+class ClipGradient(torch.nn.Module):
+    """`clip_gradient` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> (3 * custom_ops.ClipGradient(max=1.0)(x)).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+
+    def __init__(self, min: float | None = None, max: float | None = None) -> None:
+        super().__init__()
+        self.min, self.max = _check_limits(min, max)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clip_gradient(x, self.min, self.max)
+
+    def extra_repr(self) -> str:
+        return f"min={self.min}, max={self.max}"
+
+
+def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | None = None) -> Tensor:
+    """``x``, whose gradient is scaled down to a norm of at most ``max_norm`` on its way back.
+
+    ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, for 16-bit
+    gradients computed in float32; a NaN or an infinity makes its whole norm's worth NaN or 0, as it does in
+    ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are as in `clip_gradient`: the
+    tangent isn't clipped.
+
+    Args:
+        x: any shape and strides; float16, bfloat16, float32 or float64.
+        max_norm: the largest norm allowed, not negative.
+        dim: over which dimensions each norm is taken, one or several; by default over all.
+
+    Returns:
+        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+
+    Raises:
+        TypeError: ``x`` is no tensor or of another dtype, ``max_norm`` no number, ``dim`` not of integers.
+        ValueError: ``max_norm`` negative; ``dim`` out of range, repeated or empty.
+
+    O(1) forward, O(n) backward; nothing is kept for backward.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, 2, requires_grad=True)
+        >>> custom_ops.clip_gradient_norm(x, 1.0, dim=1).backward(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+        >>> x.grad
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    _check_norm(max_norm, dim)
+    if x.dim() == 0:
+        return clip_gradient_norm(x[None], max_norm, dim)[0]
+    chosen = range(x.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
+    if any(not -x.dim() <= d < x.dim() for d in chosen):
+        raise ValueError(f"dim: expected within {x.dim()} dimensions, got {dim}")
+    from_last = [d if d < 0 else d - x.dim() for d in chosen]
+    if len(set(from_last)) < len(from_last):
+        raise ValueError(f"dim: expected different dimensions, got {dim}")
+    return gradient_norm_clipping(x, float(max_norm), from_last)
+
+
+def _check_norm(max_norm: Any, dim: Any) -> None:
+    _checks.is_number("max_norm", max_norm)
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
+    if dim is None:
+        return
+    dims = [dim] if isinstance(dim, int) else dim
+    if not isinstance(dims, Sequence) or any(isinstance(d, bool) or not isinstance(d, int) for d in dims):
+        raise TypeError(f"dim: expected an integer or several, got {dim!r}")
+    if not dims:
+        raise ValueError("dim: expected at least one dimension, got none")
+
+
+class ClipGradientNorm(torch.nn.Module):
+    """`clip_gradient_norm` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> (custom_ops.ClipGradientNorm(1.0)(x) * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> x.grad
+        tensor([0.6000, 0.8000])
+    """
+
+    def __init__(self, max_norm: float, dim: int | Sequence[int] | None = None) -> None:
+        super().__init__()
+        _check_norm(max_norm, dim)
+        self.max_norm, self.dim = max_norm, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clip_gradient_norm(x, self.max_norm, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"max_norm={self.max_norm}, dim={self.dim}"
+
+
+# ---------------------------------------------------------------- reference and registry entry
+
+
+class _Clipped(torch.autograd.Function):
+    """Clipping isn't linear in the gradient, so no composition of differentiable functions does it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, clip: Any) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.clip = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.clip(grad), None
+
+
+def clip_gradient_reference(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    low, high = -math.inf if min is None else min, math.inf if max is None else max
+    return _Clipped.apply(x, lambda g: torch.where(g < low, low, torch.where(g > high, high, g)))
+
+
+def clip_gradient_norm_reference(x: Tensor, max_norm: float, dim: int | Sequence[int] | None = None) -> Tensor:
+    def clip(grad: Tensor) -> Tensor:
+        over = list(range(grad.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+        norm = grad.square().sum(over, keepdim=True).sqrt()
+        return torch.where(norm > max_norm, max_norm * grad / norm, grad)
+
+    return _Clipped.apply(x, clip)
+
+
+def _clip_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    # The rows of a Jacobian are made with gradients of 1, which pass here; random ones are clipped.
+    x = leaf(device, dtype, 3, 7)
+    return [
+        Sample((x, -0.5, 1.25), dynamic={0: 0}),
+        Sample((x, None, 1.1), dynamic={0: 0}),
+        Sample((x,), {"min": -0.25}, dynamic={0: 0}),
+        Sample((leaf(device, dtype), -1, 1.5)),
+        Sample((leaf(device, dtype, 0, 4), -1.0, 1.0)),
+    ]
+
+
+def _norm_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    x = leaf(device, dtype, 3, 7)
+    return [
+        Sample((x, 1.25, 1), dynamic={0: 0}),
+        Sample((x, 3.5), dynamic={0: 0}),  # what is parallel to the gradient has derivative 0: not with all alike
+        Sample((leaf(device, dtype, 2, 3, 4), 1.5, (0, -1))),
+        Sample((leaf(device, dtype), 1.25)),
+        Sample((leaf(device, dtype, 0, 4), 1.0)),
+    ]
+
+
+_BY_MODE = "by design a tangent passes unclipped, so the modes differ: tests/test_shaping.py has the closed forms"
+_OF_CLIPPING = {**OF_SHAPING, "func.hessian": _BY_MODE, "forward over forward": _BY_MODE}
+
+
+register(
+    OpInfo(
+        name="clip_gradient",
+        summary="The identity, whose gradient is clamped",
+        function=clip_gradient,
+        reference=clip_gradient_reference,
+        native=torch.clamp,
+        apply=GradientClipping.apply,
+        samples=_clip_samples,
+        modules=lambda: [(ClipGradient(-1, 0.5), {"min": -1, "max": 0.5}), (ClipGradient(max=1.0), {"max": 1.0})],
+        bad_calls=lambda: [
+            BadCall(([1.0], 0.0), "x: expected a tensor, got list"),
+            BadCall((two, "0"), "min: expected a number, got str"),
+            BadCall((two, 0.0, True), "max: expected a number, got bool"),
+            BadCall((two,), "min, max: expected at least one limit, got None for both"),
+            BadCall((two, 1.0, 0.5), "min: expected at most max = 0.5, got 1.0"),
+        ],
+        not_applicable=VIEW,
+        not_comparable=_OF_CLIPPING,
+    )
+)
+
+
+register(
+    OpInfo(
+        name="clip_gradient_norm",
+        summary="The identity, whose gradient's norms are clipped",
+        function=clip_gradient_norm,
+        reference=clip_gradient_norm_reference,
+        apply=GradientNormClipping.apply,
+        samples=_norm_samples,
+        shardings=lambda: [
+            Sharding("rows", Sample((torch.randn(5, 3, requires_grad=True), 1.0, 1)), {0: 0}, 0),
+            # Two sums of squares over all rows: of the gradient, and for the factor.
+            Sharding(
+                "what the norm is of",
+                Sample((torch.randn(5, 3, requires_grad=True), 1.0)),
+                {0: 0},
+                0,
+                {"all_reduce": 2},
+            ),
+        ],
+        modules=lambda: [
+            (ClipGradientNorm(1.0), {"max_norm": 1.0}),
+            (ClipGradientNorm(0.5, (0,)), {"max_norm": 0.5, "dim": (0,)}),
+        ],
+        bad_calls=lambda: [
+            BadCall(([1.0], 1.0), "x: expected a tensor, got list"),
+            BadCall((two, None), "max_norm: expected a number, got NoneType"),
+            BadCall((two, -1.0), "max_norm: expected at least 0, got -1.0"),
+            BadCall((two, 1.0, 1.5), "dim: expected an integer or several, got 1.5"),
+            BadCall((two, 1.0, False), "dim: expected an integer or several, got False"),
+            BadCall((two, 1.0, 1), "dim: expected within 1 dimensions, got 1"),
+            BadCall((two, 1.0, (0, -1)), r"dim: expected different dimensions, got \(0, -1\)"),
+            BadCall((two, 1.0, ()), "dim: expected at least one dimension, got none"),
+        ],
+        native=lambda x, max_norm, dim: torch.renorm(x, 2, dim, max_norm),
+        not_applicable=VIEW,
+        not_comparable=_OF_CLIPPING,
+    )
+)

@@ -1,0 +1,149 @@
+"""The straight-through estimator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, integers, leaf, two
+
+__all__ = [
+    "StraightThrough",
+    "StraightThroughEstimator",
+    "straight_through",
+]
+
+
+@library.compose("custom_ops::straight_through_estimator", view=True)
+def straight_through_estimator(value: Tensor, x: Tensor) -> Tensor:
+    """``value``, whose gradient goes to x."""
+    return value
+
+
+class StraightThroughEstimator(Function, op=straight_through_estimator):
+    """``StraightThroughEstimator.apply(forward_value, x)`` is `straight_through`, as a ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+        >>> custom_ops.StraightThroughEstimator.apply(x.round(), x).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor | None) -> Tensor | None:
+        return None if tangent is None else tangent.clone()  # in-place ops on the output would write to it
+
+    @staticmethod
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        return straight_through(*args, **kwargs)
+
+
+@library.vmap(straight_through_estimator)
+def _(info: Any, in_dims: Any, *args: Tensor) -> Any:
+    value, x = (library.to_front(t, d, info.batch_size) for t, d in zip(args, in_dims))
+    return straight_through_estimator(value, x), 0
+
+
+def straight_through(forward_value: Tensor, x: Tensor) -> Tensor:
+    """``forward_value``, whose gradient goes to ``x`` as if it were ``x``: the straight-through estimator.
+
+    ``y = forward_value``, ``dL/dx = dL/dy``, nothing to ``forward_value``. The tangent is ``dy = dx``, that of ``x``:
+    the estimator takes the identity for the derivative of ``forward_value`` in ``x``, in either mode; what tangent
+    ``forward_value`` has itself, mostly 0, is left out just as its gradient is. The derivative is constant, so it adds
+    nothing to second derivatives.
+
+    Args:
+        forward_value: what was made of ``x``, such as ``x.round()``; of the shape, dtype and device of ``x``.
+        x: any shape and strides; float16, bfloat16, float32 or float64.
+
+    Returns:
+        A view of ``forward_value``: no copy is made. In-place writes to it raise where a gradient is recorded.
+
+    Raises:
+        TypeError: no tensor, a wrong dtype, or two different ones.
+        ValueError: different shapes or devices.
+
+    O(1); nothing is kept for backward, nor the graph of ``forward_value``.
+
+    Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([0.2, 0.7, 1.6], requires_grad=True)
+        >>> y = custom_ops.straight_through(x.round(), x)
+        >>> (y * y).sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([0., 1., 2.]), tensor([0., 2., 4.]))
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    _checks.has_dtype("forward_value", forward_value, (x.dtype,))
+    if forward_value.shape != x.shape:
+        raise ValueError(f"forward_value: expected the shape of x, {list(x.shape)}, got {list(forward_value.shape)}")
+    _checks.same_device(x=x, forward_value=forward_value)
+    return straight_through_estimator(forward_value.detach(), x)
+
+
+class StraightThrough(torch.nn.Module):
+    """`straight_through` as a layer of two inputs.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+        >>> y = custom_ops.StraightThrough()(x.round(), x)
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([0., 2.]), tensor([1., 1.]))
+    """
+
+    def forward(self, forward_value: Tensor, x: Tensor) -> Tensor:
+        return straight_through(forward_value, x)
+
+
+# ---------------------------------------------------------------- reference and registry entry
+
+
+def straight_through_reference(forward_value: Tensor, x: Tensor) -> Tensor:
+    return forward_value.detach() + (x - x.detach())
+
+
+def _straight_through_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    x = leaf(device, dtype, 3, 7)
+    return [
+        Sample((x.detach().round(), x), dynamic={0: 0, 1: 0}),
+        Sample((torch.zeros((), device=device, dtype=dtype), leaf(device, dtype))),
+        Sample((torch.zeros(0, 4, device=device, dtype=dtype), leaf(device, dtype, 0, 4))),
+    ]
+
+
+register(
+    OpInfo(
+        name="straight_through",
+        summary="A value, whose gradient goes to what it was made of",
+        function=straight_through,
+        not_fuzzed=NOT_FUZZED,
+        reference=straight_through_reference,
+        native=torch.add,
+        apply=StraightThroughEstimator.apply,
+        samples=_straight_through_samples,
+        modules=lambda: [(StraightThrough(), {})],
+        bad_calls=lambda: [
+            BadCall((two, [1.0]), "x: expected a tensor, got list"),
+            BadCall((integers, two), "forward_value: expected one of float32, got int64"),
+            BadCall((torch.ones(3), two), r"forward_value: expected the shape of x, \[2\], got \[3\]"),
+            BadCall((two.to("meta"), two), "forward_value: expected on cpu as x, got meta"),
+        ],
+        not_applicable=VIEW,
+        not_comparable=OF_SHAPING,
+    )
+)

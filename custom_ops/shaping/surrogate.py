@@ -1,0 +1,293 @@
+"""A step that is differentiated as a smooth one, for spiking networks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import _checks, library
+from custom_ops._layout import as_it_lies
+from custom_ops._native import define
+from custom_ops.library import Function
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, integers, leaf, two
+
+__all__ = [
+    "SurrogateGradient",
+    "SurrogateStep",
+    "surrogate_gradient",
+]
+
+
+_SHAPES = ("sigmoid", "atan", "triangle", "boxcar")  # numbered alike in csrc and triton_kernels
+
+
+@define
+def surrogate_slope(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
+    """``grad`` times the slope at x of the smooth step numbered ``shape``, contiguous."""
+    return x.new_empty(x.shape)
+
+
+@define
+def surrogate_step(x: Tensor, shape: int, width: float) -> Tensor:
+    """1 where x >= 0, else 0, contiguous; differentiated as the smooth step numbered ``shape``."""
+    return x.new_empty(x.shape)
+
+
+class SurrogateStep(Function, op=surrogate_step):
+    """``SurrogateStep.apply(x, shape, width)`` is `surrogate_gradient`, in the idiom of ``torch.autograd.Function``.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([-0.5, 0.0], requires_grad=True)
+        >>> custom_ops.SurrogateStep.apply(x, "triangle", 1.0).sum().backward()
+        >>> x.grad
+        tensor([0.5000, 1.0000])
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.shape, ctx.width = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return surrogate_slope(grad, *ctx.saved_tensors, ctx.shape, ctx.width), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return surrogate_slope(tangent, *ctx.saved_tensors, ctx.shape, ctx.width)
+
+    @staticmethod
+    def apply(*args: Any, **kwargs: Any) -> Tensor:
+        return surrogate_gradient(*args, **kwargs)
+
+
+class SurrogateSlope(Function, op=surrogate_slope):
+    """Linear in grad; its derivative in x is stated in torch's ops, so that the third and so on exist too."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, x, ctx.shape, ctx.width = inputs
+        ctx.save_for_backward(grad, x)
+        ctx.save_for_forward(grad, x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x = ctx.saved_tensors
+        of_grad = surrogate_slope(cotangent, x, ctx.shape, ctx.width) if ctx.needs_input_grad[0] else None
+        of_x = cotangent * grad * _curvature(x, ctx.shape, ctx.width) if ctx.needs_input_grad[1] else None
+        return of_grad, of_x, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_tangent: Tensor | None, x_tangent: Tensor | None, *_: None) -> Tensor:
+        grad, x = ctx.saved_tensors
+        parts = []
+        if grad_tangent is not None:
+            parts.append(surrogate_slope(grad_tangent, x, ctx.shape, ctx.width))
+        if x_tangent is not None:
+            parts.append(x_tangent * grad * _curvature(x, ctx.shape, ctx.width))
+        return sum(parts[1:], parts[0])
+
+
+def _curvature(x: Tensor, shape: int, width: float) -> Tensor:
+    """The derivative of the slope."""
+    u = x / width
+    match = _SHAPES[shape]
+    if match == "sigmoid":
+        s = u.sigmoid()
+        value = s * (1 - s) * (1 - 2 * s)
+    elif match == "atan":
+        value = -2 / math.pi * u / (1 + u * u) ** 2
+    elif match == "triangle":
+        value = torch.where(u.abs() < 1, -u.sign(), 0.0)
+    else:
+        value = torch.zeros_like(u)
+    return value / width**2
+
+
+@library.inductor(surrogate_step)
+def _(x: Tensor, shape: int, width: float) -> Tensor:
+    return torch.where(x >= 0, 1.0, 0.0).to(x.dtype).contiguous()
+
+
+@library.inductor(surrogate_slope)
+def _(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
+    u = x.to(torch.promote_types(x.dtype, torch.float32)) / width
+    match = _SHAPES[shape]
+    if match == "sigmoid":
+        s = torch.sigmoid(-u.abs())
+        slope = s * (1 - s)
+    elif match == "atan":
+        slope = 1 / (math.pi * (1 + u * u))
+    elif match == "triangle":
+        slope = (1 - u.abs()).clamp_min(0)
+    else:
+        slope = torch.where(u.abs() < 1, 0.5, torch.zeros_like(u))
+    return (grad * (slope / width)).to(x.dtype).contiguous()
+
+
+@library.vmap(surrogate_step)
+def _(info: Any, in_dims: Any, x: Tensor, shape: int, width: float) -> Any:
+    return surrogate_step(x, shape, width), in_dims[0]
+
+
+@library.vmap(surrogate_slope)
+def _(info: Any, in_dims: Any, grad: Tensor, x: Tensor, shape: int, width: float) -> Any:
+    grad, x = (library.to_front(t, d, info.batch_size) for t, d in zip((grad, x), in_dims))
+    return surrogate_slope(grad, x, shape, width), 0
+
+
+@library.sharding(surrogate_step)
+def _(x: Any, shape: int, width: float) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [([p], [p, None, None]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
+
+
+@library.sharding(surrogate_slope)
+def _(grad: Any, x: Any, shape: int, width: float) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [([p], [p, p, None, None]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
+
+
+def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
+    """A spike: 1 where ``x >= 0``, else 0, whose derivative is that of a smooth step.
+
+    ``dL/dx = dL/dy * slope(x / width) / width``, where the slope at u is
+
+    * "sigmoid": ``s (1 - s)`` with ``s = 1 / (1 + exp(-u))``, the slope of the logistic function;
+    * "atan": ``1 / (pi (1 + u^2))``, that of the arc tangent, with the longest reach;
+    * "triangle": ``max(0, 1 - |u|)``;
+    * "boxcar": 1/2 where ``|u| < 1``, else 0.
+
+    Each integrates to 1: it belongs to a step from 0 to 1 that is ``width`` wide. The tangent is ``dy = slope dx``,
+    of the same step; second derivatives and on are those of the slope, so all of them agree with the smooth
+    step's, to which only the value is not equal. (That of "triangle" jumps, that of "boxcar" is 0.)
+
+    Args:
+        x: any shape and strides; float16, bfloat16, float32 or float64; a neuron's potential above its threshold.
+        shape: "sigmoid", "atan", "triangle" or "boxcar".
+        width: of the smooth step, above 0. The narrower, the larger its slope: 1 / (4 width) at most for
+            "sigmoid", 1 / (pi width), 1 / width, 1 / (2 width).
+
+    Returns:
+        Zeros and ones in the dtype of ``x``; at NaN 0, as ``torch.heaviside``.
+
+    Raises:
+        TypeError: ``x`` is no tensor or of another dtype, ``width`` no number.
+        ValueError: an unknown ``shape``, ``width`` not above 0.
+
+    O(n); ``x`` is kept for backward, which is one pass.
+
+    Source: Neftci et al., "Surrogate Gradient Learning in Spiking Neural Networks", 2019.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([-2.0, -0.5, 0.0, 0.5], requires_grad=True)
+        >>> y = custom_ops.surrogate_gradient(x, "triangle")
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([0., 0., 1., 1.]), tensor([0.0000, 0.5000, 1.0000, 0.5000]))
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    _check_step(shape, width)
+    return as_it_lies(x, lambda rows, _: surrogate_step(rows, _SHAPES.index(shape), float(width)))
+
+
+def _check_step(shape: Any, width: Any) -> None:
+    _checks.is_one_of("shape", shape, _SHAPES)
+    _checks.is_number("width", width)
+    if not width > 0:
+        raise ValueError(f"width: expected above 0, got {width}")
+
+
+class SurrogateGradient(torch.nn.Module):
+    """`surrogate_gradient` as a layer.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> x = torch.tensor([-1.0, 0.0], requires_grad=True)
+        >>> spikes = custom_ops.SurrogateGradient("triangle")(x)
+        >>> spikes.sum().backward()
+        >>> spikes.detach(), x.grad
+        (tensor([0., 1.]), tensor([0., 1.]))
+    """
+
+    def __init__(self, shape: str = "sigmoid", width: float = 1.0) -> None:
+        super().__init__()
+        _check_step(shape, width)
+        self.shape, self.width = shape, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return surrogate_gradient(x, self.shape, self.width)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape!r}, width={self.width}"
+
+
+# ---------------------------------------------------------------- reference and registry entry
+
+
+def surrogate_gradient_reference(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
+    u = x / width
+    inner = torch.where(u.abs() < 1, u, u.detach().clamp(-1, 1))  # its slope at 1 is that beyond
+    smooth = {
+        "sigmoid": u.sigmoid(),
+        "atan": u.atan() / math.pi,
+        "triangle": inner - inner * inner.abs() / 2,
+        "boxcar": inner / 2,
+    }[shape]
+    return (x >= 0).to(x.dtype) + (smooth - smooth.detach())
+
+
+def _surrogate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    return [
+        *(Sample((leaf(device, dtype, 3, 7), shape), dynamic={0: 0}) for shape in _SHAPES),
+        Sample((leaf(device, dtype, 17),), {"width": 0.5}),
+        Sample((leaf(device, dtype), "atan", 2)),
+        Sample((leaf(device, dtype, 0, 4), "boxcar")),
+    ]
+
+
+register(
+    OpInfo(
+        name="surrogate_gradient",
+        summary="A step that is differentiated as a smooth one",
+        function=surrogate_gradient,
+        not_fuzzed=NOT_FUZZED,
+        reference=surrogate_gradient_reference,
+        native=lambda x, shape: torch.sigmoid(x),
+        apply=SurrogateStep.apply,
+        samples=_surrogate_samples,
+        modules=lambda: [
+            (SurrogateGradient(), {}),
+            (SurrogateGradient("atan", 0.5), {"shape": "atan", "width": 0.5}),
+        ],
+        bad_calls=lambda: [
+            BadCall(([1.0],), "x: expected a tensor, got list"),
+            BadCall((integers,), "x: expected one of float16, .* got int64"),
+            BadCall((two, "step"), "shape: expected one of 'sigmoid', 'atan', 'triangle', 'boxcar', got 'step'"),
+            BadCall((two, "atan", "1"), "width: expected a number, got str"),
+            BadCall((two, "atan", 0.0), "width: expected above 0, got 0.0"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="elements",
+                sizes=(1 << 16, 1 << 20, 1 << 24),
+                make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
+                peers={"autograd.Function": "custom_ops.benchmarks.peers:surrogate_gradient_function"},
+                targets=[
+                    Target(1 << 20, "autograd.Function", 1.0),
+                    Target(1 << 24, "autograd.Function", 0.5),
+                ],
+            )
+        ],
+        not_comparable=OF_SHAPING,
+    )
+)
