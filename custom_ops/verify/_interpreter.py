@@ -17,6 +17,11 @@ class _KeptScope:
         pass
 
 
+def _index(scalar: Any) -> int:
+    """Triton 3.6 leaves an array of one element to ``int``, which NumPy 2.4 refuses."""
+    return int(scalar.handle.data.item())
+
+
 @contextmanager
 def patched_once() -> Iterator[None]:
     """Within the context ``triton.language`` is patched for interpretation once, and restored at the end.
@@ -27,6 +32,7 @@ def patched_once() -> Iterator[None]:
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch_language: Callable[[Any], Any] = interpreter._patch_lang
+    tensor: Any = importlib.import_module("triton.language.core").tensor
     builder = interpreter.interpreter_builder
     scopes = []
     seen: dict[Any, _KeptScope] = {}
@@ -34,6 +40,7 @@ def patched_once() -> Iterator[None]:
     def patch_once(fn: Any) -> _KeptScope:
         if fn not in seen:
             scopes.append(patch_language(fn))
+            scopes[-1].set_attr(tensor, "__index__", _index)
             seen[fn] = _KeptScope()
         return seen[fn]
 
