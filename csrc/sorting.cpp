@@ -82,13 +82,14 @@ Tensor of_groups(const Tensor& x_in, const Tensor& groups_in, const std::optiona
   check(groups.scalar_type() == ScalarType::Int && sizes(groups) == sizes(x),
         "groups: expected int32 of the shape of x");
   const Lists lists(x, std::nullopt, offsets);
-  const int64_t n = lists.items;
+  const int64_t n = lists.items, total = lists.examples * n;
   const int32_t* all = data<int32_t>(groups);
-  for (int64_t i = 0; i < x.numel(); ++i)
+  for (int64_t i = 0; i < total; ++i)
     check(item_of(all[i]) < n + (all[i] >= 0), "groups: expected items from 0 to ", n - 1, ", got ", item_of(all[i]));
   Tensor out = fresh(x, sizes(x));
   dispatch_accumulator(x, "x", [&](auto type) {
     using A = typename decltype(type)::type;
+    const A* xp = data<A>(x);
     A* op = mutable_data<A>(out);
     lists.clear_outside(op);
     lists.parallel(cost, [&](int64_t index, int64_t begin, int64_t end, Scratch&) {
@@ -100,7 +101,7 @@ Tensor of_groups(const Tensor& x_in, const Tensor& groups_in, const std::optiona
       for (const int64_t stop = group.list + group.count; group.first < stop; group.first = group.last) {
         group.last = group.first + 1;
         while (group.last < stop && entries[group.last] >= 0) ++group.last;
-        f(data<A>(x) + row, group, op + row);
+        f(xp + row, group, op + row);
       }
     });
   });
@@ -212,8 +213,9 @@ Tensor group_share(const Tensor& v, const Tensor& ranks_in, const Tensor& groups
                    double scale) {
   const Tensor ranks = dense(ranks_in);
   check(sizes(ranks) == sizes(v) && ranks.scalar_type() == v.scalar_type(), "ranks: expected the shape and dtype of v");
+  const void* all_ranks = ranks.const_data_ptr();
   return of_groups(v, groups, offsets, 4, [&](const auto* from, const Group& group, auto* to) {
-    const auto* rank = data<std::decay_t<decltype(*from)>>(ranks) + group.row;
+    const auto* rank = static_cast<decltype(from)>(all_ranks) + group.row;
     const double base = static_cast<double>(from[group.item(group.first)]);  // so that an item alone gets 0
     double whole = 0, moved = 0;
     for (int64_t p = group.first; p < group.last; ++p) {
