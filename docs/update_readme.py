@@ -112,7 +112,7 @@ def speed() -> str:
 
 
 def fastest() -> str:
-    """For the README: of each op the first table at its largest size, beside the best peer; not on warm memory."""
+    """For the README: each op's first table at the largest size with a peer, beside the best; none on warm memory."""
     blocks = []
     for path, report in _reports():
         if report.memory == "warm":
@@ -120,13 +120,14 @@ def fastest() -> str:
         lines = ["| op | at | ours, ms | × floor | beside | ours / that |", "|---|---|--:|--:|---|--:|"]
         seen = set()
         for (op, table), rows in report.tables.items():
-            last = [row for row in rows if (row.size, row.direction) == (rows[-1].size, rows[-1].direction)]
-            peers = [row for row in last if row.contender not in (OURS, FLOOR) and not row.note]
-            peers = [row for row in peers if not row.contender.startswith("ours")]
+            peers = [row for row in rows if row.direction == rows[-1].direction and not row.note]
+            peers = [row for row in peers if row.contender != FLOOR and not row.contender.startswith(("ours", OURS))]
             if op in seen or not peers:
                 continue
             seen.add(op)
-            ours, peer = next(row for row in last if row.contender == OURS), min(peers, key=lambda r: r.milliseconds)
+            last = [row for row in rows if (row.size, row.direction) == (peers[-1].size, peers[-1].direction)]
+            ours = next(row for row in last if row.contender == OURS)
+            peer = min((row for row in peers if row.size == ours.size), key=lambda row: row.milliseconds)
             at = f"{label(ours.size)} {table}, {ours.direction}"
             times = f"{ours.milliseconds:.3g} | {ours.floors:.2f} | {peer.contender} | {peer.ours_over_this:.2f}"
             lines.append(f"| `{op}` | {at} | {times} |")

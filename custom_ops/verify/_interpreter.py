@@ -32,7 +32,7 @@ def patched_once() -> Iterator[None]:
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch_language: Callable[[Any], Any] = interpreter._patch_lang
-    tensor: Any = importlib.import_module("triton.language.core").tensor
+    patch_tensor: Callable[[Any, Any], None] = interpreter._patch_lang_tensor
     builder = interpreter.interpreter_builder
     scopes = []
     seen: dict[Any, _KeptScope] = {}
@@ -40,12 +40,16 @@ def patched_once() -> Iterator[None]:
     def patch_once(fn: Any) -> _KeptScope:
         if fn not in seen:
             scopes.append(patch_language(fn))
-            scopes[-1].set_attr(tensor, "__index__", _index)
             seen[fn] = _KeptScope()
         return seen[fn]
 
+    def patch_index_too(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", _index)
+
     with (
         patch.object(interpreter, "_patch_lang", patch_once),
+        patch.object(interpreter, "_patch_lang_tensor", patch_index_too),
         patch.object(builder, "options", replace(builder.options, sanitize_overflow=False)),
     ):
         try:
