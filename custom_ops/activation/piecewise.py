@@ -196,13 +196,13 @@ def _(
 
 
 @library.inductor(apply_mask)
-def _(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
+def _masked(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
     return torch.where(unpack(mask, x), on * x, off * x if off else 0).to(x.dtype).contiguous()
 
 
 @library.inductor(apply_mask_and_sum)
 def _(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[Tensor, Tensor]:
-    masked = torch.where(unpack(mask, x), x, off * x if off else 0).to(x.dtype).contiguous()
+    masked = _masked(x, mask, 1.0, off)
     batch = mask.shape[:-1]
     rows = math.prod(x.shape[len(batch) :]) // max(channels * inner, 1)
     return masked, masked.reshape(*batch, rows, channels, inner).sum((-3, -1))

@@ -143,17 +143,13 @@ def _(info: Any, in_dims: Any, grad: Tensor, x: Tensor, shape: int, width: float
 
 
 @library.sharding(surrogate_step)
-def _(x: Any, shape: int, width: float) -> Any:
-    from torch.distributed.tensor import Replicate, Shard
-
-    return [([p], [p, None, None]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
-
-
 @library.sharding(surrogate_slope)
-def _(grad: Any, x: Any, shape: int, width: float) -> Any:
+def _(*args: Any) -> Any:
     from torch.distributed.tensor import Replicate, Shard
 
-    return [([p], [p, p, None, None]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
+    *tensors, _, _ = args
+    placements = (Replicate(), *(Shard(d) for d in range(tensors[0].ndim)))
+    return [([p], [*[p] * len(tensors), None, None]) for p in placements]
 
 
 def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
