@@ -1,8 +1,8 @@
 """Compile every kernel ahead of time, without a GPU: ``python -m custom_ops.triton_kernels.aot [PART OF A NAME]``.
 
-Prints the registers and memory of each, and how long it took. Exits with 1 if one spills, uses local memory or takes
-`FIRST_LAUNCH` seconds. With ``--report FILE`` it also writes docs/gpu.md: how many of each kernel's warps fit, and how
-wide its accesses are.
+Prints the registers and memory of each, and how long it took. Exits with 1 if one spills, uses local memory, loads
+less than 16 bytes at a time and doesn't say why, or takes `FIRST_LAUNCH` seconds. With ``--report FILE`` it also writes
+docs/gpu.md: how many of each kernel's warps fit, and how wide its accesses are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import custom_ops.triton_kernels as package
-from custom_ops.triton_kernels.common import KERNELS, Kernel
+from custom_ops.triton_kernels.common import ACCESS, KERNELS, Kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,18 +61,23 @@ class Report:
     warps: int
     resources: Resources
     seconds: float = 0.0  # of one core, to compile it; none if Triton's cache had it
+    wide: bool = False  # whether it has to load 16 bytes at a time
 
     @property
     def spills(self) -> bool:
         return bool(self.resources.spilled or self.resources.local)
 
     @property
+    def narrow(self) -> bool:
+        return self.wide and self.resources.load < ACCESS
+
+    @property
     def ok(self) -> bool:
-        return not self.spills and self.seconds < FIRST_LAUNCH
+        return not self.spills and not self.narrow and self.seconds < FIRST_LAUNCH
 
     def __str__(self) -> str:
         r, name = self.resources, f"{self.kernel}[{self.dtype}] {self.variant}"
-        verdict = "" if self.ok else "  SPILLS" if self.spills else "  SLOW"
+        verdict = "" if self.ok else "  SPILLS" if self.spills else "  NARROW" if self.narrow else "  SLOW"
         numbers = f"{r.registers:9} {r.spilled:7} {r.local:5} {r.shared:6} {self.seconds:7.2f}"
         return f"{self.target:7} {name:76} {numbers}{verdict}"
 
@@ -91,7 +96,12 @@ def parse_amdgcn(text: str) -> Resources:
     found = {name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
     spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
     return Resources(
-        found["vgpr_count"], spilled, found["private_segment_fixed_size"], found["group_segment_fixed_size"]
+        found["vgpr_count"],
+        spilled,
+        found["private_segment_fixed_size"],
+        found["group_segment_fixed_size"],
+        widest_of_amd(text, "load"),
+        widest_of_amd(text, "store"),
     )
 
 
@@ -99,6 +109,12 @@ def widest(ptx: str, instruction: str) -> int:
     """Bytes of the widest of these instructions on global memory, ld or st, in NVIDIA's PTX."""
     found = re.findall(rf"\b{instruction}\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[a-z]+(\d+)\b", ptx)
     return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+
+
+def widest_of_amd(assembly: str, instruction: str) -> int:
+    """The same in AMD's assembly, of load or store."""
+    found = re.findall(rf"\b(?:global|buffer|flat)_{instruction}_[us]?(byte|short|dword)(?:x(\d))?", assembly)
+    return max(({"byte": 1, "short": 2, "dword": 4}[unit] * int(count or 1) for unit, count in found), default=0)
 
 
 def kernels() -> list[Kernel]:
@@ -143,9 +159,11 @@ def resources(compiled: Any) -> Resources:
 
 def compile_one(kernel: Kernel, target: str, dtype: str, variant: str, source: ASTSource) -> Report:
     begin = _core_seconds()
-    compiled = triton.compile(source, target=TARGETS[target], options=dict(kernel.options))
+    options = kernel.options(dtype, TARGETS[target].warp_size)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     seconds = _core_seconds() - begin
-    return Report(kernel.name, dtype, variant, target, kernel.options["num_warps"], resources(compiled), seconds)
+    found, wide = resources(compiled), not kernel.narrow
+    return Report(kernel.name, dtype, variant, target, options["num_warps"], found, seconds, wide)
 
 
 def _core_seconds() -> float:
@@ -200,18 +218,21 @@ def markdown(reports: Iterable[Report]) -> str:
         f"compiles for {', '.join(TARGETS)}, none of it with a spill or local memory. Here {REPORTED}, of each kernel "
         "the worst of its variants: registers per thread, shared bytes per program, the share of a multiprocessor's "
         "warps that these leave room for, and the bytes of a thread's widest access to global memory in the "
-        "PTX. The first launch of each variant compiles it, which takes one core less than "
+        "PTX; where that is less than 16, why. Where it is 16, it is so on the other targets too, and there is room "
+        "for at least half of the warps. The first launch of each variant compiles it, which takes one core less than "
         f"{FIRST_LAUNCH:g} seconds, and Triton's cache folder keeps it; [launches.md](launches.md) has how many an op "
         "needs.",
         "",
-        "| kernel | | variants | warps | registers | shared | occupancy | load | store |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| kernel | | variants | warps | registers | shared | occupancy | load | store | |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
+    narrow = {kernel.name: kernel.narrow for kernel in KERNELS}
     for (kernel, dtype), group in groups.items():
         r = [report.resources for report in group]
         cells = [
             len(group), group[0].warps, max(x.registers for x in r), max(x.shared for x in r),
             f"{min(map(occupancy, group)):.0%}", min(x.load for x in r), min(x.store for x in r),
+            narrow[kernel],
         ]  # fmt: skip
         lines.append(f"| `{kernel}` | {dtype} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """What every kernel file shares: declared kernels, packed masks, accumulators.
 
 `FLOATING` and `INDEX` are the types that kernels are compiled for, as Triton writes them; `BLOCK` is the number of
-elements of a pointwise kernel's program.
+elements of a pointwise kernel's program, `LANES` that of a warp's threads.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "ACCESS",
     "BLOCK",
     "FLOATING",
     "INDEX",
+    "LANES",
     "Kernel",
     "MaskLayout",
     "accumulator",
@@ -47,7 +49,10 @@ NAMES = {
 FLOATING = ("fp32", "bf16", "fp16", "fp64")
 INDEX = ("i32", "i64")
 
-BLOCK = 1024  # elements of a pointwise kernel's program: of 16-bit types, 16 bytes for each of 128 threads
+BLOCK = 1024  # elements of a pointwise kernel's program
+LANES = 64 if torch.version.hip else 32
+ACCESS = 16  # bytes of the widest access to memory that a thread has
+_BYTES = {name: dtype.itemsize for dtype, name in NAMES.items()}
 
 KERNELS: list[Kernel] = []
 
@@ -69,9 +74,13 @@ class Kernel:
         arguments: str,
         dtypes: Sequence[str],
         variants: Mapping[Any, Mapping[str, Any]],
-        options: Mapping[str, Any],
+        num_warps: int,
+        streams: int,
+        narrow: str,
+        enable_fp_fusion: bool,
     ) -> None:
-        self.fn, self.dtypes, self.variants, self.options = fn, dtypes, variants, options
+        self.fn, self.dtypes, self.variants, self.narrow = fn, dtypes, variants, narrow
+        self._num_warps, self._streams, self._enable_fp_fusion = num_warps, streams, enable_fp_fusion
         self.name: str = fn.__name__
         self.arguments = arguments.split()
         taken = len(inspect.signature(fn.fn).parameters) - len(next(iter(variants.values())))
@@ -79,22 +88,28 @@ class Kernel:
             raise TypeError(f"{self.name}: declares {len(self.arguments)} argument types, takes {taken} arguments")
         KERNELS.append(self)
 
-    def _check_types(self, args: Sequence[Any]) -> None:
-        """The tensors are of the declared types: what is compiled ahead of time is what is launched."""
+    def options(self, dtype: str, lanes: int = LANES) -> dict[str, Any]:
+        """What Triton compiles it with, for elements of ``dtype`` and warps of ``lanes`` threads."""
+        warps = self._streams * _BYTES[dtype] // (ACCESS * lanes) if self._streams else self._num_warps
+        return {"num_warps": warps, "enable_fp_fusion": self._enable_fp_fusion}
+
+    def _checked_dtype(self, args: Sequence[Any]) -> str:
+        """T; the tensors are of the declared types: what is compiled ahead of time is what is launched."""
         given = [_triton_name(a) for a in args]
         common = next((g[1:] for g, declared in zip(given, self.arguments) if declared == "*T"), "")
         wide = "fp64" if common == "fp64" else "fp32"
         expected = [a.replace("T", common).replace("A", wide) if a.startswith("*") else "" for a in self.arguments]
         if given != expected:
             raise TypeError(f"{self.name}: expected tensors of {expected}, got {given}")
+        return common
 
     def __call__(self, programs: int, *args: Any, variant: Any = None) -> None:
         """Launch over a one-dimensional grid, on the device of the first argument."""
-        self._check_types(args)
+        dtype = self._checked_dtype(args)
         if programs:
             device = args[0].device
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                self.fn[(programs,)](*args, **self.variants[variant], **self.options)
+                self.fn[(programs,)](*args, **self.variants[variant], **self.options(dtype))
 
 
 def _triton_name(value: Any) -> str:
@@ -106,18 +121,22 @@ def kernel(
     dtypes: Sequence[str],
     variants: Mapping[Any, Mapping[str, Any]],
     num_warps: int = 4,
+    streams: int = 0,
+    narrow: str = "",
     enable_fp_fusion: bool = True,
 ) -> Callable[[Any], Kernel]:
     """Declare the decorated ``@triton.jit`` function as a kernel.
 
     ``arguments`` are the types of its arguments before the compile-time ones, as Triton writes them:
-    T stands for each of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time ones.
+    T stands for each of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time ones. A program that
+    ``streams`` so many elements has as many warps that each thread has 16 bytes of them, whatever the dtype, and
+    otherwise ``num_warps``. ``narrow`` says why no load is that wide; docs/gpu.md shows it.
 
     Example:
         >>> import torch, triton
         >>> import triton.language as tl
         >>> from custom_ops.triton_kernels.common import BLOCK, FLOATING, kernel, widen
-        >>> @kernel("*T *T i32", FLOATING, {None: {"BLOCK": BLOCK}})
+        >>> @kernel("*T *T i32", FLOATING, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
         ... @triton.jit
         ... def negate(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
         ...     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -128,8 +147,7 @@ def kernel(
         >>> y
         tensor([-1., -1., -1.])
     """
-    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-    return lambda fn: Kernel(fn, arguments, dtypes, variants, options)
+    return lambda fn: Kernel(fn, arguments, dtypes, variants, num_warps, streams, narrow, enable_fp_fusion)
 
 
 # ---------------------------------------------------------------- accumulators

@@ -20,7 +20,7 @@ def _draws(seed, first, BLOCK: tl.constexpr):
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK // 8, 8])
 
 
-@kernel("*T *i64 *T *u8 i64 fp64 i32 i32 i32", FLOATING, {None: {"BLOCK": BLOCK}})
+@kernel("*T *i64 *T *u8 i64 fp64 i32 i32 i32", FLOATING, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit(do_not_specialize=["least", "bytes", "blocks"])
 def relu_dropout_forward_kernel(
     x_ptr, seed_ptr, y_ptr, mask_ptr, least, scale: tl.float64, elements, bytes, blocks, BLOCK: tl.constexpr

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale, reducing
+from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing
 from custom_ops.triton_kernels.pairwise import pair_value, wrong_order
 
 _ROWS, _COLUMNS = 32, 16
@@ -23,6 +23,7 @@ _RANKNET, _LAMBDARANK, _NDCG1, _NDCG2, _NDCG2PP, _LABEL_DIFF = range(6)  # as in
         for weighting in range(6)
         for hessian in (False, True)
     },
+    narrow=PAIRS,
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def lambda_pairs_kernel(

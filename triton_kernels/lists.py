@@ -18,7 +18,10 @@ from torch import Tensor
 from custom_ops.triton_kernels.common import kernel
 
 WIDE = ("fp32", "fp64")  # the dtypes of list losses
-_BLOCK = 256
+_BLOCK = 512
+# Why some kernels have no wide loads (see `kernel`).
+PAIRS = "computes on pairs: reads n numbers, which caches hold, for n² of them"
+_ANYWHERE = "a list begins at any place, on which its sums may not depend"
 NONE, MEAN = range(2)  # reductions, as numbered in custom_ops/ranking/_lists.py
 
 
@@ -149,7 +152,7 @@ def columns(bounds_ptr, ids, items, lists, SEVERAL: tl.constexpr):
         return (items * 0).to(tl.int64), items.to(tl.int64)
 
 
-@kernel("*T *T *i64 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}})
+@kernel("*T *T *i64 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}}, narrow=_ANYWHERE)
 @triton.jit(do_not_specialize=["items", "lists"])
 def list_sum_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
@@ -163,7 +166,7 @@ def list_sum_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexp
     tl.store(out_ptr + program, tl.sum(total).to(x_ptr.dtype.element_ty))
 
 
-@kernel("*fp64 *fp64 *i64 i32 i32", ("fp64",), {None: {"BLOCK": _BLOCK}})
+@kernel("*fp64 *fp64 *i64 i32 i32", ("fp64",), {None: {"BLOCK": _BLOCK}}, narrow=_ANYWHERE)
 @triton.jit(do_not_specialize=["items", "lists"])
 def list_scan_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
@@ -177,7 +180,12 @@ def list_scan_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constex
         carry += tl.sum(x, axis=0, keep_dims=True)
 
 
-@kernel("*T *T *T *u8 *i64 i32 i32", WIDE, {m: {"MASKED": m, "BLOCK": _BLOCK} for m in (False, True)})
+@kernel(
+    "*T *T *T *u8 *i64 i32 i32",
+    WIDE,
+    {masked: {"MASKED": masked, "BLOCK": _BLOCK} for masked in (False, True)},
+    narrow=_ANYWHERE,
+)
 @triton.jit(do_not_specialize=["items", "lists"])
 def list_dot_kernel(
     x_ptr, y_ptr, out_ptr, valid_ptr, bounds_ptr, items, lists, MASKED: tl.constexpr, BLOCK: tl.constexpr
@@ -199,8 +207,9 @@ def list_dot_kernel(
     "*T *T *T *u8 *i32 i32 i32 i32",
     WIDE,
     {key: {**variant, "BLOCK": _BLOCK} for key, variant in VARIANTS.items()},
+    streams=_BLOCK,
 )
-@triton.jit(do_not_specialize=["items", "lists", "blocks"])
+@triton.jit(do_not_specialize=["lists", "blocks"])
 def list_scale_kernel(
     weight_ptr,
     x_ptr,
@@ -220,9 +229,9 @@ def list_scale_kernel(
     inside = item < items
     ids = load_list(ids_ptr, item, inside, SEVERAL)
     at = example * items + item
-    valid = load_valid(valid_ptr, at, inside & (ids >= 0), MASKED)
+    valid = load_valid(valid_ptr, at, inside, MASKED) & (ids >= 0)
     weight = tl.load(weight_ptr + example * lists + ids, mask=valid, other=0)
-    x = tl.load(x_ptr + at, mask=valid, other=0)
+    x = tl.load(x_ptr + at, mask=inside, other=0)  # what isn't valid too: a mask of single elements forbids wide loads
     tl.store(out_ptr + at, tl.where(valid, weight * x, 0.0), mask=inside)
 
 

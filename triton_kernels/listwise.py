@@ -23,6 +23,7 @@ _UNIFORM, _EXPONENTIAL, _DISCOUNT = range(3)
     "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *i64 i32 i32",
     ("fp64",),
     {reverse: {"REVERSE": reverse, "BLOCK": 32} for reverse in (False, True)},
+    narrow="reads 32 numbers at a time, which are fewer than its threads",
 )
 @triton.jit(do_not_specialize=["items", "lists"])
 def exponential_scan_kernel(

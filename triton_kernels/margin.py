@@ -28,7 +28,7 @@ from custom_ops.triton_kernels.common import (
     "*T *T *T *T *A *u8 fp64 i32 i32 i32",
     FLOATING,
     {reduce: {"REDUCE": reduce, "BLOCK": BLOCK} for reduce in (False, True)},
-    num_warps=8,  # with 4, float64 spills on sm_90
+    streams=BLOCK,
     enable_fp_fusion=False,
 )
 @triton.jit(do_not_specialize=["bytes", "blocks"])
@@ -62,7 +62,12 @@ def margin_ranking_kernel(
         tl.store(loss_ptr + at, loss, mask=inside)
 
 
-@kernel("*A *T fp64 i32", FLOATING, {None: {"BLOCK": BLOCK}})
+@kernel(
+    "*A *T fp64 i32",
+    FLOATING,
+    {None: {"BLOCK": BLOCK}},
+    narrow="reads one number for 1,024 pairs, each example's from any place",
+)
 @triton.jit(do_not_specialize=["blocks"])
 def margin_ranking_total_kernel(partial_ptr, loss_ptr, weight: tl.float64, blocks, BLOCK: tl.constexpr):
     example = tl.program_id(0).to(tl.int64)
@@ -82,6 +87,7 @@ def margin_ranking_total_kernel(partial_ptr, loss_ptr, weight: tl.float64, block
         for reduce in (False, True)
         for of_target in (False, True)
     },
+    streams=BLOCK,
 )
 @triton.jit(do_not_specialize=["bytes", "blocks"])
 def margin_ranking_backward_kernel(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import WIDE, Lists, columns, load_list, reducing
+from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_list, reducing
 
 _ROWS, _COLUMNS = 32, 16
 _VARIANTS: dict[Any, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def _tangents(slope, lead, u, q, other_lead, other_u, other_q, like):
     return ((slope - other_lead) * other_u - (slope - lead) * u + (other_q - q)).to(like.dtype)
 
 
-@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *i32 *i64 i32 i32 i32", WIDE, _VARIANTS)
+@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *i32 *i64 i32 i32 i32", WIDE, _VARIANTS, narrow=PAIRS)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def neural_sort_rows_kernel(
     x_ptr,
@@ -107,7 +107,12 @@ def neural_sort_rows_kernel(
         tl.store(of_found_ptr + base + row, both * inverse - gained * inverse * moved, mask=inside)
 
 
-@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *fp64 *fp64 *i32 *i64 i32 i32 i32", WIDE, _VARIANTS)
+@kernel(
+    "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *fp64 *fp64 *i32 *i64 i32 i32 i32",
+    WIDE,
+    _VARIANTS,
+    narrow=PAIRS,
+)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def neural_sort_columns_kernel(
     x_ptr,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import WIDE, Lists, columns, list_scale, reducing
+from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing
 
 _ROWS, _COLUMNS = 32, 32
 
@@ -78,6 +78,7 @@ def wrong_order(d):
         for hessian in (False, True)
     },
     num_warps=8,  # with 4 some variants spill
+    narrow=PAIRS,
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def pairwise_kernel(

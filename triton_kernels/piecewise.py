@@ -26,6 +26,7 @@ from custom_ops.triton_kernels.common import (
     "*T *T *T *u8 fp64 fp64 fp64 fp64 fp64 i32 i32 i32 i32 i32 i32",
     FLOATING,
     {biased: {"BIASED": biased, "BLOCK": BLOCK} for biased in (False, True)},
+    streams=BLOCK,
 )
 @triton.jit(do_not_specialize=["nan_passes", "inner", "channels", "bytes", "blocks"])
 def piecewise_linear_kernel(
@@ -65,7 +66,7 @@ def piecewise_linear_kernel(
     store_bits(mask_ptr + example * bytes, block * (BLOCK // 8), bytes, keep, BLOCK)
 
 
-@kernel("*T *u8 *T fp64 fp64 i32 i32 i32", FLOATING, {None: {"BLOCK": BLOCK}})
+@kernel("*T *u8 *T fp64 fp64 i32 i32 i32", FLOATING, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit(do_not_specialize=["bytes", "blocks"])
 def apply_mask_kernel(
     x_ptr, mask_ptr, out_ptr, on: tl.float64, off: tl.float64, elements, bytes, blocks, BLOCK: tl.constexpr

@@ -89,10 +89,9 @@ def value_at(
     chosen_offset_ptr,
     rejected_offset_ptr,
     at,
-    index,
-    elements,
-    chosen_offsets,
-    rejected_offsets,
+    inside,
+    chosen_offset,
+    rejected_offset,
     margin,
     beta,
     p,
@@ -100,15 +99,11 @@ def value_at(
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """The derivative at (chosen - its offset) - (rejected - its offset) - margin.
-
-    Of ``elements`` elements so many as ``chosen_offsets`` and ``rejected_offsets`` have offsets: all or none.
-    """
-    inside = index < elements
+    """The derivative at (chosen - its offset) - (rejected - its offset) - margin, of offsets that there are."""
     c = widen(tl.load(chosen_ptr + at, mask=inside, other=0))
     r = widen(tl.load(rejected_ptr + at, mask=inside, other=0))
-    co = widen(tl.load(chosen_offset_ptr + at, mask=index < chosen_offsets, other=0))
-    ro = widen(tl.load(rejected_offset_ptr + at, mask=index < rejected_offsets, other=0))
+    co = widen(tl.load(chosen_offset_ptr + at, mask=tl.where(chosen_offset != 0, inside, False), other=0))
+    ro = widen(tl.load(rejected_offset_ptr + at, mask=tl.where(rejected_offset != 0, inside, False), other=0))
     d = (c - co) - (r - ro) - tl.full([1], margin, c.dtype)
     beta, p, q = tl.full([1], beta, c.dtype), tl.full([1], p, c.dtype), tl.full([1], q, c.dtype)
     return derivative(d, beta, p, q, KIND, ORDER)
@@ -123,9 +118,10 @@ def value_at(
         for kind in range(len(KINDS))
         for reduce in (False, True)
     },
+    streams=BLOCK,
     enable_fp_fusion=False,
 )
-@triton.jit(do_not_specialize=["chosen_offsets", "rejected_offsets", "blocks"])
+@triton.jit(do_not_specialize=["chosen_offset", "rejected_offset", "blocks"])
 def preference_kernel(
     chosen_ptr,
     rejected_ptr,
@@ -137,8 +133,8 @@ def preference_kernel(
     beta: tl.float64,
     p: tl.float64,
     q: tl.float64,
-    chosen_offsets,
-    rejected_offsets,
+    chosen_offset,
+    rejected_offset,
     elements,
     blocks,
     KIND: tl.constexpr,
@@ -150,7 +146,7 @@ def preference_kernel(
     inside = index < elements
     at = example * elements + index
     pointers = (chosen_ptr, rejected_ptr, chosen_offset_ptr, rejected_offset_ptr)
-    loss = value_at(*pointers, at, index, elements, chosen_offsets, rejected_offsets, margin, beta, p, q, KIND, 0)
+    loss = value_at(*pointers, at, inside, chosen_offset, rejected_offset, margin, beta, p, q, KIND, 0)
     if REDUCE:
         tl.store(partial_ptr + example * blocks + block, tl.sum(tl.where(inside, loss, 0.0)))
     else:
@@ -165,9 +161,10 @@ def preference_kernel(
         for kind in range(len(KINDS))
         for order in (1, 2, 3)
     },
+    streams=BLOCK,
     enable_fp_fusion=False,
 )
-@triton.jit(do_not_specialize=["chosen_offsets", "rejected_offsets", "reduce", "blocks"])
+@triton.jit(do_not_specialize=["chosen_offset", "rejected_offset", "reduce", "blocks"])
 def preference_slope_kernel(
     weight_ptr,
     chosen_ptr,
@@ -180,8 +177,8 @@ def preference_slope_kernel(
     beta: tl.float64,
     p: tl.float64,
     q: tl.float64,
-    chosen_offsets,
-    rejected_offsets,
+    chosen_offset,
+    rejected_offset,
     reduce,
     elements,
     blocks,
@@ -194,8 +191,11 @@ def preference_slope_kernel(
     inside = index < elements
     at = example * elements + index
     pointers = (chosen_ptr, rejected_ptr, chosen_offset_ptr, rejected_offset_ptr)
-    slope = value_at(*pointers, at, index, elements, chosen_offsets, rejected_offsets, margin, beta, p, q, KIND, ORDER)
-    w = widen(tl.load(weight_ptr + tl.where(reduce != 0, example, at), mask=inside, other=0))
+    slope = value_at(*pointers, at, inside, chosen_offset, rejected_offset, margin, beta, p, q, KIND, ORDER)
+    if reduce != 0:
+        w = tl.full([BLOCK], widen(tl.load(weight_ptr + example)), slope.dtype)
+    else:
+        w = widen(tl.load(weight_ptr + at, mask=inside, other=0))
     tl.store(slope_ptr + at, w * tl.full([1], scale, w.dtype) * slope, mask=inside)
 
 
@@ -229,7 +229,7 @@ def preference(
     loss = chosen.new_empty(batch if reduce else chosen.shape)
     blocks = triton.cdiv(elements, BLOCK)
     partial = chosen.new_empty((*batch, blocks if reduce else 0), dtype=accumulator(chosen.dtype))
-    offsets = (elements if t is not None else 0 for t in (chosen_offset, rejected_offset))
+    offsets = (int(t is not None) for t in (chosen_offset, rejected_offset))
     parameters = (margin, beta, p, q, *offsets, elements, blocks)
     preference_kernel(examples * blocks, *pointers, loss, partial, *parameters, variant=(kind, reduce))
     if reduce:
@@ -263,7 +263,7 @@ def preference_slope(
     elements = math.prod(chosen.shape[weight.dim() :]) if reduce else chosen.numel()
     blocks = triton.cdiv(elements, BLOCK)
     numbers = (1.0 / max(divisor, 1), margin, beta, p, q)
-    offsets = (elements if t is not None else 0 for t in (chosen_offset, rejected_offset))
+    offsets = (int(t is not None) for t in (chosen_offset, rejected_offset))
     sizes = (*offsets, int(reduce), elements, blocks)
     tensors = (weight.contiguous(), *pointers, slope)
     preference_slope_kernel(examples * blocks, *tensors, *numbers, *sizes, variant=(kind, order))

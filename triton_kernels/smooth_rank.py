@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import VARIANTS, WIDE, Lists, columns, load_list, load_valid, reducing
+from custom_ops.triton_kernels.lists import PAIRS, VARIANTS, WIDE, Lists, columns, load_list, load_valid, reducing
 
 _NDCG, _NDCG_LINEAR, _MRR, _AVERAGE_PRECISION = range(4)
 _ROWS, _COLUMNS = 32, 16
@@ -44,7 +44,7 @@ def _compare(own, other, scale):
     return tl.where(d < 0, e, 1.0) * inverse, tl.where(d < 0, 1.0, e) * inverse
 
 
-@kernel("*T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("MOVES"))
+@kernel("*T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("MOVES"), narrow=PAIRS)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def smooth_rank_sum_kernel(
     scores_ptr,
@@ -92,7 +92,7 @@ def smooth_rank_sum_kernel(
     tl.store(relevant_ptr + base + row, of_relevant, mask=valid)
 
 
-@kernel("*T *T *T *T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("PRODUCT"))
+@kernel("*T *T *T *T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("PRODUCT"), narrow=PAIRS)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def smooth_rank_give_kernel(
     scores_ptr,

@@ -21,6 +21,7 @@ _BLOCK = 32
     ("fp64",),
     {kl: {"KL": kl} for kl in (False, True)},
     num_warps=1,
+    narrow="reads one number after the other",
 )
 @triton.jit(do_not_specialize=["items", "lists"])
 def pool_adjacent_violators_kernel(
@@ -81,13 +82,18 @@ def pool_adjacent_violators_kernel(
         tl.store(begins_ptr + at + begin, begin * 0 + 1)
 
 
-@kernel("*fp64 *i64 *i64 *fp64 i32 i32", ("fp64",), {None: {"BLOCK": _BLOCK}})
+@kernel(
+    "*fp64 *i64 *i64 *fp64 i32 i32",
+    ("fp64",),
+    {None: {"BLOCK": _BLOCK}},
+    narrow="reads 32 numbers at a time, which are fewer than its threads",
+)
 @triton.jit(do_not_specialize=["n", "blocks"])
 def group_sum_kernel(x_ptr, start_ptr, end_ptr, sum_ptr, n, blocks, BLOCK: tl.constexpr):
     """The sum of x over the places from ``start`` to ``end`` of each place."""
     program = tl.program_id(0)
     at = (program // blocks).to(tl.int64) * n
-    place = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    place = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < n
     start = tl.load(start_ptr + at + place, mask=inside, other=n)
     end = tl.load(end_ptr + at + place, mask=inside, other=0)

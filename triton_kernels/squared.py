@@ -11,7 +11,7 @@ from custom_ops.triton_kernels.common import BLOCK, FLOATING, kernel, widen
 _VARIANTS = {None: {"BLOCK": BLOCK}}
 
 
-@kernel("*T *T i32", FLOATING, _VARIANTS)
+@kernel("*T *T i32", FLOATING, _VARIANTS, streams=BLOCK)
 @triton.jit
 def squared_relu_forward_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -20,7 +20,7 @@ def squared_relu_forward_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.where(v <= 0, 0.0, v * v), mask=inside)
 
 
-@kernel("*T *T *T i32", FLOATING, _VARIANTS)
+@kernel("*T *T *T i32", FLOATING, _VARIANTS, streams=BLOCK)
 @triton.jit
 def squared_relu_backward_kernel(grad_ptr, x_ptr, out_ptr, elements, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

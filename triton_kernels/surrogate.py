@@ -11,7 +11,7 @@ from custom_ops.triton_kernels.common import BLOCK, FLOATING, divide, kernel, wi
 _SHAPES = ("sigmoid", "atan", "triangle", "boxcar")
 
 
-@kernel("*T *T i32", FLOATING, {None: {"BLOCK": BLOCK}})
+@kernel("*T *T i32", FLOATING, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit
 def surrogate_step_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -24,7 +24,7 @@ def surrogate_step_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
     "*T *T *T fp64 i32",
     FLOATING,
     {shape: {"SHAPE": shape, "BLOCK": BLOCK} for shape in _SHAPES},
-    num_warps=8,  # with 4, float64 spills on sm_100
+    streams=BLOCK,
 )
 @triton.jit
 def surrogate_slope_kernel(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import BLOCK, FLOATING, INDEX, divide, kernel, widen
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, INDEX, divide, kernel, locate, widen
 
 # ---------------------------------------------------------------- bounds
 
@@ -23,8 +23,8 @@ def _steps(ranks_ptr, points, BLOCK: tl.constexpr):
     return at, inside & ((at == 0) | (rank != previous)), follows & (rank < previous)
 
 
-@kernel("*T *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}})
-@triton.jit(do_not_specialize=["points", "blocks"])
+@kernel("*T *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@triton.jit(do_not_specialize=["blocks"])
 def voxel_bounds_count_kernel(ranks_ptr, counts_ptr, points, blocks, BLOCK: tl.constexpr):
     _, begins, descends = _steps(ranks_ptr, points, BLOCK)
     block = tl.program_id(0)
@@ -32,8 +32,8 @@ def voxel_bounds_count_kernel(ranks_ptr, counts_ptr, points, blocks, BLOCK: tl.c
     tl.store(counts_ptr + blocks + block, tl.sum(descends.to(tl.int32)))
 
 
-@kernel("*T *i64 *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}})
-@triton.jit(do_not_specialize=["points", "blocks"])
+@kernel("*T *i64 *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@triton.jit(do_not_specialize=["blocks"])
 def voxel_bounds_place_kernel(ranks_ptr, through_ptr, bounds_ptr, points, blocks, BLOCK: tl.constexpr):
     at, begins, _ = _steps(ranks_ptr, points, BLOCK)
     block = tl.program_id(0)
@@ -69,12 +69,10 @@ def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _cell(points_ptr, frame_ptr, at, frame, inside, axis: tl.constexpr, cells, TRUNCATE: tl.constexpr):
+def _cell(points_ptr, frame_ptr, at, inside, axis: tl.constexpr, cells, TRUNCATE: tl.constexpr):
     """The cell of each point along an axis, and whether it is in the grid; a NaN isn't."""
     x = widen(tl.load(points_ptr + at * 3 + axis, mask=inside, other=0))
-    origin = tl.load(frame_ptr + frame * 6 + axis, mask=inside, other=0)
-    size = tl.load(frame_ptr + frame * 6 + 3 + axis, mask=inside, other=1)
-    position = divide(x - origin, size)
+    position = divide(x - tl.load(frame_ptr + axis), tl.load(frame_ptr + 3 + axis))
     whole = tl.floor(position)
     if TRUNCATE:
         whole = tl.where(position < 0, tl.ceil(position), whole)
@@ -83,30 +81,34 @@ def _cell(points_ptr, frame_ptr, at, frame, inside, axis: tl.constexpr, cells, T
 
 
 @kernel(
-    "*T *A *i64 i64 i64 i32 i32 i32",
+    "*T *A *i64 i32 i32 i32 i32 i32",
     FLOATING,
     {truncate: {"TRUNCATE": truncate, "BLOCK": BLOCK} for truncate in (False, True)},
+    num_warps=8,
+    narrow="points are rows of three numbers",
     enable_fp_fusion=False,
 )
-@triton.jit(do_not_specialize=["points", "per_frame", "x_cells", "y_cells", "z_cells"])
+@triton.jit(do_not_specialize=["x_cells", "y_cells", "z_cells", "blocks"])
 def voxel_index_kernel(
     points_ptr,
     frame_ptr,
     out_ptr,
-    points,
-    per_frame,
     x_cells,
     y_cells,
     z_cells,
+    points,
+    blocks,
     TRUNCATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < points
-    frame = at // per_frame
-    x, in_x = _cell(points_ptr, frame_ptr, at, frame, inside, 0, x_cells, TRUNCATE)
-    y, in_y = _cell(points_ptr, frame_ptr, at, frame, inside, 1, y_cells, TRUNCATE)
-    z, in_z = _cell(points_ptr, frame_ptr, at, frame, inside, 2, z_cells, TRUNCATE)
+    example, block = locate(blocks)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < points
+    at = example * points + index
+    frame_ptr += example * 6
+    x, in_x = _cell(points_ptr, frame_ptr, at, inside, 0, x_cells, TRUNCATE)
+    y, in_y = _cell(points_ptr, frame_ptr, at, inside, 1, y_cells, TRUNCATE)
+    z, in_z = _cell(points_ptr, frame_ptr, at, inside, 2, z_cells, TRUNCATE)
     rank = tl.where(in_x & in_y & in_z, (x * y_cells + y) * z_cells + z, -1)
     tl.store(out_ptr + at, rank, mask=inside)
 
@@ -119,12 +121,10 @@ def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cel
     if frame.numel() != 6 * frames or (frames != 1 and (points.dim() < 2 or frames != points.shape[0])):
         raise RuntimeError("frame: expected 6 numbers, for all points or for each example")
     out = points.new_empty(points.shape[:-1], dtype=torch.int64)
-    n = out.numel()
-    voxel_index_kernel(
-        triton.cdiv(n, BLOCK),
-        *(points, frame, out, n, max(n // max(frames, 1), 1), x_cells, y_cells, z_cells),
-        variant=truncate,
-    )
+    of_frame = out.numel() // max(frames, 1)
+    blocks = triton.cdiv(of_frame, BLOCK)
+    sizes = (x_cells, y_cells, z_cells, of_frame, blocks)
+    voxel_index_kernel(frames * blocks, points, frame, out, *sizes, variant=truncate)
     return out
 
 

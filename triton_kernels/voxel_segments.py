@@ -81,13 +81,13 @@ def _sum_rows(
     """The sums over the points at start to stop, for WIDTH columns, in the accumulator's dtype."""
     first = tl.arange(0, ROWS)
     total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty))
-    for begin in range(start, stop, ROWS):
-        position = (begin + first).to(tl.int64)  # interpreted, begin has no width of its own
+    for begin in range(0, stop - start, ROWS):
+        position = start + begin + first
         inside = position < stop
         row = _point(perm_ptr, position, inside, points, PERM)
         if WEIGHT:
             weight = widen(tl.load(weight_ptr + row, mask=inside, other=0))
-            row = row // (bins * plane) * plane + row % plane
+            row = row // plane // bins * plane + row % plane
         exists = inside[:, None] & (column < columns)[None, :]
         value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
         total += weight[:, None] * value if WEIGHT else value
@@ -131,10 +131,11 @@ def _max_rows(
         best = tl.where(exists & above, value, best)
         where = tl.where(exists & above, candidate, where)
     nan = best != best
-    has_nan = tl.max(nan.to(tl.int32), axis=0) > 0
+    first_nan = tl.min(tl.where(nan, where, _NOWHERE), axis=0)
     largest = tl.max(tl.where(nan, float("-inf"), best), axis=0)
-    candidate = tl.where(has_nan[None, :], nan, best == largest[None, :])
-    return tl.where(has_nan, float("nan"), largest), tl.min(tl.where(candidate, where, _NOWHERE), axis=0)
+    first = tl.min(tl.where(best == largest[None, :], where, _NOWHERE), axis=0)
+    has_nan = first_nan < _NOWHERE
+    return tl.where(has_nan, float("nan"), largest), tl.where(has_nan, first_nan, first)
 
 
 # Each reduction with the order and weights it may have: (PERM, WEIGHT, MAX).
@@ -155,7 +156,7 @@ _REDUCE_VARIANTS = {
 
 # A segment of more than CHUNK points starts in one chunk and reaches into the next. So a chunk has
 # at most one that started before it and at most one that starts in it: parts 0 and 1 of partial.
-@kernel("*T *T *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _REDUCE_VARIANTS, num_warps=1)
+@kernel("*T *T *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _REDUCE_VARIANTS, streams=_TILE)
 @triton.jit(
     do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "steps", "own_indptr", "own_perm"]
 )
@@ -230,6 +231,7 @@ def segment_reduce_chunks_kernel(
     "*T *T *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     _REDUCE_VARIANTS,
+    streams=_TILE,
 )
 @triton.jit(
     do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "mean", "own_indptr", "own_perm"]
@@ -281,6 +283,8 @@ def segment_reduce_kernel(
                 x_ptr, perm_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM, False
             )
         else:
+            first = tl.load(partial_ptr + starting, mask=exists, other=0)
+            first_at = tl.load(partial_at_ptr + starting, mask=exists, other=0)
             total, where = _max_rows(
                 partial_ptr + before,
                 partial_at_ptr + before,
@@ -295,10 +299,9 @@ def segment_reduce_kernel(
                 False,
                 True,
             )
-            first = tl.load(partial_ptr + starting, mask=exists, other=0)
             earlier = (first >= total) | (first != first)
             total = tl.where(earlier, first, total)
-            where = tl.where(earlier, tl.load(partial_at_ptr + starting, mask=exists, other=0), where)
+            where = tl.where(earlier, first_at, where)
         filled = (where >= 0) & (where < points)  # of a corrupted indptr it may be anything
         point = _point(perm_ptr, where, filled, points, PERM)
         tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
@@ -322,8 +325,7 @@ def segment_reduce_kernel(
                 WEIGHT,
             )
         else:
-            total = tl.load(partial_ptr + starting, mask=exists, other=0)
-            total += _sum_rows(
+            total = _sum_rows(
                 partial_ptr + before,
                 partial_ptr,
                 perm_ptr,
@@ -339,6 +341,7 @@ def segment_reduce_kernel(
                 False,
                 False,
             )
+            total += tl.load(partial_ptr + starting, mask=exists, other=0)
         if mean != 0:
             total = total / tl.maximum(stop - start, 1)
     tl.store(out_ptr + out_row * columns + column, total, mask=exists)
@@ -347,7 +350,12 @@ def segment_reduce_kernel(
 # ---------------------------------------------------------------- adjoints
 
 
-@kernel("*i64 *i64 *i64 i32 i32 i32 i32", ("i64",), {perm: {"PERM": perm, "BLOCK": 256} for perm in (False, True)})
+@kernel(
+    "*i64 *i64 *i64 i32 i32 i32 i32",
+    ("i64",),
+    {perm: {"PERM": perm, "BLOCK": 256} for perm in (False, True)},
+    narrow="searches each point's segment among the boundaries",
+)
 @triton.jit(do_not_specialize=["points", "segments", "blocks", "steps"])
 def segment_rank_kernel(
     indptr_ptr, perm_ptr, rank_ptr, points, segments, blocks, steps, PERM: tl.constexpr, BLOCK: tl.constexpr
@@ -381,13 +389,15 @@ def _scale(indptr_ptr, segment, found, mean):
         return found.to(tl.float64)
 
 
-_SPREAD = {width: {"POINTS": 2 * _TILE // width, "WIDTH": width} for width in _WIDTHS}
+_SPREAD_TILE = 2 * _TILE
+_SPREAD = {width: {"POINTS": _SPREAD_TILE // width, "WIDTH": width} for width in _WIDTHS}
 
 
 @kernel(
     "*T *T *i64 *i64 *T i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     {(width, weight): {**_SPREAD[width], "WEIGHT": weight} for width in _WIDTHS for weight in (False, True)},
+    streams=_SPREAD_TILE,
 )
 @triton.jit(do_not_specialize=["segments", "rows", "bins", "plane", "pieces", "blocks", "mean", "own"])
 def segment_spread_rows_kernel(
@@ -412,7 +422,7 @@ def segment_spread_rows_kernel(
     program = tl.program_id(0)
     column = program % pieces * WIDTH + tl.arange(0, WIDTH)
     example, row, inside, first = _points_of(program // pieces, blocks, rows, bins, plane, POINTS)
-    points = rows * bins
+    points, plane = rows * bins.to(tl.int64), plane.to(tl.int64)
     rank_ptr += example * own * points
     indptr_ptr += example * own * (segments + 1)
     weight_ptr += example * points
@@ -435,7 +445,7 @@ def segment_spread_rows_kernel(
     tl.store(out_ptr + at, total, mask=inside[:, None] & exists)
 
 
-@kernel("*T *T *i64 *i64 *T i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _SPREAD)
+@kernel("*T *T *i64 *i64 *T i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _SPREAD, streams=_SPREAD_TILE)
 @triton.jit(do_not_specialize=["segments", "rows", "bins", "plane", "blocks", "mean", "own"])
 def segment_spread_dots_kernel(
     sums_ptr,
@@ -456,7 +466,7 @@ def segment_spread_dots_kernel(
 ):
     program = tl.program_id(0)
     example, row, inside, first = _points_of(program, blocks, rows, bins, plane, POINTS)
-    points = rows * bins
+    points, plane = rows * bins.to(tl.int64), plane.to(tl.int64)
     rank_ptr += example * own * points
     indptr_ptr += example * own * (segments + 1)
     sums_ptr += example * segments * columns
