@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from custom_ops.benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import REGISTRY, Sample
 from custom_ops.verify import backend
 
 PAGE = Path(__file__).parent.parent / "docs" / "launches.md"
@@ -47,6 +48,28 @@ def test_new_sizes_compile_nothing(op):
     kernels = [(name, variant, *(seen[0] for seen in args if seen)) for name, variant, *args in compiled]
     for kernel in kernels:
         assert kernels.count(kernel) <= 3, [launch for launch in compiled if launch[0] == kernel[0]]
+
+
+def off_alignment(value):
+    """A tensor's copy whose memory begins one element behind a multiple of 16 bytes."""
+    if not isinstance(value, torch.Tensor) or value.is_sparse:
+        return value
+    moved = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)
+    return moved.copy_(value.detach()).requires_grad_(value.requires_grad)
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_a_slice_compiles_once_more_at_most(op):
+    """As no kernel may take 16 bytes at once from where a slice begins."""
+    sample = samples(REGISTRY[op])[0]
+    args, kwargs = tuple(map(off_alignment, sample.args)), {k: off_alignment(v) for k, v in sample.kwargs.items()}
+    compiled = set()
+    for given in (sample, Sample(args, kwargs, sample.dynamic)):
+        for trace in trace_of(REGISTRY[op], given):
+            compiled |= {launch.compiled for launch in trace.launches}
+    kernels = [(name, variant) for name, variant, *_ in compiled]
+    for kernel in kernels:
+        assert kernels.count(kernel) <= 2, [launch for launch in compiled if launch[0] == kernel[0]]
 
 
 def test_the_page_is_current():
