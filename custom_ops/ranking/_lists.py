@@ -369,7 +369,7 @@ def list_loss(
     # A DTensor is left sharded until only the losses of its lists are to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
     by_op = _checks.REDUCTIONS.index(reduction) if whole else NONE
-    loss, _, active = op(scores.to(wide), labels.to(wide), valid, offsets, by_op, 0, *params)
+    loss, _, active = library.direct(op)(scores.to(wide), labels.to(wide), valid, offsets, by_op, 0, *params)
     if by_op == NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)

@@ -88,7 +88,7 @@ class Preference(Function, op=preference):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope = preference_slope(grad, *ctx.saved_tensors, 1, *ctx.parameters)
+        slope = PreferenceSlope.apply(grad, *ctx.saved_tensors, 1, *ctx.parameters)
         return *_back(slope, ctx.needs_input_grad), *[None] * 8
 
     @staticmethod
@@ -207,7 +207,7 @@ def _loss(
     assert chosen is not None and rejected is not None
     divisor = chosen.numel() if reduction == "mean" else 1
     padded = (*offsets, None, None)[:2]
-    return preference(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)
+    return Preference.apply(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)
 
 
 def _is_smoothing(value: Any, limit: float) -> None:

@@ -137,7 +137,7 @@ def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None)
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
     low, high = _check_limits(min, max)
-    return gradient_clipping(x, low, high)
+    return library.direct(gradient_clipping)(x, low, high)
 
 
 def _check_limits(min: float | None, max: float | None) -> tuple[float | None, float | None]:

@@ -58,7 +58,9 @@ class GradientScaling(Function, op=gradient_scaling):
 
 
 def _scaled(grad: Tensor, factor: float, scale: Tensor | None) -> Tensor:
-    return grad * factor if scale is None else (grad * scale).to(grad.dtype)
+    if scale is not None:
+        return (grad * scale).to(grad.dtype)
+    return -grad if factor == -1 else grad * factor  # the same, in a third of the time on a few elements
 
 
 @library.vmap(gradient_scaling)
@@ -100,11 +102,11 @@ def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
     _checks.has_dtype("x", x, _checks.FLOATING)
     _check_scale("scale", scale)
     if not isinstance(scale, Tensor):
-        return gradient_scaling(x, float(scale), None)
+        return library.direct(gradient_scaling)(x, float(scale), None)
     _checks.same_device(x=x, scale=scale)
     if scale.dim() > x.dim() or not all(s in (1, n) for s, n in zip(reversed(scale.shape), reversed(x.shape))):
         raise ValueError(f"scale: expected a shape that broadcasts to {list(x.shape)}, got {list(scale.shape)}")
-    return gradient_scaling(x, 1.0, scale)
+    return library.direct(gradient_scaling)(x, 1.0, scale)
 
 
 def _check_scale(name: str, scale: Any) -> None:
