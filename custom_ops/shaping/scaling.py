@@ -10,7 +10,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, OpInfo, Sample, register
-from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, integers, leaf, two
+from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, beside_hook, integers, leaf, two
 
 __all__ = [
     "GradientScaling",
@@ -242,6 +242,7 @@ register(
             BadCall((two, torch.ones(2, 2)), r"scale: expected a shape that broadcasts to \[2\], got \[2, 2\]"),
             BadCall((two, two.to("meta")), "scale: expected on cpu as x, got meta"),
         ],
+        benchmarks=[beside_hook(torch.mul, 0.5)],
         not_applicable=VIEW,
         not_comparable=OF_SHAPING,
     )
@@ -268,6 +269,7 @@ register(
             BadCall((two, "1"), "lambda_: expected a number, got str"),
             BadCall((two, integers), "lambda_: expected one of float16, .* got int64"),
         ],
+        benchmarks=[beside_hook(torch.neg)],
         not_applicable=VIEW,
         not_comparable=OF_SHAPING,
     )
