@@ -116,8 +116,8 @@ def _max_rows(
     first = tl.arange(0, ROWS)
     best = widen(tl.full([ROWS, WIDTH], float("-inf"), x_ptr.dtype.element_ty))
     where = tl.full([ROWS, WIDTH], _NOWHERE, tl.int64)
-    for begin in range(start, stop, ROWS):
-        position = (begin + first).to(tl.int64)
+    for begin in range(0, stop - start, ROWS):
+        position = start + begin + first
         inside = position < stop
         row = _point(perm_ptr, position, inside, points, PERM)
         exists = inside[:, None] & (column < columns)[None, :]
