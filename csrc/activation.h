@@ -12,20 +12,25 @@ constexpr int64_t kTile = 512;      // elements whose intermediate values stay i
 template <class T, class Rule>
 TARGET_LANES int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y,
                                       uint8_t* mask, int64_t n, bool stream) {
-  using V = Vector<Accumulator<T>>;
+  using L = Lanes<T>;
+  using V = typename L::V;
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
     uint32_t draws = 0;
     if (random != nullptr) std::memcpy(&draws, random + i / 8, sizeof(draws));
     V kept[avx2::kStep / V::kLanes];
-    for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
-      V v = V::load(x + i + k), result;
-      if (bias != nullptr) v = v + V::load(bias + i + k);
-      kept[k / V::kLanes] = rule.apply(v, V::signs_of(draws, static_cast<int>(k)), result);
-      if (Rule::kExact && bias == nullptr) result.store_exact(y + i + k, stream);
-      else result.store(y + i + k, stream);
+    for (int64_t k = 0; k < avx2::kStep; k += 2 * V::kLanes) {
+      V v[2], shift[2], result[2];
+      L::load(x + i + k, v);
+      if (bias != nullptr) L::load(bias + i + k, shift);
+      for (int64_t j = 0; j < 2; ++j) {
+        if (bias != nullptr) v[j] = v[j] + shift[j];
+        kept[k / V::kLanes + j] = rule.apply(v[j], L::signs_of(draws, k, j), result[j]);
+      }
+      if (Rule::kExact && bias == nullptr) L::store_exact(result, y + i + k, stream);
+      else L::store(result, y + i + k, stream);
     }
-    const uint32_t bits = V::signs(kept);
+    const uint32_t bits = L::signs(kept);
     std::memcpy(mask + i / 8, &bits, sizeof(bits));
   }
   return i;

@@ -47,6 +47,16 @@ void multiversion(const Body& body) {
   body();
 }
 
+// out[i] = f(i) for n elements; `f` marked ALWAYS_INLINE, as for `multiversion`.
+template <class T, class F>
+void each_element(T* out, int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 32768, [&](int64_t begin, int64_t end) {
+    multiversion([=]() ALWAYS_INLINE {  // all copied, since what is written could be what a reference is to
+      for (int64_t i = begin; i < end; ++i) out[i] = f(i);
+    });
+  });
+}
+
 // Whether a fresh output is written past the caches. A large one is: they would fetch each line only to have it
 // overwritten, and push it out again before anyone reads it. Then `flush` before the thread says that it is done.
 class Streaming {

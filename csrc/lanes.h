@@ -1,5 +1,5 @@
-// Vectors of floats: 8 lanes of float for the 16- and 32-bit types, 4 of double for the 64-bit one. They are stored
-// past the caches if `stream`, as `Streaming` says.
+// Vectors of floats: 8 lanes of float for the 16- and 32-bit types, 4 of double for the 64-bit one, and how elements
+// lie in them. They are stored past the caches if `stream`, as `Streaming` says.
 #pragma once
 
 #include "bits.h"
@@ -27,30 +27,9 @@ struct Vector<float> {
   TARGET_LANES static Vector load(const Half* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
-  TARGET_LANES static Vector load(const BFloat16* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
-  }
   TARGET_LANES void store(float* p, bool stream) const { avx2::store(p, _mm256_castps_si256(v), stream); }
   TARGET_LANES void store(Half* p, bool stream) const {
     avx2::store(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), stream);
-  }
-  // To nearest, ties to even. The NaNs here carry 16 bits, so that rounding can't make an infinity of one.
-  TARGET_LANES void store(BFloat16* p, bool stream) const {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
-    Vector{_mm256_castsi256_ps(_mm256_add_epi32(bits, half))}.store_exact(p, stream);
-  }
-  // Of numbers that a T holds.
-  template <class T>
-  TARGET_LANES void store_exact(T* p, bool stream) const {
-    store(p, stream);
-  }
-  TARGET_LANES void store_exact(BFloat16* p, bool stream) const {
-    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    avx2::store(p, _mm256_castsi256_si128(packed), stream);
   }
   TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_ps(v, o.v)}; }
   TARGET_LANES Vector operator-(Vector o) const { return {_mm256_sub_ps(v, o.v)}; }
@@ -73,10 +52,12 @@ struct Vector<float> {
   }
   // `yes` where the lane's sign is set, else this.
   TARGET_LANES Vector replaced(Vector yes, Vector where) const { return {_mm256_blendv_ps(v, yes.v, where.v)}; }
-  // The bits from `first` on, each as the sign of its lane.
+  // Every kApart-th bit from `first` on, as the sign of its lane.
+  template <int kApart = 1>
   TARGET_LANES static Vector signs_of(uint32_t bits, int first) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i to_sign =
-        _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), _mm256_set1_epi32(first));
+        _mm256_sub_epi32(_mm256_set1_epi32(31 - first), _mm256_mullo_epi32(_mm256_set1_epi32(kApart), lane));
     return {_mm256_castsi256_ps(_mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int32_t>(bits)), to_sign))};
   }
 };
@@ -89,7 +70,6 @@ struct Vector<double> {
   TARGET_LANES static Vector all(double x) { return {_mm256_set1_pd(x)}; }
   TARGET_LANES static Vector load(const double* p) { return {_mm256_loadu_pd(p)}; }
   TARGET_LANES void store(double* p, bool stream) const { avx2::store(p, _mm256_castpd_si256(v), stream); }
-  TARGET_LANES void store_exact(double* p, bool stream) const { store(p, stream); }
   TARGET_LANES Vector operator+(Vector o) const { return {_mm256_add_pd(v, o.v)}; }
   TARGET_LANES Vector operator-(Vector o) const { return {_mm256_sub_pd(v, o.v)}; }
   TARGET_LANES Vector operator*(Vector o) const { return {_mm256_mul_pd(v, o.v)}; }
@@ -109,6 +89,76 @@ struct Vector<double> {
   TARGET_LANES static Vector signs_of(uint32_t bits, int first) {
     const __m256i to_sign = _mm256_sub_epi64(_mm256_set_epi64x(60, 61, 62, 63), _mm256_set1_epi64x(first));
     return {_mm256_castsi256_pd(_mm256_sllv_epi64(_mm256_set1_epi64x(bits), to_sign))};
+  }
+};
+
+// Two vectors of consecutive elements of T: one half in each.
+template <class T>
+struct Lanes {
+  using V = Vector<Accumulator<T>>;
+
+  template <class From>
+  TARGET_LANES static void load(const From* p, V (&v)[2]) {
+    v[0] = V::load(p), v[1] = V::load(p + V::kLanes);
+  }
+  template <class To>
+  TARGET_LANES static void store(const V (&v)[2], To* p, bool stream) {
+    v[0].store(p, stream), v[1].store(p + V::kLanes, stream);
+  }
+  // Of numbers that a T holds.
+  TARGET_LANES static void store_exact(const V (&v)[2], T* p, bool stream) { store(v, p, stream); }
+  // The bits of vector `which` of those whose first element is the one of bit `first`.
+  TARGET_LANES static V signs_of(uint32_t bits, int64_t first, int64_t which) {
+    return V::signs_of(bits, static_cast<int>(first + which * V::kLanes));
+  }
+  TARGET_LANES static uint32_t signs(const V (&v)[avx2::kStep / V::kLanes]) { return V::signs(v); }
+};
+
+// The elements of even places, and those of odd ones: the low and the high half of each word of 32 bits.
+template <>
+struct Lanes<BFloat16> {
+  using V = Vector<float>;
+
+  TARGET_LANES static __m256i bits_of(V x) { return _mm256_castps_si256(x.v); }
+  // The high half of each word, in place of its low one and in its own.
+  TARGET_LANES static __m256i merged(__m256i even, __m256i odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xAA);
+  }
+  // To nearest, ties to even. The NaNs here carry 16 bits, so that rounding can't make an infinity of one.
+  TARGET_LANES static __m256i rounded(V x) {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits_of(x), 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits_of(x), _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  }
+
+  TARGET_LANES static void load(const BFloat16* p, V (&v)[2]) {
+    const __m256i both = avx2::load(p);
+    v[0].v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    v[1].v = _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_set1_epi32(0xFFFF), both));
+  }
+  TARGET_LANES static void load(const float* p, V (&v)[2]) {
+    const __m256 low = _mm256_loadu_ps(p), high = _mm256_loadu_ps(p + V::kLanes);
+    const __m256 first = _mm256_permute2f128_ps(low, high, 0x20), last = _mm256_permute2f128_ps(low, high, 0x31);
+    const __m256 even = _mm256_shuffle_ps(first, last, 0x88), odd = _mm256_shuffle_ps(first, last, 0xDD);
+    v[0].v = even, v[1].v = odd;
+  }
+  TARGET_LANES static void store(const V (&v)[2], BFloat16* p, bool stream) {
+    avx2::store(p, merged(rounded(v[0]), rounded(v[1])), stream);
+  }
+  TARGET_LANES static void store_exact(const V (&v)[2], BFloat16* p, bool stream) {
+    avx2::store(p, merged(bits_of(v[0]), bits_of(v[1])), stream);
+  }
+  TARGET_LANES static void store(const V (&v)[2], float* p, bool) {
+    const __m256 low = _mm256_unpacklo_ps(v[0].v, v[1].v), high = _mm256_unpackhi_ps(v[0].v, v[1].v);
+    _mm256_storeu_ps(p, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(p + V::kLanes, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  TARGET_LANES static V signs_of(uint32_t bits, int64_t first, int64_t which) {
+    return V::signs_of<2>(bits, static_cast<int>(first + which));
+  }
+  TARGET_LANES static uint32_t signs(const V (&v)[4]) {
+    const __m256i bytes =
+        _mm256_packs_epi16(merged(bits_of(v[0]), bits_of(v[1])), merged(bits_of(v[2]), bits_of(v[3])));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
   }
 };
 

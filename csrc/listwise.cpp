@@ -201,8 +201,10 @@ struct Ordered {
     s = widened(list.s, n, scale, scratch);
     v = list.v ? widened(list.v, n, 1, scratch) : nullptr;
     y = grouped ? widened(list.y, n, 1, scratch) : nullptr;
-    if (!grouped) groups = n;
-    if (!grouped) return;
+    if (!grouped) {
+      groups = n;
+      return;
+    }
     first = scratch.template get<int64_t>(n + 1);
     for (int64_t i = 0; i < n; ++i)
       if (i == 0 || y[i] != y[i - 1]) first[groups++] = i;

@@ -21,7 +21,8 @@ template <class T>
 TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumulator<T> margin, T* loss, uint8_t* mask,
                                    double& sum, int64_t n, bool stream) {
   using A = Accumulator<T>;
-  using V = Vector<A>;
+  using L = Lanes<T>;
+  using V = typename L::V;
   constexpr int64_t kVectors = avx2::kStep / V::kLanes;
   int64_t i = 0;
   while (i + avx2::kStep <= n) {
@@ -29,14 +30,19 @@ TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumul
     for (V& v : sums) v = V::all(0);
     for (const int64_t end = std::min(n - avx2::kStep, i + kTile - avx2::kStep); i <= end; i += avx2::kStep) {
       V kept[kVectors];
-      for (int64_t k = 0; k < kVectors; ++k) {
+      for (int64_t k = 0; k < kVectors; k += 2) {
         const int64_t at = i + k * V::kLanes;
-        const V v = (V::load(x2 + at) - V::load(x1 + at)) * V::load(y + at) + V::all(margin);
-        kept[k] = v >= V::all(0);
-        if (loss != nullptr) hinge_vector(v).store(loss + at, stream);
-        else sums[k] = sums[k] + hinge_vector(v);
+        V low[2], high[2], sign[2], hinges[2];
+        L::load(x1 + at, low), L::load(x2 + at, high), L::load(y + at, sign);
+        for (int64_t j = 0; j < 2; ++j) {
+          const V v = (high[j] - low[j]) * sign[j] + V::all(margin);
+          kept[k + j] = v >= V::all(0);
+          hinges[j] = hinge_vector(v);
+          if (loss == nullptr) sums[k + j] = sums[k + j] + hinges[j];
+        }
+        if (loss != nullptr) L::store(hinges, loss + at, stream);
       }
-      const uint32_t bits = V::signs(kept);
+      const uint32_t bits = L::signs(kept);
       std::memcpy(mask + i / 8, &bits, sizeof(bits));
     }
     for (const V& v : sums) {
@@ -52,19 +58,28 @@ template <class T>
 TARGET_LANES int64_t hinge_gradient_vectors(const T* x1, const T* x2, const T* y, const T* grads, Accumulator<T> grad,
                                             const uint8_t* mask, T* grad1, T* grad2, T* grad_y, int64_t n,
                                             bool stream) {
-  using V = Vector<Accumulator<T>>;
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const V zero = V::all(0);
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
     uint32_t bits;
     std::memcpy(&bits, mask + i / 8, sizeof(bits));
-    for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
+    for (int64_t k = 0; k < avx2::kStep; k += 2 * V::kLanes) {
       const int64_t at = i + k;
-      const V zero = V::all(0), kept = V::signs_of(bits, static_cast<int>(k));
-      const V g = grads != nullptr ? V::load(grads + at) : V::all(grad);
-      const V toward2 = zero.replaced(V::load(y + at) * g, kept);
-      toward2.store(grad2 + at, stream);
-      (zero - toward2).store(grad1 + at, stream);
-      if (grad_y != nullptr) zero.replaced((V::load(x2 + at) - V::load(x1 + at)) * g, kept).store(grad_y + at, stream);
+      V low[2], high[2], sign[2], g[2] = {V::all(grad), V::all(grad)}, toward1[2], toward2[2], toward_y[2];
+      L::load(y + at, sign);
+      if (grads != nullptr) L::load(grads + at, g);
+      if (grad_y != nullptr) L::load(x1 + at, low), L::load(x2 + at, high);
+      for (int64_t j = 0; j < 2; ++j) {
+        const V kept = L::signs_of(bits, k, j);
+        toward2[j] = zero.replaced(sign[j] * g[j], kept);
+        toward1[j] = zero - toward2[j];
+        if (grad_y != nullptr) toward_y[j] = zero.replaced((high[j] - low[j]) * g[j], kept);
+      }
+      L::store(toward1, grad1 + at, stream);
+      L::store(toward2, grad2 + at, stream);
+      if (grad_y != nullptr) L::store(toward_y, grad_y + at, stream);
     }
   }
   return i;

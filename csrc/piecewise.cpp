@@ -81,16 +81,21 @@ void activate(const Rule& rule, const T* x, const T* bias, int64_t inner, int64_
 template <class T>
 TARGET_LANES int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out, Accumulator<T>* values, int64_t n,
                                         Accumulator<T> on, Accumulator<T> off, bool stream) {
-  using V = Vector<Accumulator<T>>;
+  using L = Lanes<T>;
+  using V = typename L::V;
   int64_t i = 0;
   for (; i + avx2::kStep <= n; i += avx2::kStep) {
     uint32_t bits;
     std::memcpy(&bits, mask + i / 8, sizeof(bits));
-    for (int64_t k = 0; k < avx2::kStep; k += V::kLanes) {
-      const V v = V::load(x + i + k), rest = off != 0 ? v * V::all(off) : V::all(0);
-      const V masked = rest.replaced(v * V::all(on), V::signs_of(bits, static_cast<int>(k)));
-      masked.store(out + i + k, stream);
-      if (values != nullptr) masked.store(values + i + k, false);
+    for (int64_t k = 0; k < avx2::kStep; k += 2 * V::kLanes) {
+      V v[2];
+      L::load(x + i + k, v);
+      for (int64_t j = 0; j < 2; ++j) {
+        const V rest = off != 0 ? v[j] * V::all(off) : V::all(0);
+        v[j] = rest.replaced(v[j] * V::all(on), L::signs_of(bits, k, j));
+      }
+      L::store(v, out + i + k, stream);
+      if (values != nullptr) L::store(v, values + i + k, false);
     }
   }
   return i;

@@ -10,14 +10,9 @@ Tensor squared_relu_forward(const Tensor& x_in) {
     using T = typename decltype(type)::type;
     using A = Accumulator<T>;
     const T* xp = data<T>(x);
-    T* yp = mutable_data<T>(y);
-    torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t begin, int64_t end) {
-      multiversion([&]() ALWAYS_INLINE {
-        for (int64_t i = begin; i < end; ++i) {
-          const A v = static_cast<A>(xp[i]), kept = v <= 0 ? A(0) : v;
-          yp[i] = static_cast<T>(kept * kept);
-        }
-      });
+    each_element(mutable_data<T>(y), x.numel(), [=](int64_t i) ALWAYS_INLINE {
+      const A v = static_cast<A>(xp[i]), kept = v <= 0 ? A(0) : v;
+      return static_cast<T>(kept * kept);
     });
   });
   return y;
@@ -32,14 +27,9 @@ Tensor squared_relu_backward(const Tensor& grad_in, const Tensor& x_in) {
     using A = Accumulator<T>;
     const T* gp = data<T>(grad);
     const T* xp = data<T>(x);
-    T* op = mutable_data<T>(out);
-    torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t begin, int64_t end) {
-      multiversion([&]() ALWAYS_INLINE {
-        for (int64_t i = begin; i < end; ++i) {
-          const A v = static_cast<A>(xp[i]), slope = 2 * static_cast<A>(gp[i]) * v;
-          op[i] = static_cast<T>(v <= 0 ? A(0) : slope);
-        }
-      });
+    each_element(mutable_data<T>(out), x.numel(), [=](int64_t i) ALWAYS_INLINE {
+      const A v = static_cast<A>(xp[i]), slope = 2 * static_cast<A>(gp[i]) * v;
+      return static_cast<T>(v <= 0 ? A(0) : slope);
     });
   });
   return out;

@@ -4,8 +4,6 @@
 namespace custom_ops {
 namespace {
 
-constexpr int64_t kSpan = 1 << 14;
-
 // Slopes at u, each of integral 1; NaN stays NaN where the slope isn't constant.
 struct Sigmoid {
   template <class A>
@@ -38,13 +36,9 @@ template <class Step, class T>
 void slopes(const T* grad, const T* x, T* out, int64_t n, double wide) {
   using A = Accumulator<T>;
   const A width = static_cast<A>(wide);
-  torch::stable::parallel_for(0, n, kSpan, [&](int64_t begin, int64_t end) {
-    multiversion([=]() ALWAYS_INLINE {
-      for (int64_t i = begin; i < end; ++i) {
-        const A slope = Step::slope(static_cast<A>(x[i]) / width) / width;
-        out[i] = static_cast<T>(static_cast<A>(grad[i]) * slope);
-      }
-    });
+  each_element(out, n, [=](int64_t i) ALWAYS_INLINE {
+    const A slope = Step::slope(static_cast<A>(x[i]) / width) / width;
+    return static_cast<T>(static_cast<A>(grad[i]) * slope);
   });
 }
 
@@ -57,13 +51,8 @@ Tensor surrogate_step(const Tensor& x_in, int64_t, double) {
     using T = typename decltype(type)::type;
     using A = Accumulator<T>;
     const T* xp = data<T>(x);
-    T* yp = mutable_data<T>(y);
-    torch::stable::parallel_for(0, x.numel(), kSpan, [&](int64_t begin, int64_t end) {
-      multiversion([=]() ALWAYS_INLINE {
-        const T zero = static_cast<T>(A(0)), one = static_cast<T>(A(1));
-        for (int64_t i = begin; i < end; ++i) yp[i] = static_cast<A>(xp[i]) >= 0 ? one : zero;
-      });
-    });
+    each_element(mutable_data<T>(y), x.numel(),
+                 [=](int64_t i) ALWAYS_INLINE { return static_cast<T>(static_cast<A>(xp[i]) >= 0 ? A(1) : A(0)); });
   });
   return y;
 }

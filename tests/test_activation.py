@@ -49,6 +49,18 @@ def test_torchs_values_and_gradients_at_special_values(dtype, name):
     assert torch.equal(a.grad[compared], b.grad[compared])
 
 
+@pytest.mark.parametrize("slope", [0.01, -0.5, 1.0, 2**-8, 3e38, 1e-39, math.inf])
+def test_torchs_leaky_relu_at_every_bfloat16(slope):
+    words = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    grad = words[torch.randperm(len(words))]
+    a, b = words.clone().requires_grad_(), words.clone().requires_grad_()
+    y, expected = custom_ops.leaky_relu(a, slope), F.leaky_relu(b, slope)
+    y.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["relu6", "hardtanh"])
 def test_no_gradient_at_nan(name):
     x = torch.full((40,), math.nan, requires_grad=True)
