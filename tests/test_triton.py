@@ -382,8 +382,7 @@ def test_kernels_load_16_bytes_at_a_time_or_say_why_not():
 
 def test_streaming_kernels_have_room_for_half_of_the_warps():
     for kernel, dtype, share, _, why in rows_of_gpu_page():
-        maxima = kernel == "segment_reduce_kernel" and dtype in ("bf16", "fp16")  # each with its position in 64 bits
-        assert int(share) >= (30 if maxima else 50) or why, (kernel, dtype)
+        assert int(share) >= 50 or why, (kernel, dtype)
 
 
 # The kernels in which the CPU's rounding decides on which side of a kink a value lies.

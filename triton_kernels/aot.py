@@ -219,8 +219,7 @@ def markdown(reports: Iterable[Report]) -> str:
         "the worst of its variants: registers per thread, shared bytes per program, the share of a multiprocessor's "
         "warps that these leave room for, and the bytes of a thread's widest access to global memory in the "
         "PTX; where that is less than 16, why. Where it is 16, it is so on the other targets too, and there is room "
-        "for at least half of the warps, but for maxima over segments in 16 bits. The first launch of each variant "
-        "compiles it, which takes one core less than "
+        "for at least half of the warps. The first launch of each variant compiles it, which takes one core less than "
         f"{FIRST_LAUNCH:g} seconds, and Triton's cache folder keeps it; [launches.md](launches.md) has how many an op "
         "needs.",
         "",

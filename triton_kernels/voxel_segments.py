@@ -18,7 +18,7 @@ _TILE = 512
 # Longer segments are reduced in chunks of as many points, so that no program is long.
 _CHUNK = 128
 
-_NOWHERE = tl.constexpr(2**62)  # the position of a maximum that isn't there
+_NOWHERE = tl.constexpr(2**31 - 1)  # behind all rows
 
 
 def _width(columns: int) -> int:
@@ -97,7 +97,6 @@ def _sum_rows(
 @triton.jit
 def _max_rows(
     x_ptr,
-    at_ptr,
     perm_ptr,
     start,
     stop,
@@ -107,35 +106,32 @@ def _max_rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PERM: tl.constexpr,
-    MERGE: tl.constexpr,
 ):
-    """The largest value at start to stop, for WIDTH columns, and the first position that has it.
+    """The largest value at start to stop, for WIDTH columns, and the first position that has it, -1 for none.
 
-    A NaN is larger than all numbers. With MERGE the positions are those of earlier results.
+    A NaN is larger than all numbers.
     """
     first = tl.arange(0, ROWS)
     best = widen(tl.full([ROWS, WIDTH], float("-inf"), x_ptr.dtype.element_ty))
-    where = tl.full([ROWS, WIDTH], _NOWHERE, tl.int64)
+    # Counted from start, since 64 bits take twice the registers; each row's first, in case all are -inf.
+    where = tl.broadcast_to(first[:, None], [ROWS, WIDTH])
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
         row = _point(perm_ptr, position, inside, points, PERM)
         exists = inside[:, None] & (column < columns)[None, :]
         at = row[:, None] * columns + column[None, :]
-        value = widen(tl.load(x_ptr + at, mask=exists, other=0))
-        if MERGE:
-            candidate = tl.load(at_ptr + at, mask=exists, other=_NOWHERE)
-        else:
-            candidate = tl.broadcast_to(position[:, None], [ROWS, WIDTH])
-        above = (value > best) | ((value != value) & (best == best)) | (where == _NOWHERE)
-        best = tl.where(exists & above, value, best)
-        where = tl.where(exists & above, candidate, where)
+        value = widen(tl.load(x_ptr + at, mask=exists, other=float("-inf")))
+        above = (best == best) & ~(value <= best)
+        best = tl.where(above, value, best)
+        where = tl.where(above, (begin + first).to(tl.int32)[:, None], where)
     nan = best != best
     first_nan = tl.min(tl.where(nan, where, _NOWHERE), axis=0)
     largest = tl.max(tl.where(nan, float("-inf"), best), axis=0)
     first = tl.min(tl.where(best == largest[None, :], where, _NOWHERE), axis=0)
     has_nan = first_nan < _NOWHERE
-    return tl.where(has_nan, float("nan"), largest), tl.where(has_nan, first_nan, first)
+    first = tl.where(has_nan, first_nan, first)
+    return tl.where(has_nan, float("nan"), largest), tl.where(start < stop, start + first, -1)
 
 
 # Each reduction with the order and weights it may have: (PERM, WEIGHT, MAX).
@@ -203,9 +199,7 @@ def segment_reduce_chunks_kernel(
             perm_ptr += example * own_perm * points
             begin, stop = tl.maximum(start, first), tl.minimum(stop, end)
             if MAX:
-                total, where = _max_rows(
-                    x_ptr, perm_ptr, perm_ptr, begin, stop, points, columns, column, ROWS, WIDTH, PERM, False
-                )
+                total, where = _max_rows(x_ptr, perm_ptr, begin, stop, points, columns, column, ROWS, WIDTH, PERM)
                 tl.store(partial_at_ptr + out_row * columns + column, where, mask=column < columns)
             else:
                 total = _sum_rows(
@@ -279,29 +273,16 @@ def segment_reduce_kernel(
     begin, end = start // CHUNK + 1, (stop - 1) // CHUNK + 1
     if MAX:
         if stop - start <= CHUNK:
-            total, where = _max_rows(
-                x_ptr, perm_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM, False
-            )
+            total, where = _max_rows(x_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM)
         else:
-            first = tl.load(partial_ptr + starting, mask=exists, other=0)
-            first_at = tl.load(partial_at_ptr + starting, mask=exists, other=0)
-            total, where = _max_rows(
-                partial_ptr + before,
-                partial_at_ptr + before,
-                perm_ptr,
-                begin,
-                end,
-                points,
-                columns,
-                column,
-                ROWS,
-                WIDTH,
-                False,
-                True,
+            total, chunk = _max_rows(
+                partial_ptr + before, perm_ptr, begin, end, points, columns, column, ROWS, WIDTH, False
             )
+            first = tl.load(partial_ptr + starting, mask=exists, other=0)
             earlier = (first >= total) | (first != first)
             total = tl.where(earlier, first, total)
-            where = tl.where(earlier, first_at, where)
+            at = tl.where(earlier, starting, before + chunk * columns + column)
+            where = tl.load(partial_at_ptr + at, mask=exists, other=-1)
         filled = (where >= 0) & (where < points)  # of a corrupted indptr it may be anything
         point = _point(perm_ptr, where, filled, points, PERM)
         tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
@@ -343,7 +324,7 @@ def segment_reduce_kernel(
             )
             total += tl.load(partial_ptr + starting, mask=exists, other=0)
         if mean != 0:
-            total = total / tl.maximum(stop - start, 1)
+            total = total / tl.maximum((stop - start).to(tl.int32), 1)
     tl.store(out_ptr + out_row * columns + column, total, mask=exists)
 
 
