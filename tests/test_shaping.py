@@ -126,6 +126,16 @@ def test_a_scale_has_a_second_derivative_only():
     assert torch.autograd.grad(of_x.sum(), scale)[0].tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("function", [custom_ops.scale_gradient, custom_ops.reverse_gradient])
+def test_a_tangent_of_a_scale_alone_is_zero(function):
+    x, scale = torch.randn(3), torch.randn(1)
+    value, tangent = torch.func.jvp(lambda s: function(x, s), (scale,), (scale,))
+    torch.testing.assert_close((value, tangent), (x, torch.zeros(3)))
+    with forward_ad.dual_level():
+        dual = function(x, forward_ad.make_dual(scale, scale))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, torch.zeros(3))
+
+
 def test_a_wider_scale_is_rounded_once():
     x = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
     scale, grad = torch.rand(1000), torch.randn(1000).bfloat16()

@@ -184,7 +184,8 @@ def margin_ranking_loss(
     _checks.has_dtype("input1", input1, _checks.FLOATING)
     _checks.has_dtype("input2", input2, _checks.FLOATING)
     _checks.is_tensor("target", target)
-    if target.is_complex() or target.dtype == torch.bool:
+    integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if not integers and target.dtype not in _checks.FLOATING:
         raise TypeError(f"target: expected real numbers, got {str(target.dtype).removeprefix('torch.')}")
     _checks.is_number("margin", margin)
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)

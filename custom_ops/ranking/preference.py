@@ -198,13 +198,13 @@ def _loss(
     q: float = 0.0,
 ) -> Tensor:
     """The loss of chosen, rejected and their offsets, checked under the names that the caller gave them."""
-    given = {name: t for name, t in tensors.items() if t is not None}
+    given: dict[str, Any] = {name: t for i, (name, t) in enumerate(tensors.items()) if i < 2 or t is not None}
     for name, t in given.items():
         _checks.has_dtype(name, t, _checks.FLOATING)
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     expanded = dict(zip(given, _checks.broadcast(**given)))
-    chosen, rejected, *offsets = (expanded.get(name) for name in tensors)
-    assert chosen is not None and rejected is not None
+    chosen, rejected = list(expanded.values())[:2]
+    offsets = [expanded.get(name) for name in list(tensors)[2:]]
     divisor = chosen.numel() if reduction == "mean" else 1
     padded = (*offsets, None, None)[:2]
     return preference(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)
