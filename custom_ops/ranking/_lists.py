@@ -381,8 +381,13 @@ def list_loss(
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
         loss = reduce(loss, active, weights, reduction)
-    stays = wide == scores.dtype or torch.is_autocast_enabled(scores.device.type)
+    stays = wide == scores.dtype or under_autocast(scores)
     return loss if stays else loss.to(scores.dtype)
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Which the meta device doesn't know."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def checked(

@@ -349,7 +349,7 @@ def spearman_loss(
     if cu_lengths is None:
         loss, active = loss.squeeze(-1), active.squeeze(-1)
     loss = _lists.reduce(loss, active, weights, reduction)
-    return loss.float() if torch.is_autocast_enabled(scores.device.type) else loss.to(scores.dtype)
+    return loss.float() if _lists.under_autocast(scores) else loss.to(scores.dtype)
 
 
 def _tied(spread: Tensor, n: int | Tensor) -> Tensor:
