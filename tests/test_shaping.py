@@ -293,6 +293,21 @@ def test_third_derivatives_are_those_of_the_smooth_step(shape, smooth):
     torch.testing.assert_close(third(lambda x: custom_ops.surrogate_gradient(x, shape))(x), third(smooth)(x))
 
 
+@pytest.mark.parametrize("shape", ["sigmoid", "atan", "triangle"])
+def test_second_derivatives_of_16_bits_are_rounded_once(shape):
+    x = torch.linspace(-4, 4, 64).half()
+
+    def second(dtype):
+        leaf = x.to(dtype).requires_grad_()
+        y = custom_ops.surrogate_gradient(leaf, shape, 0.125)
+        (of_x,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+        reverse = torch.autograd.grad(of_x.sum(), leaf)[0]
+        slope = torch.func.grad(lambda x: custom_ops.surrogate_gradient(x, shape, 0.125).sum())
+        return reverse.double(), torch.func.jvp(slope, (x.to(dtype),), (torch.ones_like(leaf),))[1].double()
+
+    torch.testing.assert_close(second(torch.float16), second(torch.float64), rtol=2**-10, atol=2**-24)
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("shape", range(4))
 def test_inductors_slopes_are_the_kernels(shape, dtype):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops._native import define
+from custom_ops._wide import wide
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
 from custom_ops.ranking._lists import (
@@ -160,10 +161,6 @@ for _op in (isotonic, group_reduce, group_share, group_softmax):
     _lists._shard(_op)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _check_regularization(regularization: str, strength: float) -> None:
     _checks.is_one_of("regularization", regularization, _REGULARIZATIONS)
     _checks.is_positive("regularization_strength", strength)
@@ -183,7 +180,7 @@ def _soft(
         raise ValueError("values: expected [..., n], got a single number")
     _check_regularization(regularization, strength)
     where = valid_items("values", values, mask, lengths, cu_lengths), _offsets(cu_lengths)
-    return _fitted(_wide(values), *where, float(strength), regularization == "kl", sort).to(values.dtype)
+    return _fitted(wide(values), *where, float(strength), regularization == "kl", sort).to(values.dtype)
 
 
 def _offsets(cu_lengths: Tensor | None) -> Tensor | None:
@@ -335,7 +332,7 @@ def spearman_loss(
     _check_regularization(regularization, regularization_strength)
     where = valid, _offsets(cu_lengths)
     options = float(regularization_strength), regularization == "kl", False
-    ranks = _fitted(_wide(scores), *where, *options).double()
+    ranks = _fitted(wide(scores), *where, *options).double()
     wanted = _by_lists(_ranks, labels.detach(), *where)
     ones = torch.ones_like(wanted)
     count = list_dot(ones, ones, *where)
