@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import pickle
 import resource
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import custom_ops
@@ -30,8 +32,8 @@ MODULES = {type(module): module for info in REGISTRY.values() for module, _ in i
 
 
 @functools.cache  # drawing samples seeds torch's generator, which all threads share
-def calls(op):
-    return Case(REGISTRY[op], CPU, quick=True).calls(torch.float32)
+def calls(op, dtype=torch.float32):
+    return Case(REGISTRY[op], CPU, quick=True).calls(dtype)
 
 
 def results(op):
@@ -157,6 +159,29 @@ def test_gradients_accumulate(op):
                 torch.testing.assert_close(
                     x.grad, gradient if gradient is None else gradient + gradient, equal_nan=True
                 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", [op for op in REGISTRY if op != "voxels_summing"])  # its size depends on the data
+def test_shapes_on_the_meta_device(op, dtype):
+    """Of the public function; the battery does the ops that it calls."""
+    for call in calls(op, dtype):
+        on_meta = call.with_tensors([t.to("meta") for t in call.tensors]).run()
+        assert [(y.shape, y.dtype) for y in on_meta] == [(y.shape, y.dtype) for y in call.run()]
+        assert all(y.is_meta for y in on_meta)
+
+
+@pytest.mark.parametrize(
+    "op", [op for op, info in REGISTRY.items() if "k" in inspect.signature(info.function).parameters]
+)
+def test_the_first_k_of_a_symbolic_number(op):
+    def loss(scores, labels):
+        return REGISTRY[op].function(scores, labels, k=scores.shape[0] - 1)
+
+    scores, labels = torch.randn(5), torch.tensor([2, 0, 1, 1, 0])
+    traced = make_fx(loss, tracing_mode="symbolic")(scores, labels)
+    longer = torch.randn(7), torch.tensor([2, 0, 1, 1, 0, 2, 0])
+    torch.testing.assert_close(traced(*longer), loss(*longer))
 
 
 # ---------------------------------------------------------------- modules
