@@ -13,9 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*")
 # Started first, so that no worker is left with one while the other has nothing to do.
-LONG = re.compile(
-    r"test_(?:packaging|typing|distributed|dtensor)\.py|test_every_kernel_compiles|test_interruption|real_data"
-)
+LONG = re.compile(r"test_(?:packaging|typing|distributed)\.py|test_every_kernel_compiles|test_interruption|real_data")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
