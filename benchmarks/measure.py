@@ -81,6 +81,7 @@ class Effort:
     rounds: int = 7
     warm_ups: int = 3
     limit: float = math.inf
+    whole: bool = False  # forward+backward only, where there is a backward
 
     def affordable(self, once: dict[str, float], left: float) -> list[str]:
         """The contenders, given the seconds of one call of each, that can be measured in time; ours or none."""
@@ -151,8 +152,9 @@ def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory
         wrong = {name: what for name, what in wrong.items() if name in chosen}
     contenders = {name: contenders[name] for name, what in wrong.items() if _runs(what)}
     result.preparation = time.perf_counter() - begin
-    for number, direction in enumerate(problem.directions if contenders else ()):
-        left = (effort.limit - (time.perf_counter() - begin)) / (len(problem.directions) - number)
+    directions = problem.directions[-1:] if effort.whole else problem.directions
+    for number, direction in enumerate(directions if contenders else ()):
+        left = (effort.limit - (time.perf_counter() - begin)) / (len(directions) - number)
         calls = {name: problem.call(function, direction) for name, function in contenders.items()}
         floor = problem.floor(direction, device)
         times = interleave(

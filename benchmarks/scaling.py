@@ -21,7 +21,9 @@ LENGTHS = (32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000)  # of one list
 CHECKED = 100_000  # beyond, the answers are those of this size: a reference may need a hundred times the memory
 CHECKED_LENGTH = 3200  # as their references hold all pairs
 SECONDS = 10.0  # one call that is expected to take longer is not made
-BRIEF = Effort(seconds=0.1, rounds=3, warm_ups=1)
+BRIEF = Effort(seconds=0.1, rounds=3, warm_ups=1, whole=True)
+BRIEFEST = Effort(seconds=0.0, rounds=2, warm_ups=0, whole=True)  # of calls so long that little disturbs them
+LONG = 0.3  # seconds
 
 
 def scaled(info: OpInfo) -> OpInfo:
@@ -72,8 +74,10 @@ class Scaling(Plan):
         if costs:
             (before, _, _), (seconds, moved, size) = costs[-2:] if len(costs) > 1 else [costs[-1], costs[-1]]
             growth = cell.size / size
-            if seconds * max(seconds / before, growth) > SECONDS or moved * growth > _memory() / 4:
+            expected = seconds * max(seconds / before, growth)
+            if expected > SECONDS or moved * growth > _memory() / 4:
                 return None
+            return BRIEFEST if expected > LONG else BRIEF
         return BRIEF
 
     def done(self, cell: Cell, result: Result) -> None:

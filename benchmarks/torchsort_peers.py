@@ -1,4 +1,4 @@
-"""torchsort's soft ranks, which take matrices only."""
+"""torchsort's soft ranks and sorting, which take matrices only."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def soft_rank_l2(values: Tensor) -> Tensor:
 
 def soft_rank_kl(values: Tensor) -> Tensor:
     return torchsort.soft_rank(values, regularization="kl")
+
+
+def soft_sort_l2(values: Tensor) -> Tensor:
+    return torchsort.soft_sort(values, regularization="l2")
+
+
+def soft_sort_kl(values: Tensor) -> Tensor:
+    return torchsort.soft_sort(values, regularization="kl")

@@ -47,6 +47,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import inspect
+import operator
 import re
 import sys
 import threading
@@ -64,6 +65,9 @@ from torch._C import (
     _any_requires_grad,  # whether to build a graph at all, without a Python loop
     _are_functorch_transforms_active,  # whether a transform will see this call
     _AutoDispatchBelowAutograd,  # calls the op's own kernel from its Autograd kernel
+    _dispatch_tls_local_exclude_set,  # these two say whether anything that
+    _dispatch_tls_local_include_set,  # comes before autograd will see this call,
+    _is_torch_function_mode_enabled,  # as this does
 )
 from torch._functorch.utils import enable_single_level_autograd_function  # see _attach
 from torch._library.utils import fill_defaults  # see _with_defaults
@@ -73,12 +77,14 @@ from torch.autograd.function import (
     FunctionMeta,
     _SingleLevelFunction,  # a Function without functorch's re-dispatch
 )
+from torch.nn import Parameter
 
 __all__ = [
     "Function",
     "autocast",
     "compose",
     "define",
+    "direct",
     "function_of",
     "inductor",
     "kernel",
@@ -92,6 +98,7 @@ _libraries: dict[OpOverload, torch.library.Library] = {}
 _functions: dict[OpOverload, type[Function]] = {}
 _bodies: dict[OpOverload, Callable[..., Any]] = {}  # of composed ops: what runs below autograd in place of a kernel
 _applied: dict[OpOverload, list[Callable[..., Any]]] = {}  # by the Autograd kernel: the apply of a _twin
+_direct: dict[OpOverload, Callable[..., Any]] = {}
 
 
 def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
@@ -200,7 +207,9 @@ def _declare(
     if body is not None:
         _bodies[op] = body
     _applied[op] = [_twin(op, None).apply]
-    lib.impl(opname, _with_defaults(op, _autograd_kernel(op, _applied[op])), "Autograd")
+    run = _autograd_kernel(op, _applied[op])
+    lib.impl(opname, _with_defaults(op, run), "Autograd")
+    _direct[op] = _past_dispatcher(op, run)
     return op
 
 
@@ -473,6 +482,27 @@ def function_of(op: OpOverload) -> type[Function] | None:
     return _functions.get(op)
 
 
+def direct(op: OpOverload) -> Callable[..., Any]:
+    """``op`` as a function that is quicker to call in eager mode, by a tenth of forward+backward on a few elements.
+
+    It runs the op's Autograd kernel past the dispatcher where that would go there at once: called with all
+    arguments by position and of the schema's own types, outside of compilation, transforms, autocast and
+    modes. Elsewhere it is the op.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::quadrupled")
+        ... def quadrupled(x: Tensor) -> Tensor:
+        ...     return 4 * x
+        >>> library.direct(quadrupled)(torch.ones(2))
+        tensor([4., 4.])
+    """
+    _library_of(op)
+    return _direct[op]
+
+
 def _attach(function: type[Function], op: OpOverload) -> None:
     _library_of(op)
     for value in (*op._schema.arguments, *op._schema.returns):
@@ -486,7 +516,7 @@ def _attach(function: type[Function], op: OpOverload) -> None:
         raise TypeError(f"op: {op} already has the Function {attached.__name__}")
     _applied[op][0] = _twin(op, function).apply
     if "apply" not in function.__dict__:
-        function.apply = staticmethod(op)  # type: ignore[method-assign]
+        function.apply = staticmethod(direct(op))  # type: ignore[method-assign]
 
 
 def _twin(op: OpOverload, function: type[Function] | None) -> Any:
@@ -576,6 +606,52 @@ def _autograd_kernel(op: OpOverload, applied: list[Callable[..., Any]]) -> Calla
     return run
 
 
+_PLAIN = {"Tensor": (Tensor, Parameter), "int": (int,), "float": (float,), "bool": (bool,), "str": (str,)}
+
+
+def _past_dispatcher(op: OpOverload, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``op``, or its Autograd kernel at once where the dispatcher would only convert the arguments and call that."""
+    accepted = [_plain_types(argument.type) for argument in op._schema.arguments]
+    seen: set[tuple[type, ...]] = set()  # signatures of calls that are plain
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        types = tuple(map(type, args))
+        if types not in seen:
+            if len(types) != len(accepted) or not all(map(operator.contains, accepted, types)):
+                return op(*args)
+            seen.add(types)
+        # Whatever else comes before autograd is in these, functorch, autocast, tracing.
+        plain = (
+            not _is_torch_function_mode_enabled()
+            and _dispatch_tls_local_include_set() == _INCLUDED
+            and _dispatch_tls_local_exclude_set() == _EXCLUDED
+        )
+        return run(*args) if plain else op(*args)
+
+    return call
+
+
+def _plain_types(annotation: Any) -> tuple[type, ...]:
+    optional = re.fullmatch(r"Optional\[(.*)\]", str(annotation))
+    return (*_PLAIN.get(optional[1] if optional else str(annotation), ()), *([type(None)] if optional else []))
+
+
+def _keys_of_new_thread() -> tuple[Any, Any]:
+    """The dispatch keys that a thread has on or off where no context changes them, as one around this import may."""
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.extend([_dispatch_tls_local_include_set(), _dispatch_tls_local_exclude_set()])
+    )
+    thread.start()
+    thread.join()
+    return found[0], found[1]
+
+
+_INCLUDED, _EXCLUDED = _keys_of_new_thread()
+
+
 def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
     """A view of what ``body`` returns; a copy in forward mode, where a view's tangent must be a view of the tangent.
 
@@ -585,7 +661,7 @@ def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if body(*args) is not args[0]:
             raise TypeError(f"{body.__name__}: expected the first argument back, as the op is a view")
-        return torch.ops.aten.alias(args[0]) if forward_ad._current_level < 0 else args[0].clone()
+        return torch.ops.aten.alias.default(args[0]) if forward_ad._current_level < 0 else args[0].clone()
 
     return run
 

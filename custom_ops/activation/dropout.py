@@ -12,7 +12,7 @@ from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
 from custom_ops.activation._common import against, not_a_tensor, unary_samples, vector
-from custom_ops.activation.piecewise import apply_mask, relu, relu_reference
+from custom_ops.activation.piecewise import ApplyMask, apply_mask, relu, relu_reference
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 
@@ -38,7 +38,7 @@ class ReLUDropoutForward(Function, op=relu_dropout_forward):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
-        return apply_mask(grad, *ctx.saved_tensors, ctx.scale, 0.0), None, None, None
+        return ApplyMask.apply(grad, *ctx.saved_tensors, ctx.scale, 0.0), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
@@ -99,7 +99,7 @@ def relu_dropout(
         raise NotImplementedError("x: each element's draw depends on its place in the whole tensor, not in a shard")
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
-    y = relu_dropout_forward(x, seed, float(p), 0)[0]
+    y = ReLUDropoutForward.apply(x, seed, float(p), 0)[0]
     return x.copy_(y) if inplace else y
 
 

@@ -141,8 +141,8 @@ class PiecewiseLinear(Function, op=piecewise_linear):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            return *apply_mask_and_sum(grad, mask, ctx.inner, ctx.channels, ctx.slope), *[None] * 8
-        return apply_mask(grad, mask, 1.0, ctx.slope), *[None] * 9
+            return *ApplyMaskAndSum.apply(grad, mask, ctx.inner, ctx.channels, ctx.slope), *[None] * 8
+        return ApplyMask.apply(grad, mask, 1.0, ctx.slope), *[None] * 9
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, of_bias: Tensor | None, *_: None) -> tuple[Tensor, None]:
@@ -229,7 +229,7 @@ def _activate(
 
     def run(rows: Tensor, dim: int) -> Tensor:
         inner = 1 if bias is None else math.prod(rows.shape[dim + 1 :])
-        return piecewise_linear(rows, bias, inner, low, high, below, above, slope, nan_passes, 0)[0]
+        return PiecewiseLinear.apply(rows, bias, inner, low, high, below, above, slope, nan_passes, 0)[0]
 
     if shards.is_sharded(x):
 

@@ -37,7 +37,7 @@ class SquaredReLUForward(Function, op=squared_relu_forward):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return squared_relu_backward(grad, *ctx.saved_tensors)
+        return SquaredReLUBackward.apply(grad, *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def squared_relu(x: Tensor) -> Tensor:
         tensor([0., 9.])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    return as_it_lies(x, lambda rows, _: squared_relu_forward(rows))
+    return as_it_lies(x, lambda rows, _: SquaredReLUForward.apply(rows))
 
 
 class SquaredReLU(torch.nn.Module):

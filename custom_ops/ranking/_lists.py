@@ -35,7 +35,7 @@ from torch.nn import Parameter
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Sample
+from custom_ops.registry import BadCall, Benchmark, Sample, Target
 
 NONE, MEAN, SUM = map(_checks.REDUCTIONS.index, ("none", "mean", "sum"))  # as numbered in csrc/lists.h
 
@@ -369,7 +369,7 @@ def list_loss(
     # A DTensor is left sharded until only the losses of its lists are to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
     by_op = _checks.REDUCTIONS.index(reduction) if whole else NONE
-    loss, _, active = op(scores.to(wide), labels.to(wide), valid, offsets, by_op, 0, *params)
+    loss, _, active = library.direct(op)(scores.to(wide), labels.to(wide), valid, offsets, by_op, 0, *params)
     if by_op == NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
@@ -571,6 +571,27 @@ def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = Fa
         Sample(draw(6), {**own, "cu_lengths": tensor(0, 3, 3, 6), "weights": tensor(1.0, 2.0, 0.5, dtype=dtype)}),
         Sample(draw(2, 0), own),
     ]
+
+
+SHAPES = ((64, 128), (16, 1024), (4, 4096))  # of the benchmarks
+
+
+def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
+    return scores.to(device).requires_grad_(), labels.to(device)
+
+
+def list_benchmark(
+    peers: dict[str, Any], peer: str = "", times: Sequence[float] = (), **kwargs: Any
+) -> list[Benchmark]:
+    """Lists beside the peers, and how many ``times`` faster than ``peer`` the loss is to be at each of the shapes.
+
+    Where no other library has such a loss, it stands beside its reference, at the first shape only.
+    """
+    sizes = SHAPES if times or len(peers) > 1 else SHAPES[:1]
+    targets = [Target(shape, peer, 1 / t) for shape, t in zip(SHAPES, times)]
+    return [Benchmark(sizes, _lists_of_five_levels, peers, "scores, of five labels", targets, kwargs)]
 
 
 def list_bad_calls() -> list[BadCall]:

@@ -13,13 +13,13 @@ from custom_ops import _checks
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
+    list_benchmark,
     list_loss,
     list_op,
     list_samples,
     reference_of,
 )
-from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
+from custom_ops.registry import BadCall, OpInfo, Sample, register
 
 __all__ = ["LambdaLoss", "lambda_loss"]
 
@@ -234,18 +234,14 @@ register(
             BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
         ],
         benchmarks=[
-            Benchmark(
-                sizes=SHAPES,
-                make=lists_of_five_levels,
-                peers={f"allRank {weighting}": f"custom_ops.benchmarks.allrank_peers:{weighting}"},
-                unit=f"scores, of five labels, {weighting}",
-                kwargs={"weighting": weighting},
-                targets=[
-                    Target(shape, f"allRank {weighting}", 1 / times)
-                    for shape, times in zip(SHAPES, (20, 120, 200), strict=True)
-                ],
-            )
+            table
             for weighting in ("lambdarank", "ndcg2pp")
+            for table in list_benchmark(
+                {f"allRank {weighting}": f"custom_ops.benchmarks.allrank_peers:{weighting}"},
+                f"allRank {weighting}",
+                (20, 120, 200),
+                weighting=weighting,
+            )
         ],
     )
 )

@@ -12,13 +12,13 @@ from custom_ops import _checks
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
+    list_benchmark,
     list_loss,
     list_op,
     list_samples,
     reference_of,
 )
-from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
 __all__ = [
     "CoSENTLoss",
@@ -405,11 +405,6 @@ def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tens
 # ---------------------------------------------------------------- registry
 
 
-def _benchmark(peers: dict[str, Any], peer: str, times: float) -> list[Benchmark]:
-    targets = [Target(shape, peer, 1 / times) for shape in SHAPES]
-    return [Benchmark(SHAPES, lists_of_five_levels, peers, "scores, of five labels", targets)]
-
-
 def _register(
     function: Callable[..., Tensor],
     module: type[ListLossModule],
@@ -427,12 +422,13 @@ def _register(
     """
     x = torch.ones(2)
     base, own = base or {}, owns[0] if owns else {}
+    reference = reference_of(one_list)
     register(
         OpInfo(
             name=function.__name__,
             summary=summary,
             function=function,
-            reference=reference_of(one_list),
+            reference=reference,
             not_fuzzed={"infinite": "inf - inf", "large": "the logarithms of the reference lose what ties add"},
             samples=lambda device, dtype: [
                 *list_samples(device, dtype, **base),
@@ -443,7 +439,7 @@ def _register(
                 *list_bad_calls(),
                 *(BadCall((x, x), message, {message.split(":")[0]: value}) for message, value in bad),
             ],
-            benchmarks=benchmarks,
+            benchmarks=benchmarks or list_benchmark({"plain PyTorch": reference}),
             native=native,
         )
     )
@@ -458,13 +454,13 @@ _register(
     ListNetLoss,
     _list_net_of_one_list,
     "Cross entropy of the softmax of scores and labels",
-    benchmarks=_benchmark(
+    benchmarks=list_benchmark(
         {
             "allRank": "custom_ops.benchmarks.allrank_peers:list_net",
             "F.cross_entropy": _cross_entropy,
         },
         "F.cross_entropy",
-        1,
+        (1, 1, 1),
     ),
     native=_cross_entropy,
 )
@@ -482,13 +478,13 @@ _register(
         ("position_weights: expected one of 'uniform', 'exponential', 'discount', got 'x'", "x"),
         ("ties: expected one of 'index', 'score', 'breslow', got 'x'", "x"),
     ),
-    benchmarks=_benchmark(
+    benchmarks=list_benchmark(
         {
             "allRank": "custom_ops.benchmarks.allrank_peers:list_mle",
             "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_list_mle",
         },
         "allRank, compiled",
-        4,
+        (4, 4, 4),
     ),
 )
 _register(

@@ -74,7 +74,7 @@ class MarginRanking(Function, op=margin_ranking):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        grad1, grad2, grad_target = margin_ranking_backward(grad, *ctx.saved_tensors, ctx.divisor, ctx.reduce)
+        grad1, grad2, grad_target = MarginRankingBackward.apply(grad, *ctx.saved_tensors, ctx.divisor, ctx.reduce)
         return grad1, grad2, grad_target if ctx.needs_input_grad[2] else None, None, None, None, None
 
     @staticmethod
@@ -192,7 +192,7 @@ def margin_ranking_loss(
         return _in_shards((input1, input2, target), margin, reduction)
     tensors = _checks.broadcast(input1=input1, input2=input2, target=target)
     divisor = tensors[0].numel() if reduction == "mean" else 1
-    return margin_ranking(*tensors, float(margin), divisor, reduction != "none", 0)[0]
+    return library.direct(margin_ranking)(*tensors, float(margin), divisor, reduction != "none", 0)[0]
 
 
 def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Tensor:

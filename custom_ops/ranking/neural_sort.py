@@ -11,13 +11,13 @@ from custom_ops import _checks
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
+    list_benchmark,
     list_loss,
     list_op,
     list_samples,
     reference_of,
 )
-from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
-from custom_ops.registry import BadCall, Benchmark, OpInfo, register
+from custom_ops.registry import BadCall, OpInfo, register
 
 __all__ = ["NeuralSortNDCGLoss", "neural_sort_ndcg_loss"]
 
@@ -161,17 +161,12 @@ register(
             BadCall((_x, _x), "temperature: expected a positive number, got 0", {"temperature": 0}),
             BadCall((_x, _x), "gain: expected one of 'exponential', 'linear', got 'log'", {"gain": "log"}),
         ],
-        benchmarks=[
-            Benchmark(
-                sizes=SHAPES,
-                make=lists_of_five_levels,
-                peers={
-                    "plain PyTorch": "custom_ops.benchmarks.peers:neural_sort_ndcg_loss",
-                    "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_neural_sort_ndcg_loss",
-                    "allRank": "custom_ops.benchmarks.allrank_peers:neural_ndcg",
-                },
-                unit="scores, of five labels",
-            )
-        ],
+        benchmarks=list_benchmark(
+            {
+                "plain PyTorch": "custom_ops.benchmarks.peers:neural_sort_ndcg_loss",
+                "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_neural_sort_ndcg_loss",
+                "allRank": "custom_ops.benchmarks.allrank_peers:neural_ndcg",
+            }
+        ),
     )
 )

@@ -18,12 +18,13 @@ from custom_ops import _checks
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
+    list_benchmark,
     list_loss,
     list_op,
     list_samples,
     reference_of,
 )
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
 __all__ = [
     "PairwiseExponentialLoss",
@@ -350,21 +351,8 @@ def _pairwise_mse_of_one_list(s: Tensor, y: Tensor, normalize: bool = False) -> 
     return 2 * n * squares / (n * (n - 1) if normalize and n > 1 else 1), n > 1
 
 
-def lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    scores, labels = torch.randn(shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
-    return scores.to(device).requires_grad_(), labels.to(device)
-
-
-SHAPES = ((64, 128), (16, 1024), (4, 4096))
-
-
-def _benchmark(peers: dict[str, str], peer: str, times: tuple[int, ...]) -> list[Benchmark]:
-    targets = [Target(shape, peer, 1 / t) for shape, t in zip(SHAPES, times, strict=True)]
-    return [Benchmark(SHAPES, lists_of_five_levels, {**peers}, "scores, of five labels", targets)]
-
-
 _x, _y = torch.ones(2), torch.ones(2)
+_pairwise_mse_reference = reference_of(_pairwise_mse_of_one_list)
 
 
 def _register(
@@ -376,13 +364,14 @@ def _register(
     benchmarks: Sequence[Benchmark] = (),
 ) -> None:
     """The losses of sigma times the difference."""
+    reference = reference_of_pairs(lambda d, sigma=1.0: phi(sigma * d))
     register(
         OpInfo(
             name=name,
             summary=summary,
             function=function,
             not_fuzzed={"infinite": "inf - inf"},
-            reference=reference_of_pairs(lambda d, sigma=1.0: phi(sigma * d)),
+            reference=reference,
             samples=lambda device, dtype: [
                 *list_samples(device, dtype),
                 *list_samples(device, dtype, sigma=1.5, normalize=True)[:1],
@@ -398,7 +387,7 @@ def _register(
                 BadCall((_x, _y), "sigma: expected a positive number, got inf", {"sigma": math.inf}),
                 BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
             ],
-            benchmarks=benchmarks,
+            benchmarks=benchmarks or list_benchmark({"plain PyTorch": reference}),
         )
     )
 
@@ -409,7 +398,7 @@ _register(
     pairwise_logistic_loss,
     PairwiseLogisticLoss,
     lambda d: softplus(-d, threshold=60),
-    _benchmark(
+    list_benchmark(
         {
             "plain PyTorch": "custom_ops.benchmarks.peers:pairwise_logistic_loss",
             "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_pairwise_logistic_loss",
@@ -461,7 +450,7 @@ register(
             BadCall((_x, _y), "squared: expected True or False, got 1", {"squared": 1}),
             BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
         ],
-        benchmarks=_benchmark(
+        benchmarks=list_benchmark(
             {
                 "plain PyTorch": "custom_ops.benchmarks.peers:pairwise_hinge_loss",
                 "pytorchltr": "custom_ops.benchmarks.pytorchltr_peers:hinge",
@@ -477,7 +466,7 @@ register(
         name="pairwise_mse_loss",
         summary="Squared error of all score differences of a list, in O(n)",
         function=pairwise_mse_loss,
-        reference=reference_of(_pairwise_mse_of_one_list),
+        reference=_pairwise_mse_reference,
         samples=lambda device, dtype: [
             *list_samples(device, dtype, grow_items=True),
             *list_samples(device, dtype, normalize=True)[:1],
@@ -490,5 +479,6 @@ register(
             *list_bad_calls(),
             BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
         ],
+        benchmarks=list_benchmark({"plain PyTorch": _pairwise_mse_reference}),
     )
 )

@@ -88,7 +88,7 @@ class Preference(Function, op=preference):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope = preference_slope(grad, *ctx.saved_tensors, 1, *ctx.parameters)
+        slope = PreferenceSlope.apply(grad, *ctx.saved_tensors, 1, *ctx.parameters)
         return *_back(slope, ctx.needs_input_grad), *[None] * 8
 
     @staticmethod
@@ -207,7 +207,7 @@ def _loss(
     assert chosen is not None and rejected is not None
     divisor = chosen.numel() if reduction == "mean" else 1
     padded = (*offsets, None, None)[:2]
-    return preference(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)
+    return Preference.apply(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)
 
 
 def _is_smoothing(value: Any, limit: float) -> None:
@@ -538,6 +538,13 @@ class _Draw:
         return tuple(x.to(self.device, self.dtype).requires_grad_() for x in draws)
 
 
+def _benchmark(peers: dict[str, Any], tensors: int, sizes: Sequence[int], targets: Sequence[Target] = ()) -> Benchmark:
+    def make(n: int, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(n, device=device, requires_grad=True) for _ in range(tensors))
+
+    return Benchmark(sizes, make, peers, "pairs", targets)
+
+
 def _bpr_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     draw = _Draw(device, dtype)
     return [
@@ -600,12 +607,11 @@ register(
             BadCall((_two, _two, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
         ],
         benchmarks=[
-            Benchmark(
-                unit="pairs",
-                sizes=(10_000, 1_000_000),
-                make=lambda n, device: tuple(torch.randn(n, device=device, requires_grad=True) for _ in range(2)),
-                peers={name: f"{_PEERS}:{name}" for name in ("logsigmoid_bpr_loss", "compiled_bpr_loss")},
-                targets=[Target(1_000_000, "logsigmoid_bpr_loss", 1 / 2)],
+            _benchmark(
+                {name: f"{_PEERS}:{name}" for name in ("logsigmoid_bpr_loss", "compiled_bpr_loss")},
+                2,
+                (10_000, 1_000_000),
+                [Target(1_000_000, "logsigmoid_bpr_loss", 1 / 2)],
             )
         ],
     )
@@ -631,6 +637,7 @@ register(
             BadCall((_two, _two), "label_smoothing: expected at least 0 and less than 1", {"label_smoothing": 1.0}),
             BadCall((_two, _two), "reduction: expected one of", {"reduction": "avg"}),
         ],
+        benchmarks=[_benchmark({"plain PyTorch": bradley_terry_loss_reference}, 3, (1_000_000,))],
     )
 )
 register(
@@ -658,6 +665,7 @@ register(
             BadCall((_two, _two), "label_smoothing: expected more than 0", {"loss_type": "exo_pair"}),
             BadCall((_two, _two), "reduction: expected one of", {"reduction": "avg"}),
         ],
+        benchmarks=[_benchmark({"plain PyTorch": dpo_loss_reference}, 4, (1_000_000,))],
     )
 )
 

@@ -12,13 +12,13 @@ from custom_ops import _checks
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
+    list_benchmark,
     list_loss,
     list_op,
     list_samples,
     reference_of,
 )
-from custom_ops.ranking.pairwise import SHAPES, lists_of_five_levels
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Target, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
 __all__ = [
     "ApproxMRRLoss",
@@ -274,19 +274,20 @@ def _register(
     benchmarks: list[Benchmark],
     **own: Any,
 ) -> None:
+    reference = reference_of(one_list)
     register(
         OpInfo(
             name=function.__name__,
             summary=summary,
             function=function,
-            reference=reference_of(one_list),
+            reference=reference,
             samples=lambda device, dtype: [
                 *list_samples(device, dtype, temperature=0.5),
                 *list_samples(device, dtype, **own)[:1],
             ],
             modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
             bad_calls=lambda: [*_bad_calls(), *bad_calls],
-            benchmarks=benchmarks,
+            benchmarks=benchmarks or list_benchmark({"plain PyTorch": reference}),
         )
     )
 
@@ -297,22 +298,15 @@ _register(
     _approx_ndcg_of_one_list,
     "NDCG at smooth ranks",
     [BadCall((torch.ones(2), torch.ones(2)), "gain: expected one of 'exponential', 'linear'", {"gain": "log"})],
-    [
-        Benchmark(
-            sizes=SHAPES,
-            make=lists_of_five_levels,
-            peers={
-                "allRank": "custom_ops.benchmarks.allrank_peers:approx_ndcg",
-                "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_approx_ndcg",
-            },
-            unit="scores, of five labels",
-            kwargs={"temperature": 1.0},
-            targets=[
-                Target(shape, "allRank, compiled", 1 / times)
-                for shape, times in zip(SHAPES, (20, 80, 100), strict=True)
-            ],
-        )
-    ],
+    list_benchmark(
+        {
+            "allRank": "custom_ops.benchmarks.allrank_peers:approx_ndcg",
+            "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_approx_ndcg",
+        },
+        "allRank, compiled",
+        (20, 80, 100),
+        temperature=1.0,
+    ),
     temperature=1.0,
     gain="linear",
 )

@@ -14,8 +14,10 @@ from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
 from custom_ops.ranking._lists import (
+    SHAPES,
     ListLossModule,
     list_bad_calls,
+    list_benchmark,
     list_dot,
     list_samples,
     list_scale,
@@ -551,18 +553,21 @@ _NOT_FUZZED = {
     "infinite": "inf - inf",
     "large": "the reference's differences lose the ranks",
 }
-_SHAPES = ((64, 128), (16, 1024), (4, 4096))
-_BENCHMARKS = [
-    Benchmark(
-        unit="lists, items",
-        sizes=_SHAPES,
-        make=_make,
-        kwargs={"regularization": regularization},
-        peers={f"torchsort, {regularization}": f"custom_ops.benchmarks.torchsort_peers:soft_rank_{regularization}"},
-        targets=[Target(shape, f"torchsort, {regularization}", 1 / 2.5) for shape in _SHAPES],
-    )
-    for regularization in _REGULARIZATIONS
-]
+
+
+def _benchmarks(name: str) -> list[Benchmark]:
+    return [
+        Benchmark(
+            unit="lists, items",
+            sizes=SHAPES,
+            make=_make,
+            kwargs={"regularization": regularization},
+            peers={f"torchsort, {regularization}": f"custom_ops.benchmarks.torchsort_peers:{name}_{regularization}"},
+            targets=[Target(shape, f"torchsort, {regularization}", 1 / 2.5) for shape in SHAPES],
+        )
+        for regularization in _REGULARIZATIONS
+    ]
+
 
 register(
     OpInfo(
@@ -573,7 +578,7 @@ register(
         not_fuzzed=_NOT_FUZZED,
         samples=_samples,
         bad_calls=_bad_calls,
-        benchmarks=_BENCHMARKS,
+        benchmarks=_benchmarks("soft_rank"),
     )
 )
 register(
@@ -586,6 +591,7 @@ register(
         samples=_samples,
         native=lambda x: x.sort().values,
         bad_calls=_bad_calls,
+        benchmarks=_benchmarks("soft_sort"),
     )
 )
 register(
@@ -612,5 +618,6 @@ register(
                 {"regularization_strength": 0},
             ),
         ],
+        benchmarks=list_benchmark({"plain PyTorch": spearman_loss_reference}),
     )
 )

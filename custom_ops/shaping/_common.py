@@ -6,8 +6,13 @@ with slope 1. Only clipping, which isn't linear in the gradient, needs a Functio
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from custom_ops.registry import Benchmark
 
 
 def leaf(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
@@ -15,6 +20,26 @@ def leaf(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -
     draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = torch.where((draw.abs() - draw.abs().round()).abs() < 0.05, draw + 0.15, draw)
     return x.to(device, dtype).requires_grad_()
+
+
+def beside_hook(hook: Callable[..., Tensor], *parameters: Any, reads: int = 1) -> Benchmark:
+    """Beside what one would write instead: a view of x with ``hook(grad, *parameters)`` on its gradient.
+
+    Only backward moves anything. It ``reads`` the gradient so many times.
+    """
+
+    def run(x: Tensor, *parameters: Any) -> Tensor:
+        y = x.view_as(x)
+        y.register_hook(lambda grad: hook(grad, *parameters))
+        return y
+
+    return Benchmark(
+        unit="elements",
+        sizes=(1 << 20, 1 << 24),
+        make=lambda n, device: (torch.randn(n, device=device, requires_grad=True), *parameters),
+        peers={"tensor hook": run},
+        traffic=lambda n: ((0, 0), (reads * 4 * n, 4 * n)),
+    )
 
 
 NOT_THE_VALUES = "finite differences see the value's derivative, not the shaped one: `second derivative` checks that"

@@ -15,7 +15,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
-from custom_ops.shaping._common import OF_SHAPING, VIEW, leaf, two
+from custom_ops.shaping._common import OF_SHAPING, VIEW, beside_hook, leaf, two
 
 __all__ = [
     "ClipGradient",
@@ -137,7 +137,7 @@ def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None)
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
     low, high = _check_limits(min, max)
-    return gradient_clipping(x, low, high)
+    return library.direct(gradient_clipping)(x, low, high)
 
 
 def _check_limits(min: float | None, max: float | None) -> tuple[float | None, float | None]:
@@ -310,6 +310,10 @@ def _norm_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _clipped_by_torch(grad: Tensor, max_norm: float) -> Tensor:
+    return grad * (max_norm / grad.norm()).clamp_max(1)
+
+
 _BY_MODE = "by design a tangent passes unclipped, so the modes differ: tests/test_shaping.py has the closed forms"
 _OF_CLIPPING = {**OF_SHAPING, "func.hessian": _BY_MODE, "forward over forward": _BY_MODE}
 
@@ -331,6 +335,7 @@ register(
             BadCall((two,), "min, max: expected at least one limit, got None for both"),
             BadCall((two, 1.0, 0.5), "min: expected at most max = 0.5, got 1.0"),
         ],
+        benchmarks=[beside_hook(torch.clamp, -1.0, 0.5)],
         not_applicable=VIEW,
         not_comparable=_OF_CLIPPING,
     )
@@ -371,6 +376,7 @@ register(
             BadCall((two, 1.0, ()), "dim: expected at least one dimension, got none"),
         ],
         native=lambda x, max_norm, dim: torch.renorm(x, 2, dim, max_norm),
+        benchmarks=[beside_hook(_clipped_by_torch, 4.0, reads=2)],
         not_applicable=VIEW,
         not_comparable=_OF_CLIPPING,
     )

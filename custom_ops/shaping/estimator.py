@@ -9,7 +9,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, OpInfo, Sample, register
+from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
 from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, integers, leaf, two
 
 __all__ = [
@@ -91,7 +91,7 @@ def straight_through(forward_value: Tensor, x: Tensor) -> Tensor:
     if forward_value.shape != x.shape:
         raise ValueError(f"forward_value: expected the shape of x, {list(x.shape)}, got {list(forward_value.shape)}")
     _checks.same_device(x=x, forward_value=forward_value)
-    return straight_through_estimator(forward_value.detach(), x)
+    return library.direct(straight_through_estimator)(forward_value.detach(), x)
 
 
 class StraightThrough(torch.nn.Module):
@@ -142,6 +142,18 @@ register(
             BadCall((integers, two), "forward_value: expected one of float32, got int64"),
             BadCall((torch.ones(3), two), r"forward_value: expected the shape of x, \[2\], got \[3\]"),
             BadCall((two.to("meta"), two), "forward_value: expected on cpu as x, got meta"),
+        ],
+        benchmarks=[
+            Benchmark(
+                unit="elements",
+                sizes=(1 << 20, 1 << 24),
+                make=lambda n, device: (
+                    torch.ones(n, device=device),
+                    torch.randn(n, device=device, requires_grad=True),
+                ),
+                peers={"plain PyTorch": straight_through_reference},
+                traffic=lambda n: ((0, 0), (0, 0)),
+            )
         ],
         not_applicable=VIEW,
         not_comparable=OF_SHAPING,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
-from custom_ops.voxel.voxel_grid import SCALING, SIZES, at_most_checked, voxel_bounds
+from custom_ops.voxel.voxel_grid import SIZES, at_most_checked, voxel_bounds
 from custom_ops.voxel.voxel_segments import SegmentReduce, segment_reduce
 
 __all__ = ["VoxelsSumming", "VoxelsSummingLayer", "voxels_summing"]
@@ -173,7 +173,6 @@ register(
                 sizes=SIZES,
                 make=lambda n, device: _points(n, n // 8, 64, device, torch.float32),
                 checked_at=at_most_checked,
-                scaling=SCALING,
                 peers={
                     "FIERY's cumulative sum": "custom_ops.benchmarks.peers:cumulative_voxels_summing",
                     "index_add": "custom_ops.benchmarks.peers:index_add_voxels_summing",

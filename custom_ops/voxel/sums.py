@@ -13,7 +13,7 @@ from torch import Tensor
 from custom_ops import _checks, shards
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
-from custom_ops.voxel.voxel_grid import SCALING, SIZES, at_most_checked, voxel_csr, voxel_match, voxel_rank
+from custom_ops.voxel.voxel_grid import SIZES, at_most_checked, voxel_csr, voxel_match, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
 
 __all__ = ["VoxelSum", "voxel_sum"]
@@ -361,7 +361,6 @@ register(
                 sizes=SIZES,
                 make=_unsorted,
                 checked_at=at_most_checked,
-                scaling=SCALING,
                 peers=_PEERS,
                 targets=[
                     Target(172_824, "Lift-Splat-Shoot's pipeline", 0.1),
@@ -377,7 +376,6 @@ register(
                 checked_at=at_most_checked,
                 peers=_PEERS,
                 targets=_beside_all(140_000),
-                scaling=SCALING,
             ),
             Benchmark(
                 unit="metres a cell, 128,741 points of two real LiDAR scans, 64 features",

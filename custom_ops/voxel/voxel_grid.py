@@ -17,7 +17,6 @@ __all__ = ["voxel_csr", "voxel_rank"]
 
 _ROUNDINGS = ("floor", "trunc")
 SIZES = (10_000, 172_824, 1_000_000, 4_000_000)  # points, for all tables of this family
-SCALING = (10_000, 62_500, 250_000, 1_000_000, 4_000_000)
 
 
 def at_most_checked(points: int) -> int:
@@ -326,7 +325,6 @@ register(
                 sizes=SIZES,
                 make=_cloud,
                 peers={"PyTorch's own ops": "custom_ops.benchmarks.peers:eager_voxel_rank"},
-                scaling=SCALING,
             )
         ],
     )
@@ -355,7 +353,6 @@ register(
                     "stable sort, searchsorted": "custom_ops.benchmarks.peers:sorted_voxel_csr",
                     "stable sort, bincount": "custom_ops.benchmarks.peers:counted_voxel_csr",
                 },
-                scaling=SCALING,
             )
         ],
     )

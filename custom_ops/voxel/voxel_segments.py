@@ -19,7 +19,7 @@ from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
-from custom_ops.voxel.voxel_grid import SCALING, SIZES, at_most_checked
+from custom_ops.voxel.voxel_grid import SIZES, at_most_checked
 
 __all__ = ["segment_sum"]
 
@@ -398,7 +398,6 @@ register(
                 sizes=SIZES,
                 make=_sorted,
                 checked_at=at_most_checked,
-                scaling=SCALING,
                 peers={
                     "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_segment_sum",
                     "index_add": "custom_ops.benchmarks.peers:index_add_segment_sum",
