@@ -99,5 +99,5 @@ class Peers:
 
     def _is_wanted(self, name: str) -> bool:
         if self.wanted is None:
-            return not (self.quick and "torch.compile" in name)
+            return not (self.quick and "compile" in name)
         return any(part.lower() in name.lower() for part in self.wanted)

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--family", **several, choices=families, metavar="NAME", help=f"only these of {', '.join(families)}"
     )
     parser.add_argument("--sizes", **several, metavar="SIZE", help='only these, written as "1000" or "16x1024"')
-    parser.add_argument("--quick", action="store_true", help="under 3 minutes: fewer rounds, no torch.compile")
+    parser.add_argument("--quick", action="store_true", help="under 3 minutes: fewer rounds, no compiled peers")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--memory", choices=("fresh", "warm"), default="fresh", help="new pages or reused ones (CPU)")
     parser.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: as torch has it)")

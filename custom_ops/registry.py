@@ -113,7 +113,7 @@ class Benchmark:
 
     ``make(size, device)`` returns the arguments; tensors with ``requires_grad`` get a gradient. The
     peers, callables or "module:name" of one, are called with the same arguments; a module that can't be
-    imported is listed as not installed, and one with "torch.compile" in its name is left out by
+    imported is listed as not installed, and one with "compile" in its name is left out by
     ``--quick``. ``kwargs`` go to the op and its reference, not to the peers.
 
     ``traffic(size)`` gives the least bytes ((read, written) in forward, (read, written) in backward) that
