@@ -24,7 +24,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import custom_ops
-from custom_ops.registry import REGISTRY
+from custom_ops.benchmarks.answers import first
+from custom_ops.registry import REGISTRY, leaves
 from custom_ops.verify._case import Case, randn_like
 
 CPU = torch.device("cpu")
@@ -223,19 +224,23 @@ def model_of(activation):
     return nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 2))
 
 
-def test_hooks():
-    model, seen = model_of(custom_ops.ReLU()), []
-    model[1].register_forward_pre_hook(lambda module, args: seen.append("before"))
-    model[1].register_forward_hook(lambda module, args, y: seen.append("forward"))
-    model[1].register_full_backward_pre_hook(lambda module, grads: seen.append("before backward"))
-    model[1].register_full_backward_hook(lambda module, into, out: seen.append("backward"))
-    x = torch.randn(5, 4, requires_grad=True)
-    y = model(x)
-    y.register_hook(lambda grad: grad * 2)
-    y.sum().backward()
-    assert seen == ["before", "forward", "before backward", "backward"]
-    wanted = model_of(nn.ReLU())
-    torch.testing.assert_close(x.grad, 2 * torch.autograd.grad(wanted(x).sum(), x)[0])
+@pytest.mark.parametrize("op", [name for name, info in REGISTRY.items() if info.modules()])
+def test_hooks(op):
+    info, arguments = REGISTRY[op], calls(op)[0].tensors
+    inputs, seen = leaves(arguments), []
+    for module, kwargs in info.modules():
+        seen.clear()
+        wanted = first(info.function(*arguments, **kwargs))
+        grads = torch.autograd.grad(wanted.sum(), inputs, allow_unused=True)
+        module.register_forward_pre_hook(lambda module, args: seen.append("before"))
+        module.register_forward_hook(lambda module, args, y: seen.append("forward"))
+        module.register_full_backward_pre_hook(lambda module, grads: seen.append("before backward"))
+        module.register_full_backward_hook(lambda module, into, out: seen.append("backward"))
+        y = first(module(*arguments))
+        y.register_hook(lambda grad: seen.append("gradient"))
+        found = torch.autograd.grad(y.sum(), inputs, allow_unused=True)
+        assert seen == ["before", "forward", "gradient", "before backward", "backward"]
+        torch.testing.assert_close((y, *found), (wanted, *grads))
 
 
 class Positive(nn.Module):
