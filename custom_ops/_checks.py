@@ -17,8 +17,8 @@ REDUCTIONS = ("none", "mean", "sum")
 def is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else f"{value.layout}"
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = "a nested tensor" if value.is_nested else "a quantized one" if value.is_quantized else f"{value.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
@@ -42,8 +42,8 @@ def same_device(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected on {reference.device} as {first}, got {tensor.device}")
 
 
-def is_one_of(name: str, value: Any, choices: Collection[Any]) -> None:
-    if value not in choices:
+def is_one_of(name: str, value: Any, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -61,6 +61,11 @@ def is_number(name: str, value: Any) -> None:
 def _is_real(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, int) and not torch.compiler.is_compiling():  # where it may be symbolic
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: expected a number within the range of floats, got a larger integer") from None
 
 
 def is_positive(name: str, value: Any) -> None:
@@ -73,10 +78,11 @@ def is_limit(name: str, value: Any) -> None:
     """A number of items of at least 1, or None for no limit."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    _is_long(name, value)
 
 
 def broadcast(**tensors: Tensor) -> list[Tensor]:
@@ -104,5 +110,9 @@ def is_count(name: str, value: Any) -> None:
     is_integer(name, value)
     if value < 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
+    _is_long(name, value)
+
+
+def _is_long(name: str, value: Any) -> None:
     if isinstance(value, int) and value >= 2**63:  # a symbolic one is below
         raise ValueError(f"{name}: expected less than 2^63, got {value}")

@@ -8,6 +8,7 @@ benchmarks/results. With ``--matrix FILE`` the matrix is read from a saved run o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from custom_ops.benchmarks.cost_page import write_page
 from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
-from custom_ops.benchmarks.plots import file_name
+from custom_ops.benchmarks.plan import elements
+from custom_ops.benchmarks.plots import file_name, write_plots
 from custom_ops.benchmarks.report import Report, read_json
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import Cell, capabilities
@@ -26,7 +28,7 @@ from custom_ops.verify import Report as Matrix
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MATRIX = ROOT / "docs" / "matrix.md"
-PLOTS = ROOT / "docs" / "plots"  # of the tables that `bench --plots` drew there
+PLOTS = ROOT / "docs" / "plots"  # of the tables on fresh memory
 SPEED = ROOT / "docs" / "speed.md"
 COST = ROOT / "docs" / "cost.md"
 GPU = ROOT / "docs" / "gpu.md"
@@ -109,6 +111,15 @@ def speed() -> str:
             drawn = report.memory != "warm" and picture.exists()
             blocks += [_timings(op, table, rows), *([f"![{op}, by {table}](plots/{picture.name})"] if drawn else [])]
     return "\n\n".join(blocks) + "\n"
+
+
+def draw() -> None:
+    """A picture of each table on fresh memory, whose sizes may come from several runs."""
+    reports = [report for _, report in _reports() if report.memory != "warm"]
+    for where in dict.fromkeys(report.where for report in reports):
+        same = [report for report in reports if report.where == where]
+        rows = {(r.op, r.table, label(r.size), r.direction, r.contender): r for report in same for r in report.rows}
+        write_plots(dataclasses.replace(same[0], rows=sorted(rows.values(), key=lambda row: elements(row.size))), PLOTS)
 
 
 def fastest() -> str:
@@ -229,6 +240,7 @@ def main() -> None:
     order = list(capabilities(quick=True))
     report.cells.sort(key=lambda cell: order.index(cell.capability))
     MATRIX.write_text(matrix(report))
+    draw()
     SPEED.write_text(speed())
     write_page([read_json(path) for path in (RESULTS / "scaling").glob("*.json")], COST)
     text = README.read_text()

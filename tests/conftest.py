@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+# Nor torch: threads that wait for work sleep, for their spinning takes the cores from the other worker.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*")
 # Started first, so that no worker is left with one while the other has nothing to do.
-LONG = re.compile(r"test_packaging\.py|test_every_kernel_compiles|test_interruption|test_.*real_data|test_typing\.py")
+LONG = re.compile(r"test_(?:packaging|typing|distributed)\.py|test_every_kernel_compiles|test_interruption|real_data")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,12 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker takes all tests of the built package, of typing, or of an op on a backend: they share what is made."""
+    """One worker takes all tests that share what is made: of one of those files, or of an op on a backend."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            together = re.match(r".*test_(?:packaging|typing)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*", nodeid)
+            together = TOGETHER.match(nodeid)
             return together.group() if together else nodeid
 
     config.option.loadscopereorder = False

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import partial
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
-from wrong_calls import KINDS, OTHERS, PAGE, answers, markdown
+from wrong_calls import KINDS, OTHERS, PAGE, _has_gradient, answers, functions, markdown
 
 import custom_ops
 from custom_ops.registry import REGISTRY, Sample
@@ -43,6 +46,29 @@ def test_what_is_taken_is_what_the_reference_takes(of_one_function):
             check(REGISTRY[answer.function], Sample((), answer.arguments))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("function", sorted({a.function for a in ANSWERS} - {"convert_activations"}))
+def test_what_comes_from_elsewhere_is_named(function):
+    """None, lists, NumPy's arrays, quantized tensors and those of 8 bits, integers beyond any float."""
+    run, call = functions()[function][0]
+    call = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in call.items()}
+    unclear = []
+    for argument, value in call.items():
+        wrong = [None, [1], np.array([1, 2]), 10**400, -(10**400)]
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            wrong += [
+                torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8),
+                value.abs().to(torch.float8_e8m0fnu),
+            ]
+        for other in wrong:
+            try:
+                run(**{**call, argument: other})
+            except Exception as error:
+                if not re.search(rf"\b{argument}\b.*expected", str(error)):
+                    unclear.append(f"{argument}={other}: {error!r}")
+    assert not unclear
+
+
 def test_nothing_is_written_beside_a_tensor(of_one_function):
     assert not [(a.argument, a.kind) for a in of_one_function if a.overwritten]
 
@@ -67,3 +93,32 @@ def test_a_corrupted_csr_reaches_no_foreign_memory(which, wrong, reduce):
             assert re.search("csr|perm|indptr", str(error))  # noqa: PT017
         else:
             assert wrong == 64 and which == 1
+
+
+def _corrupted(saved, place, wrong):
+    if saved.dtype not in (torch.int32, torch.int64) or not saved.numel():
+        return saved
+    limits = torch.iinfo(saved.dtype)
+    spoiled = saved.clone(memory_format=torch.contiguous_format)
+    spoiled.view(-1)[place % saved.numel()] = max(limits.min, min(limits.max, wrong))
+    return spoiled
+
+
+@pytest.mark.parametrize("op", [op for op in REGISTRY if op not in ("voxel_rank", "voxel_csr")])  # without a gradient
+@pytest.mark.parametrize("wrong", [2**40, -(2**40)])
+def test_indices_corrupted_between_the_passes_reach_no_foreign_memory(op, wrong):
+    """By one whom autograd's version check doesn't see: every integer that is kept for a derivative, in turn."""
+    info = REGISTRY[op]
+    for sample, place in product(info.samples(torch.device("cpu"), torch.float32), range(9)):
+        inputs = [t for t in (*sample.args, *sample.kwargs.values()) if _has_gradient(t)]
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: saved, partial(_corrupted, place=place, wrong=wrong)
+        ):
+            outputs = info.function(*sample.args, **sample.kwargs)
+            outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
+            try:
+                first = torch.autograd.grad([y.sum() for y in outputs], inputs, create_graph=True)
+                twice = [g.square().sum() for g in first if g.requires_grad]
+                torch.autograd.grad(twice, inputs, allow_unused=True) if twice else None
+            except (RuntimeError, IndexError) as error:
+                assert re.search("expected|out of bounds", str(error))  # noqa: PT017

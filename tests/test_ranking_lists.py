@@ -262,6 +262,24 @@ def test_16_bits_are_computed_in_32_and_rounded_once(name, own, dtype):
         assert FUNCTIONS[name](scores, labels, **own).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "spearman_loss"])
+def test_no_derivative_in_the_labels_is_left_out_in_silence(name):
+    """Spearman's loss sees their ranks only, whose derivative is 0."""
+    scores, labels = draw(4)
+    labels, loss = labels.double(), FUNCTIONS[name]
+    calls = [
+        lambda y: torch.func.jvp(loss, (scores, y), (scores, y)),
+        lambda y: torch.func.jvp(lambda y: loss(scores, y), (y,), (y,)),
+        lambda y: torch.func.jacrev(loss, 1)(scores, y),
+        lambda y: torch.func.jacrev(torch.func.grad(loss), 1)(scores, y),
+        lambda y: torch.func.jacfwd(torch.func.grad(loss), 1)(scores, y),
+        lambda y: loss(scores, y.requires_grad_()),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="labels: expected a tensor without gradient"):
+            call(labels.clone())
+
+
 @each_loss
 def test_labels_of_any_real_dtype(name, own):
     scores, labels = draw(3, 6)

@@ -139,3 +139,32 @@ custom_ops.bpr_loss(*tensors).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * n))
 """
     assert float(subprocess.check_output([sys.executable, "-c", code], text=True)) < 2.3
+
+
+PAIRWISE = {
+    "bpr_loss": custom_ops.bpr_loss,
+    "dpo_loss": custom_ops.dpo_loss,
+    "bradley_terry_loss": custom_ops.bradley_terry_loss,
+    "margin_ranking_loss": lambda a, b, **own: custom_ops.margin_ranking_loss(a, b, torch.ones_like(a), **own),
+}
+
+
+@pytest.mark.parametrize("loss", PAIRWISE.values(), ids=PAIRWISE.keys())
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_tangent_of_many_pairs_of_16_bits_is_rounded_once(loss, reduction):
+    """Each one's share of a mean over a million pairs is below the numbers of float16."""
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 1_000_000).half()
+    moves = first.clone(), (second if reduction == "mean" else first - 2**-8 * second)  # which cancel in the sum
+
+    def tangent(dtype):
+        scores, along = ([t.to(dtype) for t in ts] for ts in ((first, second), moves))
+        forward = torch.func.jvp(lambda *s: loss(*s, reduction=reduction), tuple(scores), tuple(along))[1]
+        leaves = [s.requires_grad_() for s in scores]
+        output = loss(*leaves, reduction=reduction)
+        seed = torch.ones_like(output, requires_grad=True)
+        gradients = torch.autograd.grad(output, leaves, seed, create_graph=True)
+        return forward.double(), torch.autograd.grad(gradients, seed, along)[0].double()
+
+    for ours, exact in zip(tangent(torch.float16), tangent(torch.float64)):
+        torch.testing.assert_close(ours, exact, rtol=2**-9, atol=0)

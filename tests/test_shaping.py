@@ -126,6 +126,16 @@ def test_a_scale_has_a_second_derivative_only():
     assert torch.autograd.grad(of_x.sum(), scale)[0].tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("function", [custom_ops.scale_gradient, custom_ops.reverse_gradient])
+def test_a_tangent_of_a_scale_alone_is_zero(function):
+    x, scale = torch.randn(3), torch.randn(1)
+    value, tangent = torch.func.jvp(lambda s: function(x, s), (scale,), (scale,))
+    torch.testing.assert_close((value, tangent), (x, torch.zeros(3)))
+    with forward_ad.dual_level():
+        dual = function(x, forward_ad.make_dual(scale, scale))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, torch.zeros(3))
+
+
 def test_a_wider_scale_is_rounded_once():
     x = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
     scale, grad = torch.rand(1000), torch.randn(1000).bfloat16()
@@ -283,15 +293,31 @@ def test_third_derivatives_are_those_of_the_smooth_step(shape, smooth):
     torch.testing.assert_close(third(lambda x: custom_ops.surrogate_gradient(x, shape))(x), third(smooth)(x))
 
 
+@pytest.mark.parametrize("shape", ["sigmoid", "atan", "triangle"])
+def test_second_derivatives_of_16_bits_are_rounded_once(shape):
+    x = torch.linspace(-4, 4, 64).half()
+
+    def second(dtype):
+        leaf = x.to(dtype).requires_grad_()
+        y = custom_ops.surrogate_gradient(leaf, shape, 0.125)
+        (of_x,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+        reverse = torch.autograd.grad(of_x.sum(), leaf)[0]
+        slope = torch.func.grad(lambda x: custom_ops.surrogate_gradient(x, shape, 0.125).sum())
+        return reverse.double(), torch.func.jvp(slope, (x.to(dtype),), (torch.ones_like(leaf),))[1].double()
+
+    torch.testing.assert_close(second(torch.float16), second(torch.float64), rtol=2**-10, atol=2**-24)
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("shape", range(4))
-def test_inductors_slopes_are_the_kernels(shape, dtype):
-    slope = torch.ops.custom_ops.surrogate_slope
+def test_inductors_slopes_are_the_kernels(dtype):
+    def slopes(grad, x):
+        return [torch.ops.custom_ops.surrogate_slope(grad, x, shape, 0.5) for shape in range(4)]
+
     x = torch.tensor([-torch.inf, -1e4, -1, -0.5, -0.0, 0.3, 1, torch.inf, torch.nan], dtype=dtype)
     grad = torch.full_like(x, 0.7)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda g, x: slope(g, x, shape, 0.5), fullgraph=True)(grad, x)
-    torch.testing.assert_close(compiled, slope(grad, x, shape, 0.5), equal_nan=True)
+    compiled = torch.compile(slopes, fullgraph=True)(grad, x)
+    torch.testing.assert_close(compiled, slopes(grad, x), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import pickle
 import resource
@@ -19,10 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import custom_ops
-from custom_ops.registry import REGISTRY
+from custom_ops.benchmarks.answers import first
+from custom_ops.registry import REGISTRY, leaves
 from custom_ops.verify._case import Case, randn_like
 
 CPU = torch.device("cpu")
@@ -30,8 +33,8 @@ MODULES = {type(module): module for info in REGISTRY.values() for module, _ in i
 
 
 @functools.cache  # drawing samples seeds torch's generator, which all threads share
-def calls(op):
-    return Case(REGISTRY[op], CPU, quick=True).calls(torch.float32)
+def calls(op, dtype=torch.float32):
+    return Case(REGISTRY[op], CPU, quick=True).calls(dtype)
 
 
 def results(op):
@@ -159,6 +162,29 @@ def test_gradients_accumulate(op):
                 )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", [op for op in REGISTRY if op != "voxels_summing"])  # its size depends on the data
+def test_shapes_on_the_meta_device(op, dtype):
+    """Of the public function; the battery does the ops that it calls."""
+    for call in calls(op, dtype):
+        on_meta = call.with_tensors([t.to("meta") for t in call.tensors]).run()
+        assert [(y.shape, y.dtype) for y in on_meta] == [(y.shape, y.dtype) for y in call.run()]
+        assert all(y.is_meta for y in on_meta)
+
+
+@pytest.mark.parametrize(
+    "op", [op for op, info in REGISTRY.items() if "k" in inspect.signature(info.function).parameters]
+)
+def test_the_first_k_of_a_symbolic_number(op):
+    def loss(scores, labels):
+        return REGISTRY[op].function(scores, labels, k=scores.shape[0] - 1)
+
+    scores, labels = torch.randn(5), torch.tensor([2, 0, 1, 1, 0])
+    traced = make_fx(loss, tracing_mode="symbolic")(scores, labels)
+    longer = torch.randn(7), torch.tensor([2, 0, 1, 1, 0, 2, 0])
+    torch.testing.assert_close(traced(*longer), loss(*longer))
+
+
 # ---------------------------------------------------------------- modules
 
 
@@ -198,19 +224,23 @@ def model_of(activation):
     return nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 2))
 
 
-def test_hooks():
-    model, seen = model_of(custom_ops.ReLU()), []
-    model[1].register_forward_pre_hook(lambda module, args: seen.append("before"))
-    model[1].register_forward_hook(lambda module, args, y: seen.append("forward"))
-    model[1].register_full_backward_pre_hook(lambda module, grads: seen.append("before backward"))
-    model[1].register_full_backward_hook(lambda module, into, out: seen.append("backward"))
-    x = torch.randn(5, 4, requires_grad=True)
-    y = model(x)
-    y.register_hook(lambda grad: grad * 2)
-    y.sum().backward()
-    assert seen == ["before", "forward", "before backward", "backward"]
-    wanted = model_of(nn.ReLU())
-    torch.testing.assert_close(x.grad, 2 * torch.autograd.grad(wanted(x).sum(), x)[0])
+@pytest.mark.parametrize("op", [name for name, info in REGISTRY.items() if info.modules()])
+def test_hooks(op):
+    info, arguments = REGISTRY[op], calls(op)[0].tensors
+    inputs, seen = leaves(arguments), []
+    for module, kwargs in info.modules():
+        seen.clear()
+        wanted = first(info.function(*arguments, **kwargs))
+        grads = torch.autograd.grad(wanted.sum(), inputs, allow_unused=True)
+        module.register_forward_pre_hook(lambda module, args: seen.append("before"))
+        module.register_forward_hook(lambda module, args, y: seen.append("forward"))
+        module.register_full_backward_pre_hook(lambda module, grads: seen.append("before backward"))
+        module.register_full_backward_hook(lambda module, into, out: seen.append("backward"))
+        y = first(module(*arguments))
+        y.register_hook(lambda grad: seen.append("gradient"))
+        found = torch.autograd.grad(y.sum(), inputs, allow_unused=True)
+        assert seen == ["before", "forward", "gradient", "before backward", "backward"]
+        torch.testing.assert_close((y, *found), (wanted, *grads))
 
 
 class Positive(nn.Module):

@@ -572,3 +572,15 @@ def test_an_infinite_score_has_a_slope(loss):
         with backend(name):
             slope = torch.func.grad(loss)(scores, labels)
         assert slope.isfinite().all(), name
+
+
+def test_the_quicker_interpreter_leaves_triton_as_it_was():
+    language = triton.language
+    parts = [(language.block_type, "__init__"), (language.tensor, "__init__"), (language, "load")]
+    before = [getattr(*part) for part in parts]
+    with patched_once():
+        one, other = (language.block_type(language.int32, shape) for shape in ([2, 4], (2, 4)))
+        assert one == other != language.block_type(language.int32, [4, 2])
+        with pytest.raises(ValueError, match="must be a power of 2"):
+            language.block_type(language.int32, [3])
+    assert [getattr(*part) for part in parts] == before

@@ -12,7 +12,7 @@ from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
 from custom_ops.activation._common import against, not_a_tensor, unary_samples, vector
-from custom_ops.activation.piecewise import ApplyMask, apply_mask, relu, relu_reference
+from custom_ops.activation.piecewise import ApplyMask, apply_mask, check_inplace, relu, relu_reference
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 
@@ -88,6 +88,7 @@ def relu_dropout(
     _checks.has_dtype("x", x, _checks.FLOATING)
     _check_probability(p)
     _checks.is_bool("training", training)
+    check_inplace(x, inplace)
     if seed is not None:
         _checks.has_dtype("seed", seed, (torch.int64,))
         _checks.same_device(x=x, seed=seed)
@@ -179,6 +180,8 @@ register(
             BadCall((_x, 1.5), "p: expected a probability, got 1.5"),
             BadCall((_x, "half"), "p: expected a number, got str"),
             BadCall((_x, 0.5, 1), "training: expected True or False, got 1"),
+            BadCall((_x, 0.5, True, None, 1), "inplace: expected True or False, got 1"),
+            BadCall((_x[:1].expand(2, 3), 0.5, True, None, True), "x: expected elements with memory of their own"),
             BadCall((_x, 0.5, True, 7), "seed: expected a tensor, got int"),
             BadCall((_x, 0.5, True, torch.ones(2, dtype=torch.int64)), r"seed: expected a scalar, got shape \[2\]"),
             BadCall((_x, 0.5, True, torch.ones(())), "seed: expected one of int64, got float32"),

@@ -208,6 +208,12 @@ def _(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[T
     return masked, masked.reshape(*batch, rows, channels, inner).sum((-3, -1))
 
 
+def check_inplace(x: Tensor, inplace: bool) -> None:
+    _checks.is_bool("inplace", inplace)
+    if inplace and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())):
+        raise ValueError(f"x: expected elements with memory of their own to write to, got strides {list(x.stride())}")
+
+
 def _activate(
     x: Tensor,
     *,
@@ -223,9 +229,7 @@ def _activate(
 ) -> Tensor:
     """The op's activation of x, in x's layout."""
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _checks.is_bool("inplace", inplace)
-    if inplace and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())):
-        raise ValueError(f"x: expected elements with memory of their own to write to, got strides {list(x.stride())}")
+    check_inplace(x, inplace)
 
     def run(rows: Tensor, dim: int) -> Tensor:
         inner = 1 if bias is None else math.prod(rows.shape[dim + 1 :])

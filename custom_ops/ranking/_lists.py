@@ -230,6 +230,7 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
     class ListLoss(Function, op=op):
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            _no_gradient(ctx.needs_input_grad[1])  # of an outer transform
             *tensors, ctx.reduction, ctx.batch_dims = inputs[:6]
             ctx.params = inputs[6:]
             _, slope, active = output
@@ -256,7 +257,8 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
             return of_scores, *[None] * (5 + len(ctx.params))
 
         @staticmethod
-        def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:
+        def jvp(ctx: Any, tangent: Tensor, of_labels: Tensor | None, *_: None) -> tuple[Tensor, None, None]:
+            _no_gradient(of_labels is not None)
             scores, labels, valid, offsets, active = ctx.saved_tensors
             slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
             moved = list_dot(slope, tangent, valid, offsets)
@@ -303,6 +305,11 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
 
 def _no_third(op: OpOverload) -> Exception:
     return NotImplementedError(f"{op} has no third derivative")
+
+
+def _no_gradient(wanted: bool) -> None:
+    if wanted:
+        raise ValueError("labels: expected a tensor without gradient, as the loss has none in the labels; detach it")
 
 
 def _batch(op: OpOverload) -> None:
@@ -374,8 +381,13 @@ def list_loss(
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
         loss = reduce(loss, active, weights, reduction)
-    stays = wide == scores.dtype or torch.is_autocast_enabled(scores.device.type)
+    stays = wide == scores.dtype or under_autocast(scores)
     return loss if stays else loss.to(scores.dtype)
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Which the meta device doesn't know."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def checked(
@@ -394,8 +406,7 @@ def checked(
     _checks.is_tensor("labels", labels)
     if labels.is_complex():
         raise TypeError(f"labels: expected real numbers, got {str(labels.dtype).removeprefix('torch.')}")
-    if labels.requires_grad:
-        raise ValueError("labels: expected a tensor without gradient, as the loss has none in the labels; detach it")
+    _no_gradient(labels.requires_grad)
     _has_shape("labels", labels, scores, scores.shape)
     valid = valid_items("scores", scores, mask, lengths, cu_lengths)
     if weights is not None:

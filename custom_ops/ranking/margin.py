@@ -12,6 +12,7 @@ from torch import Tensor
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
+from custom_ops._wide import wide
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
@@ -47,7 +48,7 @@ def margin_ranking_backward(
 
 def _contract(moves: Sequence[Tensor | None], slopes: Sequence[Tensor], reduce: bool, batch_dims: int) -> Tensor:
     """The sum of move times slope, over all but the batch dimensions if ``reduce``."""
-    total = sum(move * slope for move, slope in zip(moves, slopes) if move is not None)
+    total = sum(wide(move) * slope for move, slope in zip(moves, slopes) if move is not None)
     assert isinstance(total, Tensor)
     dims = tuple(range(batch_dims, total.dim()))
     return total.sum(dims) if reduce and dims else total
@@ -79,10 +80,11 @@ class MarginRanking(Function, op=margin_ranking):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
-        target = ctx.saved_tensors[2]
+        *tensors, mask = ctx.saved_tensors
+        input1, input2, target = map(wide, tensors)
         ones = target.new_ones(target.shape[: ctx.batch_dims] if ctx.reduce else target.shape)
-        slopes = margin_ranking_backward(ones, *ctx.saved_tensors, ctx.divisor, ctx.reduce)
-        return _contract(tangents[:3], slopes, ctx.reduce, ctx.batch_dims), None
+        slopes = margin_ranking_backward(ones, input1, input2, target, mask, ctx.divisor, ctx.reduce)
+        return _contract(tangents[:3], slopes, ctx.reduce, ctx.batch_dims).to(tensors[2].dtype), None
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:
@@ -100,12 +102,12 @@ class MarginRankingBackward(Function, op=margin_ranking_backward):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, input1, _, target, mask = ctx.saved_tensors
+        grad, input1, input2, target, mask = ctx.saved_tensors
         if input1 is None:  # then the third output is empty
             cotangents = (*cotangents[:2], None)
-        ones = torch.ones_like(grad)
-        slopes = margin_ranking_backward(ones, *ctx.saved_tensors[1:], ctx.divisor, ctx.reduce)
-        of_grad = _contract(cotangents, slopes, ctx.reduce, mask.dim() - 1)
+        ones = torch.ones_like(wide(grad))
+        slopes = margin_ranking_backward(ones, *map(wide, (input1, input2, target)), mask, ctx.divisor, ctx.reduce)
+        of_grad = _contract(cotangents, slopes, ctx.reduce, mask.dim() - 1).to(grad.dtype)
         v1, v2, v3 = (torch.zeros_like(target) if v is None else v for v in cotangents)
         of_input1, of_input2, of_target = margin_ranking_backward(grad, v1, v2, v3, mask, ctx.divisor, ctx.reduce)
         if input1 is None:
@@ -184,7 +186,8 @@ def margin_ranking_loss(
     _checks.has_dtype("input1", input1, _checks.FLOATING)
     _checks.has_dtype("input2", input2, _checks.FLOATING)
     _checks.is_tensor("target", target)
-    if target.is_complex() or target.dtype == torch.bool:
+    integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if not integers and target.dtype not in _checks.FLOATING:
         raise TypeError(f"target: expected real numbers, got {str(target.dtype).removeprefix('torch.')}")
     _checks.is_number("margin", margin)
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library
 from custom_ops._native import define
+from custom_ops._wide import wide
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 
@@ -93,10 +94,10 @@ class Preference(Function, op=preference):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        chosen, reduce = ctx.saved_tensors[0], ctx.parameters[-1]
-        ones = chosen.new_ones(chosen.shape[: ctx.batch_dims] if reduce else chosen.shape)
-        slope = preference_slope(ones, *ctx.saved_tensors, 1, *ctx.parameters)
-        return _summed(_along(tangents[:4]) * slope, ones)
+        tensors, reduce = [wide(t) for t in ctx.saved_tensors], ctx.parameters[-1]
+        ones = tensors[0].new_ones(tensors[0].shape[: ctx.batch_dims] if reduce else tensors[0].shape)
+        slope = preference_slope(ones, *tensors, 1, *ctx.parameters)
+        return _summed(_along([wide(t) for t in tangents[:4]]) * slope, ones).to(ctx.saved_tensors[0].dtype)
 
 
 class PreferenceSlope(Function, op=preference_slope):
@@ -112,8 +113,8 @@ class PreferenceSlope(Function, op=preference_slope):
         weight, *tensors = ctx.saved_tensors
         of_weight = of_difference = None
         if ctx.needs_input_grad[0]:
-            slope = preference_slope(torch.ones_like(weight), *tensors, ctx.order, *ctx.parameters)
-            of_weight = _summed(cotangent * slope, weight)
+            slope = preference_slope(torch.ones_like(wide(weight)), *map(wide, tensors), ctx.order, *ctx.parameters)
+            of_weight = _summed(wide(cotangent) * slope, weight).to(weight.dtype)
         if any(ctx.needs_input_grad[1:5]):
             of_difference = cotangent * preference_slope(weight, *tensors, _after(ctx.order), *ctx.parameters)
         return of_weight, *_back(of_difference, ctx.needs_input_grad[1:5]), *[None] * 8
@@ -198,13 +199,13 @@ def _loss(
     q: float = 0.0,
 ) -> Tensor:
     """The loss of chosen, rejected and their offsets, checked under the names that the caller gave them."""
-    given = {name: t for name, t in tensors.items() if t is not None}
+    given: dict[str, Any] = {name: t for i, (name, t) in enumerate(tensors.items()) if i < 2 or t is not None}
     for name, t in given.items():
         _checks.has_dtype(name, t, _checks.FLOATING)
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     expanded = dict(zip(given, _checks.broadcast(**given)))
-    chosen, rejected, *offsets = (expanded.get(name) for name in tensors)
-    assert chosen is not None and rejected is not None
+    chosen, rejected = list(expanded.values())[:2]
+    offsets = [expanded.get(name) for name in list(tensors)[2:]]
     divisor = chosen.numel() if reduction == "mean" else 1
     padded = (*offsets, None, None)[:2]
     return Preference.apply(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops._native import define
+from custom_ops._wide import wide
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
 from custom_ops.ranking._lists import (
@@ -162,10 +163,6 @@ for _op in (isotonic, group_reduce, group_share, group_softmax):
     _lists._shard(_op)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _check_regularization(regularization: str, strength: float) -> None:
     _checks.is_one_of("regularization", regularization, _REGULARIZATIONS)
     _checks.is_positive("regularization_strength", strength)
@@ -185,7 +182,7 @@ def _soft(
         raise ValueError("values: expected [..., n], got a single number")
     _check_regularization(regularization, strength)
     where = valid_items("values", values, mask, lengths, cu_lengths), _offsets(cu_lengths)
-    return _fitted(_wide(values), *where, float(strength), regularization == "kl", sort).to(values.dtype)
+    return _fitted(wide(values), *where, float(strength), regularization == "kl", sort).to(values.dtype)
 
 
 def _offsets(cu_lengths: Tensor | None) -> Tensor | None:
@@ -337,7 +334,7 @@ def spearman_loss(
     _check_regularization(regularization, regularization_strength)
     where = valid, _offsets(cu_lengths)
     options = float(regularization_strength), regularization == "kl", False
-    ranks = _fitted(_wide(scores), *where, *options).double()
+    ranks = _fitted(wide(scores), *where, *options).double()
     wanted = _by_lists(_ranks, labels.detach(), *where)
     ones = torch.ones_like(wanted)
     count = list_dot(ones, ones, *where)
@@ -351,7 +348,7 @@ def spearman_loss(
     if cu_lengths is None:
         loss, active = loss.squeeze(-1), active.squeeze(-1)
     loss = _lists.reduce(loss, active, weights, reduction)
-    return loss.float() if torch.is_autocast_enabled(scores.device.type) else loss.to(scores.dtype)
+    return loss.float() if _lists.under_autocast(scores) else loss.to(scores.dtype)
 
 
 def _tied(spread: Tensor, n: int | Tensor) -> Tensor:

@@ -40,17 +40,18 @@ class GradientScaling(Function, op=gradient_scaling):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.factor, scale = inputs
+        x, ctx.factor, scale = inputs
         ctx.save_for_backward(scale)
-        ctx.save_for_forward(scale)
+        ctx.save_for_forward(scale, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _scaled(grad, ctx.factor, *ctx.saved_tensors), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
-        return None if tangent is None else _scaled(tangent, ctx.factor, *ctx.saved_tensors)
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor:
+        scale, x = ctx.saved_tensors
+        return torch.zeros_like(x) if tangent is None else _scaled(tangent, ctx.factor, scale)
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._layout import as_it_lies
 from custom_ops._native import define
+from custom_ops._wide import wide
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
 from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, integers, leaf, two
@@ -80,7 +81,7 @@ class SurrogateSlope(Function, op=surrogate_slope):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         grad, x = ctx.saved_tensors
         of_grad = surrogate_slope(cotangent, x, ctx.shape, ctx.width) if ctx.needs_input_grad[0] else None
-        of_x = cotangent * grad * _curvature(x, ctx.shape, ctx.width) if ctx.needs_input_grad[1] else None
+        of_x = _bent(cotangent, grad, x, ctx.shape, ctx.width) if ctx.needs_input_grad[1] else None
         return of_grad, of_x, None, None
 
     @staticmethod
@@ -90,24 +91,24 @@ class SurrogateSlope(Function, op=surrogate_slope):
         if grad_tangent is not None:
             parts.append(surrogate_slope(grad_tangent, x, ctx.shape, ctx.width))
         if x_tangent is not None:
-            parts.append(x_tangent * grad * _curvature(x, ctx.shape, ctx.width))
+            parts.append(_bent(x_tangent, grad, x, ctx.shape, ctx.width))
         return sum(parts[1:], parts[0])
 
 
-def _curvature(x: Tensor, shape: int, width: float) -> Tensor:
-    """The derivative of the slope."""
-    u = x / width
+def _bent(v: Tensor, grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
+    """``v`` times ``grad`` times the derivative of the slope, rounded once."""
+    u = wide(x) / width
     match = _SHAPES[shape]
     if match == "sigmoid":
-        s = u.sigmoid()
-        value = s * (1 - s) * (1 - 2 * s)
+        s, rest = u.sigmoid(), (-u).sigmoid()
+        value = s * rest * (rest - s)
     elif match == "atan":
         value = -2 / math.pi * u / (1 + u * u) ** 2
     elif match == "triangle":
         value = torch.where(u.abs() < 1, -u.sign(), 0.0)
     else:
         value = torch.zeros_like(u)
-    return value / width**2
+    return (wide(v) * wide(grad) * value / width**2).to(x.dtype)
 
 
 @library.inductor(surrogate_step)

@@ -128,7 +128,7 @@ def bev_pool_v2(
         raise ValueError(f"bev_feat_shape: expected {wanted}, got {tuple(bev_feat_shape)}")
     for cells in bev_feat_shape:
         _checks.is_count("bev_feat_shape", cells)
-    voxels = batch * bev_feat_shape[1] * bev_feat_shape[2] * bev_feat_shape[3]
+    voxels = math.prod(bev_feat_shape[:4])
     _checks.is_count("bev_feat_shape", voxels)
     in_long = (array.long() for array in (*ranks.values(), *intervals.values()))
     rank = interval_ranks(*in_long, depth.numel(), bins, height * width, voxels)

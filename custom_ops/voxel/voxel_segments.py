@@ -216,9 +216,10 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 
 def check_segments(x: Tensor, indptr: Tensor, perm: Tensor | None, lead: int) -> None:
     """``indptr`` and ``perm`` for values with ``lead`` leading dimensions, and as many points as ``perm`` says."""
-    for name, tensor, layout in (("indptr", indptr, "[..., V + 1]"), ("perm", perm, "[..., N]")):
-        if tensor is None:
-            continue
+    given = [("indptr", indptr, "[..., V + 1]")]
+    if perm is not None:
+        given.append(("perm", perm, "[..., N]"))
+    for name, tensor, layout in given:
         _checks.has_dtype(name, tensor, (torch.int64,))
         if tensor.dim() - 1 not in (0, lead) or tensor.shape[:-1] not in (x.shape[:lead], ()):
             raise ValueError(

@@ -1,0 +1,17 @@
+"""Where 16-bit numbers are computed in more than 16 bits."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+
+@overload
+def wide(x: Tensor) -> Tensor: ...
+@overload
+def wide(x: None) -> None: ...
+def wide(x: Tensor | None) -> Tensor | None:
+    """x in float32, if it has fewer bits."""
+    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
