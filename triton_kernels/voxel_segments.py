@@ -360,14 +360,12 @@ def _points_of(program, blocks, rows, bins, plane, POINTS: tl.constexpr):
 
 
 @triton.jit
-def _scale(indptr_ptr, segment, found, mean):
-    """1, or one over the number of the segment's points."""
-    if mean != 0:
-        first = tl.load(indptr_ptr + segment, mask=found, other=0)
-        count = tl.load(indptr_ptr + segment + 1, mask=found, other=1) - first
-        return 1.0 / tl.maximum(count, 1).to(tl.float64)
-    else:
-        return found.to(tl.float64)
+def _share(indptr_ptr, segment, found, T: tl.constexpr):
+    """One over the number of the segment's points."""
+    first = tl.load(indptr_ptr + segment, mask=found, other=0)
+    last = tl.load(indptr_ptr + segment + 1, mask=found, other=1)
+    count = tl.maximum(last - first, 1).to(T)
+    return 1.0 / count if T == tl.float64 else tl.div_rn(1.0, count)
 
 
 _SPREAD_TILE = 2 * _TILE
@@ -420,7 +418,8 @@ def segment_spread_rows_kernel(
         if WEIGHT:
             sums *= widen(tl.load(weight_ptr + point, mask=found, other=0))[:, None]
         if mean != 0:
-            sums = sums * _scale(indptr_ptr, segment, found, mean).to(sums.dtype)[:, None]
+            # Not in sums.dtype as below: ptxas would spill on sm_80.
+            sums = sums * _share(indptr_ptr, segment, found, tl.float64).to(sums.dtype)[:, None]
         total += sums
     at = (example * rows + row)[:, None] * columns + column[None, :]
     tl.store(out_ptr + at, total, mask=inside[:, None] & exists)
@@ -464,7 +463,7 @@ def segment_spread_dots_kernel(
             x = widen(tl.load(x_ptr + row[:, None] * columns + column, mask=exists, other=0))
             total += tl.sum(sums * x, axis=1)
         if mean != 0:
-            total = total * _scale(indptr_ptr, segment, found, mean).to(total.dtype)
+            total = total * _share(indptr_ptr, segment, found, total.dtype)
         tl.store(out_ptr + example * points + point, total, mask=inside)
 
 
