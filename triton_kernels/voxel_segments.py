@@ -365,7 +365,7 @@ def _share(indptr_ptr, segment, found, T: tl.constexpr):
     first = tl.load(indptr_ptr + segment, mask=found, other=0)
     last = tl.load(indptr_ptr + segment + 1, mask=found, other=1)
     count = tl.maximum(last - first, 1).to(T)
-    return 1.0 / count if T == tl.float64 else tl.div_rn(1.0, count)
+    return 1.0 / count if tl.float64 == T else tl.div_rn(1.0, count)
 
 
 _SPREAD_TILE = 2 * _TILE
