@@ -19,8 +19,9 @@ QUICK = Effort(seconds=0.5, rounds=3, warm_ups=1)
 class Plan:
     """The cells in order. A quick run takes the small sizes of all tables first, and divides its seconds.
 
-    Each cell may take its share of what is left; one whose answers alone would take half of all that is
-    left, judging by the size before it, is skipped. So a run ends in time whatever the number of ops.
+    Each cell may take its share of what is left; one whose answers alone would take an eighth of all that is
+    left, judging by the elements of the size before it, is skipped: a reference that holds all pairs of a list
+    takes more. So a run ends in time whatever the number of ops.
     """
 
     def __init__(self, infos: Iterable[OpInfo], seconds: float = math.inf) -> None:
@@ -49,7 +50,7 @@ class Plan:
             return FULL
         before, preparation = self._last.get(id(cell.benchmark), (cell, 0.0))
         expected = preparation * elements(cell.size) / elements(before.size)
-        return None if remaining <= 0 or expected > remaining / 2 else replace(QUICK, limit=remaining / cells)
+        return None if remaining <= 0 or expected > remaining / 8 else replace(QUICK, limit=remaining / cells)
 
     def done(self, cell: Cell, result: Result) -> None:
         self._last[id(cell.benchmark)] = cell, result.preparation
