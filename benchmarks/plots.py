@@ -68,6 +68,9 @@ def _against_size(axes: Any, rows: list[Row], direction: str, quantity: str, tit
 
 def _roofline(axes: Any, rows: list[Row], direction: str) -> None:
     """The roof is what moving these bytes takes without computing; who touches it can't be faster."""
+    if not any(r.bytes for r in rows):
+        axes.axis("off")
+        return
     for name, style in _styles(rows).items():
         mine = [r for r in rows if r.contender == name]
         axes.plot([r.bytes for r in mine], [r.gigabytes_per_second for r in mine], label=name, **style)

@@ -296,13 +296,13 @@ def test_a_quick_run_shares_what_is_left_and_skips_what_is_bound_to_take_longer(
     a, b, larger, largest = quick.cells
     assert quick.effort(a).limit == 10
     now[0] += 1
-    quick.done(a, Result(preparation=0.5))
+    quick.done(a, Result(preparation=0.3))
     assert quick.effort(b).limit == 13  # what the first left over goes to the others
     now[0] += 13
     quick.done(b, Result(preparation=0.5))
     assert quick.effort(larger).limit == 13
-    quick.done(larger, Result(preparation=1.4))
-    assert quick.effort(largest) is None  # 14 seconds, when 26 are left
+    quick.done(larger, Result(preparation=0.4))
+    assert quick.effort(largest) is None  # 4 seconds, when 26 are left
     quick.left, quick._last = 1, {}
     assert quick.effort(largest).limit == 26
     now[0] += 100
