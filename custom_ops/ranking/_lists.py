@@ -601,7 +601,7 @@ def list_benchmark(
     Where no other library has such a loss, it stands beside its reference, at the first shape only.
     """
     sizes = SHAPES if times or len(peers) > 1 else SHAPES[:1]
-    targets = [Target(shape, peer, 1 / t) for shape, t in zip(SHAPES, times)]
+    targets = [Target(shape, peer, 1 / t) for shape, t in zip(SHAPES, times, strict=bool(times))]
     return [Benchmark(sizes, _lists_of_five_levels, peers, "scores, of five labels", targets, kwargs)]
 
 

@@ -118,7 +118,7 @@ def _(x: Tensor, shape: int, width: float) -> Tensor:
 
 @library.inductor(surrogate_slope)
 def _(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
-    u = x.to(torch.promote_types(x.dtype, torch.float32)) / width
+    u = wide(x) / width
     match = _SHAPES[shape]
     if match == "sigmoid":
         s = torch.sigmoid(-u.abs())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
+from custom_ops._wide import wide
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
 from custom_ops.voxel.voxel_grid import SIZES, at_most_checked, voxel_csr, voxel_match, voxel_rank
@@ -162,8 +163,7 @@ def _mean_of_parts(
     cut = [Shard(d) if 0 <= d < inside.dim() else Replicate() for d in at]
     lead = shards.batch_labels(inside.dim() - 1)
     counts = shards.in_shards(count, f"{lead}p->{lead}V", inside.redistribute(placements=cut))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    sums = voxel_sum(wide, rank, num_voxels, "sum", mask, csr)
+    sums = voxel_sum(wide(x), rank, num_voxels, "sum", mask, csr)
     return (sums / shards.summed_up(counts).clamp_min(1)[..., None]).to(x.dtype)
 
 
