@@ -2,8 +2,9 @@
 // vectorise; the same bits on every instruction set. NaN stays NaN.
 #pragma once
 
-#include "bits.h"
+#include "isa.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
