@@ -127,7 +127,7 @@ def float16(case: Case) -> None:
     _check_dtype(case, torch.float16)
 
 
-@capability("autocast")
+@capability("autocast", of_dispatch=True)
 def autocast(case: Case) -> str:
     """Float32 inputs under autocast: gradients float32, all near the float32 results."""
     dtypes = set()
