@@ -1,5 +1,6 @@
 """Triton kernels run on the CPU; which tests wait for ``make test-full``; and how pytest-xdist shares out the tests."""
 
+import gc
 import os
 import re
 from collections import Counter
@@ -12,9 +13,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 # Nor torch: threads that wait for work sleep, for their spinning takes the cores from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-TOGETHER = re.compile(
-    r".*test_(?:packaging|typing|distributed)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*"
-)
+TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed|dtensor)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*")
 # Started first, so that no worker is left with one while the other has nothing to do.
 LONG = re.compile(r"test_(?:packaging|typing|distributed|dtensor)\.py|test_every_kernel_compiles|real_data")
 FULL_ONLY = pytest.StashKey[int]()
@@ -37,6 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: Python's collector needn't look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

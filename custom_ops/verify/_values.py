@@ -375,15 +375,15 @@ def deterministic(case: Case) -> str:
 
 def _growth(case: Case, call: Call, with_reference: bool = False, elements: int = 1 << 18) -> int:
     """How often to repeat the dynamic dimensions: until threads matter, or the call or its reference takes long."""
-    times = 1
+    times, limit = 1, 0.02 if case.quick else 0.1
     if not case.interpreted:
         everything(call)  # the first run takes longer
     while call.sample.dynamic:
         grown = resized(call, times)
-        if _seconds(partial(everything, grown)) > 0.1 or max(t.numel() for t in call.tensors) * times > elements:
+        if _seconds(partial(everything, grown)) > limit or max(t.numel() for t in call.tensors) * times > elements:
             break
         reference = partial(run_leaves, case.reference(grown), grown.tensors) if with_reference else None
-        if reference is not None and _seconds(reference) > (0.25 if case.quick else 1):
+        if reference is not None and _seconds(reference) > 10 * limit:
             break
         times *= 4
     return times
