@@ -375,7 +375,7 @@ def deterministic(case: Case) -> str:
 
 def _growth(case: Case, call: Call, with_reference: bool = False, elements: int = 1 << 18) -> int:
     """How often to repeat the dynamic dimensions: until threads matter, or the call or its reference takes long."""
-    times, limit = 1, 0.02 if case.quick else 0.1
+    times, limit = 1, 0.02 if case.quick and not case.interpreted else 0.1
     if not case.interpreted:
         everything(call)  # the first run takes longer
     while call.sample.dynamic:
@@ -383,7 +383,7 @@ def _growth(case: Case, call: Call, with_reference: bool = False, elements: int 
         if _seconds(partial(everything, grown)) > limit or max(t.numel() for t in call.tensors) * times > elements:
             break
         reference = partial(run_leaves, case.reference(grown), grown.tensors) if with_reference else None
-        if reference is not None and _seconds(reference) > 10 * limit:
+        if reference is not None and _seconds(reference) > (0.25 if case.quick else 1):
             break
         times *= 4
     return times
