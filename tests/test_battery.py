@@ -39,7 +39,9 @@ def cells() -> Iterator[Any]:
     for place, op in enumerate(REGISTRY):
         for backend in ("cpp", "triton"):
             for number, row in enumerate(CAPABILITIES.values()):
-                repeated = backend == "triton" and row.of_dispatch and (place + number) % SMOKE and not CELLS
+                # Triton's interpreter has one thread.
+                same = backend == "triton" and (row.of_dispatch or row.name == "deterministic")
+                repeated = same and (place + number) % SMOKE and not CELLS
                 marks = [pytest.mark.full] if row.full_only or repeated else []
                 yield pytest.param(op, backend, row.name, marks=marks)
 
