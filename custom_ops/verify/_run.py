@@ -15,6 +15,7 @@ from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import backend as on_backend
 from custom_ops.verify._case import CAPABILITIES, Capability, Case, NotApplicable, refuse_nested
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, PASS, Cell, Report
+from custom_ops.verify._tracing import compiled_afresh
 
 Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
 
@@ -158,7 +159,7 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     if reason is not None and not row.may_be_refused:
         return NOT_APPLICABLE, reason
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), compiled_afresh():
             warnings.simplefilter("ignore")
             case.every_sample = row.every_sample
             remark = row.check(case)

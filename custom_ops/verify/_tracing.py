@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -247,6 +247,20 @@ def ops_functional(case: Case) -> None:
 
 
 # --- compile -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def compiled_afresh() -> Iterator[None]:
+    """Nothing compiled comes from a cache that an earlier process left, which may not know what an op does now."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    aot, inductor = torch._functorch.config, torch._inductor.config
+    with (
+        aot.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+    ):
+        yield
 
 
 def _compile(function: Callable[..., Any], backend: str, **flags: Any) -> Callable[..., Any]:
