@@ -115,6 +115,13 @@ class Lists:
         return order
 
 
+def relative_gains(labels: Tensor, highest: Tensor, exponential: bool) -> Tensor:
+    """2^label - 1 over 2^highest, or label over highest, in double; a label of at most 0 has no gain."""
+    labels, highest = labels.double(), highest.double()
+    gains = -torch.expm1(-math.log(2) * labels) * torch.exp2(labels - highest) if exponential else labels / highest
+    return gains.masked_fill(labels <= 0, 0)
+
+
 VARIANTS: dict[Any, dict[str, Any]] = {
     (masked, several): {"MASKED": masked, "SEVERAL": several} for masked in (False, True) for several in (False, True)
 }
