@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_list, reducing
+from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_list, reducing, relative_gains
 
 _ROWS, _COLUMNS = 32, 16
 _VARIANTS: dict[Any, dict[str, Any]] = {
@@ -220,9 +220,8 @@ class _NeuralSort:
         top = best.gather(-1, lists.bounds[:-1].clamp_max(lists.items - 1).expand(ends.shape))
         self.active = (top > best.gather(-1, ends)) & (top > 0) & (self.count > 0)
 
-        def gain_of(y: Tensor) -> Tensor:  # relative to the largest label: no overflow
-            gain = torch.exp2(y - lists.to_items(top)) - lists.to_items(torch.exp2(-top)) if exponential else y
-            return torch.where(y > 0, gain, 0)
+        def gain_of(y: Tensor) -> Tensor:
+            return relative_gains(y, lists.to_items(top), exponential)
 
         self.discount = torch.where(self.kept & (place < k), math.log(2) / (place + 2.0).double().log(), 0)
         ideal = lists.sum(torch.where(self.kept, gain_of(best), 0) * self.discount)
