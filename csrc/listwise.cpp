@@ -398,13 +398,29 @@ struct Cosent {
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
       const Scan<true> up(reversed, n, first, groups, scale, scratch);
 
-      double top = 0, sum = 0;
-      down.each([&](int64_t i, int64_t g) { top = std::max(top, down.above(g + 1, o.s[i])); });
-      down.each([&](int64_t i, int64_t g) { sum += std::exp(down.above(g + 1, o.s[i]) - top); });
-      const double total = std::isinf(top) ? top : top > 0 ? top + std::log(std::exp(-top) + sum) : std::log1p(sum);
-      // The shares of an item's pairs with those of lower and of higher labels.
-      const auto lower = [&](int64_t i, int64_t g) { return std::exp(down.above(g + 1, o.s[i]) - total); };
-      const auto higher = [&](int64_t i, int64_t g) { return std::exp(up.above(groups - g, -o.s[i]) - total); };
+      // The largest term, of two scores and a logarithm; 1 has 0 for all three.
+      double top = 0, worst = 0, best = 0, log = 0;
+      down.each([&](int64_t i, int64_t g) {
+        const double x = down.above(g + 1, o.s[i]);
+        if (x > top) top = x, worst = down.top[g + 1], best = o.s[i], log = down.log[g + 1];
+      });
+      // Another one over it, of which only differences of similar scores are taken.
+      const auto term = [&](double worse, double better, double logarithm) {
+        return std::exp(scale * ((worse - worst) - (better - best)) + (logarithm - log));
+      };
+      // The terms of an item's pairs with those of lower and of higher labels.
+      const auto below = [&](int64_t i, int64_t g) {
+        return g + 1 == groups ? 0 : term(down.top[g + 1], o.s[i], down.log[g + 1]);
+      };
+      const auto over = [&](int64_t i, int64_t g) {
+        return g == 0 ? 0 : term(o.s[i], -up.top[groups - g], up.log[groups - g]);
+      };
+      double sum = 0;
+      down.each([&](int64_t i, int64_t g) { sum += below(i, g); });
+      const double whole = std::exp(-top) + sum;
+      const double total = std::isinf(top) ? top : top > 0 ? top + std::log(whole) : std::log1p(sum);
+      const auto lower = [&](int64_t i, int64_t g) { return below(i, g) / whole; };
+      const auto higher = [&](int64_t i, int64_t g) { return over(i, g) / whole; };
 
       if (!o.v) {
         down.each([&](int64_t i, int64_t g) { out[i] = scale * (higher(i, g) - lower(i, g)); });

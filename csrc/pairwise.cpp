@@ -182,7 +182,8 @@ struct PairwiseMse {
     const double scale = normalize ? 1 / (n - 1) : n;
     if (list.n < 2) return std::fill(list.slope, list.slope + list.n, A(0));
     const auto x = [&](int64_t i) ALWAYS_INLINE {
-      return list.v ? static_cast<double>(list.v[i]) : static_cast<double>(list.s[i]) - static_cast<double>(list.y[i]);
+      const auto apart = [&](const A* x) ALWAYS_INLINE { return static_cast<double>(x[i]) - static_cast<double>(x[0]); };
+      return list.v ? apart(list.v) : apart(list.s) - apart(list.y);  // above the first item, which changes nothing
     };
     double sum = 0, squares = 0;
     for (int64_t i = 0; i < list.n; ++i) sum += x(i);

@@ -147,7 +147,7 @@ def _pairs(
     if weighting not in (_RANKNET, _LABEL_DIFF):
         labels_in = labels.double().masked_fill(~owned, 0)
         ones = labels_in.new_ones((*lists.batch, lists.lists))
-        gains = relative_gains(labels_in, _highest(lists, labels_in), exponential)
+        gains = relative_gains(labels_in, lists.to_items(lists.largest(labels_in)), exponential)
         best = discount_of(lists.ranks(labels)).masked_fill(lists.ranks(labels) >= k, 0)
         most = lists.sum((gains * best).masked_fill(~owned, 0))
         some = ~(most <= 0)
@@ -173,14 +173,6 @@ def _pairs(
 def discount_of(rank: Tensor) -> Tensor:
     """1 / log2(1 + r) of ranks r counted from 1, here given from 0; in double."""
     return 1 / torch.log2(rank.double() + 2)
-
-
-def _highest(lists: Lists, labels: Tensor) -> Tensor:
-    """The largest label of each item's list, at least 0."""
-    top = labels.new_zeros((*lists.batch, lists.lists + 2))
-    place = (lists.places + 1) if lists.several else torch.ones(lists.items, dtype=torch.int64, device=labels.device)
-    place = place.expand(labels.shape)
-    return top.scatter_reduce(-1, place, labels, "amax").gather(-1, place)
 
 
 @reducing

@@ -88,6 +88,13 @@ class Lists:
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest [..., L] of 0 and x [..., T] over each list, masked items and all."""
+        if not self.several:
+            return x.amax(-1, keepdim=True).clamp_min(0)
+        top = x.new_zeros((*self.batch, self.lists + 2))
+        return top.scatter_reduce(-1, (self.places + 1).expand(x.shape), x, "amax")[..., 1:-1]
+
     def scan(self, x: Tensor) -> Tensor:
         """The running sums of x [..., T] along each list, in double; 0 outside of all.
 

@@ -317,13 +317,23 @@ class _Cosent(_Competing):
     ) -> None:
         self.scale = scale
         super().__init__(scores, labels, valid, offsets)
-        x = self.lower.above(self.s, scale)
-        ones = torch.ones_like(x)
-        sums = self.scan(x, ones, ones, self.exists & ~self.final)
-        top, total, _ = (self.per_list(t, self.lists.bounds[1:] - 1) for t in sums)
-        most = top.clamp_min(0)
-        some = torch.log((-most).exp() + total * (top - most).exp()) + most
-        self.total = torch.where(top <= 0, (total * top.exp()).log1p(), torch.where(top == torch.inf, top, some))
+        # The largest term, of two scores and a logarithm; 1 has 0 for all three.
+        x = torch.where(self.exists, self.lower.above(self.s, scale), -torch.inf)
+        self.most = self.lists.largest(x)
+        place = torch.arange(self.lists.items, device=x.device)
+        largest = torch.where(x == self.lists.to_items(self.most), place, -1)
+        largest = self.lists.to_items(self.lists.largest(largest)).clamp_max(self.lists.items - 1)
+        some = self.lists.to_items(self.most) > 0
+        terms = (self.lower.top, self.s, self.lower.a.log())
+        self.worst, self.best, self.log = (torch.where(some, t.gather(-1, largest), 0) for t in terms)
+        self.rest = self.sum(self._term(self.lower, self.s))
+        self.whole = (-self.most).exp() + self.rest
+
+    def _term(self, others: _Sums, score: Tensor, sign: int = 1) -> Tensor:
+        """An item's term over the largest, of which only differences of similar scores are taken."""
+        worse, better = (others.top, score) if sign > 0 else (score, -others.top)
+        exponent = self.scale * ((worse - self.worst) - (better - self.best)) + (others.a.log() - self.log)
+        return torch.where(others.a == 0, 0, exponent.exp())
 
     def reach(self, v: Tensor) -> None:
         super().reach(v)
@@ -332,12 +342,12 @@ class _Cosent(_Competing):
 
     def _shares(self) -> tuple[Tensor, Tensor]:
         """Of an item's pairs with those of lower and of higher labels."""
-        total = self.lists.to_items(self.total)
-        lower, higher = self.lower.above(self.s, self.scale), self.higher.above(-self.s, self.scale)
-        return (lower - total).exp(), (higher - total).exp()
+        whole = self.lists.to_items(self.whole)
+        return self._term(self.lower, self.s) / whole, self._term(self.higher, self.s, -1) / whole
 
     def loss(self) -> Tensor:
-        return self.total
+        large = torch.where(self.most.isinf(), self.most, self.most + self.whole.log())
+        return torch.where(self.most > 0, large, self.rest.log1p())
 
     def slope(self) -> Tensor:
         lower, higher = self._shares()

@@ -243,12 +243,23 @@ def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | No
     return list_scale((count > 1).to(x.dtype), x, valid, offsets), count
 
 
+def _above_first(x: Tensor, lists: Lists, valid: Tensor | None) -> Tensor:
+    """x less a valid item of its list, in double: of items far from 0 no digit that matters is lost."""
+    x = x.double()
+    if x.numel() == 0:
+        return x
+    first = lists.sort(torch.zeros_like(x)).gather(
+        -1, lists.to_items(lists.bounds[:-1].clamp_max(lists.items - 1)).expand(x.shape)
+    )
+    return x - x.gather(-1, first)
+
+
 @reducing
 def pairwise_mse(
     scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = Lists(scores, valid, offsets)
-    x, count = _centred(scores.double() - labels.double(), lists, valid, offsets)
+    x, count = _centred(_above_first(scores, lists, valid) - _above_first(labels, lists, valid), lists, valid, offsets)
     scale = 1 / (count - 1).clamp_min(1) if normalize else count
     slope = list_scale(4 * scale, x, valid, offsets)
     return (2 * scale * lists.sum(x * x)).to(scores.dtype), slope.to(scores.dtype), count > 1
@@ -258,6 +269,7 @@ def pairwise_mse_slope(
     scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, normalize: bool
 ) -> Tensor:
     lists = Lists(scores, valid, offsets)
-    x, count = _centred(scores.double() - labels.double() if v is None else v.double(), lists, valid, offsets)
+    x = _above_first(scores, lists, valid) - _above_first(labels, lists, valid) if v is None else v.double()
+    x, count = _centred(x, lists, valid, offsets)
     scale = 1 / (count - 1).clamp_min(1) if normalize else count
     return list_scale(4 * scale, x, valid, offsets).to(scores.dtype)
