@@ -168,7 +168,7 @@ struct Scan {
       later[g] = rest / total;
       if (kGrouped) whole[g] = own / total;
       top[g] = highest;
-      log[g] = std::log(total);
+      log[g] = std::log(sum);
     }
   }
 

@@ -291,3 +291,173 @@ def test_outliers_of_any_size_beside_ordinary_scores(name):
         assert_right(name, scores, labels, tensor([round(choose.gauss(0, 1), 2) for _ in range(n)]), **own)
         assert_right(name, scores.double(), labels, tensor([round(choose.gauss(0, 1), 2) for _ in range(n)]), **own)
         checked += 1
+
+
+# ---------------------------------------------------------------- soft ranks
+
+
+def pools_of(u, fit):
+    """Where the pools begin of the non-increasing fit of u: each of the fit(first, end) of its items."""
+    begins = []
+    for place in range(len(u)):
+        begins.append(place)
+        while len(begins) > 1 and fit(begins[-2], begins[-1]) <= fit(begins[-1], place + 1):
+            begins.pop()
+    return begins
+
+
+def soft(x, strength, kl, sort):
+    n = len(x)
+    order = sorted(range(n), key=lambda i: x[i] if sort else -x[i])
+    s = [-x[i] if sort else x[i] / strength for i in order]
+    w = [mpf(n - p) / (strength if sort else 1) for p in range(n)]
+    a, b = (w, s) if sort else (s, [mp.log(c) for c in w] if kl else w)
+
+    def fit(first, end):
+        if kl:
+            return log_sum(a[first:end]) - log_sum(b[first:end])
+        return sum(a[p] - b[p] for p in range(first, end)) / (end - first)
+
+    begins = pools_of(a, fit)
+    out = [mpf(0)] * n
+    for first, end in zip(begins, [*begins[1:], n]):
+        for p in range(first, end):
+            if sort:
+                out[p] = fit(first, end) - w[p]
+            else:
+                out[order[p]] = mp.exp(s[p] - fit(first, end)) if kl else s[p] - fit(first, end)
+    return out
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("kl", [False, True])
+def test_soft_ranks_beside_outliers(kl, sort):
+    """R7: also where exponentials would leave the range."""
+    choose = random.Random(f"{kl}{sort}")
+    function = custom_ops.soft_sort if sort else custom_ops.soft_rank
+    for _ in range(40):
+        n = choose.randrange(1, 7)
+        x, strength = _scores(choose, n), choose.choice((0.5, 1.0, 0.1))
+        for values in (x, x.double()):
+            with mp.workdps(DIGITS):
+                expected = tensor([float(y) for y in soft([mpf(y) for y in x.tolist()], strength, kl, sort)])
+            got = function(values, "kl" if kl else "l2", strength)
+            if sort:  # a pool in which outliers of both signs cancel
+                size = max(abs(y) for y in x.tolist()) * (1e-7 if values.dtype == torch.float32 else 1e-15)
+            torch.testing.assert_close(got.float(), expected, rtol=1e-5, atol=size if sort else 1e-6)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_soft_ranks_beside_fills(kl):
+    for dtype in (torch.float32, torch.float64):
+        x = tensor([2.9, -0.4, 3.1, 1e17], dtype=dtype, requires_grad=True)
+        ranks = custom_ops.soft_rank(x, "kl" if kl else "l2", 0.5)
+        if not kl:
+            torch.testing.assert_close(ranks.detach(), tensor([2.3, 1, 2.7, 4], dtype=dtype))
+        for fill in (*FILLS, torch.finfo(dtype).min):
+            y = tensor([2.9, fill, 3.1, 1e17], dtype=dtype, requires_grad=True)
+            again = custom_ops.soft_rank(y, "kl" if kl else "l2", 0.5)
+            torch.testing.assert_close(again, ranks, rtol=1e-6, atol=1e-6)
+            expected, got = (torch.autograd.grad(r[0], z, retain_graph=True)[0] for r, z in ((ranks, x), (again, y)))
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_spearman_beside_a_fill():
+    labels = tensor([2, 0, 1, 3])
+    expected = custom_ops.spearman_loss(tensor([2.9, -50.0, 3.1, 60.0]), labels)
+    for low in FILLS:
+        for high in (1e9, 3e38, INF):
+            torch.testing.assert_close(custom_ops.spearman_loss(tensor([2.9, low, 3.1, high]), labels), expected)
+
+
+# ---------------------------------------------------------------- what was found
+
+
+def test_rows_of_what_was_found():
+    labels = tensor([2, 0, 0, 1])
+    for m in (-60, -1e7, -1e9, -3e38):
+        assert custom_ops.approx_ndcg_loss(tensor([0.3, m, 1.1, 0.4]), labels).item() == pytest.approx(
+            0.40381, abs=1e-5
+        )
+    assert custom_ops.softmax_loss(tensor([0.3, -INF, 1.1]), tensor([1, 0, 0])).item() == pytest.approx(
+        1.1711, abs=1e-4
+    )
+    assert custom_ops.softmax_loss(tensor([3e38, -3e38, 1.1]), tensor([1, 0, 0])).item() == 0
+    assert custom_ops.softmax_loss(tensor([INF, -1.0, 1.1]), tensor([1, 0, 0])).item() == 0
+
+
+def test_infinite_scores_of_no_order_are_nan():
+    """Where a limit doesn't exist the result is no number: two items at one infinity that are to be ranked."""
+    for function in (custom_ops.approx_ndcg_loss, custom_ops.list_mle_loss, custom_ops.neural_sort_ndcg_loss):
+        for infinite in (INF, -INF):
+            loss = function(
+                tensor([[infinite, 0.5, infinite], [0.1, 0.2, 0.3]]), tensor([1, 2, 0]).expand(2, 3), reduction="none"
+            )
+            assert loss.isnan().tolist() == [True, False], (function, infinite)
+    alike = custom_ops.neural_sort_ndcg_loss(tensor([-INF, 0.5, 0.25, -INF]), tensor([0, 2, 1, 0]))
+    assert (
+        alike.item() == custom_ops.neural_sort_ndcg_loss(tensor([-900, 0.5, 0.25, -900]), tensor([0, 2, 1, 0])).item()
+    )
+
+
+def test_fills_of_items_that_no_term_reads():
+    """Several at -inf: a list whose first places alone count; labels that have no gain; one below the rest."""
+    scores, labels = tensor([0.3, -INF, 1.1, -INF]), tensor([2, 0, 1, 0])
+    moderate = scores.clamp_min(-4000.0)
+    for function, own in (
+        (custom_ops.list_mle_loss, {"k": 2}),
+        (custom_ops.list_mle_loss, {"k": 2, "ties": "breslow"}),
+        (custom_ops.softmax_loss, {}),
+        (custom_ops.unique_softmax_loss, {}),
+        (custom_ops.cosent_loss, {}),
+        (custom_ops.approx_ndcg_loss, {}),
+        (custom_ops.lambda_loss, {"k": 2}),
+        (custom_ops.pairwise_logistic_loss, {}),
+        (custom_ops.pairwise_hinge_loss, {"squared": True}),
+        (custom_ops.neural_sort_ndcg_loss, {}),
+    ):
+        v = tensor([1.0, 1.0, 0.5, 1.0])
+        for a, e in zip(computed(function, scores, labels, v, **own), computed(function, moderate, labels, v, **own)):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_of_any_size(dtype):
+    """R9: gains of tiny labels are as exact as others', and those of huge ones finite."""
+    scores = tensor([0.1, 0.2, 0.25], dtype=dtype)
+    for function in (custom_ops.approx_ndcg_loss, custom_ops.neural_sort_ndcg_loss, custom_ops.unique_softmax_loss):
+        smallest = 1e-300 if dtype == torch.float64 else 1e-37
+        tiny = [function(scores, scale * tensor([1.0, 0, 2], dtype=dtype)) for scale in (1e-10, 1e-17, smallest)]
+        linear = function(scores, tensor([1.0, 0, 2], dtype=dtype), gain="linear")
+        for loss in tiny:
+            torch.testing.assert_close(loss, linear, rtol=1e-6, atol=1e-7)
+        huge = torch.finfo(dtype).max * tensor([0.5, 0, 1], dtype=dtype)
+        torch.testing.assert_close(function(scores, huge, gain="linear"), linear)
+        assert function(scores, huge).isfinite()
+    for ties in ("average", "index"):
+        best = [
+            custom_ops.ndcg(scores, x * tensor([1.0, 0, 0], dtype=dtype), ties=ties).item() for x in (1, 1e-16, 1e-30)
+        ]
+        assert best == pytest.approx([0.5] * 3, rel=1e-6)
+    for weighting in ("lambdarank", "ndcg1", "ndcg2", "ndcg2pp"):
+        one = custom_ops.lambda_loss(scores, tensor([1.0, 0, 0], dtype=dtype), weighting=weighting)
+        tiny = custom_ops.lambda_loss(scores, tensor([1e-20, 0, 0], dtype=dtype), weighting=weighting)
+        torch.testing.assert_close(tiny, one)
+
+
+@pytest.mark.parametrize("loss", ["bpr_loss", "dpo_loss", "margin_ranking_loss"])
+def test_preferences_without_bound(loss):
+    """No term of weight 0 turns an infinite difference into NaN."""
+    if loss == "margin_ranking_loss":
+        x = tensor([3e38, -INF], requires_grad=True)
+        assert custom_ops.margin_ranking_loss(
+            x, tensor([-3e38, 1.0]), tensor([1.0, 1.0]), reduction="none"
+        ).tolist() == [0, INF]
+        return
+    x = tensor([1e4, 3e38, INF], requires_grad=True)
+    zero = torch.zeros(3)
+    function = getattr(custom_ops, loss)
+    value = function(x, zero) if loss == "bpr_loss" else function(x, zero, zero, zero)
+    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    assert value.sum().item() == 0 and gradient.tolist() == [0, 0, 0] and second.tolist() == [0, 0, 0]

@@ -232,9 +232,10 @@ class _Competing(_Ordered):
 
     def earlier(self, of: _Sums, a: Tensor, b: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of a and b over the earlier groups, each times e^(L - log of its sum)."""
-        sums = self.scan(-of.top, a / of.a, b / of.a, where)
+        sums = self.scan(-of.top, _weigh(a, 1 / of.a), _weigh(b, 1 / of.a), where)
         sums = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
-        factor = torch.where(sums.top == -self.own.top, 1, (sums.top + self.own.top).exp()) * self.own.a
+        factor = torch.where(sums.top == -self.own.top, 1, (sums.top + self.own.top).exp())
+        factor = _weigh(factor, self.own.a)
         return _weigh(sums.a, factor), _weigh(sums.b, factor)
 
 
