@@ -81,6 +81,12 @@ ALWAYS_INLINE inline double log_normal(double x) {
   return x != x ? x : log;
 }
 
+// 0 for a weight of 0, whatever the value.
+template <class A>
+ALWAYS_INLINE inline A weigh(A weight, A value) {
+  return weight == 0 ? A(0) : weight * value;
+}
+
 constexpr int64_t kSumTile = 1024;  // elements summed in A before the sum goes on in double
 constexpr int64_t kSumLanes = 16;
 

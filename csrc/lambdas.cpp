@@ -19,7 +19,8 @@ struct Ranked {
   A *gain, *discount, *by_distance;
   A* up;  // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
   A* down;
-  A* s;  // sigma s, from which it is taken where `wide`
+  A* s;  // s / 2, of which no difference overflows, from which it is taken where `wide`
+  A twice;  // 2 sigma
   bool wide;
   A* v;
 
@@ -27,7 +28,7 @@ struct Ranked {
   template <bool kWide>
   ALWAYS_INLINE void ratio(int64_t i, int64_t j, VectorOf<A>& u) const {
     if constexpr (kWide) {
-      for (int64_t l = 0; l < kWidth<A>; ++l) u[l] = exp_nonpositive(s[j + l] - s[i]);
+      for (int64_t l = 0; l < kWidth<A>; ++l) u[l] = exp_nonpositive((s[j + l] - s[i]) * twice);
     } else {
       load<A>(u, up + j);
       u *= down[i];
@@ -89,6 +90,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
           const I first = inside & (y < x.y[i]), last = inside & (y > x.y[i]), paired = first | last;
           x.template ratio<kWide>(i, j, u);
           x.template weight<kDifferences>(i, j, first, w);
+          const I counts = kWide ? paired & (w != 0) : paired;  // infinite scores of no weight change nothing
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
             load<A>(g, x.v + j);
@@ -98,12 +100,12 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
             load<A>(s, x.s + j);
             V log;
             log_one_plus<A>(u * (inverse * next), log);
-            log = first ? log : log + (x.s[i] - s);
-            value += paired ? w * log : V{};
+            const V over = first ? V{} : w * (x.s[i] - s) * x.twice;
+            value += counts ? w * log + over : V{};
             count += paired ? V{} + A(1) : V{};
             g = w * (first ? -u * r : r);
           }
-          g = paired ? g : V{};
+          g = counts ? g : V{};
           row += g;
           load<A>(column, columns + (j - left));
           column += g;
@@ -125,10 +127,6 @@ struct LambdaLoss {
   double sigma, mu, scale;
   bool normalize;
 
-  double gain(double label, double highest) const {  // relative to the highest label: 2^label may overflow
-    return exponential ? std::exp2(label - highest) - std::exp2(-highest) : label;
-  }
-
   template <class A>
   void operator()(List<A>& list) const {
     Scratch& scratch = list.scratch;
@@ -144,11 +142,12 @@ struct LambdaLoss {
     std::fill(x.s, x.s + length, A(0));
     for (int64_t i = 0; i < n; ++i) {
       x.y[i] = list.y[x.order[i]];
-      x.s[i] = static_cast<A>(sigma * static_cast<double>(list.s[x.order[i]]));
+      x.s[i] = list.s[x.order[i]] / 2;
     }
+    x.twice = static_cast<A>(2 * sigma);
     x.v = list.v ? scratch.get<A>(length) : nullptr;
     for (int64_t i = 0; list.v && i < length; ++i) x.v[i] = i < n ? list.v[x.order[i]] : A(0);
-    exponentials(x, length, scratch);
+    exponentials(list, x, length);
     if (!weights(list, x, length)) x.rows = 0;
     Sums total, counted;
     const double* sums = run(x, list.v != nullptr, scratch, total);
@@ -163,19 +162,22 @@ struct LambdaLoss {
 
  private:
   template <class A>
-  static void exponentials(Ranked<A>& x, int64_t length, Scratch& scratch) {
+  void exponentials(const List<A>& list, Ranked<A>& x, int64_t length) const {
     double low = std::numeric_limits<double>::infinity(), high = -low;
     for (int64_t i = 0; i < x.n; ++i) {
-      low = std::min(low, static_cast<double>(x.s[i]));
-      high = std::max(high, static_cast<double>(x.s[i]));
+      low = std::min(low, static_cast<double>(list.s[i]));
+      high = std::max(high, static_cast<double>(list.s[i]));
     }
-    x.wide = high - low > Vector<A>::kLogMax - 7;
+    x.wide = sigma * (high - low) > Vector<A>::kLogMax - 7;
     if (x.wide) return;
-    const double middle = low <= high ? (low + high) / 2 : 0;
-    x.up = scratch.get<A>(length);
-    x.down = scratch.get<A>(x.n);
-    for (int64_t i = 0; i < length; ++i) x.up[i] = i < x.n ? std::exp(static_cast<A>(x.s[i] - middle)) : A(0);
-    for (int64_t i = 0; i < x.n; ++i) x.down[i] = 1 / x.up[i];
+    const double middle = low <= high ? low + (high - low) / 2 : 0;
+    x.up = list.scratch.template get<A>(length);
+    x.down = list.scratch.template get<A>(x.n);
+    std::fill(x.up + x.n, x.up + length, A(0));
+    for (int64_t i = 0; i < x.n; ++i) {
+      x.up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(list.s[x.order[i]]) - middle)));
+      x.down[i] = 1 / x.up[i];
+    }
   }
 
   // What pairs weigh; false if there is nothing to gain.
@@ -198,13 +200,14 @@ struct LambdaLoss {
       return std::fill(x.by_distance, x.by_distance + n, A(1)), true;
     }
     const int32_t* ideal = order_descending(list.y, n, scratch);
-    const double highest = std::max(0.0, static_cast<double>(list.y[ideal[0]]));
+    const double highest = static_cast<double>(list.y[ideal[0]]);
     double* gains = scratch.get<double>(n);
     double most = 0;
     for (int64_t i = 0; i < n; ++i) {
       const A label = list.y[ideal[i]];
       const bool same = i > 0 && label == list.y[ideal[i - 1]];
-      const double own = same ? gains[ideal[i - 1]] : gain(static_cast<double>(label), highest);
+      const double own =
+          same ? gains[ideal[i - 1]] : relative_gain(static_cast<double>(label), highest, exponential);
       gains[ideal[i]] = own;
       if (i < x.rows) most += own * discount_at(i);
     }

@@ -173,6 +173,13 @@ inline double discount_at(int64_t rank) {
   return rank < kTable ? table[static_cast<size_t>(rank)] : compute(rank);
 }
 
+// 2^label - 1 over 2^highest, or label over highest, so that nothing overflows; a label of at most 0 has no gain.
+inline double relative_gain(double label, double highest, bool exponential) {
+  if (label <= 0) return 0;
+  if (!exponential) return label / highest;
+  return -std::expm1(-0.693147180559945309 * label) * std::exp2(label - highest);  // of tiny labels too
+}
+
 // An integer that is the greater the greater the float is; -0 as 0, NaN greater than all.
 inline uint32_t rank_bits(float x) {
   x += 0.0f;

@@ -12,24 +12,20 @@ struct Parameters {
   double beta, p, q;
 };
 
-// sigmoid(z) and its complement, and softplus(-z), from one exponential.
+// sigmoid(z) and its complement, and softplus(-z) and softplus(z), from one exponential.
 template <class A>
 struct Logistic {
-  A up, down, low;
+  A up, down, low, high;
 
   ALWAYS_INLINE explicit Logistic(A z) {
     const A u = exp_nonpositive(z < 0 ? z : -z), whole = 1 / (1 + u);
     up = z < 0 ? u * whole : whole;
     down = z < 0 ? whole : u * whole;
-    low = (z < 0 ? -z : A(0)) + log1p_unit(u);
+    const A rest = log1p_unit(u);
+    low = (z < 0 ? -z : A(0)) + rest;
+    high = (z < 0 ? A(0) : z) + rest;
   }
 };
-
-// 0 for a weight of 0, whatever the value.
-template <class A>
-ALWAYS_INLINE inline A weigh(A weight, A value) {
-  return weight == 0 ? A(0) : weight * value;
-}
 
 // Each loss: its derivative of order kOrder at the difference d.
 
@@ -38,7 +34,7 @@ struct LogisticLoss {
   template <int kOrder, class A>
   ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
     const Logistic<A> f(beta * d);
-    if constexpr (kOrder == 0) return weigh(p, f.low) + weigh(q, f.low + beta * d);
+    if constexpr (kOrder == 0) return weigh(p, f.low) + weigh(q, f.high);
     else if constexpr (kOrder == 1) return beta * (q * f.up - p * f.down);
     else if constexpr (kOrder == 2) return beta * beta * (p + q) * (f.up * f.down);
     else return beta * beta * beta * (p + q) * (f.up * f.down * (f.down - f.up));
@@ -52,7 +48,7 @@ struct HingeLoss {
     const A rest = 1 - beta * d;
     if constexpr (kOrder == 0) return rest < 0 ? A(0) : rest;
     else if constexpr (kOrder == 1) return rest <= 0 ? A(0) : -beta;
-    else return d - d;  // 0, but for NaN
+    else return d != d ? d : A(0);
   }
 };
 
@@ -62,7 +58,7 @@ struct SquaredLoss {
   ALWAYS_INLINE static A at(A d, A, A p, A) {
     if constexpr (kOrder == 0) return (d - p) * (d - p);
     else if constexpr (kOrder == 1) return 2 * (d - p);
-    else return A(kOrder == 2 ? 2 : 0) + (d - d);
+    else return d != d ? d : A(kOrder == 2 ? 2 : 0);
   }
 };
 
@@ -72,7 +68,7 @@ struct DivergenceLoss {
   ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
     const A z = beta * d;
     const Logistic<A> f(z);
-    if constexpr (kOrder == 0) return f.up * (p - f.low) + f.down * (q - (f.low + z));
+    if constexpr (kOrder == 0) return weigh(f.up, p - f.low) + weigh(f.down, q - f.high);
     const A rest = z - (q - p), both = f.up * f.down, slope = f.down - f.up;
     if constexpr (kOrder == 1) return beta * (both * rest);
     else if constexpr (kOrder == 2) return beta * beta * (both * (slope * rest + 1));
