@@ -205,7 +205,7 @@ def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | No
     _checks.has_dtype("x", x, _checks.FLOATING)
     max_norm, dims = _norm(max_norm, dim)
     if x.dim() == 0:
-        return clip_gradient_norm(x[None], max_norm, dims)[0]
+        return clip_gradient_norm(x[None], max_norm, dim)[0]
     chosen = range(x.dim()) if dims is None else dims
     if any(not -x.dim() <= d < x.dim() for d in chosen):
         raise ValueError(f"dim: expected within {x.dim()} dimensions, got {dim}")
