@@ -31,27 +31,45 @@ struct Ranked {
     }
   }
 
-  // For the same; `first` tells where i has the higher label.
+  // For the same, of those `inside`: the weights of i above j, and of j above i.
   template <int64_t kWeighting>
-  ALWAYS_INLINE void weight(int64_t i, int64_t j, const typename Vector<A>::I& first, VectorOf<A>& w) const {
+  ALWAYS_INLINE void weights(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& first,
+                             VectorOf<A>& last) const {
     using V = VectorOf<A>;
+    V w, d, t = V{};
+    if constexpr (kWeighting == kNdcg1) {
+      load<A>(w, gain + j);
+      load<A>(d, discount + j);
+      first = inside ? V{} + gain[i] * discount[i] : V{};
+      last = inside ? w * d : V{};
+      return;
+    }
+    V label;
+    load<A>(label, y + j);
     if constexpr (kWeighting == kRanknet) {
       w = V{} + A(1);
     } else if constexpr (kWeighting == kLabelDiff) {
-      load<A>(w, y + j);
-      w = first ? y[i] - w : w - y[i];
+      w = label < y[i] ? y[i] - label : label - y[i];
     } else {
-      V d, t = V{};
       load<A>(w, gain + j);
       load<A>(d, discount + j);
-      if constexpr (kWeighting == kNdcg1) {
-        w = first ? V{} + gain[i] * discount[i] : w * d;
-      } else {
-        w = first ? gain[i] - w : w - gain[i];
-        if constexpr (kWeighting != kLambdarank) load<A>(t, by_distance + (j - i));
-        w *= kWeighting == kNdcg2 ? t : kWeighting == kLambdarank ? discount[i] - d : discount[i] - d + t;
-      }
+      w = label < y[i] ? gain[i] - w : w - gain[i];
+      if constexpr (kWeighting != kLambdarank) load<A>(t, by_distance + (j - i));
+      w *= kWeighting == kNdcg2 ? t : kWeighting == kLambdarank ? discount[i] - d : discount[i] - d + t;
     }
+    first = inside & (label < y[i]) ? w : V{};
+    last = inside & (label > y[i]) ? w : V{};
+  }
+
+  // How many pairs the same are: 0, 1, or for NDCG-Loss 1 both orders.
+  template <int64_t kWeighting>
+  ALWAYS_INLINE void count(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& pairs) const {
+    using V = VectorOf<A>;
+    V label;
+    load<A>(label, y + j);
+    pairs += kWeighting == kNdcg1                         ? (inside ? V{} + A(2) : V{})
+             : inside & ((label < y[i]) | (label > y[i])) ? V{} + A(1)
+                                                          : V{};
   }
 };
 
@@ -88,27 +106,24 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
         const int64_t begin = std::max(i + 1, left);
         V row = V{}, value = V{}, count = V{};
         for (int64_t j = begin / W * W; j < right; j += W) {
-          V u, y, w, g, column;
-          load<A>(y, x.y + j);
+          V u, first, last, g, column;
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
-          const I first = inside & (y < x.y[i]), last = inside & (y > x.y[i]), paired = first | last;
           x.template ratio<kWide>(i, j, u);
-          x.template weight<kWeighting>(i, j, first, w);
+          x.template weights<kWeighting>(i, j, inside, first, last);
+          u = (first == V{}) & (last == V{}) ? V{} : u;  // of two infinite scores it is NaN
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
             load<A>(g, x.v + j);
-            g = w * u * r * r * (x.v[i] - g);
+            g = (first + last) * u * r * r * (x.v[i] - g);
           } else {
-            V s;
+            V s, log;
             load<A>(s, x.s + j);
-            V log;
             log_one_plus<A>(u * (inverse * next), log);
-            log = first ? log : log + (x.s[i] - s);
-            value += paired ? w * log : V{};
-            count += paired ? V{} + A(1) : V{};
-            g = w * (first ? -u * r : r);
+            value += first * log + last * (log + (last == V{} ? V{} : x.s[i] - s));
+            x.template count<kWeighting>(i, j, inside, count);
+            g = (last - first * u) * r;
           }
-          g = paired ? g : V{};
+          g = inside ? g : V{};
           row += g;
           load<A>(column, columns + (j - left));
           column += g;
@@ -130,8 +145,13 @@ struct LambdaLoss {
   double sigma, mu, scale;
   bool normalize;
 
-  double gain(double label, double highest) const {  // relative to the highest label: 2^label may overflow
-    return exponential ? std::exp2(label - highest) - std::exp2(-highest) : label;
+  // Relative to the highest label's: 2^label may overflow, and 2^label - 1 may cancel.
+  double gain(double label, double highest) const {
+    if (!(label > 0)) return 0;
+    if (!exponential) return label;
+    constexpr double kLog2 = 0.693147180559945309;
+    const double least = std::exp2(-highest);
+    return label > 1 ? std::exp2(label - highest) - least : least * std::expm1(kLog2 * label);
   }
 
   template <class A>
@@ -154,10 +174,11 @@ struct LambdaLoss {
     x.v = list.v ? scratch.get<A>(length) : nullptr;
     for (int64_t i = 0; list.v && i < length; ++i) x.v[i] = i < n ? list.v[x.order[i]] : A(0);
     exponentials(x, length, scratch);
-    bool contributes = true;
-    if (weighting != kRanknet && weighting != kLabelDiff) contributes = weights(list, x, length);
+    bool contributes = weighting == kNdcg1 ? n > 1 : !std::equal(list.y + 1, list.y + n, list.y);
+    if (weighting != kRanknet && weighting != kLabelDiff) contributes = contributes && weights(list, x, length);
 
     if (!contributes) x.rows = 0;
+    list.active = contributes;
     Sums total, counted;
     const double* sums = run(x, list.v != nullptr, scratch, total);
     if (normalize && list.v) run(x, false, scratch, counted);  // the Hessian isn't asked for its pairs
@@ -166,7 +187,6 @@ struct LambdaLoss {
     const double slope = factor * (list.v ? sigma * sigma : sigma);
     for (int64_t i = 0; i < n; ++i) list.slope[x.order[i]] = static_cast<A>(slope * sums[i]);
     list.loss = static_cast<A>(factor * total.loss);
-    list.active = total.pairs > 0;
   }
 
  private:
@@ -236,6 +256,10 @@ struct LambdaLoss {
       }
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
+    for (int64_t i = 0; weighting == kNdcg1 && i < x.rows; ++i) {  // each item with itself
+      total.loss += std::log(2.0) * static_cast<double>(x.gain[i] * x.discount[i]);
+      total.pairs += 1;
+    }
     return sums;
   }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -63,6 +65,10 @@ def lambda_pairs_kernel(
     discount_i = tl.load(discount_ptr + example + i, mask=valid_i, other=0)
     slope = tl.full([ROWS], 0.0, s_i.dtype)
     value, count = slope, slope
+    if WEIGHTING == 2:  # each item with itself
+        self_i = valid_i & (rank_i < 0)
+        value = tl.where(self_i, gain_i * discount_i * 0.6931471805599453, 0.0).to(s_i.dtype)
+        count = tl.where(self_i, 1.0, 0.0).to(s_i.dtype)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     scale = tl.full([1, 1], sigma, s_i.dtype)
@@ -76,8 +82,12 @@ def lambda_pairs_kernel(
         rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
         in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < 0
         both = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :]) & in_top
-        above = both & (y_i[:, None] > y_j[None, :])
-        below = both & (y_i[:, None] < y_j[None, :])
+        if WEIGHTING == 2:  # all other pairs, in both orders
+            above = both & (i[:, None] != j[None, :])
+            below = above
+        else:
+            above = both & (y_i[:, None] > y_j[None, :])
+            below = both & (y_i[:, None] < y_j[None, :])
         if WEIGHTING == 0:
             w = tl.full([ROWS, COLUMNS], 1.0, s_i.dtype)
         elif WEIGHTING == 5:
@@ -85,9 +95,7 @@ def lambda_pairs_kernel(
         else:
             gain_j = tl.load(gain_ptr + example + j, mask=valid_j, other=0)
             discount_j = tl.load(discount_ptr + example + j, mask=valid_j, other=0)
-            if WEIGHTING == 2:
-                w = tl.where(above, (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :])
-            else:
+            if WEIGHTING != 2:
                 w = tl.abs(discount_i[:, None] - discount_j[None, :])
                 if WEIGHTING != 1:
                     a = tl.abs(rank_i[:, None] - rank_j[None, :])
@@ -95,11 +103,20 @@ def lambda_pairs_kernel(
                     w = by if WEIGHTING == 3 else w + by
                 w *= tl.abs(gain_i[:, None] - gain_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
-        d = tl.where(below, -difference, difference) * scale
+        if WEIGHTING == 2:
+            d = difference * scale
+            w_i, w_j = (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :]
+        else:
+            d = tl.where(below, -difference, difference) * scale
         if HESSIAN:
             v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
+            if WEIGHTING == 2:
+                w = w_i + w_j
             move = w * wrong_order(d) * wrong_order(-d) * (v_i[:, None] - v_j[None, :])
             slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
+        elif WEIGHTING == 2:
+            slope += tl.sum(tl.where(above, w_j * wrong_order(-d) - w_i * wrong_order(d), 0.0), axis=1)
+            value += tl.sum(tl.where(above, w_i * pair_value(d, 0), 0.0), axis=1)
         else:
             g = w * wrong_order(d)
             slope += tl.sum(tl.where(above, -g, tl.where(below, g, 0.0)), axis=1)
@@ -140,14 +157,21 @@ def _pairs(
     distance = discount_of(torch.arange(-1, lists.items, device=scores.device))
     distance = (distance[:-1] - distance[1:]) * (mu if weighting == _NDCG2PP else 1.0)
     distance = distance.to(scores.dtype)  # by how far the ranks are apart; that of 0 isn't read
-    some = None
+    some = active = None
+    if both:  # whether there is a pair at all, be it in the top or below
+        if weighting == _NDCG1:
+            active = lists.sum(owned.to(scores.dtype)) > 1
+        else:
+            differs = owned & (labels != _highest(lists, labels.masked_fill(~owned, -math.inf), -math.inf))
+            active = lists.sum(differs.to(scores.dtype)) > 0
     if weighting not in (_RANKNET, _LABEL_DIFF):
         labels_in = labels.double().masked_fill(~owned, 0)
         ones = labels_in.new_ones((*lists.batch, lists.lists))
-        gains = labels_in
-        if exponential:
-            highest = _highest(lists, labels_in)
-            gains = torch.exp2(labels_in - highest) - torch.exp2(-highest)
+        gains = labels_in = labels_in.clamp_min(0)
+        if exponential:  # relative to the highest label's: 2^label may overflow, and 2^label - 1 may cancel
+            highest = _highest(lists, labels_in, 0.0)
+            small = torch.exp2(-highest) * torch.expm1(math.log(2) * labels_in)
+            gains = torch.where(labels_in > 1, torch.exp2(labels_in - highest) - torch.exp2(-highest), small)
         best = discount_of(lists.ranks(labels)).masked_fill(lists.ranks(labels) >= k, 0)
         most = lists.sum((gains * best).masked_fill(~owned, 0))
         some = ~(most <= 0)
@@ -164,10 +188,12 @@ def _pairs(
         variant=(weighting, v is not None),
     )
     pairs = lists.sum(count)
-    pairs = pairs if some is None else torch.where(some, pairs, 0)
+    active = pairs > (1 if weighting == _NDCG1 else 0) if active is None else active
+    if some is not None:
+        pairs, active = torch.where(some, pairs, 0), active & some
     factor = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)
     moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
-    return lists.sum(value) * factor, moved, pairs > 0
+    return torch.where(active, lists.sum(value) * factor, 0), moved, active
 
 
 def discount_of(rank: Tensor) -> Tensor:
@@ -175,9 +201,9 @@ def discount_of(rank: Tensor) -> Tensor:
     return 1 / torch.log2(rank.double() + 2)
 
 
-def _highest(lists: Lists, labels: Tensor) -> Tensor:
-    """The largest label of each item's list, at least 0."""
-    top = labels.new_zeros((*lists.batch, lists.lists + 2))
+def _highest(lists: Lists, labels: Tensor, least: float) -> Tensor:
+    """The largest label of each item's list, at least ``least``."""
+    top = labels.new_full((*lists.batch, lists.lists + 2), least)
     place = (lists.places + 1) if lists.several else torch.ones(lists.items, dtype=torch.int64, device=labels.device)
     place = place.expand(labels.shape)
     return top.scatter_reduce(-1, place, labels, "amax").gather(-1, place)

@@ -54,7 +54,9 @@ def lambda_loss(
     log_base: float = 2.0,
     normalize: bool = False,
 ) -> Tensor:
-    """The sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
+    """The sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over pairs of items of each list.
+
+    The pairs are those with ``y_i > y_j``; for "ndcg1" all i and j, each item with itself too (a constant).
 
     With r an item's rank by score from 1 (ties by position), ``D(r) = log2(1 + r)``, and G its gain over
     the best DCG@k that an order of the list can have, the weight of a pair is, for ``weighting``
@@ -67,9 +69,10 @@ def lambda_loss(
     - "label_diff": ``y_i - y_j``
 
     The weights are constants in the derivatives, of which there are two. Gains are taken relative to that
-    of the highest label, so no label is too large. A list without a pair (empty, of one item, all masked,
-    all labels tied) or, where the weight has gains in it, without a positive gain has loss 0 and doesn't
-    count in the mean. Nothing of size n^2 is kept.
+    of the highest label, so no label is too large; a label below 0 has gain 0. A list without a pair (empty, of
+    one item, all masked; but for "ndcg1" all labels tied) or, where the weight has gains in it, without a positive
+    gain has loss 0 and doesn't count in the mean; which lists count depends on the labels only, not on the top k.
+    Nothing of size n^2 is kept.
 
     The arguments not described here, errors about them, and the result are those of
     `pairwise_logistic_loss`.
@@ -78,11 +81,11 @@ def lambda_loss(
         weighting: one of the above.
         k: only pairs in the top k of the current ranking count, and DCG is cut there; None for all.
         topk_mode: in the top k is "or" one of the two (the paper's), "and" both (allRank's).
-        gain: "exponential", ``2^y - 1``, or "linear", ``y``.
+        gain: "exponential", ``2^y - 1``, or "linear", ``y``; 0 for labels below 0.
         sigma: the steepness, a positive number.
         mu: the share of "ndcg2" in "ndcg2pp".
         log_base: of the loss; more than 1.
-        normalize: divide each list's loss by its number of pairs.
+        normalize: divide each list's loss by its number of pairs in the top k.
 
     Raises:
         TypeError: ``k`` no integer; ``sigma``, ``mu`` or ``log_base`` no number; ``normalize`` no bool.
@@ -168,7 +171,8 @@ def _lambda_loss_of_one_list(
     order = s.detach().sort(dim=-1, descending=True, stable=True).indices
     rank = (order[:, None] == at - 1).to(s.dtype).T @ at
     limit = n if k is None else min(k, n)
-    gains = 2**y - 1 if gain == "exponential" else y
+    gains = torch.expm1(math.log(2) * y) if gain == "exponential" else y
+    gains = torch.where(y > 0, gains, 0)
     ideal = (gains.sort(dim=-1, descending=True).values[:limit] / torch.log2(1 + at[:limit])).sum()
     g, inverse = gains / torch.where(ideal > 0, ideal, 1), 1 / torch.log2(1 + rank)
     distance = (rank[:, None] - rank).abs()
@@ -184,12 +188,16 @@ def _lambda_loss_of_one_list(
         "label_diff": (y[:, None] - y).abs(),
     }[weighting]
     top = rank <= limit
-    pairs = (y[:, None] > y) & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
+    paired = torch.ones_like(swap, dtype=torch.bool) if weighting == "ndcg1" else y[:, None] > y
+    pairs = paired & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
+    if weighting == "ndcg1":  # each item with itself only if it is in the top
+        pairs = pairs & (top[:, None] | (at[:, None] != at))
     values = torch.where(pairs, weight * softplus(-sigma * (s[:, None] - s), threshold=60), 0).sum() / math.log(
         log_base
     )
     loss = values / pairs.sum().clamp_min(1) if normalize else values
-    return loss, pairs.any() & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
+    contributes = (y != y[0]).any() if weighting != "ndcg1" else torch.tensor(n > 1, device=s.device)
+    return loss, contributes & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
