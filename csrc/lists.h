@@ -104,7 +104,22 @@ struct Lists {
   }
 };
 
-// Calls kernel(list) for each list with a valid item, then put(index of the list, list).
+// Calls kernel(list), but that a list with a NaN among its labels has no loss.
+template <class A, class Kernel>
+void run_list(List<A>& list, const Kernel& kernel) {
+  bool defined = true;
+  multiversion([&]() ALWAYS_INLINE {
+    int32_t other = 0;
+    for (int64_t i = 0; i < list.n; ++i) other |= list.y[i] != list.y[i];
+    defined = !other;
+  });
+  if (defined) return kernel(list);
+  list.loss = std::numeric_limits<A>::quiet_NaN();
+  list.active = true;
+  std::fill(list.slope, list.slope + list.n, list.loss);
+}
+
+// Runs each list with a valid item, then calls put(index of the list, list).
 template <class A, class Kernel, class Put>
 void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& labels, const A* v, A* slope,
                    const Kernel& kernel, const Put& put) {
@@ -116,7 +131,7 @@ void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& label
     const int64_t items = end - begin;
     if (!valid) {
       List<A> list{items, s + begin, y + begin, v ? v + begin : nullptr, slope + begin, scratch};
-      if (items) kernel(list);
+      if (items) run_list(list, kernel);
       return put(index, list);
     }
     A* compact_s = scratch.get<A>(items);
@@ -132,7 +147,7 @@ void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& label
       ++n;
     }
     List<A> list{n, compact_s, compact_y, v ? compact_v : nullptr, compact_slope, scratch};
-    if (n) kernel(list);
+    if (n) run_list(list, kernel);
     for (int64_t i = begin, k = 0; i < end; ++i) slope[i] = valid[i] ? compact_slope[k++] : A(0);
     put(index, list);
   });

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from custom_ops import _checks
+from custom_ops.ranking._inputs import DIFFERENCE, EXPONENTIAL, ORDER, VALUE
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
@@ -124,7 +125,9 @@ def lambda_loss(
         1 / math.log(log_base),
         normalize,
     )
-    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    of_gains = EXPONENTIAL if gain == "exponential" else VALUE
+    purpose = {"ranknet": ORDER, "label_diff": DIFFERENCE}.get(weighting, of_gains)
+    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
 
 
 class LambdaLoss(ListLossModule):

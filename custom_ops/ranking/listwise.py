@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
+from custom_ops.ranking._inputs import DIFFERENCE, EXPONENTIAL, ORDER, VALUE
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
@@ -111,7 +112,7 @@ def list_net_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.4614), tensor([ 0.4861, -0.4533, -0.0328]))
     """
-    return list_loss(list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction, DIFFERENCE)
 
 
 def softmax_loss(
@@ -140,7 +141,7 @@ def softmax_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.5514), tensor([ 0.5761, -0.7881,  0.2119]))
     """
-    return list_loss(list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction, VALUE)
 
 
 def list_mle_loss(
@@ -192,7 +193,7 @@ def list_mle_loss(
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
     params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
-    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def unique_softmax_loss(
@@ -226,8 +227,8 @@ def unique_softmax_loss(
         (tensor(1.9892), tensor([ 0.8198, -0.7881, -0.0317]))
     """
     _checks.is_one_of("gain", gain, _GAINS)
-    params = (gain == "exponential",)
-    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    params, purpose = (gain == "exponential",), EXPONENTIAL if gain == "exponential" else VALUE
+    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
 
 
 def cosent_loss(
@@ -260,7 +261,7 @@ def cosent_loss(
         (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
     scale = _checks.as_positive("scale", scale)
-    return list_loss(cosent, scores, labels, (scale,), mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(cosent, scores, labels, (scale,), mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 # ---------------------------------------------------------------- modules

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from custom_ops import _checks
+from custom_ops.ranking._inputs import DIFFERENCE, ORDER
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
@@ -112,7 +113,7 @@ def pairwise_logistic_loss(
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
     params = (LOGISTIC, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_soft_zero_one_loss(
@@ -142,7 +143,7 @@ def pairwise_soft_zero_one_loss(
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
     params = (SOFT_ZERO_ONE, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_exponential_loss(
@@ -172,7 +173,7 @@ def pairwise_exponential_loss(
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
     params = (EXPONENTIAL, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_hinge_loss(
@@ -216,7 +217,7 @@ def pairwise_hinge_loss(
     squared = _checks.as_bool("squared", squared)
     normalize = _checks.as_bool("normalize", normalize)
     params = (margin, squared, normalize)
-    return list_loss(pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_mse_loss(
@@ -251,7 +252,8 @@ def pairwise_mse_loss(
         (tensor(13.), tensor([-14.,  10.,   4.]))
     """
     normalize = _checks.as_bool("normalize", normalize)
-    return list_loss(pairwise_mse, scores, labels, (normalize,), mask, lengths, cu_lengths, weights, reduction)
+    params = (normalize,)
+    return list_loss(pairwise_mse, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, DIFFERENCE)
 
 
 class PairwiseLogisticLoss(ListLossModule):
