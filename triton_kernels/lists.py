@@ -88,7 +88,7 @@ class Lists:
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
-    def largest(self, x: Tensor, least: float = 0.0) -> Tensor:
+    def largest(self, x: Tensor, least: float = 0) -> Tensor:
         """The largest [..., L] of ``least`` and x [..., T] over each list, masked items and all."""
         if not self.several:
             return x.amax(-1, keepdim=True).clamp_min(least)
