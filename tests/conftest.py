@@ -46,7 +46,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["full_only"] = session.config.stash[FULL_ONLY]
+        session.config.workeroutput["full_only"] = session.config.stash.get(FULL_ONLY, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
