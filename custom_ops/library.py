@@ -621,6 +621,7 @@ def _past_dispatcher(op: OpOverload, run: Callable[..., Any]) -> Callable[..., A
         types = tuple(map(type, args))
         if types not in seen:
             if len(types) != len(accepted) or not all(map(operator.contains, accepted, types)):
+                _refuse_traced_sizes(op, args)
                 return op(*args)
             seen.add(types)
         # Whatever else comes before autograd is in these, functorch, autocast, tracing.
@@ -632,6 +633,17 @@ def _past_dispatcher(op: OpOverload, run: Callable[..., Any]) -> Callable[..., A
         return run(*args) if plain else op(*args)
 
     return call
+
+
+def _refuse_traced_sizes(op: OpOverload, args: tuple[Any, ...]) -> None:
+    """``torch.jit.trace`` has a tensor for every size, and an op's ``int`` made of one would be that of the example."""
+    if torch.jit.is_tracing():
+        for argument, value in zip(op._schema.arguments, args):
+            if isinstance(value, Tensor) and "Tensor" not in str(argument.type):
+                raise RuntimeError(
+                    f"{op}: {argument.name} depends on the size of a tensor, which torch.jit.trace would keep as it is "
+                    "now: use torch.export or torch.compile"
+                )
 
 
 def _plain_types(annotation: Any) -> tuple[type, ...]:
