@@ -25,3 +25,16 @@ def as_it_lies(x: Tensor, run: Callable[[Tensor, int], Tensor], dim: int = 0) ->
     order = _by_stride(x)
     inverse = [order.index(d) for d in range(x.dim())]
     return run(x.permute(order), inverse[dim] if inverse else 0).permute(inverse)
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether elements of x may share memory: where a dimension's stride is within the reach of all smaller ones."""
+    if x.is_contiguous():
+        return False
+    reach = 0
+    for d in reversed(_by_stride(x)):
+        if x.shape[d] > 1:
+            if x.stride(d) <= reach:
+                return True
+            reach += (x.shape[d] - 1) * x.stride(d)
+    return False

@@ -67,6 +67,7 @@ from torch._C import (
     _AutoDispatchBelowAutograd,  # calls the op's own kernel from its Autograd kernel
     _dispatch_tls_local_exclude_set,  # these two say whether anything that
     _dispatch_tls_local_include_set,  # comes before autograd will see this call,
+    _is_alias_of,  # whether two tensors share memory, also fake ones
     _is_torch_function_mode_enabled,  # as this does
 )
 from torch._functorch.utils import enable_single_level_autograd_function  # see _attach
@@ -169,7 +170,7 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
     _split(name)
 
     def decorate(body: Callable[..., Any]) -> OpOverload:
-        run = _seen_by_dynamo(_viewing(body) if view else body)
+        run = _seen_by_dynamo(_viewing(body) if view else _functional(name, body))
         op = _declare(name, body, run, view)
         _libraries[op].impl(op._opname, _with_defaults(op, run), "CompositeExplicitAutograd")
         return op
@@ -239,7 +240,8 @@ def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
         raise ValueError(f'devices: expected some of "cpu", "cuda", ..., got {devices}')
 
     def decorate(fn: Any) -> Any:
-        run = _with_defaults(op, _imported_on_first_call(fn) if isinstance(fn, str) else _callable(fn))
+        run = _imported_on_first_call(fn) if isinstance(fn, str) else _callable(fn)
+        run = _with_defaults(op, _functional(op._name, run))
         for device in devices:
             library.impl(op._opname, run, _dispatch_key(device))
         return fn
@@ -429,14 +431,17 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
     documents them for a Function with a separate ``setup_context``; ``forward`` is the op's kernel
     and isn't written again. ``apply`` calls the op; override it to shape inputs or outputs.
 
+    For a list of tensors, ``inputs``, ``needs_input_grad`` and tangents have a list, and ``backward`` returns one, or
+    None; an op that returns a list gives a tuple, and takes a gradient for each tensor.
+
     Undefined gradients arrive as ``None`` (there is no ``set_materialize_grads`` to call), at
     least one of them isn't. Derivatives are taken of whatever ``backward`` and ``jvp`` compute, so
     anything they save besides inputs must be an integer or bit mask, or carry its own derivative. Save
     tensors with ``save_for_backward`` and ``save_for_forward``, never as attributes of ``ctx``. A
     missing ``jvp`` or ``backward`` raises where it is needed.
 
-    Raises ``TypeError`` if ``op`` wasn't made by `define`, takes or returns a list of tensors, or has
-    a Function already.
+    Raises ``TypeError`` if ``op`` wasn't made by `define`, or has a
+    Function already.
 
     Example:
         >>> import torch
@@ -506,9 +511,6 @@ def direct(op: OpOverload) -> Callable[..., Any]:
 
 def _attach(function: type[Function], op: OpOverload) -> None:
     _library_of(op)
-    for value in (*op._schema.arguments, *op._schema.returns):
-        if "List[Tensor]" in str(value.type):
-            raise TypeError(f"op: {op} takes or returns a list of tensors, for which there are no gradients here")
     for name, instead in (("forward", "kernel"), ("vmap", "vmap")):  # they would never be called
         if getattr(function, name) is not getattr(torch.autograd.Function, name):
             raise TypeError(f"{function.__name__}: expected no {name}, which is what library.{instead}({op}) is for")
@@ -534,8 +536,11 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
     call = op._op  # op.__call__ without its Python frame
     below = _bodies.get(op, call)
     setup_context, backward, jvp = own("setup_context"), own("backward"), own("jvp")
+    lists = any(_lists_of_tensors(op))
 
     def forward(ctx: Any, *args: Any) -> Any:
+        if lists:
+            ctx, args = _Nested(ctx, args[0]), _nested(*args)
         if _are_functorch_transforms_active():
             # autograd turns gradients off in here, but the outer transforms still want theirs.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
@@ -544,6 +549,8 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
             with _AutoDispatchBelowAutograd():
                 output = below(*args)
         ctx.materialize_grads = False
+        if isinstance(output, list):
+            output = tuple(output)  # of a list autograd would take no element for an output
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output
@@ -551,13 +558,18 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
     def backward_of_defined(ctx: Any, *grads: Tensor | None) -> Any:
         if backward is None:
             raise NotImplementedError(f"{op} has no backward: give one to the custom_ops.library.Function of this op")
-        if grads[0] is None and all(grad is None for grad in grads):
+        if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        return backward(ctx, *grads)
+        if not lists:
+            return backward(ctx, *grads)
+        of_args = backward(_Nested(ctx, ctx.lengths), *grads)
+        return None, *_flat(ctx.lengths, of_args)
 
     def jvp_at_all_levels(ctx: Any, *tangents: Tensor | None) -> Any:
         if jvp is None:
             raise NotImplementedError(f"{op} has no jvp: give one to the custom_ops.library.Function of this op")
+        if lists:
+            ctx, tangents = _Nested(ctx, ctx.lengths), _nested(ctx.lengths, *tangents[1:])
         if not _are_functorch_transforms_active():
             return jvp(ctx, *tangents)
         # As in forward; and at this level the saved tensors are constants.
@@ -591,8 +603,74 @@ class _Primals:
         return getattr(self._ctx, name)
 
 
+def _lists_of_tensors(op: OpOverload) -> list[bool]:
+    """Of each argument whether it is a list of tensors, which autograd takes and gives one by one only."""
+    return [
+        re.search(r"List\[(Optional\[)?Tensor", str(argument.type)) is not None for argument in op._schema.arguments
+    ]
+
+
+def _flat(lengths: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
+    """``values`` with those of each list in its place: ``lengths`` has how many, or None for what is no list.
+
+    What is None for a whole list is None for each of its tensors.
+    """
+    found: list[Any] = []
+    for length, value in zip(lengths, values, strict=True):
+        if length is None:
+            found.append(value)
+        elif value is None:
+            found += [None] * length
+        else:
+            if len(value) != length:
+                raise RuntimeError(
+                    f"backward: expected a list of {length} gradients for one of tensors, got {len(value)}"
+                )
+            found += value
+    return found
+
+
+def _nested(lengths: Sequence[int | None], *flat: Any) -> tuple[Any, ...]:
+    """The values of which `_flat` makes these."""
+    values = iter(flat)
+    return tuple(next(values) if length is None else [next(values) for _ in range(length)] for length in lengths)
+
+
+class _Nested:
+    """A Function's ctx that speaks of lists of tensors as the op has them."""
+
+    def __init__(self, ctx: Any, lengths: Sequence[int | None]) -> None:
+        ctx.lengths = lengths
+        object.__setattr__(self, "_ctx", ctx)
+
+    @property
+    def needs_input_grad(self) -> tuple[Any, ...]:
+        return _nested(self._ctx.lengths, *self._ctx.needs_input_grad[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
+
+
 def _autograd_kernel(op: OpOverload, applied: list[Callable[..., Any]]) -> Callable[..., Any]:
     below = _bodies.get(op, op._op)
+    lists = _lists_of_tensors(op)
+    if any(lists):
+
+        def run_lists(*args: Any) -> Any:
+            lengths = tuple(len(a) if of_tensors and a is not None else None for of_tensors, a in zip(lists, args))
+            flat = _flat(lengths, args)
+            if _are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return applied[0](lengths, *flat)
+            if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and _any_requires_grad(*flat)):
+                with _AutoDispatchBelowAutograd():
+                    return below(*args)
+            return applied[0](lengths, *flat)
+
+        return run_lists
 
     def run(*args: Any) -> Any:
         if _are_functorch_transforms_active():
@@ -621,6 +699,7 @@ def _past_dispatcher(op: OpOverload, run: Callable[..., Any]) -> Callable[..., A
         types = tuple(map(type, args))
         if types not in seen:
             if len(types) != len(accepted) or not all(map(operator.contains, accepted, types)):
+                _refuse_traced_sizes(op, args)
                 return op(*args)
             seen.add(types)
         # Whatever else comes before autograd is in these, functorch, autocast, tracing.
@@ -632,6 +711,17 @@ def _past_dispatcher(op: OpOverload, run: Callable[..., Any]) -> Callable[..., A
         return run(*args) if plain else op(*args)
 
     return call
+
+
+def _refuse_traced_sizes(op: OpOverload, args: tuple[Any, ...]) -> None:
+    """``torch.jit.trace`` has a tensor for every size, and an op's ``int`` made of one would be that of the example."""
+    if torch.jit.is_tracing():
+        for argument, value in zip(op._schema.arguments, args):
+            if isinstance(value, Tensor) and "Tensor" not in str(argument.type):
+                raise RuntimeError(
+                    f"{op}: {argument.name} depends on the size of a tensor, which torch.jit.trace would keep as it is "
+                    "now: use torch.export or torch.compile"
+                )
 
 
 def _plain_types(annotation: Any) -> tuple[type, ...]:
@@ -662,7 +752,10 @@ def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if body(*args) is not args[0]:
             raise TypeError(f"{body.__name__}: expected the first argument back, as the op is a view")
-        return torch.ops.aten.alias.default(args[0]) if forward_ad._current_level < 0 else args[0].clone()
+        # Of an inference tensor a view is one too, and autograd doesn't see all that is made of it.
+        unseen = args[0].is_inference() and not torch.is_inference_mode_enabled()
+        copied = unseen or forward_ad._current_level >= 0
+        return args[0].clone() if copied else torch.ops.aten.alias.default(args[0])
 
     return run
 
@@ -684,6 +777,32 @@ def _checked_fake(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
+
+
+def _functional(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, refused where it returns memory of an argument, which autograd and the compiler take for fresh."""
+
+    def run(*args: Any) -> Any:
+        result = kernel(*args)
+        for output in _tensors((result,)):
+            if any(output is given or _is_alias_of(output, given) for given in _tensors(args)):
+                raise RuntimeError(
+                    f"{name}: expected a kernel that returns tensors of its own, got memory of an argument"
+                )
+        return result
+
+    return run
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among ``values``, and in the lists among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [element for element in value if isinstance(element, Tensor)]
+    return found
 
 
 def _seen_by_dynamo(kernel: Callable[..., Any]) -> Callable[..., Any]:

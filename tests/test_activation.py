@@ -495,3 +495,25 @@ def test_no_channels():
     custom_ops.bias_relu(x, bias).sum().backward()
     assert x.grad.shape == (3, 0)
     assert bias.grad.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        custom_ops.relu,
+        custom_ops.leaky_relu,
+        custom_ops.hardtanh,
+        custom_ops.relu6,
+        lambda x, inplace: custom_ops.threshold(x, 0.0, 0.0, inplace),
+        lambda x, inplace: custom_ops.relu_dropout(x, inplace=inplace),
+        lambda x, inplace: custom_ops.bias_relu(x, torch.ones(3), inplace=inplace),
+        lambda x, inplace: custom_ops.bias_leaky_relu(x, torch.ones(3), inplace=inplace),
+    ],
+)
+def test_no_form_writes_in_place_to_memory_that_overlaps(function):
+    x = torch.arange(-2.0, 3.0)
+    for overlapping in x.unfold(0, 3, 1), torch.ones(9).as_strided((3, 3), (1, 2)), x[:1].expand(2, 3):
+        with pytest.raises(ValueError, match="x: expected elements with memory of their own"):
+            function(overlapping, inplace=True)
+    for apart in torch.ones(3, 6)[:, ::2].t(), torch.ones(4, 3)[::2], torch.ones(3, 1).expand(3, 1).t():
+        function(apart, inplace=True)

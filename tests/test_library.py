@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+import custom_ops
 from custom_ops import CustomReLU, library
 from custom_ops.verify import Sample, verify
 
@@ -559,6 +561,7 @@ def test_importing_stays_light():
         "torch._C._are_functorch_transforms_active",
         "torch._C._AutoDispatchBelowAutograd",
         "torch._C._dispatch_key_for_device",
+        "torch._C._is_alias_of",
         "torch._C._dispatch_tls_local_exclude_set",
         "torch._C._dispatch_tls_local_include_set",
         "torch._C._is_torch_function_mode_enabled",
@@ -606,3 +609,135 @@ def test_dynamo_still_knows_functions_by_their_exact_metaclass():
 
     torch.compile(lambda x: Routed.apply(x), fullgraph=True, backend="eager")(x)
     assert calls
+
+
+@library.define("custom_ops_test::weighted_total")
+def weighted_total(xs: Sequence[Tensor], weights: Sequence[float], bias: Tensor | None) -> Tensor:
+    return torch.empty_like(xs[0])
+
+
+@library.kernel(weighted_total, "cpu")
+def _(xs, weights, bias):
+    return sum((w * x for w, x in zip(weights, xs)), bias if bias is not None else torch.zeros_like(xs[0]))
+
+
+class WeightedTotal(library.Function, op=weighted_total):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.weights, _ = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed, _, of_bias = ctx.needs_input_grad
+        return [w * grad if n else None for w, n in zip(ctx.weights, needed)], None, grad if of_bias else None
+
+    @staticmethod
+    def jvp(ctx, tangents, _, of_bias):
+        parts = [w * t for w, t in zip(ctx.weights, tangents) if t is not None]
+        return sum(parts + ([] if of_bias is None else [of_bias.clone()]))
+
+
+@library.compose("custom_ops_test::halves")
+def halves(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x / 2 for x in xs]
+
+
+class Halves(library.Function, op=halves):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs[0])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return ([None if grad is None else grad / 2 for grad in grads],)
+
+    @staticmethod
+    def jvp(ctx, tangents):
+        return tuple(torch.zeros_like(x) if t is None else t / 2 for x, t in zip(ctx.saved_tensors, tangents))
+
+
+LISTS = {
+    "a list in": lambda x, y, z: weighted_total([x, y.sin(), torch.ones_like(x)], [2.0, 3.0, 4.0], z),
+    "the same tensor twice, no bias": lambda x, y, z: weighted_total([x * y, x * y], [2.0, 3.0], None) * z,
+    "lists in and out": lambda x, y, z: z * sum(a * b for a, b in zip(halves([x, y]), halves([y, x * z]))),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_gradients_through_lists_of_tensors(name):
+    f = LISTS[name]
+    inputs = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, inputs)
+    loss = lambda *inputs: f(*inputs).square().sum()  # noqa: E731
+    eager = torch.autograd.grad(loss(*inputs), inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), eager)
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2))(*inputs), eager)
+
+
+def test_without_a_function_a_derivative_through_a_list_raises():
+    @library.define("custom_ops_test::first_of")
+    def first_of(xs: Sequence[Tensor]) -> Tensor:
+        return torch.empty_like(xs[0])
+
+    library.kernel(first_of, "cpu")(lambda xs: xs[0].clone())
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="first_of.* has no backward"):
+        first_of([torch.ones(2), w]).sum().backward()
+
+
+@pytest.mark.parametrize("returned", [lambda x: x, lambda x: x[1:], lambda x: x.view(-1)])
+def test_a_kernel_that_returns_its_input_is_refused(returned):
+    name = f"custom_ops_test::returned{id(returned)}"
+
+    @library.define(name)
+    def kept(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    library.kernel(kept, "cpu")(returned)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a kernel that returns tensors of its own"):
+        kept(torch.ones(3))
+
+
+def test_a_body_that_returns_its_input_is_refused():
+    @library.compose("custom_ops_test::unchanged")
+    def unchanged(x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x, x
+
+    with pytest.raises(RuntimeError, match="unchanged: expected a kernel that returns tensors of its own"):
+        unchanged(torch.ones(3))
+
+
+def test_a_view_of_an_inference_tensor_has_a_gradient():
+    """Autograd doesn't see what is made of an inference tensor alone, and a view of one is one."""
+    with torch.inference_mode():
+        value = torch.zeros(2, 3)
+    for forward_value in value, value[0]:
+        w = torch.ones(forward_value.shape, requires_grad=True)
+        y = custom_ops.straight_through(forward_value, w)
+        (2 * y.exp() + w).sum().backward()
+        assert torch.equal(w.grad, torch.full_like(w, 3))
+
+
+TRACED = {
+    "bias_relu": (custom_ops.bias_relu, lambda n: (torch.randn(2, 3, n, n), torch.randn(3))),
+    "margin_ranking_loss": (custom_ops.margin_ranking_loss, lambda n: (torch.randn(n), torch.randn(n), torch.ones(n))),
+    "dpo_loss": (custom_ops.dpo_loss, lambda n: [torch.randn(n) for _ in range(4)]),
+    "relu": (custom_ops.relu, lambda n: (torch.randn(n),)),
+    "softmax_loss": (custom_ops.softmax_loss, lambda n: (torch.randn(2, n), torch.rand(2, n))),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_what_jit_traces_holds_for_other_sizes(name):
+    function, make = TRACED[name]
+    try:
+        traced = torch.jit.trace(function, tuple(make(4)), check_trace=False)
+    except RuntimeError as error:
+        if "depends on the size of a tensor, which torch.jit.trace would keep" not in str(error):
+            raise
+        return
+    inputs = make(9)
+    torch.testing.assert_close(traced(*inputs), function(*inputs))

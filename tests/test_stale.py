@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import custom_ops
 
@@ -138,3 +139,31 @@ def test_a_float_that_varies_is_that_of_this_call(name):
         (actual,) = torch.autograd.grad(compiled(x, s).sum(), x)
         (expected,) = torch.autograd.grad(f(x, s).sum(), x)
         torch.testing.assert_close(actual, expected)
+
+
+FOLLOWS_A_SCHEDULE = {
+    "scale_gradient": custom_ops.scale_gradient,
+    "reverse_gradient": custom_ops.reverse_gradient,
+    "clip_gradient": lambda x, s: custom_ops.clip_gradient(x, -s, s),
+    "clip_gradient, a minimum": custom_ops.clip_gradient,
+    "clip_gradient_norm": custom_ops.clip_gradient_norm,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FOLLOWS_A_SCHEDULE)
+def test_a_schedule_of_numbers_is_compiled_twice(name, dtype):
+    """Once for the first number, once more when it turns out to vary."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def f(x, s):
+        return FOLLOWS_A_SCHEDULE[name](x, s).square().sum()
+
+    compiled = torch.compile(f, backend=counter, fullgraph=True)
+    for s in torch.linspace(0.1, 1.3, 12).tolist():
+        x = torch.linspace(-1, 1, 8, dtype=dtype, requires_grad=True)
+        (actual,) = torch.autograd.grad(compiled(x, s), x)
+        (expected,) = torch.autograd.grad(f(x, s), x)
+        torch.testing.assert_close(actual, expected)
+    assert counter.frame_count <= 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask, pack, unpack
-from custom_ops._layout import as_it_lies
+from custom_ops._layout import as_it_lies, overlaps
 from custom_ops._native import define
 from custom_ops.activation._common import against, away_from, not_a_tensor, unary_samples
 from custom_ops.library import Function
@@ -209,9 +209,7 @@ def _(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[T
 
 
 def check_inplace(x: Tensor, inplace: bool) -> None:
-    if _checks.as_bool("inplace", inplace) and any(
-        stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())
-    ):
+    if _checks.as_bool("inplace", inplace) and overlaps(x):
         raise ValueError(f"x: expected elements with memory of their own to write to, got strides {list(x.stride())}")
 
 

@@ -22,6 +22,15 @@ def leaf(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -
     return x.to(device, dtype).requires_grad_()
 
 
+def as_tensor(number: float, x: Tensor) -> Tensor:
+    """``number`` for x, under compilation: there each value of an op's float argument is another program.
+
+    It isn't rounded to 16 bits, as a number isn't either where it meets a tensor. A product is among the few things
+    that Inductor makes of a number without compiling anew.
+    """
+    return number * x.new_ones((), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def beside_hook(hook: Callable[..., Tensor], *parameters: Any, reads: int = 1) -> Benchmark:
     """Beside what one would write instead: a view of x with ``hook(grad, *parameters)`` on its gradient.
 

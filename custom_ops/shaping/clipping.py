@@ -15,7 +15,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
-from custom_ops.shaping._common import OF_SHAPING, VIEW, beside_hook, leaf, two
+from custom_ops.shaping._common import OF_SHAPING, VIEW, as_tensor, beside_hook, leaf, two
 
 __all__ = [
     "ClipGradient",
@@ -28,14 +28,19 @@ __all__ = [
 
 
 @library.compose("custom_ops::gradient_clipping", view=True)
-def gradient_clipping(x: Tensor, min: float | None, max: float | None) -> Tensor:
-    """x, whose gradient is clamped to [min, max]."""
+def gradient_clipping(
+    x: Tensor, min: float | None, max: float | None, low: Tensor | None, high: Tensor | None
+) -> Tensor:
+    """x, whose gradient is clamped to [min, max], or to [low, high] where these are given."""
     return x
 
 
 @library.compose("custom_ops::gradient_norm_clipping", view=True)
-def gradient_norm_clipping(x: Tensor, max_norm: float, dim: Sequence[int]) -> Tensor:
-    """x, whose gradient is scaled to at most ``max_norm`` over the dimensions ``dim``, counted from the last."""
+def gradient_norm_clipping(x: Tensor, max_norm: float, dim: Sequence[int], limit: Tensor | None) -> Tensor:
+    """x, whose gradient is scaled to at most ``limit``, or ``max_norm`` if there is none.
+
+    The norm is over the dimensions ``dim``, counted from the last.
+    """
     return x
 
 
@@ -58,11 +63,15 @@ class GradientClipping(_Clipping, op=gradient_clipping):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.min, ctx.max = inputs
+        _, ctx.min, ctx.max, *limits = inputs
+        ctx.save_for_backward(*limits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.clamp(ctx.min, ctx.max), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        low, high = (None if limit is None else limit.to(grad.dtype) for limit in ctx.saved_tensors)
+        if low is None and high is None:
+            return grad.clamp(ctx.min, ctx.max), *[None] * 4
+        return torch.clamp(grad, low, high), *[None] * 4
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:
@@ -82,15 +91,18 @@ class GradientNormClipping(_Clipping, op=gradient_norm_clipping):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.max_norm, ctx.dim = inputs
+        _, ctx.max_norm, ctx.dim, limit = inputs
+        ctx.save_for_backward(limit)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (limit,) = ctx.saved_tensors
+        max_norm = ctx.max_norm if limit is None else limit
         wide = torch.promote_types(grad.dtype, torch.float32)
         norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=wide)
-        over = norm > ctx.max_norm
-        factor = torch.where(over, ctx.max_norm / torch.where(over, norm, 1.0), 1.0)  # no 0 / 0, nor its derivative
-        return (grad * factor).to(grad.dtype), None, None
+        over = norm > max_norm
+        factor = torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)  # no 0 / 0, nor its derivative
+        return (grad * factor).to(grad.dtype), None, None, None
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:
@@ -98,13 +110,13 @@ class GradientNormClipping(_Clipping, op=gradient_norm_clipping):
 
 
 @library.vmap(gradient_clipping)
-def _(info: Any, in_dims: Any, x: Tensor, min: float | None, max: float | None) -> Any:
-    return gradient_clipping(x, min, max), in_dims[0]
+def _(info: Any, in_dims: Any, x: Tensor, *limits: Any) -> Any:
+    return gradient_clipping(x, *limits), in_dims[0]
 
 
 @library.vmap(gradient_norm_clipping)
-def _(info: Any, in_dims: Any, x: Tensor, max_norm: float, dim: Sequence[int]) -> Any:
-    return gradient_norm_clipping(x.movedim(in_dims[0], 0), max_norm, dim), 0
+def _(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
+    return gradient_norm_clipping(x.movedim(in_dims[0], 0), *rest), 0
 
 
 def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
@@ -137,7 +149,9 @@ def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None)
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
     low, high = _check_limits(min, max)
-    return library.direct(gradient_clipping)(x, low, high)
+    if torch.compiler.is_compiling():
+        return gradient_clipping(x, None, None, *(None if n is None else as_tensor(n, x) for n in (low, high)))
+    return library.direct(gradient_clipping)(x, low, high, None, None)
 
 
 def _check_limits(min: float | None, max: float | None) -> tuple[float | None, float | None]:
@@ -212,7 +226,9 @@ def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | No
     from_last = [d if d < 0 else d - x.dim() for d in chosen]
     if len(set(from_last)) < len(from_last):
         raise ValueError(f"dim: expected different dimensions, got {dim}")
-    return gradient_norm_clipping(x, max_norm, from_last)
+    if torch.compiler.is_compiling():
+        return gradient_norm_clipping(x, 0.0, from_last, as_tensor(max_norm, x))
+    return gradient_norm_clipping(x, max_norm, from_last, None)
 
 
 def _norm(max_norm: Any, dim: Any) -> tuple[float, list[int] | None]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._wide import wide
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, OpInfo, Sample, register
-from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, beside_hook, integers, leaf, two
+from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, as_tensor, beside_hook, integers, leaf, two
 
 __all__ = [
     "GradientScaling",
@@ -60,7 +61,7 @@ class GradientScaling(Function, op=gradient_scaling):
 
 def _scaled(grad: Tensor, factor: float, scale: Tensor | None) -> Tensor:
     if scale is not None:
-        return (grad * scale).to(grad.dtype)
+        return (wide(grad) * scale if scale.dim() == 0 else grad * scale).to(grad.dtype)
     return -grad if factor == -1 else grad * factor  # the same, in a third of the time on a few elements
 
 
@@ -103,7 +104,9 @@ def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
     _checks.has_dtype("x", x, _checks.FLOATING)
     scale = _scale("scale", scale)
     if not isinstance(scale, Tensor):
-        return library.direct(gradient_scaling)(x, scale, None)
+        if not torch.compiler.is_compiling():
+            return library.direct(gradient_scaling)(x, scale, None)
+        scale = as_tensor(scale, x)
     scale = _checks.beside(x, scale)
     _checks.same_device(x=x, scale=scale)
     if scale.dim() > x.dim() or not all(s in (1, n) for s, n in zip(reversed(scale.shape), reversed(x.shape))):
