@@ -47,6 +47,7 @@ docs: $(STAMPS)/test build
 	$(PY) docs/update_readme.py
 
 site: $(STAMPS)/docs build
+	rm -rf build/site
 	$(PY) -m sphinx -q -E -W --keep-going docs build/site
 	@echo 'the site: build/site/index.html'
 

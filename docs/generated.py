@@ -57,7 +57,7 @@ def api(module_name: str) -> str:
     module = importlib.import_module(module_name)
     shown_as = "custom_ops" if module_name.removeprefix("custom_ops.") in families() else module_name
     lines = [f".. automodule:: {module_name}", "   :no-members:", "", f".. py:currentmodule:: {shown_as}", ""]
-    for name in sorted(module.__all__, key=lambda name: name.replace("_", "").lower()):
+    for name in sorted(module.__all__, key=lambda name: (name.replace("_", "").lower(), name[0].isupper())):
         lines += [*_member(shown_as, name, getattr(module, name)), ""]
     return "\n".join(["````{eval-rst}", *lines, "````"])
 
@@ -83,7 +83,10 @@ def _own_members(cls: type) -> list[str]:
         if owner.__module__.startswith("custom_ops"):
             for name, value in vars(owner).items():
                 inner = getattr(value, "fget", None) or getattr(value, "__func__", value)
-                if not name.startswith("_") and name not in found and callable(inner) and inner.__doc__:
+                documented = (
+                    callable(inner) and inner.__doc__ and not inspect.unwrap(inner).__module__.startswith("torch")
+                )
+                if documented and not name.startswith("_") and name not in [*found, "function"]:
                     found.append(name)
     return [] if issubclass(cls, Exception) or (dataclasses.is_dataclass(cls) and not found) else found
 

@@ -85,7 +85,7 @@ def activations() -> Figure:
 
 def shaping() -> Figure:
     """On the left what becomes of a gradient, on the right the slopes of the surrogates of a step."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     gradient = torch.linspace(-3, 3, 601)
     shapes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -108,7 +108,7 @@ def shaping() -> Figure:
     right.set_title("slope of surrogate_gradient(x, ...)", fontsize=11)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8.5, frameon=False)
+        axis.legend(fontsize=9, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
