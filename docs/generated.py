@@ -24,10 +24,9 @@ import pictures  # noqa: E402
 from wrong_calls import answers  # noqa: E402
 from wrong_calls import markdown as wrong_calls_page  # noqa: E402
 
-from custom_ops.benchmarks.cost_page import write_page  # noqa: E402
+from custom_ops.benchmarks import cost_page, plots  # noqa: E402
 from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label  # noqa: E402
 from custom_ops.benchmarks.plan import elements  # noqa: E402
-from custom_ops.benchmarks.plots import file_name, write_plots  # noqa: E402
 from custom_ops.benchmarks.report import Report, read_json  # noqa: E402
 from custom_ops.examples import autograd_tour  # noqa: E402
 from custom_ops.registry import REGISTRY  # noqa: E402
@@ -140,14 +139,17 @@ def was_loaded(report: Report) -> bool:
 
 def speed() -> str:
     """Every op with all of its tables, from all result files, each with the number of its run."""
-    runs = reports()
     blocks = []
     for family, names in families().items():
         blocks.append(f"## {family.capitalize()}")
         for op in names:
-            blocks += [f"### `{op}`", *_tables_of(op, runs)]
-    blocks += ["## One call", *_overheads(runs), "## The runs"]
-    for number, (_, report) in enumerate(runs, 1):
+            blocks += [f"### `{op}`", *_tables_of(op, reports())]
+    return "\n\n".join(blocks)
+
+
+def runs() -> str:
+    blocks = []
+    for number, (_, report) in enumerate(reports(), 1):
         notes = [f"    - {remark}" for remark in report.remarks]
         notes += [f"    - not installed: {name}" for name in report.missing]
         about = f"{number}. {report.where}, torch {report.machine['torch']}: `{report.command}`"
@@ -162,7 +164,7 @@ def _tables_of(op: str, runs: list[tuple[Path, Report]]) -> Iterator[str]:
             if of == op:
                 yield f"By {table}; {report.memory} memory, run {number}."
                 yield _timings(rows)
-                picture = PICTURES / file_name(op, table)
+                picture = PICTURES / plots.file_name(op, table)
                 if report.memory != "warm" and picture not in drawn:
                     drawn.add(picture)
                     yield f"![{op}, by {table}](generated/{picture.name})"
@@ -192,16 +194,17 @@ def _timings(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _overheads(runs: list[tuple[Path, Report]]) -> Iterator[str]:
+def overhead() -> str:
+    """What one call costs, on a few elements."""
     lines = ["| run | call | ours, µs | beside | ours / that |", "|--:|---|--:|---|--:|"]
-    for number, (_, report) in enumerate(runs, 1):
+    for number, (_, report) in enumerate(reports(), 1):
         calls = [(f"16 elements, {d}", "custom_ops.library", t) for d, t in report.overhead.get("library", {}).items()]
         calls += [(f"`{op}`, first sample", OURS, times) for op, times in report.overhead.get("ops", {}).items()]
         for title, ours, times in calls:
             for name in [name for name in times if name != ours]:
                 cells = f"{times[ours]:.1f} | {name} | {times[ours] / times[name]:.2f}"
                 lines.append(f"| {number} | {title} | {cells} |")
-    yield "\n".join(lines)
+    return "\n".join(lines)
 
 
 def cost() -> str:
@@ -262,6 +265,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "fastest": fastest,
     "networks": networks,
     "ops": ops,
+    "overhead": overhead,
+    "runs": runs,
     "speed": speed,
     "tour": tour,
 }
@@ -282,9 +287,9 @@ def draw() -> None:
         if _is_old(PICTURES / name, [Path(pictures.__file__)]):
             picture().savefig(PICTURES / name, dpi=100)
     scaling = sorted((RESULTS / "scaling").glob("*.json"))
-    if _is_old(PICTURES / "cost.txt", scaling):
-        write_page([read_json(path) for path in scaling], PICTURES / "cost.txt")
-    if _is_old(PICTURES / "timings", sorted(RESULTS.glob("*.json"))):
+    if _is_old(PICTURES / "cost.txt", [Path(cost_page.__file__), *scaling]):
+        cost_page.write_page([read_json(path) for path in scaling], PICTURES / "cost.txt")
+    if _is_old(PICTURES / "timings", [Path(plots.__file__), *RESULTS.glob("*.json")]):
         _draw_timings()
         (PICTURES / "timings").touch()
 
@@ -299,4 +304,6 @@ def _draw_timings() -> None:
     for where in dict.fromkeys(report.where for report in fresh):
         same = [report for report in fresh if report.where == where]
         rows = {(r.op, r.table, label(r.size), r.direction, r.contender): r for report in same for r in report.rows}
-        write_plots(dataclasses.replace(same[0], rows=sorted(rows.values(), key=lambda r: elements(r.size))), PICTURES)
+        plots.write_plots(
+            dataclasses.replace(same[0], rows=sorted(rows.values(), key=lambda r: elements(r.size))), PICTURES
+        )
