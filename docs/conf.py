@@ -12,7 +12,7 @@ from docutils.utils.math import latex2mathml
 from sphinx import addnodes
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent)]
+sys.path.insert(0, str(DOCS))
 
 import generated  # noqa: E402
 

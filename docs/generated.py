@@ -18,7 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-sys.path[:0] = [str(ROOT / "tests"), str(DOCS)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(DOCS)]
 
 import pictures  # noqa: E402
 from wrong_calls import answers  # noqa: E402
