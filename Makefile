@@ -23,7 +23,7 @@ STALE := $(if $(wildcard $(PY)),$(if $(shell $(PY) .ci/env.py installed),,stale)
 help:
 	@echo 'make demo       the main job: python -m custom_ops demo'
 	@echo 'make test       the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
-	@echo 'make test-full  the tests with the whole capability matrix'
+	@echo 'make test-full  all tests and the whole capability matrix, beside one more peer: hours'
 	@echo 'make fuzz       random calls of every op against its reference; FUZZ_ARGS="--seconds 600 --op relu"'
 	@echo 'make sanitize   the C++ kernels under address, undefined-behaviour and thread sanitizers'
 	@echo 'make dist       sdist and manylinux wheel in dist/, audited and tried in an environment with only torch'
@@ -52,6 +52,7 @@ site: $(STAMPS)/docs build
 	@echo 'the site: build/site/index.html'
 
 test: $(STAMPS)/test build
+	$(PY) tests/peers.py
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 fuzz: $(STAMPS)/test build
@@ -65,7 +66,8 @@ dist: $(STAMPS)/dist
 	$(PY) .ci/dist.py $(ALSO)
 
 test-full: $(STAMPS)/test $(STAMPS)/docs build
-	CUSTOM_OPS_FULL=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(PY) tests/peers.py --compile
+	$(PY) -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff check .

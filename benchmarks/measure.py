@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from custom_ops.benchmarks import goals
+from custom_ops.benchmarks import goals, timing
 from custom_ops.benchmarks.answers import Answer, difference, first, in_double, tolerance
 from custom_ops.benchmarks.floor import Floor, least_traffic
 from custom_ops.benchmarks.memory import peak_bytes
@@ -132,7 +131,7 @@ class Problem:
 
 def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory: str, effort: Effort) -> Result:
     """Check the answers; then time the contenders, in turns, in each direction."""
-    begin = time.perf_counter()
+    begin = timing.clock()
     result = Result()
     contenders = {OURS: cell.ours} | peers
     try:
@@ -146,15 +145,15 @@ def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory
     problem = Problem(cell, cell.size, device, cell.ours)
     if math.isfinite(effort.limit):
         once = {name: problem.seconds(contenders[name], device) for name in contenders if _runs(wrong[name])}
-        chosen = effort.affordable(once, effort.limit - (time.perf_counter() - begin))
+        chosen = effort.affordable(once, effort.limit - (timing.clock() - begin))
         if len(chosen) < len(once):
             result.remarks.append(f"{cell}: no time for {', '.join(name for name in once if name not in chosen)}")
         wrong = {name: what for name, what in wrong.items() if name in chosen}
     contenders = {name: contenders[name] for name, what in wrong.items() if _runs(what)}
-    result.preparation = time.perf_counter() - begin
+    result.preparation = timing.clock() - begin
     directions = problem.directions[-1:] if effort.whole else problem.directions
     for number, direction in enumerate(directions if contenders else ()):
-        left = (effort.limit - (time.perf_counter() - begin)) / (len(directions) - number)
+        left = (effort.limit - (timing.clock() - begin)) / (len(directions) - number)
         calls = {name: problem.call(function, direction) for name, function in contenders.items()}
         floor = problem.floor(direction, device)
         times = interleave(

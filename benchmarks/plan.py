@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from custom_ops.benchmarks import timing
 from custom_ops.benchmarks.measure import Cell, Effort, Result
 from custom_ops.registry import Benchmark, OpInfo
 
@@ -26,7 +26,7 @@ class Plan:
 
     def __init__(self, infos: Iterable[OpInfo], seconds: float = math.inf) -> None:
         self.quick = math.isfinite(seconds)
-        self.end = time.perf_counter() + seconds
+        self.end = timing.clock() + seconds
         cells = [
             (place, Cell(info, benchmark, size))
             for info in infos
@@ -44,7 +44,7 @@ class Plan:
 
     def effort(self, cell: Cell) -> Effort | None:
         """For the next cell; None to skip it."""
-        remaining, cells = self.end - time.perf_counter(), self.left
+        remaining, cells = self.end - timing.clock(), self.left
         self.left -= 1
         if not self.quick:
             return FULL

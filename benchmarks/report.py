@@ -46,7 +46,14 @@ class Report:
         return tables
 
     def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        """One line for each field, and in "rows" one for each size of a table; times to four digits."""
+        fields_of_report = [f'"{f.name}": {_json(getattr(self, f.name))}' for f in fields(self) if f.name != "rows"]
+        sizes: dict[str, list[Row]] = {}
+        for row in self.rows:
+            sizes.setdefault(_json([row.op, row.table, row.size]), []).append(row)
+        lines = [_json([asdict(row) for row in rows]) for rows in sizes.values()]
+        rows = '"rows": [\n' + ",\n".join(lines) + "\n]"
+        path.write_text("{\n" + ",\n".join([*fields_of_report, rows]) + "\n}\n")
 
     def write_csv(self, path: Path) -> None:
         """One line per row, with the machine repeated on each."""
@@ -60,7 +67,19 @@ class Report:
 
 def read_json(path: Path) -> Report:
     saved = json.loads(path.read_text())
-    return Report(**saved | {"rows": [Row(**row) for row in saved["rows"]]})
+    return Report(**saved | {"rows": [Row(**row) for size in saved["rows"] for row in size]})
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_rounded(value), ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_overhead(console: Console, report: Report) -> None:

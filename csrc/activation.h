@@ -10,8 +10,8 @@ constexpr int64_t kTile = 512;      // elements whose intermediate values stay i
 
 #ifdef CUSTOM_OPS_AVX2
 template <class T, class Rule>
-TARGET_LANES int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y,
-                                      uint8_t* mask, int64_t n, bool stream) {
+TARGET_AVX2 int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y,
+                                     uint8_t* mask, int64_t n, bool stream) {
   using L = Lanes<T>;
   using V = typename L::V;
   int64_t i = 0;
@@ -47,7 +47,7 @@ void activate_span(const Rule& rule, const T* x, const Accumulator<T>* bias, con
   using A = Accumulator<T>;
   int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-  if (cpu_has_lanes()) i = activate_vectors(rule, x, bias, random, y, mask, n, stream);
+  if (use_avx2) i = activate_vectors(rule, x, bias, random, y, mask, n, stream);
 #endif
   for (; i < n; ++i) {
     A result;

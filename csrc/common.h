@@ -11,7 +11,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -26,13 +25,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
+// A part of a message. It lives no longer than the expression that it is made in.
+struct Part {
+  enum { kText, kInteger, kReal } kind;
+  union {
+    const char* text;
+    int64_t integer;
+    double real;
+  };
+
+  Part(const char* text) : kind(kText), text(text) {}
+  Part(const std::string& text) : Part(text.c_str()) {}
+  Part(double real) : kind(kReal), real(real) {}
+  template <class Integer, class = std::enable_if_t<std::is_integral_v<Integer>>>
+  Part(Integer integer) : kind(kInteger),
+                          integer(static_cast<int64_t>(integer)) {}
+};
+
+[[noreturn]] void fail(std::initializer_list<Part> message);
+
 // A Python RuntimeError with just this message (STD_TORCH_CHECK puts a file and line before it).
 template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+void check(bool ok, const Parts&... message) {
+  if (!ok) fail({message...});
 }
 
 // ---------------------------------------------------------------- tensors
@@ -121,49 +136,37 @@ void dispatch_index(const Tensor& t, const char* argument, const F& f) {
 
 // ---------------------------------------------------------------- signatures
 
+// What a schema calls a type of C++.
+struct TypeName {
+  const char* name;
+  bool optional = false;
+};
+constexpr TypeName type_name(Type<Tensor>) { return {"Tensor"}; }
+constexpr TypeName type_name(Type<int64_t>) { return {"int"}; }
+constexpr TypeName type_name(Type<double>) { return {"float"}; }
+constexpr TypeName type_name(Type<bool>) { return {"bool"}; }
 template <class T>
-struct SchemaType;
-template <>
-struct SchemaType<Tensor> {
-  static std::string name() { return "Tensor"; }
-};
-template <>
-struct SchemaType<int64_t> {
-  static std::string name() { return "int"; }
-};
-template <>
-struct SchemaType<double> {
-  static std::string name() { return "float"; }
-};
-template <>
-struct SchemaType<bool> {
-  static std::string name() { return "bool"; }
-};
-template <class T>
-struct SchemaType<std::optional<T>> {
-  static std::string name() { return SchemaType<T>::name() + "?"; }
-};
-template <class... T>
-struct SchemaType<std::tuple<T...>> {
-  static std::string name() {
-    std::string out;
-    ((out += (out.empty() ? "" : ", ") + SchemaType<T>::name()), ...);
-    return out;
-  }
-};
-
-template <class R, class... A>
-std::string signature(R (*)(A...)) {
-  return SchemaType<std::tuple<std::decay_t<A>...>>::name() + " -> " + SchemaType<R>::name();
+constexpr TypeName type_name(Type<std::optional<T>>) {
+  return {type_name(Type<T>{}).name, true};
 }
 
-void record_signature(const char* name, std::string signature);
+void record_signature(const char* op, std::initializer_list<TypeName> arguments,
+                      std::initializer_list<TypeName> results);
+
+template <class... R, class... A>
+void record_signature(const char* op, std::tuple<R...> (*)(A...)) {
+  record_signature(op, {type_name(Type<std::decay_t<A>>{})...}, {type_name(Type<R>{})...});
+}
+template <class R, class... A>
+void record_signature(const char* op, R (*)(A...)) {
+  record_signature(op, {type_name(Type<std::decay_t<A>>{})...}, {type_name(Type<R>{})});
+}
 
 }  // namespace custom_ops
 
 // Registers `fn` as the CPU kernel of the op of the same name.
-#define CUSTOM_OPS_CPU_KERNEL(fn)                                              \
-  STABLE_TORCH_LIBRARY_IMPL(custom_ops, CPU, m) {                              \
-    m.impl(#fn, TORCH_BOX(&custom_ops::fn));                                   \
-    custom_ops::record_signature(#fn, custom_ops::signature(&custom_ops::fn)); \
+#define CUSTOM_OPS_CPU_KERNEL(fn)                       \
+  STABLE_TORCH_LIBRARY_IMPL(custom_ops, CPU, m) {       \
+    m.impl(#fn, TORCH_BOX(&custom_ops::fn));            \
+    custom_ops::record_signature(#fn, &custom_ops::fn); \
   }

@@ -21,7 +21,7 @@ struct Dropout {
 #ifdef CUSTOM_OPS_AVX2
   using V = Vector<A>;
 
-  TARGET_LANES V apply(V v, V random, V& y) const {
+  TARGET_AVX2 V apply(V v, V random, V& y) const {
     const V keep = random.and_not(v <= V::all(0));
     y = V::all(0).replaced(v * V::all(scale), keep).replaced(v, v.is_nan());
     return keep;

@@ -2,8 +2,9 @@
 // vectorise; the same bits on every instruction set. NaN stays NaN.
 #pragma once
 
-#include "bits.h"
+#include "isa.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -78,6 +79,12 @@ ALWAYS_INLINE inline double log_normal(double x) {
   y = (y * q + 2 / 3.) * q;
   const double log = e * 6.93147180369123816490e-01 + (2 * z + (z * y + e * 1.90821492927058770002e-10));
   return x != x ? x : log;
+}
+
+// 0 for a weight of 0, whatever the value.
+template <class A>
+ALWAYS_INLINE inline A weigh(A weight, A value) {
+  return weight == 0 ? A(0) : weight * value;
 }
 
 constexpr int64_t kSumTile = 1024;  // elements summed in A before the sum goes on in double

@@ -12,11 +12,15 @@ template <class A>
 struct Ranked {
   int64_t n, rows, columns;  // a pair is one of the first `rows` and a later one of the first `columns`
   const int32_t* order;
-  A *y, *gain, *discount;
-  A* by_distance;  // mu |1 / log2(1 + a) - 1 / log2(2 + a)| for ranks that differ by a
-  A* up;           // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
+  A* y;
+  // A pair weighs the difference of its gains times (that of its discounts + `by_distance` of its ranks), or only the
+  // gain of the item with the higher label.
+  bool differences;
+  A *gain, *discount, *by_distance;
+  A* up;  // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
   A* down;
-  A* s;  // sigma s, from which it is taken where `wide`
+  A* s;  // s / 2, of which no difference overflows, from which it is taken where `wide`
+  A twice;  // 2 sigma
   bool wide;
   A* v;
 
@@ -24,7 +28,7 @@ struct Ranked {
   template <bool kWide>
   ALWAYS_INLINE void ratio(int64_t i, int64_t j, VectorOf<A>& u) const {
     if constexpr (kWide) {
-      for (int64_t l = 0; l < kWidth<A>; ++l) u[l] = exp_nonpositive(s[j + l] - s[i]);
+      for (int64_t l = 0; l < kWidth<A>; ++l) u[l] = exp_nonpositive((s[j + l] - s[i]) * twice);
     } else {
       load<A>(u, up + j);
       u *= down[i];
@@ -32,25 +36,17 @@ struct Ranked {
   }
 
   // For the same; `first` tells where i has the higher label.
-  template <int64_t kWeighting>
+  template <bool kDifferences>
   ALWAYS_INLINE void weight(int64_t i, int64_t j, const typename Vector<A>::I& first, VectorOf<A>& w) const {
-    using V = VectorOf<A>;
-    if constexpr (kWeighting == kRanknet) {
-      w = V{} + A(1);
-    } else if constexpr (kWeighting == kLabelDiff) {
-      load<A>(w, y + j);
-      w = first ? y[i] - w : w - y[i];
-    } else {
-      V d, t = V{};
-      load<A>(w, gain + j);
+    load<A>(w, gain + j);
+    if constexpr (kDifferences) {
+      VectorOf<A> d, t;
       load<A>(d, discount + j);
-      if constexpr (kWeighting == kNdcg1) {
-        w = first ? V{} + gain[i] * discount[i] : w * d;
-      } else {
-        w = first ? gain[i] - w : w - gain[i];
-        if constexpr (kWeighting != kLambdarank) load<A>(t, by_distance + (j - i));
-        w *= kWeighting == kNdcg2 ? t : kWeighting == kLambdarank ? discount[i] - d : discount[i] - d + t;
-      }
+      load<A>(t, by_distance + (j - i));
+      w = first ? gain[i] - w : w - gain[i];
+      w *= discount[i] - d + t;
+    } else {
+      w = first ? VectorOf<A>{} + gain[i] : w;
     }
   }
 };
@@ -69,7 +65,7 @@ struct Sums {
 };
 
 // Adds to `sums` the slopes (or with v the Hessian times v) by rank, but for sigma; of every parts-th block of rows.
-template <int64_t kWeighting, bool kHessian, bool kWide, class A>
+template <bool kDifferences, bool kHessian, bool kWide, class A>
 ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t parts, double* sums) {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
@@ -93,7 +89,8 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
           const I first = inside & (y < x.y[i]), last = inside & (y > x.y[i]), paired = first | last;
           x.template ratio<kWide>(i, j, u);
-          x.template weight<kWeighting>(i, j, first, w);
+          x.template weight<kDifferences>(i, j, first, w);
+          const I counts = kWide ? paired & (w != 0) : paired;  // infinite scores of no weight change nothing
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
             load<A>(g, x.v + j);
@@ -103,12 +100,12 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
             load<A>(s, x.s + j);
             V log;
             log_one_plus<A>(u * (inverse * next), log);
-            log = first ? log : log + (x.s[i] - s);
-            value += paired ? w * log : V{};
+            const V over = first ? V{} : w * (x.s[i] - s) * x.twice;
+            value += counts ? w * log + over : V{};
             count += paired ? V{} + A(1) : V{};
             g = w * (first ? -u * r : r);
           }
-          g = paired ? g : V{};
+          g = counts ? g : V{};
           row += g;
           load<A>(column, columns + (j - left));
           column += g;
@@ -130,10 +127,6 @@ struct LambdaLoss {
   double sigma, mu, scale;
   bool normalize;
 
-  double gain(double label, double highest) const {  // relative to the highest label: 2^label may overflow
-    return exponential ? std::exp2(label - highest) - std::exp2(-highest) : label;
-  }
-
   template <class A>
   void operator()(List<A>& list) const {
     Scratch& scratch = list.scratch;
@@ -149,15 +142,13 @@ struct LambdaLoss {
     std::fill(x.s, x.s + length, A(0));
     for (int64_t i = 0; i < n; ++i) {
       x.y[i] = list.y[x.order[i]];
-      x.s[i] = static_cast<A>(sigma * static_cast<double>(list.s[x.order[i]]));
+      x.s[i] = list.s[x.order[i]] / 2;
     }
+    x.twice = static_cast<A>(2 * sigma);
     x.v = list.v ? scratch.get<A>(length) : nullptr;
     for (int64_t i = 0; list.v && i < length; ++i) x.v[i] = i < n ? list.v[x.order[i]] : A(0);
-    exponentials(x, length, scratch);
-    bool contributes = true;
-    if (weighting != kRanknet && weighting != kLabelDiff) contributes = weights(list, x, length);
-
-    if (!contributes) x.rows = 0;
+    exponentials(list, x, length);
+    if (!weights(list, x, length)) x.rows = 0;
     Sums total, counted;
     const double* sums = run(x, list.v != nullptr, scratch, total);
     if (normalize && list.v) run(x, false, scratch, counted);  // the Hessian isn't asked for its pairs
@@ -171,47 +162,63 @@ struct LambdaLoss {
 
  private:
   template <class A>
-  static void exponentials(Ranked<A>& x, int64_t length, Scratch& scratch) {
+  void exponentials(const List<A>& list, Ranked<A>& x, int64_t length) const {
     double low = std::numeric_limits<double>::infinity(), high = -low;
     for (int64_t i = 0; i < x.n; ++i) {
-      low = std::min(low, static_cast<double>(x.s[i]));
-      high = std::max(high, static_cast<double>(x.s[i]));
+      low = std::min(low, static_cast<double>(list.s[i]));
+      high = std::max(high, static_cast<double>(list.s[i]));
     }
-    x.wide = high - low > Vector<A>::kLogMax - 7;
+    x.wide = sigma * (high - low) > Vector<A>::kLogMax - 7;
     if (x.wide) return;
-    const double middle = low <= high ? (low + high) / 2 : 0;
-    x.up = scratch.get<A>(length);
-    x.down = scratch.get<A>(x.n);
-    for (int64_t i = 0; i < length; ++i) x.up[i] = i < x.n ? std::exp(static_cast<A>(x.s[i] - middle)) : A(0);
-    for (int64_t i = 0; i < x.n; ++i) x.down[i] = 1 / x.up[i];
+    const double middle = low <= high ? low + (high - low) / 2 : 0;
+    x.up = list.scratch.template get<A>(length);
+    x.down = list.scratch.template get<A>(x.n);
+    std::fill(x.up + x.n, x.up + length, A(0));
+    for (int64_t i = 0; i < x.n; ++i) {
+      x.up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(list.s[x.order[i]]) - middle)));
+      x.down[i] = 1 / x.up[i];
+    }
   }
 
-  // Gains over the ideal discounted gain, and discounts; false if there is nothing to gain.
+  // What pairs weigh; false if there is nothing to gain.
   template <class A>
   bool weights(const List<A>& list, Ranked<A>& x, int64_t length) const {
     Scratch& scratch = list.scratch;
     const int64_t n = x.n;
+    const auto zeros = [&](int64_t size) {
+      A* out = scratch.get<A>(size);
+      std::fill(out, out + size, A(0));
+      return out;
+    };
+    x.differences = weighting != kRanknet && weighting != kNdcg1;
+    x.gain = zeros(length);
+    x.discount = zeros(length);
+    x.by_distance = zeros(length + kWidth<A>) + kWidth<A>;  // a vector may begin before the distance 0
+    if (weighting == kRanknet) return std::fill(x.gain, x.gain + n, A(1)), true;
+    if (weighting == kLabelDiff) {
+      std::copy(x.y, x.y + n, x.gain);
+      return std::fill(x.by_distance, x.by_distance + n, A(1)), true;
+    }
     const int32_t* ideal = order_descending(list.y, n, scratch);
-    const double highest = std::max(0.0, static_cast<double>(list.y[ideal[0]]));
+    const double highest = static_cast<double>(list.y[ideal[0]]);
     double* gains = scratch.get<double>(n);
     double most = 0;
     for (int64_t i = 0; i < n; ++i) {
       const A label = list.y[ideal[i]];
       const bool same = i > 0 && label == list.y[ideal[i - 1]];
-      const double own = same ? gains[ideal[i - 1]] : gain(static_cast<double>(label), highest);
+      const double own =
+          same ? gains[ideal[i - 1]] : relative_gain(static_cast<double>(label), highest, exponential);
       gains[ideal[i]] = own;
       if (i < x.rows) most += own * discount_at(i);
     }
     if (most <= 0) return false;
-    x.gain = scratch.get<A>(length);
-    x.discount = scratch.get<A>(length);
-    x.by_distance = scratch.get<A>(length + kWidth<A>) + kWidth<A>;  // a vector may begin before the distance 0
-    std::fill(x.by_distance - kWidth<A>, x.by_distance, A(0));
-    for (int64_t i = 0; i < length; ++i) {
-      x.gain[i] = i < n ? static_cast<A>(gains[x.order[i]] / most) : A(0);
-      x.discount[i] = i < n ? static_cast<A>(discount_at(i)) : A(0);
-      const double by = i > 0 && i < n ? discount_at(i - 1) - discount_at(i) : 0;
-      x.by_distance[i] = static_cast<A>(weighting == kNdcg2pp ? mu * by : by);
+    // |1 / log2(1 + a) - 1 / log2(2 + a)| for ranks that differ by a, times mu beside the discounts.
+    const double distances = weighting == kNdcg2 ? 1 : weighting == kNdcg2pp ? mu : 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const A gain = static_cast<A>(gains[x.order[i]] / most), discount = static_cast<A>(discount_at(i));
+      x.gain[i] = weighting == kNdcg1 ? gain * discount : gain;
+      if (weighting == kLambdarank || weighting == kNdcg2pp) x.discount[i] = discount;
+      if (i > 0 && distances != 0) x.by_distance[i] = static_cast<A>(distances * (discount_at(i - 1) - discount_at(i)));
     }
     return true;
   }
@@ -222,33 +229,22 @@ struct LambdaLoss {
     const int64_t parts = parts_of(static_cast<double>(x.rows) * static_cast<double>(x.columns));
     Sums of_parts[kParts];
     double* sums = sum_parts(x.n, parts, scratch, [&](int64_t part, double* own) {
-      const auto in = [&](auto weights) {
-        constexpr int64_t kWeighting = decltype(weights)::value;
-        multiversion([&]() ALWAYS_INLINE { of_parts[part] = sum_part<kWeighting>(x, part, parts, own, hessian); });
-      };
-      switch (weighting) {
-        case kRanknet: return in(Weights<kRanknet>{});
-        case kLambdarank: return in(Weights<kLambdarank>{});
-        case kNdcg1: return in(Weights<kNdcg1>{});
-        case kNdcg2: return in(Weights<kNdcg2>{});
-        case kNdcg2pp: return in(Weights<kNdcg2pp>{});
-        default: return in(Weights<kLabelDiff>{});
-      }
+      multiversion([&]() ALWAYS_INLINE {
+        if (x.differences) of_parts[part] = sum_part<true>(x, part, parts, own, hessian);
+        else of_parts[part] = sum_part<false>(x, part, parts, own, hessian);
+      });
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
     return sums;
   }
 
-  template <int64_t kWeighting>
-  using Weights = std::integral_constant<int64_t, kWeighting>;
-
-  template <int64_t kWeighting, class A>
+  template <bool kDifferences, class A>
   static ALWAYS_INLINE inline Sums sum_part(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
                                             bool hessian) {
-    if (x.wide && hessian) return sum_ranked<kWeighting, true, true>(x, part, parts, sums);
-    if (x.wide) return sum_ranked<kWeighting, false, true>(x, part, parts, sums);
-    if (hessian) return sum_ranked<kWeighting, true, false>(x, part, parts, sums);
-    return sum_ranked<kWeighting, false, false>(x, part, parts, sums);
+    if (x.wide && hessian) return sum_ranked<kDifferences, true, true>(x, part, parts, sums);
+    if (x.wide) return sum_ranked<kDifferences, false, true>(x, part, parts, sums);
+    if (hessian) return sum_ranked<kDifferences, true, false>(x, part, parts, sums);
+    return sum_ranked<kDifferences, false, false>(x, part, parts, sums);
   }
 };
 

@@ -1,8 +1,10 @@
-// What the shared library itself provides: fresh memory and the signature table.
-#include "common.h"
+// What the shared library itself provides: fresh memory, the choice of an instruction set and the signature table.
+#include "isa.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
+#include <sstream>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -32,7 +34,57 @@ std::map<std::string, std::string>& signatures() {
 
 }  // namespace
 
+void fail(std::initializer_list<Part> message) {
+  std::ostringstream out;
+  for (const Part& part : message) {
+    if (part.kind == Part::kText) out << part.text;
+    else if (part.kind == Part::kInteger) out << part.integer;
+    else out << part.real;
+  }
+  throw std::runtime_error(out.str());
+}
+
+#ifdef CUSTOM_OPS_AVX2
+bool use_avx2 = false;
+#endif
+
+namespace {
+
+// What this processor can run, from the least to the best.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> out{"portable"};
+#ifdef CUSTOM_OPS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) out.push_back("avx2");
+#endif
+  return out;
+}
+
+std::string chosen, refusal;
+
+// The one named, or of none the best; why not, if it can't be.
+const std::string& choose(const char* name) {
+  const std::vector<std::string> all = instruction_sets();
+  const std::string wanted = name == nullptr || *name == 0 ? all.back() : name;
+  const bool possible = std::find(all.begin(), all.end(), wanted) != all.end();
+  refusal.clear();
+  if (!possible) {
+    for (const std::string& each : all) refusal += (refusal.empty() ? "" : " or ") + each;
+    refusal = "CUSTOM_OPS_ISA: expected " + refusal + " on this processor, got '" + wanted + "'";
+    return refusal;
+  }
+  chosen = wanted;
+#ifdef CUSTOM_OPS_AVX2
+  use_avx2 = chosen == "avx2";
+#endif
+  return refusal;
+}
+
+[[maybe_unused]] const std::string& at_load = choose(std::getenv("CUSTOM_OPS_ISA"));
+
+}  // namespace
+
 Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  check(refusal.empty(), refusal);  // by every op, before it starts: a program without Python hears of it here
   Shape strides(shape.size(), 1);
   for (size_t d = shape.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * std::max<int64_t>(shape[d - 1], 1);
   // Not by new_empty of the stable ABI, which looks the operator up by name: of a small call that is a tenth.
@@ -48,11 +100,40 @@ Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return out;
 }
 
-void record_signature(const char* name, std::string signature) { signatures()[name] = std::move(signature); }
+void record_signature(const char* op, std::initializer_list<TypeName> arguments,
+                      std::initializer_list<TypeName> results) {
+  std::string& signature = signatures()[op];
+  const auto add = [&](std::initializer_list<TypeName> types) {
+    const char* before = "";
+    for (const TypeName& type : types) {
+      signature.append(before).append(type.name).append(type.optional ? "?" : "");
+      before = ", ";
+    }
+  };
+  signature.clear();
+  add(arguments);
+  signature += " -> ";
+  add(results);
+}
 
 }  // namespace custom_ops
 
 extern "C" __attribute__((visibility("default"))) const char* custom_ops_signature(const char* name) {
   const auto found = custom_ops::signatures().find(name);
   return found == custom_ops::signatures().end() ? "" : found->second.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) const char* custom_ops_choose_isa(const char* name) {
+  return custom_ops::choose(name).c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) const char* custom_ops_isa() { return custom_ops::chosen.c_str(); }
+
+extern "C" __attribute__((visibility("default"))) const char* custom_ops_isas() {
+  static const std::string names = [] {
+    std::string out;
+    for (const std::string& each : custom_ops::instruction_sets()) out += (out.empty() ? "" : " ") + each;
+    return out;
+  }();
+  return names.c_str();
 }

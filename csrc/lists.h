@@ -104,108 +104,39 @@ struct Lists {
   }
 };
 
-// Calls kernel(list) for each list with a valid item, then put(index of the list, list).
-template <class A, class Kernel, class Put>
-void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& labels, const A* v, A* slope,
-                   const Kernel& kernel, const Put& put) {
-  const A* s = data<A>(scores);
-  const A* y = data<A>(labels);
-  const bool* valid = lists.valid_data();
-  lists.clear_outside(slope);
-  lists.parallel(16, [&](int64_t index, int64_t begin, int64_t end, Scratch& scratch) {
-    const int64_t items = end - begin;
-    if (!valid) {
-      List<A> list{items, s + begin, y + begin, v ? v + begin : nullptr, slope + begin, scratch};
-      if (items) kernel(list);
-      return put(index, list);
-    }
-    A* compact_s = scratch.get<A>(items);
-    A* compact_y = scratch.get<A>(items);
-    A* compact_v = scratch.get<A>(v ? items : 0);
-    A* compact_slope = scratch.get<A>(items);
-    int64_t n = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if (!valid[i]) continue;
-      compact_s[n] = s[i];
-      compact_y[n] = y[i];
-      if (v) compact_v[n] = v[i];
-      ++n;
-    }
-    List<A> list{n, compact_s, compact_y, v ? compact_v : nullptr, compact_slope, scratch};
-    if (n) kernel(list);
-    for (int64_t i = begin, k = 0; i < end; ++i) slope[i] = valid[i] ? compact_slope[k++] : A(0);
-    put(index, list);
-  });
-}
-
-// What the sum over n lists is divided by.
-inline int64_t count_active(const bool* active, int64_t n, bool mean) {
-  return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
-}
-
 enum Reduction : int64_t { kNone, kMean, kSum };  // as numbered in custom_ops/ranking/_lists.py
 
-// The op of a list loss, from a kernel that takes a List<float>& or List<double>&. Unless the reduction is none, the
-// loss is that of all the lists of each example of the first `batch_dims` dimensions, and the slope its derivative.
-template <class Kernel>
+// Refers to a kernel that takes a List<float>& or a List<double>&, so that what is around it is compiled once for all.
+class ListKernel {
+ public:
+  template <class Kernel>
+  ListKernel(const Kernel& kernel) : kernel_(&kernel),
+                                     float_(run<Kernel, float>),
+                                     double_(run<Kernel, double>) {}
+
+  void operator()(List<float>& list) const { float_(kernel_, list); }
+  void operator()(List<double>& list) const { double_(kernel_, list); }
+
+ private:
+  template <class Kernel, class A>
+  static void run(const void* kernel, List<A>& list) {
+    (*static_cast<const Kernel*>(kernel))(list);
+  }
+
+  const void* kernel_;
+  void (*float_)(const void*, List<float>&);
+  void (*double_)(const void*, List<double>&);
+};
+
+// The op of a list loss. Unless the reduction is none, the loss is that of all the lists of each example of the first
+// `batch_dims` dimensions, and the slope its derivative.
 std::tuple<Tensor, Tensor, Tensor> list_loss(const Tensor& scores_in, const Tensor& labels_in,
                                              const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                             int64_t reduction, int64_t batch_dims, const Kernel& kernel) {
-  const Tensor scores = dense(scores_in), labels = dense(labels_in);
-  const Lists lists(scores, valid, offsets);
-  check(sizes(labels) == sizes(scores) && labels.scalar_type() == scores.scalar_type(),
-        "labels: expected the shape and dtype of the scores");
-  check(batch_dims >= 0 && batch_dims < scores.dim(), "batch_dims: expected 0 to ", scores.dim() - 1, ", got ",
-        batch_dims);
-  const bool reduced = reduction != kNone;
-  const Shape examples = sizes(scores, 0, batch_dims);
-  Tensor loss = fresh(scores, reduced ? examples : lists.per_list());
-  Tensor slope = fresh(scores, sizes(scores));
-  Tensor active = fresh(scores, lists.per_list(), ScalarType::Bool);
-  bool* ap = mutable_data<bool>(active);
-  dispatch_accumulator(scores, "scores", [&](auto type) {
-    using A = typename decltype(type)::type;
-    std::vector<A> each(static_cast<size_t>(reduced ? lists.examples * lists.lists : 0));
-    A* lp = reduced ? each.data() : mutable_data<A>(loss);
-    A* sp = mutable_data<A>(slope);
-    const A* none = nullptr;
-    for_each_list(lists, scores, labels, none, sp, kernel, [&](int64_t l, const List<A>& list) {
-      lp[l] = list.loss;
-      ap[l] = list.active;
-    });
-    for (int64_t e = 0, of = reduced ? product(examples) : 0; e < of; ++e) {
-      const int64_t n = lists.examples * lists.lists / of, items = lists.examples * lists.items / of;
-      const int64_t count = count_active(ap + e * n, n, reduction == kMean);
-      const double sum = std::accumulate(lp + e * n, lp + (e + 1) * n, 0.0);
-      mutable_data<A>(loss)[e] = static_cast<A>(sum / static_cast<double>(count));
-      if (count == 1) continue;
-      const A share = static_cast<A>(1 / static_cast<double>(count));
-      torch::stable::parallel_for(e * items, (e + 1) * items, 32768, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sp[i] *= share;
-      });
-    }
-  });
-  return {loss, slope, active};
-}
+                                             int64_t reduction, int64_t batch_dims, const ListKernel& kernel);
 
 // Its slope op, from the same kernel.
-template <class Kernel>
 Tensor list_slope(const Tensor& scores_in, const Tensor& labels_in, const std::optional<Tensor>& valid,
-                  const std::optional<Tensor>& offsets, const std::optional<Tensor>& v_in, const Kernel& kernel) {
-  const Tensor scores = dense(scores_in), labels = dense(labels_in);
-  const Lists lists(scores, valid, offsets);
-  const Tensor v = v_in ? dense(*v_in) : scores;
-  for (const Tensor& t : {labels, v})
-    check(sizes(t) == sizes(scores) && t.scalar_type() == scores.scalar_type(),
-          "labels, v: expected the shape and dtype of the scores");
-  Tensor slope = fresh(scores, sizes(scores));
-  dispatch_accumulator(scores, "scores", [&](auto type) {
-    using A = typename decltype(type)::type;
-    const A* vp = v_in ? data<A>(v) : nullptr;
-    for_each_list(lists, scores, labels, vp, mutable_data<A>(slope), kernel, [](int64_t, const List<A>&) {});
-  });
-  return slope;
-}
+                  const std::optional<Tensor>& offsets, const std::optional<Tensor>& v_in, const ListKernel& kernel);
 
 // ---------------------------------------------------------------- long lists
 
@@ -240,6 +171,13 @@ inline double discount_at(int64_t rank) {
     return out;
   }();
   return rank < kTable ? table[static_cast<size_t>(rank)] : compute(rank);
+}
+
+// 2^label - 1 over 2^highest, or label over highest, so that nothing overflows; a label of at most 0 has no gain.
+inline double relative_gain(double label, double highest, bool exponential) {
+  if (label <= 0) return 0;
+  if (!exponential) return label / highest;
+  return -std::expm1(-0.693147180559945309 * label) * std::exp2(label - highest);  // of tiny labels too
 }
 
 // An integer that is the greater the greater the float is; -0 as 0, NaN greater than all.

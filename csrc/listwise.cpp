@@ -25,13 +25,21 @@ void clear_slope(List<A>& list) {
 
 // ---------------------------------------------------------------- softmax cross entropy
 
+// Of e^(x - top) summed up: NaN where several x are at the infinite top, as of their differences.
+double defined(double sum, double top) {
+  return sum > 1 && std::isinf(top) ? std::numeric_limits<double>::quiet_NaN() : sum;
+}
+
 // e^(x - the largest x): in `out` each, and their sum.
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
   const A largest = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return x[i]; });
-  for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(x[i] - largest);
+  for (int64_t i = 0; i < n; ++i) {
+    const A e = exp_nonpositive(x[i] - largest);
+    out[i] = x[i] == largest ? A(1) : e;  // at infinity, too
+  }
   top = largest;
-  return sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; });
+  return defined(sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; }), static_cast<double>(largest));
 }
 
 // The sum of p_i (log sum e^s - s_i), for p the labels or their softmax.
@@ -64,8 +72,11 @@ struct ListSoftmax {
     const double total = softmax_labels ? 1 : sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return p[i]; });
     const A share = static_cast<A>(total / sum);
     if (!list.v) {
-      const double behind = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return p[i] * (top - s[i]); });
-      list.loss = static_cast<A>(total * std::log(sum) + static_cast<double>(scale) * behind);
+      const double behind = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {  // by halves, whose difference is no overflow
+        const A term = p[i] * (top / 2 - s[i] / 2);
+        return (p[i] == 0) | (s[i] == top) ? A(0) : term;
+      });
+      list.loss = static_cast<A>(total * std::log(sum) + 2 * static_cast<double>(scale) * behind);
       for (int64_t i = 0; i < n; ++i) slope[i] = q[i] * share - p[i] * scale;
     } else {
       const A* v = list.v;
@@ -85,31 +96,35 @@ double sigmoid(double x) {
 }
 
 // A list's items in groups, or each alone, each of which competes with all items from itself on. L is the logarithm
-// of the sum of e^s over a group and those after it.
+// of the sum of e^(scale s) over a group and those after it.
 template <bool kGrouped>
 struct Scan {
   int64_t n, groups;
   const int64_t* first;  // of each group: its first item; and the end. Of items alone it isn't read
   const double* s;       // of each item: its score,
-  double* share;         // and e^(s - L) for its group's L
-  double* later;         // of each group: the shares of all later ones in its L,
-  double* whole;         // and of its own items, if grouped;
-  double* lse;           // L; and -inf at the end
+  double scale;
+  double* share;  // and e^(scale s - L) for its group's L
+  double* later;  // of each group: the shares of all later ones in its L,
+  double* whole;  // and of its own items, if grouped;
+  double* top;    // a score near the highest,
+  double* log;    // and L - scale top
 
-  Scan(const double* s, int64_t n, const int64_t* first, int64_t groups, Scratch& scratch)
+  Scan(const double* s, int64_t n, const int64_t* first, int64_t groups, double scale, Scratch& scratch)
       : n(n),
         groups(groups),
         first(first),
         s(s),
+        scale(scale),
         share(scratch.get<double>(n)),
         later(scratch.get<double>(groups)),
         whole(kGrouped ? scratch.get<double>(groups) : nullptr),
-        lse(scratch.get<double>(groups + 1)) {
-    lse[groups] = -kInfinity;
+        top(scratch.get<double>(groups)),
+        log(scratch.get<double>(groups)) {
     bool narrow;
     multiversion([&]() ALWAYS_INLINE {
       const double highest = largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return s[i]; });
-      narrow = highest + largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return -s[i]; }) <= kExponents;
+      const double lowest = -largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return -s[i]; });
+      narrow = scale * (highest - lowest) <= kExponents;
       if (narrow) sum_narrow(highest);
     });
     if (!narrow) sum_wide();
@@ -118,43 +133,52 @@ struct Scan {
  private:
   // From the end, of the exponentials below the highest score.
   ALWAYS_INLINE void sum_narrow(double highest) {
-    for (int64_t i = 0; i < n; ++i) share[i] = exp_nonpositive(s[i] - highest);
+    for (int64_t i = 0; i < n; ++i) share[i] = exp_nonpositive(scale * (s[i] - highest));
     double sum = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
       later[g] = sum;
       double own = 0;
       for (int64_t i = begin(g); i < begin(g + 1); ++i) own += share[i];
       if (kGrouped) whole[g] = own;
-      lse[g] = sum += own;
+      log[g] = sum += own;
     }
-    each([&](int64_t i, int64_t g) ALWAYS_INLINE { share[i] /= lse[g]; });
+    each([&](int64_t i, int64_t g) ALWAYS_INLINE { share[i] /= log[g]; });
     for (int64_t g = 0; g < groups; ++g) {
-      later[g] /= lse[g];
-      if (kGrouped) whole[g] /= lse[g];
-      lse[g] = highest + log_normal(lse[g]);
+      later[g] /= log[g];
+      if (kGrouped) whole[g] /= log[g];
+      log[g] = log_normal(log[g]);
+      top[g] = highest;
     }
   }
 
   // From the end, of the exponentials below the highest score so far.
   void sum_wide() {
-    double top = -kInfinity, sum = 0;
+    double highest = -kInfinity, sum = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
-      const double before = top;
-      for (int64_t i = begin(g); i < begin(g + 1); ++i) top = std::max(top, s[i]);
-      if (top > before) sum *= std::exp(before - top);
+      const double before = highest;
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) highest = std::max(highest, s[i]);
+      if (highest > before) sum *= std::exp(scale * (before - highest));
       const double rest = sum;
       double own = 0;
-      for (int64_t i = begin(g); i < begin(g + 1); ++i) own += share[i] = std::exp(s[i] - top);
+      for (int64_t i = begin(g); i < begin(g + 1); ++i)
+        own += share[i] = s[i] == highest ? 1 : std::exp(scale * (s[i] - highest));
       sum = rest + own;
-      for (int64_t i = begin(g); i < begin(g + 1); ++i) share[i] /= sum;
-      later[g] = rest / sum;
-      if (kGrouped) whole[g] = own / sum;
-      lse[g] = top + std::log(sum);
+      const double total = defined(sum, highest);
+      for (int64_t i = begin(g); i < begin(g + 1); ++i) share[i] /= total;
+      later[g] = rest / total;
+      if (kGrouped) whole[g] = own / total;
+      top[g] = highest;
+      log[g] = std::log(sum);
     }
   }
 
  public:
   ALWAYS_INLINE int64_t begin(int64_t group) const { return kGrouped ? first[group] : group; }
+
+  // By how much the L of a group is above a score, times the scale; -inf for the group at the end, of no items.
+  double above(int64_t group, double score) const {
+    return group == groups ? -kInfinity : scale * (top[group] - score) + log[group];
+  }
 
   // What of a group's L isn't item i's: 1 - share, exact for an item alone.
   double miss(int64_t i, int64_t group) const { return later[group] + (kGrouped ? whole[group] - share[i] : 0); }
@@ -171,7 +195,7 @@ struct Scan {
     double* mean = scratch.get<double>(groups + 1);
     mean[groups] = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
-      mean[g] = later[g] * mean[g + 1];
+      mean[g] = weigh(later[g], mean[g + 1]);
       for (int64_t i = begin(g); i < begin(g + 1); ++i) mean[g] += share[i] * v[i];
     }
     return mean;
@@ -188,7 +212,7 @@ struct Ordered {
   // Of equal labels the higher score comes first if by_score. A group for each label if `grouped`, else
   // for each item.
   template <class A>
-  Ordered(const List<A>& list, bool by_score, bool grouped, double scale) {
+  Ordered(const List<A>& list, bool by_score, bool grouped) {
     Scratch& scratch = list.scratch;
     const int64_t n = list.n;
     if (by_score) {
@@ -198,9 +222,9 @@ struct Ordered {
     } else {
       order = order_descending(list.y, n, scratch);
     }
-    s = widened(list.s, n, scale, scratch);
-    v = list.v ? widened(list.v, n, 1, scratch) : nullptr;
-    y = grouped ? widened(list.y, n, 1, scratch) : nullptr;
+    s = widened(list.s, n, scratch);
+    v = list.v ? widened(list.v, n, scratch) : nullptr;
+    y = grouped ? widened(list.y, n, scratch) : nullptr;
     if (!grouped) {
       groups = n;
       return;
@@ -212,19 +236,19 @@ struct Ordered {
   }
 
   template <class A>
-  double* widened(const A* x, int64_t n, double scale, Scratch& scratch) const {
+  double* widened(const A* x, int64_t n, Scratch& scratch) const {
     double* out = scratch.get<double>(n);
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(x[order[i]]) * scale;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(x[order[i]]);
     return out;
   }
 };
 
 // Puts run(ordered, n, scratch, out) -> loss in place, if the list is to contribute.
 template <class A, class Run>
-void in_label_order(List<A>& list, bool by_score, bool grouped, double scale, const Run& run) {
+void in_label_order(List<A>& list, bool by_score, bool grouped, const Run& run) {
   if (tied(list.y, list.n)) return clear_slope(list);
   list.active = true;
-  const Ordered ordered(list, by_score, grouped, scale);
+  const Ordered ordered(list, by_score, grouped);
   double* out = list.scratch.template get<double>(list.n);
   list.loss = static_cast<A>(run(ordered, list.n, list.scratch, out));
   for (int64_t i = 0; i < list.n; ++i) list.slope[ordered.order[i]] = static_cast<A>(out[i]);
@@ -268,8 +292,8 @@ struct ListMle {
   template <bool kGrouped, class A>
   void run(List<A>& list) const {
     in_label_order(
-        list, ties == kByScore, kGrouped, 1, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
-          const Scan<kGrouped> scan(o.s, n, o.first, o.groups, scratch);
+        list, ties == kByScore, kGrouped, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+          const Scan<kGrouped> scan(o.s, n, o.first, o.groups, 1, scratch);
           double* w = place_weights(n, scratch);
           for (int64_t g = 0; kGrouped && g < o.groups; ++g) {  // the items share those of their places
             const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
@@ -289,10 +313,10 @@ struct ListMle {
       for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) total += w[i];
       for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) {
         const double miss = scan.miss(i, g);
-        loss += w[i] * (miss < 0.5 ? -std::log1p(-miss) : scan.lse[g] - scan.s[i]);
-        out[i] = scan.share[i] * (carry + (total - w[i])) - w[i] * miss;
+        loss += weigh(w[i], miss < 0.5 ? -std::log1p(-miss) : scan.above(g, scan.s[i]));
+        out[i] = weigh(carry + (total - w[i]), scan.share[i]) - weigh(w[i], miss);
       }
-      carry = scan.later[g] * (carry + total);
+      carry = weigh(carry + total, scan.later[g]);
     }
     return loss;
   }
@@ -301,9 +325,9 @@ struct ListMle {
   static void product(const Scan<kGrouped>& scan, const double* w, const double* v, const double* mean, double* out) {
     double carry = 0, moved = 0;
     for (int64_t g = 0; g < scan.groups; ++g) {
-      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) carry += w[i], moved += w[i] * mean[g];
-      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) out[i] = scan.share[i] * (v[i] * carry - moved);
-      carry *= scan.later[g], moved *= scan.later[g];
+      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) carry += w[i], moved += weigh(w[i], mean[g]);
+      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) out[i] = weigh(v[i] * carry - moved, scan.share[i]);
+      carry = weigh(carry, scan.later[g]), moved = weigh(moved, scan.later[g]);
     }
   }
 };
@@ -316,14 +340,11 @@ struct UniqueSoftmax {
   void operator()(List<A>& list) const {
     const A top = *std::max_element(list.y, list.y + list.n);
     if (top <= 0) return clear_slope(list);
-    in_label_order(list, false, true, 1, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
-      const Scan<true> scan(o.s, n, o.first, o.groups, scratch);
+    in_label_order(list, false, true, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+      const Scan<true> scan(o.s, n, o.first, o.groups, 1, scratch);
       double* w = o.y;
-      const double most = o.y[0], least = std::exp2(-most);
-      for (int64_t i = 0; i < n; ++i) {
-        const double gain = exponential ? (std::exp2(o.y[i] - most) - least) / (1 - least) : o.y[i] / most;
-        w[i] = o.y[i] <= 0 ? 0 : gain;
-      }
+      const double highest = o.y[0], most = relative_gain(highest, highest, exponential);
+      for (int64_t i = 0; i < n; ++i) w[i] = relative_gain(o.y[i], highest, exponential) / most;
       if (!o.v) return slope(scan, w, out);
       product(scan, w, o.v, scan.means(o.v, scratch), out);
       return 0.0;
@@ -335,12 +356,12 @@ struct UniqueSoftmax {
     for (int64_t g = 0; g < scan.groups; ++g) {
       double pushed = 0;
       for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
-        const double x = scan.lse[g + 1] - scan.s[i], p = w[i] * sigmoid(x);
-        loss += w[i] * softplus(x);
-        out[i] = scan.share[i] * carry - p;
+        const double x = scan.above(g + 1, scan.s[i]), p = weigh(w[i], sigmoid(x));
+        loss += weigh(w[i], softplus(x));
+        out[i] = weigh(carry, scan.share[i]) - p;
         pushed += p;
       }
-      carry = scan.later[g] * carry + pushed;
+      carry = weigh(carry, scan.later[g]) + pushed;
     }
     return loss;
   }
@@ -350,13 +371,13 @@ struct UniqueSoftmax {
     for (int64_t g = 0; g < scan.groups; ++g) {
       double pushed = 0, pushed_moved = 0;
       for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
-        const double x = scan.lse[g + 1] - scan.s[i], p = w[i] * sigmoid(x);
-        const double dp = p * sigmoid(-x) * (mean[g + 1] - v[i]);
-        out[i] = scan.share[i] * (v[i] * carry + moved) - dp;
-        pushed += p, pushed_moved += dp - p * mean[g + 1];
+        const double x = scan.above(g + 1, scan.s[i]), p = weigh(w[i], sigmoid(x));
+        const double dp = weigh(p, sigmoid(-x) * (mean[g + 1] - v[i]));
+        out[i] = weigh(v[i] * carry + moved, scan.share[i]) - dp;
+        pushed += p, pushed_moved += dp - weigh(p, mean[g + 1]);
       }
-      carry = scan.later[g] * carry + pushed;
-      moved = scan.later[g] * moved + pushed_moved;
+      carry = weigh(carry, scan.later[g]) + pushed;
+      moved = weigh(moved, scan.later[g]) + pushed_moved;
     }
   }
 };
@@ -367,23 +388,39 @@ struct Cosent {
 
   template <class A>
   void operator()(List<A>& list) const {
-    in_label_order(list, false, true, scale, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+    in_label_order(list, false, true, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
       const int64_t groups = o.groups;
       // Over the lower labels of e^s, and, all reversed, over the higher ones of e^-s.
-      const Scan<true> down(o.s, n, o.first, groups, scratch);
+      const Scan<true> down(o.s, n, o.first, groups, scale, scratch);
       double* reversed = scratch.get<double>(n);
       int64_t* first = scratch.get<int64_t>(groups + 1);
       for (int64_t i = 0; i < n; ++i) reversed[i] = -o.s[n - 1 - i];
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
-      const Scan<true> up(reversed, n, first, groups, scratch);
+      const Scan<true> up(reversed, n, first, groups, scale, scratch);
 
-      double top = 0, sum = 0;
-      down.each([&](int64_t i, int64_t g) { top = std::max(top, down.lse[g + 1] - o.s[i]); });
-      down.each([&](int64_t i, int64_t g) { sum += std::exp(down.lse[g + 1] - o.s[i] - top); });
-      const double total = top > 0 ? top + std::log(std::exp(-top) + sum) : std::log1p(sum);
-      // The shares of an item's pairs with those of lower and of higher labels.
-      const auto lower = [&](int64_t i, int64_t g) { return std::exp(down.lse[g + 1] - o.s[i] - total); };
-      const auto higher = [&](int64_t i, int64_t g) { return std::exp(up.lse[groups - g] + o.s[i] - total); };
+      // The largest term, of two scores and a logarithm; 1 has 0 for all three.
+      double top = 0, worst = 0, best = 0, log = 0;
+      down.each([&](int64_t i, int64_t g) {
+        const double x = down.above(g + 1, o.s[i]);
+        if (x > top) top = x, worst = down.top[g + 1], best = o.s[i], log = down.log[g + 1];
+      });
+      // Another one over it, of which only differences of similar scores are taken.
+      const auto term = [&](double worse, double better, double logarithm) {
+        return std::exp(scale * ((worse - worst) - (better - best)) + (logarithm - log));
+      };
+      // The terms of an item's pairs with those of lower and of higher labels.
+      const auto below = [&](int64_t i, int64_t g) {
+        return g + 1 == groups ? 0 : term(down.top[g + 1], o.s[i], down.log[g + 1]);
+      };
+      const auto over = [&](int64_t i, int64_t g) {
+        return g == 0 ? 0 : term(o.s[i], -up.top[groups - g], up.log[groups - g]);
+      };
+      double sum = 0;
+      down.each([&](int64_t i, int64_t g) { sum += below(i, g); });
+      const double whole = std::exp(-top) + sum;
+      const double total = std::isinf(top) ? top : top > 0 ? top + std::log(whole) : std::log1p(sum);
+      const auto lower = [&](int64_t i, int64_t g) { return below(i, g) / whole; };
+      const auto higher = [&](int64_t i, int64_t g) { return over(i, g) / whole; };
 
       if (!o.v) {
         down.each([&](int64_t i, int64_t g) { out[i] = scale * (higher(i, g) - lower(i, g)); });
@@ -396,8 +433,8 @@ struct Cosent {
       double mean = 0;
       down.each([&](int64_t i, int64_t g) { mean += (higher(i, g) - lower(i, g)) * v[i]; });
       down.each([&](int64_t i, int64_t g) {
-        out[i] =
-            higher(i, g) * (v[i] - mean_higher[groups - g] - mean) - lower(i, g) * (mean_lower[g + 1] - v[i] - mean);
+        out[i] = weigh(higher(i, g), v[i] - mean_higher[groups - g] - mean) -
+                 weigh(lower(i, g), mean_lower[g + 1] - v[i] - mean);
         out[i] *= scale * scale;
       });
       return 0.0;

@@ -12,14 +12,14 @@ A hinge(A v) {
 
 #ifdef CUSTOM_OPS_AVX2
 template <class V>
-TARGET_LANES V hinge_vector(V v) {
+TARGET_AVX2 V hinge_vector(V v) {
   return v.and_not(V::all(0) > v);
 }
 
 // The hinges, stored in `loss` or, without one, added to `sum`; mask: which arguments are at least 0.
 template <class T>
-TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumulator<T> margin, T* loss, uint8_t* mask,
-                                   double& sum, int64_t n, bool stream) {
+TARGET_AVX2 int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumulator<T> margin, T* loss, uint8_t* mask,
+                                  double& sum, int64_t n, bool stream) {
   using A = Accumulator<T>;
   using L = Lanes<T>;
   using V = typename L::V;
@@ -55,9 +55,8 @@ TARGET_LANES int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumul
 }
 
 template <class T>
-TARGET_LANES int64_t hinge_gradient_vectors(const T* x1, const T* x2, const T* y, const T* grads, Accumulator<T> grad,
-                                            const uint8_t* mask, T* grad1, T* grad2, T* grad_y, int64_t n,
-                                            bool stream) {
+TARGET_AVX2 int64_t hinge_gradient_vectors(const T* x1, const T* x2, const T* y, const T* grads, Accumulator<T> grad,
+                                           const uint8_t* mask, T* grad1, T* grad2, T* grad_y, int64_t n, bool stream) {
   using L = Lanes<T>;
   using V = typename L::V;
   const V zero = V::all(0);
@@ -125,7 +124,7 @@ std::tuple<Tensor, Tensor> margin_ranking(const Tensor& input1, const Tensor& in
       double sum = 0;
       int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-      if (cpu_has_lanes())
+      if (use_avx2)
         i = hinge_vectors(x1 + at, x2 + at, y + at, m, reduce ? nullptr : lp + at, bits, sum, n, streaming.at(lp + at));
 #endif
       for (; i < n; ++i) {
@@ -183,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> margin_ranking_backward(const Tensor& grad_in
       const bool stream = streaming.at(o1 + at) && streaming.at(o2 + at) && (!with_target || streaming.at(oy + at));
       int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-      if (cpu_has_lanes())
+      if (use_avx2)
         i = hinge_gradient_vectors(x1 + at, x2 + at, y + at, grads, mean_grad, bits, o1 + at, o2 + at,
                                    with_target ? oy + at : nullptr, n, stream);
 #endif

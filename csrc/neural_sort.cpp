@@ -1,7 +1,9 @@
 // NDCG of a list sorted softly by NeuralSort: row i of the relaxed permutation is the softmax over j of
 // z_ij = a_i x_j - b_j, with a_i = n + 1 - 2 i (i from 1), x the scores over the temperature and b_j the sum of
 // |x_j - x_k| over k. Along the items by descending score z_ij rises up to j = i and falls from there on, so that
-// a row is summed over the items around its own whose term isn't 0: one row at a time, in O(n) memory.
+// a row is summed over the items around its own whose term isn't 0: one row at a time, in O(n) memory. Where two
+// neighbours are so far apart that no row has terms on both sides, the list is cut in segments. z_ij - z_ii doesn't
+// depend on items outside of the segment of i and j, so that each has distances, slopes and an origin of its own.
 #include "elementary.h"
 #include "lists.h"
 
@@ -21,53 +23,65 @@ constexpr double kVanishes = std::is_same_v<A, double> ? -745.0 : -86.0;  // the
 struct Sorted {
   int64_t n;
   const int32_t* order;
-  int64_t *start, *end;  // of the items with the same score as this one
-  double* lead;          // by how many more items each one is above than below
+  int64_t *first, *last;  // of each item's segment
+  int64_t *start, *end;   // of the items with the same score as this one
+  double* lead;           // by how many more items of its segment each one is above than below
   double *x, *b;
 
   template <class A>
   Sorted(const List<A>& list, double temperature) : n(list.n) {
     Scratch& scratch = list.scratch;
     order = order_descending(list.s, n, scratch);
-    const double middle = (static_cast<double>(list.s[order[0]]) + static_cast<double>(list.s[order[n - 1]])) / 2;
+    first = scratch.get<int64_t>(n);
+    last = scratch.get<int64_t>(n);
     start = scratch.get<int64_t>(n);
     end = scratch.get<int64_t>(n);
     lead = scratch.get<double>(n);
     x = scratch.get<double>(n);
     b = scratch.get<double>(n);
+    const auto ahead = [&](int64_t i, int64_t j) {  // by how much item i is above item j
+      const double high = static_cast<double>(list.s[order[i]]), low = static_cast<double>(list.s[order[j]]);
+      return high == low ? 0 : (high - low) / temperature;
+    };
     for (int64_t i = 0; i < n; ++i) {
-      x[i] = (static_cast<double>(list.s[order[i]]) - middle) / temperature;
-      start[i] = i && x[i] == x[i - 1] ? start[i - 1] : i;
+      const double step = i ? ahead(i - 1, i) : 0;
+      start[i] = i && step == 0 ? start[i - 1] : i;
+      first[i] = i && step <= -kVanishes<A> ? first[i - 1] : i;
+      x[i] = -ahead(first[i], i);
     }
-    for (int64_t i = n - 1; i >= 0; --i) end[i] = i + 1 < n && x[i] == x[i + 1] ? end[i + 1] : i + 1;
-    for (int64_t i = 0; i < n; ++i) lead[i] = static_cast<double>(n - end[i] - start[i]);
+    for (int64_t i = n - 1; i >= 0; --i) {
+      end[i] = i + 1 < n && start[i + 1] == start[i] ? end[i + 1] : i + 1;
+      last[i] = i + 1 < n && first[i + 1] == first[i] ? last[i + 1] : i + 1;
+    }
+    for (int64_t i = 0; i < n; ++i) lead[i] = static_cast<double>(last[i] - end[i] - (start[i] - first[i]));
     opposed(x, b, scratch);
     for (int64_t i = 0; i < n; ++i) b[i] = lead[i] * x[i] - b[i];
   }
 
-  // Of each item: the sum of t over the items below it, less that over those above.
+  // Of each item: the sum of t over the items of its segment below it, less that over those above.
   void opposed(const double* t, double* out, Scratch& scratch) const {
     double* before = scratch.get<double>(n + 1);
     before[0] = 0;
     for (int64_t i = 0; i < n; ++i) before[i + 1] = before[i] + t[i];
-    for (int64_t i = 0; i < n; ++i) out[i] = before[n] - before[end[i]] - before[start[i]];
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = (before[last[i]] - before[end[i]]) - (before[start[i]] - before[first[i]]);
   }
 
-  double slope_of_row(int64_t i) const { return static_cast<double>(n - 1 - 2 * i); }
+  double slope_of_row(int64_t i) const { return static_cast<double>(last[i] + first[i] - 1 - 2 * i); }
   // z_ij less the greatest of its row, which is z_ii.
   ALWAYS_INLINE double logit(int64_t i, int64_t j) const { return slope_of_row(i) * (x[j] - x[i]) - (b[j] - b[i]); }
 
   // From and to which item the terms of row i don't vanish.
   template <class A>
   void reach(int64_t i, int64_t& begin, int64_t& stop) const {
-    int64_t low = 0, high = i;
+    int64_t low = first[i], high = i;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
       if (logit(i, middle) < kVanishes<A>) low = middle + 1;
       else high = middle;
     }
     begin = low;
-    low = i + 1, high = n;
+    low = i + 1, high = last[i];
     while (low < high) {
       const int64_t middle = (low + high) / 2;
       if (logit(i, middle) < kVanishes<A>) high = middle;
@@ -141,16 +155,25 @@ struct NeuralSortRows {
   }
 };
 
+// Whether a score is NaN, or items with different labels are at the same infinity: there is no limit of their order.
+template <class A>
+bool undefined(const List<A>& list) {
+  A label[2];
+  bool found[2] = {false, false};
+  for (int64_t i = 0; i < list.n; ++i) {
+    if (list.s[i] != list.s[i]) return true;
+    if (!std::isinf(list.s[i])) continue;
+    const bool up = list.s[i] > 0;
+    if (std::exchange(found[up], true) && label[up] != list.y[i]) return true;
+    label[up] = list.y[i];
+  }
+  return false;
+}
+
 struct NeuralSort {
   double temperature;
   int64_t k;
   bool exponential;
-
-  // Over that of the highest label, so that 2^label can't overflow.
-  double gain(double label, double highest) const {
-    if (!(label > 0)) return 0;
-    return exponential ? std::exp2(label - highest) - std::exp2(-highest) : label;
-  }
 
   template <class A>
   void operator()(List<A>& list) const {
@@ -160,7 +183,7 @@ struct NeuralSort {
     const double highest = static_cast<double>(list.y[ideal[0]]);
     list.active = highest > 0 && list.y[ideal[0]] != list.y[ideal[n - 1]];
     if (!list.active) return std::fill(list.slope, list.slope + n, A(0));
-    if (!std::all_of(list.s, list.s + n, [](A s) { return std::isfinite(s); })) {
+    if (undefined(list)) {
       list.loss = std::numeric_limits<A>::quiet_NaN();
       return std::fill(list.slope, list.slope + n, list.loss);
     }
@@ -168,12 +191,12 @@ struct NeuralSort {
     double best = 0;
     for (int64_t i = 0; i < rows; ++i) {
       discount[i] = std::log(2.0) / std::log(static_cast<double>(i + 2));
-      best += discount[i] * gain(static_cast<double>(list.y[ideal[i]]), highest);
+      best += discount[i] * relative_gain(static_cast<double>(list.y[ideal[i]]), highest, exponential);
     }
     const Sorted items(list, temperature);
     A* gains = scratch.get<A>(n);
     for (int64_t i = 0; i < n; ++i)
-      gains[i] = static_cast<A>(gain(static_cast<double>(list.y[items.order[i]]), highest) / best);
+      gains[i] = static_cast<A>(relative_gain(static_cast<double>(list.y[items.order[i]]), highest, exponential) / best);
     double *u = nullptr, *q = nullptr;
     if (list.v) {
       u = scratch.get<double>(n);

@@ -168,14 +168,15 @@ struct FromPairs {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   static constexpr bool kProduct = false;
-  const A* s;  // sigma s
+  const A* s;  // s / 2, of which no difference overflows
+  A twice;     // 2 sigma
   int64_t n;
   int64_t chunk = INT64_MAX;
 
   // t is log(1 + q) itself.
   ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
     for (int64_t l = 0; l < kWidth<A>; ++l) {
-      const A d = inside[l] && j + l < n ? s[i] - s[j + l] : std::numeric_limits<A>::infinity();
+      const A d = inside[l] && j + l < n ? (s[i] - s[j + l]) * twice : std::numeric_limits<A>::infinity();
       const A z = exp_nonpositive(-std::abs(d)), r = 1 / (1 + z);
       if constexpr (kUnbounded) x.q[l] = d < 0 ? std::exp(-d) : z;
       x.p[l] = d < 0 ? r : z * r;
@@ -297,7 +298,7 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
   if (!(range > kLogMax - 7)) {
     A* up = scratch.get<A>(length);
     A* down = scratch.get<A>(n);
-    const double middle = low <= high ? (low + high) / 2 : 0;
+    const double middle = low <= high ? low + (high - low) / 2 : 0;
     multiversion([&]() ALWAYS_INLINE {
       for (int64_t i = 0; i < n; ++i) {
         up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(items.s[i]) - middle)));
@@ -308,10 +309,10 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     const int64_t chunk = low <= high ? static_cast<int64_t>((kLogMax - 1) / (range + 0.7)) : 1;
     run(FromItems<A>{up, down, std::max<int64_t>(chunk, 1)});
   } else {
-    A* scaled = scratch.get<A>(length);
-    for (int64_t i = 0; i < n; ++i) scaled[i] = static_cast<A>(sigma * static_cast<double>(items.s[i]));
-    std::fill(scaled + n, scaled + length, A(0));
-    run(FromPairs<A, Phi::kUnbounded>{scaled, n});
+    A* halves = scratch.get<A>(length);
+    for (int64_t i = 0; i < n; ++i) halves[i] = items.s[i] / 2;
+    std::fill(halves + n, halves + length, A(0));
+    run(FromPairs<A, Phi::kUnbounded>{halves, static_cast<A>(2 * sigma), n});
   }
   items.finish(list, sums, scale * (v ? sigma * sigma : sigma));
   list.loss = static_cast<A>(scale * std::accumulate(losses, losses + parts, 0.0));

@@ -55,38 +55,45 @@ struct Pairwise {
 
 // ---------------------------------------------------------------- hinge
 
-// Of some items: how many, and the sums of their scores, squares and v.
-struct Sums {
-  double count = 0, s = 0, squares = 0, v = 0;
-  void operator+=(const Sums& other) { count += other.count, s += other.s, squares += other.squares, v += other.v; }
-};
+// Of the pairs of an item whose score is `at` with some others, all of which violate the margin: how many they are,
+// by how much, the sum and the sum of squares, and the others' sum of v.
+struct Violations {
+  double count = 0, sum = 0, squares = 0, v = 0, at = 0;
 
-// The same in one vector; and x if `yes`, else zeros, without a branch.
-using SumsOf = VectorOf<double>;
-ALWAYS_INLINE inline SumsOf only(bool yes, const SumsOf& x) {
-  using I = Vector<double>::I;
-  const I mask = I{} - static_cast<int64_t>(yes);
-  return reinterpret_cast<SumsOf>(reinterpret_cast<I>(x) & mask);
-}
+  // Moves the item away from the others. Each term is positive, so that none cancels, however far the scores are apart.
+  void move(double to) {
+    if (count > 0 && to != at) {
+      const double step = std::abs(to - at), more = count * step;
+      squares += step * (2 * sum + more);
+      sum += more;
+    }
+    at = to;
+  }
+  void add(double violation, double of_v) {
+    count += 1, sum += violation, squares += violation * violation, v += of_v;
+  }
+  void operator+=(const Violations& o) { count += o.count, sum += o.sum, squares += o.squares, v += o.v; }
+};
 
 // Of the items added so far, by label.
 class Counters {
  public:
-  Counters(int64_t levels, Scratch& scratch) : levels_(levels), tree_(scratch.get<Sums>(levels + 1)) { clear(); }
-  void clear() { std::fill(tree_, tree_ + levels_ + 1, Sums()); }
-  void add(int64_t level, const Sums& item) {
-    for (int64_t k = level + 1; k <= levels_; k += k & -k) tree_[k] += item;
+  Counters(int64_t levels, Scratch& scratch) : levels_(levels), tree_(scratch.get<Violations>(levels + 1)) {
+    std::fill(tree_, tree_ + levels + 1, Violations());
+  }
+  void add(int64_t level, double violation, double v, double at) {
+    for (int64_t k = level + 1; k <= levels_; k += k & -k) tree_[k].move(at), tree_[k].add(violation, v);
   }
   // Of the levels before this one.
-  Sums before(int64_t level) const {
-    Sums sums;
-    for (int64_t k = level; k > 0; k -= k & -k) sums += tree_[k];
-    return sums;
+  Violations before(int64_t level, double at) {
+    Violations all;
+    for (int64_t k = level; k > 0; k -= k & -k) tree_[k].move(at), all += tree_[k];
+    return all;
   }
 
  private:
   int64_t levels_;
-  Sums* tree_;  // a Fenwick tree
+  Violations* tree_;  // a Fenwick tree
 };
 
 // In O(n log n): for each item, the pairs within the margin are counted while the items are swept in the
@@ -113,12 +120,10 @@ struct PairwiseHinge {
     list.active = pairs > 0;
     const double scale = normalize && pairs > 0 ? 1 / pairs : 1;
 
-    double centre = 0, finite = 0;
     bool nan = false;
     int32_t infinite[2] = {-1, -1};  // the level of an item at -inf, and at inf: two levels there make inf - inf
     for (int64_t i = 0; i < n; ++i) {
       nan |= list.s[i] != list.s[i];
-      if (std::isfinite(list.s[i])) centre += static_cast<double>(list.s[i]), finite += 1;
       if (!std::isinf(list.s[i])) continue;
       const int32_t other = std::exchange(infinite[list.s[i] > 0], level[i]);
       nan |= other >= 0 && other != level[i];
@@ -127,91 +132,41 @@ struct PairwiseHinge {
       list.loss = std::numeric_limits<A>::quiet_NaN();
       return std::fill(list.slope, list.slope + n, list.loss);
     }
-    if (finite > 0) centre /= finite;
-    double* s = scratch.get<double>(n);
-    for (int64_t i = 0; i < n; ++i) s[i] = static_cast<double>(list.s[i]) - centre;
     double* sums = scratch.get<double>(n);
     std::fill(sums, sums + n, 0.0);
-
-    const auto item = [&](int64_t i) {
-      return Sums{1, s[i], s[i] * s[i], list.v ? static_cast<double>(list.v[i]) : 0};
-    };
-    const auto add_gradient = [&](int64_t i, const Sums& c, double a, double sign) {
-      if (list.v) sums[i] += squared ? 2 * (c.count * static_cast<double>(list.v[i]) - c.v) : 0;
-      else sums[i] += sign * (squared ? 2 * (c.count * a - sign * c.s) : c.count);
-    };
-    // c: those of a lower label that aren't below item i by the margin.
     double loss = 0;
-    const auto add_lower = [&](int64_t i, const Sums& c) {
-      const double a = margin - s[i];
-      if (c.count == 0) return;
-      const bool finite = std::isfinite(a) && std::isfinite(c.s);
-      const double sum = squared ? c.count * a * a + 2 * a * c.s + c.squares : c.count * a + c.s;
-      loss += finite ? sum : std::numeric_limits<double>::infinity();
-      add_gradient(i, c, a, -1);
-    };
-    // c: those of a higher label that aren't above it by the margin.
-    const auto add_higher = [&](int64_t i, const Sums& c) {
-      if (c.count > 0) add_gradient(i, c, margin + s[i], 1);
-    };
-
-    // In the order of the scores: how many aren't below item i by the margin, and how many are above it by the
-    // margin or more.
-    int32_t* near = scratch.get<int32_t>(n);
-    int32_t* above = scratch.get<int32_t>(n);
-    const double* ordered = gather(s, by_score, n, scratch);
-    for (int64_t k = 0, next = 0; k < n; ++k) {
-      while (next < n && ordered[next] > ordered[k] - margin) ++next;
-      near[by_score[k]] = static_cast<int32_t>(next);
-    }
-    for (int64_t k = n, next = n; k-- > 0;) {
-      while (next > 0 && ordered[next - 1] < margin + ordered[k]) --next;
-      above[by_score[k]] = static_cast<int32_t>(next);
-    }
-    if (levels <= 8) {  // which are swept one by one, sooner than in a tree
-      SumsOf* of_place = scratch.get<SumsOf>(n);
-      SumsOf* sum = scratch.get<SumsOf>(n + 1);
-      int32_t* level_of_place = gather(level, by_score, n, scratch);
-      for (int64_t k = 0; k < n; ++k) {
-        const Sums x = item(by_score[k]);
-        of_place[k] = SumsOf{x.count, x.s, x.squares, x.v};
-      }
-      const auto sums_at = [&](int32_t place) {
-        const SumsOf& x = sum[place];
-        return Sums{x[0], x[1], x[2], x[3]};
-      };
-      for (int64_t t = 0, begin = 0; t + 1 < levels; ++t) {
-        // Of those of a lower label than t, before each place.
-        multiversion([&]() ALWAYS_INLINE {
-          SumsOf running = sum[0] = SumsOf{};
-          for (int64_t k = 0; k < n; ++k) sum[k + 1] = running += only(level_of_place[k] > t, of_place[k]);
-        });
-        for (; begin < n && level[by_label[begin]] == t; ++begin)
-          add_lower(by_label[begin], sums_at(near[by_label[begin]]));
-        // Of those of a higher label than the next, from each place on.
-        multiversion([&]() ALWAYS_INLINE {
-          SumsOf running = sum[n] = SumsOf{};
-          for (int64_t k = n; k-- > 0;) sum[k] = running += only(level_of_place[k] <= t, of_place[k]);
-        });
-        for (int64_t m = begin; m < n && level[by_label[m]] == t + 1; ++m)
-          add_higher(by_label[m], sums_at(above[by_label[m]]));
-      }
-    } else {
-      Counters counters(levels, scratch);
-      for (int64_t k = 0, next = 0; k < n; ++k) {
-        const int64_t i = by_score[k];
-        for (; next < near[i]; ++next) counters.add(levels - 1 - level[by_score[next]], item(by_score[next]));
-        add_lower(i, counters.before(levels - 1 - level[i]));
-      }
-      counters.clear();
-      for (int64_t k = n, next = n; k-- > 0;) {
-        const int64_t i = by_score[k];
-        for (; next > above[i]; --next) counters.add(level[by_score[next - 1]], item(by_score[next - 1]));
-        add_higher(i, counters.before(level[i]));
-      }
-    }
+    sweep(list, by_score, level, levels, true, sums, loss);
+    sweep(list, by_score, level, levels, false, sums, loss);
     for (int64_t i = 0; i < n; ++i) list.slope[i] = static_cast<A>(scale * sums[i]);
     list.loss = static_cast<A>(scale * loss);
+  }
+
+ private:
+  // Adds each item's pairs with those of lower labels, by descending score, or else with those of higher ones, by
+  // ascending score, to its own sum; the former to the loss, too.
+  template <class A>
+  void sweep(const List<A>& list, const int32_t* by_score, const int32_t* level, int32_t levels, bool lower,
+             double* sums, double& loss) const {
+    const int64_t n = list.n;
+    const double sign = lower ? 1 : -1;
+    const auto item = [&](int64_t place) { return by_score[lower ? place : n - 1 - place]; };
+    const auto place_of_level = [&](int32_t i) { return lower ? levels - 1 - level[i] : level[i]; };
+    const auto v = [&](int32_t i) { return list.v ? static_cast<double>(list.v[i]) : 0; };
+    Counters counters(levels, list.scratch);
+    for (int64_t k = 0, next = 0; k < n; ++k) {
+      const int32_t i = item(k);
+      const double s = static_cast<double>(list.s[i]);
+      for (; next < n; ++next) {
+        const int32_t j = item(next);
+        const double lead = sign * (s - static_cast<double>(list.s[j]));  // of the better one of the two
+        if (!(lead < margin)) break;
+        counters.add(place_of_level(j), margin - lead, v(j), s);
+      }
+      const Violations c = counters.before(place_of_level(i), s);
+      if (lower) loss += squared ? c.squares : c.sum;
+      if (!list.v) sums[i] -= sign * (squared ? 2 * c.sum : c.count);
+      else if (squared) sums[i] += 2 * (c.count * v(i) - c.v);
+    }
   }
 };
 
@@ -227,7 +182,8 @@ struct PairwiseMse {
     const double scale = normalize ? 1 / (n - 1) : n;
     if (list.n < 2) return std::fill(list.slope, list.slope + list.n, A(0));
     const auto x = [&](int64_t i) ALWAYS_INLINE {
-      return list.v ? static_cast<double>(list.v[i]) : static_cast<double>(list.s[i]) - static_cast<double>(list.y[i]);
+      const auto apart = [&](const A* x) ALWAYS_INLINE { return static_cast<double>(x[i]) - static_cast<double>(x[0]); };
+      return list.v ? apart(list.v) : apart(list.s) - apart(list.y);  // above the first item, which changes nothing
     };
     double sum = 0, squares = 0;
     for (int64_t i = 0; i < list.n; ++i) sum += x(i);

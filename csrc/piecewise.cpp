@@ -25,7 +25,7 @@ struct Piecewise {
 #ifdef CUSTOM_OPS_AVX2
   using V = Vector<A>;
 
-  TARGET_LANES V apply(V v, V, V& y) const {
+  TARGET_AVX2 V apply(V v, V, V& y) const {
     const V above_low = kNanPasses ? v.not_at_most(V::all(low)) : v > V::all(low);
     const V over = kBounded ? v >= V::all(high) : V::all(A(0));
     const V keep = kBounded ? above_low.and_not(over) : above_low;
@@ -79,8 +79,8 @@ void activate(const Rule& rule, const T* x, const T* bias, int64_t inner, int64_
 
 #ifdef CUSTOM_OPS_AVX2
 template <class T>
-TARGET_LANES int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out, Accumulator<T>* values, int64_t n,
-                                        Accumulator<T> on, Accumulator<T> off, bool stream) {
+TARGET_AVX2 int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out, Accumulator<T>* values, int64_t n,
+                                       Accumulator<T> on, Accumulator<T> off, bool stream) {
   using L = Lanes<T>;
   using V = typename L::V;
   int64_t i = 0;
@@ -110,7 +110,7 @@ void apply_mask_span(const T* x, const uint8_t* mask, T* out, Accumulator<T>* va
   if (on == 1 && off == 0 && values == nullptr) return select_bits<sizeof(T)>(x, mask, out, n, stream);
   int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
-  if (cpu_has_lanes()) i = apply_mask_vectors(x, mask, out, values, n, on, off, stream);
+  if (use_avx2) i = apply_mask_vectors(x, mask, out, values, n, on, off, stream);
 #endif
   for (; i < n; ++i) {
     const A v = static_cast<A>(x[i]), masked = bit(mask, i) ? v * on : off != 0 ? v * off : A(0);

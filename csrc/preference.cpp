@@ -1,4 +1,5 @@
 // Losses of one margin per pair: which of two was preferred. Elementwise, perhaps reduced.
+#include "bits.h"
 #include "elementary.h"
 
 namespace custom_ops {
@@ -11,24 +12,20 @@ struct Parameters {
   double beta, p, q;
 };
 
-// sigmoid(z) and its complement, and softplus(-z), from one exponential.
+// sigmoid(z) and its complement, and softplus(-z) and softplus(z), from one exponential.
 template <class A>
 struct Logistic {
-  A up, down, low;
+  A up, down, low, high;
 
   ALWAYS_INLINE explicit Logistic(A z) {
     const A u = exp_nonpositive(z < 0 ? z : -z), whole = 1 / (1 + u);
     up = z < 0 ? u * whole : whole;
     down = z < 0 ? whole : u * whole;
-    low = (z < 0 ? -z : A(0)) + log1p_unit(u);
+    const A rest = log1p_unit(u);
+    low = (z < 0 ? -z : A(0)) + rest;
+    high = (z < 0 ? A(0) : z) + rest;
   }
 };
-
-// 0 for a weight of 0, whatever the value.
-template <class A>
-ALWAYS_INLINE inline A weigh(A weight, A value) {
-  return weight == 0 ? A(0) : weight * value;
-}
 
 // Each loss: its derivative of order kOrder at the difference d.
 
@@ -37,7 +34,7 @@ struct LogisticLoss {
   template <int kOrder, class A>
   ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
     const Logistic<A> f(beta * d);
-    if constexpr (kOrder == 0) return weigh(p, f.low) + weigh(q, f.low + beta * d);
+    if constexpr (kOrder == 0) return weigh(p, f.low) + weigh(q, f.high);
     else if constexpr (kOrder == 1) return beta * (q * f.up - p * f.down);
     else if constexpr (kOrder == 2) return beta * beta * (p + q) * (f.up * f.down);
     else return beta * beta * beta * (p + q) * (f.up * f.down * (f.down - f.up));
@@ -51,7 +48,7 @@ struct HingeLoss {
     const A rest = 1 - beta * d;
     if constexpr (kOrder == 0) return rest < 0 ? A(0) : rest;
     else if constexpr (kOrder == 1) return rest <= 0 ? A(0) : -beta;
-    else return d - d;  // 0, but for NaN
+    else return d != d ? d : A(0);
   }
 };
 
@@ -61,7 +58,7 @@ struct SquaredLoss {
   ALWAYS_INLINE static A at(A d, A, A p, A) {
     if constexpr (kOrder == 0) return (d - p) * (d - p);
     else if constexpr (kOrder == 1) return 2 * (d - p);
-    else return A(kOrder == 2 ? 2 : 0) + (d - d);
+    else return d != d ? d : A(kOrder == 2 ? 2 : 0);
   }
 };
 
@@ -71,7 +68,7 @@ struct DivergenceLoss {
   ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
     const A z = beta * d;
     const Logistic<A> f(z);
-    if constexpr (kOrder == 0) return f.up * (p - f.low) + f.down * (q - (f.low + z));
+    if constexpr (kOrder == 0) return weigh(f.up, p - f.low) + weigh(f.down, q - f.high);
     const A rest = z - (q - p), both = f.up * f.down, slope = f.down - f.up;
     if constexpr (kOrder == 1) return beta * (both * rest);
     else if constexpr (kOrder == 2) return beta * beta * (both * (slope * rest + 1));
@@ -79,25 +76,29 @@ struct DivergenceLoss {
   }
 };
 
-// In the order of the kinds of custom_ops/ranking/preference.py.
-template <class F>
-void dispatch_kind(int64_t kind, const F& f) {
-  switch (kind) {
-    case 0: return f(LogisticLoss{});
-    case 1: return f(HingeLoss{});
-    case 2: return f(SquaredLoss{});
-    case 3: return f(DivergenceLoss{});
-    default: check(false, "kind: expected 0 to 3, got ", kind);
-  }
-}
+constexpr int64_t kKinds = 4;  // in the order of the kinds of custom_ops/ranking/preference.py
 
-template <class F>
-void dispatch_order(int64_t order, const F& f) {
-  switch (order) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    default: check(false, "order: expected 1 to 3, got ", order);
+// Of a tile: the derivative of that order at each of its differences, in their place.
+template <class A>
+void differentiate(int64_t kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
+  const auto run = [=](auto loss, auto constant) {
+    multiversion([=]() ALWAYS_INLINE {
+      for (int64_t k = 0; k < n; ++k) v[k] = loss.template at<decltype(constant)::value>(v[k], beta, p, q);
+    });
+  };
+  const auto with_order = [=](auto loss) {
+    switch (order) {
+      case 0: return run(loss, std::integral_constant<int, 0>{});
+      case 1: return run(loss, std::integral_constant<int, 1>{});
+      case 2: return run(loss, std::integral_constant<int, 2>{});
+      default: return run(loss, std::integral_constant<int, 3>{});
+    }
+  };
+  switch (kind) {
+    case 0: return with_order(LogisticLoss{});
+    case 1: return with_order(HingeLoss{});
+    case 2: return with_order(SquaredLoss{});
+    default: return with_order(DivergenceLoss{});
   }
 }
 
@@ -164,34 +165,33 @@ Tensor preference(const Tensor& chosen, const Tensor& rejected, const std::optio
   Tensor loss = fresh(differences.chosen, reduce ? layout.batch : sizes(chosen));
   const int64_t spans = (layout.elements + kSpan - 1) / kSpan;
   std::vector<double> partial(reduce ? layout.examples * spans : 0);
-  dispatch_kind(kind, [&](auto functor) {
-    dispatch_floating(chosen, "chosen", [&](auto type) {
-      using T = typename decltype(type)::type;
-      using A = Accumulator<T>;
-      T* lp = mutable_data<T>(loss);
-      const A b = static_cast<A>(beta), wp = static_cast<A>(p), wq = static_cast<A>(q);
-      layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
-        double total = 0;
-        for (int64_t i = begin; i < end; i += kTile) {
-          const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
-          multiversion([&]() ALWAYS_INLINE {
-            A v[kTile];
-            differences.tile<T>(at, n, v);
-            for (int64_t k = 0; k < n; ++k) v[k] = functor.template at<0>(v[k], b, wp, wq);
-            if (reduce) total += sum(v, n);
-            else
-              for (int64_t k = 0; k < n; ++k) lp[at + k] = static_cast<T>(v[k]);
-          });
-        }
-        if (reduce) partial[example * spans + begin / kSpan] = total;
-      });
-      if (reduce)
-        for (int64_t e = 0; e < layout.examples; ++e) {
-          double total = 0;
-          for (int64_t k = 0; k < spans; ++k) total += partial[e * spans + k];
-          lp[e] = static_cast<T>(static_cast<A>(total / static_cast<double>(std::max<int64_t>(divisor, 1))));
-        }
+  check(kind >= 0 && kind < kKinds, "kind: expected 0 to ", kKinds - 1, ", got ", kind);
+  dispatch_floating(chosen, "chosen", [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = Accumulator<T>;
+    T* lp = mutable_data<T>(loss);
+    const A b = static_cast<A>(beta), wp = static_cast<A>(p), wq = static_cast<A>(q);
+    layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
+      double total = 0;
+      for (int64_t i = begin; i < end; i += kTile) {
+        const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
+        A v[kTile];
+        multiversion([&]() ALWAYS_INLINE { differences.tile<T>(at, n, v); });
+        differentiate(kind, 0, v, n, b, wp, wq);
+        multiversion([&]() ALWAYS_INLINE {
+          if (reduce) total += sum(v, n);
+          else
+            for (int64_t k = 0; k < n; ++k) lp[at + k] = static_cast<T>(v[k]);
+        });
+      }
+      if (reduce) partial[example * spans + begin / kSpan] = total;
     });
+    if (reduce)
+      for (int64_t e = 0; e < layout.examples; ++e) {
+        double total = 0;
+        for (int64_t k = 0; k < spans; ++k) total += partial[e * spans + k];
+        lp[e] = static_cast<T>(static_cast<A>(total / static_cast<double>(std::max<int64_t>(divisor, 1))));
+      }
   });
   return loss;
 }
@@ -206,33 +206,30 @@ Tensor preference_slope(const Tensor& weight_in, const Tensor& chosen, const Ten
   check(sizes(weight) == (reduce ? layout.batch : sizes(chosen)) && weight.scalar_type() == chosen.scalar_type(),
         "weight: expected the shape and dtype of the loss");
   Tensor slope = fresh(differences.chosen, sizes(chosen));
-  dispatch_kind(kind, [&](auto functor) {
-    dispatch_order(order, [&](auto constant) {
-      constexpr int kOrder = decltype(constant)::value;
-      dispatch_floating(chosen, "chosen", [&](auto type) {
-        using T = typename decltype(type)::type;
-        using A = Accumulator<T>;
-        const T* wp = data<T>(weight);
-        T* sp = mutable_data<T>(slope);
-        const A b = static_cast<A>(beta), fp = static_cast<A>(p), fq = static_cast<A>(q);
-        const A scale = static_cast<A>(1.0 / static_cast<double>(std::max<int64_t>(divisor, 1)));
-        layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; i += kTile) {
-            const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
-            multiversion([&]() ALWAYS_INLINE {
-              A v[kTile];
-              differences.tile<T>(at, n, v);
-              for (int64_t k = 0; k < n; ++k) v[k] = functor.template at<kOrder>(v[k], b, fp, fq);
-              if (reduce) {
-                const A w = static_cast<A>(wp[example]) * scale;
-                for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(w * v[k]);
-              } else {
-                for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(static_cast<A>(wp[at + k]) * v[k]);
-              }
-            });
+  check(kind >= 0 && kind < kKinds, "kind: expected 0 to ", kKinds - 1, ", got ", kind);
+  check(order >= 1 && order <= 3, "order: expected 1 to 3, got ", order);
+  dispatch_floating(chosen, "chosen", [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = Accumulator<T>;
+    const T* wp = data<T>(weight);
+    T* sp = mutable_data<T>(slope);
+    const A b = static_cast<A>(beta), fp = static_cast<A>(p), fq = static_cast<A>(q);
+    const A scale = static_cast<A>(1.0 / static_cast<double>(std::max<int64_t>(divisor, 1)));
+    layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += kTile) {
+        const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
+        A v[kTile];
+        multiversion([&]() ALWAYS_INLINE { differences.tile<T>(at, n, v); });
+        differentiate(kind, order, v, n, b, fp, fq);
+        multiversion([&]() ALWAYS_INLINE {
+          if (reduce) {
+            const A w = static_cast<A>(wp[example]) * scale;
+            for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(w * v[k]);
+          } else {
+            for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(static_cast<A>(wp[at + k]) * v[k]);
           }
         });
-      });
+      }
     });
   });
   return slope;

@@ -14,49 +14,60 @@ constexpr int64_t kRows = 64;      // rows summed in A before their sum goes on 
 
 // ---------------------------------------------------------------- pairs
 
-// p = sigmoid(x - own), and q = 1 - p without cancellation, from what is kept of each item.
+// p = sigmoid(scale (other - own)), and q = 1 - p without cancellation, from what is kept of each score.
 template <class A>
-struct Ratio {  // keeps e^x: a quotient for each pair, an exponential only for each item
-  static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;  // of |x|, so that nothing overflows
-  static ALWAYS_INLINE A keep(double x) { return static_cast<A>(exp_nonpositive(x)); }
-  static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
+struct Ratio {  // keeps e^(scale (s - middle)): a quotient for each pair, an exponential only for each item
+  static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;  // of that exponent, so that nothing overflows
+  static constexpr A kNone = 0;                                           // kept where there is no item
+  double scale, middle;
+  ALWAYS_INLINE A keep(A s) const {
+    return static_cast<A>(exp_nonpositive(scale * (static_cast<double>(s) - middle)));
+  }
+  ALWAYS_INLINE void compare(A own, A other, A& p, A& q) const {
     const A inverse = 1 / (own + other);
     p = other * inverse, q = own * inverse;
   }
 };
 template <class A>
-struct Difference {  // keeps x: for any range
-  static ALWAYS_INLINE A keep(double x) { return static_cast<A>(x); }
-  static ALWAYS_INLINE void compare(A own, A other, A& p, A& q) {
-    const A d = other - own, e = exp_nonpositive(-std::abs(d)), inverse = 1 / (1 + e);
+struct Difference {  // keeps s / 2, of which no difference overflows, and beyond them all an infinite s: for any range
+  static constexpr A kNone = -std::numeric_limits<A>::infinity(), kMost = std::numeric_limits<A>::max();
+  A twice;  // 2 scale
+  ALWAYS_INLINE A keep(A s) const {
+    const A half = s / 2;
+    return half > kMost ? kMost : half < -kMost ? -kMost : half;
+  }
+  ALWAYS_INLINE void compare(A own, A other, A& p, A& q) const {
+    const A d = (other - own) * twice, e = exp_nonpositive(-std::abs(d)), inverse = 1 / (1 + e);
     p = (d < 0 ? e : 1) * inverse, q = (d < 0 ? 1 : e) * inverse;
   }
 };
 
 template <class A, class Pair>
-ALWAYS_INLINE inline double sum_ranks(A own, const A* __restrict other, int64_t n) {
+ALWAYS_INLINE inline double sum_ranks(const Pair& pair, A own, const A* __restrict other, int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
-    Pair::compare(own, other[j], p, q);
+    pair.compare(own, other[j], p, q);
     return p;
   });
 }
 
 template <class A, class Pair>
-ALWAYS_INLINE inline double sum_moves(A own, const A* __restrict other, A own_v, const A* __restrict v, int64_t n) {
+ALWAYS_INLINE inline double sum_moves(const Pair& pair, A own, const A* __restrict other, A own_v,
+                                      const A* __restrict v, int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
-    Pair::compare(own, other[j], p, q);
+    pair.compare(own, other[j], p, q);
     return p * q * (v[j] - own_v);
   });
 }
 
 // What a row gives to each column, and in sum takes from its own item.
 template <class A, class Pair>
-ALWAYS_INLINE inline double give_slope(A own, const A* __restrict other, A weight, A* __restrict out, int64_t n) {
+ALWAYS_INLINE inline double give_slope(const Pair& pair, A own, const A* __restrict other, A weight, A* __restrict out,
+                                       int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
-    Pair::compare(own, other[j], p, q);
+    pair.compare(own, other[j], p, q);
     const A given = weight * p * q;
     out[j] += given;
     return given;
@@ -64,11 +75,11 @@ ALWAYS_INLINE inline double give_slope(A own, const A* __restrict other, A weigh
 }
 
 template <class A, class Pair>
-ALWAYS_INLINE inline double give_product(A own, const A* __restrict other, A own_v, const A* __restrict v, A weight,
-                                         A moved, A* __restrict out, int64_t n) {
+ALWAYS_INLINE inline double give_product(const Pair& pair, A own, const A* __restrict other, A own_v,
+                                         const A* __restrict v, A weight, A moved, A* __restrict out, int64_t n) {
   return sum_of<A>(n, [&](int64_t j) ALWAYS_INLINE {
     A p, q;
-    Pair::compare(own, other[j], p, q);
+    pair.compare(own, other[j], p, q);
     const A given = p * q * (weight * (q - p) * (v[j] - own_v) + moved);
     out[j] += given;
     return given;
@@ -125,16 +136,16 @@ struct Share {
 // relevant. y: labels in descending order.
 template <class A>
 int64_t relative_gains(Metric metric, const A* y, int64_t n, double* gain) {
-  const double least = std::exp2(-static_cast<double>(y[0]));  // gains relative to the largest label: no overflow
+  const bool exponential = metric == kNdcg, discounted = exponential || metric == kNdcgLinear;
   double total = 0;
   int64_t relevant = 0;
   for (; relevant < n && !(y[relevant] <= 0); ++relevant) {
-    double g = static_cast<double>(y[relevant]);
+    double g = 1;
     if (relevant > 0 && y[relevant] == y[relevant - 1]) g = gain[relevant - 1];
-    else if (metric == kNdcg) g = std::exp2(g - static_cast<double>(y[0])) - least;
-    else if (metric == kAveragePrecision) g = 1;
+    else if (metric != kAveragePrecision)
+      g = relative_gain(static_cast<double>(y[relevant]), static_cast<double>(y[0]), exponential);
     gain[relevant] = g;
-    total += metric == kNdcg || metric == kNdcgLinear ? g * discount_at(relevant) : g;
+    total += discounted ? g * discount_at(relevant) : g;
   }
   for (int64_t i = 0; i < relevant; ++i) gain[i] /= total;
   return relevant;
@@ -201,15 +212,15 @@ double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row)
 
 // item: that of each of n columns, -1 in the gaps.
 template <class A, class Pair>
-void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const double* x, double scale, Metric metric,
+void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& pair, double scale, Metric metric,
                     const double* gain, int64_t relevant) {
   Scratch& scratch = list.scratch;
   A* kept = scratch.get<A>(n);
   multiversion([&]() ALWAYS_INLINE {
-    for (int64_t i = 0; i < n; ++i) kept[i] = Pair::keep(x[i]);
+    for (int64_t i = 0; i < n; ++i) kept[i] = item[i] < 0 ? Pair::kNone : pair.keep(list.s[item[i]]);
   });
   Ranks* rank = sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
-    return sum_ranks<A, Pair>(kept[i], kept + begin, columns);
+    return sum_ranks<A>(pair, kept[i], kept + begin, columns);
   });
   struct Weights {
     A weight[2], moved[2];  // for irrelevant columns, and for relevant ones
@@ -228,14 +239,14 @@ void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const double*
   if (!list.v) {
     out = give_rows<A>(relevant, n, scratch,
                        [&](int64_t i, bool among, int64_t begin, int64_t columns, A* tile) ALWAYS_INLINE {
-                         return give_slope<A, Pair>(kept[i], kept + begin, weights[i].weight[among], tile, columns);
+                         return give_slope<A>(pair, kept[i], kept + begin, weights[i].weight[among], tile, columns);
                        });
   } else {
     A* v = scratch.get<A>(n);
     for (int64_t j = 0; j < n; ++j) v[j] = item[j] < 0 ? A(0) : list.v[item[j]];
     const Ranks* moves =
         sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
-          return sum_moves<A, Pair>(kept[i], kept + begin, v[i], v + begin, columns);
+          return sum_moves<A>(pair, kept[i], kept + begin, v[i], v + begin, columns);
         });
     for (int64_t i = 0; i < relevant; ++i) {
       const Ranks w = Share{metric, gain[i]}.second(rank[i], {scale * moves[i].all, scale * moves[i].relevant});
@@ -246,12 +257,22 @@ void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const double*
     out = give_rows<A>(relevant, n, scratch,
                        [&](int64_t i, bool among, int64_t begin, int64_t columns, A* tile) ALWAYS_INLINE {
                          const Weights& w = weights[i];
-                         return give_product<A, Pair>(kept[i], kept + begin, v[i], v + begin, w.weight[among],
-                                                      w.moved[among], tile, columns);
+                         return give_product<A>(pair, kept[i], kept + begin, v[i], v + begin, w.weight[among],
+                                                w.moved[among], tile, columns);
                        });
   }
   for (int64_t j = 0; j < n; ++j)
     if (item[j] >= 0) list.slope[item[j]] = static_cast<A>(out[j]);
+}
+
+// Whether a relevant item and another one are at the same infinity: there is no limit of their order.
+template <class A>
+bool undefined(const List<A>& list, const int32_t* item, int64_t relevant, int64_t columns) {
+  for (const A end : {std::numeric_limits<A>::infinity(), -std::numeric_limits<A>::infinity()}) {
+    const auto there = [&](int32_t i) { return i >= 0 && list.s[i] == end; };
+    if (std::any_of(item, item + relevant, there) && std::count_if(item, item + columns, there) > 1) return true;
+  }
+  return false;
 }
 
 struct SmoothRank {
@@ -283,12 +304,14 @@ struct SmoothRank {
     std::fill(item, item + columns, -1);
     std::copy(order, order + relevant, item);
     std::copy(order + relevant, order + n, item + others);
-    double* x = list.scratch.template get<double>(columns);
-    for (int64_t j = 0; j < columns; ++j)
-      x[j] = item[j] < 0 ? -kInfinity : scale * (static_cast<double>(list.s[item[j]]) - (low + high) / 2);
-    const auto run =
-        scale * (high - low) <= 2 * Ratio<A>::kRange ? smooth_rank_of<A, Ratio<A>> : smooth_rank_of<A, Difference<A>>;
-    run(list, item, columns, x, scale, metric, gain, relevant);
+    if (scale * (high - low) <= 2 * Ratio<A>::kRange)
+      return smooth_rank_of<A>(list, item, columns, Ratio<A>{scale, low + (high - low) / 2}, scale, metric, gain, relevant);
+    if (undefined(list, item, relevant, columns)) {
+      list.loss = std::numeric_limits<A>::quiet_NaN();
+      return std::fill(list.slope, list.slope + n, list.loss);
+    }
+    const Difference<A> pair{static_cast<A>(2 * scale)};
+    smooth_rank_of<A>(list, item, columns, pair, scale, metric, gain, relevant);
   }
 };
 

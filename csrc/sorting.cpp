@@ -10,14 +10,34 @@
 namespace custom_ops {
 namespace {
 
-// A pool of adjacent items, and the constant it is fitted by: of least squares, or of least divergence.
-struct MeanPool {
-  double a, b;  // the sum of its values, and their number; or sums of exponentials
-  int64_t begin;
-  double fit = a / b;
+// a - b, and 0 where both are the same infinity.
+double difference(double a, double b) { return a == b ? 0 : a - b; }
 
-  void merge(const MeanPool& next) {
-    a += next.a;
+// The two sequences to be matched, of m items: the values, descending, times `alpha`, and the places, descending,
+// times `beta`. Only differences between items are ever taken of them, so that it doesn't matter how large others are.
+struct Sequences {
+  const double* value;
+  double alpha, beta;
+
+  double values(int64_t from, int64_t to) const { return difference(value[from], value[to]) * alpha; }
+  double places(int64_t from, int64_t to) const { return static_cast<double>(to - from) * beta; }
+};
+
+// A pool of adjacent items, and the constant it is fitted by: of least squares, or of least divergence. The pools are
+// of what the values are above the places for ranks, and of the reverse for `sort`; sums and constant are those above
+// the first item's own.
+struct MeanPool {
+  double a, b;  // the sum of its items, and their number
+  int64_t begin;
+  double fit = 0;
+
+  static MeanPool of(int64_t place, double) { return {0, 1, place}; }
+  static double above(const Sequences& s, bool sort, int64_t from, int64_t to) {
+    const double up = s.values(from, to) - s.places(from, to);
+    return sort ? -up : up;
+  }
+  void merge(const MeanPool& next, const Sequences& s, bool sort) {
+    a += next.a - next.b * above(s, sort, begin, next.begin);
     b += next.b;
     fit = a / b;
   }
@@ -32,24 +52,43 @@ struct LogPool {
   int64_t begin;
   double fit = a - b;
 
-  void merge(const LogPool& next) {
-    a = logaddexp(a, next.a);
-    b = logaddexp(b, next.b);
+  // For ranks the weights, logarithms of places, aren't above the first one's but themselves.
+  static LogPool of(int64_t place, double weight) { return {0, weight, place}; }
+  static double above(const Sequences& s, bool sort, int64_t from, int64_t to) {
+    return sort ? s.places(from, to) - s.values(from, to) : s.values(from, to);
+  }
+  void merge(const LogPool& next, const Sequences& s, bool sort) {
+    a = logaddexp(a, next.a - (sort ? s.places(begin, next.begin) : s.values(begin, next.begin)));
+    b = logaddexp(b, next.b - (sort ? s.values(begin, next.begin) : 0));
     fit = a - b;
   }
 };
 
-constexpr double kExponents = 600;  // values that differ by no more may be exponentiated
+// Of exponentials of values that differ by no more than `kExponents`.
+struct ExponentialPool {
+  double a, b;  // the sums of both
+  int64_t begin;
+  double fit = a / b;
 
-// The non-increasing sequence nearest to the values (a, b) of m items: its pools. Returns their number.
-template <class Pool>
-int64_t pool_adjacent_violators(const double* a, const double* b, int64_t m, Pool* pools) {
+  void merge(const ExponentialPool& next) {
+    a += next.a;
+    b += next.b;
+    fit = a / b;
+  }
+};
+
+constexpr double kExponents = 600;
+
+// The non-increasing sequence nearest to one of m items, pool(place) each alone: its pools. Returns their number.
+// not_above(pool, next): whether the constant of a pool isn't above that of the next one.
+template <class Pool, class One, class NotAbove, class Merge>
+int64_t pool_adjacent_violators(int64_t m, Pool* pools, const One& one, const NotAbove& not_above, const Merge& merge) {
   int64_t count = 0;
   for (int64_t p = 0; p < m; ++p) {
-    Pool pool{a[p], b[p], p};
-    while (count && pools[count - 1].fit <= pool.fit) {
+    Pool pool = one(p);
+    while (count && not_above(pools[count - 1], pool)) {
       Pool before = pools[--count];
-      before.merge(pool);
+      merge(before, pool);
       pool = before;
     }
     pools[count++] = pool;
@@ -143,53 +182,68 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
       std::fill(group + m, group + n, none);
       if (!m) return;
 
-      // s: the values, descending, to be matched with w = m..1; the one of the two that is regularised is scaled.
       const int32_t* order = order_descending(keys, m, scratch);
       double* s = scratch.get<double>(m);
-      double* w = scratch.get<double>(m);
-      const double top = sort ? 0.0 : static_cast<double>(keys[order[0]]);
       for (int64_t p = 0; p < m; ++p) {
-        s[p] = (static_cast<double>(keys[order[p]]) - top) / (sort ? 1.0 : strength);
-        w[p] = static_cast<double>(m - p) / (sort ? strength : 1.0);
+        s[p] = static_cast<double>(keys[order[p]]);
         group[p] = items[order[p]];
       }
-      double* a = scratch.get<double>(m);
-      double* b = scratch.get<double>(m);
-      // value(place, fit of its pool)
-      const auto put = [&](auto* pools, const auto& value) {
-        const int64_t count = pool_adjacent_violators(a, b, m, pools);
+      const Sequences sequences{s, sort ? 1 : 1 / strength, sort ? 1 / strength : 1};
+      // value(place, its pool)
+      const auto put = [&](const auto* pools, int64_t count, const auto& value) {
         for (int64_t k = 0; k < count; ++k) {
           const int64_t last = k + 1 < count ? pools[k + 1].begin : m;
-          const double fit = pools[k].fit;
           for (int64_t p = pools[k].begin; p < last; ++p)
-            (sort ? to[p] : row[group[p]]) = static_cast<A>(value(p, fit));
+            (sort ? to[p] : row[group[p]]) = static_cast<A>(value(p, pools[k]));
           group[pools[k].begin] = ~group[pools[k].begin];
         }
       };
+      const auto fit = [&](auto* pools, const auto& weight, const auto& value) {
+        using Pool = std::remove_pointer_t<decltype(pools)>;
+        const int64_t count = pool_adjacent_violators(
+            m, pools, [&](int64_t p) { return Pool::of(p, weight(p)); },
+            [&](const Pool& pool, const Pool& next) {
+              return Pool::above(sequences, sort, pool.begin, next.begin) <= next.fit - pool.fit;
+            },
+            [&](Pool& pool, const Pool& next) { pool.merge(next, sequences, sort); });
+        put(pools, count, value);
+      };
+      const auto of_sort = [&](int64_t p, const auto& pool) {
+        return -s[pool.begin] + (pool.fit + sequences.places(pool.begin, p));
+      };
       if (!kl) {
-        for (int64_t p = 0; p < m; ++p) a[p] = sort ? w[p] - s[p] : s[p] - w[p];
-        std::fill(b, b + m, 1.0);
-        const auto value = [&](int64_t p, double fit) { return sort ? fit - w[p] : s[p] - fit; };
-        return put(scratch.get<MeanPool>(m), value);
+        const auto of_rank = [&](int64_t p, const MeanPool& pool) {
+          return static_cast<double>(m - pool.begin) - (sequences.values(pool.begin, p) + pool.fit);
+        };
+        const auto none = [](int64_t) { return 0.0; };
+        MeanPool* pools = scratch.get<MeanPool>(m);
+        return sort ? fit(pools, none, of_sort) : fit(pools, none, of_rank);
       }
-      const auto narrow = [&](const double* x) { return x[0] - x[m - 1] <= kExponents; };
-      if (narrow(s) && (!sort || narrow(w))) {
-        const double shift = sort ? w[0] - s[0] : 0;
+      if (sequences.values(0, m - 1) <= kExponents && (!sort || sequences.places(0, m - 1) <= kExponents)) {
+        double* a = scratch.get<double>(m);
+        double* b = scratch.get<double>(m);
         multiversion([&]() ALWAYS_INLINE {
           for (int64_t p = 0; p < m; ++p) {
-            a[p] = exp_nonpositive(sort ? w[p] - w[0] : s[p]);
-            b[p] = sort ? exp_nonpositive(s[p] - s[0]) : w[p];
+            const double e = exp_nonpositive((s[p] - s[0]) * sequences.alpha);
+            a[p] = sort ? exp_nonpositive(static_cast<double>(-p) * sequences.beta) : e;
+            b[p] = sort ? e : static_cast<double>(m - p);
           }
         });
-        const auto value = [&](int64_t p, double fit) { return sort ? std::log(fit) + shift - w[p] : a[p] / fit; };
-        return put(scratch.get<MeanPool>(m), value);
+        ExponentialPool* pools = scratch.get<ExponentialPool>(m);
+        const int64_t count = pool_adjacent_violators(
+            m, pools, [&](int64_t p) { return ExponentialPool{a[p], b[p], p}; },
+            [](const ExponentialPool& pool, const ExponentialPool& next) { return pool.fit <= next.fit; },
+            [](ExponentialPool& pool, const ExponentialPool& next) { pool.merge(next); });
+        return put(pools, count, [&](int64_t p, const ExponentialPool& pool) {
+          return sort ? std::log(pool.fit) + sequences.places(0, p) - s[0] : a[p] / pool.fit;
+        });
       }
-      for (int64_t p = 0; p < m; ++p) {
-        a[p] = sort ? w[p] : s[p];
-        b[p] = sort ? s[p] : std::log(w[p]);
-      }
-      const auto value = [&](int64_t p, double fit) { return sort ? fit - w[p] : std::exp(s[p] - fit); };
-      put(scratch.get<LogPool>(m), value);
+      const auto weight = [&](int64_t p) { return sort ? 0 : std::log(static_cast<double>(m - p)); };
+      const auto of_rank = [&](int64_t p, const LogPool& pool) {
+        return std::exp(-sequences.values(pool.begin, p) - pool.fit);
+      };
+      LogPool* pools = scratch.get<LogPool>(m);
+      return sort ? fit(pools, weight, of_sort) : fit(pools, weight, of_rank);
     });
   });
   return {out, groups};
@@ -235,13 +289,16 @@ Tensor group_softmax(const Tensor& x, const Tensor& groups, const std::optional<
                      bool weighted) {
   return of_groups(x, groups, offsets, 32, [&](const auto* from, const Group& group, auto* to) {
     const int64_t first = group.first - group.list, last = group.last - group.list;
-    double top = -INFINITY, sum = 0;
-    for (int64_t p = group.first; p < group.last; ++p) top = std::max(top, scale * from[group.item(p)]);
-    for (int64_t p = group.first; p < group.last; ++p) sum += std::exp(scale * from[group.item(p)] - top);
+    const auto value = [&](int64_t p) { return static_cast<double>(from[group.item(p)]); };
+    double top = value(group.first), sum = 0;
+    for (int64_t p = group.first; p < group.last; ++p)
+      if (scale > 0 ? value(p) > top : value(p) < top) top = value(p);
+    const auto exponential = [&](int64_t p) { return std::exp(scale * difference(value(p), top)); };
+    for (int64_t p = group.first; p < group.last; ++p) sum += exponential(p);
     // The ranks of the group's places add up to this.
     const double whole = weighted ? static_cast<double>((last - first) * (2 * group.count - first - last + 1)) / 2 : 1;
     for (int64_t p = group.first; p < group.last; ++p)
-      store(whole * (std::exp(scale * from[group.item(p)] - top) / sum), to[group.item(p)]);
+      store(whole * (exponential(p) / sum), to[group.item(p)]);
   });
 }
 

@@ -1,5 +1,5 @@
 // Squared ReLU: max(x, 0)^2, and grad times its slope.
-#include "bits.h"
+#include "isa.h"
 
 namespace custom_ops {
 

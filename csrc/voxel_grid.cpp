@@ -1,5 +1,5 @@
 // Which voxel a point lies in, and which points lie in a voxel.
-#include "bits.h"
+#include "isa.h"
 
 #include <algorithm>
 #include <atomic>

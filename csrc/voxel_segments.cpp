@@ -378,12 +378,8 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
       return Input<T>{in_order ? x + (task.begin + first) * columns : x, in_order ? nullptr : offsets + first,
                       weights + first, points + first, length};
     };
+    const bool part = task.part >= 0;
     multiversion([&]() ALWAYS_INLINE {
-      if (task.part >= 0) {
-        const int64_t to = task.part * columns;
-        Reduction::rows(input(0, n), columns, values.get() + to, at.get() + (Reduction::kIndexed ? to : 0));
-        return;
-      }
       for (int64_t s = task.segment, next; s < task.end; s = next) {
         for (next = s; next < task.end && bounds[next + 1] == bounds[s];) ++next;
         if (next > s) {
@@ -392,15 +388,15 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
           continue;
         }
         next = s + 1;
-        const auto in = input(bounds[s] - task.begin, bounds[next] - bounds[s]);
-        if constexpr (std::is_same_v<T, A>) {
-          if (as_summed) {
-            Reduction::rows(in, columns, io.out + (e * count + s) * columns, argmax(e, s));
-            continue;
-          }
-        }
-        Reduction::rows(in, columns, value.data(), argmax(e, s));
-        finish(e, s, value.data(), row.data());
+        A* to = value.data();
+        int64_t* to_at = argmax(e, s);
+        if (part)
+          to = values.get() + task.part * columns, to_at = at.get() + (Reduction::kIndexed ? task.part * columns : 0);
+        if constexpr (std::is_same_v<T, A>)
+          if (!part && as_summed) to = io.out + (e * count + s) * columns;
+        const int64_t begin = std::max(bounds[s], task.begin), end = std::min(bounds[next], task.stop);
+        Reduction::rows(input(begin - task.begin, end - begin), columns, to, to_at);
+        if (to == value.data()) finish(e, s, to, row.data());
       }
     });
     io.writer.flush();

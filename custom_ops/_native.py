@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,29 @@ if not _PATH.exists():
         "with `pip install --no-build-isolation -e .` (this needs a C++ compiler)."
     )
 torch.ops.load_library(str(_PATH))
-_signature = ctypes.CDLL(str(_PATH)).custom_ops_signature
-_signature.restype = ctypes.c_char_p
+_library = ctypes.CDLL(str(_PATH))
+_signature = _library.custom_ops_signature
+for _function in (_signature, _library.custom_ops_choose_isa, _library.custom_ops_isa, _library.custom_ops_isas):
+    _function.restype = ctypes.c_char_p
+
+
+def isa() -> str:
+    """The instruction set that the C++ kernels use."""
+    return str(_library.custom_ops_isa().decode())
+
+
+def isas() -> list[str]:
+    """Those that they can use on this processor, from the least to the best."""
+    return str(_library.custom_ops_isas().decode()).split()
+
+
+def choose_isa(name: str) -> None:
+    """From now on they use this one; the best for an empty name. For tests: no kernel may be running."""
+    if refusal := _library.custom_ops_choose_isa(name.encode()).decode():
+        raise ImportError(f"custom_ops: {refusal}")
+
+
+choose_isa(os.environ.get("CUSTOM_OPS_ISA", ""))
 
 OPS: dict[OpOverload, str] = {}  # each op and its family, the module of its kernels
 

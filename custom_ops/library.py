@@ -70,6 +70,7 @@ from torch._C import (
     _is_torch_function_mode_enabled,  # as this does
 )
 from torch._functorch.utils import enable_single_level_autograd_function  # see _attach
+from torch._guards import CompileContext  # whether Dynamo traces this call, see _seen_by_dynamo
 from torch._library.utils import fill_defaults  # see _with_defaults
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
@@ -129,7 +130,7 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
 
     def decorate(fake: Callable[..., Any]) -> OpOverload:
         op = _declare(name, fake)
-        torch.library.register_fake(name, _checked_fake(op._opname, fake), lib=_libraries[op])
+        torch.library.register_fake(name, _seen_by_dynamo(_checked_fake(op._opname, fake)), lib=_libraries[op])
         return op
 
     return decorate
@@ -168,7 +169,7 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
     _split(name)
 
     def decorate(body: Callable[..., Any]) -> OpOverload:
-        run = _viewing(body) if view else body
+        run = _seen_by_dynamo(_viewing(body) if view else body)
         op = _declare(name, body, run, view)
         _libraries[op].impl(op._opname, _with_defaults(op, run), "CompositeExplicitAutograd")
         return op
@@ -683,6 +684,46 @@ def _checked_fake(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
+
+
+def _seen_by_dynamo(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, the fake one or a body: a graph that Dynamo traces it into isn't cached by AOTAutograd.
+
+    That cache knows an op by its name only. From an earlier process it would bring a derivative, a body or a
+    composition that has been changed since, and from an earlier call the value that a float had then
+    (pytorch#144344, #197889). The cache of compiled graphs below it knows what they are made of and stays.
+    """
+
+    def run(*args: Any) -> Any:
+        if CompileContext.try_get() is not None:
+            _compile_without_autograd_cache()
+        return kernel(*args)
+
+    return run
+
+
+def _compile_without_autograd_cache() -> None:
+    """Turn AOTAutograd's cache off until the compilation that is running has ended."""
+    from torch._dynamo.callback import callback_handler
+
+    # There is no public way to see whether one is running that will call back; exporting doesn't, nor use the cache.
+    running = callback_handler._CompilationCallbackHandler__pending_callbacks_counter  # type: ignore[attr-defined]
+    if not running or _autograd_cache:
+        return
+    if _restore_autograd_cache not in callback_handler.end_callbacks:  # torch.compiler.reset() clears them
+        callback_handler.register_end_callback(_restore_autograd_cache)
+    for name in ("enable_autograd_cache", "enable_remote_autograd_cache"):
+        _autograd_cache[name] = getattr(torch._functorch.config, name)
+        setattr(torch._functorch.config, name, False)
+
+
+_autograd_cache: dict[str, Any] = {}  # AOTAutograd's settings before a compilation turned them off
+
+
+def _restore_autograd_cache(_: Any) -> None:
+    for name, value in _autograd_cache.items():
+        setattr(torch._functorch.config, name, value)
+    _autograd_cache.clear()
 
 
 def _library_of(op: OpOverload) -> torch.library.Library:

@@ -1,8 +1,10 @@
-"""The distributed examples: the losses of one process, and what happens when a worker is killed."""
+"""The distributed examples: the losses of one process, and what happens when a worker is killed.
+
+All jobs are started by one process, which has imported what they need and forks them: this file as a program.
+"""
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import signal
@@ -15,58 +17,57 @@ import pytest
 from custom_ops.benchmarks import exchange
 
 STEPS = 8
+TASKS, PARALLEL = ("rank", "lift_splat"), ("ddp", "fsdp", "tp")
+KILLED = {"ddp": "in a checkpoint", "fsdp": "in a step", "tp": "in a step"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
-def run(program: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each job printed, with the error that ended it, and the checkpoints that were there then."""
+    command = [sys.executable, __file__, str(tmp_path_factory.mktemp("checkpoints"))]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, check=False
     )
-
-
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(["-m", "custom_ops.examples.distributed"], "--steps", str(STEPS), *arguments)
-
-
-@functools.cache
-def uninterrupted(task: str, parallel: str) -> subprocess.CompletedProcess[str]:
-    return train("--task", task, "--parallel", parallel)
+    assert done.returncode == 0, done.stdout[-8000:]
+    return dict(part.split("\n", 1) for part in done.stdout.split("\njob: ")[1:])
 
 
 def losses(output: str) -> dict[str, str]:
     return dict(re.findall(r"^step (\d+): loss (\S+)$", output, re.MULTILINE))
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp"])
-@pytest.mark.parametrize("task", ["rank", "lift_splat"])
-def test_two_processes_have_the_losses_of_one(task: str, parallel: str) -> None:
+@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_have_the_losses_of_one(task: str, parallel: str, jobs: dict[str, str]) -> None:
     """The example compares them itself; for the ranker's data see test_examples.py."""
-    done = uninterrupted(task, parallel)
+    output = jobs[f"{task}, {parallel}"]
+    assert output.endswith("finished\n"), output
+    assert "largest gap to one process" in output
+    assert list(losses(output)) == [str(n + 1) for n in range(STEPS)]
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, jobs: dict[str, str]) -> None:
+    died, resumed, killed = jobs[f"killed, {parallel}"], jobs[f"resumed, {parallel}"], KILLED[parallel]
+    assert "Signal 9 (SIGKILL) received by PID" in died
+    found = ["step-000003", "step-000006" if killed == "in a step" else "step-000006.partial"]
+    assert died.endswith(f"checkpoints: {found}\n"), died
+
+    assert "finished\n" in resumed, resumed
+    last = 6 if killed == "in a step" else 3
+    assert f"resumed after step {last}\n" in resumed
+    whole = losses(jobs[f"lift_splat, {parallel}"])
+    assert losses(died) | losses(resumed) == whole
+    assert list(losses(resumed)) == [str(n + 1) for n in range(last, STEPS)]
+
+
+def test_the_example_runs_as_its_command() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    example = ["-m", "custom_ops.examples.distributed", "--task", "lift_splat", "--steps", "1"]
+    done = subprocess.run([*launcher, *example], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "largest gap to one process" in done.stdout
-    assert list(losses(done.stdout)) == [str(n + 1) for n in range(STEPS)]
-
-
-@pytest.mark.parametrize(
-    ("parallel", "killed"),
-    [("ddp", "in a checkpoint"), ("fsdp", "in a step"), ("tp", "in a step")],
-)
-def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, killed: str, tmp_path: Path) -> None:
-    arguments = ("--task", "lift_splat", "--parallel", parallel, "--every", "3")
-    died = run([__file__, killed], "--steps", str(STEPS), "--checkpoint", str(tmp_path), *arguments)
-    assert died.returncode != 0
-    assert "Signal 9 (SIGKILL) received by PID" in died.stderr, died.stderr[-4000:]
-    found = {"step-000003", "step-000006"} if killed == "in a step" else {"step-000003", "step-000006.partial"}
-    assert {path.name for path in tmp_path.iterdir()} == found
-
-    resumed = train("--checkpoint", str(tmp_path), *arguments)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr[-4000:]
-    last = 6 if killed == "in a step" else 3
-    assert f"resumed after step {last}\n" in resumed.stdout
-    whole = losses(uninterrupted("lift_splat", parallel).stdout)
-    assert losses(died.stdout) | losses(resumed.stdout) == whole
-    assert list(losses(resumed.stdout)) == [str(n + 1) for n in range(last, STEPS)]
 
 
 def test_the_page_on_scaling_shows_the_model_of_today_and_the_grid_that_is_exchanged() -> None:
@@ -83,8 +84,11 @@ def test_a_ring_sends_all_parts_but_one() -> None:
     assert exchange.ring_bytes("all_gather", 1000, 4) == 750
 
 
-def die(killed: str) -> None:
-    """As the example, but one process is killed: the second one in step 7, or the first one while it saves step 6."""
+# ---------------------------------------------------------------- as a program
+
+
+def kill(when: str) -> None:
+    """Let a process of this job be killed: the second one in step 7, or the first one while it saves step 6."""
     from custom_ops.examples import distributed
 
     step, publish, steps = distributed.step, distributed.Checkpoints.publish, iter(range(1, STEPS + 1))
@@ -99,12 +103,51 @@ def die(killed: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         publish(partial, path)
 
-    if killed == "in a step":
+    if when == "in a step":
         distributed.step = killed_step
     else:
         distributed.Checkpoints.publish = staticmethod(killed_publish)  # type: ignore[method-assign]
-    distributed.main(sys.argv[2:])
+
+
+def worker(killed: str, *arguments: str) -> None:
+    from custom_ops.examples import distributed
+
+    if killed:
+        kill(killed)
+    if distributed.main(["--steps", str(STEPS), *arguments]):
+        raise RuntimeError("the example failed")
+
+
+def start(name: str, killed: str, *arguments: str) -> None:
+    """A job of two processes, as torchrun starts it, but forked."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    print(f"\njob: {name}", flush=True)
+    config = LaunchConfig(
+        1, 1, 2, run_id=name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork"
+    )
+    try:
+        elastic_launch(config, worker)(killed, *arguments)
+        print("finished", flush=True)
+    except ChildFailedError as error:
+        print(error, flush=True)
+
+
+def main(folder: Path) -> None:
+    from custom_ops.examples import distributed
+
+    assert distributed
+    for task in TASKS:
+        for parallel in PARALLEL:
+            start(f"{task}, {parallel}", "", "--task", task, "--parallel", parallel)
+    for parallel, killed in KILLED.items():
+        checkpoints = folder / parallel
+        arguments = ("--task", "lift_splat", "--parallel", parallel, "--checkpoint", str(checkpoints))
+        start(f"killed, {parallel}", killed, "--every", "3", *arguments)
+        print(f"checkpoints: {sorted(path.name for path in checkpoints.iterdir())}", flush=True)
+        start(f"resumed, {parallel}", "", *arguments)
 
 
 if __name__ == "__main__":
-    die(sys.argv[1])
+    main(Path(sys.argv[1]))

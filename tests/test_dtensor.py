@@ -7,6 +7,7 @@ says nothing is spread by the rows of its samples.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -23,7 +25,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import custom_ops
 from custom_ops import shards
-from custom_ops.examples.distributed import leave
 from custom_ops.registry import REGISTRY, OpInfo, Sample, Sharding
 
 ROWS = 5  # unevenly spread; of four processes the last has none
@@ -161,11 +162,10 @@ def compiled_agrees() -> None:
     torch.testing.assert_close(ours.grad.full_tensor(), expected)
 
 
-def worker(names: list[str]) -> None:
-    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+def every_op_agrees() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     failures = []
-    for name in names or REGISTRY:
-        info = REGISTRY[name]
+    for name, info in REGISTRY.items():
         torch.manual_seed(0)
         shardings = list(by_rows(info)) if info.shardings is None else info.shardings()
         for number, sharding in enumerate(shardings):
@@ -185,33 +185,34 @@ def worker(names: list[str]) -> None:
                 failures.append(f"{label}: exchanged {exchanged}, expected one of {expected}")
         if not shardings:
             failures.append(f"{name}: nothing to spread")
-    if not names:
-        mixtures_agree()
-        own_geometry_agrees()
-    if dist.get_rank() == 0:
-        print(*failures, sep="\n", file=sys.stderr)
-    dist.barrier()
-    dist.destroy_process_group()
-    leave(1 if failures else 0)
+    assert not failures, "\n".join(failures)
+    mixtures_agree()
+    own_geometry_agrees()
 
 
-@pytest.mark.parametrize("arguments", [(2,), (4,), (2, "compiled")])
-def test_all_processes_agree_with_one(arguments: tuple[Any, ...]) -> None:
-    """Compiled in processes of their own: where the same ops were called before, AOTAutograd has been seen to fail."""
-    processes, *names = arguments
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
+# Compiled in processes of their own: where the same ops were called before, AOTAutograd has been seen to fail.
+GROUPS = {"2": (2, every_op_agrees), "4": (4, every_op_agrees), "2, compiled": (2, compiled_agrees)}
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, str]:
+    """What went wrong in each group of processes, by one program that forks them all."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    command += names
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_processes_agree_with_one(group: str, errors: dict[str, str]) -> None:
+    assert errors[group] == ""
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["compiled"]:
-        dist.init_process_group("gloo")
-        torch.manual_seed(0)
-        compiled_agrees()
-        dist.destroy_process_group()
-        leave(0)
-    else:
-        worker(sys.argv[1:])
+    found = dict.fromkeys(GROUPS, "")
+    for group, (processes, worker) in GROUPS.items():
+        try:
+            together(processes, worker)
+        except Exception as error:
+            found[group] = str(error)
+    print(json.dumps(found))

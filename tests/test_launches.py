@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -72,9 +71,9 @@ def test_a_slice_compiles_once_more_at_most(op):
         assert kernels.count(kernel) <= 2, [launch for launch in compiled if launch[0] == kernel[0]]
 
 
-def test_the_page_is_current():
-    """Of some ops, and of all with CUSTOM_OPS_FULL=1."""
+def test_the_page_is_current(full):
+    """Of some ops, and in `make test-full` of all."""
     page = PAGE.read_text().splitlines()
     some = ("relu", "softmax_loss", "margin_ranking_loss", "voxels_summing")
-    lines = [row(REGISTRY[op]) for op in (REGISTRY if os.environ.get("CUSTOM_OPS_FULL") else some)]
+    lines = [row(REGISTRY[op]) for op in (REGISTRY if full else some)]
     assert {line for line in lines if line} | {*AIMS} <= {*page}, "run `make docs`"

@@ -106,7 +106,7 @@ def test_every_list_loss_has_a_value_worked_out_by_hand():
 
 @pytest.fixture
 def allrank():
-    pytest.importorskip("allrank", reason="allRank: pip install --no-deps allrank==1.4.3")
+    pytest.importorskip("allrank", reason="allRank isn't here: python tests/peers.py")
     from custom_ops.benchmarks import allrank_peers
 
     return allrank_peers.losses
@@ -114,13 +114,13 @@ def allrank():
 
 @pytest.fixture
 def pytorchltr():
-    remedy = "pytorchltr 0.2.1: put its folders loss and utils, and __init__.py, on the path"
+    remedy = "pytorchltr isn't here: python tests/peers.py"
     return pytest.importorskip("pytorchltr.loss", reason=remedy)
 
 
 @pytest.fixture
 def torchsort():
-    return pytest.importorskip("torchsort", reason="torchsort: pip install --no-build-isolation torchsort==0.1.10")
+    return pytest.importorskip("torchsort", reason="torchsort isn't built: python tests/peers.py --compile")
 
 
 def draw(*shape, distinct=False):

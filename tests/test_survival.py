@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,9 +82,7 @@ class Results(torch.utils.data.Dataset):
 def test_workers_of_a_data_loader(start, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # forking a process with threads is what is tried
-        loader = torch.utils.data.DataLoader(
-            Results(), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=240
-        )
+        loader = torch.utils.data.DataLoader(Results(), batch_size=None, num_workers=2, multiprocessing_context=start)
         found = [[t.clone() for t in ts] for ts in loader]
     same(dict(zip(REGISTRY, found)), expected)
 
@@ -300,9 +297,7 @@ def test_grad_scaler():
 
 def in_a_process(program):
     source = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_survival as t\n{program}"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -331,10 +326,9 @@ def test_out_of_memory():
     in_a_process("t.run_out_of_memory()")
 
 
-def work_for_a_minute():
+def work_on():
     x = torch.randn(1 << 22, requires_grad=True)
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
+    while True:
         custom_ops.pairwise_mse_loss(custom_ops.relu(x), x.detach()).backward()
 
 
@@ -344,7 +338,7 @@ def be_interrupted():
     for delay in (0.2, 0.31, 0.43):
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            work_for_a_minute()
+            work_on()
     same(all_results(), wanted)
 
 

@@ -182,3 +182,15 @@ def test_command_line_as_a_module_fails_where_an_op_does() -> None:
     done = subprocess.run([sys.executable, "-c", faulty], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "fail" in done.stdout
+
+
+def test_nothing_compiled_comes_from_a_cache():
+    """An earlier process may have left there what an op no longer does."""
+    settings = []
+
+    def f(x):
+        settings.append((torch._functorch.config.enable_autograd_cache, torch._inductor.config.fx_graph_cache))
+        return x.sin()
+
+    assert verify(f, [(torch.randn(3, dtype=torch.float64, requires_grad=True),)], only=["vmap"]).ok
+    assert set(settings) == {(False, False)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from custom_ops.voxel.sums import voxel_sum_reference
 
 NAN = float("nan")
 REDUCTIONS = ("sum", "mean", "max")
-slow = pytest.mark.skipif(not os.environ.get("CUSTOM_OPS_FULL"), reason="needs 20 GiB: set CUSTOM_OPS_FULL=1")
 
 
 def cameras(shape=(2, 1, 6, 3, 5), columns=4, voxels=9, dtype=torch.float64):
@@ -226,7 +223,7 @@ def test_accuracy_of_the_triton_kernels(voxels, dtype, tolerance):
 POINTS, COLUMNS = 2**25 + 3, 64
 
 
-@slow
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_more_than_two_to_the_31_elements_of_points(dtype, reduce):
@@ -242,7 +239,7 @@ def test_more_than_two_to_the_31_elements_of_points(dtype, reduce):
     assert grad[-1].eq(share).all() and grad[5].eq(share).all() and grad[-2].eq(0).all() and grad[1000].eq(0).all()
 
 
-@slow
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_more_than_two_to_the_31_elements_of_voxels(dtype):
     x = torch.ones(2, COLUMNS, dtype=dtype, requires_grad=True)
@@ -253,7 +250,7 @@ def test_more_than_two_to_the_31_elements_of_voxels(dtype):
     assert torch.autograd.grad(out, x, grad)[0].tolist() == [[3] * COLUMNS, [0] * COLUMNS]
 
 
-@slow
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_more_than_two_to_the_31_elements_pooled(dtype):
     """As many features and voxels at once, the last of both with one point."""

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing
+from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing, relative_gains
 from custom_ops.triton_kernels.pairwise import pair_value, wrong_order
 
 _ROWS, _COLUMNS = 32, 16
@@ -56,7 +56,7 @@ def lambda_pairs_kernel(
     i = program % blocks * ROWS + tl.arange(0, ROWS)
     owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
     valid_i = owner_i >= 0
-    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0)
+    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0) * 0.5  # of halves no difference overflows
     y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
     rank_i = tl.load(rank_ptr + example + i, mask=valid_i, other=0)
     gain_i = tl.load(gain_ptr + example + i, mask=valid_i, other=0)
@@ -65,13 +65,13 @@ def lambda_pairs_kernel(
     value, count = slope, slope
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
-    scale = tl.full([1, 1], sigma, s_i.dtype)
+    twice = tl.full([1, 1], 2.0 * sigma, s_i.dtype)
     start, stop = columns(bounds_ptr, owner_i, items, lists, True)
     for first in range(start, stop, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
         owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
         valid_j = owner_j >= 0
-        s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0)
+        s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0) * 0.5
         y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
         rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
         in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < 0
@@ -95,16 +95,19 @@ def lambda_pairs_kernel(
                     w = by if WEIGHTING == 3 else w + by
                 w *= tl.abs(gain_i[:, None] - gain_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
-        d = tl.where(below, -difference, difference) * scale
+        lead = tl.where(below, -difference, difference) * twice
+        count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
+        above &= w != 0  # infinite scores of no weight change nothing
+        below &= w != 0
         if HESSIAN:
             v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
-            move = w * wrong_order(d) * wrong_order(-d) * (v_i[:, None] - v_j[None, :])
+            move = w * wrong_order(lead) * wrong_order(-lead) * (v_i[:, None] - v_j[None, :])
             slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
         else:
-            g = w * wrong_order(d)
+            g = w * wrong_order(lead)
             slope += tl.sum(tl.where(above, -g, tl.where(below, g, 0.0)), axis=1)
-            value += tl.sum(tl.where(above, w * pair_value(d, 0), 0.0), axis=1)
-        count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
+            wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
+            value += tl.sum(tl.where(above, w * pair_value(tl.abs(lead), 0) + wrong, 0.0), axis=1)
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)
     tl.store(count_ptr + example + i, count, mask=i < items)
@@ -144,10 +147,7 @@ def _pairs(
     if weighting not in (_RANKNET, _LABEL_DIFF):
         labels_in = labels.double().masked_fill(~owned, 0)
         ones = labels_in.new_ones((*lists.batch, lists.lists))
-        gains = labels_in
-        if exponential:
-            highest = _highest(lists, labels_in)
-            gains = torch.exp2(labels_in - highest) - torch.exp2(-highest)
+        gains = relative_gains(labels_in, lists.to_items(lists.largest(labels_in)), exponential)
         best = discount_of(lists.ranks(labels)).masked_fill(lists.ranks(labels) >= k, 0)
         most = lists.sum((gains * best).masked_fill(~owned, 0))
         some = ~(most <= 0)
@@ -173,14 +173,6 @@ def _pairs(
 def discount_of(rank: Tensor) -> Tensor:
     """1 / log2(1 + r) of ranks r counted from 1, here given from 0; in double."""
     return 1 / torch.log2(rank.double() + 2)
-
-
-def _highest(lists: Lists, labels: Tensor) -> Tensor:
-    """The largest label of each item's list, at least 0."""
-    top = labels.new_zeros((*lists.batch, lists.lists + 2))
-    place = (lists.places + 1) if lists.several else torch.ones(lists.items, dtype=torch.int64, device=labels.device)
-    place = place.expand(labels.shape)
-    return top.scatter_reduce(-1, place, labels, "amax").gather(-1, place)
 
 
 @reducing

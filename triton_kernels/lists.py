@@ -88,6 +88,13 @@ class Lists:
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest [..., L] of 0 and x [..., T] over each list, masked items and all."""
+        if not self.several:
+            return x.amax(-1, keepdim=True).clamp_min(0)
+        top = x.new_zeros((*self.batch, self.lists + 2))
+        return top.scatter_reduce(-1, (self.places + 1).expand(x.shape), x, "amax")[..., 1:-1]
+
     def scan(self, x: Tensor) -> Tensor:
         """The running sums of x [..., T] along each list, in double; 0 outside of all.
 
@@ -113,6 +120,13 @@ class Lists:
         for place in later:  # each sort is stable: the last one decides first
             order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
         return order
+
+
+def relative_gains(labels: Tensor, highest: Tensor, exponential: bool) -> Tensor:
+    """2^label - 1 over 2^highest, or label over highest, in double; a label of at most 0 has no gain."""
+    labels, highest = labels.double(), highest.double()
+    gains = -torch.expm1(-math.log(2) * labels) * torch.exp2(labels - highest) if exponential else labels / highest
+    return gains.masked_fill(labels <= 0, 0)
 
 
 VARIANTS: dict[Any, dict[str, Any]] = {

@@ -12,15 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import Lists, reducing
+from custom_ops.triton_kernels.lists import Lists, reducing, relative_gains
 
-_LEAST = tl.constexpr(-1e300)  # in place of -inf, of which a difference would be NaN
 _BY_INDEX, _BY_SCORE, _BRESLOW = range(3)
 _UNIFORM, _EXPONENTIAL, _DISCOUNT = range(3)
 
 
 @kernel(
-    "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *i64 i32 i32",
+    "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *i64 fp64 i32 i32",
     ("fp64",),
     {reverse: {"REVERSE": reverse, "BLOCK": 32} for reverse in (False, True)},
     narrow="reads 32 numbers at a time, which are fewer than its threads",
@@ -34,56 +33,75 @@ def exponential_scan_kernel(
     sum_a_ptr,
     sum_b_ptr,
     bounds_ptr,
+    scale: tl.float64,
     items,
     lists,
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The running sums of a e^(x - top) and b e^(x - top) along a list, or from its end, for the running largest x."""
+    """The running sums of a e^(scale (x - top)) and of b along a list, or from its end, for the running largest x.
+
+    At an infinite top the difference of x is 0.
+    """
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(bounds_ptr + program % lists)
     stop = tl.load(bounds_ptr + program % lists + 1)
     base = program // lists * items
     lane = tl.arange(0, BLOCK)
     before = (lane[None, :] <= lane[:, None]).to(tl.int1)
-    carry_top = tl.full([1], _LEAST, tl.float64)
+    none = float("-inf")
+    carry_top = tl.full([1], none, tl.float64)
     carry_a, carry_b = tl.zeros([1], tl.float64), tl.zeros([1], tl.float64)
     for first in range(0, stop - start, BLOCK):
         place = first + lane
         inside = place < stop - start
         at = base + (stop - 1 - place if REVERSE else start + place)
-        x = tl.load(x_ptr + at, mask=inside, other=_LEAST)
+        x = tl.load(x_ptr + at, mask=inside, other=none)
         a = tl.load(a_ptr + at, mask=inside, other=0)
         b = tl.load(b_ptr + at, mask=inside, other=0)
-        top = tl.maximum(tl.max(tl.where(before, x[None, :], _LEAST), axis=1), carry_top)
-        weight = tl.exp(tl.where(before, x[None, :] - top[:, None], _LEAST))
-        carried = tl.exp(carry_top - top)
+        top = tl.maximum(tl.max(tl.where(before, x[None, :], none), axis=1), carry_top)
+        below = tl.where(x[None, :] == top[:, None], 0.0, (x[None, :] - top[:, None]) * scale)
+        weight = tl.exp(tl.where(before, below, none))
+        carried = tl.exp(tl.where(carry_top == top, 0.0, (carry_top - top) * scale))
         sum_a = tl.sum(weight * a[None, :], axis=1) + carried * carry_a
         sum_b = tl.sum(weight * b[None, :], axis=1) + carried * carry_b
         tl.store(top_ptr + at, top, mask=inside)
         tl.store(sum_a_ptr + at, sum_a, mask=inside)
         tl.store(sum_b_ptr + at, sum_b, mask=inside)
         last = lane == BLOCK - 1
-        carry_top = tl.max(tl.where(last, top, _LEAST), axis=0, keep_dims=True)
+        carry_top = tl.max(tl.where(last, top, none), axis=0, keep_dims=True)
         carry_a = tl.sum(tl.where(last, sum_a, 0.0), axis=0, keep_dims=True)
         carry_b = tl.sum(tl.where(last, sum_b, 0.0), axis=0, keep_dims=True)
 
 
+def _weigh(weight: Tensor, value: Tensor) -> Tensor:
+    """0 for a weight of 0, whatever the value."""
+    return torch.where(weight == 0, 0, weight * value)
+
+
 class _Sums(NamedTuple):
-    """Sums of a e^x and b e^x, each over e^top."""
+    """Sums of a e^(scale x) and b e^(scale x), each over e^(scale top)."""
 
     top: Tensor
     a: Tensor
     b: Tensor
 
     @property
-    def log(self) -> Tensor:
-        return self.top + self.a.log()
-
-    @property
     def mean(self) -> Tensor:
         """Of b / a, weighted with a e^x; 0 over nothing."""
         return torch.where(self.a == 0, 0, self.b / self.a)
+
+    def defined(self) -> _Sums:
+        """NaN where several items, each of a = 1, are at the infinite top, as of their differences."""
+        return self._replace(a=self.a.masked_fill(self.top.isinf() & (self.a > 1), torch.nan))
+
+    def above(self, score: Tensor, scale: float = 1.0) -> Tensor:
+        """By how much the logarithm of the first sum is above that of a score; -inf over nothing."""
+        return torch.where(self.a == 0, -torch.inf, scale * (self.top - score) + self.a.log())
+
+    def share(self, score: Tensor, scale: float = 1.0) -> Tensor:
+        """Of e^(scale score) in the first sum."""
+        return torch.where(score == self.top, 1, (scale * (score - self.top)).exp()) / self.a
 
 
 class _Ordered:
@@ -133,14 +151,14 @@ class _Ordered:
     def sorted(self, v: Tensor) -> Tensor:
         return v.double().gather(-1, self.order).masked_fill(~self.exists, 0)
 
-    def scan(self, x: Tensor, a: Tensor, b: Tensor, where: Tensor, reverse: bool = False) -> _Sums:
+    def scan(self, x: Tensor, a: Tensor, b: Tensor, where: Tensor, scale: float = 1.0, reverse: bool = False) -> _Sums:
         """At each item the sums over all up to it, or from it on."""
-        x = torch.where(where, x, _LEAST.value).contiguous()
+        x = torch.where(where, x, -torch.inf).contiguous()
         a, b = (t.masked_fill(~where, 0).contiguous() for t in (a, b))
         out = _Sums(*(torch.zeros_like(x) for _ in range(3)))
         lists = self.lists
-        pointers = (x, a, b, *out, lists.bounds)
-        exponential_scan_kernel(lists.examples * lists.lists, *pointers, lists.items, lists.lists, variant=reverse)
+        arguments = (x, a, b, *out, lists.bounds, scale, lists.items, lists.lists)
+        exponential_scan_kernel(lists.examples * lists.lists, *arguments, variant=reverse)
         return out
 
     def at(self, sums: _Sums, place: Tensor, none: Tensor) -> _Sums:
@@ -168,22 +186,22 @@ class _ListSoftmax(_Ordered):
         self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, softmax_labels: bool
     ) -> None:
         super().__init__(scores, labels, valid, offsets)
-        self.p = self._softmax(self.y)[0] if softmax_labels else self.y
+        self.p = self.y
+        if softmax_labels:
+            self.p = self._total(self.y).share(self.y)
         self.total = self.sum(self.p)
-        self.q, self.lse = self._softmax(self.s)
+        self.sums = self._total(self.s)
+        self.q = self.sums.share(self.s)
 
-    def _total(self, x: Tensor, a: Tensor, b: Tensor) -> _Sums:
-        """Over the whole list, at each of its items."""
-        sums = self.scan(x, a, b, self.exists)
-        return self.at(sums, (self.stop - 1).expand(x.shape), ~self.exists)
-
-    def _softmax(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _total(self, x: Tensor) -> _Sums:
+        """Of e^x over the whole list, at each of its items."""
         ones = torch.ones_like(x)
-        sums = self._total(x, ones, ones)
-        return (x - sums.top).exp() / sums.a, sums.log
+        sums = self.scan(x, ones, ones, self.exists)
+        return self.at(sums, (self.stop - 1).expand(x.shape), ~self.exists).defined()
 
     def loss(self) -> Tensor:
-        return self.sum(self.p * (self.lse - self.s))
+        below = torch.where(self.s == self.sums.top, 0, self.sums.top / 2 - self.s / 2)  # halves don't overflow
+        return self.sum(2 * _weigh(self.p, below) + self.p * self.sums.a.log())
 
     def slope(self) -> Tensor:
         return self.lists.to_items(self.total) * self.q - self.p
@@ -197,28 +215,28 @@ class _ListSoftmax(_Ordered):
 
 
 class _Competing(_Ordered):
-    """Each group competes with all items from itself on: L is the logarithm of their sum of e^s."""
+    """Each group competes with all items from itself on: L is the logarithm of their sum of e^(scale s)."""
+
+    scale = 1.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reach(torch.zeros_like(self.s))
 
     def reach(self, v: Tensor) -> None:
-        sums = self.scan(self.s, torch.ones_like(self.s), v, self.exists, reverse=True)
-        own, self.lower = (
-            self.at(sums, self.first, ~self.exists),
-            self.at(sums, self.last + 1, self.final | ~self.exists),
-        )
-        self.lse, self.mean = own.log, own.mean
-        self.share = (self.s - own.top).exp() / own.a
-        self.lower_lse = self.lower.log  # -inf for none
+        sums = self.scan(self.s, torch.ones_like(self.s), v, self.exists, self.scale, reverse=True)
+        self.own = self.at(sums, self.first, ~self.exists).defined()
+        self.lower = self.at(sums, self.last + 1, self.final | ~self.exists)
+        self.mean = self.own.mean
+        self.share = self.own.share(self.s, self.scale)
 
-    def earlier(self, x: Tensor, a: Tensor, b: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of a and b over the earlier groups, each times e^(x + L)."""
-        sums = self.scan(x, a, b, where)
+    def earlier(self, of: _Sums, a: Tensor, b: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of a and b over the earlier groups, each times e^(L - log of its sum)."""
+        sums = self.scan(-of.top, _weigh(a, 1 / of.a), _weigh(b, 1 / of.a), where)
         sums = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
-        factor = (sums.top + self.lse).exp()
-        return torch.where(sums.a == 0, 0, sums.a * factor), torch.where(sums.b == 0, 0, sums.b * factor)
+        factor = torch.where(sums.top == -self.own.top, 1, (sums.top + self.own.top).exp())
+        factor = _weigh(factor, self.own.a)
+        return _weigh(sums.a, factor), _weigh(sums.b, factor)
 
 
 class _ListMle(_Competing):
@@ -250,22 +268,21 @@ class _ListMle(_Competing):
             self.w = self.whole / (self.last - self.first + 1).clamp_min(1)
             self.miss = 1 - self.share
         else:
-            self.miss = (self.lower_lse - self.lse).exp()  # 1 - share, without cancellation
+            self.miss = _weigh(self.lower.a, self.own.share(self.lower.top))  # 1 - share, without cancellation
 
     def loss(self) -> Tensor:
         small = self.miss < 0.5
         near = -torch.where(small, -self.miss, 0).log1p()
-        return self.sum(self.w * torch.where(small, near, self.lse - self.s))
+        return self.sum(_weigh(self.w, torch.where(small, near, self.own.above(self.s))))
 
     def slope(self) -> Tensor:
-        carry, _ = self.earlier(-self.lse, self.w, self.w, self.exists)
-        return self.share * (carry + (self.whole - self.w)) - self.w * self.miss
+        carry, _ = self.earlier(self.own, self.w, self.w, self.exists)
+        return _weigh(carry + (self.whole - self.w), self.share) - _weigh(self.w, self.miss)
 
     def product(self, v: Tensor) -> Tensor:
         self.reach(v)
-        moves = self.w * self.mean
-        carry, moved = self.earlier(-self.lse, self.w, moves, self.exists)
-        return self.share * (v * (carry + self.whole) - (moved + self.whole * self.mean))
+        carry, moved = self.earlier(self.own, self.w, _weigh(self.w, self.mean), self.exists)
+        return _weigh(v * (carry + self.whole) - (moved + _weigh(self.whole, self.mean)), self.share)
 
 
 class _UniqueSoftmax(_Competing):
@@ -275,26 +292,24 @@ class _UniqueSoftmax(_Competing):
         super().__init__(scores, labels, valid, offsets)
         self.active = self.active & ~(self.top <= 0)
         top = self.lists.to_items(self.top)
-        least = torch.exp2(-top)
-        w = (torch.exp2(self.y - top) - least) / (1 - least) if exponential else self.y / top
-        self.w = w.masked_fill(self.y <= 0, 0)
-        self.x = self.lower_lse - self.s
-        self.p = self.w * self.x.sigmoid()
+        self.w = relative_gains(self.y, top, exponential) / relative_gains(top, top, exponential)
+        self.x = self.lower.above(self.s)
+        self.p = _weigh(self.w, self.x.sigmoid())
 
     def _pushed(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return self.earlier(-self.lower_lse, a, b, self.exists & ~self.final)
+        return self.earlier(self.lower, a, b, self.exists & ~self.final)
 
     def loss(self) -> Tensor:
-        return self.sum(-self.w * torch.nn.functional.logsigmoid(-self.x))
+        return self.sum(_weigh(self.w, -torch.nn.functional.logsigmoid(-self.x)))
 
     def slope(self) -> Tensor:
-        return self.share * self._pushed(self.p, self.p)[0] - self.p
+        return _weigh(self._pushed(self.p, self.p)[0], self.share) - self.p
 
     def product(self, v: Tensor) -> Tensor:
         self.reach(v)
-        moves = self.p * (-self.x).sigmoid() * (self.lower.mean - v)
-        carry, moved = self._pushed(self.p, moves - self.p * self.lower.mean)
-        return self.share * (v * carry + moved) - moves
+        moves = _weigh(self.p, (-self.x).sigmoid() * (self.lower.mean - v))
+        carry, moved = self._pushed(self.p, moves - _weigh(self.p, self.lower.mean))
+        return _weigh(v * carry + moved, self.share) - moves
 
 
 class _Cosent(_Competing):
@@ -302,27 +317,38 @@ class _Cosent(_Competing):
         self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, scale: float
     ) -> None:
         self.scale = scale
-        super().__init__(scores * scale, labels, valid, offsets)
-        x = self.lower_lse - self.s
-        ones = torch.ones_like(x)
-        sums = self.scan(x, ones, ones, self.exists & ~self.final)
-        top, total, _ = (self.per_list(t, self.lists.bounds[1:] - 1) for t in sums)
-        most = top.clamp_min(0)
-        some = torch.log((-most).exp() + total * (top - most).exp()) + most
-        self.total = torch.where(top <= 0, (total * top.exp()).log1p(), some)
+        super().__init__(scores, labels, valid, offsets)
+        # The largest term, of two scores and a logarithm; 1 has 0 for all three.
+        x = torch.where(self.exists, self.lower.above(self.s, scale), -torch.inf)
+        self.most = self.lists.largest(x)
+        place = torch.arange(self.lists.items, device=x.device)
+        largest = torch.where(x == self.lists.to_items(self.most), place, -1)
+        largest = self.lists.to_items(self.lists.largest(largest)).clamp_max(self.lists.items - 1)
+        some = self.lists.to_items(self.most) > 0
+        terms = (self.lower.top, self.s, self.lower.a.log())
+        self.worst, self.best, self.log = (torch.where(some, t.gather(-1, largest), 0) for t in terms)
+        self.rest = self.sum(self._term(self.lower, self.s))
+        self.whole = (-self.most).exp() + self.rest
+
+    def _term(self, others: _Sums, score: Tensor, sign: int = 1) -> Tensor:
+        """An item's term over the largest, of which only differences of similar scores are taken."""
+        worse, better = (others.top, score) if sign > 0 else (score, -others.top)
+        exponent = self.scale * ((worse - self.worst) - (better - self.best)) + (others.a.log() - self.log)
+        return torch.where(others.a == 0, 0, exponent.exp())
 
     def reach(self, v: Tensor) -> None:
         super().reach(v)
-        sums = self.scan(-self.s, torch.ones_like(v), v, self.exists)
+        sums = self.scan(-self.s, torch.ones_like(v), v, self.exists, self.scale)
         self.higher = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
 
     def _shares(self) -> tuple[Tensor, Tensor]:
         """Of an item's pairs with those of lower and of higher labels."""
-        total = self.lists.to_items(self.total)
-        return (self.lower_lse - self.s - total).exp(), (self.higher.log + self.s - total).exp()
+        whole = self.lists.to_items(self.whole)
+        return self._term(self.lower, self.s) / whole, self._term(self.higher, self.s, -1) / whole
 
     def loss(self) -> Tensor:
-        return self.total
+        large = torch.where(self.most.isinf(), self.most, self.most + self.whole.log())
+        return torch.where(self.most > 0, large, self.rest.log1p())
 
     def slope(self) -> Tensor:
         lower, higher = self._shares()
@@ -332,7 +358,7 @@ class _Cosent(_Competing):
         self.reach(v)
         lower, higher = self._shares()
         mean = self.lists.to_items(self.sum((higher - lower) * v))
-        moves = higher * (v - self.higher.mean - mean) - lower * (self.lower.mean - v - mean)
+        moves = _weigh(higher, v - self.higher.mean - mean) - _weigh(lower, self.lower.mean - v - mean)
         return self.scale**2 * moves
 
 

@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_list, reducing
+from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_list, reducing, relative_gains
 
 _ROWS, _COLUMNS = 32, 16
+_VANISHES = {torch.float32: 86.0, torch.float64: 745.0}  # at this distance no row has terms on both sides
 _VARIANTS: dict[Any, dict[str, Any]] = {
     (several, tangent): {"SEVERAL": several, "TANGENT": tangent, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
     for several in (False, True)
@@ -41,7 +42,7 @@ def _tangents(slope, lead, u, q, other_lead, other_u, other_q, like):
     return ((slope - other_lead) * other_u - (slope - lead) * u + (other_q - q)).to(like.dtype)
 
 
-@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *i32 *i64 i32 i32 i32", WIDE, _VARIANTS, narrow=PAIRS)
+@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *i32 *T *T *T *T *i32 *i64 i32 i32 i32", WIDE, _VARIANTS, narrow=PAIRS)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def neural_sort_rows_kernel(
     x_ptr,
@@ -51,7 +52,7 @@ def neural_sort_rows_kernel(
     u_ptr,
     q_ptr,
     gain_ptr,
-    kept_ptr,
+    segment_ptr,
     sum_ptr,
     found_ptr,
     moved_ptr,
@@ -68,7 +69,8 @@ def neural_sort_rows_kernel(
 ):
     """Of each row: the sum of its terms, the mean gain, and with TANGENT the mean tangent and the mean gain's."""
     base, row, ids = _places(ids_ptr, items, blocks, SEVERAL, ROWS)
-    kept = (ids >= 0) & (tl.load(kept_ptr + base + row, mask=ids >= 0, other=0) != 0)
+    segment = tl.load(segment_ptr + base + row, mask=ids >= 0, other=-1)
+    kept = segment >= 0
     x = tl.load(x_ptr + base + row, mask=kept, other=0)[:, None]
     b = tl.load(b_ptr + base + row, mask=kept, other=0)[:, None]
     slope = tl.load(slope_ptr + base + row, mask=kept, other=0)[:, None]
@@ -82,11 +84,12 @@ def neural_sort_rows_kernel(
     for first in range(start, stop, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         column_ids = load_list(ids_ptr, column, column < stop, SEVERAL)
-        exists = (column_ids >= 0) & (tl.load(kept_ptr + base + column, mask=column_ids >= 0, other=0) != 0)
+        column_segment = tl.load(segment_ptr + base + column, mask=column_ids >= 0, other=-1)
+        exists = column_segment >= 0
         gain = tl.load(gain_ptr + base + column, mask=exists, other=0)
         other_x = tl.load(x_ptr + base + column, mask=exists, other=0)[None, :]
         other_b = tl.load(b_ptr + base + column, mask=exists, other=0)[None, :]
-        pair = (ids[:, None] == column_ids[None, :]) & exists[None, :] & kept[:, None]
+        pair = (segment[:, None] == column_segment[None, :]) & kept[:, None]
         e = tl.where(pair, _terms(x, b, slope, other_x, other_b, gain), 0.0)
         total += tl.sum(e, axis=1)
         gained += tl.sum(tl.where(pair, e * gain[None, :], 0.0), axis=1)  # another list's gain may be NaN
@@ -108,7 +111,7 @@ def neural_sort_rows_kernel(
 
 
 @kernel(
-    "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *u8 *T *T *T *T *fp64 *fp64 *i32 *i64 i32 i32 i32",
+    "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *i32 *T *T *T *T *fp64 *fp64 *i32 *i64 i32 i32 i32",
     WIDE,
     _VARIANTS,
     narrow=PAIRS,
@@ -122,7 +125,7 @@ def neural_sort_columns_kernel(
     u_ptr,
     q_ptr,
     gain_ptr,
-    kept_ptr,
+    segment_ptr,
     share_ptr,
     found_ptr,
     moved_ptr,
@@ -145,7 +148,8 @@ def neural_sort_columns_kernel(
     of its terms.
     """
     base, column, ids = _places(ids_ptr, items, blocks, SEVERAL, ROWS)
-    exists = (ids >= 0) & (tl.load(kept_ptr + base + column, mask=ids >= 0, other=0) != 0)
+    segment = tl.load(segment_ptr + base + column, mask=ids >= 0, other=-1)
+    exists = segment >= 0
     gain = tl.load(gain_ptr + base + column, mask=exists, other=0)
     x = tl.load(x_ptr + base + column, mask=exists, other=0)[:, None]
     b = tl.load(b_ptr + base + column, mask=exists, other=0)[:, None]
@@ -158,13 +162,14 @@ def neural_sort_columns_kernel(
     for first in range(start, stop, COLUMNS):
         row = first + tl.arange(0, COLUMNS)
         row_ids = load_list(ids_ptr, row, row < stop, SEVERAL)
-        kept = (row_ids >= 0) & (tl.load(kept_ptr + base + row, mask=row_ids >= 0, other=0) != 0)
+        row_segment = tl.load(segment_ptr + base + row, mask=row_ids >= 0, other=-1)
+        kept = row_segment >= 0
         row_x = tl.load(x_ptr + base + row, mask=kept, other=0)[None, :]
         row_b = tl.load(b_ptr + base + row, mask=kept, other=0)[None, :]
         slope = tl.load(slope_ptr + base + row, mask=kept, other=0)[None, :]
         share = tl.load(share_ptr + base + row, mask=kept, other=0)
         found = tl.load(found_ptr + base + row, mask=kept, other=0)
-        pair = (ids[:, None] == row_ids[None, :]) & exists[:, None] & kept[None, :]
+        pair = (segment[:, None] == row_segment[None, :]) & exists[:, None]
         w = _terms(row_x, row_b, slope, x, b, gain) * share[None, :]
         beyond = gain[:, None] - found[None, :]
         if TANGENT:
@@ -204,51 +209,67 @@ class _NeuralSort:
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         if lists.several:
             exists = exists & (lists.ids >= 0)
-        self.first = lists.to_items(lists.bounds[:-1].clamp_max(lists.items - 1))
+        first = lists.to_items(lists.bounds[:-1].clamp_max(lists.items - 1))
         scores = scores.double().masked_fill(~exists, 0)
-        self.undefined = lists.sum((~scores.isfinite()).double()) > 0
-        scores = scores.masked_fill(lists.to_items(self.undefined), 0)
         labels = labels.double().masked_fill(~exists, 0)
         self.count = lists.sum(exists.double())
-        place = torch.arange(lists.items, device=scores.device) - self.first
+        place = torch.arange(lists.items, device=scores.device) - first
         self.kept = place < lists.to_items(self.count)  # of sorted lists
         if lists.several:
             self.kept &= lists.ids >= 0
+
+        # A NaN has no place, and items with different labels at the same infinity have no order.
+        self.order = lists.sort(scores)
+        wrong, ordered = scores.isnan(), scores.gather(-1, self.order)
+        relevance = labels.gather(-1, self.order)
+        same = self._like_before(ordered, place) & (relevance.diff(dim=-1, prepend=relevance[..., :1]) != 0)
+        self.undefined = lists.sum((wrong | (same & ordered.isinf())).double()) > 0
+        ordered = ordered.masked_fill(lists.to_items(self.undefined), 0)
 
         best = labels.gather(-1, lists.sort(labels))
         ends = (lists.bounds[:-1] + self.count.long() - 1).clamp(0, lists.items - 1)
         top = best.gather(-1, lists.bounds[:-1].clamp_max(lists.items - 1).expand(ends.shape))
         self.active = (top > best.gather(-1, ends)) & (top > 0) & (self.count > 0)
 
-        def gain_of(y: Tensor) -> Tensor:  # relative to the largest label: no overflow
-            gain = torch.exp2(y - lists.to_items(top)) - lists.to_items(torch.exp2(-top)) if exponential else y
-            return torch.where(y > 0, gain, 0)
+        def gain_of(y: Tensor) -> Tensor:
+            return relative_gains(y, lists.to_items(top), exponential)
 
         self.discount = torch.where(self.kept & (place < k), math.log(2) / (place + 2.0).double().log(), 0)
         ideal = lists.sum(torch.where(self.kept, gain_of(best), 0) * self.discount)
-        self.order = lists.sort(scores)
-        gain = gain_of(labels.gather(-1, self.order)) * lists.to_items(torch.where(self.active, 1 / ideal, 0))
+        gain = gain_of(relevance) * lists.to_items(torch.where(self.active, 1 / ideal, 0))
         self.gain = torch.where(self.kept, gain, 0).to(self.dtype)
-        self.slope_of_row = (lists.to_items(self.count) - 1 - 2 * place).contiguous()
 
-        x = torch.where(self.kept, scores.gather(-1, self.order), 0) / temperature
-        middle = lists.sum(x) / self.count.clamp_min(1)
-        self.x = torch.where(self.kept, x - lists.to_items(middle), 0)
-        at = torch.arange(lists.items, device=x.device)
-        new = torch.ones_like(self.kept)
-        new[..., 1:] = (self.x[..., 1:] != self.x[..., :-1]) | ~self.kept[..., 1:] | (place[1:] == 0)
-        self.start = torch.where(new, at, 0).cummax(-1).values  # of the items with the same score
-        new = torch.nn.functional.pad(new[..., 1:], (0, 1), value=True)
-        self.end = torch.where(new, at + 1, lists.items).flip(-1).cummin(-1).values.flip(-1)
-        self.lead = (lists.to_items(self.count) - (self.end - self.first) - (self.start - self.first)).contiguous()
+        at = torch.arange(lists.items, device=scores.device)
+        start = ~self._like_before(ordered, place)
+        apart = -ordered.diff(dim=-1, prepend=ordered[..., :1]) / temperature
+        first = (place == 0) | ~self.kept | (apart > _VANISHES[self.dtype])
+        self.start, self.end = self._runs(start, at)  # of the items with the same score,
+        self.first, self.last = self._runs(first, at)  # and of the segments, as in csrc/neural_sort.cpp
+        self.segment = torch.where(self.kept, self.first, -1).to(torch.int32)
+        top = ordered.gather(-1, self.first)
+        self.x = torch.where(self.kept & (ordered != top), (ordered - top) / temperature, 0)
+        self.slope_of_row = (self.last + self.first - 1 - 2 * at).double()
+        self.lead = (self.last - self.end - (self.start - self.first)).double()
         self.b = self.lead * self.x - self.opposed(self.x)
 
+    def _like_before(self, ordered: Tensor, place: Tensor) -> Tensor:
+        """Whether an item has the same score as the one before it in its list."""
+        same = self.kept & (place > 0)
+        same[..., 1:] &= ordered[..., 1:] == ordered[..., :-1]
+        return same
+
+    def _runs(self, begins: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The first item of each one's run, and the end of it."""
+        ends = torch.nn.functional.pad(begins[..., 1:], (0, 1), value=True)
+        end = torch.where(ends, at + 1, self.lists.items).flip(-1).cummin(-1).values.flip(-1)
+        return torch.where(begins, at, 0).cummax(-1).values, end
+
     def opposed(self, t: Tensor) -> Tensor:
-        """Of each item: the sum of t over the items below it, less that over those above."""
-        through = torch.nn.functional.pad(self.lists.scan(t), (1, 0))
-        total = self.lists.to_items(through[..., self.lists.bounds[1:]])
-        above = torch.where(self.start > self.first, through.gather(-1, self.start), 0)
-        return total - through.gather(-1, self.end) - above
+        """Of each item: the sum of t over the items of its segment below it, less that over those above."""
+        through = self.lists.scan(t)
+        before = through - t
+        below = through.gather(-1, self.last - 1) - through.gather(-1, self.end - 1)
+        return below - (before.gather(-1, self.start) - before.gather(-1, self.first))
 
     def rows(self, u: Tensor, q: Tensor, tangent: bool) -> tuple[Tensor, ...]:
         """The sum of each row's terms, its mean gain, and the tangents' means."""
@@ -260,7 +281,7 @@ class _NeuralSort:
     def _launch(self, kernel: Any, tangent: bool, u: Tensor, q: Tensor, *pointers: Tensor) -> None:
         lists = self.lists
         blocks = triton.cdiv(lists.items, _ROWS)
-        items = (self.x, self.b, self.slope_of_row, self.lead, u, q, self.gain, self.kept.view(torch.uint8))
+        items = (self.x, self.b, self.slope_of_row, self.lead, u, q, self.gain, self.segment)
         where = (lists.ids, lists.bounds, lists.items, lists.lists, blocks)
         kernel(lists.examples * blocks, *items, *pointers, *where, variant=(lists.several, tangent))
 

@@ -12,7 +12,7 @@ from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_sc
 
 _ROWS, _COLUMNS = 32, 32
 
-# The functions of a pair's difference d: those of `pairwise` (by their number there), then the hinges.
+# The functions of a pair's difference d: those of `pairwise` (by their number there), then the hinges, less the margin.
 _HINGE, _SQUARED_HINGE = 3, 4
 
 
@@ -27,9 +27,9 @@ def pair_value(d, PHI: tl.constexpr):
     elif PHI == 2:
         return tl.exp(-d)
     elif PHI == 3:
-        return tl.where(d > 1, 0.0, 1.0 - d)
+        return tl.where(d > 0, 0.0, -d)
     else:
-        return tl.where(d > 1, 0.0, (1.0 - d) * (1.0 - d))
+        return tl.where(d > 0, 0.0, d * d)
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def pair_slope(d, PHI: tl.constexpr):
     elif PHI == 2:
         return -tl.exp(-d)
     elif PHI == 3:
-        return tl.where(d < 1, -1.0, tl.where(d == d, 0.0, d))
+        return tl.where(d < 0, -1.0, tl.where(d == d, 0.0, d))
     else:
-        return tl.where(d > 1, 0.0, 2.0 * (d - 1.0))
+        return tl.where(d > 0, 0.0, 2.0 * d)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def pair_curvature(d, PHI: tl.constexpr):
     elif PHI == 3:
         return tl.where(d == d, 0.0, d)
     else:
-        return tl.where(d < 1, 2.0, 0.0)
+        return tl.where(d < 0, 2.0, 0.0)
 
 
 @triton.jit
@@ -108,26 +108,26 @@ def pairwise_kernel(
     i = program % blocks * ROWS + tl.arange(0, ROWS)
     owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
     valid_i = owner_i >= 0
-    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0)
+    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0) * 0.5  # of halves no difference overflows
     y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
     slope = tl.minimum(tl.abs(s_i), 0.0)  # 0, which as a constant makes a kernel spill
     value, count = tl.full([ROWS], 0.0, s_i.dtype), tl.full([ROWS], 0.0, s_i.dtype)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
-    scale = tl.full([1, 1], factor, s_i.dtype)
+    twice = tl.full([1, 1], 2.0 * factor, s_i.dtype)
     offset = tl.full([1, 1], shift, s_i.dtype)
     start, stop = columns(bounds_ptr, owner_i, items, lists, True)
     for first in range(start, stop, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
         owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
         valid_j = owner_j >= 0
-        s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0)
+        s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0) * 0.5
         y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
         together = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :])
         above = together & (y_i[:, None] > y_j[None, :])
         below = together & (y_i[:, None] < y_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
-        d = tl.where(below, -difference, difference) * scale + offset
+        d = tl.where(below, -difference, difference) * twice + offset
         if HESSIAN:
             v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
             move = pair_curvature(d, PHI) * (v_i[:, None] - v_j[None, :])
@@ -199,7 +199,7 @@ def pairwise_slope(
     return _pairs(scores, labels, valid, offsets, v, phi, sigma, 0.0, normalize)[1]
 
 
-# ---------------------------------------------------------------- hinge: with d - margin + 1 for d
+# ---------------------------------------------------------------- hinge
 
 
 @reducing
@@ -213,7 +213,7 @@ def pairwise_hinge(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     phi = _SQUARED_HINGE if squared else _HINGE
-    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, 1.0, 1.0 - margin, normalize)
+    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, 1.0, -margin, normalize)
     return loss, slope, pairs > 0
 
 
@@ -228,7 +228,7 @@ def pairwise_hinge_slope(
     normalize: bool,
 ) -> Tensor:
     phi = _SQUARED_HINGE if squared else _HINGE
-    return _pairs(scores, labels, valid, offsets, v, phi, 1.0, 1.0 - margin, normalize)[1]
+    return _pairs(scores, labels, valid, offsets, v, phi, 1.0, -margin, normalize)[1]
 
 
 # ---------------------------------------------------------------- squared error: no kernel of its own
@@ -243,19 +243,33 @@ def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | No
     return list_scale((count > 1).to(x.dtype), x, valid, offsets), count
 
 
+def _above_first(x: Tensor, lists: Lists, valid: Tensor | None) -> Tensor:
+    """x less a valid item of its list, in double: of items far from 0 no digit that matters is lost."""
+    x = x.double()
+    if x.numel() == 0:
+        return x
+    first = lists.sort(torch.zeros_like(x)).gather(
+        -1, lists.to_items(lists.bounds[:-1].clamp_max(lists.items - 1)).expand(x.shape)
+    )
+    return x - x.gather(-1, first)
+
+
 @reducing
 def pairwise_mse(
     scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = Lists(scores, valid, offsets)
-    x, count = _centred(scores - labels, lists, valid, offsets)
+    x, count = _centred(_above_first(scores, lists, valid) - _above_first(labels, lists, valid), lists, valid, offsets)
     scale = 1 / (count - 1).clamp_min(1) if normalize else count
-    return 2 * scale * lists.sum(x * x), list_scale(4 * scale, x, valid, offsets), count > 1
+    slope = list_scale(4 * scale, x, valid, offsets)
+    return (2 * scale * lists.sum(x * x)).to(scores.dtype), slope.to(scores.dtype), count > 1
 
 
 def pairwise_mse_slope(
     scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, normalize: bool
 ) -> Tensor:
     lists = Lists(scores, valid, offsets)
-    x, count = _centred(scores - labels if v is None else v, lists, valid, offsets)
-    return list_scale(4 * (1 / (count - 1).clamp_min(1) if normalize else count), x, valid, offsets)
+    x = _above_first(scores, lists, valid) - _above_first(labels, lists, valid) if v is None else v.double()
+    x, count = _centred(x, lists, valid, offsets)
+    scale = 1 / (count - 1).clamp_min(1) if normalize else count
+    return list_scale(4 * scale, x, valid, offsets).to(scores.dtype)

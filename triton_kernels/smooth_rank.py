@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import PAIRS, VARIANTS, WIDE, Lists, columns, load_list, load_valid, reducing
+from custom_ops.triton_kernels.lists import (
+    PAIRS,
+    VARIANTS,
+    WIDE,
+    Lists,
+    columns,
+    load_list,
+    load_valid,
+    reducing,
+    relative_gains,
+)
 
 _NDCG, _NDCG_LINEAR, _MRR, _AVERAGE_PRECISION = range(4)
 _ROWS, _COLUMNS = 32, 16
@@ -37,8 +47,8 @@ def _rows(valid_ptr, ids_ptr, items, blocks, MASKED: tl.constexpr, SEVERAL: tl.c
 
 @triton.jit
 def _compare(own, other, scale):
-    """sigmoid((other - own) * scale), and 1 minus that, for all pairs."""
-    d = (other[None, :] - own[:, None]) * scale
+    """sigmoid((other - own) * scale), and 1 minus that, for all pairs of scores given by their halves."""
+    d = (other[None, :] - own[:, None]) * (2.0 * scale)
     e = tl.exp(-tl.abs(d))
     inverse = 1.0 / (1.0 + e)
     return tl.where(d < 0, e, 1.0) * inverse, tl.where(d < 0, 1.0, e) * inverse
@@ -47,7 +57,7 @@ def _compare(own, other, scale):
 @kernel("*T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("MOVES"), narrow=PAIRS)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def smooth_rank_sum_kernel(
-    scores_ptr,
+    halves_ptr,
     gain_ptr,
     v_ptr,
     all_ptr,
@@ -70,7 +80,7 @@ def smooth_rank_sum_kernel(
     Of sigmoid((s_j - s_i) scale), or with MOVES of its derivative times v_j - v_i.
     """
     base, row, ids, valid = _rows(valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
-    s = tl.load(scores_ptr + base + row, mask=valid, other=0)
+    s = tl.load(halves_ptr + base + row, mask=valid, other=0)
     factor = tl.full([1, 1], scale, s.dtype)
     v = tl.load(v_ptr + base + row, mask=valid & MOVES, other=0)
     of_all, of_relevant = tl.zeros([ROWS], s.dtype), tl.zeros([ROWS], s.dtype)
@@ -79,7 +89,7 @@ def smooth_rank_sum_kernel(
         column = first + tl.arange(0, COLUMNS)
         column_ids = load_list(ids_ptr, column, column < stop, SEVERAL)
         exists = load_valid(valid_ptr, base + column, column_ids >= 0, MASKED)
-        other = tl.load(scores_ptr + base + column, mask=exists, other=0)
+        other = tl.load(halves_ptr + base + column, mask=exists, other=0)
         gain = tl.load(gain_ptr + base + column, mask=exists, other=0)
         p, q = _compare(s, other, factor)
         if MOVES:
@@ -95,7 +105,7 @@ def smooth_rank_sum_kernel(
 @kernel("*T *T *T *T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("PRODUCT"), narrow=PAIRS)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def smooth_rank_give_kernel(
-    scores_ptr,
+    halves_ptr,
     gain_ptr,
     v_ptr,
     of_all_ptr,
@@ -122,7 +132,7 @@ def smooth_rank_give_kernel(
     along v, for which the tangents of those derivatives are given as well.
     """
     base, row, ids, valid = _rows(valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
-    s = tl.load(scores_ptr + base + row, mask=valid, other=0)
+    s = tl.load(halves_ptr + base + row, mask=valid, other=0)
     relevant = tl.load(gain_ptr + base + row, mask=valid, other=0) != 0
     w_all = tl.load(of_all_ptr + base + row, mask=valid, other=0)
     w_relevant = tl.load(of_relevant_ptr + base + row, mask=valid, other=0)
@@ -136,7 +146,7 @@ def smooth_rank_give_kernel(
         column = first + tl.arange(0, COLUMNS)
         column_ids = load_list(ids_ptr, column, column < stop, SEVERAL)
         exists = load_valid(valid_ptr, base + column, column_ids >= 0, MASKED)
-        other = tl.load(scores_ptr + base + column, mask=exists, other=0)
+        other = tl.load(halves_ptr + base + column, mask=exists, other=0)
         other_relevant = tl.load(gain_ptr + base + column, mask=exists, other=0) != 0
         other_all = tl.load(of_all_ptr + base + column, mask=exists, other=0)
         other_among = tl.load(of_relevant_ptr + base + column, mask=exists, other=0)
@@ -177,8 +187,11 @@ class _SmoothRank:
     ) -> None:
         if labels.shape != scores.shape or labels.dtype != scores.dtype:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
-        self.scores, self.metric, self.scale = scores.contiguous(), metric, 1 / temperature
-        self.lists = lists = Lists(self.scores, valid, offsets)
+        self.metric, self.scale = metric, 1 / temperature
+        most = torch.finfo(scores.dtype).max
+        # Of halves no difference overflows, and beyond them all lie the infinite scores.
+        self.halves = (scores / 2).clamp(-most, most).contiguous()
+        self.lists = lists = Lists(self.halves, valid, offsets)
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         if lists.several:
             exists = exists & (lists.ids >= 0)
@@ -194,20 +207,23 @@ class _SmoothRank:
         tied = top == ordered.gather(-1, last)
 
         def gain_of(y: Tensor) -> Tensor:
-            gain = y
-            if metric == _NDCG:  # relative to the largest label: no overflow
-                gain = torch.exp2(y - lists.to_items(top)) - lists.to_items(torch.exp2(-top))
-            return gain.masked_fill(y <= 0, 0)
+            return relative_gains(y, lists.to_items(top), metric == _NDCG)
 
         ideal = gain_of(ordered)
         if metric in (_NDCG, _NDCG_LINEAR):
             place = torch.arange(lists.items, device=scores.device) - lists.to_items(starts)
-            ideal = ideal / (place + 2).to(scores.dtype).log2()
+            ideal = ideal / (place + 2).double().log2()
         total = lists.sum(ideal)
         self.active = ~tied & (count > 0) & ~(total <= 0)
         per_gain = torch.where(self.active, 1 / total, 0)
-        self.gain = (lists.to_items(per_gain) * gain_of(labels)).masked_fill(~exists, 0).contiguous()
-        sums = self._sum(self.scores, moves=False)
+        gain = lists.to_items(per_gain) * gain_of(labels)
+        self.gain = gain.masked_fill(~exists, 0).to(scores.dtype).contiguous()
+        self.undefined = torch.zeros_like(self.active)
+        for infinite in (scores == math.inf, scores == -math.inf):  # a relevant item and another have no order there
+            there = infinite & exists
+            both = (lists.sum((there & (self.gain != 0)).double()) > 0) & (lists.sum(there.double()) > 1)
+            self.undefined |= both & self.active
+        sums = self._sum(self.halves, moves=False)
         # Of the item itself sigmoid(0) was counted for 1.
         self.rank = _Ranks(sums.all + 0.5, sums.relevant + 0.5)
 
@@ -218,15 +234,15 @@ class _SmoothRank:
         kernel(lists.examples * blocks, *pointers, *where, variant=(*lists.variant, variant))
 
     def _sum(self, v: Tensor, moves: bool) -> _Ranks:
-        out = _Ranks(torch.zeros_like(self.scores), torch.zeros_like(self.scores))
-        self._launch(smooth_rank_sum_kernel, moves, self.scores, self.gain, v, *out)
+        out = _Ranks(torch.zeros_like(self.halves), torch.zeros_like(self.halves))
+        self._launch(smooth_rank_sum_kernel, moves, self.halves, self.gain, v, *out)
         return out
 
     def _give(self, v: Tensor, weights: _Ranks, moved: _Ranks, product: bool) -> Tensor:
-        out = torch.empty_like(self.scores)
-        pointers = (self.scores, self.gain, v, *weights, *moved, out)
+        out = torch.empty_like(self.halves)
+        pointers = (self.halves, self.gain, v, *weights, *moved, out)
         self._launch(smooth_rank_give_kernel, product, *pointers)
-        return out
+        return out.masked_fill(self.lists.to_items(self.undefined) & self.exists, math.nan)
 
     def loss(self) -> Tensor:
         rank, relevant_rank = self.rank
@@ -237,7 +253,7 @@ class _SmoothRank:
         else:
             value = self.gain * math.log(2) / rank.log1p()
         found = self.lists.sum(value.masked_fill(~self.exists, 0))
-        return torch.where(self.active, 1 - found, 0)
+        return torch.where(self.active, 1 - found, 0).masked_fill(self.undefined, math.nan)
 
     def _derivative(self) -> _Ranks:
         rank, relevant_rank = self.rank
@@ -264,7 +280,7 @@ class _SmoothRank:
 
     def slope(self) -> Tensor:
         weights = self._derivative()
-        return self._give(self.scores, weights, weights, product=False)
+        return self._give(self.halves, weights, weights, product=False)
 
     def product(self, v: Tensor) -> Tensor:
         v = v.contiguous()

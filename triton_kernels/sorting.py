@@ -15,17 +15,22 @@ from custom_ops.triton_kernels.lists import Lists
 _BLOCK = 32
 
 
+@triton.jit
+def _logaddexp(x, y):
+    return tl.maximum(x, y) + tl.log(1 + tl.exp(-tl.abs(x - y)))
+
+
 # Within a list it is sequential: a program, of one warp, for each.
 @kernel(
-    "*fp64 *fp64 *i64 *i64 *fp64 *fp64 *i32 *fp64 *u8 i32 i32",
+    "*fp64 *fp64 *i64 *i64 *fp64 *fp64 *i32 *fp64 *u8 fp64 fp64 i32 i32",
     ("fp64",),
-    {kl: {"KL": kl} for kl in (False, True)},
+    {(kl, sort): {"KL": kl, "SORT": sort} for kl in (False, True) for sort in (False, True)},
     num_warps=1,
     narrow="reads one number after the other",
 )
 @triton.jit(do_not_specialize=["items", "lists"])
 def pool_adjacent_violators_kernel(
-    a_ptr,
+    value_ptr,
     b_ptr,
     count_ptr,
     bounds_ptr,
@@ -34,9 +39,12 @@ def pool_adjacent_violators_kernel(
     pool_begin_ptr,
     fit_ptr,
     begins_ptr,
+    alpha: tl.float64,
+    beta: tl.float64,
     items,
     lists,
     KL: tl.constexpr,
+    SORT: tl.constexpr,
 ):
     """The pools of each list's first ``count`` values, and where each begins its fit; see csrc/sorting.cpp."""
     program = tl.program_id(0).to(tl.int64)
@@ -44,24 +52,35 @@ def pool_adjacent_violators_kernel(
     m = tl.load(count_ptr + program).to(tl.int32)
     count = m * 0
     for p in range(m):
-        a = tl.load(a_ptr + at + p)
+        value = tl.load(value_ptr + at + p)
         b = tl.load(b_ptr + at + p)
+        a = b * 0.0
         begin = p + m * 0
         merging = count > 0
         while merging:
             before_a = tl.load(pool_a_ptr + at + count - 1)
             before_b = tl.load(pool_b_ptr + at + count - 1)
-            if KL:
-                merging = before_a - before_b <= a - b
-                merged_a = tl.maximum(a, before_a) + tl.log(1 + tl.exp(-tl.abs(a - before_a)))
-                merged_b = tl.maximum(b, before_b) + tl.log(1 + tl.exp(-tl.abs(b - before_b)))
+            before_begin = tl.load(pool_begin_ptr + at + count - 1)
+            before_value = tl.load(value_ptr + at + before_begin)
+            values = tl.where(before_value == value, 0.0, before_value - value) * alpha
+            places = (begin - before_begin).to(tl.float64) * beta
+            if KL and SORT:
+                merging = places - values <= (a - b) - (before_a - before_b)
+                merged_a = _logaddexp(before_a, a - places)
+                merged_b = _logaddexp(before_b, b - values)
+            elif KL:
+                merging = values <= (a - b) - (before_a - before_b)
+                merged_a = _logaddexp(before_a, a - values)
+                merged_b = _logaddexp(before_b, b)
             else:
-                merging = before_a / before_b <= a / b
-                merged_a = a + before_a
-                merged_b = b + before_b
+                above = places - values if SORT else values - places
+                merging = above <= a / b - before_a / before_b
+                merged_a = before_a + (a - b * above)
+                merged_b = before_b + b
             a = tl.where(merging, merged_a, a)
             b = tl.where(merging, merged_b, b)
-            begin = tl.where(merging, tl.load(pool_begin_ptr + at + count - 1), begin)
+            begin = tl.where(merging, before_begin, begin)
+            value = tl.where(merging, before_value, value)
             count = tl.where(merging, count - 1, count)
             merging = merging & (count > 0)
         tl.debug_barrier()  # one thread stores, and what it overwrites all have loaded
@@ -172,21 +191,26 @@ def isotonic(
     place = torch.arange(n, device=x.device)
     left = lists.to_items(count) - (place - start)  # so many of the list from this place on
     holds = (left > 0) & (lists.ids >= 0)
-    s = torch.where(holds, key.gather(-1, order), 0)
-    s = s if sort else (s - s.gather(-1, start.expand(x.shape))) / strength
-    w = torch.where(holds, left.double() / (strength if sort else 1.0), 1)
+    s = torch.where(holds, key.gather(-1, order), 0).contiguous()
+    alpha, beta = (1.0, 1 / strength) if sort else (1 / strength, 1.0)
     if kl:
-        a, b = (w, s) if sort else (s, w.log())
+        b = torch.zeros_like(s) if sort else torch.where(holds, left, 1).double().log()
     else:
-        a, b = (w - s if sort else s - w), torch.ones_like(s)
-    pools: Any = (torch.empty_like(a), torch.empty_like(a), a.new_empty(a.shape, dtype=torch.int32))
-    fit, begins = torch.zeros_like(a), a.new_zeros(a.shape, dtype=torch.uint8)
-    values = (a.contiguous(), b.contiguous(), count, lists.bounds)
-    sizes = (n, lists.lists)
-    pool_adjacent_violators_kernel(lists.examples * lists.lists, *values, *pools, fit, begins, *sizes, variant=kl)
+        b = torch.ones_like(s)
+    pools: Any = (torch.empty_like(s), torch.empty_like(s), s.new_empty(s.shape, dtype=torch.int32))
+    fit, begins = torch.zeros_like(s), s.new_zeros(s.shape, dtype=torch.uint8)
+    arguments = (s, b.contiguous(), count, lists.bounds, *pools, fit, begins, alpha, beta, n, lists.lists)
+    pool_adjacent_violators_kernel(lists.examples * lists.lists, *arguments, variant=(kl, sort))
     begun = begins != 0
-    fit = fit.gather(-1, torch.where(begun, place, 0).cummax(-1).values)
-    found = fit - w if sort else (s - fit).exp() if kl else s - fit
+    begin = torch.where(begun, place, 0).cummax(-1).values
+    fit, first = fit.gather(-1, begin), s.gather(-1, begin)
+    below = torch.where(first == s, 0, first - s) * alpha
+    if sort:
+        found = -first + (fit + (place - begin) * beta)
+    elif kl:
+        found = (-below - fit).exp()
+    else:
+        found = left.gather(-1, begin) - (below + fit)
     found = torch.where(holds, found, 0)
     out.copy_(found if sort else torch.zeros_like(found).scatter_(-1, order, found))
     groups.copy_(torch.where(holds, torch.where(begun, ~order, order), n))
@@ -228,9 +252,9 @@ def group_softmax(x: Tensor, groups: Tensor, offsets: Tensor | None, scale: floa
     if x.numel() == 0 or lists.lists == 0:
         return out
     order = _Order.of(groups, x)
-    values = scale * order.read(wide)
-    # In the order of `isotonic` the first of a group is its largest.
-    exponential = torch.where(order.holds, (values - values.gather(-1, order.start)).exp(), 0)
+    values = order.read(wide)
+    top = values.gather(-1, order.start)  # in the order of `isotonic` the first of a group is the one
+    exponential = torch.where(order.holds, (scale * torch.where(values == top, 0, values - top)).exp(), 0)
     softmax = exponential / order.sum(exponential)
     if weighted:
         count = lists.to_items(lists.sum(order.holds.view(x.shape).double())).reshape(softmax.shape)

@@ -558,6 +558,15 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
     return reference
 
 
+def relative_gains(labels: Tensor, highest: Tensor, gain: str) -> Tensor:
+    """2^label - 1 over 2^highest, or label over highest, by ``gain``; a label of at most 0 has none."""
+    if gain == "exponential":
+        gains = -torch.expm1(-math.log(2) * labels) * torch.exp2(labels - highest)
+    else:
+        gains = labels / highest
+    return torch.where(labels <= 0, 0, gains)
+
+
 def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = False, **own: Any) -> list[Sample]:
     """Calls that cover the arguments all list losses share; small, with distinct scores and some tied labels.
 

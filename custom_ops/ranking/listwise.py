@@ -17,6 +17,7 @@ from custom_ops.ranking._lists import (
     list_op,
     list_samples,
     reference_of,
+    relative_gains,
 )
 from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
@@ -388,7 +389,7 @@ def _list_mle_of_one_list(
 
 
 def _unique_softmax_of_one_list(s: Tensor, y: Tensor, gain: str = "exponential") -> tuple[Tensor, Tensor]:
-    g = (2**y - 1 if gain == "exponential" else y).clamp_min(0)
+    g = relative_gains(y, y.max(), gain)
     among = y < y.unsqueeze(-1)
     some = among.any(-1)
     lower = _logsumexp_among(s, among | ~some.unsqueeze(-1))

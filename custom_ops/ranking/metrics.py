@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._lists import checked
+from custom_ops.ranking._lists import checked, relative_gains
 
 __all__ = ["average_precision", "mrr", "ndcg"]
 
@@ -149,13 +149,11 @@ def ndcg(
     discount = torch.where(ranked.place < ranked.cut, discount, 0)
     largest = ranked.values.amax(-1, keepdim=True)
 
-    def gains(y: Tensor) -> Tensor:
-        """Relative to the largest, so that they are finite."""
-        return torch.exp2(y - largest) - torch.exp2(-largest) if gain == "exponential" else y
-
     in_group = ranked.over_group(discount) / (ranked.end - ranked.start)
-    dcg = (torch.where(ranked.ranked, gains(ranked.labels), 0) * in_group).sum(-1)
-    best = torch.where(ranked.valid, gains(ranked.values), 0).sort(dim=-1, descending=True).values
+    dcg = (torch.where(ranked.ranked, relative_gains(ranked.labels, largest, gain), 0) * in_group).sum(-1)
+    best = (
+        torch.where(ranked.valid, relative_gains(ranked.values, largest, gain), 0).sort(dim=-1, descending=True).values
+    )
     ideal = (best * discount).sum(-1)
     return ranked.reduce(dcg / ideal, ideal != 0)
 

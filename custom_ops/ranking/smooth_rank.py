@@ -17,6 +17,7 @@ from custom_ops.ranking._lists import (
     list_op,
     list_samples,
     reference_of,
+    relative_gains,
 )
 from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
@@ -233,7 +234,7 @@ def _contributes(y: Tensor) -> Tensor:
 def _approx_ndcg_of_one_list(
     s: Tensor, y: Tensor, temperature: float = 0.1, gain: str = "exponential"
 ) -> tuple[Tensor, Tensor]:
-    g = (2**y - 1 if gain == "exponential" else y).clamp_min(0)
+    g = relative_gains(y, y.max(), gain)
     discounts = (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
     ideal = (g.sort(descending=True).values / discounts).sum()
     found = (g / (1 + _smooth_ranks(s, torch.ones_like(y), temperature)).log2()).sum()
@@ -241,7 +242,7 @@ def _approx_ndcg_of_one_list(
 
 
 def _approx_mrr_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
-    g = y.clamp_min(0)
+    g = relative_gains(y, y.max(), "linear")
     found = (g / _smooth_ranks(s, torch.ones_like(y), temperature)).sum()
     return 1 - found / torch.where(_contributes(y), g.sum(), 1), _contributes(y)
 

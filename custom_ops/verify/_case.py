@@ -37,7 +37,8 @@ class NotApplicable(Exception):
 class Capability:
     """One row of the matrix; one that ``may_be_refused`` must raise where the op declares it not applicable.
 
-    Rows on the kernels' numbers take ``every_sample`` always; the others only two where the case is `sparing`.
+    Rows on the kernels' numbers take ``every_sample`` always; the others only two where the case is `sparing`. Those
+    ``of_dispatch`` are about what torch does with an op's parts in Python, which are the same on every backend.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Capability:
     full_only: bool = False
     may_be_refused: bool = False
     every_sample: bool = False
+    of_dispatch: bool = False
 
 
 CAPABILITIES: dict[str, Capability] = {}

@@ -31,7 +31,7 @@ from custom_ops.verify._case import (
 )
 
 
-@capability("gradcheck")
+@capability("gradcheck", of_dispatch=True)
 def gradcheck(case: Case) -> None:
     """Finite differences in float64: reverse mode, forward mode, and both batched."""
     for call in case.differentiable_calls():
@@ -47,7 +47,7 @@ def gradcheck(case: Case) -> None:
             )
 
 
-@capability("gradgradcheck", may_be_refused=True)
+@capability("gradgradcheck", may_be_refused=True, of_dispatch=True)
 def gradgradcheck(case: Case) -> None:
     """Finite differences of the gradient of the op's square, and in the full matrix of the op."""
     forward_over_reverse = "forward AD" not in case.info.not_applicable
@@ -102,7 +102,7 @@ def forward_mode(case: Case) -> None:
             check_close(flat(tangents), expected @ flat(moving), f"tangent of {describe(call)} in {list(chosen)}")
 
 
-@capability("batched grad")
+@capability("batched grad", of_dispatch=True)
 def batched_grad(case: Case) -> None:
     """``autograd.grad(is_grads_batched=True)`` equals the rows one by one."""
     for call in case.differentiable_calls():
@@ -129,7 +129,7 @@ def _weighted(call: Call) -> Callable[..., Tensor]:
     return lambda *inputs: sum((y * w).sum() for y, w in zip(call(*inputs), weights))  # type: ignore[return-value]
 
 
-@capability("each input alone")
+@capability("each input alone", of_dispatch=True)
 def each_input_alone(case: Case) -> None:
     """The gradient of each input, and of each pair, is the same when only those inputs require one."""
     calls = [c for c in case.differentiable_calls() if len(c.input_keys) > 1]
@@ -153,7 +153,7 @@ def each_input_alone(case: Case) -> None:
             check_close(actual, [expected[i] for i in chosen], what)
 
 
-@capability("checkpoint")
+@capability("checkpoint", of_dispatch=True)
 def checkpointed(case: Case) -> None:
     """Gradients under ``checkpoint``, reentrant and not, and with saved tensors moved (``save_on_cpu``) or copied."""
     for call in case.differentiable_calls():
@@ -187,7 +187,7 @@ def _gradients_of_two_layers(
     return [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
 
 
-@capability("version check")
+@capability("version check", of_dispatch=True)
 def version_check(case: Case) -> None:
     """Writing to an argument or output before the backward is an error there, or the gradients are still right."""
     for call in case.differentiable_calls():
@@ -211,7 +211,7 @@ def version_check(case: Case) -> None:
             check_close(actual, expected, f"gradients of {describe(call)} after writing to {what}")
 
 
-@capability("func.grad")
+@capability("func.grad", of_dispatch=True)
 def func_grad(case: Case) -> None:
     """``torch.func.grad`` of a weighted sum of the outputs."""
     for call in case.differentiable_calls():
@@ -221,7 +221,7 @@ def func_grad(case: Case) -> None:
         check_close(actual, grads(oracle(*inputs), inputs, call.weights()), f"func.grad of {describe(call)}")
 
 
-@capability("func.vjp")
+@capability("func.vjp", of_dispatch=True)
 def func_vjp(case: Case) -> None:
     """``torch.func.vjp``, applied to a random cotangent."""
     for call in case.differentiable_calls():
@@ -233,7 +233,7 @@ def func_vjp(case: Case) -> None:
         check_close(pull_back(tuple(weights)), expected, f"func.vjp of {describe(call)}")
 
 
-@capability("func.jvp")
+@capability("func.jvp", of_dispatch=True)
 def func_jvp(case: Case) -> None:
     """``torch.func.jvp`` along a random direction; also under ``no_grad``."""
     for call in case.differentiable_calls():
@@ -246,13 +246,13 @@ def func_jvp(case: Case) -> None:
             check_close(flat(actual), expected, f"func.jvp of {describe(call)}")
 
 
-@capability("func.jacrev")
+@capability("func.jacrev", of_dispatch=True)
 def func_jacrev(case: Case) -> None:
     """``torch.func.jacrev`` (a vmap over reverse mode), without the fallback of vmap."""
     _check_jacobian(case, torch.func.jacrev)
 
 
-@capability("func.jacfwd")
+@capability("func.jacfwd", of_dispatch=True)
 def func_jacfwd(case: Case) -> None:
     """``torch.func.jacfwd`` (a vmap over forward mode), without the fallback of vmap."""
     _check_jacobian(case, torch.func.jacfwd)
@@ -267,7 +267,7 @@ def _check_jacobian(case: Case, transform: Callable[..., Any]) -> None:
         check_close(actual, jacobian(oracle), f"{transform.__name__} of {what}")
 
 
-@capability("func.hessian", may_be_refused=True)
+@capability("func.hessian", may_be_refused=True, of_dispatch=True)
 def func_hessian(case: Case) -> None:
     """``torch.func.hessian`` (forward over reverse) and reverse over reverse, of a weighted sum of squares."""
     for what, call, oracle in case.low_dimensional_calls():
@@ -283,7 +283,7 @@ def func_hessian(case: Case) -> None:
             check_close(matrix(blocks, inputs), expected, f"{name} of {what}")
 
 
-@capability("forward over forward", may_be_refused=True)
+@capability("forward over forward", may_be_refused=True, of_dispatch=True)
 def forward_over_forward(case: Case) -> None:
     """``jacfwd`` of ``jacfwd``, and ``jvp`` of ``jvp``, of a weighted sum of squares: the reference's Hessian."""
     for what, call, oracle in case.low_dimensional_calls():

@@ -12,7 +12,7 @@ import torch
 from custom_ops.verify._case import Call, Case, NotApplicable, capability, check_close, check_same_bits, describe, grads
 
 
-@capability("modules")
+@capability("modules", of_dispatch=True)
 def modules(case: Case) -> None:
     """Each module equals the function, survives save, deepcopy, pickle and state_dict, and has a repr of its own."""
     entries = case.info.modules()
@@ -40,7 +40,7 @@ def modules(case: Case) -> None:
                 raise AssertionError(f"{name}: {module!r} came back as {twin!r}")
 
 
-@capability("apply")
+@capability("apply", of_dispatch=True)
 def apply(case: Case) -> str | None:
     """``X.apply(...)`` equals the function: eager, forward and backward, compiled with fullgraph, under torch.func."""
     if case.info.apply is None:

@@ -15,6 +15,7 @@ from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import backend as on_backend
 from custom_ops.verify._case import CAPABILITIES, Capability, Case, NotApplicable, refuse_nested
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, PASS, Cell, Report
+from custom_ops.verify._tracing import compiled_afresh
 
 Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
 
@@ -57,9 +58,10 @@ def verify(
         name: what the report calls it; by default the function's name.
         backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
-            rows (values, gradients, second derivatives and dtypes have all), Jacobians and Hessians along two random
-            directions of each input, finite differences without undefined gradients, batches of two, and of opcheck
-            what runs a kernel; on every backend large inputs are smaller. Numbers of threads aren't compared under
+            rows (values, gradients, second derivatives and dtypes have all), three memory layouts, Jacobians and
+            Hessians along two random directions of each input, finite differences without undefined gradients, fake
+            kernels in float64 alone, batches of two, and of opcheck what runs a kernel; on every backend large inputs
+            are smaller. Numbers of threads aren't compared under
             the interpreter.
         only: the capabilities to check; all by default (`capabilities` lists them).
         on_cell: called with each `Cell` as it is done.
@@ -157,7 +159,7 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     if reason is not None and not row.may_be_refused:
         return NOT_APPLICABLE, reason
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), compiled_afresh():
             warnings.simplefilter("ignore")
             case.every_sample = row.every_sample
             remark = row.check(case)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ def _exercise(call: Call) -> None:
         torch.vmap(torch.func.grad(call.loss))(*(torch.stack([x, x]) for x in inputs))
 
 
-@capability("opcheck")
+@capability("opcheck", of_dispatch=True)
 def opcheck(case: Case) -> str:
     """``torch.library.opcheck`` of every registered op reached, forward and backward."""
     check = partial(torch.library.opcheck, test_utils=OF_KERNELS if case.sparing else OPCHECKS)
@@ -171,14 +171,14 @@ def _varied(calls: Sequence[Record]) -> list[Record]:
 @capability("fake kernel")
 def fake_kernel(case: Case) -> str | None:
     """Under ``FakeTensorMode`` every registered op reached gives its real shape, dtype, strides and device."""
-    dtypes = [d for d in (torch.float64, torch.bfloat16) if d in case.info.dtypes]
+    dtypes = [d for d in (torch.float64, torch.bfloat16) if d in case.info.dtypes][: 1 if case.sparing else 2]
     for record in records(case, dtypes, ["transposed"]):
         record = record.map(lambda t: t.detach())
         _check_metadata(_faked(record), record.outputs, f"fake kernel of {record}")
     return None
 
 
-@capability("meta device")
+@capability("meta device", of_dispatch=True)
 def meta_device(case: Case) -> str | None:
     """On the meta device every registered op reached gives that shape, dtype and those strides."""
     dependent = set()
@@ -249,6 +249,20 @@ def ops_functional(case: Case) -> None:
 # --- compile -----------------------------------------------------------------------------------
 
 
+@contextmanager
+def compiled_afresh() -> Iterator[None]:
+    """Nothing compiled comes from a cache that an earlier process left, which may not know what an op does now."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    aot, inductor = torch._functorch.config, torch._inductor.config
+    with (
+        aot.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+    ):
+        yield
+
+
 def _compile(function: Callable[..., Any], backend: str, **flags: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(function, backend=backend, fullgraph=True, **flags)
@@ -291,7 +305,7 @@ def _outputs(call: Call, only: Sequence[int] | None = None) -> Callable[..., tup
     return outputs
 
 
-@capability("compile")
+@capability("compile", of_dispatch=True)
 def compiled(case: Case) -> str:
     """``torch.compile(fullgraph=True)``, forward and backward, equals eager; with Inductor also in quick mode."""
     for call in case.compiled_calls(torch.float32):
@@ -301,7 +315,7 @@ def compiled(case: Case) -> str:
     return "inductor"
 
 
-@capability("compile dynamic")
+@capability("compile dynamic", of_dispatch=True)
 def compiled_dynamic(case: Case) -> str:
     """``torch.compile(fullgraph=True, dynamic=True)`` at three sizes, forward and backward, without a recompile."""
     for call in case.dynamic_calls():
@@ -330,13 +344,13 @@ def _grad(call: Call) -> Callable[..., Any]:
     return torch.func.grad(lambda *tensors: squares(function(*tensors)), argnums)
 
 
-@capability("compile(grad)")
+@capability("compile(grad)", of_dispatch=True)
 def compiled_grad(case: Case) -> str:
     """``torch.compile(torch.func.grad(f))``."""
     return _transformed(case, lambda call: (_grad(call), [t.detach() for t in call.tensors]))
 
 
-@capability("compile(vmap(grad))")
+@capability("compile(vmap(grad))", of_dispatch=True)
 def compiled_vmap_grad(case: Case) -> str:
     """``torch.compile(torch.vmap(torch.func.grad(f)))``, over the inputs it is differentiated in."""
 
@@ -348,7 +362,7 @@ def compiled_vmap_grad(case: Case) -> str:
     return _transformed(case, transform)
 
 
-@capability("compile(jvp)")
+@capability("compile(jvp)", of_dispatch=True)
 def compiled_jvp(case: Case) -> str:
     """``torch.compile`` of a function that calls ``torch.func.jvp``."""
 
@@ -392,7 +406,7 @@ def _exported(call: Call) -> torch.export.ExportedProgram:
     return torch.export.export(_Program(call), tensors, dynamic_shapes=(shapes,))
 
 
-@capability("export")
+@capability("export", of_dispatch=True)
 def export(case: Case) -> None:
     """``torch.export`` with the dynamic dimensions dynamic; the program runs on other sizes."""
     for call in case.dynamic_calls():
@@ -403,7 +417,7 @@ def export(case: Case) -> None:
             check_close(program(*tensors), sized.run(), f"exported, {describe(sized)}")
 
 
-@capability("AOTInductor", full_only=True)
+@capability("AOTInductor", full_only=True, of_dispatch=True)
 def aot_inductor(case: Case) -> None:
     """Exported, compiled to a package, loaded and run on another size."""
     for call in case.dynamic_calls(torch.float32):

@@ -127,7 +127,7 @@ def float16(case: Case) -> None:
     _check_dtype(case, torch.float16)
 
 
-@capability("autocast")
+@capability("autocast", of_dispatch=True)
 def autocast(case: Case) -> str:
     """Float32 inputs under autocast: gradients float32, all near the float32 results."""
     dtypes = set()
@@ -176,6 +176,12 @@ EXPANDED: dict[str, Layout] = {
 }
 
 
+def _layouts(case: Case) -> dict[str, Layout]:
+    """Where Triton interprets in quick mode those that no launcher can take for another by luck."""
+    layouts = LAYOUTS | EXPANDED
+    return {name: layouts[name] for name in ("strided", "transposed", "expanded")} if case.sparing else layouts
+
+
 def _laid_out(tensor: Tensor, layout: Layout) -> Tensor:
     return layout(tensor.detach()).requires_grad_(tensor.requires_grad)
 
@@ -211,7 +217,7 @@ def input_layouts(case: Case) -> None:
     for call in case.calls():
         tensors = [_laid_out(t, _row_major) for t in call.tensors]
         contiguous = run_leaves(call, tensors)
-        for name, layout in {**LAYOUTS, **EXPANDED}.items():
+        for name, layout in _layouts(case).items():
             for chosen in _subsets(case, name, len(tensors)):
                 moved = [_laid_out(t, layout) if i in chosen else t for i, t in enumerate(tensors)]
                 if _same_layout(moved, tensors):
@@ -235,7 +241,7 @@ def gradient_layouts(case: Case) -> None:
         tangents = () if "func.jvp" in case.info.not_applicable else randn_like(inputs, seed=4)
         derivatives = partial(_derivatives, call, inputs, outputs, weights, tangents)
         contiguous = derivatives(_row_major)
-        for name, layout in {**LAYOUTS, **EXPANDED}.items():
+        for name, layout in _layouts(case).items():
             expected = contiguous
             if name in EXPANDED:
                 expected = derivatives(_contiguous_after(layout))
@@ -375,12 +381,12 @@ def deterministic(case: Case) -> str:
 
 def _growth(case: Case, call: Call, with_reference: bool = False, elements: int = 1 << 18) -> int:
     """How often to repeat the dynamic dimensions: until threads matter, or the call or its reference takes long."""
-    times = 1
+    times, limit = 1, 0.02 if case.quick and not case.interpreted else 0.1
     if not case.interpreted:
         everything(call)  # the first run takes longer
     while call.sample.dynamic:
         grown = resized(call, times)
-        if _seconds(partial(everything, grown)) > 0.1 or max(t.numel() for t in call.tensors) * times > elements:
+        if _seconds(partial(everything, grown)) > limit or max(t.numel() for t in call.tensors) * times > elements:
             break
         reference = partial(run_leaves, case.reference(grown), grown.tensors) if with_reference else None
         if reference is not None and _seconds(reference) > (0.25 if case.quick else 1):

@@ -1,0 +1,44 @@
+// The instruction sets that kernels are compiled for, and the one that runs: CUSTOM_OPS_ISA, or the best there is.
+#pragma once
+
+#include "common.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CUSTOM_OPS_AVX2 1
+#define TARGET_AVX2 __attribute__((target("avx2,f16c")))
+#endif
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+
+namespace custom_ops {
+
+#ifdef CUSTOM_OPS_AVX2
+extern bool use_avx2;  // set in library.cpp
+
+template <class Body>
+TARGET_AVX2 void run_avx2(const Body& body) {
+  body();
+}
+#endif
+
+// Runs `body` compiled twice: for AVX2 where that is chosen, and portably. `body` must be a
+// lambda marked ALWAYS_INLINE, so that each copy is vectorised for its own instruction set.
+template <class Body>
+void multiversion(const Body& body) {
+#ifdef CUSTOM_OPS_AVX2
+  if (use_avx2) return run_avx2(body);
+#endif
+  body();
+}
+
+// out[i] = f(i) for n elements; `f` marked ALWAYS_INLINE, as for `multiversion`.
+template <class T, class F>
+void each_element(T* out, int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 32768, [&](int64_t begin, int64_t end) {
+    multiversion([=]() ALWAYS_INLINE {  // all copied, since what is written could be what a reference is to
+      for (int64_t i = begin; i < end; ++i) out[i] = f(i);
+    });
+  });
+}
+
+}  // namespace custom_ops
