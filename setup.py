@@ -127,10 +127,12 @@ class BuildWithNinja(build_ext):
             f"-L{torch}/lib",
             "-ltorch_cpu",
         ]
-        objects = [f"{Path(source).stem}.o" for source in ext.sources]
+        # The largest first, so that no core is left alone with one at the end.
+        ordered = sorted(ext.sources, key=lambda source: -(ROOT / source).stat().st_size)
+        objects = [f"{Path(source).stem}.o" for source in ordered]
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
         # Relative, so that what is compiled here can be moved with the sources: tests/test_packaging.py does.
-        sources = [os.path.relpath(ROOT / source, folder) for source in ext.sources]
+        sources = [os.path.relpath(ROOT / source, folder) for source in ordered]
         builds = [f"build {o}: compile {_path(source)}\n" for o, source in zip(objects, sources)]
         build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)}\n"
         (folder / "build.ninja").write_text(build)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from custom_ops import _native
+
 
 def machine() -> dict[str, Any]:
     info: dict[str, Any] = {
@@ -21,6 +23,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cpu": _line(Path("/proc/cpuinfo"), "model name") or platform.processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "kernels": _native.isa(),
         "ram": _line(Path("/proc/meminfo"), "MemTotal"),
         "load": round(os.getloadavg()[0], 1),
         "huge pages": _selected(Path("/sys/kernel/mm/transparent_hugepage/enabled")),

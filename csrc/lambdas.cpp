@@ -13,13 +13,13 @@ struct Ranked {
   int64_t n, rows, columns;  // a pair is one of the first `rows` and a later one of the first `columns`
   const int32_t* order;
   A* y;
-  // A pair weighs the difference of its gains times (that of its discounts + `by_distance` of its ranks), or only the
-  // gain of the item with the higher label.
-  bool differences;
+  // Item i above j weighs the difference of their gains times (that of their discounts + `by_distance` of their ranks),
+  // or only the gain of i; if i has the higher label, or else if `every`.
+  bool differences, every;
   A *gain, *discount, *by_distance;
   A* up;  // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
   A* down;
-  A* s;  // s / 2, of which no difference overflows, from which it is taken where `wide`
+  A* s;     // s / 2, of which no difference overflows, from which it is taken where `wide`
   A twice;  // 2 sigma
   bool wide;
   A* v;
@@ -35,19 +35,37 @@ struct Ranked {
     }
   }
 
-  // For the same; `first` tells where i has the higher label.
+  // For the same, of those `inside`: the weights of i above j, and of j above i.
   template <bool kDifferences>
-  ALWAYS_INLINE void weight(int64_t i, int64_t j, const typename Vector<A>::I& first, VectorOf<A>& w) const {
+  ALWAYS_INLINE void weights(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& first,
+                             VectorOf<A>& last) const {
+    using V = VectorOf<A>;
+    using I = typename Vector<A>::I;
+    V label, w;
+    load<A>(label, y + j);
     load<A>(w, gain + j);
+    const I all = every ? inside : I{};
+    const I higher = (inside & (label < y[i])) | all, lower = (inside & (label > y[i])) | all;
     if constexpr (kDifferences) {
-      VectorOf<A> d, t;
+      V d, t;
       load<A>(d, discount + j);
       load<A>(t, by_distance + (j - i));
-      w = first ? gain[i] - w : w - gain[i];
+      w = higher ? gain[i] - w : w - gain[i];
       w *= discount[i] - d + t;
+      first = higher ? w : V{};
     } else {
-      w = first ? VectorOf<A>{} + gain[i] : w;
+      first = higher ? V{} + gain[i] : V{};
     }
+    last = lower ? w : V{};
+  }
+
+  // For the same, how many pairs they are: 0, 1, or both orders if `every`.
+  ALWAYS_INLINE void count(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& pairs) const {
+    using V = VectorOf<A>;
+    V label;
+    load<A>(label, y + j);
+    const V counted = inside & ((label < y[i]) | (label > y[i])) ? V{} + A(1) : V{};
+    pairs += every ? (inside ? V{} + A(2) : V{}) : counted;
   }
 };
 
@@ -84,28 +102,25 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
         const int64_t begin = std::max(i + 1, left);
         V row = V{}, value = V{}, count = V{};
         for (int64_t j = begin / W * W; j < right; j += W) {
-          V u, y, w, g, column;
-          load<A>(y, x.y + j);
+          V u, first, last, g, column;
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
-          const I first = inside & (y < x.y[i]), last = inside & (y > x.y[i]), paired = first | last;
           x.template ratio<kWide>(i, j, u);
-          x.template weight<kDifferences>(i, j, first, w);
-          const I counts = kWide ? paired & (w != 0) : paired;  // infinite scores of no weight change nothing
+          x.template weights<kDifferences>(i, j, inside, first, last);
+          // Infinite scores of no weight change nothing, though their difference may be NaN.
+          if constexpr (kWide) u = (first == V{}) & (last == V{}) ? V{} : u;
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
             load<A>(g, x.v + j);
-            g = w * u * r * r * (x.v[i] - g);
+            g = (first + last) * u * r * r * (x.v[i] - g);
           } else {
-            V s;
+            V s, log;
             load<A>(s, x.s + j);
-            V log;
             log_one_plus<A>(u * (inverse * next), log);
-            const V over = first ? V{} : w * (x.s[i] - s) * x.twice;
-            value += counts ? w * log + over : V{};
-            count += paired ? V{} + A(1) : V{};
-            g = w * (first ? -u * r : r);
+            value += first * log + last * (log + (last == V{} ? V{} : (x.s[i] - s) * x.twice));
+            x.count(i, j, inside, count);
+            g = (last - first * u) * r;
           }
-          g = counts ? g : V{};
+          g = inside ? g : V{};
           row += g;
           load<A>(column, columns + (j - left));
           column += g;
@@ -148,7 +163,10 @@ struct LambdaLoss {
     x.v = list.v ? scratch.get<A>(length) : nullptr;
     for (int64_t i = 0; list.v && i < length; ++i) x.v[i] = i < n ? list.v[x.order[i]] : A(0);
     exponentials(list, x, length);
-    if (!weights(list, x, length)) x.rows = 0;
+    // Which lists count doesn't depend on the scores.
+    const bool unequal = weighting == kNdcg1 ? n > 1 : !std::equal(list.y + 1, list.y + n, list.y);
+    list.active = weights(list, x, length) && unequal;
+    if (!list.active) x.rows = 0;
     Sums total, counted;
     const double* sums = run(x, list.v != nullptr, scratch, total);
     if (normalize && list.v) run(x, false, scratch, counted);  // the Hessian isn't asked for its pairs
@@ -157,7 +175,6 @@ struct LambdaLoss {
     const double slope = factor * (list.v ? sigma * sigma : sigma);
     for (int64_t i = 0; i < n; ++i) list.slope[x.order[i]] = static_cast<A>(slope * sums[i]);
     list.loss = static_cast<A>(factor * total.loss);
-    list.active = total.pairs > 0;
   }
 
  private:
@@ -191,6 +208,7 @@ struct LambdaLoss {
       return out;
     };
     x.differences = weighting != kRanknet && weighting != kNdcg1;
+    x.every = weighting == kNdcg1;
     x.gain = zeros(length);
     x.discount = zeros(length);
     x.by_distance = zeros(length + kWidth<A>) + kWidth<A>;  // a vector may begin before the distance 0
@@ -206,8 +224,7 @@ struct LambdaLoss {
     for (int64_t i = 0; i < n; ++i) {
       const A label = list.y[ideal[i]];
       const bool same = i > 0 && label == list.y[ideal[i - 1]];
-      const double own =
-          same ? gains[ideal[i - 1]] : relative_gain(static_cast<double>(label), highest, exponential);
+      const double own = same ? gains[ideal[i - 1]] : relative_gain(static_cast<double>(label), highest, exponential);
       gains[ideal[i]] = own;
       if (i < x.rows) most += own * discount_at(i);
     }
@@ -235,6 +252,10 @@ struct LambdaLoss {
       });
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
+    for (int64_t i = 0; x.every && i < x.rows; ++i) {  // each item with itself
+      total.loss += std::log(2.0) * static_cast<double>(x.gain[i]);
+      total.pairs += 1;
+    }
     return sums;
   }
 

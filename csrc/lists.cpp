@@ -5,7 +5,22 @@
 namespace custom_ops {
 namespace {
 
-// Calls kernel(list) for each list with a valid item, then put(index of the list, list).
+// Calls kernel(list), but that a list with a NaN among its labels has no loss.
+template <class A>
+void run_list(List<A>& list, const ListKernel& kernel) {
+  bool defined = true;
+  multiversion([&]() ALWAYS_INLINE {
+    int32_t other = 0;
+    for (int64_t i = 0; i < list.n; ++i) other |= list.y[i] != list.y[i];
+    defined = !other;
+  });
+  if (defined) return kernel(list);
+  list.loss = std::numeric_limits<A>::quiet_NaN();
+  list.active = true;
+  std::fill(list.slope, list.slope + list.n, list.loss);
+}
+
+// Runs each list with a valid item, then calls put(index of the list, list).
 template <class A, class Put>
 void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& labels, const A* v, A* slope,
                    const ListKernel& kernel, const Put& put) {
@@ -17,7 +32,7 @@ void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& label
     const int64_t items = end - begin;
     if (!valid) {
       List<A> list{items, s + begin, y + begin, v ? v + begin : nullptr, slope + begin, scratch};
-      if (items) kernel(list);
+      if (items) run_list(list, kernel);
       return put(index, list);
     }
     A* compact_s = scratch.get<A>(items);
@@ -33,7 +48,7 @@ void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& label
       ++n;
     }
     List<A> list{n, compact_s, compact_y, v ? compact_v : nullptr, compact_slope, scratch};
-    if (n) kernel(list);
+    if (n) run_list(list, kernel);
     for (int64_t i = begin, k = 0; i < end; ++i) slope[i] = valid[i] ? compact_slope[k++] : A(0);
     put(index, list);
   });
@@ -146,6 +161,7 @@ Tensor list_scale(const Tensor& weight_in, const Tensor& x_in, const std::option
     lists.clear_outside(op);
     lists.parallel(1, [&](int64_t index, int64_t begin, int64_t end, Scratch&) {
       const A w = wp[index];
+      if (w == 0) return std::fill(op + begin, op + end, A(0));  // whatever x is
       multiversion([&]() ALWAYS_INLINE {
         if (!keep)
           for (int64_t i = begin; i < end; ++i) op[i] = w * xp[i];

@@ -1,6 +1,8 @@
 // Margin ranking loss.
 #include "activation.h"
 
+#include <utility>
+
 namespace custom_ops {
 namespace {
 
@@ -10,13 +12,42 @@ A hinge(A v) {
   return v < 0 ? A(0) : v;
 }
 
+constexpr int64_t kLanes = 32;  // elements whose bits are one word of the mask
+
+// The sum of a span's n elements: of each tile those that are kLanes apart are added up first. The last ones, with
+// which no kLanes are full, are added one by one.
+template <class A>
+class LaneSum {
+ public:
+  explicit LaneSum(int64_t n) : whole_(n / kLanes * kLanes) {}
+
+  void add(int64_t i, A value) {
+    if (i >= whole_) {
+      total += value;
+      return;
+    }
+    lanes_[i % kLanes] += value;
+    if ((i + 1) % kTile == 0 || i + 1 == whole_)
+      for (A& lane : lanes_) total += std::exchange(lane, A(0));
+  }
+
+  double total = 0;
+
+ private:
+  int64_t whole_;
+  A lanes_[kLanes] = {};
+};
+
 #ifdef CUSTOM_OPS_AVX2
+static_assert(kLanes == avx2::kStep);
+
 template <class V>
 TARGET_AVX2 V hinge_vector(V v) {
   return v.and_not(V::all(0) > v);
 }
 
-// The hinges, stored in `loss` or, without one, added to `sum`; mask: which arguments are at least 0.
+// The hinges, stored in `loss` or, without one, added to `sum`, in the order of LaneSum; mask: which arguments are at
+// least 0.
 template <class T>
 TARGET_AVX2 int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumulator<T> margin, T* loss, uint8_t* mask,
                                   double& sum, int64_t n, bool stream) {
@@ -45,11 +76,9 @@ TARGET_AVX2 int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumula
       const uint32_t bits = L::signs(kept);
       std::memcpy(mask + i / 8, &bits, sizeof(bits));
     }
-    for (const V& v : sums) {
-      A lanes[V::kLanes];
-      v.store(lanes, false);
-      for (A lane : lanes) sum += lane;
-    }
+    A lanes[avx2::kStep];
+    for (int64_t k = 0; k < kVectors; k += 2) L::store({sums[k], sums[k + 1]}, lanes + k * V::kLanes, false);
+    for (A lane : lanes) sum += lane;
   }
   return i;
 }
@@ -121,21 +150,22 @@ std::tuple<Tensor, Tensor> margin_ranking(const Tensor& input1, const Tensor& in
     layout.parallel_spans(kSpan, [&](int64_t example, int64_t begin, int64_t end) {
       const int64_t at = example * layout.elements + begin, n = end - begin;
       uint8_t* bits = mp + example * layout.bytes + begin / 8;
-      double sum = 0;
+      LaneSum<A> sum(n);
       int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
       if (use_avx2)
-        i = hinge_vectors(x1 + at, x2 + at, y + at, m, reduce ? nullptr : lp + at, bits, sum, n, streaming.at(lp + at));
+        i = hinge_vectors(x1 + at, x2 + at, y + at, m, reduce ? nullptr : lp + at, bits, sum.total, n,
+                          streaming.at(lp + at));
 #endif
       for (; i < n; ++i) {
         const A v = (static_cast<A>(x2[at + i]) - static_cast<A>(x1[at + i])) * static_cast<A>(y[at + i]) + m;
-        if (reduce) sum += hinge(v);
+        if (reduce) sum.add(i, hinge(v));
         else lp[at + i] = static_cast<T>(hinge(v));
         if (i % 8 == 0) bits[i / 8] = 0;
         bits[i / 8] |= static_cast<uint8_t>((v >= 0) << (i % 8));
       }
       streaming.flush();
-      if (reduce) partial[example * spans + begin / kSpan] = sum;
+      if (reduce) partial[example * spans + begin / kSpan] = sum.total;
     });
     if (reduce)
       for (int64_t e = 0; e < layout.examples; ++e) {

@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 
+from custom_ops import _native
+
 COMMANDS = {
     "verify": ("custom_ops.verify", "check every op, on every backend, against the capability matrix"),
     "bench": ("custom_ops.benchmarks.run", "time every op beside its peers"),
@@ -47,15 +49,19 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def usage() -> str:
+    """The commands, and which of their instruction sets the C++ kernels use here."""
+    lines = [f"  {name:8}{summary}" for name, (_, summary) in COMMANDS.items()]
+    isas = f"C++ kernels: {_native.isa()}, by CUSTOM_OPS_ISA={'|'.join(_native.isas())}"
+    return "\n".join(["usage: python -m custom_ops COMMAND [--help]", *lines, isas])
+
+
 def _run(argv: list[str]) -> int:
-    usage = "usage: python -m custom_ops COMMAND [--help]\n" + "\n".join(
-        f"  {name:8}{summary}" for name, (_, summary) in COMMANDS.items()
-    )
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage)
+        print(usage())
         return 0
     if argv[0] not in COMMANDS:
-        print(f"unknown command {argv[0]!r}\n{usage}", file=sys.stderr)
+        print(f"unknown command {argv[0]!r}\n{usage()}", file=sys.stderr)
         return 2
     return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))
 

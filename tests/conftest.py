@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 # Nor torch: threads that wait for work sleep, for their spinning takes the cores from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Inductor would start processes to compile in, which import torch and then have a kernel or two each.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed|dtensor)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*")
 # Started first, so that no worker is left with one while the other has nothing to do.
@@ -46,7 +48,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["full_only"] = session.config.stash[FULL_ONLY]
+        session.config.workeroutput["full_only"] = session.config.stash.get(FULL_ONLY, 0)
 
 
 @pytest.hookimpl(optionalhook=True)

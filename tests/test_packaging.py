@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -87,6 +88,10 @@ def environment(folder: Path, *names: str) -> Path:
     succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     link(folder / "lib" / version / "site-packages", *names)
+    if "ninja" in names:
+        # The one that setup.py finds here: another doesn't read its log, and compiles everything again.
+        found = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+        (folder / "bin" / "ninja").symlink_to(str(found))
     return folder / "bin" / "python"
 
 

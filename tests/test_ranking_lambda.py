@@ -20,13 +20,14 @@ def dense(s, y, weighting, k=None, topk_mode="or", mu=10.0):
     k = n if k is None else k
     best = sum((2**g - 1) / math.log2(r + 2) for r, g in enumerate(sorted(y.tolist(), reverse=True)[:k]))
     gain = [(2 ** y[i].item() - 1) / best for i in range(n)]
+    every_pair = weighting == "ndcg1"
     total = 0 * s.sum()
     for i in range(n):
         for j in range(n):
             in_top = (min if topk_mode == "or" else max)(rank[i], rank[j]) <= k
-            if not (y[i] > y[j] and in_top):
+            if not ((every_pair or y[i] > y[j]) and in_top):
                 continue
-            swap, a = gain[i] - gain[j], abs(rank[i] - rank[j])
+            swap, a = gain[i] - gain[j], abs(rank[i] - rank[j]) or 1
             lambdarank = swap * abs(1 / math.log2(1 + rank[i]) - 1 / math.log2(1 + rank[j]))
             ndcg2 = swap * abs(1 / math.log2(1 + a) - 1 / math.log2(2 + a))
             weight = {

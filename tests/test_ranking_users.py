@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 
-import mpmath
 import pytest
 import torch
 from mpmath import mp, mpf

@@ -172,7 +172,8 @@ def _core_seconds() -> float:
 
 def compile_kernel(index: int, quick: bool) -> list[Report]:
     kernel = kernels()[index]
-    chosen = [found for found in sources(kernel) if not quick or found[0] in (kernel.dtypes[0], kernel.dtypes[-1])]
+    dtypes = (kernel.dtypes[-(index % 2)],) if quick else kernel.dtypes
+    chosen = [found for found in sources(kernel) if found[0] in dtypes]
     reports = [compile_one(kernel, REPORTED, *source) for source in chosen]
     others = [target for target in TARGETS if target != REPORTED]
     if quick:
@@ -184,9 +185,8 @@ def compile_kernel(index: int, quick: bool) -> list[Report]:
 def compile_all(name: str = "", quick: bool = False) -> list[Report]:
     """Compile every kernel whose name contains ``name``, in as many processes as there are cores.
 
-    With ``quick`` for the first and the last of its dtypes only, and for one of the other targets, which the kernels
-    take in turn, only what takes most registers on sm_90. Raises ``RuntimeError`` where Triton interprets instead of
-    compiling.
+    With ``quick`` for one dtype, in turn the first and the last, and for one of the other targets, in turn too, only
+    what takes most registers on sm_90. Raises ``RuntimeError`` where Triton interprets instead of compiling.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("custom_ops.triton_kernels.aot: unset TRITON_INTERPRET, under it nothing is compiled")
@@ -241,7 +241,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m custom_ops.triton_kernels.aot", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="only kernels with this in their name")
     parser.add_argument(
-        "--quick", action="store_true", help="two dtypes, and one variant for one other target than sm_90"
+        "--quick", action="store_true", help="one dtype, and one variant for one other target than sm_90"
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write docs/gpu.md there")
     options = parser.parse_args(argv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -63,6 +65,10 @@ def lambda_pairs_kernel(
     discount_i = tl.load(discount_ptr + example + i, mask=valid_i, other=0)
     slope = tl.full([ROWS], 0.0, s_i.dtype)
     value, count = slope, slope
+    if WEIGHTING == 2:  # each item with itself
+        self_i = valid_i & (rank_i < 0)
+        value = tl.where(self_i, gain_i * discount_i * 0.6931471805599453, 0.0).to(s_i.dtype)
+        count = tl.where(self_i, 1.0, 0.0).to(s_i.dtype)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     twice = tl.full([1, 1], 2.0 * sigma, s_i.dtype)
@@ -76,8 +82,12 @@ def lambda_pairs_kernel(
         rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
         in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < 0
         both = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :]) & in_top
-        above = both & (y_i[:, None] > y_j[None, :])
-        below = both & (y_i[:, None] < y_j[None, :])
+        if WEIGHTING == 2:  # all other pairs, in both orders
+            above = both & (i[:, None] != j[None, :])
+            below = above
+        else:
+            above = both & (y_i[:, None] > y_j[None, :])
+            below = both & (y_i[:, None] < y_j[None, :])
         if WEIGHTING == 0:
             w = tl.full([ROWS, COLUMNS], 1.0, s_i.dtype)
         elif WEIGHTING == 5:
@@ -85,9 +95,7 @@ def lambda_pairs_kernel(
         else:
             gain_j = tl.load(gain_ptr + example + j, mask=valid_j, other=0)
             discount_j = tl.load(discount_ptr + example + j, mask=valid_j, other=0)
-            if WEIGHTING == 2:
-                w = tl.where(above, (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :])
-            else:
+            if WEIGHTING != 2:
                 w = tl.abs(discount_i[:, None] - discount_j[None, :])
                 if WEIGHTING != 1:
                     a = tl.abs(rank_i[:, None] - rank_j[None, :])
@@ -95,7 +103,12 @@ def lambda_pairs_kernel(
                     w = by if WEIGHTING == 3 else w + by
                 w *= tl.abs(gain_i[:, None] - gain_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
-        lead = tl.where(below, -difference, difference) * twice
+        if WEIGHTING == 2:
+            lead = difference * twice
+            w_i, w_j = (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :]
+            w = w_i + w_j
+        else:
+            lead = tl.where(below, -difference, difference) * twice
         count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
         above &= w != 0  # infinite scores of no weight change nothing
         below &= w != 0
@@ -104,8 +117,14 @@ def lambda_pairs_kernel(
             move = w * wrong_order(lead) * wrong_order(-lead) * (v_i[:, None] - v_j[None, :])
             slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
         else:
-            g = w * wrong_order(lead)
-            slope += tl.sum(tl.where(above, -g, tl.where(below, g, 0.0)), axis=1)
+            if WEIGHTING == 2:
+                g = w_i * wrong_order(lead) - w_j * wrong_order(-lead)
+                slope -= tl.sum(tl.where(above, g, 0.0), axis=1)
+                w = w_i
+                above &= w != 0
+            else:
+                g = w * wrong_order(lead)
+                slope += tl.sum(tl.where(above, -g, tl.where(below, g, 0.0)), axis=1)
             wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
             value += tl.sum(tl.where(above, w * pair_value(tl.abs(lead), 0) + wrong, 0.0), axis=1)
     tl.store(slope_ptr + example + i, slope, mask=i < items)
@@ -143,7 +162,14 @@ def _pairs(
     distance = discount_of(torch.arange(-1, lists.items, device=scores.device))
     distance = (distance[:-1] - distance[1:]) * (mu if weighting == _NDCG2PP else 1.0)
     distance = distance.to(scores.dtype)  # by how far the ranks are apart; that of 0 isn't read
-    some = None
+    some = active = None
+    if both:  # whether there is a pair at all, be it in the top or below
+        if weighting == _NDCG1:
+            active = lists.sum(owned.to(scores.dtype)) > 1
+        else:
+            highest = lists.largest(labels.masked_fill(~owned, -math.inf), -math.inf)
+            differs = owned & (labels != lists.to_items(highest))
+            active = lists.sum(differs.to(scores.dtype)) > 0
     if weighting not in (_RANKNET, _LABEL_DIFF):
         labels_in = labels.double().masked_fill(~owned, 0)
         ones = labels_in.new_ones((*lists.batch, lists.lists))
@@ -164,10 +190,12 @@ def _pairs(
         variant=(weighting, v is not None),
     )
     pairs = lists.sum(count)
-    pairs = pairs if some is None else torch.where(some, pairs, 0)
+    active = pairs > (1 if weighting == _NDCG1 else 0) if active is None else active
+    if some is not None:
+        pairs, active = torch.where(some, pairs, 0), active & some
     factor = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)
     moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
-    return lists.sum(value) * factor, moved, pairs > 0
+    return torch.where(active, lists.sum(value) * factor, 0), moved, active
 
 
 def discount_of(rank: Tensor) -> Tensor:

@@ -88,11 +88,11 @@ class Lists:
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
-    def largest(self, x: Tensor) -> Tensor:
-        """The largest [..., L] of 0 and x [..., T] over each list, masked items and all."""
+    def largest(self, x: Tensor, least: float = 0) -> Tensor:
+        """The largest [..., L] of ``least`` and x [..., T] over each list, masked items and all."""
         if not self.several:
-            return x.amax(-1, keepdim=True).clamp_min(0)
-        top = x.new_zeros((*self.batch, self.lists + 2))
+            return x.amax(-1, keepdim=True).clamp_min(least)
+        top = x.new_full((*self.batch, self.lists + 2), least)
         return top.scatter_reduce(-1, (self.places + 1).expand(x.shape), x, "amax")[..., 1:-1]
 
     def scan(self, x: Tensor) -> Tensor:
@@ -218,6 +218,31 @@ def list_dot_kernel(
 
 
 @kernel(
+    "*T *u8 *i64 *T *u8 i32 i32",
+    WIDE,
+    {masked: {"MASKED": masked, "BLOCK": _BLOCK} for masked in (False, True)},
+    narrow=_ANYWHERE,
+)
+@triton.jit(do_not_specialize=["items", "lists"])
+def list_undefined_kernel(
+    label_ptr, valid_ptr, bounds_ptr, loss_ptr, active_ptr, items, lists, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The loss of a list with a NaN among its labels is NaN."""
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    nan = tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        label = tl.load(label_ptr + base + item, mask=valid, other=0)
+        nan += (label != label).to(tl.int32)
+    undefined = tl.sum(nan) > 0
+    tl.store(loss_ptr + program, float("nan"), mask=undefined)
+    tl.store(active_ptr + program, 1, mask=undefined)
+
+
+@kernel(
     "*T *T *T *u8 *i32 i32 i32 i32",
     WIDE,
     {key: {**variant, "BLOCK": _BLOCK} for key, variant in VARIANTS.items()},
@@ -246,7 +271,7 @@ def list_scale_kernel(
     valid = load_valid(valid_ptr, at, inside, MASKED) & (ids >= 0)
     weight = tl.load(weight_ptr + example * lists + ids, mask=valid, other=0)
     x = tl.load(x_ptr + at, mask=inside, other=0)  # what isn't valid too: a mask of single elements forbids wide loads
-    tl.store(out_ptr + at, tl.where(valid, weight * x, 0.0), mask=inside)
+    tl.store(out_ptr + at, tl.where(valid & (weight != 0), weight * x, 0.0), mask=inside)
 
 
 def list_scale(weight: Tensor, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -301,6 +326,9 @@ def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[.
         *params: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, slope, active = launch(scores, labels, valid, offsets, *params)
+        lists = Lists(labels, valid, offsets)
+        undefined = (labels.contiguous(), lists.valid, lists.bounds, loss, active.view(torch.uint8))
+        list_undefined_kernel(lists.examples * lists.lists, *undefined, lists.items, lists.lists, variant=lists.masked)
         if reduction == NONE:
             return loss, slope, active
         mean, dims = reduction == MEAN, tuple(range(batch_dims, active.dim()))

@@ -35,6 +35,7 @@ from torch.nn import Parameter
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.library import Function
+from custom_ops.ranking import _inputs
 from custom_ops.registry import BadCall, Benchmark, Sample, Target
 
 NONE, MEAN, SUM = map(_checks.REDUCTIONS.index, ("none", "mean", "sum"))  # as numbered in csrc/lists.h
@@ -350,7 +351,7 @@ def _shard(op: OpOverload) -> None:
         return [([p] * outputs, [placed(name, arg, p) for name, arg in zip(names, args)]) for p in free]
 
 
-for _op in (list_scale, list_dot):
+for _op in (list_scale, list_dot, _inputs.list_labels):
     _batch(_op)
     _shard(_op)
 
@@ -368,25 +369,30 @@ def list_loss(
     cu_lengths: Tensor | None,
     weights: Tensor | None,
     reduction: str,
+    purpose: int,
 ) -> Tensor:
-    """Check what all list losses take, call ``op`` on it and reduce over the lists."""
-    valid = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    offsets = None if cu_lengths is None else cu_lengths.to(torch.int64)
+    """Check what all list losses take, call ``op`` on it and reduce over the lists.
+
+    ``purpose`` says what the loss makes of its labels, as `_inputs` has it. float64 labels of which it needs more than
+    the order are computed with in float64, whatever the scores are.
+    """
+    valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    dtype = torch.float64 if labels.dtype == torch.float64 and purpose != _inputs.ORDER else wide
     # A DTensor is left sharded until only the losses of its lists are to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
     by_op = _checks.REDUCTIONS.index(reduction) if whole else NONE
-    loss, _, active = library.direct(op)(scores.to(wide), labels.to(wide), valid, offsets, by_op, 0, *params)
+    labels = _inputs.in_dtype(labels, dtype, valid, offsets, purpose)
+    loss, _, active = library.direct(op)(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
     if by_op == NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
         loss = reduce(loss, active, weights, reduction)
-    stays = wide == scores.dtype or under_autocast(scores)
-    return loss if stays else loss.to(scores.dtype)
+    return loss.to(wide if under_autocast(scores) else scores.dtype)
 
 
 def under_autocast(x: Tensor) -> bool:
-    """Which the meta device doesn't know."""
+    """Whether autocast is on where x lies; the meta device has none."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
@@ -398,9 +404,11 @@ def checked(
     cu_lengths: Tensor | None,
     weights: Tensor | None,
     reduction: str,
-) -> Tensor | None:
+    dtypes: Sequence[torch.dtype] = _checks.FLOATING,
+) -> tuple[Tensor | None, Tensor | None]:
     """What `valid_items` gives, once all arguments are checked."""
-    _checks.has_dtype("scores", scores, _checks.FLOATING)
+    _not_nested("scores", scores)
+    _checks.has_dtype("scores", scores, dtypes)
     if scores.dim() == 0:
         raise ValueError("scores: expected [..., n], got a single number")
     _checks.is_tensor("labels", labels)
@@ -408,39 +416,59 @@ def checked(
         raise TypeError(f"labels: expected real numbers, got {str(labels.dtype).removeprefix('torch.')}")
     _no_gradient(labels.requires_grad)
     _has_shape("labels", labels, scores, scores.shape)
-    valid = valid_items("scores", scores, mask, lengths, cu_lengths)
+    valid, offsets = valid_items("scores", scores, mask, lengths, cu_lengths)
     if weights is not None:
         _checks.has_dtype("weights", weights, _checks.FLOATING)
-        per_list = scores.shape[:-1] if cu_lengths is None else (*scores.shape[:-1], cu_lengths.shape[0] - 1)
+        per_list = scores.shape[:-1] if offsets is None else (*scores.shape[:-1], offsets.shape[0] - 1)
         _has_shape("weights", weights, scores, torch.Size(per_list))
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-    return valid
+    return valid, offsets
+
+
+def _not_nested(name: str, x: Tensor) -> None:
+    if isinstance(x, Tensor) and x.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested tensor; pass its values() with cu_lengths=its offsets()"
+        )
 
 
 def valid_items(
     name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_lengths: Tensor | None
-) -> Tensor | None:
-    """Which items of ``x``, called ``name``, are valid, once all arguments are checked; None if all are."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which items of ``x``, called ``name``, are valid, None if all are; and the bounds of its lists, if several.
+
+    All arguments are checked.
+    """
+    offsets = None
     if cu_lengths is not None:
         if lengths is not None:
             raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
-        _checks.has_dtype("cu_lengths", cu_lengths, _checks.INDEX)
-        _checks.has_dims("cu_lengths", cu_lengths, "[L + 1]")
-        if cu_lengths.shape[0] == 0:
+        offsets = _integers("cu_lengths", cu_lengths, x)
+        _checks.has_dims("cu_lengths", offsets, "[L + 1]")
+        if offsets.shape[0] == 0:
             raise ValueError("cu_lengths: expected at least one element, got none")
-        _checks.same_device(**{name: x, "cu_lengths": cu_lengths})
+        _checks.same_device(**{name: x, "cu_lengths": offsets})
     if mask is not None:
         _checks.has_dtype("mask", mask, (torch.bool,))
         _has_shape("mask", mask, x, x.shape, name)
     if lengths is None:
-        return mask
-    _checks.has_dtype("lengths", lengths, _checks.INDEX)
+        return mask, offsets
+    lengths = _integers("lengths", lengths, x)
     _has_shape("lengths", lengths, x, x.shape[:-1], name)
-    places = torch.arange(x.shape[-1], device=x.device)
-    if shards.is_sharded(lengths):
-        places = shards.replicated(places, lengths)
-    begun = places < lengths.unsqueeze(-1)
-    return begun if mask is None else mask & begun
+    begun: Tensor = _inputs.list_valid(lengths, x.shape[-1])
+    return begun if mask is None else mask & begun, offsets
+
+
+def _integers(name: str, value: Any, x: Tensor) -> Tensor:
+    """A tensor of int64, of one of integers, or of what else makes one: a list, an array of numpy's."""
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, device=x.device)
+        except (RuntimeError, TypeError, ValueError):
+            raise TypeError(f"{name}: expected a tensor or a list of integers, got {type(value).__name__}") from None
+        value = value if value.numel() else value.to(torch.int64)
+    _checks.has_dtype(name, value, _checks.INDEX)
+    return value.to(torch.int64)
 
 
 def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, called: str = "scores") -> None:
@@ -461,7 +489,7 @@ def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str)
 def _reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     if weights is not None:
         weights = weights.to(loss.dtype)
-        loss = loss * weights
+        loss = torch.where((weights == 0) & ~loss.isfinite(), 0, loss) * weights
     if reduction == "none":
         return loss
     # In double, as torch's sums depend on the number of threads.
@@ -481,7 +509,7 @@ class ListLossModule(torch.nn.Module):
 
     def __init__(self, reduction: str = "mean", **own: Any) -> None:
         super().__init__()
-        self.reduction, self.own = reduction, own
+        self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in own.items()}
         with torch.no_grad():
             nothing = torch.empty(0, device="cpu")
             self(nothing, nothing)  # the function checks them

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from custom_ops import _checks
+from custom_ops.ranking._inputs import DIFFERENCE, EXPONENTIAL, ORDER, VALUE
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
@@ -55,7 +56,9 @@ def lambda_loss(
     log_base: float = 2.0,
     normalize: bool = False,
 ) -> Tensor:
-    """The sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
+    """The sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over pairs of items of each list.
+
+    The pairs are those with ``y_i > y_j``; for "ndcg1" all i and j, each item with itself too (a constant).
 
     With r an item's rank by score from 1 (ties by position), ``D(r) = log2(1 + r)``, and G its gain over
     the best DCG@k that an order of the list can have, the weight of a pair is, for ``weighting``
@@ -68,9 +71,10 @@ def lambda_loss(
     - "label_diff": ``y_i - y_j``
 
     The weights are constants in the derivatives, of which there are two. Gains are taken relative to that
-    of the highest label, so no label is too large. A list without a pair (empty, of one item, all masked,
-    all labels tied) or, where the weight has gains in it, without a positive gain has loss 0 and doesn't
-    count in the mean. Nothing of size n^2 is kept.
+    of the highest label, so no label is too large; a label below 0 has gain 0. A list without a pair (empty, of
+    one item, all masked; but for "ndcg1" all labels tied) or, where the weight has gains in it, without a positive
+    gain has loss 0 and doesn't count in the mean; which lists count depends on the labels only, not on the top k.
+    Nothing of size n^2 is kept.
 
     The arguments not described here, errors about them, and the result are those of
     `pairwise_logistic_loss`.
@@ -79,11 +83,11 @@ def lambda_loss(
         weighting: one of the above.
         k: only pairs in the top k of the current ranking count, and DCG is cut there; None for all.
         topk_mode: in the top k is "or" one of the two (the paper's), "and" both (allRank's).
-        gain: "exponential", ``2^y - 1``, or "linear", ``y``.
+        gain: "exponential", ``2^y - 1``, or "linear", ``y``; 0 for labels below 0.
         sigma: the steepness, a positive number.
         mu: the share of "ndcg2" in "ndcg2pp".
         log_base: of the loss; more than 1.
-        normalize: divide each list's loss by its number of pairs.
+        normalize: divide each list's loss by its number of pairs in the top k.
 
     Raises:
         TypeError: ``k`` no integer; ``sigma``, ``mu`` or ``log_base`` no number; ``normalize`` no bool.
@@ -103,26 +107,28 @@ def lambda_loss(
         (tensor(0.4992), tensor([-0.2733,  0.1782,  0.0952]))
     """
     _checks.is_one_of("weighting", weighting, WEIGHTINGS)
-    _checks.is_limit("k", k)
+    k = _checks.as_limit("k", k)
     _checks.is_one_of("topk_mode", topk_mode, _TOPK_MODES)
     _checks.is_one_of("gain", gain, _GAINS)
-    _checks.is_positive("sigma", sigma)
+    sigma = _checks.as_positive("sigma", sigma)
+    mu, log_base = _checks.as_float("mu", mu), _checks.as_float("log_base", log_base)
     for name, value, least in (("mu", mu, -math.inf), ("log_base", log_base, 1)):
-        _checks.is_number(name, value)
         if not least < value < math.inf:
             raise ValueError(f"{name}: expected a finite number of more than {least}, got {value}")
-    _checks.is_bool("normalize", normalize)
+    normalize = _checks.as_bool("normalize", normalize)
     params = (
         WEIGHTINGS.index(weighting),
         _NO_LIMIT if k is None else min(k, _NO_LIMIT),
         topk_mode == "and",
         gain == "exponential",
-        float(sigma),
-        float(mu),
+        sigma,
+        mu,
         1 / math.log(log_base),
         normalize,
     )
-    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    of_gains = EXPONENTIAL if gain == "exponential" else VALUE
+    purpose = {"ranknet": ORDER, "label_diff": DIFFERENCE}.get(weighting, of_gains)
+    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
 
 
 class LambdaLoss(ListLossModule):
@@ -185,12 +191,16 @@ def _lambda_loss_of_one_list(
         "label_diff": (y[:, None] - y).abs(),
     }[weighting]
     top = rank <= limit
-    pairs = (y[:, None] > y) & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
+    paired = torch.ones_like(swap, dtype=torch.bool) if weighting == "ndcg1" else y[:, None] > y
+    pairs = paired & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
+    if weighting == "ndcg1":  # each item with itself only if it is in the top
+        pairs = pairs & (top[:, None] | (at[:, None] != at))
     values = torch.where(pairs, weight * softplus(-sigma * (s[:, None] - s), threshold=60), 0).sum() / math.log(
         log_base
     )
     loss = values / pairs.sum().clamp_min(1) if normalize else values
-    return loss, pairs.any() & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
+    contributes = (y != y[0]).any() if weighting != "ndcg1" else torch.tensor(n > 1, device=s.device)
+    return loss, contributes & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
+from custom_ops.ranking._inputs import DIFFERENCE, EXPONENTIAL, ORDER, VALUE
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
@@ -112,7 +113,7 @@ def list_net_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.4614), tensor([ 0.4861, -0.4533, -0.0328]))
     """
-    return list_loss(list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction, DIFFERENCE)
 
 
 def softmax_loss(
@@ -141,7 +142,7 @@ def softmax_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.5514), tensor([ 0.5761, -0.7881,  0.2119]))
     """
-    return list_loss(list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction, VALUE)
 
 
 def list_mle_loss(
@@ -189,11 +190,11 @@ def list_mle_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.3133), tensor([-7.1716e-22, -7.3106e-01,  7.3106e-01]))
     """
-    _checks.is_limit("k", k)
+    k = _checks.as_limit("k", k)
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
     params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
-    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def unique_softmax_loss(
@@ -227,8 +228,8 @@ def unique_softmax_loss(
         (tensor(1.9892), tensor([ 0.8198, -0.7881, -0.0317]))
     """
     _checks.is_one_of("gain", gain, _GAINS)
-    params = (gain == "exponential",)
-    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    params, purpose = (gain == "exponential",), EXPONENTIAL if gain == "exponential" else VALUE
+    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
 
 
 def cosent_loss(
@@ -260,8 +261,8 @@ def cosent_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
-    _checks.is_positive("scale", scale)
-    return list_loss(cosent, scores, labels, (float(scale),), mask, lengths, cu_lengths, weights, reduction)
+    scale = _checks.as_positive("scale", scale)
+    return list_loss(cosent, scores, labels, (scale,), mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 # ---------------------------------------------------------------- modules

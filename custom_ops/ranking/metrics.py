@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._lists import checked, relative_gains
+from custom_ops.ranking._lists import checked, list_dot, relative_gains
 
 __all__ = ["average_precision", "mrr", "ndcg"]
 
 _ALL_TIES = ("average", "index", "together")
+_REAL = (*_checks.FLOATING, torch.uint8, torch.int8, torch.int16, *_checks.INDEX)
 
 
 class _Ranked:
-    """Lists in the order of their scores, the items that aren't valid last, and what a metric needs of them.
+    """The items of all lists in the order of their scores, those that aren't valid last, and what a metric needs.
 
-    A group is a run of tied items, which under ``ties="index"`` is one item.
+    The items of a list stay between its bounds, and of a place, `start` and `end` are counted from the list's begin. A
+    group is a run of tied items, which under ``ties="index"`` is one item. All takes O(T log T) time and O(T) memory
+    for T items, however they are spread over lists.
     """
 
     def __init__(
@@ -36,61 +39,103 @@ class _Ranked:
         choices: tuple[str, ...],
         reduction: str,
     ) -> None:
-        _checks.is_limit("k", k)
+        self.k = _checks.as_limit("k", k)
         _checks.is_tensor("labels", labels)
-        valid = checked(scores, labels.detach(), mask, lengths, cu_lengths, None, reduction)
+        labels = labels.detach()
+        valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, None, reduction, _REAL)
         _checks.is_one_of("ties", ties, choices)
-        valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-        if cu_lengths is not None:
-            scores, labels, valid = _by_list(scores, labels, valid, cu_lengths)
-        n = scores.shape[-1]
-        self.reduction, self.dtype = reduction, torch.promote_types(scores.dtype, torch.float32)
-        scores, labels = scores.detach().double(), labels.detach().double()
-        self.undefined = (scores.isnan() & valid).any(-1)
-        self.values = labels.masked_fill(~valid, 0)
+        scores, n = scores.detach(), scores.shape[-1]
+        self.reduction = reduction
+        self.dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        self.offsets, self.is_one = offsets, offsets is None
+        place = torch.arange(n, device=scores.device)
+        self.list: Tensor | None = None
+        if offsets is not None:
+            self.bounds = offsets.clamp(0, n).cummax(0).values
+            self.list = torch.searchsorted(self.bounds, place, right=True) - 1  # -1 before, L behind all lists
+            place = place - self.bounds[self.list.clamp(min=0)]
+        self.place = place.expand(scores.shape)
         self.valid = valid
+        undefined = labels.isnan() | scores.isnan()
+        self.undefined = self.total(undefined.double(), valid) > 0  # checks the offsets too
 
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(-1, (~valid).gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True))
-        self.labels, self.ranked = self.values.gather(-1, order), valid.gather(-1, order)
+        order = self.order(scores)
+        self.labels = labels.gather(-1, order)
+        self.ranked = None if valid is None else valid.gather(-1, order)
         scores = scores.gather(-1, order)
-        first = torch.ones_like(self.ranked)
-        if ties != "index":
-            first[..., 1:] = (scores[..., 1:] != scores[..., :-1]) | ~self.ranked[..., 1:]
-        self.place = torch.arange(n, device=scores.device).expand(scores.shape)  # from 0
-        self.start = torch.where(first, self.place, 0).cummax(-1).values  # of each item's group
+        first = self.place == 0
+        if ties == "index":
+            first = torch.ones_like(first)
+        else:
+            first[..., 1:] |= scores[..., 1:] != scores[..., :-1]
+        if self.ranked is not None:
+            first = first | ~self.ranked
+        at = torch.arange(n, device=scores.device)
+        begin = torch.where(first, at, 0).cummax(-1).values  # of each item's group
         last = torch.ones_like(first)
         last[..., :-1] = first[..., 1:]
-        self.end = torch.where(last, self.place + 1, n).flip(-1).cummin(-1).values.flip(-1)
-        self.cut = n if k is None else min(k, n)
+        end = torch.where(last, at + 1, n).flip(-1).cummin(-1).values.flip(-1)
+        self.begin, self.start, self.end = begin, self.place - (at - begin), self.place + (end - at)
 
-    def over_group(self, x: Tensor) -> Tensor:
-        """The sum of x over each item's group."""
-        return self.before(x, self.end) - self.before(x, self.start)
+    def order(self, key: Tensor) -> Tensor:
+        """Of the items of each list by descending key, ties by position, those that aren't valid last."""
+        order = key.argsort(dim=-1, descending=True, stable=True)
+        later = torch.zeros_like(order) if self.valid is None else (~self.valid).long()
+        if self.list is not None:
+            later = later + 2 * self.list
+        if self.list is None and self.valid is None:
+            return order
+        return order.gather(-1, later.gather(-1, order).argsort(dim=-1, stable=True))
+
+    def total(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """The sum of x over each list's valid items, [..., L]."""
+        total: Tensor = list_dot(x, torch.ones_like(x), valid, self.offsets)
+        return total
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The same of what is in the order of the scores."""
+        return self.total(x, self.ranked)
+
+    def of_items(self, x: Tensor) -> Tensor:
+        """For each item what x [..., L] says of its list; outside of all lists anything."""
+        if self.list is None or x.shape[-1] == 0:
+            return x[..., :1].expand(self.place.shape) if x.shape[-1] else x.new_zeros(self.place.shape)
+        return x[..., self.list.clamp(0, x.shape[-1] - 1)]
+
+    def relevant(self) -> Tensor:
+        """1 for the valid items with a label above 0, by score, else 0."""
+        relevant = self.labels > 0
+        return (relevant if self.ranked is None else relevant & self.ranked).double()
+
+    def over_group(self, count: Tensor) -> Tensor:
+        """The sum of whole numbers over each item's group."""
+        ends = self.begin + (self.end - self.start)
+        return self.before(count, ends) - self.before(count, self.begin)
+
+    def before_group(self, count: Tensor) -> Tensor:
+        """The sum of whole numbers over the items of the list that come before each item's group."""
+        return self.before(count, self.begin) - self.before(count, self.begin - self.start)
 
     @staticmethod
-    def before(x: Tensor, place: Tensor) -> Tensor:
-        """The sum of x over the items before ``place``."""
-        return torch.nn.functional.pad(x.cumsum(-1), (1, 0)).gather(-1, place)
+    def before(count: Tensor, at: Tensor) -> Tensor:
+        """The sum of whole numbers over all items before those ``at``."""
+        return torch.nn.functional.pad(count.cumsum(-1), (1, 0)).gather(-1, at)
+
+    def within(self, place: Tensor) -> Tensor:
+        """Whether places, counted from 0, are in the top k."""
+        return torch.ones_like(place, dtype=torch.bool) if self.k is None else place < self.k
 
     def reduce(self, metric: Tensor, counts: Tensor) -> Tensor:
-        """``metric`` where ``counts``, 0 for other lists; NaN for a list with a NaN among its scores."""
+        """``metric`` where ``counts``, 0 for other lists; NaN for a list with a NaN among its scores or labels."""
         metric = torch.where(counts, metric, 0).masked_fill(self.undefined, torch.nan)
+        counts = counts | self.undefined
+        if self.is_one:
+            metric, counts = metric.squeeze(-1), counts.squeeze(-1)
         if self.reduction == "sum":
             metric = metric.sum()
         elif self.reduction == "mean":
-            metric = metric.sum() / (counts | self.undefined).sum().clamp(min=1)
+            metric = metric.sum() / counts.sum().clamp(min=1)
         return metric.to(self.dtype)
-
-
-def _by_list(scores: Tensor, labels: Tensor, valid: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The items [..., T] of lists between bounds [L + 1] as [..., L, n] of the longest list."""
-    lengths, total = bounds.diff(), scores.shape[-1]
-    if bool((lengths < 0).any()) or int(bounds[0]) < 0 or int(bounds[-1]) > total:
-        raise ValueError(f"cu_lengths: expected non-decreasing values from 0 to {total}, got {bounds.tolist()}")
-    place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=scores.device)
-    at = (bounds[:-1, None] + place).clamp_max(max(total - 1, 0))
-    return scores[..., at], labels[..., at], valid[..., at] & (place < lengths[:, None])
 
 
 def ndcg(
@@ -111,13 +156,13 @@ def ndcg(
     but for the order that it gives tied items.
 
     Args:
-        scores: [..., n]; float16, bfloat16, float32 or float64. Without a gradient.
-        labels: [..., n], at least 0, of any real dtype.
+        scores: [..., n], of any real dtype. Without a gradient.
+        labels: [..., n], of any real dtype; one below 0 has gain 0.
         k: only the first k ranks count; None for all.
         mask: [..., n], True for valid items: others are never read.
         lengths: [...], how many items of each list are valid, from the first on.
         cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
-            the last dimension. Memory is then that of the lists padded to the longest.
+            the last dimension.
         gain: "exponential", 2^label - 1 (for labels of any size), or "linear", the label.
         ties: "average" over the orders of items tied in score, or "index", in the order they came in.
         reduction: "mean" over the lists that have a gain (0 if none does), "sum", or "none" for one number for
@@ -125,14 +170,15 @@ def ndcg(
 
     Returns:
         A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
-        NaN score.
+        NaN score or label.
 
     Raises:
         TypeError: no tensor, a wrong dtype, ``k`` no integer.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, ``cu_lengths`` out of order or range
-            or with ``lengths``, an unknown option.
+        ValueError: shapes that don't match, several devices, ``k`` less than 1, both ``lengths`` and ``cu_lengths``, an
+            unknown option.
+        RuntimeError: ``lengths`` or ``cu_lengths`` out of range or order, as `pairwise_logistic_loss` has it.
 
-    O(n log n) time, O(n) memory.
+    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
 
     Source: Järvelin and Kekäläinen, 2002; exponential gains: Burges et al., 2005.
 
@@ -143,18 +189,17 @@ def ndcg(
     """
     _checks.is_one_of("gain", gain, ("exponential", "linear"))
     ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, ("average", "index"), reduction)
-    if ranked.place.shape[-1] == 0:
-        return ranked.reduce(*_nothing(ranked))
-    discount = 1 / (ranked.place.double() + 2).log2()
-    discount = torch.where(ranked.place < ranked.cut, discount, 0)
-    largest = ranked.values.amax(-1, keepdim=True)
+    discounts = 1 / (torch.arange(scores.shape[-1], device=scores.device).double() + 2).log2()
+    discounts = torch.where(ranked.within(torch.arange(len(discounts), device=scores.device)), discounts, 0)
+    before = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
+    labels = labels.detach().double().clamp(min=0)
+    best = labels.gather(-1, ranked.order(labels))
+    begins = ranked.place == 0
+    largest = ranked.of_items(ranked.total(torch.where(begins, best, 0).nan_to_num(), None))
 
-    in_group = ranked.over_group(discount) / (ranked.end - ranked.start)
-    dcg = (torch.where(ranked.ranked, relative_gains(ranked.labels, largest, gain), 0) * in_group).sum(-1)
-    best = (
-        torch.where(ranked.valid, relative_gains(ranked.values, largest, gain), 0).sort(dim=-1, descending=True).values
-    )
-    ideal = (best * discount).sum(-1)
+    in_group = (before[ranked.end] - before[ranked.start]) / (ranked.end - ranked.start)
+    dcg = ranked.sum(relative_gains(ranked.labels, largest, gain) * in_group)
+    ideal = ranked.sum(relative_gains(best, largest, gain) * discounts[ranked.place])
     return ranked.reduce(dcg / ideal, ideal != 0)
 
 
@@ -175,13 +220,13 @@ def mrr(
     ``sklearn.metrics.label_ranking_average_precision_score``.
 
     Args:
-        scores: [..., n]; float16, bfloat16, float32 or float64. Without a gradient.
+        scores: [..., n], of any real dtype. Without a gradient.
         labels: [..., n], of any real dtype.
         k: 0 for a list whose first relevant item has a rank beyond k; None for no such limit.
         mask: [..., n], True for valid items: others are never read.
         lengths: [...], how many items of each list are valid, from the first on.
         cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
-            the last dimension. Memory is then that of the lists padded to the longest.
+            the last dimension.
         ties: "average" over the orders of items tied in score; "index", in the order they came in; or
             "together", each at the last rank of the tied.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
@@ -189,14 +234,15 @@ def mrr(
 
     Returns:
         A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
-        NaN score.
+        NaN score or label.
 
     Raises:
         TypeError: no tensor, a wrong dtype, ``k`` no integer.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, ``cu_lengths`` out of order or range
-            or with ``lengths``, an unknown option.
+        ValueError: shapes that don't match, several devices, ``k`` less than 1, both ``lengths`` and ``cu_lengths``, an
+            unknown option.
+        RuntimeError: ``lengths`` or ``cu_lengths`` out of range or order, as `pairwise_logistic_loss` has it.
 
-    O(n log n) time, O(n) memory.
+    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
 
     Source: Voorhees, 1999; ties: McSherry and Najork, 2008.
 
@@ -206,22 +252,27 @@ def mrr(
         tensor(0.6250)
     """
     ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, _ALL_TIES, reduction)
-    relevant = (ranked.labels > 0).double()
-    counts = relevant.sum(-1) > 0
-    if ranked.place.shape[-1] == 0:
-        return ranked.reduce(*_nothing(ranked))
-    first = relevant.argmax(-1, keepdim=True)
-    start, end, hits = (x.gather(-1, first) for x in (ranked.start, ranked.end, ranked.over_group(relevant)))
+    relevant = ranked.relevant()
+    hits = ranked.over_group(relevant)
+    is_first = (hits > 0) & (ranked.before_group(relevant) == 0)  # the group of the first relevant item
     if ties == "together":
-        return ranked.reduce(torch.where(end <= ranked.cut, 1 / end.double(), 0).squeeze(-1), counts)
-    # The first of `hits` among the tied comes j places after the start: with the chance that none came before.
-    left = end - ranked.place
-    chance = torch.where(left > hits, (left - hits) / left.double(), 0)
-    chance = torch.where((ranked.place >= start) & (ranked.place < end), chance, 1)
-    survival = torch.nn.functional.pad(chance.cumprod(-1)[..., :-1], (1, 0), value=1)
-    inside = (ranked.place >= start) & (ranked.place < end) & (ranked.place < ranked.cut)
-    reciprocal = torch.where(inside, survival * (1 - chance) / (ranked.place + 1), 0)
-    return ranked.reduce(reciprocal.sum(-1), counts)
+        share = (ranked.place == ranked.start) & ranked.within(ranked.end - 1)
+        reciprocal = ranked.sum(torch.where(is_first & share, 1 / ranked.end.double(), 0))
+    else:
+        # The first of `hits` among `size` tied ones comes j places after the start: with the chance that none came
+        # before times that of one there, hits / (size - j).
+        size, j = (ranked.end - ranked.start).double(), (ranked.place - ranked.start).double()
+        misses = size - hits
+        none_before = torch.exp(_log_falling(misses, j) - _log_falling(size, j))
+        chance = torch.where(j <= misses, none_before * hits / (size - j), 0)
+        inside = is_first & ranked.within(ranked.place)
+        reciprocal = ranked.sum(torch.where(inside, chance / (ranked.place + 1), 0))
+    return ranked.reduce(reciprocal, ranked.sum(relevant) > 0)
+
+
+def _log_falling(n: Tensor, j: Tensor) -> Tensor:
+    """The logarithm of n (n - 1) ... (n - j + 1), for j up to n."""
+    return torch.lgamma(n + 1) - torch.lgamma((n - j).clamp(min=0) + 1)
 
 
 def average_precision(
@@ -240,14 +291,14 @@ def average_precision(
     With ``ties="together"`` equal to ``sklearn.metrics.average_precision_score`` of each list.
 
     Args:
-        scores: [..., n]; float16, bfloat16, float32 or float64. Without a gradient.
+        scores: [..., n], of any real dtype. Without a gradient.
         labels: [..., n], of any real dtype.
         k: only the first k ranks count, and the sum is divided by the number of relevant items or by k, whichever
             is less, so that a perfect order has 1; None for all.
         mask: [..., n], True for valid items: others are never read.
         lengths: [...], how many items of each list are valid, from the first on.
         cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
-            the last dimension. Memory is then that of the lists padded to the longest.
+            the last dimension.
         ties: "average" over the orders of items tied in score; "index", in the order they came in; or
             "together", each at the last rank of the tied.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
@@ -255,14 +306,15 @@ def average_precision(
 
     Returns:
         A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
-        NaN score.
+        NaN score or label.
 
     Raises:
         TypeError: no tensor, a wrong dtype, ``k`` no integer.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, ``cu_lengths`` out of order or range
-            or with ``lengths``, an unknown option.
+        ValueError: shapes that don't match, several devices, ``k`` less than 1, both ``lengths`` and ``cu_lengths``, an
+            unknown option.
+        RuntimeError: ``lengths`` or ``cu_lengths`` out of range or order, as `pairwise_logistic_loss` has it.
 
-    O(n log n) time, O(n) memory.
+    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
 
     Source: ties: McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
     Presence of Tied Scores", 2008.
@@ -273,22 +325,17 @@ def average_precision(
         tensor(0.8333)
     """
     ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, _ALL_TIES, reduction)
-    relevant = (ranked.labels > 0).double()
-    hits = ranked.over_group(relevant)
-    before = ranked.before(relevant, ranked.start)
+    relevant = ranked.relevant()
+    hits, before = ranked.over_group(relevant), ranked.before_group(relevant)
     if ties == "together":
         precision = (before + hits) / ranked.end
-        share = torch.where(ranked.end <= ranked.cut, relevant, 0)
+        share = torch.where(ranked.within(ranked.end - 1), relevant, 0)
     else:
         # At each place of the group: the chance of a relevant item there, and how many come before it if it is one.
         size = ranked.end - ranked.start
         others = (ranked.place - ranked.start) * (hits - 1) / (size - 1).clamp(min=1)
         precision = (before + others + 1) / (ranked.place + 1)
-        share = torch.where(ranked.place < ranked.cut, hits / size, 0)
-    total = relevant.sum(-1)
-    return ranked.reduce((share * precision).sum(-1) / total.clamp(max=ranked.cut), total > 0)
-
-
-def _nothing(ranked: _Ranked) -> tuple[Tensor, Tensor]:
-    none = torch.zeros_like(ranked.undefined)
-    return none.double(), none
+        share = torch.where(ranked.within(ranked.place), hits / size, 0)
+    total = ranked.sum(relevant)
+    found = ranked.sum(share * precision)
+    return ranked.reduce(found / (total if ranked.k is None else total.clamp(max=ranked.k)), total > 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from custom_ops import _checks
+from custom_ops.ranking._inputs import DIFFERENCE, ORDER
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
@@ -109,10 +110,10 @@ def pairwise_logistic_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.9888), tensor([-1.1086,  0.5486,  0.5600]))
     """
-    _checks.is_positive("sigma", sigma)
-    _checks.is_bool("normalize", normalize)
-    params = (LOGISTIC, float(sigma), normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    sigma = _checks.as_positive("sigma", sigma)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (LOGISTIC, sigma, normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_soft_zero_one_loss(
@@ -139,10 +140,10 @@ def pairwise_soft_zero_one_loss(
         >>> custom_ops.pairwise_soft_zero_one_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
         tensor(1.2910)
     """
-    _checks.is_positive("sigma", sigma)
-    _checks.is_bool("normalize", normalize)
-    params = (SOFT_ZERO_ONE, float(sigma), normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    sigma = _checks.as_positive("sigma", sigma)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (SOFT_ZERO_ONE, sigma, normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_exponential_loss(
@@ -169,10 +170,10 @@ def pairwise_exponential_loss(
         >>> custom_ops.pairwise_exponential_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
         tensor(3.5479)
     """
-    _checks.is_positive("sigma", sigma)
-    _checks.is_bool("normalize", normalize)
-    params = (EXPONENTIAL, float(sigma), normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    sigma = _checks.as_positive("sigma", sigma)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (EXPONENTIAL, sigma, normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_hinge_loss(
@@ -212,11 +213,11 @@ def pairwise_hinge_loss(
         >>> loss.detach(), scores.grad
         (tensor(2.5000), tensor([-2.,  1.,  1.]))
     """
-    _checks.is_number("margin", margin)
-    _checks.is_bool("squared", squared)
-    _checks.is_bool("normalize", normalize)
-    params = (float(margin), squared, normalize)
-    return list_loss(pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    margin = _checks.as_float("margin", margin)
+    squared = _checks.as_bool("squared", squared)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (margin, squared, normalize)
+    return list_loss(pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
 
 
 def pairwise_mse_loss(
@@ -250,8 +251,9 @@ def pairwise_mse_loss(
         >>> loss.detach(), scores.grad
         (tensor(13.), tensor([-14.,  10.,   4.]))
     """
-    _checks.is_bool("normalize", normalize)
-    return list_loss(pairwise_mse, scores, labels, (normalize,), mask, lengths, cu_lengths, weights, reduction)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (normalize,)
+    return list_loss(pairwise_mse, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, DIFFERENCE)
 
 
 class PairwiseLogisticLoss(ListLossModule):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
+from custom_ops.ranking._inputs import EXPONENTIAL, VALUE
 from custom_ops.ranking._lists import (
     ListLossModule,
     list_bad_calls,
@@ -169,9 +170,9 @@ def _smooth_rank(
     weights: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    _checks.is_positive("temperature", temperature)
-    params = (float(temperature), metric)
-    return list_loss(smooth_rank, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
+    temperature = _checks.as_positive("temperature", temperature)
+    params, purpose = (temperature, metric), EXPONENTIAL if metric == _NDCG["exponential"] else VALUE
+    return list_loss(smooth_rank, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
 
 
 class ApproxNDCGLoss(ListLossModule):

@@ -163,9 +163,10 @@ for _op in (isotonic, group_reduce, group_share, group_softmax):
     _lists._shard(_op)
 
 
-def _check_regularization(regularization: str, strength: float) -> None:
+def _regularization(regularization: str, strength: float) -> tuple[float, bool]:
+    """The strength, and whether it is "kl"."""
     _checks.is_one_of("regularization", regularization, _REGULARIZATIONS)
-    _checks.is_positive("regularization_strength", strength)
+    return _checks.as_positive("regularization_strength", strength), regularization == "kl"
 
 
 def _soft(
@@ -180,13 +181,9 @@ def _soft(
     _checks.has_dtype("values", values, _checks.FLOATING)
     if values.dim() == 0:
         raise ValueError("values: expected [..., n], got a single number")
-    _check_regularization(regularization, strength)
-    where = valid_items("values", values, mask, lengths, cu_lengths), _offsets(cu_lengths)
-    return _fitted(wide(values), *where, float(strength), regularization == "kl", sort).to(values.dtype)
-
-
-def _offsets(cu_lengths: Tensor | None) -> Tensor | None:
-    return None if cu_lengths is None else cu_lengths.to(torch.int64)
+    options = _regularization(regularization, strength)
+    where = valid_items("values", values, mask, lengths, cu_lengths)
+    return _fitted(wide(values), *where, *options, sort).to(values.dtype)
 
 
 def _fitted(x: Tensor, valid: Tensor | None, offsets: Tensor | None, *options: Any) -> Tensor:
@@ -330,19 +327,17 @@ def spearman_loss(
         >>> custom_ops.spearman_loss(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1, 3, 2]))
         tensor(0.5000)
     """
-    valid = _lists.checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    _check_regularization(regularization, regularization_strength)
-    where = valid, _offsets(cu_lengths)
-    options = float(regularization_strength), regularization == "kl", False
+    where = _lists.checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    options = *_regularization(regularization, regularization_strength), False
     ranks = _fitted(wide(scores), *where, *options).double()
-    wanted = _by_lists(_ranks, labels.detach(), *where)
+    wanted = _by_lists(_ranks, labels.detach(), *where).masked_fill(labels.isnan(), torch.nan)
     ones = torch.ones_like(wanted)
     count = list_dot(ones, ones, *where)
     mean = list_scale((count + 1) / 2, ones, *where)  # of both, whatever the scores
     ours, theirs = ranks - mean, wanted - mean
     spread, of_labels = list_dot(ours, ours, *where), list_dot(theirs, theirs, *where)
-    active = of_labels > 0
-    defined = active & ~_tied(spread, count)
+    active = of_labels != 0
+    defined = active & ~(_tied(spread, count) & (of_labels > 0))  # of NaN labels NaN, whatever the scores
     scale = torch.where(defined, spread * of_labels, 1).rsqrt()
     loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, theirs, *where) * scale, 0), 0)
     if cu_lengths is None:
@@ -362,11 +357,12 @@ def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
 
     def places(x: Tensor) -> tuple[Tensor, Tensor]:
         """How many items of the row are less than each, and how many aren't greater."""
-        ordered, x = x.sort(dim=-1).values, x.contiguous()
+        x = x.contiguous()
+        ordered = x.sort(dim=-1).values
         below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
         return below, through
 
-    below, through = places(x.double())
+    below, through = places(x if x.dtype == torch.int64 else x.double())
     start: Any = 0
     n = x.shape[-1]
     if valid is not None:
@@ -461,7 +457,7 @@ def _soft_reference(sort: bool) -> Callable[..., Tensor]:
         lengths: Tensor | None = None,
         cu_lengths: Tensor | None = None,
     ) -> Tensor:
-        valid = valid_items("values", values, mask, lengths, cu_lengths)
+        valid, _ = valid_items("values", values, mask, lengths, cu_lengths)
         n = values.shape[-1]
         bounds = [0, n] if cu_lengths is None else cu_lengths.tolist()
         x = values.reshape(-1, n) if values.numel() else values.reshape(0, n)
