@@ -16,7 +16,7 @@ STAMPS := build/env/$(subst /,_,$(PY))
 STALE := $(if $(wildcard $(PY)),$(if $(shell $(PY) .ci/env.py installed),,stale),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full fuzz sanitize dist bench docs apidocs lint format clean stale
+.PHONY: help build demo test test-full fuzz sanitize dist bench docs site lint format clean stale
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -28,8 +28,8 @@ help:
 	@echo 'make sanitize   the C++ kernels under address, undefined-behaviour and thread sanitizers'
 	@echo 'make dist       sdist and manylinux wheel in dist/, audited and tried in an environment with only torch'
 	@echo 'make bench      side by side with the peers, small sizes'
-	@echo 'make docs       the generated parts of README.md (runs the whole matrix)'
-	@echo 'make apidocs    the API as HTML, from the docstrings: build/docs/index.html'
+	@echo 'make site       the documentation as HTML: build/site/index.html'
+	@echo 'make docs       the generated parts of README.md and of docs/ (runs the whole matrix)'
 	@echo 'make lint       ruff, mypy, clang-format;  make format  applies them'
 	@echo 'make build      the C++ kernels, in place'
 	@echo 'make clean      removes what these made, .venv included'
@@ -46,8 +46,10 @@ bench: $(STAMPS)/tools build
 docs: $(STAMPS)/test build
 	$(PY) docs/update_readme.py
 
-apidocs: $(STAMPS)/docs build
-	$(PY) docs/apidocs.py
+site: $(STAMPS)/docs build
+	rm -rf build/site
+	$(PY) -m sphinx -q -E -W --keep-going docs build/site
+	@echo 'the site: build/site/index.html'
 
 test: $(STAMPS)/test build
 	$(PY) tests/peers.py
@@ -63,7 +65,7 @@ sanitize: $(STAMPS)/test
 dist: $(STAMPS)/dist
 	$(PY) .ci/dist.py $(ALSO)
 
-test-full: $(STAMPS)/test build
+test-full: $(STAMPS)/test $(STAMPS)/docs build
 	$(PY) tests/peers.py --compile
 	$(PY) -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)
 
@@ -83,7 +85,7 @@ build: | $(STAMPS)/env
 	$(PY) setup.py -q build_ext --inplace
 
 clean:
-	rm -rf .venv build dist out *.egg-info custom_ops/_C.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist out docs/generated *.egg-info custom_ops/_C.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is there before anything that depends on it, and nothing is built in isolation: else pip

@@ -62,7 +62,7 @@ def write_page(reports: Sequence[Report], page: Path) -> None:
     lines = [
         "# Cost by size and threads",
         "",
-        "Written by `make docs`. Milliseconds of forward+backward (forward, where there is no backward) from a hundred "
+        "Milliseconds of forward+backward (forward, where there is no backward) from a hundred "
         "elements or points to a hundred million, or one list of up to a hundred thousand items, as far as ten "
         f"seconds a call and a quarter of the memory go; fresh memory, threads: {most}.",
         "",

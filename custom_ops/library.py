@@ -1,6 +1,6 @@
 """The bridge: attach an ``autograd.Function`` to an operator so that it composes with all of PyTorch.
 
-An op is defined in a handful of lines, each saying one thing once:
+An op is defined in a handful of lines, each saying one thing once::
 
     import torch
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""The registry: one entry per public op gives it the battery, its benchmark and its README row.
+"""The registry: one entry per public op gives it the battery, its benchmark and its row in the docs.
 
 `REGISTRY` holds the entries by name, in the order of their registration.
 """

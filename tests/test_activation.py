@@ -453,7 +453,7 @@ def test_inductor_fuses_and_keeps_one_bit(name):
 
 
 def test_compiled_networks_keep_what_they_keep_with_torchs_activations():
-    """The inputs of convolution and normalisation, and no bit: it is found again from those. See README, Limits."""
+    """The inputs of convolution and normalisation, and no bit: it is found again from those. See docs/limits.md."""
     from custom_ops.benchmarks.networks import MEMORY_ONLY
 
     torch.manual_seed(0)

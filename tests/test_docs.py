@@ -1,10 +1,9 @@
-"""What the documentation shows is run, and its generated parts are those of today."""
+"""What the documentation shows is run, its links lead somewhere, and its generated parts are those of today."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
-import importlib.util
 import re
 import sys
 import textwrap
@@ -19,8 +18,14 @@ from custom_ops.registry import REGISTRY
 from custom_ops.verify import capabilities
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(DOCS))
 
+import generated  # noqa: E402
+import update_readme  # noqa: E402
+
+PAGES = {str(path.relative_to(ROOT)): path for path in [*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md"))]}
 
 MODULES = ["custom_ops.triton_kernels.common"]
 for path in sorted((ROOT / "custom_ops").rglob("*.py")):
@@ -55,79 +60,105 @@ def test_every_public_function_and_class_has_an_example(name):
     assert ">>> " in documented.__doc__
 
 
-def test_the_api_pages_have_every_public_name_and_no_link_to_nothing(tmp_path):
-    spec = importlib.util.spec_from_file_location("apidocs", ROOT / "docs" / "apidocs.py")
-    apidocs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(apidocs)
-    apidocs.main(tmp_path)
-    index = (tmp_path / "index.html").read_text()
-    for path in [*apidocs.FAMILIES, *apidocs.TOOLS]:
-        page = f"{path.replace('.', '/')}.html"
-        html = (tmp_path / page).read_text()
-        for name in importlib.import_module(path).__all__:
-            assert f'id="{name}"' in html, name
-            assert f'href="{page}#{name}"' in index, name
-    anchors = set(re.findall(r'href="[^"]*#(\w+)"', index))
-    assert {name.rpartition(".")[2] for name in PUBLIC} <= anchors
-    for page in (ROOT / "docs").glob("*.md"):
-        assert (tmp_path / f"{page.stem}.html").is_file()
+BLOCK = re.compile(
+    r"(?<!-->\n)```python\n(.*?)```", re.DOTALL
+)  # after a comment: a file, which test_packaging.py builds
 
 
-def test_examples_of_the_readme(monkeypatch):
-    # In a module of their own, in which torch.compile looks up the names that it guards.
-    module = types.ModuleType("readme_examples")
+def run(blocks: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page from top to bottom: those with prompts must give what is shown, the others must run."""
+    # In a module of its own, in which torch.compile looks up the names that it guards, and annotations are looked up.
+    module = types.ModuleType(re.sub(r"\W", "_", name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    test = doctest.DocTestParser().get_doctest(README, {}, "README.md", "README.md", 0)
-    test.globs = module.__dict__
-    result = doctest.DocTestRunner().run(test, clear_globs=False)
-    assert result.attempted > 0
-    assert result.failed == 0
+    for block in blocks:
+        if block.startswith(">>> "):
+            test = doctest.DocTestParser().get_doctest(block, {}, name, name, 0)
+            test.globs = module.__dict__
+            assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
+        else:
+            exec(compile(block, name, "exec"), module.__dict__)
 
 
-def test_examples_of_the_tour():
-    page = ROOT / "docs" / "autograd_tour.md"
-    assert page.read_text() == autograd_tour.markdown(), "python -m custom_ops.examples.autograd_tour --markdown"
-    result = doctest.testfile(str(page), module_relative=False)
-    assert result.attempted > 0
-    assert result.failed == 0
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if BLOCK.search(path.read_text())])
+def test_code_of_the_pages(page, monkeypatch):
+    # Both show how to define an op, and an operator's name can be taken only once.
+    blocks = [
+        block.replace("mylib::", f"{Path(page).stem.lower()}::") for block in BLOCK.findall(PAGES[page].read_text())
+    ]
+    run(blocks, page, monkeypatch)
 
 
-def test_the_page_on_ranking_losses_names_each_and_its_examples_hold():
-    page = ROOT / "docs" / "choosing_a_ranking_loss.md"
-    text = page.read_text()
-    assert all(f"| `{name}` |" in text for name in rank_mslr.LIST_LOSSES if name in REGISTRY)
-    assert (page.parent / "ranking_gradients.png").stat().st_size < 150_000
-    result = doctest.testfile(str(page), module_relative=False)
-    assert result.attempted > 0
-    assert result.failed == 0
+def test_code_of_the_tour(monkeypatch):
+    blocks = BLOCK.findall(autograd_tour.markdown())
+    assert blocks
+    run(blocks, "autograd_tour", monkeypatch)
 
 
-IN_README = README.split("## Your own op")[1].split("```python\n")[1].split("```")[0]
-IN_DOCSTRING = textwrap.dedent("\n".join(re.findall(r"^(?: {4}.*)?$", library.__doc__, re.MULTILINE)))
+def test_how_the_docstring_of_the_bridge_defines_an_op(monkeypatch):
+    source = textwrap.dedent("\n".join(re.findall(r"^(?: {4}.*)?$", library.__doc__, re.MULTILINE)))
+    check = "assert torch.func.grad(lambda x: Scale.apply(x, 2.0).sum())(torch.ones(3)).tolist() == [2, 2, 2]"
+    run([source.replace("mylib", "docs"), check], "docstring", monkeypatch)
 
 
-@pytest.mark.parametrize("source", [IN_README, IN_DOCSTRING.replace("mylib", "docs")], ids=["README", "docstring"])
-def test_what_shows_how_to_define_an_op_works(source):
-    names: dict = {}
-    # The schema is inferred from annotations, which need a module of their own to be looked up in.
-    exec(compile(source, "README.md", "exec"), names)
-    x = names["torch"].ones(3, requires_grad=True)
-    assert names["torch"].func.grad(lambda x: names["Scale"].apply(x, 2.0).sum())(x).tolist() == [2, 2, 2]
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_pages(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", PAGES[page].read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if not re.match(r"https?:", link):
+            to = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+            assert to.exists(), link
+            assert not anchor or anchor in _anchors(to.read_text()), link
+
+
+def _anchors(text: str) -> list[str]:
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_every_page_is_in_a_table_of_contents():
+    listed = set()
+    for path in DOCS.rglob("*.md"):
+        for block in re.findall(r"```\{toctree\}\n(.*?)```", path.read_text(), re.DOTALL):
+            for entry in re.findall(r"^[a-z_/]+$", block, re.MULTILINE):
+                page = path.parent / f"{entry}.md"
+                assert page.exists(), entry
+                listed.add(page)
+    assert listed | {DOCS / "index.md"} == set(DOCS.rglob("*.md"))
+
+
+def test_the_blocks_and_pictures_of_the_site_can_be_made():
+    text = "".join(path.read_text() for path in DOCS.rglob("*.md"))
+    blocks = re.findall(r"<!-- generated: (\w+) ?([\w.]*) -->", text)
+    assert {name for name, _ in blocks} == generated.BLOCKS.keys()
+    assert {argument for name, argument in blocks if name == "ops"} == {info.family for info in REGISTRY.values()}
+    api = generated.fill(
+        "".join(f"<!-- generated: {name} {argument} -->" for name, argument in blocks if name == "api")
+    )
+    assert all(re.search(rf"[.:] (?:[\w.]+\.)?{name.rpartition('.')[2]}\b", api) for name in PUBLIC)
+    assert set(re.findall(r"generated/(\w+\.png)", text)) == generated.pictures.PICTURES.keys()
+
+
+def test_the_guide_to_ranking_losses_names_each():
+    guide = PAGES["docs/guides/ranking.md"].read_text()
+    assert all(f"### `{name}`" in guide for name in rank_mslr.LIST_LOSSES if name in REGISTRY)
+
+
+def test_the_readme_is_short_and_begins_with_code():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert "```python" in lines[:20]
 
 
 def test_generated_parts_of_the_readme_are_current():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
-    update = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(update)
-    assert update.ops() in README, "run `make docs`"
-    assert update.fastest() in README, "run `make docs`"
-    assert update.speed() == update.SPEED.read_text(), "run `make docs`"
-    assert update.networks() in README, "run `make docs`"
-    table = README.split("<!-- matrix")[1].split("<!-- /matrix")[0]
-    matrix = update.MATRIX.read_text()
-    assert all(f"| {capability} |" in text for capability in capabilities(quick=True) for text in (table, matrix))
+    assert update_readme.timings() in README, "run `make docs`"
+    totals = README.split("<!-- matrix")[1].split("<!-- /matrix")[0]
+    matrix = update_readme.MATRIX.read_text()
+    rows = capabilities(quick=True)
+    assert f"{len(REGISTRY)} ops, {len(rows)} rows" in totals, "run `make docs`"
+    assert " 0 fail" in totals and "✗" not in matrix
+    assert all(f"| {row} |" in matrix for row in rows), "run `make docs`"
     assert all(f"`{op}`" in matrix for op in REGISTRY), "run `make docs`"
-    assert "✗" not in table + matrix
 
 
 def test_every_public_name_is_documented():

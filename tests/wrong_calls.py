@@ -10,7 +10,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 import custom_ops
 from custom_ops.registry import REGISTRY
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
 KINDS = {
     "type": "an object that is none of what is expected",
     "dtype": "complex numbers for floating ones, floating ones for integers and booleans",
@@ -173,7 +171,7 @@ def markdown(found: list[Answer]) -> str:
     lines = [
         "# What wrong arguments are told",
         "",
-        "Written by `python tests/wrong_calls.py`, and checked by `tests/test_errors.py`: each argument of each public "
+        "Made by `tests/wrong_calls.py`, and checked by `tests/test_errors.py`: each argument of each public "
         "function is spoiled in each way, and either an exception names it and says what was expected, or the function "
         "is defined there and gives what its reference gives. Between canaries: nothing was written beside a tensor.",
         "",
@@ -198,4 +196,4 @@ def markdown(found: list[Answer]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(markdown(list(answers())))
+    print(markdown(list(answers())), end="")

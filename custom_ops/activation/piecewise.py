@@ -412,7 +412,7 @@ def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
 
 
 class CustomReLU(PiecewiseLinear):
-    """``CustomReLU.apply(x)`` is `relu(x)`, in the idiom of ``torch.autograd.Function``.
+    """``CustomReLU.apply(x)`` is `relu` of ``x``, in the idiom of ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops

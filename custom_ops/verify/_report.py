@@ -77,7 +77,7 @@ class Report:
 
     @property
     def rows(self) -> dict[str, dict[str, Cell]]:
-        """{capability: {column: cell}}"""
+        """The cells, as ``{capability: {column: cell}}``."""
         rows: dict[str, dict[str, Cell]] = {}
         for cell in self.cells:
             rows.setdefault(cell.capability, {})[cell.column] = cell

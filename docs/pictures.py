@@ -1,0 +1,151 @@
+"""The pictures of the guides, each a function that draws it with the ops themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+import custom_ops
+from custom_ops.examples.rank_mslr import LIST_LOSSES
+from custom_ops.registry import REGISTRY
+
+COLOURS = {0: "#9aa3ab", 1: "#6fb1e0", 2: "#1f6fb4", 3: "#0b3c68"}
+
+# In the order of the scores: a relevant item on top, the best one below two lesser ones, ties, and one far too low.
+SCORES = torch.tensor([3.0, 2.2, 1.6, 1.2, 0.6, 0.2, -0.4, -1.0, -1.6, -3.0])
+LABELS = torch.tensor([2, 0, 1, 3, 0, 0, 1, 0, 0, 2])
+
+# The defaults of these suit scores of another scale, and the picture would show one spike.
+OWN: dict[str, dict[str, Any]] = {
+    "cosent_loss": {"scale": 1.0},
+    "approx_ndcg_loss": {"temperature": 0.5},
+    "approx_mrr_loss": {"temperature": 0.5},
+    "smooth_ap_loss": {"temperature": 0.5},
+}
+
+
+def ranking_gradients() -> Figure:
+    """Where each list loss pushes the scores of one list."""
+    names = [name for name in LIST_LOSSES if name in REGISTRY]
+    columns = 4
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(11, 1.75 * rows + 0.9), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axis, name in zip(axes, names):
+        scores = SCORES.clone().requires_grad_()
+        REGISTRY[name].function(scores, LABELS, **OWN.get(name, {})).backward()
+        assert scores.grad is not None
+        push = -scores.grad / scores.grad.abs().max()  # what a step of gradient descent does to the score
+        axis.bar(range(len(SCORES)), push, color=[COLOURS[label] for label in LABELS.tolist()])
+        axis.axhline(0, color="0.3", lw=0.8)
+        own = ", ".join(f"{key} {value}" for key, value in OWN.get(name, {}).items())
+        axis.set_title(name.removesuffix("_loss") + (f" ({own})" if own else ""), fontsize=9)
+        axis.set_xticks(range(len(SCORES)), [f"{s:g}" for s in SCORES.tolist()], fontsize=6.5)
+        axis.set_yticks([-1, 0, 1], ["down", "0", "up"], fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes:
+        axis.set_visible(False)
+    handles = [Patch(color=colour, label=f"label {label}") for label, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.suptitle(
+        "Where each loss pushes the scores of one list (from high to low), relative to its largest push", fontsize=11
+    )
+    return figure
+
+
+def activations() -> Figure:
+    """Value and slope of each activation."""
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "relu": custom_ops.relu,
+        "leaky_relu(0.2)": lambda x: custom_ops.leaky_relu(x, 0.2),
+        "hardtanh": custom_ops.hardtanh,
+        "threshold(1, 0.5)": lambda x: custom_ops.threshold(x, 1.0, 0.5),
+        "squared_relu": custom_ops.squared_relu,
+    }
+    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    for axis, (name, function) in zip(figure.subplots(1, len(functions), sharey=True), functions.items()):
+        x = torch.linspace(-2, 2, 801, requires_grad=True)
+        y = function(x)
+        y.sum().backward()
+        axis.plot(x.detach(), y.detach(), color="#1f6fb4", lw=2, label="value")
+        axis.plot(x.detach(), x.grad, color="#d1662b", lw=1.3, ls="--", label="slope")
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(-1.5, 4.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def shaping() -> Figure:
+    """On the left what becomes of a gradient, on the right the slopes of the surrogates of a step."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    gradient = torch.linspace(-3, 3, 601)
+    shapes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "scale_gradient(x, 0.5)": lambda x: custom_ops.scale_gradient(x, 0.5),
+        "reverse_gradient(x, 1)": lambda x: custom_ops.reverse_gradient(x, 1.0),
+        "clip_gradient(x, -1, 1)": lambda x: custom_ops.clip_gradient(x, -1.0, 1.0),
+        "straight_through(x.round(), x)": lambda x: custom_ops.straight_through(x.round(), x),
+    }
+    for name, shape in shapes.items():
+        x = torch.zeros_like(gradient, requires_grad=True)
+        shape(x).backward(gradient)
+        left.plot(gradient, x.grad, label=name, lw=1.8)
+    left.set_xlabel("gradient that arrives")
+    left.set_title("gradient that is passed on", fontsize=11)
+    for name in ("sigmoid", "atan", "triangle", "boxcar"):
+        x = torch.linspace(-4, 4, 801, requires_grad=True)
+        custom_ops.surrogate_gradient(x, name).sum().backward()
+        right.plot(x.detach(), x.grad, label=name, lw=1.8)
+    right.set_xlabel("x")
+    right.set_title("slope of surrogate_gradient(x, ...)", fontsize=11)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def voxels() -> Figure:
+    """Points with a feature, the voxel of each, and the sums."""
+    generator = torch.Generator().manual_seed(0)
+    cells = 8
+    angle = torch.rand(220, generator=generator) * 2 * math.pi
+    radius = 1.6 + 0.9 * torch.rand(220, generator=generator) + 0.9 * torch.cos(3 * angle)
+    points = torch.stack([4 + radius * angle.cos(), 4 + radius * angle.sin(), torch.zeros(220)], 1)
+    feature = torch.rand(220, 1, generator=generator)
+    rank = custom_ops.voxel_rank(points, (0, 0, -1), (1, 1, 2), (cells, cells, 1))
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    axes = figure.subplots(1, 3)
+    axes[0].scatter(points[:, 0], points[:, 1], c=feature[:, 0], s=14, cmap="viridis")
+    axes[0].set_title("points, each with features", fontsize=10)
+    colours = torch.rand(cells * cells, 3, generator=generator).clamp(0.15, 0.85)
+    axes[1].scatter(points[:, 0], points[:, 1], c=rank, s=14, cmap=ListedColormap(colours.tolist()), vmin=0, vmax=63)
+    axes[1].set_title("voxel_rank: the voxel of each point", fontsize=10)
+    grid = custom_ops.voxel_sum(feature, rank, cells * cells).view(cells, cells)
+    image = axes[2].imshow(grid.T, origin="lower", extent=(0, cells, 0, cells), cmap="viridis")
+    axes[2].set_title("voxel_sum: one row for each voxel", fontsize=10)
+    figure.colorbar(image, ax=axes[2], shrink=0.85)
+    for axis in axes:
+        axis.set_aspect("equal")
+        axis.set_xlim(0, cells)
+        axis.set_ylim(0, cells)
+        axis.set_xticks(range(cells + 1), [])
+        axis.set_yticks(range(cells + 1), [])
+        axis.grid(alpha=0.5)
+    return figure
+
+
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "activations.png": activations,
+    "ranking_gradients.png": ranking_gradients,
+    "shaping.png": shaping,
+    "voxels.png": voxels,
+}
