@@ -35,7 +35,7 @@ class Agreement:
         self.claim, self.worst = claim, 0.0
 
     def compare(self, ours: Tensor, theirs: Tensor, terms: int | Tensor, magnitude: Tensor | None = None) -> None:
-        """Two results of ``terms`` terms; ``magnitude`` is the sum of the terms' own, else the result's, all positive."""
+        """Two results of ``terms`` terms; the sum of their magnitudes is ``magnitude``, else the result."""
         magnitude = (theirs if magnitude is None else magnitude).detach().double().abs()
         gap = (ours.detach().double() - theirs.detach().double()).abs()
         limit = bound(ours.dtype, terms) * magnitude + torch.finfo(ours.dtype).tiny

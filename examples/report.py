@@ -223,9 +223,7 @@ def new_figure(columns: int, rows: int = 1, width: float = 5.0, height: float = 
     return figure
 
 
-def draw_pairs(
-    axis: Axes, names: Sequence[str], pairs: Sequence[tuple[float, float]], unit: str, whose: str
-) -> None:
+def draw_pairs(axis: Axes, names: Sequence[str], pairs: Sequence[tuple[float, float]], unit: str, whose: str) -> None:
     """Two bars for each name: ours, and theirs."""
     for which, (colour, label) in enumerate(((OURS, "custom_ops"), (THEIRS, whose))):
         bars = axis.bar([i + 0.4 * which - 0.2 for i in range(len(pairs))], [p[which] for p in pairs], 0.4,
