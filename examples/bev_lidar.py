@@ -10,8 +10,8 @@ in four passes that hide every cell once. The sensor moved by 0.5 m between the 
 same place seen from another point; how far copying the first scan by the known transform gets is
 reported too. The other baseline copies the nearest cell that isn't hidden.
 
-At every fifth step the same weights and points are also given to the FIERY formula of voxel summing (a cumulative sum over
-all points and differences at the ends of the voxels), in float32 as FIERY does and, as the arbiter, in float64.
+At every fifth step the same weights and points are also given to the FIERY formula of voxel summing (a cumulative sum
+over all points and differences at the ends of the voxels), in float32 as FIERY does and, as the arbiter, in float64.
 
 Data: two scans of small_gicp (MIT), see `custom_ops.examples.data`.
 """
