@@ -49,9 +49,7 @@ def example(options: Options) -> Report:
     agreement = Agreement("loss and gradients with one-bit activations beside torch's")
     with options.progress() as progress:
         task = progress.add_task("One-bit activations", total=3, note="agreement")
-        (loss, gradients), (expected, expected_gradients) = (run() for run in runs.values())
-        agreement.compare(loss, expected, CHAIN)
-        agreement.compare_gradients(gradients, expected_gradients, CHAIN)
+        agreement.compare_networks(*(run() for run in runs.values()), CHAIN)
         progress.update(task, advance=1, note="time")
         times = milliseconds(runs, 1 if options.quick else 2)
         progress.update(task, advance=1, note="memory")

@@ -7,6 +7,8 @@ state: the loss, and the gradient that the next step would follow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from custom_ops.examples.report import Check
 
 OPERATIONS = 16  # roundings within a term, and what an exponential or a logarithm adds to them
+AMPLIFIED = 100.0
 CONFIDENCE = 8.0  # 1 - 2 exp(-8² / 2): one sum in 10^13 is further off
 
 
@@ -41,10 +44,18 @@ class Agreement:
         limit = bound(ours.dtype, terms) * magnitude + torch.finfo(ours.dtype).tiny
         self.worst = float(np.maximum(self.worst, (gap / limit).max().item()))  # a NaN stays
 
-    def compare_gradients(self, ours: list[Tensor], theirs: list[Tensor], terms: int) -> None:
-        """Gradients of parameters, each in units of its own largest element."""
-        for a, b in zip(ours, theirs):
-            self.compare(a, b, terms, b.abs().max())
+    def compare_networks(
+        self, ours: tuple[Tensor, Sequence[Tensor]], theirs: tuple[Tensor, Sequence[Tensor]], terms: int
+    ) -> None:
+        """Loss and gradients of two forms of one network: all gradients in units of the largest element of any.
+
+        The layers amplify what was rounded before them, which no count of terms knows of: by no more than a factor of
+        ``AMPLIFIED``, that is. In float64 there is room for it.
+        """
+        largest = torch.stack([g.abs().max() for g in theirs[1]]).max()
+        self.compare(ours[0], theirs[0], terms, AMPLIFIED * theirs[0])
+        for a, b in zip(ours[1], theirs[1]):
+            self.compare(a, b, terms, AMPLIFIED * largest)
 
     def check(self) -> Check:
         return Check(f"{self.claim}: largest gap, in units of its bound", self.worst, 1.0)

@@ -50,7 +50,7 @@ Loss = Callable[[nn.Module, Any, slice], Tensor]  # of a part of a batch
 
 MARGIN = 1.0
 # About as many terms as are added up between an input and the loss.
-CHAIN = {"rank": 136 + 128 + 64 + (1 << 14), "lift_splat": 2 * lift_splat.CHAIN}
+CHAIN = {"rank": 136 + 128 + 64 + (1 << 14), "lift_splat": lift_splat.CHAIN}
 
 
 class PairSampler:
@@ -209,10 +209,8 @@ def train(task: str, parallel: str, steps: int, folder: Path | None = None, ever
         gradients = [whole(parameter.grad) for parameter in model.parameters()]
         if process == 0:
             expected = loss_of(alone, batch, slice(None))
-            agreement.compare(loss / processes, expected, CHAIN[task])
             expected_gradients = torch.autograd.grad(expected, list(alone.parameters()))
-            agreement.compare_gradients(gradients, list(expected_gradients), CHAIN[task])
-        if process == 0:
+            agreement.compare_networks((loss / processes, gradients), (expected, expected_gradients), CHAIN[task])
             print(f"step {len(losses)}: loss {losses[-1]:.6f}", flush=True)
         if len(losses) % every == 0 or len(losses) == steps:
             checkpoints.save(losses)

@@ -77,7 +77,8 @@ CONTENDERS: dict[str, tuple[Callable[..., Tensor], PlainLoss]] = {
 def example(options: Options) -> Report:
     generator = torch.Generator().manual_seed(options.seed)
     sizes = (100, 200) if options.quick else SIZES
-    result = Report("List losses: long lists", ("", "documents", *COLOURS))
+    names = [name for name in COLOURS if options.compiled or "compiled" not in name]
+    result = Report("List losses: long lists", ("", "documents", *names))
     agreement = Agreement("losses of long lists and their gradients beside the plain formulas")
     times: dict[str, dict[int, dict[str, float]]] = {name: {} for name in CONTENDERS}
     memory: dict[str, dict[int, dict[str, float]]] = {name: {} for name in CONTENDERS}

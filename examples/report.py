@@ -142,7 +142,7 @@ def run(
     start = time.perf_counter()
     chosen = {name: part for name, part in parts.items() if name in arguments.only}
     try:
-        for name in sorted({name for part in chosen.values() for name in part.data}):
+        for name in dict.fromkeys(name for part in chosen.values() for name in part.data):
             fetch(name)
     except DataError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)

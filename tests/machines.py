@@ -4,9 +4,9 @@
 
 Each row changes one thing: the instructions that torch, oneDNN or this package's own kernels may use, the number of
 threads, the seed, or, with ``--python``, the interpreter and with it the torch. Such an interpreter needs torch, numpy,
-matplotlib, rich and scikit-learn; the C++ library of this checkout serves it as it is. With ``--verify`` a row also runs
-the capabilities about numbers of the battery. Nothing may fail because of the machine: a table and ``machines.json`` in
-the folder, where each row's output lies too, say what did, and the exit status is then 1.
+matplotlib, rich and scikit-learn; the C++ library of this checkout serves it as it is. With ``--verify`` a row also
+runs the battery's capabilities about numbers. Nothing may fail because of the machine: a table and ``machines.json``
+in the folder, where each row's output lies too, say what did, and the exit status is then 1.
 """
 
 from __future__ import annotations
