@@ -9,7 +9,10 @@ import sys
 COMMANDS = {
     "verify": ("custom_ops.verify", "check every op, on every backend, against the capability matrix"),
     "bench": ("custom_ops.benchmarks.run", "time every op beside its peers"),
-    "demo": ("custom_ops.examples.demo", "time, memory and models trained on real data, beside what one would write today"),
+    "demo": (
+        "custom_ops.examples.demo",
+        "what is gained beside what one would write today, and models on real data",
+    ),
 }
 
 
