@@ -56,7 +56,7 @@ def example(options: Options) -> Report:
         memory = {who: peak_bytes(run, pictures.device) / 2**20 for who, run in runs.items()}
         progress.update(task, advance=1)
     result = Report("Activations: one bit per element", (f"{NETWORK}, eager", *models))
-    result.gains = [Gain("a training step", "MiB", *memory.values(), f"{NETWORK}, eager")]
+    result.gains = [Gain("a training step", "MiB", *memory.values(), f"{NETWORK}, eager, beside torch's activations")]
     for unit, values in (("MiB", memory), ("ms", times)):
         result.rows.append(("a training step", *(report.shown(value, unit) for value in values.values())))
     result.checks.append(agreement.check())

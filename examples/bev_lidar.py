@@ -273,7 +273,7 @@ def example(options: Options) -> Report:
     }
     score = {name: f1(prediction, test) for name, prediction in predictions.items()}
     time, peak = (
-        Gain("a training step beside VoxelsSumming", unit, *values.values(), "Bird's-eye view of LiDAR scans, trained")
+        Gain("a training step", unit, *values.values(), "Bird's-eye view of LiDAR scans, beside VoxelsSumming")
         for unit, values in (("ms", times), ("MiB", memory))
     )
     result = Report("Bird's-eye view: two LiDAR scans", ("", "custom_ops", "FIERY", "remark"))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SIZES = (1000, 2000, 4000)
 LISTS = 2
 LOG2 = 0.6931471805599453
-COLOURS = {"custom_ops": OURS, "plain PyTorch": THEIRS, "plain, compiled": "#b4452f"}
+COLOURS = {"custom_ops": OURS, "plain, eager": THEIRS, "plain, compiled": "#b4452f"}
 
 # The scores, the same again, the labels. The documents that are the better ones of a pair take their score from the
 # first, the worse ones from the second: the gradient is the sum of the gradients of the two, and as every term of
@@ -87,7 +87,7 @@ def example(options: Options) -> Report:
         for name, (ours, plain) in CONTENDERS.items():
             losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
                 "custom_ops": ours,
-                "plain PyTorch": lambda s, y, plain=plain: plain(s, s, y),
+                "plain, eager": lambda s, y, plain=plain: plain(s, s, y),
             }
             if options.compiled:
                 compiled = torch.compile(plain, backend="aot_eager" if options.quick else "inductor", dynamic=True)
@@ -104,11 +104,13 @@ def example(options: Options) -> Report:
                     result.rows.append((name, f"{n:,}", *(report.shown(v, unit) for v in values.values())))
                 progress.update(task, advance=1)
     largest = sizes[-1]
+    group = f"Ranking losses of {LISTS} lists of {largest:,} documents, beside plain PyTorch"
     for name in CONTENDERS:
         for unit, values in (("ms", times[name][largest]), ("MiB", memory[name][largest])):
             mine, *others = values
-            group = f"Ranking loss of {LISTS} lists of {largest:,} documents"
-            result.gains += [Gain(f"{name} beside {who}", unit, values[mine], values[who], group) for who in others]
+            for other in others:
+                what = f"{name}, {other.removeprefix('plain, ')}"
+                result.gains.append(Gain(what, unit, values[mine], values[other], group))
     result.checks.append(agreement.check())
     result.panels = [
         partial(draw, measured=times["LambdaRank"], unit="ms", title="A ranking loss of long lists: time"),
@@ -128,14 +130,13 @@ def draw(axis: Axes, measured: dict[int, dict[str, float]], unit: str, title: st
     sizes = list(measured)
     for name in measured[sizes[0]]:
         values = [measured[n][name] for n in sizes]
-        axis.loglog(sizes, values, "o-", color=COLOURS[name], label=name)
-        axis.annotate(report.shown(values[-1], unit), (sizes[-1], values[-1]), (6, 0),
-                      textcoords="offset points", va="center", color=COLOURS[name])  # fmt: skip
+        axis.loglog(sizes, values, "o-", color=COLOURS[name])
+        label = f"{name}\n{report.shown(values[-1], unit)}"
+        axis.annotate(label, (sizes[-1], values[-1]), (7, 0), None, "offset points", va="center", color=COLOURS[name])
     axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axis.minorticks_off()
-    axis.set_xlim(sizes[0] * 0.9, sizes[-1] * 1.5)  # room for the numbers
+    axis.set_xlim(sizes[0] * 0.9, sizes[-1] * 2.1)  # room for the names
     axis.set(xlabel="documents in a list", ylabel=unit, title=f"{title}\n(LambdaRank, {LISTS} lists, with backward)")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.45))
 
 
 PARTS = {"lists": Part(example)}

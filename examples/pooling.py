@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BATCH, CAMERAS, IMAGE, FEATURES = 4, 6, (128, 352), (8, 22)
 DEPTHS = torch.arange(4.0, 45.0)
 CHANNELS, GRID, CELL = 64, 200, 0.5
+GROUP = "Summing into a bird's-eye view, beside QuickCumsum and VoxelsSumming"
 VOXEL = 0.5  # metres a side, of the LiDAR scan
 
 
@@ -52,7 +53,7 @@ def example(options: Options) -> Report:
     generator = torch.Generator().manual_seed(options.seed)
     rounds = 1 if options.quick else 5
     result = Report("Summing into a bird's-eye view", ("forward and backward", "ours", "theirs", "remark"))
-    shown: dict[str, dict[str, tuple[float, float]]] = {"ms": {}, "MiB": {}}
+    shown: dict[str, tuple[float, float]] = {}
     with options.progress() as progress:
         task = progress.add_task("Voxel sums", total=2, note="")
         for name, whose, remark, contenders, agreement in (
@@ -63,15 +64,15 @@ def example(options: Options) -> Report:
             times = milliseconds(contenders, rounds)
             memory = {who: peak_bytes(run, torch.device("cpu")) / 2**20 for who, run in contenders.items()}
             for unit, values in (("ms", times), ("MiB", memory)):
-                gain = Gain(f"{name} beside {whose}", unit, values["ours"], values["theirs"], "Bird's-eye view")
-                result.rows.append((*gain.row[:3], remark))
-                shown[unit][name] = gain.ours, gain.theirs
+                gain = Gain(name, unit, values["ours"], values["theirs"], GROUP)
+                result.rows.append((*gain.row[:3], f"{whose}; {remark}"))
+                if unit == "ms":
+                    shown[f"{name}, {whose}"] = gain.ours, gain.theirs
                 if unit == "ms" or whose == "QuickCumsum":  # where something is gained
                     result.gains.append(gain)
             result.checks.append(agreement.check())
             progress.update(task, advance=1)
-    for unit, title in (("ms", "time"), ("MiB", "peak memory")):
-        result.panels.append(partial(draw, shown=shown[unit], unit=unit, title=f"Voxel sums with backward: {title}"))
+    result.panels.append(partial(draw, shown=shown))
     return result
 
 
@@ -140,9 +141,9 @@ def lidar(generator: torch.Generator) -> tuple[str, str, str, Contenders, Agreem
     return "LiDAR sums", "VoxelsSumming", remark, runs, agreement
 
 
-def draw(axis: Axes, shown: dict[str, tuple[float, float]], unit: str, title: str) -> None:
-    report.draw_pairs(axis, list(shown), list(shown.values()), unit, "QuickCumsum, VoxelsSumming")
-    axis.set(title=title)
+def draw(axis: Axes, shown: dict[str, tuple[float, float]]) -> None:
+    report.draw_pairs(axis, list(shown), list(shown.values()), "ms", "theirs")
+    axis.set(title="Summing into a bird's-eye view: time\n(with backward)")
 
 
 PARTS = {"pooling": Part(example, ("lidar",))}

@@ -214,9 +214,10 @@ def example(options: Options) -> Report:
     qualities |= {v.name: measure(v.model) for v in variants}
 
     result = Report("Recommending: MovieLens 100K", ("", f"NDCG@{K}", f"recall@{K}", "remark"))
-    group = f"Recommender (MovieLens), loss over all {split.train.shape[1]:,} films of {FEW} users"
+    group = "Recommender of films (MovieLens), beside the table of all pairs"
+    what = f"loss of {FEW} users, all {split.train.shape[1]:,} films"
     for unit, values in (("ms", times), ("MiB", memory)):
-        result.gains.append(Gain("pairwise logistic beside plain PyTorch", unit, *values.values(), group))
+        result.gains.append(Gain(what, unit, *values.values(), group))
     pairs_of_a_user = (split.train.sum(1) * (~split.train).sum(1)).float().mean().item()
     remarks = {
         bpr.name: f"{bpr.milliseconds:.1f} ms a step of {BATCH:,} pairs (median)",

@@ -51,11 +51,14 @@ class Gain:
     unit: str
     ours: float
     theirs: float
-    group: str = ""
+    group: str
 
     @property
     def row(self) -> tuple[str, str, str, str]:
-        return self.what, shown(self.ours, self.unit), shown(self.theirs, self.unit), f"{self.theirs / self.ours:,.1f}x"
+        measured = "time" if self.unit == "ms" else "peak memory"
+        ratio = self.theirs / self.ours
+        numbers = shown(self.ours, self.unit), shown(self.theirs, self.unit)
+        return f"{self.what}: {measured}", *numbers, f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x"
 
 
 def shown(value: float, unit: str) -> str:
@@ -231,5 +234,5 @@ def draw_pairs(axis: Axes, names: Sequence[str], pairs: Sequence[tuple[float, fl
         axis.bar_label(bars, [shown(pair[which], unit) for pair in pairs], padding=2)
     axis.set(ylabel=unit)
     axis.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
-    axis.margins(y=0.2)  # room for the numbers and the legend
-    axis.legend(frameon=False)
+    axis.margins(y=0.35)  # room for the numbers and the legend
+    axis.legend(frameon=False, loc="upper right")

@@ -237,7 +237,7 @@ def test_the_closing_table_is_80_columns_wide_at_most() -> None:
     ]
     report.show_gains(console, gains)
     printed = console.export_text()
-    assert "512 KiB" in printed and "123,456 ms" in printed and "246,912.0x" in printed
+    assert "512 KiB" in printed and "123,456 ms" in printed and "246,912x" in printed
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
 
 
