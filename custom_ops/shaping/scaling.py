@@ -176,7 +176,7 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
         tensor([-0.5000, -0.5000])
     """
     _check_scale("lambda_", lambda_)
-    return scale_gradient(x, -lambda_)
+    return scale_gradient(x, -1.0 * lambda_)  # torch 2.10 compiles a negated number anew for each value
 
 
 class ReverseGradient(torch.nn.Module):
