@@ -235,7 +235,9 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
             [](const ExponentialPool& pool, const ExponentialPool& next) { return pool.fit <= next.fit; },
             [](ExponentialPool& pool, const ExponentialPool& next) { pool.merge(next); });
         return put(pools, count, [&](int64_t p, const ExponentialPool& pool) {
-          return sort ? std::log(pool.fit) + sequences.places(0, p) - s[0] : a[p] / pool.fit;
+          if (!sort) return a[p] / pool.fit;
+          const int64_t first = pool.begin;  // above which the rest is small where the pool is one item
+          return -s[first] + (std::log(pool.fit * (b[first] / a[first])) + sequences.places(first, p));
         });
       }
       const auto weight = [&](int64_t p) { return sort ? 0 : std::log(static_cast<double>(m - p)); };

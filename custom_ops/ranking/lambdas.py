@@ -186,9 +186,8 @@ def _lambda_loss_of_one_list(
     }[weighting]
     top = rank <= limit
     pairs = (y[:, None] > y) & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
-    values = torch.where(pairs, weight * softplus(-sigma * (s[:, None] - s), threshold=60), 0).sum() / math.log(
-        log_base
-    )
+    apart = torch.where(pairs & (weight != 0), s[:, None] - s, 0)
+    values = torch.where(pairs, weight * softplus(-sigma * apart, threshold=60), 0).sum() / math.log(log_base)
     loss = values / pairs.sum().clamp_min(1) if normalize else values
     return loss, pairs.any() & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
 
