@@ -232,7 +232,9 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         ExponentialPool* pools = scratch.get<ExponentialPool>(m);
         const int64_t count = pool_adjacent_violators(
             m, pools, [&](int64_t p) { return ExponentialPool{a[p], b[p], p}; },
-            [](const ExponentialPool& pool, const ExponentialPool& next) { return pool.fit <= next.fit; },
+            [](const ExponentialPool& pool, const ExponentialPool& next) {  // the same but for rounding is no more
+              return pool.fit <= next.fit * (1 + 0x1p-48);
+            },
             [](ExponentialPool& pool, const ExponentialPool& next) { pool.merge(next); });
         return put(pools, count, [&](int64_t p, const ExponentialPool& pool) {
           if (!sort) return a[p] / pool.fit;

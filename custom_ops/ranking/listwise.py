@@ -359,17 +359,16 @@ def _softmax_of_one_list(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return -torch.where(y == 0, 0, y * s.log_softmax(0)).sum(), _contributes(y)
 
 
-def _logsumexp(x: Tensor) -> Tensor:
-    """Over the last dimension; torch's loses what equal large numbers add in the derivative."""
-    top = x.detach().amax(-1, keepdim=True)
-    return (x - top).exp().sum(-1).log() + top.squeeze(-1)
-
-
 def _logsumexp_among(s: Tensor, among: Tensor) -> Tensor:
-    """logsumexp of s over the items of each row that are ``among``, less the row's own s; a row must have one."""
-    others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    apart = torch.where(among & others, s - s.unsqueeze(-1), 0)
-    return _logsumexp(torch.where(among, apart, -torch.inf))
+    """logsumexp of s over the items of each row that are ``among``, less the row's own s; a row must have one.
+
+    Not torch's, whose derivative loses what equal large numbers add; and only of differences of similar scores.
+    """
+    top = torch.where(among, s.detach(), -torch.inf).amax(-1, keepdim=True)
+    below = torch.where(among & (s.detach() != top), s - top, s - s.detach())
+    rest = torch.where(among, below, -torch.inf).exp().sum(-1).log()
+    apart = top.squeeze(-1) - s
+    return rest + apart
 
 
 def _list_mle_of_one_list(
@@ -407,9 +406,15 @@ def _unique_softmax_of_one_list(s: Tensor, y: Tensor, gain: str = "exponential")
 
 
 def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tensor, Tensor]:
-    lower = y.unsqueeze(-1) > y
-    pairs = torch.where(lower, scale * torch.where(lower, s - s.unsqueeze(-1), 0), -torch.inf).flatten()
-    return _logsumexp(torch.nn.functional.pad(pairs, (1, 0))), _contributes(y)
+    lower, fixed = y.unsqueeze(-1) > y, s.detach()
+    pairs = torch.where(lower, fixed - fixed.unsqueeze(-1), 0)
+    most, largest = pairs.flatten().max(-1)
+    worst, best = (
+        torch.where(most > 0, fixed.gather(0, i.reshape(1)), 0) for i in (largest % len(s), largest // len(s))
+    )
+    # Over the largest term, of which only differences of similar scores are taken.
+    terms = torch.where(lower, scale * ((s - worst) - (s - best).unsqueeze(-1)), -torch.inf).exp().sum()
+    return scale * most + (terms + (-scale * most).exp()).log(), _contributes(y)
 
 
 # ---------------------------------------------------------------- registry

@@ -56,7 +56,7 @@ VALUES: dict[str, Values] = {
     "ties": _pick((-1.5, -1, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 1, 1.5, 6)),
     "tiny": _tiny,
     "large": _large,
-    "fills": _with_some((-1e4, -65504, -1e9, -math.inf), finite=True),
+    "fills": _with_some((-1e4, -65504, -1e9, -1e30), finite=True),
     "outliers": _with_some((-1e9, -300, 300, 1e9), finite=True),
     "NaN": _with_some((math.nan,)),
     "infinite": _with_some((math.inf, -math.inf)),
