@@ -16,7 +16,7 @@ struct Ranked {
   A* by_distance;  // mu |1 / log2(1 + a) - 1 / log2(2 + a)| for ranks that differ by a
   A* up;           // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
   A* down;
-  A* s;  // s / 2, of which no difference overflows, from which it is taken where `wide`
+  A* s;     // s / 2, of which no difference overflows, from which it is taken where `wide`
   A twice;  // 2 sigma
   bool wide;
   A* v;
@@ -200,8 +200,7 @@ struct LambdaLoss {
     for (int64_t i = 0; i < n; ++i) {
       const A label = list.y[ideal[i]];
       const bool same = i > 0 && label == list.y[ideal[i - 1]];
-      const double own =
-          same ? gains[ideal[i - 1]] : relative_gain(static_cast<double>(label), highest, exponential);
+      const double own = same ? gains[ideal[i - 1]] : relative_gain(static_cast<double>(label), highest, exponential);
       gains[ideal[i]] = own;
       if (i < x.rows) most += own * discount_at(i);
     }

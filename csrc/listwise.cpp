@@ -291,18 +291,17 @@ struct ListMle {
 
   template <bool kGrouped, class A>
   void run(List<A>& list) const {
-    in_label_order(
-        list, ties == kByScore, kGrouped, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
-          const Scan<kGrouped> scan(o.s, n, o.first, o.groups, 1, scratch);
-          double* w = place_weights(n, scratch);
-          for (int64_t g = 0; kGrouped && g < o.groups; ++g) {  // the items share those of their places
-            const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
-            std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
-          }
-          if (!o.v) return slope(scan, w, out);
-          product(scan, w, o.v, scan.means(o.v, scratch), out);
-          return 0.0;
-        });
+    in_label_order(list, ties == kByScore, kGrouped, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+      const Scan<kGrouped> scan(o.s, n, o.first, o.groups, 1, scratch);
+      double* w = place_weights(n, scratch);
+      for (int64_t g = 0; kGrouped && g < o.groups; ++g) {  // the items share those of their places
+        const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
+        std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
+      }
+      if (!o.v) return slope(scan, w, out);
+      product(scan, w, o.v, scan.means(o.v, scratch), out);
+      return 0.0;
+    });
   }
 
   template <bool kGrouped>

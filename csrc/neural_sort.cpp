@@ -63,8 +63,7 @@ struct Sorted {
     double* before = scratch.get<double>(n + 1);
     before[0] = 0;
     for (int64_t i = 0; i < n; ++i) before[i + 1] = before[i] + t[i];
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = (before[last[i]] - before[end[i]]) - (before[start[i]] - before[first[i]]);
+    for (int64_t i = 0; i < n; ++i) out[i] = (before[last[i]] - before[end[i]]) - (before[start[i]] - before[first[i]]);
   }
 
   double slope_of_row(int64_t i) const { return static_cast<double>(last[i] + first[i] - 1 - 2 * i); }
@@ -196,7 +195,8 @@ struct NeuralSort {
     const Sorted items(list, temperature);
     A* gains = scratch.get<A>(n);
     for (int64_t i = 0; i < n; ++i)
-      gains[i] = static_cast<A>(relative_gain(static_cast<double>(list.y[items.order[i]]), highest, exponential) / best);
+      gains[i] =
+          static_cast<A>(relative_gain(static_cast<double>(list.y[items.order[i]]), highest, exponential) / best);
     double *u = nullptr, *q = nullptr;
     if (list.v) {
       u = scratch.get<double>(n);

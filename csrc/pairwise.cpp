@@ -69,9 +69,7 @@ struct Violations {
     }
     at = to;
   }
-  void add(double violation, double of_v) {
-    count += 1, sum += violation, squares += violation * violation, v += of_v;
-  }
+  void add(double violation, double of_v) { count += 1, sum += violation, squares += violation * violation, v += of_v; }
   void operator+=(const Violations& o) { count += o.count, sum += o.sum, squares += o.squares, v += o.v; }
 };
 
@@ -182,7 +180,8 @@ struct PairwiseMse {
     const double scale = normalize ? 1 / (n - 1) : n;
     if (list.n < 2) return std::fill(list.slope, list.slope + list.n, A(0));
     const auto x = [&](int64_t i) ALWAYS_INLINE {
-      const auto apart = [&](const A* x) ALWAYS_INLINE { return static_cast<double>(x[i]) - static_cast<double>(x[0]); };
+      const auto apart = [&](const A* x)
+                             ALWAYS_INLINE { return static_cast<double>(x[i]) - static_cast<double>(x[0]); };
       return list.v ? apart(list.v) : apart(list.s) - apart(list.y);  // above the first item, which changes nothing
     };
     double sum = 0, squares = 0;

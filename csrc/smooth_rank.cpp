@@ -20,9 +20,7 @@ struct Ratio {  // keeps e^(scale (s - middle)): a quotient for each pair, an ex
   static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;  // of that exponent, so that nothing overflows
   static constexpr A kNone = 0;                                           // kept where there is no item
   double scale, middle;
-  ALWAYS_INLINE A keep(A s) const {
-    return static_cast<A>(exp_nonpositive(scale * (static_cast<double>(s) - middle)));
-  }
+  ALWAYS_INLINE A keep(A s) const { return static_cast<A>(exp_nonpositive(scale * (static_cast<double>(s) - middle))); }
   ALWAYS_INLINE void compare(A own, A other, A& p, A& q) const {
     const A inverse = 1 / (own + other);
     p = other * inverse, q = own * inverse;
@@ -305,7 +303,8 @@ struct SmoothRank {
     std::copy(order, order + relevant, item);
     std::copy(order + relevant, order + n, item + others);
     if (scale * (high - low) <= 2 * Ratio<A>::kRange)
-      return smooth_rank_of<A>(list, item, columns, Ratio<A>{scale, low + (high - low) / 2}, scale, metric, gain, relevant);
+      return smooth_rank_of<A>(list, item, columns, Ratio<A>{scale, low + (high - low) / 2}, scale, metric, gain,
+                               relevant);
     if (undefined(list, item, relevant, columns)) {
       list.loss = std::numeric_limits<A>::quiet_NaN();
       return std::fill(list.slope, list.slope + n, list.loss);

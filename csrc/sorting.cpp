@@ -301,8 +301,7 @@ Tensor group_softmax(const Tensor& x, const Tensor& groups, const std::optional<
     for (int64_t p = group.first; p < group.last; ++p) sum += exponential(p);
     // The ranks of the group's places add up to this.
     const double whole = weighted ? static_cast<double>((last - first) * (2 * group.count - first - last + 1)) / 2 : 1;
-    for (int64_t p = group.first; p < group.last; ++p)
-      store(whole * (exponential(p) / sum), to[group.item(p)]);
+    for (int64_t p = group.first; p < group.last; ++p) store(whole * (exponential(p) / sum), to[group.item(p)]);
   });
 }
 
