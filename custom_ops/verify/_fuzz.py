@@ -39,9 +39,13 @@ def _large(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) ->
     return scale * _pick((-1, -0.5, -0.25, 0.125, 0.5, 1))(shape, dtype, generator)
 
 
-def _with_some(numbers: Sequence[float]) -> Values:
+def _with_some(numbers: Sequence[float], finite: bool = False) -> Values:
+    """Some of the numbers among others; the nearest ones that the dtype has if they are to be ``finite``."""
+
     def values(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         rare = _pick(numbers)(shape, dtype, generator)
+        if finite:
+            rare = rare.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
         return torch.where(torch.rand(shape, generator=generator) < 0.2, rare, _normal(shape, dtype, generator))
 
     return values
@@ -52,6 +56,8 @@ VALUES: dict[str, Values] = {
     "ties": _pick((-1.5, -1, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 1, 1.5, 6)),
     "tiny": _tiny,
     "large": _large,
+    "fills": _with_some((-1e4, -65504, -1e9, -1e30), finite=True),
+    "outliers": _with_some((-1e9, -300, 300, 1e9), finite=True),
     "NaN": _with_some((math.nan,)),
     "infinite": _with_some((math.inf, -math.inf)),
 }
