@@ -9,7 +9,8 @@ namespace {
 // As numbered in custom_ops/ranking/_inputs.py.
 enum Purpose : int64_t { kOrder, kDifference, kExponential, kValue };
 
-constexpr double kHighest = 2048;  // beside labels so high no other number counts in 2^y: see custom_ops/ranking/_inputs.py
+constexpr double kHighest =
+    2048;  // beside labels so high no other number counts in 2^y: see custom_ops/ranking/_inputs.py
 
 template <class A, class L>
 ALWAYS_INLINE inline bool is_held(L label) {
