@@ -110,7 +110,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
           x.template ratio<kWide>(i, j, u);
           x.template weights<kWeighting>(i, j, inside, first, last);
-          u = (first == V{}) & (last == V{}) ? V{} : u;  // of two infinite scores it is NaN
+          if constexpr (kWide) u = (first == V{}) & (last == V{}) ? V{} : u;  // of two infinite scores it is NaN
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
             load<A>(g, x.v + j);
@@ -119,7 +119,9 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
             V s, log;
             load<A>(s, x.s + j);
             log_one_plus<A>(u * (inverse * next), log);
-            value += first * log + last * (log + (last == V{} ? V{} : x.s[i] - s));
+            V difference = x.s[i] - s;
+            if constexpr (kWide) difference = last == V{} ? V{} : difference;
+            value += first * log + last * (log + difference);
             x.template count<kWeighting>(i, j, inside, count);
             g = (last - first * u) * r;
           }

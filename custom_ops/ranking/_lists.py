@@ -552,13 +552,14 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
     """A reference from ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
 
     The items that aren't valid are dropped first, and the loss of a list that doesn't contribute is
-    replaced by 0. ``one_list`` is vmapped over whole lists.
+    replaced by 0; that of a list with a NaN among its labels by NaN. ``one_list`` is vmapped over whole lists.
     """
 
     def loss_of(s: Tensor, y: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
-        loss, contributes = one_list(s, y, **own)
-        active = torch.as_tensor(contributes, device=s.device)
-        return torch.where(active, loss, s[:0].sum()), active
+        undefined = y.isnan().any()
+        loss, contributes = one_list(s, y.nan_to_num(), **own)
+        active = torch.as_tensor(contributes, device=s.device) | undefined
+        return torch.where(undefined, torch.nan, torch.where(active, loss, s[:0].sum())), active
 
     def reference(
         scores: Tensor,
@@ -598,6 +599,15 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
         return _reduce_by_torch(loss, active, weights, reduction)
 
     return reference
+
+
+def relative_gains(y: Tensor, gain: str) -> Tensor:
+    """max(y, 0), or for the gain "exponential" 2^y - 1 of it over 2 to the highest label."""
+    y = y.clamp_min(0)
+    if gain == "linear":
+        return y
+    top = y.max()
+    return torch.where(y > 1, 2 ** (y - top) - 2**-top, 2**-top * torch.expm1(math.log(2) * y))
 
 
 def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = False, **own: Any) -> list[Sample]:

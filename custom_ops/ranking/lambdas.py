@@ -19,6 +19,7 @@ from custom_ops.ranking._lists import (
     list_op,
     list_samples,
     reference_of,
+    relative_gains,
 )
 from custom_ops.registry import BadCall, OpInfo, Sample, register
 
@@ -174,8 +175,7 @@ def _lambda_loss_of_one_list(
     order = s.detach().sort(dim=-1, descending=True, stable=True).indices
     rank = (order[:, None] == at - 1).to(s.dtype).T @ at
     limit = n if k is None else min(k, n)
-    gains = torch.expm1(math.log(2) * y) if gain == "exponential" else y
-    gains = torch.where(y > 0, gains, 0)
+    gains = relative_gains(y, gain)
     ideal = (gains.sort(dim=-1, descending=True).values[:limit] / torch.log2(1 + at[:limit])).sum()
     g, inverse = gains / torch.where(ideal > 0, ideal, 1), 1 / torch.log2(1 + rank)
     distance = (rank[:, None] - rank).abs()

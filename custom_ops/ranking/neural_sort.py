@@ -17,6 +17,7 @@ from custom_ops.ranking._lists import (
     list_op,
     list_samples,
     reference_of,
+    relative_gains,
 )
 from custom_ops.registry import BadCall, OpInfo, register
 
@@ -131,7 +132,7 @@ def neural_sort_matrix(s: Tensor, temperature: float) -> Tensor:
 def _neural_sort_ndcg_of_one_list(
     s: Tensor, y: Tensor, k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
 ) -> tuple[Tensor, Tensor]:
-    g = (2**y - 1 if gain == "exponential" else y).clamp_min(0)
+    g = relative_gains(y, gain)
     discounts = 1 / (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
     discounts = discounts * (torch.arange(len(y), device=y.device) < (k or len(y)))
     ideal = (g.sort(descending=True).values * discounts).sum()

@@ -18,6 +18,7 @@ from custom_ops.ranking._lists import (
     list_op,
     list_samples,
     reference_of,
+    relative_gains,
 )
 from custom_ops.registry import BadCall, Benchmark, OpInfo, register
 
@@ -234,7 +235,7 @@ def _contributes(y: Tensor) -> Tensor:
 def _approx_ndcg_of_one_list(
     s: Tensor, y: Tensor, temperature: float = 0.1, gain: str = "exponential"
 ) -> tuple[Tensor, Tensor]:
-    g = (2**y - 1 if gain == "exponential" else y).clamp_min(0)
+    g = relative_gains(y, gain)
     discounts = (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
     ideal = (g.sort(descending=True).values / discounts).sum()
     found = (g / (1 + _smooth_ranks(s, torch.ones_like(y), temperature)).log2()).sum()
