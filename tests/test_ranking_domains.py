@@ -365,3 +365,25 @@ def test_a_loss_beyond_float16_is_told_of():
         warnings.simplefilter("error")
         assert co.pairwise_hinge_loss(scores, torch.arange(1000), normalize=True) == 1
         co.pairwise_hinge_loss(scores.float(), torch.arange(1000))
+
+
+# ---------------------------------------------------------------- through torch
+
+
+@pytest.mark.parametrize("name", ["pairwise_logistic_loss", "list_net_loss", "lambda_loss", "spearman_loss", "ndcg"])
+def test_integer_labels_and_lengths_compose(name):
+    function = getattr(co, name)
+    scores = torch.stack([SCORES, SCORES.flip(0), SCORES + 1])
+    labels = T([[1700000001, 1700000000, 1700000007, 1], [0, 1, 2, 0], [3, 1, 0, 0]])
+    lengths = T([4, 3, 2])
+    expected = function(scores, labels, lengths=lengths, reduction="none")
+    mapped = torch.func.vmap(lambda s, y, n: function(s, y, lengths=n))(scores, labels, lengths)
+    same(mapped, expected)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    same(compiled(scores, labels, lengths=lengths, reduction="none"), expected)
+    if name == "ndcg":
+        return
+    gradient = loss_and_gradient(name, scores, labels, lengths=lengths, reduction="sum")[1]
+    same(torch.func.vmap(torch.func.grad(lambda s, y, n: function(s, y, lengths=n)))(scores, labels, lengths), gradient)
+    tangent = torch.func.jvp(lambda s: function(s, labels, lengths=lengths, reduction="sum"), (scores,), (scores,))[1]
+    same(tangent, (gradient * scores).sum())
