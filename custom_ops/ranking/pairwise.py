@@ -96,7 +96,8 @@ def pairwise_logistic_loss(
         TypeError: no tensor, a wrong dtype, ``sigma`` no number, ``normalize`` no bool.
         ValueError: a wrong shape, several devices, labels that require a gradient, both ``lengths`` and
             ``cu_lengths``, ``sigma`` not positive, an unknown ``reduction``.
-        RuntimeError: ``cu_lengths`` out of order or out of range (on a GPU they are clamped).
+        RuntimeError: ``lengths`` out of range, ``cu_lengths`` out of order or out of range; on a GPU it is an
+            assertion on the device.
 
     O(n^2) time without an exponential per pair, O(n) memory.
 

@@ -179,6 +179,7 @@ def _soft(
     cu_lengths: Tensor | None,
     sort: bool,
 ) -> Tensor:
+    _lists.not_nested("values", values)
     _checks.has_dtype("values", values, _checks.FLOATING)
     if values.dim() == 0:
         raise ValueError("values: expected [..., n], got a single number")
@@ -232,7 +233,8 @@ def soft_rank(
         TypeError: no tensor, a wrong dtype, a strength that is no number.
         ValueError: shapes that don't match, several devices, both ``lengths`` and ``cu_lengths``, an unknown
             ``regularization``, a strength not above 0.
-        RuntimeError: ``cu_lengths`` out of order or out of range (on a GPU they are clamped).
+        RuntimeError: ``lengths`` out of range, ``cu_lengths`` out of order or out of range; on a GPU it is an
+            assertion on the device.
 
     O(n log n) time, O(n) memory; on a GPU the regression of each list is sequential.
 
@@ -317,7 +319,8 @@ def spearman_loss(
         TypeError: no tensor, a wrong dtype, a strength that is no number.
         ValueError: labels that require a gradient, shapes that don't match, several devices, both ``lengths``
             and ``cu_lengths``, an unknown ``regularization`` or ``reduction``, a strength not above 0.
-        RuntimeError: ``cu_lengths`` out of order or out of range (on a GPU they are clamped).
+        RuntimeError: ``lengths`` out of range, ``cu_lengths`` out of order or out of range; on a GPU it is an
+            assertion on the device.
 
     O(n log n) time, O(n) memory.
 
