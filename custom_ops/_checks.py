@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from functools import reduce
 from typing import Any
@@ -42,51 +43,110 @@ def same_device(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected on {reference.device} as {first}, got {tensor.device}")
 
 
+def beside(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, on the device of x if it is a single number on the CPU, as torch takes it too."""
+    is_single = value.dim() == 0 and value.device.type == "cpu" and x.device.type != "meta"
+    return value.to(x.device) if is_single and value.device != x.device else value
+
+
 def is_one_of(name: str, value: Any, choices: Collection[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def is_bool(name: str, value: Any) -> None:
+def plain(value: Any) -> Any:
+    """The Python number that a numpy scalar holds, or a 0-dim tensor on the CPU; any other value as it is."""
+    if isinstance(value, Tensor):
+        holds_number = value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
+    else:
+        holds_number = getattr(value, "ndim", None) == 0
+    return value.item() if holds_number else value
+
+
+def as_bool(name: str, value: Any) -> bool:
+    given, value = value, plain(value)
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(
+            f"{name}: expected True or False, got {_told(given) if isinstance(given, Tensor) else repr(given)}"
+        )
+    return value
 
 
-def is_number(name: str, value: Any) -> None:
-    _is_real(name, value)
+def as_int(name: str, value: Any, expected: str = "an integer") -> int:
+    """Of an int, a numpy integer, a 0-dim tensor of integers on the CPU, or anything else with ``__index__``."""
+    value = plain(value)
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if not _converts(value, "__index__"):
+        raise TypeError(f"{name}: expected {expected}, got {_told(value)}")
+    return operator.index(value)
+
+
+def as_count(name: str, value: Any, least: int = 0, expected: str = "an integer") -> int:
+    """An integer of at least ``least`` that an int64 holds."""
+    value = as_int(name, value, expected)
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if isinstance(value, int) and value >= 2**63:  # a symbolic one is below
+        raise ValueError(f"{name}: expected less than 2^63, got {value}")
+    return value
+
+
+def as_limit(name: str, value: Any) -> int | None:
+    """A number of items of at least 1, or None for no limit."""
+    return None if value is None else as_count(name, value, 1, "an integer or None")
+
+
+def as_float(name: str, value: Any) -> float:
+    """Of a number, a numpy scalar, a 0-dim tensor on the CPU, or anything else with ``__float__``; not of NaN."""
+    value = _real(name, value)
     if value != value:  # Dynamo can't trace math.isnan of a symbolic number
         raise ValueError(f"{name}: expected a number, got nan")
+    return value
 
 
-def _is_real(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if isinstance(value, int) and not torch.compiler.is_compiling():  # where it may be symbolic
-        try:
-            float(value)
-        except OverflowError:
-            raise ValueError(f"{name}: expected a number within the range of floats, got a larger integer") from None
+def as_positive(name: str, value: Any) -> float:
+    """The same, of what is above 0 and finite."""
+    number = _real(name, value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name}: expected a positive number, got {plain(value)!r}")
+    return number
 
 
-def is_positive(name: str, value: Any) -> None:
-    _is_real(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+def _real(name: str, value: Any) -> float:
+    value = plain(value)
+    if isinstance(value, (float, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    if not _converts(value, "__float__") and not _converts(value, "__index__"):
+        raise TypeError(f"{name}: expected a number, got {_told(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number within the range of floats, got a larger integer") from None
 
 
-def is_limit(name: str, value: Any) -> None:
-    """A number of items of at least 1, or None for no limit."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    _is_long(name, value)
+def _converts(value: Any, method: str) -> bool:
+    is_array = isinstance(value, Tensor) or getattr(value, "ndim", 0) > 0
+    return not is_array and not isinstance(value, bool) and hasattr(type(value), method)
+
+
+def _told(value: Any) -> str:
+    """What a value is that isn't a number."""
+    kind = "a tensor" if isinstance(value, Tensor) else "an array"
+    if getattr(value, "ndim", 0) > 0:
+        return f"{kind} of shape {list(value.shape)}"
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.device.type != "cpu":
+        return f"a tensor on {value.device}, which to read would wait for the device"
+    return "a tensor that requires a gradient" if value.requires_grad else f"a tensor of {value.dtype}"
 
 
 def broadcast(**tensors: Tensor) -> list[Tensor]:
     """The tensors on one device, in the dtype that torch promotes them to, expanded to one shape."""
+    first = next((t for t in tensors.values() if t.dim() > 0), None)
+    if first is not None:
+        tensors = {name: beside(first, t) for name, t in tensors.items()}
     same_device(**tensors)
     values = list(tensors.values())
     try:
@@ -101,18 +161,5 @@ def broadcast(**tensors: Tensor) -> list[Tensor]:
         raise ValueError(f"{', '.join(tensors)}: expected shapes that broadcast, got {shapes}") from None
 
 
-def is_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-
-
-def is_count(name: str, value: Any) -> None:
-    is_integer(name, value)
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
-    _is_long(name, value)
-
-
-def _is_long(name: str, value: Any) -> None:
-    if isinstance(value, int) and value >= 2**63:  # a symbolic one is below
-        raise ValueError(f"{name}: expected less than 2^63, got {value}")
+# For callers that keep the value as it was given.
+is_bool, is_count, is_integer, is_number = as_bool, as_count, as_int, as_float

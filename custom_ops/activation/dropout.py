@@ -86,8 +86,8 @@ def relu_dropout(
         tensor([0., 2.])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _check_probability(p)
-    _checks.is_bool("training", training)
+    p = _probability(p)
+    training = _checks.as_bool("training", training)
     check_inplace(x, inplace)
     if seed is not None:
         _checks.has_dtype("seed", seed, (torch.int64,))
@@ -100,14 +100,15 @@ def relu_dropout(
         raise NotImplementedError("x: each element's draw depends on its place in the whole tensor, not in a shard")
     if seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
-    y = ReLUDropoutForward.apply(x, seed, float(p), 0)[0]
+    y = ReLUDropoutForward.apply(x, seed, p, 0)[0]
     return x.copy_(y) if inplace else y
 
 
-def _check_probability(p: Any) -> None:
-    _checks.is_number("p", p)
-    if not 0 <= p <= 1:
+def _probability(p: Any) -> float:
+    probability = _checks.as_float("p", p)
+    if not 0 <= probability <= 1:
         raise ValueError(f"p: expected a probability, got {p}")
+    return probability
 
 
 class ReLUDropout(torch.nn.Module):
@@ -121,8 +122,7 @@ class ReLUDropout(torch.nn.Module):
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()
-        _check_probability(p)
-        self.p = p
+        self.p = _probability(p)
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:

@@ -209,8 +209,9 @@ def _(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[T
 
 
 def check_inplace(x: Tensor, inplace: bool) -> None:
-    _checks.is_bool("inplace", inplace)
-    if inplace and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())):
+    if _checks.as_bool("inplace", inplace) and any(
+        stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride())
+    ):
         raise ValueError(f"x: expected elements with memory of their own to write to, got strides {list(x.stride())}")
 
 
@@ -298,8 +299,8 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
         >>> x.grad
         tensor([0.5000, 0.5000, 1.0000])
     """
-    _checks.is_number("negative_slope", negative_slope)
-    return _activate(x, low=0.0, slope=float(negative_slope), inplace=inplace)
+    slope = _checks.as_float("negative_slope", negative_slope)
+    return _activate(x, low=0.0, slope=slope, inplace=inplace)
 
 
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -317,11 +318,9 @@ def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bo
         >>> custom_ops.hardtanh(torch.tensor([-3.0, 0.5, 3.0]))
         tensor([-1.0000,  0.5000,  1.0000])
     """
-    _checks.is_number("min_val", min_val)
-    _checks.is_number("max_val", max_val)
-    if not min_val <= max_val:
+    low, high = _checks.as_float("min_val", min_val), _checks.as_float("max_val", max_val)
+    if not low <= high:
         raise ValueError(f"min_val: expected at most max_val, got {min_val} and {max_val}")
-    low, high = float(min_val), float(max_val)
     return _activate(x, low=low, high=high, below=low, above=high, inplace=inplace)
 
 
@@ -352,9 +351,8 @@ def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) 
         >>> custom_ops.threshold(torch.tensor([0.5, 1.5]), 1.0, -2.0)
         tensor([-2.0000,  1.5000])
     """
-    _checks.is_number("threshold", threshold)
-    _checks.is_number("value", value)
-    return _activate(x, low=float(threshold), below=float(value), nan_passes=True, inplace=inplace)
+    low, below = _checks.as_float("threshold", threshold), _checks.as_float("value", value)
+    return _activate(x, low=low, below=below, nan_passes=True, inplace=inplace)
 
 
 def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> Tensor:
@@ -392,9 +390,9 @@ def bias_leaky_relu(
         >>> custom_ops.bias_leaky_relu(torch.tensor([[1.0, -3.0]]), torch.tensor([0.5, 1.0]), 0.5)
         tensor([[ 1.5000, -1.0000]])
     """
-    _checks.is_number("negative_slope", negative_slope)
+    slope = _checks.as_float("negative_slope", negative_slope)
     bias, dim = _of_channels(x, bias, dim)
-    return _activate(x, low=0.0, slope=float(negative_slope), inplace=inplace, bias=bias, dim=dim)
+    return _activate(x, low=0.0, slope=slope, inplace=inplace, bias=bias, dim=dim)
 
 
 def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
@@ -407,7 +405,7 @@ def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
     _checks.has_dtype("bias", bias, (x.dtype,))
     _checks.has_dims("bias", bias, "[C]")
     _checks.same_device(x=x, bias=bias)
-    _checks.is_integer("dim", dim)
+    dim = _checks.as_int("dim", dim)
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"dim: expected a dimension of x with shape {list(x.shape)}, got {dim}")
     if bias.shape[0] != x.shape[dim]:
@@ -507,9 +505,8 @@ class BiasReLU(torch.nn.Module):
 
     def __init__(self, channels: int, dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
-        _checks.is_count("channels", channels)
-        self.bias = torch.nn.Parameter(torch.zeros(channels))
-        self.dim = dim
+        self.bias = torch.nn.Parameter(torch.zeros(_checks.as_count("channels", channels)))
+        self.dim = _checks.as_int("dim", dim)
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
@@ -530,7 +527,7 @@ class BiasLeakyReLU(BiasReLU):
 
     def __init__(self, channels: int, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False) -> None:
         super().__init__(channels, dim, inplace)
-        self.negative_slope = negative_slope
+        self.negative_slope = _checks.as_float("negative_slope", negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return bias_leaky_relu(x, self.bias, self.negative_slope, self.dim, self.inplace)

@@ -481,7 +481,7 @@ class ListLossModule(torch.nn.Module):
 
     def __init__(self, reduction: str = "mean", **own: Any) -> None:
         super().__init__()
-        self.reduction, self.own = reduction, own
+        self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in own.items()}
         with torch.no_grad():
             nothing = torch.empty(0, device="cpu")
             self(nothing, nothing)  # the function checks them

@@ -102,22 +102,22 @@ def lambda_loss(
         (tensor(0.4992), tensor([-0.2733,  0.1782,  0.0952]))
     """
     _checks.is_one_of("weighting", weighting, WEIGHTINGS)
-    _checks.is_limit("k", k)
+    k = _checks.as_limit("k", k)
     _checks.is_one_of("topk_mode", topk_mode, _TOPK_MODES)
     _checks.is_one_of("gain", gain, _GAINS)
-    _checks.is_positive("sigma", sigma)
+    sigma = _checks.as_positive("sigma", sigma)
+    mu, log_base = _checks.as_float("mu", mu), _checks.as_float("log_base", log_base)
     for name, value, least in (("mu", mu, -math.inf), ("log_base", log_base, 1)):
-        _checks.is_number(name, value)
         if not least < value < math.inf:
             raise ValueError(f"{name}: expected a finite number of more than {least}, got {value}")
-    _checks.is_bool("normalize", normalize)
+    normalize = _checks.as_bool("normalize", normalize)
     params = (
         WEIGHTINGS.index(weighting),
         _NO_LIMIT if k is None else min(k, _NO_LIMIT),
         topk_mode == "and",
         gain == "exponential",
-        float(sigma),
-        float(mu),
+        sigma,
+        mu,
         1 / math.log(log_base),
         normalize,
     )

@@ -188,7 +188,7 @@ def list_mle_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.3133), tensor([-7.1716e-22, -7.3106e-01,  7.3106e-01]))
     """
-    _checks.is_limit("k", k)
+    k = _checks.as_limit("k", k)
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
     params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
@@ -259,8 +259,8 @@ def cosent_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
-    _checks.is_positive("scale", scale)
-    return list_loss(cosent, scores, labels, (float(scale),), mask, lengths, cu_lengths, weights, reduction)
+    scale = _checks.as_positive("scale", scale)
+    return list_loss(cosent, scores, labels, (scale,), mask, lengths, cu_lengths, weights, reduction)
 
 
 # ---------------------------------------------------------------- modules

@@ -189,13 +189,13 @@ def margin_ranking_loss(
     integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     if not integers and target.dtype not in _checks.FLOATING:
         raise TypeError(f"target: expected real numbers, got {str(target.dtype).removeprefix('torch.')}")
-    _checks.is_number("margin", margin)
+    margin = _checks.as_float("margin", margin)
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     if shards.is_sharded(input1, input2, target):
         return _in_shards((input1, input2, target), margin, reduction)
     tensors = _checks.broadcast(input1=input1, input2=input2, target=target)
     divisor = tensors[0].numel() if reduction == "mean" else 1
-    return library.direct(margin_ranking)(*tensors, float(margin), divisor, reduction != "none", 0)[0]
+    return library.direct(margin_ranking)(*tensors, margin, divisor, reduction != "none", 0)[0]
 
 
 def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Tensor:
@@ -205,7 +205,7 @@ def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Te
 
     def run(*tensors: Tensor) -> Tensor:
         parts = _checks.broadcast(**dict(zip(("input1", "input2", "target"), tensors)))
-        return margin_ranking(*parts, float(margin), divisor, reduction != "none", 0)[0]
+        return margin_ranking(*parts, margin, divisor, reduction != "none", 0)[0]
 
     names = shards.batch_labels(len(shape))
     labels = []
@@ -226,9 +226,8 @@ class MarginRankingLoss(torch.nn.Module):
 
     def __init__(self, margin: float = 0.0, reduction: str = "mean") -> None:
         super().__init__()
-        _checks.is_number("margin", margin)
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.margin, self.reduction = margin, reduction
+        self.margin, self.reduction = _checks.as_float("margin", margin), reduction
 
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
         return margin_ranking_loss(input1, input2, target, self.margin, self.reduction)

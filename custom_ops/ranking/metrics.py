@@ -36,7 +36,7 @@ class _Ranked:
         choices: tuple[str, ...],
         reduction: str,
     ) -> None:
-        _checks.is_limit("k", k)
+        k = _checks.as_limit("k", k)
         _checks.is_tensor("labels", labels)
         valid = checked(scores, labels.detach(), mask, lengths, cu_lengths, None, reduction)
         _checks.is_one_of("ties", ties, choices)

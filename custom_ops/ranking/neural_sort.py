@@ -91,10 +91,10 @@ def neural_sort_ndcg_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.2496), tensor([-0.1159, -0.4163,  0.5322]))
     """
-    _checks.is_limit("k", k)
-    _checks.is_positive("temperature", temperature)
+    k = _checks.as_limit("k", k)
+    temperature = _checks.as_positive("temperature", temperature)
     _checks.is_one_of("gain", gain, _GAINS)
-    params = (float(temperature), _NO_LIMIT if k is None else min(k, _NO_LIMIT), gain == "exponential")
+    params = (temperature, _NO_LIMIT if k is None else min(k, _NO_LIMIT), gain == "exponential")
     return list_loss(neural_sort, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
 
 

@@ -109,9 +109,9 @@ def pairwise_logistic_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.9888), tensor([-1.1086,  0.5486,  0.5600]))
     """
-    _checks.is_positive("sigma", sigma)
-    _checks.is_bool("normalize", normalize)
-    params = (LOGISTIC, float(sigma), normalize)
+    sigma = _checks.as_positive("sigma", sigma)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (LOGISTIC, sigma, normalize)
     return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
 
 
@@ -139,9 +139,9 @@ def pairwise_soft_zero_one_loss(
         >>> custom_ops.pairwise_soft_zero_one_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
         tensor(1.2910)
     """
-    _checks.is_positive("sigma", sigma)
-    _checks.is_bool("normalize", normalize)
-    params = (SOFT_ZERO_ONE, float(sigma), normalize)
+    sigma = _checks.as_positive("sigma", sigma)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (SOFT_ZERO_ONE, sigma, normalize)
     return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
 
 
@@ -169,9 +169,9 @@ def pairwise_exponential_loss(
         >>> custom_ops.pairwise_exponential_loss(torch.tensor([0.5, 1.5, 0.0]), torch.tensor([2, 1, 0]))
         tensor(3.5479)
     """
-    _checks.is_positive("sigma", sigma)
-    _checks.is_bool("normalize", normalize)
-    params = (EXPONENTIAL, float(sigma), normalize)
+    sigma = _checks.as_positive("sigma", sigma)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (EXPONENTIAL, sigma, normalize)
     return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
 
 
@@ -212,10 +212,10 @@ def pairwise_hinge_loss(
         >>> loss.detach(), scores.grad
         (tensor(2.5000), tensor([-2.,  1.,  1.]))
     """
-    _checks.is_number("margin", margin)
-    _checks.is_bool("squared", squared)
-    _checks.is_bool("normalize", normalize)
-    params = (float(margin), squared, normalize)
+    margin = _checks.as_float("margin", margin)
+    squared = _checks.as_bool("squared", squared)
+    normalize = _checks.as_bool("normalize", normalize)
+    params = (margin, squared, normalize)
     return list_loss(pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
 
 
@@ -250,7 +250,7 @@ def pairwise_mse_loss(
         >>> loss.detach(), scores.grad
         (tensor(13.), tensor([-14.,  10.,   4.]))
     """
-    _checks.is_bool("normalize", normalize)
+    normalize = _checks.as_bool("normalize", normalize)
     return list_loss(pairwise_mse, scores, labels, (normalize,), mask, lengths, cu_lengths, weights, reduction)
 
 

@@ -211,10 +211,11 @@ def _loss(
     return Preference.apply(chosen, rejected, *padded, kind, margin, beta, p, q, divisor, reduction != "none", 0)
 
 
-def _is_smoothing(value: Any, limit: float) -> None:
-    _checks.is_number("label_smoothing", value)
-    if not 0 <= value < limit:
-        raise ValueError(f"label_smoothing: expected at least 0 and less than {limit}, got {value}")
+def _smoothing(value: Any, limit: float) -> float:
+    smoothing = _checks.as_float("label_smoothing", value)
+    if not 0 <= smoothing < limit:
+        raise ValueError(f"label_smoothing: expected at least 0 and less than {limit}, got {_checks.plain(value)}")
+    return smoothing
 
 
 def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
@@ -293,14 +294,12 @@ def bradley_terry_loss(
         >>> custom_ops.bradley_terry_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.5]), margin=0.5)
         tensor(0.3005)
     """
-    _checks.is_positive("beta", beta)
-    _is_smoothing(label_smoothing, 1.0)
+    beta = _checks.as_positive("beta", beta)
+    e = _smoothing(label_smoothing, 1.0)
     tensors: dict[str, Tensor | None] = {"chosen": chosen, "rejected": rejected}
     if isinstance(margin, Tensor):
         tensors["margin"], margin = margin, 0.0
-    _checks.is_number("margin", margin)
-    weights = (1.0 - label_smoothing, float(label_smoothing))
-    return _loss(tensors, LOGISTIC, reduction, float(margin), float(beta), *weights)
+    return _loss(tensors, LOGISTIC, reduction, _checks.as_float("margin", margin), beta, 1.0 - e, e)
 
 
 DPO_LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo", "exo_pair")
@@ -373,10 +372,9 @@ def dpo_loss(
 
 
 def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict[str, Any]:
-    _checks.is_positive("beta", beta)
+    beta = _checks.as_positive("beta", beta)
     _checks.is_one_of("loss_type", loss_type, DPO_LOSS_TYPES)
-    _is_smoothing(label_smoothing, 0.5 if loss_type == "robust" else 1.0)
-    e = float(label_smoothing)
+    e = _smoothing(label_smoothing, 0.5 if loss_type == "robust" else 1.0)
     if e and loss_type in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing: expected 0, {loss_type!r} has none, got {label_smoothing}")
     if loss_type == "sigmoid":
@@ -391,7 +389,7 @@ def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict
         kind, p, q = DIVERGENCE, -math.log1p(-e), -math.log(e)
     else:
         raise ValueError("label_smoothing: expected more than 0 for 'exo_pair', got 0")
-    return {"kind": kind, "beta": float(beta), "p": p, "q": q}
+    return {"kind": kind, "beta": beta, "p": p, "q": q}
 
 
 class BPRLoss(torch.nn.Module):
@@ -426,10 +424,9 @@ class BradleyTerryLoss(torch.nn.Module):
 
     def __init__(self, beta: float = 1.0, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
         super().__init__()
-        _checks.is_positive("beta", beta)
-        _is_smoothing(label_smoothing, 1.0)
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.beta, self.label_smoothing, self.reduction = beta, label_smoothing, reduction
+        self.beta, self.label_smoothing = _checks.as_positive("beta", beta), _smoothing(label_smoothing, 1.0)
+        self.reduction = reduction
 
     def forward(self, chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
         options = {"beta": self.beta, "label_smoothing": self.label_smoothing}
@@ -453,9 +450,10 @@ class DPOLoss(torch.nn.Module):
         self, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        _dpo_parameters(beta, loss_type, label_smoothing)
+        self.beta, self.label_smoothing = _checks.plain(beta), _checks.plain(label_smoothing)
+        _dpo_parameters(self.beta, loss_type, self.label_smoothing)
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.beta, self.loss_type, self.label_smoothing, self.reduction = beta, loss_type, label_smoothing, reduction
+        self.loss_type, self.reduction = loss_type, reduction
 
     def forward(
         self,

@@ -168,8 +168,8 @@ def _smooth_rank(
     weights: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    _checks.is_positive("temperature", temperature)
-    params = (float(temperature), metric)
+    temperature = _checks.as_positive("temperature", temperature)
+    params = (temperature, metric)
     return list_loss(smooth_rank, scores, labels, params, mask, lengths, cu_lengths, weights, reduction)
 
 

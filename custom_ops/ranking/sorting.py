@@ -163,9 +163,10 @@ for _op in (isotonic, group_reduce, group_share, group_softmax):
     _lists._shard(_op)
 
 
-def _check_regularization(regularization: str, strength: float) -> None:
+def _regularization(regularization: str, strength: float) -> tuple[float, bool]:
+    """The strength, and whether it is "kl"."""
     _checks.is_one_of("regularization", regularization, _REGULARIZATIONS)
-    _checks.is_positive("regularization_strength", strength)
+    return _checks.as_positive("regularization_strength", strength), regularization == "kl"
 
 
 def _soft(
@@ -180,9 +181,9 @@ def _soft(
     _checks.has_dtype("values", values, _checks.FLOATING)
     if values.dim() == 0:
         raise ValueError("values: expected [..., n], got a single number")
-    _check_regularization(regularization, strength)
+    options = _regularization(regularization, strength)
     where = valid_items("values", values, mask, lengths, cu_lengths), _offsets(cu_lengths)
-    return _fitted(wide(values), *where, float(strength), regularization == "kl", sort).to(values.dtype)
+    return _fitted(wide(values), *where, *options, sort).to(values.dtype)
 
 
 def _offsets(cu_lengths: Tensor | None) -> Tensor | None:
@@ -331,9 +332,8 @@ def spearman_loss(
         tensor(0.5000)
     """
     valid = _lists.checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    _check_regularization(regularization, regularization_strength)
+    options = *_regularization(regularization, regularization_strength), False
     where = valid, _offsets(cu_lengths)
-    options = float(regularization_strength), regularization == "kl", False
     ranks = _fitted(wide(scores), *where, *options).double()
     wanted = _by_lists(_ranks, labels.detach(), *where)
     ones = torch.ones_like(wanted)

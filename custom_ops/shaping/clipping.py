@@ -141,14 +141,13 @@ def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None)
 
 
 def _check_limits(min: float | None, max: float | None) -> tuple[float | None, float | None]:
-    for name, limit in (("min", min), ("max", max)):
-        if limit is not None:
-            _checks.is_number(name, limit)
-    if min is None and max is None:
+    low = None if min is None else _checks.as_float("min", min)
+    high = None if max is None else _checks.as_float("max", max)
+    if low is None and high is None:
         raise ValueError("min, max: expected at least one limit, got None for both")
-    if min is not None and max is not None and not min <= max:
+    if low is not None and high is not None and not low <= high:
         raise ValueError(f"min: expected at most max = {max}, got {min}")
-    return None if min is None else float(min), None if max is None else float(max)
+    return low, high
 
 
 class ClipGradient(torch.nn.Module):
@@ -204,29 +203,29 @@ def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | No
                 [0.3000, 0.4000]])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _check_norm(max_norm, dim)
+    max_norm, dims = _norm(max_norm, dim)
     if x.dim() == 0:
-        return clip_gradient_norm(x[None], max_norm, dim)[0]
-    chosen = range(x.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
+        return clip_gradient_norm(x[None], max_norm, dims)[0]
+    chosen = range(x.dim()) if dims is None else dims
     if any(not -x.dim() <= d < x.dim() for d in chosen):
         raise ValueError(f"dim: expected within {x.dim()} dimensions, got {dim}")
     from_last = [d if d < 0 else d - x.dim() for d in chosen]
     if len(set(from_last)) < len(from_last):
         raise ValueError(f"dim: expected different dimensions, got {dim}")
-    return gradient_norm_clipping(x, float(max_norm), from_last)
+    return gradient_norm_clipping(x, max_norm, from_last)
 
 
-def _check_norm(max_norm: Any, dim: Any) -> None:
-    _checks.is_number("max_norm", max_norm)
-    if not max_norm >= 0:
+def _norm(max_norm: Any, dim: Any) -> tuple[float, list[int] | None]:
+    norm = _checks.as_float("max_norm", max_norm)
+    if not norm >= 0:
         raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
     if dim is None:
-        return
-    dims = [dim] if isinstance(dim, int) else dim
-    if not isinstance(dims, Sequence) or any(isinstance(d, bool) or not isinstance(d, int) for d in dims):
-        raise TypeError(f"dim: expected an integer or several, got {dim!r}")
+        return norm, None
+    several = list(dim) if isinstance(dim, Sequence) and not isinstance(dim, str) else [dim]
+    dims = [_checks.as_int("dim", d, "an integer or several") for d in several]
     if not dims:
         raise ValueError("dim: expected at least one dimension, got none")
+    return norm, dims
 
 
 class ClipGradientNorm(torch.nn.Module):
@@ -242,8 +241,7 @@ class ClipGradientNorm(torch.nn.Module):
 
     def __init__(self, max_norm: float, dim: int | Sequence[int] | None = None) -> None:
         super().__init__()
-        _check_norm(max_norm, dim)
-        self.max_norm, self.dim = max_norm, dim
+        self.max_norm, self.dim = _norm(max_norm, dim)[0], dim
 
     def forward(self, x: Tensor) -> Tensor:
         return clip_gradient_norm(x, self.max_norm, self.dim)

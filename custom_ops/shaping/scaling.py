@@ -101,20 +101,21 @@ def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
         tensor([2., 4., 6.])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _check_scale("scale", scale)
+    scale = _scale("scale", scale)
     if not isinstance(scale, Tensor):
-        return library.direct(gradient_scaling)(x, float(scale), None)
+        return library.direct(gradient_scaling)(x, scale, None)
+    scale = _checks.beside(x, scale)
     _checks.same_device(x=x, scale=scale)
     if scale.dim() > x.dim() or not all(s in (1, n) for s, n in zip(reversed(scale.shape), reversed(x.shape))):
         raise ValueError(f"scale: expected a shape that broadcasts to {list(x.shape)}, got {list(scale.shape)}")
     return library.direct(gradient_scaling)(x, 1.0, scale)
 
 
-def _check_scale(name: str, scale: Any) -> None:
-    if isinstance(scale, Tensor):
+def _scale(name: str, scale: Any) -> float | Tensor:
+    if isinstance(scale, Tensor) and (scale.dim() > 0 or scale.is_floating_point()):
         _checks.has_dtype(name, scale, _checks.FLOATING)
-    else:
-        _checks.is_number(name, scale)
+        return scale
+    return _checks.as_float(name, scale)
 
 
 class ScaleGradient(torch.nn.Module):
@@ -132,7 +133,7 @@ class ScaleGradient(torch.nn.Module):
 
     def __init__(self, scale: float | Tensor) -> None:
         super().__init__()
-        _check_scale("scale", scale)
+        scale = _scale("scale", scale)
         if isinstance(scale, Tensor):
             self.register_buffer("scale", scale)
         else:
@@ -172,8 +173,7 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
         >>> x.grad
         tensor([-0.5000, -0.5000])
     """
-    _check_scale("lambda_", lambda_)
-    return scale_gradient(x, -lambda_)
+    return scale_gradient(x, -_scale("lambda_", lambda_))
 
 
 class ReverseGradient(torch.nn.Module):
@@ -189,8 +189,7 @@ class ReverseGradient(torch.nn.Module):
 
     def __init__(self, lambda_: float = 1.0) -> None:
         super().__init__()
-        _checks.is_number("lambda_", lambda_)
-        self.lambda_ = lambda_
+        self.lambda_ = _checks.as_float("lambda_", lambda_)
 
     def forward(self, x: Tensor) -> Tensor:
         return reverse_gradient(x, self.lambda_)

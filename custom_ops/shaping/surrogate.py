@@ -193,15 +193,16 @@ def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) ->
         (tensor([0., 0., 1., 1.]), tensor([0.0000, 0.5000, 1.0000, 0.5000]))
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _check_step(shape, width)
-    return as_it_lies(x, lambda rows, _: library.direct(surrogate_step)(rows, _SHAPES.index(shape), float(width)))
+    width = _step_width(shape, width)
+    return as_it_lies(x, lambda rows, _: library.direct(surrogate_step)(rows, _SHAPES.index(shape), width))
 
 
-def _check_step(shape: Any, width: Any) -> None:
+def _step_width(shape: Any, width: Any) -> float:
     _checks.is_one_of("shape", shape, _SHAPES)
-    _checks.is_number("width", width)
-    if not width > 0:
+    number = _checks.as_float("width", width)
+    if not number > 0:
         raise ValueError(f"width: expected above 0, got {width}")
+    return number
 
 
 class SurrogateGradient(torch.nn.Module):
@@ -218,8 +219,7 @@ class SurrogateGradient(torch.nn.Module):
 
     def __init__(self, shape: str = "sigmoid", width: float = 1.0) -> None:
         super().__init__()
-        _check_step(shape, width)
-        self.shape, self.width = shape, width
+        self.shape, self.width = shape, _step_width(shape, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return surrogate_gradient(x, self.shape, self.width)
