@@ -132,17 +132,47 @@ def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cel
 
 
 def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
-    """By a stable radix sort, which needs no atomics; points in no voxel come last."""
+    """By a stable radix sort, which needs no atomics; points in no voxel come last.
+
+    The boundaries of an example with a rank past the grid are -1, of which every reduction is NaN.
+    """
     rank = rank.contiguous()
     narrow = torch.int32 if voxels < 2**31 - 1 else torch.int64  # half as many passes
-    key = torch.where((rank < 0) | (rank >= voxels), voxels, rank).to(narrow)
-    ordered, perm = key.sort(dim=-1, stable=True)
+    past = rank >= voxels
+    ordered, perm = torch.where((rank < 0) | past, voxels, rank).to(narrow).sort(dim=-1, stable=True)
     edges = torch.arange(voxels + 1, dtype=narrow, device=rank.device).expand(*rank.shape[:-1], voxels + 1)
-    return perm, torch.searchsorted(ordered, edges.contiguous())
+    return perm, torch.searchsorted(ordered, edges.contiguous()).masked_fill_(past.any(-1, keepdim=True), -1)
+
+
+@kernel("*T *i64 *i64 *i32 i32 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@triton.jit(do_not_specialize=["voxels", "blocks"])
+def voxel_match_kernel(rank_ptr, perm_ptr, indptr_ptr, wrong_ptr, points, voxels, blocks, BLOCK: tl.constexpr):
+    """How many positions of a block hold another point than a stable sort puts there."""
+    example, block = locate(blocks)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < points
+    perm_ptr += example * points
+    indptr_ptr += example * (voxels + 1)
+    point = tl.load(perm_ptr + at, mask=inside, other=0)
+    before = tl.load(perm_ptr + at - 1, mask=inside & (at > 0), other=-1)
+    exists = inside & (point >= 0) & (point < points)
+    rank = tl.load(rank_ptr + example * points + point, mask=exists, other=0).to(tl.int64)
+    voxel = tl.where(rank < 0, voxels, tl.minimum(rank, voxels))
+    first = tl.load(indptr_ptr + voxel, mask=exists, other=0)
+    last = tl.load(indptr_ptr + voxel + 1, mask=exists & (voxel < voxels), other=points)
+    right = exists & (rank < voxels) & (first <= at) & (at < last) & ((at == first) | (before < point))
+    tl.store(wrong_ptr + example * blocks + block, tl.sum((inside & ~right).to(tl.int32)))
 
 
 def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
-    """Not probed: the answer would have to be waited for. The kernels reach no other memory in any case."""
+    """Boundaries of -1 for an example that doesn't match, since an error would have to be waited for."""
     if perm.shape != rank.shape or indptr.dim() != rank.dim() or indptr.shape[:-1] != rank.shape[:-1]:
         raise RuntimeError("csr: expected (perm, indptr), int64, of the shapes that voxel_csr gives for rank")
-    return indptr.clone(memory_format=torch.contiguous_format)
+    rank, perm, indptr = rank.contiguous(), perm.contiguous(), indptr.contiguous()
+    points, voxels = rank.shape[-1], indptr.shape[-1] - 1
+    blocks = triton.cdiv(points, BLOCK)
+    wrong = rank.new_empty((*rank.shape[:-1], blocks), dtype=torch.int32)
+    voxel_match_kernel(wrong.numel(), rank, perm, indptr, wrong, points, voxels, blocks)
+    wrong_ends = (indptr[..., :1] != 0) | (indptr[..., -1:] > points)
+    matches = ~wrong_ends & (indptr.diff() >= 0).all(-1, keepdim=True) & (wrong == 0).all(-1, keepdim=True)
+    return torch.where(matches, indptr, -1)

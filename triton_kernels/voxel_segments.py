@@ -20,6 +20,9 @@ _CHUNK = 128
 
 _NOWHERE = tl.constexpr(2**31 - 1)  # behind all rows
 
+# The segment of a point that perm lacks, or of all where the boundaries descend: its gradient is NaN.
+_UNKNOWN = tl.constexpr(-2)
+
 
 def _width(columns: int) -> int:
     return next((w for w in _WIDTHS if w >= columns), _WIDTHS[-1])
@@ -29,9 +32,12 @@ def _width(columns: int) -> int:
 
 
 @triton.jit
-def _boundary(indptr_ptr, segment, points):
-    """Kept within the points, so that a corrupted indptr can't reach memory outside x."""
-    return tl.minimum(tl.maximum(tl.load(indptr_ptr + segment).to(tl.int64), 0), points)
+def _boundaries(indptr_ptr, segment, points):
+    """Where a segment begins and ends, and whether the points are so. If not, it is empty: no other memory is read."""
+    start = tl.load(indptr_ptr + segment).to(tl.int64)
+    stop = tl.load(indptr_ptr + segment + 1).to(tl.int64)
+    right = (start >= 0) & (start <= stop) & (stop <= points)
+    return tl.where(right, start, 0), tl.where(right, stop, 0), right
 
 
 @triton.jit
@@ -50,12 +56,13 @@ def _segment_of(indptr_ptr, boundaries, steps, position):
 
 @triton.jit
 def _point(perm_ptr, position, inside, points, PERM: tl.constexpr):
-    """The point at a position, kept within the points."""
+    """The point at a position, kept within the points, and whether it had to be."""
     if PERM:
-        point = tl.load(perm_ptr + position, mask=inside, other=0)
-        return tl.minimum(tl.maximum(point, 0), points - 1)
+        listed = tl.load(perm_ptr + position, mask=inside, other=0)
+        point = tl.minimum(tl.maximum(listed, 0), points - 1)
+        return point, inside & (point != listed)
     else:
-        return position
+        return position, inside & (position < 0)
 
 
 # ---------------------------------------------------------------- reductions
@@ -84,12 +91,14 @@ def _sum_rows(
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
-        row = _point(perm_ptr, position, inside, points, PERM)
+        row, stray = _point(perm_ptr, position, inside, points, PERM)
         if WEIGHT:
             weight = widen(tl.load(weight_ptr + row, mask=inside, other=0))
             row = row // plane // bins * plane + row % plane
         exists = inside[:, None] & (column < columns)[None, :]
         value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
+        if PERM:
+            value = tl.where(stray[:, None], float("nan"), value)
         total += weight[:, None] * value if WEIGHT else value
     return tl.sum(total, axis=0)
 
@@ -118,10 +127,12 @@ def _max_rows(
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
-        row = _point(perm_ptr, position, inside, points, PERM)
+        row, stray = _point(perm_ptr, position, inside, points, PERM)
         exists = inside[:, None] & (column < columns)[None, :]
         at = row[:, None] * columns + column[None, :]
         value = widen(tl.load(x_ptr + at, mask=exists, other=float("-inf")))
+        if PERM:
+            value = tl.where(stray[:, None], float("nan"), value)
         above = (best == best) & ~(value <= best)
         best = tl.where(above, value, best)
         where = tl.where(above, (begin + first).to(tl.int32)[:, None], where)
@@ -191,8 +202,7 @@ def segment_reduce_chunks_kernel(
     end = tl.minimum(first + CHUNK, points)
     segment = _segment_of(indptr_ptr, segments + 1, steps, tl.where(starts_here, end - 1, first))
     if (segment >= 0) & (segment < segments):
-        start = _boundary(indptr_ptr, segment, points)
-        stop = _boundary(indptr_ptr, segment + 1, points)
+        start, stop, _ = _boundaries(indptr_ptr, segment, points)
         if (stop - start > CHUNK) & ((start >= first) == starts_here):
             x_ptr += example * (points // bins) * columns
             weight_ptr += example * points
@@ -265,8 +275,7 @@ def segment_reduce_kernel(
     perm_ptr += example * own_perm * points
     x_ptr += example * (points // bins) * columns
     weight_ptr += example * points
-    start = _boundary(indptr_ptr, segment, points)
-    stop = _boundary(indptr_ptr, segment + 1, points)
+    start, stop, right = _boundaries(indptr_ptr, segment, points)
     # Parts of a long segment: where it starts, then row by row where it goes on.
     before = example * 2 * chunks * columns
     starting = before + (chunks + start // CHUNK) * columns + column
@@ -284,7 +293,7 @@ def segment_reduce_kernel(
             at = tl.where(earlier, starting, before + chunk * columns + column)
             where = tl.load(partial_at_ptr + at, mask=exists, other=-1)
         filled = (where >= 0) & (where < points)  # of a corrupted indptr it may be anything
-        point = _point(perm_ptr, where, filled, points, PERM)
+        point, _ = _point(perm_ptr, where, filled, points, PERM)
         tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
         total = tl.where(filled, total, 0)
     else:
@@ -325,6 +334,7 @@ def segment_reduce_kernel(
             total += tl.load(partial_ptr + starting, mask=exists, other=0)
         if mean != 0:
             total = total / tl.maximum((stop - start).to(tl.int32), 1)
+    total = tl.where(right, total, float("nan"))
     tl.store(out_ptr + out_row * columns + column, total, mask=exists)
 
 
@@ -345,10 +355,14 @@ def segment_rank_kernel(
     example = (program // blocks).to(tl.int64)
     position = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < points
-    segment = _segment_of(indptr_ptr + example * (segments + 1), segments + 1, steps, position)
-    point = _point(perm_ptr + example * points, position, inside, points, PERM)
-    rank = tl.where(segment < segments, segment, -1)
-    tl.store(rank_ptr + example * points + point, rank, mask=inside)
+    indptr_ptr += example * (segments + 1)
+    segment = _segment_of(indptr_ptr, segments + 1, steps, position)
+    point, stray = _point(perm_ptr + example * points, position, inside, points, PERM)
+    within = (segment >= 0) & (segment < segments)
+    stop = tl.load(indptr_ptr + segment + 1, mask=inside & within, other=0)
+    ordered = tl.where(within, position < stop, tl.load(indptr_ptr + segments) >= 0)
+    rank = tl.where(within, segment, -1)
+    tl.store(rank_ptr + example * points + point, tl.where(ordered, rank, _UNKNOWN), mask=inside & ~stray)
 
 
 @triton.jit
@@ -420,7 +434,7 @@ def segment_spread_rows_kernel(
         if mean != 0:
             # Not in sums.dtype as below: ptxas would spill on sm_80.
             sums = sums * _share(indptr_ptr, segment, found, tl.float64).to(sums.dtype)[:, None]
-        total += sums
+        total += tl.where((segment == _UNKNOWN)[:, None], float("nan"), sums)
     at = (example * rows + row)[:, None] * columns + column[None, :]
     tl.store(out_ptr + at, total, mask=inside[:, None] & exists)
 
@@ -464,6 +478,7 @@ def segment_spread_dots_kernel(
             total += tl.sum(sums * x, axis=1)
         if mean != 0:
             total = total * _share(indptr_ptr, segment, found, total.dtype)
+        total = tl.where(segment == _UNKNOWN, float("nan"), total)
         tl.store(out_ptr + example * points + point, total, mask=inside)
 
 
@@ -492,7 +507,7 @@ class _Segments:
 
     def ranks(self) -> Tensor:
         """The segment of each point, -1 for none."""
-        rank = self.indptr.new_full((self.geometries, self.points), -1)
+        rank = self.indptr.new_full((self.geometries, self.points), _UNKNOWN.value)
         blocks = triton.cdiv(self.points, 256)
         segment_rank_kernel(
             self.geometries * blocks,
