@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 namespace custom_ops {
@@ -61,6 +62,22 @@ void counting_sort(const I* rank, int64_t n, int64_t voxels, int64_t* perm, int6
   });
 }
 
+// Ranks that some projects keep as floats.
+template <class F>
+void dispatch_ranks(const Tensor& ranks, const F& f) {
+  switch (ranks.scalar_type()) {
+    case ScalarType::Float: return f(Type<float>{});
+    case ScalarType::Double: return f(Type<double>{});
+    default: return dispatch_index(ranks, "ranks", f);
+  }
+}
+
+// Not of what is so large that numbers beside it are rounded to it.
+template <class R>
+ALWAYS_INLINE inline bool is_whole(R rank) {
+  return (rank < static_cast<R>(int64_t{1} << std::numeric_limits<R>::digits)) & (std::trunc(rank) == rank);
+}
+
 // Whether the boundaries [begin, end) of rows of as many ascend, in each row from 0 to at most `points`.
 bool ascends(const int64_t* at, int64_t begin, int64_t end, int64_t row, int64_t points) {
   int64_t wrong = 0;
@@ -115,29 +132,39 @@ std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorte
   const Tensor ranks = dense(ranks_in);
   const int64_t n = ranks.numel();
   const Chunks chunks(n, 1 << 15);
-  std::vector<int64_t> first(chunks.count + 1, 0);  // boundaries before each chunk
-  std::atomic<bool> sorted{true};
+  std::vector<int64_t> first(chunks.count + 1, 0);  // runs that begin before each chunk
+  std::atomic<int64_t> inside{0}, blocks{0};        // points of a voxel, and how often they begin anew
+  std::atomic<bool> whole{true}, sorted{true};
   Tensor bounds, last;
-  dispatch_index(ranks, "ranks", [&](auto type) {
-    using I = typename decltype(type)::type;
-    const I* r = data<I>(ranks);
+  dispatch_ranks(ranks, [&](auto type) {
+    using R = typename decltype(type)::type;
+    using Count = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;  // as wide, so that the loop vectorises
+    const R* r = data<R>(ranks);
     chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {
-      int64_t changes = 0;
-      bool descends = false;
-      multiversion([&]() ALWAYS_INLINE {
-        I steps = 0, drops = 0;
+      multiversion([&, r]() ALWAYS_INLINE {
+        Count begins = 0, enters = 0, points = 0, drops = 0, broken = 0;
+        for (int64_t i = begin; i < end; ++i) {
+          points += r[i] >= 0;
+          if constexpr (std::is_floating_point_v<R>) broken |= !is_whole(r[i]);
+        }
         for (int64_t i = std::max<int64_t>(1, begin); i < end; ++i) {
-          steps += r[i] != r[i - 1];
+          begins += (r[i] >= 0) & (r[i] != r[i - 1]);
+          enters += (r[i] >= 0) & (r[i - 1] < 0);
           drops |= r[i] < r[i - 1];
         }
-        changes = steps, descends = drops != 0;
+        const Count starts = k == 0 && r[0] >= 0;
+        first[k + 1] = begins + starts;
+        inside += points, blocks += enters + starts;
+        if (drops) sorted = false;
+        if (broken) whole = false;
       });
-      first[k + 1] = changes + (k == 0);
-      if (descends) sorted = false;
     });
+    check(whole, "ranks: expected whole numbers below 2^24 in float32 and 2^53 in float64, got others");
     check(!check_sorted || sorted,
           "ranks: expected non-decreasing values, got an unsorted tensor; sort x, geometry and "
           "ranks by ranks first, or pass check_sorted=False to sum each run of equal ranks");
+    check(blocks <= 1, "ranks: expected the points outside, of negative ranks, before and behind all others, got some "
+          "between them; sort x, geometry and ranks by ranks first");
     for (int64_t k = 0; k < chunks.count; ++k) first[k + 1] += first[k];
     const int64_t voxels = first[chunks.count];
     bounds = fresh(ranks, {voxels + 1}, ScalarType::Long);
@@ -146,10 +173,10 @@ std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorte
       int64_t at = first[k];
       for (int64_t i = begin; i < end && at < first[k + 1]; ++i) {
         out[at] = i;
-        at += i == 0 || r[i] != r[i - 1];
+        at += r[i] >= 0 && (i == 0 || r[i] != r[i - 1]);
       }
     });
-    out[voxels] = n;
+    out[voxels] = voxels ? out[0] + inside : 0;
     last = fresh(ranks, {voxels}, ScalarType::Long);
     int64_t* lp = mutable_data<int64_t>(last);
     for (int64_t v = 0; v < voxels; ++v) lp[v] = out[v + 1] - 1;

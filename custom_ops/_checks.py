@@ -56,6 +56,8 @@ def is_one_of(name: str, value: Any, choices: Collection[str]) -> None:
 
 def plain(value: Any) -> Any:
     """The Python number that a numpy scalar holds, or a 0-dim tensor on the CPU; any other value as it is."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):  # Dynamo can't ask a symbolic one for more
+        return value
     if isinstance(value, Tensor):
         holds_number = value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
     else:

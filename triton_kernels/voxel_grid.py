@@ -12,37 +12,45 @@ from custom_ops.triton_kernels.common import BLOCK, FLOATING, INDEX, divide, ker
 # ---------------------------------------------------------------- bounds
 
 
+_RANKS = (*INDEX, "fp32", "fp64")
+_COUNTED = tl.constexpr(2 * BLOCK)
+
+
 @triton.jit
-def _steps(ranks_ptr, points, BLOCK: tl.constexpr):
-    """Where this program's points lie, which begin a run, and which descend."""
+def _runs(ranks_ptr, points, BLOCK: tl.constexpr):
+    """Where this program's points lie, their ranks and those before, and which begin a run of a voxel's."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < points
-    follows = inside & (at > 0)
-    rank = tl.load(ranks_ptr + at, mask=inside, other=0)
-    previous = tl.load(ranks_ptr + at - 1, mask=follows, other=0)
-    return at, inside & ((at == 0) | (rank != previous)), follows & (rank < previous)
+    rank = tl.load(ranks_ptr + at, mask=at < points, other=-1)
+    previous = tl.load(ranks_ptr + at - 1, mask=(at < points) & (at > 0), other=-1)
+    return at, rank, previous, (rank >= 0) & (rank != previous)
 
 
-@kernel("*T *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@kernel("*T *i64 i32 i32", _RANKS, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit(do_not_specialize=["blocks"])
 def voxel_bounds_count_kernel(ranks_ptr, counts_ptr, points, blocks, BLOCK: tl.constexpr):
-    _, begins, descends = _steps(ranks_ptr, points, BLOCK)
-    block = tl.program_id(0)
-    tl.store(counts_ptr + block, tl.sum(begins.to(tl.int32)))
-    tl.store(counts_ptr + blocks + block, tl.sum(descends.to(tl.int32)))
+    at, rank, previous, begins = _runs(ranks_ptr, points, BLOCK)
+    inside, block = rank >= 0, tl.program_id(0)
+    descends = (at > 0) & (at < points) & (rank < previous)
+    # Two counts of a block fit into one sum.
+    tl.store(counts_ptr + block, tl.sum(begins.to(tl.int32) + inside.to(tl.int32) * _COUNTED))
+    enters = inside & (previous < 0)
+    tl.store(counts_ptr + blocks + block, tl.sum(enters.to(tl.int32) + descends.to(tl.int32) * _COUNTED))
+    broken = 0
+    if rank.dtype.is_floating():
+        whole = (rank < (2**24 if rank.dtype == tl.float32 else 2**53)) & (tl.floor(rank) == rank)
+        broken = tl.sum((~whole).to(tl.int32))
+    tl.store(counts_ptr + 2 * blocks + block, broken)
 
 
-@kernel("*T *i64 *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@kernel("*T *i64 *i64 i32 i32", _RANKS, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit(do_not_specialize=["blocks"])
 def voxel_bounds_place_kernel(ranks_ptr, through_ptr, bounds_ptr, points, blocks, BLOCK: tl.constexpr):
-    at, begins, _ = _steps(ranks_ptr, points, BLOCK)
+    at, _, _, begins = _runs(ranks_ptr, points, BLOCK)
     block = tl.program_id(0)
-    through = tl.load(through_ptr + block)  # bounds in the blocks up to and with this one
     count = begins.to(tl.int32)
+    through = tl.load(through_ptr + block)  # bounds in the blocks up to and with this one
     place = through - tl.sum(count) + tl.cumsum(count) - 1
     tl.store(bounds_ptr + place, at, mask=begins)
-    if block == blocks - 1:
-        tl.store(bounds_ptr + through, points)
 
 
 def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
@@ -51,17 +59,27 @@ def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
     if points == 0:
         return ranks.new_zeros(1, dtype=torch.int64), ranks.new_zeros(0, dtype=torch.int64)
     blocks = triton.cdiv(points, BLOCK)
-    counts = ranks.new_empty((2, blocks), dtype=torch.int64)
+    counts = ranks.new_empty((3, blocks), dtype=torch.int64)
     voxel_bounds_count_kernel(blocks, ranks, counts, points, blocks)
+    counts = torch.cat([counts % _COUNTED.value, counts[:2] // _COUNTED.value])
     through = counts.cumsum(1)
-    voxels, descents = through[:, -1].tolist()
+    voxels, parts, broken, inside, descents = through[:, -1].tolist()
+    if broken:
+        raise RuntimeError("ranks: expected whole numbers below 2^24 in float32 and 2^53 in float64, got others")
     if check_sorted and descents:
         raise RuntimeError(
             "ranks: expected non-decreasing values, got an unsorted tensor; sort x, geometry and "
             "ranks by ranks first, or pass check_sorted=False to sum each run of equal ranks"
         )
-    bounds = ranks.new_empty(voxels + 1, dtype=torch.int64)
+    if parts > 1:
+        raise RuntimeError(
+            "ranks: expected the points outside, of negative ranks, before and behind all others, got some "
+            "between them; sort x, geometry and ranks by ranks first"
+        )
+    bounds = ranks.new_zeros(voxels + 1, dtype=torch.int64)
     voxel_bounds_place_kernel(blocks, ranks, through, bounds, points, blocks)
+    if voxels:
+        bounds[-1:] = bounds[:1] + inside
     return bounds, bounds[1:] - 1
 
 

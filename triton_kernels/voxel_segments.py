@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import FLOATING, accumulator, kernel, widen
+from custom_ops.triton_kernels.voxel_grid import voxel_sort
 
 # A row of features is read in pieces of one of these widths, by tiles of _TILE elements.
 _WIDTHS = (16, 64)
@@ -73,9 +74,11 @@ def _sum_rows(
     x_ptr,
     weight_ptr,
     perm_ptr,
+    index_ptr,
     start,
     stop,
     points,
+    rows,
     columns,
     bins,
     plane,
@@ -84,6 +87,7 @@ def _sum_rows(
     WIDTH: tl.constexpr,
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """The sums over the points at start to stop, for WIDTH columns, in the accumulator's dtype."""
     first = tl.arange(0, ROWS)
@@ -94,7 +98,11 @@ def _sum_rows(
         row, stray = _point(perm_ptr, position, inside, points, PERM)
         if WEIGHT:
             weight = widen(tl.load(weight_ptr + row, mask=inside, other=0))
-            row = row // plane // bins * plane + row % plane
+            if INDEX:
+                row, outside = _point(index_ptr, row, inside, rows, True)
+                stray = stray | outside
+            else:
+                row = row // plane // bins * plane + row % plane
         exists = inside[:, None] & (column < columns)[None, :]
         value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
         if PERM:
@@ -145,8 +153,14 @@ def _max_rows(
     return tl.where(has_nan, float("nan"), largest), tl.where(start < stop, start + first, -1)
 
 
-# Each reduction with the order and weights it may have: (PERM, WEIGHT, MAX).
-_MODES = [(False, False, False), (True, False, False), (True, True, False), (True, False, True)]
+# Each reduction with the order, weights and rows it may have: (PERM, WEIGHT, INDEX, MAX).
+_MODES = [
+    (False, False, False, False),
+    (True, False, False, False),
+    (True, True, False, False),
+    (True, True, True, False),
+    (True, False, False, True),
+]
 _REDUCE_VARIANTS = {
     (width, *mode): {
         "ROWS": _TILE // width,
@@ -154,7 +168,8 @@ _REDUCE_VARIANTS = {
         "CHUNK": _CHUNK,
         "PERM": mode[0],
         "WEIGHT": mode[1],
-        "MAX": mode[2],
+        "INDEX": mode[2],
+        "MAX": mode[3],
     }
     for width in _WIDTHS
     for mode in _MODES
@@ -163,18 +178,23 @@ _REDUCE_VARIANTS = {
 
 # A segment of more than CHUNK points starts in one chunk and reaches into the next. So a chunk has
 # at most one that started before it and at most one that starts in it: parts 0 and 1 of partial.
-@kernel("*T *T *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _REDUCE_VARIANTS, streams=_TILE)
-@triton.jit(
-    do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "steps", "own_indptr", "own_perm"]
+@kernel(
+    "*T *T *i64 *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    FLOATING,
+    _REDUCE_VARIANTS,
+    streams=_TILE,
 )
+@triton.jit(do_not_specialize=["points", "rows", "segments", "bins", "plane", "pieces", "chunks", "steps", "own"])
 def segment_reduce_chunks_kernel(
     x_ptr,
     weight_ptr,
     indptr_ptr,
     perm_ptr,
+    index_ptr,
     partial_ptr,
     partial_at_ptr,
     points,
+    rows,
     segments,
     columns,
     bins,
@@ -182,13 +202,13 @@ def segment_reduce_chunks_kernel(
     pieces,
     chunks,
     steps,
-    own_indptr,
-    own_perm,
+    own,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
     MAX: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -197,16 +217,17 @@ def segment_reduce_chunks_kernel(
     chunk = out_row % chunks
     starts_here = out_row // chunks % 2 == 1
     example = out_row // chunks // 2
-    indptr_ptr += example * own_indptr * (segments + 1)
+    indptr_ptr += example * own * (segments + 1)
     first = chunk * CHUNK
     end = tl.minimum(first + CHUNK, points)
     segment = _segment_of(indptr_ptr, segments + 1, steps, tl.where(starts_here, end - 1, first))
     if (segment >= 0) & (segment < segments):
         start, stop, _ = _boundaries(indptr_ptr, segment, points)
         if (stop - start > CHUNK) & ((start >= first) == starts_here):
-            x_ptr += example * (points // bins) * columns
+            x_ptr += example * rows * columns
             weight_ptr += example * points
-            perm_ptr += example * own_perm * points
+            perm_ptr += example * own * points
+            index_ptr += example * own * points
             begin, stop = tl.maximum(start, first), tl.minimum(stop, end)
             if MAX:
                 total, where = _max_rows(x_ptr, perm_ptr, begin, stop, points, columns, column, ROWS, WIDTH, PERM)
@@ -216,9 +237,11 @@ def segment_reduce_chunks_kernel(
                     x_ptr,
                     weight_ptr,
                     perm_ptr,
+                    index_ptr,
                     begin,
                     stop,
                     points,
+                    rows,
                     columns,
                     bins,
                     plane,
@@ -227,29 +250,30 @@ def segment_reduce_chunks_kernel(
                     WIDTH,
                     PERM,
                     WEIGHT,
+                    INDEX,
                 )
             tl.store(partial_ptr + out_row * columns + column, total, mask=column < columns)
 
 
 @kernel(
-    "*T *T *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    "*T *T *i64 *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     _REDUCE_VARIANTS,
     streams=_TILE,
 )
-@triton.jit(
-    do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "mean", "own_indptr", "own_perm"]
-)
+@triton.jit(do_not_specialize=["points", "rows", "segments", "bins", "plane", "pieces", "chunks", "mean", "own"])
 def segment_reduce_kernel(
     x_ptr,
     weight_ptr,
     indptr_ptr,
     perm_ptr,
+    index_ptr,
     partial_ptr,
     partial_at_ptr,
     out_ptr,
     argmax_ptr,
     points,
+    rows,
     segments,
     columns,
     bins,
@@ -257,13 +281,13 @@ def segment_reduce_kernel(
     pieces,
     chunks,
     mean,
-    own_indptr,
-    own_perm,
+    own,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
     MAX: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -271,9 +295,10 @@ def segment_reduce_kernel(
     exists = column < columns
     out_row = (program // pieces).to(tl.int64)
     example, segment = out_row // segments, out_row % segments
-    indptr_ptr += example * own_indptr * (segments + 1)
-    perm_ptr += example * own_perm * points
-    x_ptr += example * (points // bins) * columns
+    indptr_ptr += example * own * (segments + 1)
+    perm_ptr += example * own * points
+    index_ptr += example * own * points
+    x_ptr += example * rows * columns
     weight_ptr += example * points
     start, stop, right = _boundaries(indptr_ptr, segment, points)
     # Parts of a long segment: where it starts, then row by row where it goes on.
@@ -302,9 +327,11 @@ def segment_reduce_kernel(
                 x_ptr,
                 weight_ptr,
                 perm_ptr,
+                index_ptr,
                 start,
                 stop,
                 points,
+                rows,
                 columns,
                 bins,
                 plane,
@@ -313,21 +340,25 @@ def segment_reduce_kernel(
                 WIDTH,
                 PERM,
                 WEIGHT,
+                INDEX,
             )
         else:
             total = _sum_rows(
                 partial_ptr + before,
                 partial_ptr,
                 perm_ptr,
+                index_ptr,
                 begin,
                 end,
                 points,
+                rows,
                 columns,
                 bins,
                 plane,
                 column,
                 ROWS,
                 WIDTH,
+                False,
                 False,
                 False,
             )
@@ -482,6 +513,40 @@ def segment_spread_dots_kernel(
         tl.store(out_ptr + example * points + point, total, mask=inside)
 
 
+@kernel("*T *T *i64 *i64 *T i32 i32 i32 i32 i32 i32", FLOATING, _SPREAD, streams=_SPREAD_TILE)
+@triton.jit(do_not_specialize=["points", "segments", "rows", "blocks", "own"])
+def pair_dots_kernel(
+    sums_ptr,
+    x_ptr,
+    rank_ptr,
+    index_ptr,
+    out_ptr,
+    points,
+    segments,
+    rows,
+    columns,
+    blocks,
+    own,
+    POINTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    example, point, inside, _ = _points_of(tl.program_id(0), blocks, points, 1, 1, POINTS)
+    segment = tl.load(rank_ptr + example * own * points + point, mask=inside, other=-1)
+    row = tl.load(index_ptr + example * own * points + point, mask=inside, other=-1)
+    past = (segment >= segments) | (row >= rows)
+    found = (segment >= 0) & (row >= 0) & ~past
+    sums_ptr += example * segments * columns
+    x_ptr += example * rows * columns
+    total = widen(tl.zeros([POINTS], sums_ptr.dtype.element_ty))
+    for begin in range(0, columns, WIDTH):
+        column = begin + tl.arange(0, WIDTH)[None, :]
+        exists = found[:, None] & (column < columns)
+        sums = widen(tl.load(sums_ptr + segment[:, None] * columns + column, mask=exists, other=0))
+        x = widen(tl.load(x_ptr + row[:, None] * columns + column, mask=exists, other=0))
+        total += tl.sum(sums * x, axis=1)
+    tl.store(out_ptr + example * points + point, tl.where(past, float("nan"), total), mask=inside)
+
+
 # ---------------------------------------------------------------- launchers
 
 
@@ -530,9 +595,16 @@ def _check_like(name: str, tensor: Tensor, like: Tensor, *shape: int) -> Tensor:
 
 
 def _reduce(
-    x: Tensor, weight: Tensor | None, segments: _Segments, mean: bool, bins: int, plane: int, maximum: bool
+    x: Tensor,
+    weight: Tensor | None,
+    segments: _Segments,
+    mean: bool,
+    bins: int,
+    plane: int,
+    maximum: bool,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    *batch, _, columns = x.shape
+    *batch, rows, columns = x.shape
     points, count = segments.points, segments.count
     out = x.new_empty((*batch, count, columns))
     argmax = segments.indptr.new_empty(out.shape if maximum else (0,))
@@ -546,14 +618,13 @@ def _reduce(
     chunks = triton.cdiv(points, _CHUNK) if points > _CHUNK else 0
     partial = x.new_empty((examples, 2, chunks, columns), dtype=accumulator(x.dtype))
     partial_at = argmax.new_empty(partial.shape if maximum else (0,))
-    variant = (width, ordered or weight is not None or maximum, weight is not None, maximum)
-    tensors = (x, x if weight is None else weight, segments.indptr, perm, partial, partial_at)
-    sizes = (points, count, columns, bins, plane, pieces, chunks)
-    own = (segments.own, segments.own)
-    segment_reduce_chunks_kernel(
-        examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, *own, variant=variant
-    )
-    segment_reduce_kernel(examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), *own, variant=variant)
+    variant = (width, ordered or weight is not None or maximum, weight is not None, index is not None, maximum)
+    geometry = (segments.indptr, perm, perm if index is None else index)
+    tensors = (x, x if weight is None else weight, *geometry, partial, partial_at)
+    sizes = (points, rows, count, columns, bins, plane, pieces, chunks)
+    own = segments.own
+    segment_reduce_chunks_kernel(examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, own, variant=variant)
+    segment_reduce_kernel(examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), own, variant=variant)
     return out, argmax
 
 
@@ -619,3 +690,25 @@ def segment_spread(
             programs, *(sums, x, *geometry, grad_weight, *sizes, blocks, int(mean), segments.own), variant=width
         )
     return grad_x, grad_weight
+
+
+def pair_reduce(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments: int) -> Tensor:
+    """An example with a rank or row past the end is NaN."""
+    x, rows = x.contiguous(), rows.contiguous()
+    past = (rows >= x.shape[-2]) | (ranks >= segments)
+    perm, indptr = voxel_sort(ranks.where(rows >= 0, -1).masked_fill(past, segments), segments)
+    weight = _check_like("weight", weight, x, *x.shape[:-2], rows.shape[-1])
+    geometry = _Segments(indptr, perm, x.shape[:-2], rows.shape[-1])
+    return _reduce(x, weight, geometry, False, 1, 1, False, rows)[0]
+
+
+def pair_dots(sums: Tensor, x: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
+    sums, ranks, rows = sums.contiguous(), ranks.contiguous(), rows.contiguous()
+    *batch, segments, columns = sums.shape
+    x = _check_like("x", x, sums, *batch, x.shape[-2], columns)
+    points, width = rows.shape[-1], _width(columns)
+    out = sums.new_empty((*batch, points))
+    blocks = triton.cdiv(points, _SPREAD[width]["POINTS"])
+    sizes = (points, segments, x.shape[-2], columns, blocks, int(rows.dim() > 1))
+    pair_dots_kernel(math.prod(batch) * blocks, sums, x, ranks, rows, out, *sizes, variant=width)
+    return out

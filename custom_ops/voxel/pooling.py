@@ -98,7 +98,7 @@ def _check(depth: Tensor, feat: Tensor, rank: Tensor) -> None:
 def _pool(depth: Tensor, feat: Tensor, csr: Csr) -> Tensor:
     _, _, bins, height, width = depth.shape
     # Of one example they are those of all.
-    perm, indptr = (t[0] if t.dim() > 1 and len(t) != len(depth) else t for t in csr)
+    perm, indptr = (t[0] if t.dim() > 1 and t.shape[0] != depth.shape[0] else t for t in csr)
     dtype = torch.promote_types(depth.dtype, feat.dtype)
     pixels = feat.to(dtype).permute(0, 1, 3, 4, 2).flatten(1, 3)
     weight = depth.to(dtype).flatten(1)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.autograd import forward_ad
 
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
@@ -26,9 +26,10 @@ def at_most_checked(points: int) -> int:
 
 @define
 def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
-    """The M runs of equal ``ranks``: where they begin and the number of points [M + 1], their last points [M]."""
-    # One point makes one run: without it the tracer can't decide whether the result is empty.
-    least = 1 if statically_known_true(ranks.shape[0] > 0) else 0
+    """The M runs of equal ``ranks`` of at least 0: where they begin and all end [M + 1], their last points [M]."""
+    # Forward-mode AD asks of a tangent whether it is empty, which a tracer can't know. There a frame without a point
+    # in any voxel is an error of the compiled program.
+    least = 1 if forward_ad._current_level >= 0 else 0
     runs = torch.library.get_ctx().new_dynamic_size(min=least)
     return ranks.new_empty((runs + 1,), dtype=torch.int64), ranks.new_empty((runs,), dtype=torch.int64)
 
