@@ -7,8 +7,8 @@
 namespace custom_ops {
 
 Tensor interval_ranks(const Tensor& ranks_depth, const Tensor& ranks_feat, const Tensor& ranks_bev,
-                      const Tensor& interval_starts, const Tensor& interval_lengths, int64_t points, int64_t bins,
-                      int64_t plane, int64_t voxels) {
+                      const Tensor& interval_starts, const Tensor& interval_lengths, int64_t points, int64_t pixels,
+                      int64_t voxels) {
   const Tensor arrays[] = {dense(ranks_depth), dense(ranks_feat), dense(ranks_bev), dense(interval_starts),
                            dense(interval_lengths)};
   for (const Tensor& t : arrays)
@@ -19,29 +19,25 @@ Tensor interval_ranks(const Tensor& ranks_depth, const Tensor& ranks_feat, const
   const int64_t *depth = data<int64_t>(arrays[0]), *feat = data<int64_t>(arrays[1]), *bev = data<int64_t>(arrays[2]),
                 *starts = data<int64_t>(arrays[3]), *lengths = data<int64_t>(arrays[4]);
 
-  int64_t end = 0;
+  int64_t total = 0;
   for (int64_t i = 0; i < intervals; ++i) {
-    check(starts[i] == end, "interval_starts: expected ", end, " for interval ", i, ", where the one before ends, got ",
+    check(starts[i] >= 0 && starts[i] <= listed, "interval_starts: expected values within [0, ", listed, "], got ",
           starts[i]);
-    check(lengths[i] >= 1 && lengths[i] <= listed - end, "interval_lengths: expected 1 to the ", listed - end,
-          " points that are left for interval ", i, ", got ", lengths[i]);
-    end += lengths[i];
+    check(lengths[i] >= 0 && lengths[i] <= listed - starts[i], "interval_lengths: expected 0 to the ",
+          listed - starts[i], " points that are left for interval ", i, ", got ", lengths[i]);
+    total = std::min(total + lengths[i], listed + 1);  // more than all are too many, however many
   }
-  check(end == listed, "interval_lengths: expected a sum of ", listed, " as there are ranks, got ", end);
 
-  Tensor out = fresh(ranks_depth, {points});
+  Tensor out = fresh(ranks_bev, {listed});
   int64_t* rank = mutable_data<int64_t>(out);
-  std::fill_n(rank, points, -1);
-  const int64_t camera = std::max<int64_t>(bins * plane, 1), row = std::max<int64_t>(plane, 1);
-  const auto pixel = [&](int64_t point) { return point / camera * plane + point % row; };
+  std::fill_n(rank, listed, -1);
   std::atomic<int64_t> wrong{listed};  // the first point in the list with something wrong
-  torch::stable::parallel_for(0, intervals, 256, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, total > listed ? 0 : intervals, 256, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t voxel = bev[starts[i]];
       for (int64_t j = starts[i]; j < starts[i] + lengths[i]; ++j) {
-        const int64_t p = depth[j];
-        if (bev[j] == voxel && voxel >= 0 && voxel < voxels && p >= 0 && p < points && feat[j] == pixel(p)) {
-          rank[p] = voxel;
+        const int64_t voxel = bev[starts[i]], p = depth[j], q = feat[j];
+        if (bev[j] == voxel && voxel >= 0 && voxel < voxels && p >= 0 && p < points && q >= 0 && q < pixels) {
+          rank[j] = voxel;
           continue;
         }
         for (int64_t seen = wrong; j < seen && !wrong.compare_exchange_weak(seen, j);) {
@@ -51,13 +47,12 @@ Tensor interval_ranks(const Tensor& ranks_depth, const Tensor& ranks_feat, const
   });
   if (const int64_t j = wrong; j < listed) {
     check(depth[j] >= 0 && depth[j] < points, "ranks_depth: expected values within [0, ", points, "), got ", depth[j]);
-    check(feat[j] == pixel(depth[j]), "ranks_feat: expected ", pixel(depth[j]), ", the pixel of ranks_depth ", depth[j],
-          ", got ", feat[j]);
+    check(feat[j] >= 0 && feat[j] < pixels, "ranks_feat: expected values within [0, ", pixels, "), got ", feat[j]);
     check(bev[j] >= 0 && bev[j] < voxels, "ranks_bev: expected values within [0, ", voxels, "), got ", bev[j]);
     check(false, "ranks_bev: expected one voxel in each interval, got ", bev[j], " in one that begins with another");
   }
-  check(points - std::count(rank, rank + points, -1) == listed,
-        "ranks_depth: expected each point at most once, got some of them twice");
+  check(listed - std::count(rank, rank + listed, -1) == total,
+        "interval_starts, interval_lengths: expected intervals that don't overlap, got a point in two of them");
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 namespace custom_ops {
@@ -61,35 +62,109 @@ void counting_sort(const I* rank, int64_t n, int64_t voxels, int64_t* perm, int6
   });
 }
 
+// Ranks that some projects keep as floats.
+template <class F>
+void dispatch_ranks(const Tensor& ranks, const F& f) {
+  switch (ranks.scalar_type()) {
+    case ScalarType::Float: return f(Type<float>{});
+    case ScalarType::Double: return f(Type<double>{});
+    default: return dispatch_index(ranks, "ranks", f);
+  }
+}
+
+// Not of what is so large that numbers beside it are rounded to it.
+template <class R>
+ALWAYS_INLINE inline bool is_whole(R rank) {
+  return (rank < static_cast<R>(int64_t{1} << std::numeric_limits<R>::digits)) & (std::trunc(rank) == rank);
+}
+
+// Whether the boundaries [begin, end) of rows of as many ascend, in each row from 0 to at most `points`.
+bool ascends(const int64_t* at, int64_t begin, int64_t end, int64_t row, int64_t points) {
+  int64_t wrong = 0;
+  for (int64_t i = begin, stop; i < end; i = stop) {
+    const bool starts = i % row == 0;
+    stop = std::min(end, i / row * row + row);
+    wrong |= (starts ? at[i] != 0 : at[i] < at[i - 1]) | (at[stop - 1] > points);
+    multiversion([&wrong, at, i, stop]() ALWAYS_INLINE {
+      int64_t drops = 0;
+      for (int64_t k = i + 1; k < stop; ++k) drops |= at[k] < at[k - 1];
+      wrong |= drops;
+    });
+  }
+  return !wrong;
+}
+
+// Whether the positions [begin, end) hold what a stable sort puts there: a point of the voxel that has the position,
+// or behind all voxels one outside, and within a voxel the points in their order. All positions together then are a
+// permutation. Each step is without a branch, because one mispredicted costs more than all the rest of a point.
+template <class I>
+bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t n, int64_t voxels, int64_t begin,
+             int64_t end) {
+  constexpr int64_t kBlock = 1024;
+  int64_t block[kBlock], wrong = 0;
+  for (int64_t first = begin; first < end && !wrong; first += kBlock) {
+    multiversion([=, &wrong, voxel = block]() ALWAYS_INLINE {
+      const int64_t count = std::min(kBlock, end - first);
+      const int64_t* point = perm + first;
+      for (int64_t k = 0; k < count; ++k)
+        voxel[k] = static_cast<int64_t>(rank[std::min(static_cast<uint64_t>(point[k]), static_cast<uint64_t>(n - 1))]);
+      int64_t found = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        found |= (point[k] < 0) | (point[k] >= n) | (voxel[k] >= voxels);
+        voxel[k] = voxel[k] < 0 ? voxels : std::min(voxel[k], voxels);
+      }
+      for (int64_t k = 1; k < count; ++k) found |= (voxel[k] == voxel[k - 1]) & (point[k] <= point[k - 1]);
+      if (first > at[voxel[0]]) found |= point[0] <= point[-1];
+      int64_t early = 0;  // negative where a position lies before its voxel or behind it
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t v = voxel[k], i = first + k, inside = v < voxels;
+        early |= (i - at[v]) | ((at[v + inside] - 1 - i) & -inside);
+      }
+      wrong |= found | (early < 0);
+    });
+  }
+  return !wrong;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorted) {
   const Tensor ranks = dense(ranks_in);
   const int64_t n = ranks.numel();
   const Chunks chunks(n, 1 << 15);
-  std::vector<int64_t> first(chunks.count + 1, 0);  // boundaries before each chunk
-  std::atomic<bool> sorted{true};
+  std::vector<int64_t> first(chunks.count + 1, 0);  // runs that begin before each chunk
+  std::atomic<int64_t> inside{0}, blocks{0};        // points of a voxel, and how often they begin anew
+  std::atomic<bool> whole{true}, sorted{true};
   Tensor bounds, last;
-  dispatch_index(ranks, "ranks", [&](auto type) {
-    using I = typename decltype(type)::type;
-    const I* r = data<I>(ranks);
+  dispatch_ranks(ranks, [&](auto type) {
+    using R = typename decltype(type)::type;
+    using Count = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;  // as wide, so that the loop vectorises
+    const R* r = data<R>(ranks);
     chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {
-      int64_t changes = 0;
-      bool descends = false;
-      multiversion([&]() ALWAYS_INLINE {
-        I steps = 0, drops = 0;
+      multiversion([&, r]() ALWAYS_INLINE {
+        Count begins = 0, enters = 0, points = 0, drops = 0, broken = 0;
+        for (int64_t i = begin; i < end; ++i) {
+          points += r[i] >= 0;
+          if constexpr (std::is_floating_point_v<R>) broken |= !is_whole(r[i]);
+        }
         for (int64_t i = std::max<int64_t>(1, begin); i < end; ++i) {
-          steps += r[i] != r[i - 1];
+          begins += (r[i] >= 0) & (r[i] != r[i - 1]);
+          enters += (r[i] >= 0) & (r[i - 1] < 0);
           drops |= r[i] < r[i - 1];
         }
-        changes = steps, descends = drops != 0;
+        const Count starts = k == 0 && r[0] >= 0;
+        first[k + 1] = begins + starts;
+        inside += points, blocks += enters + starts;
+        if (drops) sorted = false;
+        if (broken) whole = false;
       });
-      first[k + 1] = changes + (k == 0);
-      if (descends) sorted = false;
     });
+    check(whole, "ranks: expected whole numbers below 2^24 in float32 and 2^53 in float64, got others");
     check(!check_sorted || sorted,
           "ranks: expected non-decreasing values, got an unsorted tensor; sort x, geometry and "
           "ranks by ranks first, or pass check_sorted=False to sum each run of equal ranks");
+    check(blocks <= 1, "ranks: expected the points outside, of negative ranks, before and behind all others, got some "
+          "between them; sort x, geometry and ranks by ranks first");
     for (int64_t k = 0; k < chunks.count; ++k) first[k + 1] += first[k];
     const int64_t voxels = first[chunks.count];
     bounds = fresh(ranks, {voxels + 1}, ScalarType::Long);
@@ -98,10 +173,10 @@ std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorte
       int64_t at = first[k];
       for (int64_t i = begin; i < end && at < first[k + 1]; ++i) {
         out[at] = i;
-        at += i == 0 || r[i] != r[i - 1];
+        at += r[i] >= 0 && (i == 0 || r[i] != r[i - 1]);
       }
     });
-    out[voxels] = n;
+    out[voxels] = voxels ? out[0] + inside : 0;
     last = fresh(ranks, {voxels}, ScalarType::Long);
     int64_t* lp = mutable_data<int64_t>(last);
     for (int64_t v = 0; v < voxels; ++v) lp[v] = out[v + 1] - 1;
@@ -179,33 +254,35 @@ std::tuple<Tensor, Tensor> voxel_sort(const Tensor& rank_in, int64_t voxels) {
 }
 
 Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& indptr_in) {
-  constexpr int64_t kProbes = 256;
   const Tensor rank = dense(rank_in), perm = dense(perm_in), indptr = dense(indptr_in);
   const int64_t dims = rank.dim() - 1;
   check(dims >= 0 && sizes(perm) == sizes(rank) && indptr.dim() == dims + 1 && indptr.size(dims) >= 1 &&
             sizes(indptr, 0, dims) == sizes(rank, 0, dims) && perm.scalar_type() == ScalarType::Long &&
             indptr.scalar_type() == ScalarType::Long,
         "csr: expected (perm, indptr), int64, of the shapes that voxel_csr gives for rank");
-  const int64_t n = rank.size(dims), voxels = indptr.size(dims) - 1, examples = product(sizes(rank, 0, dims));
+  const int64_t n = rank.size(dims), row = indptr.size(dims), examples = product(sizes(rank, 0, dims));
   Tensor out = fresh(indptr, sizes(indptr));
+  const int64_t *pp = data<int64_t>(perm), *ip = data<int64_t>(indptr);
   int64_t* op = mutable_data<int64_t>(out);
-  const int64_t* pp = data<int64_t>(perm);
-  const int64_t* ip = data<int64_t>(indptr);
-  std::copy(ip, ip + examples * (voxels + 1), op);
+  std::atomic<bool> ordered{true}, matches{true};
+  Chunks(examples * row, 1 << 15).parallel([&](int64_t, int64_t begin, int64_t end) {
+    std::copy(ip + begin, ip + end, op + begin);
+    if (!ascends(ip, begin, end, row, n)) ordered = false;
+  });
+  constexpr const char* kOther = "csr: expected voxel_csr(rank, num_voxels), got one of other ranks";
+  check(ordered, kOther);
   dispatch_index(rank, "rank", [&](auto type) {
     using I = typename decltype(type)::type;
     const I* rp = data<I>(rank);
-    for (int64_t e = 0; e < examples; ++e) {
-      const int64_t* at = ip + e * (voxels + 1);
-      bool matches = at[0] == 0 && at[voxels] <= n;
-      for (int64_t k = 0; matches && k < std::min(n, kProbes); ++k) {
-        const int64_t i = n <= kProbes ? k : k * (n - 1) / (kProbes - 1), p = pp[e * n + i];
-        const int64_t voxel = std::upper_bound(at, at + voxels + 1, i) - at - 1;
-        matches = p >= 0 && p < n && (voxel == voxels ? rp[e * n + p] < 0 : rp[e * n + p] == voxel);
+    Chunks(examples * n, 1 << 14).parallel([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t at = begin, stop; at < end; at = stop) {
+        const int64_t e = at / n, base = e * n;
+        stop = std::min(end, base + n);
+        if (!follows(rp + base, pp + base, ip + e * row, n, row - 1, at - base, stop - base)) matches = false;
       }
-      check(matches, "csr: expected voxel_csr(rank, num_voxels), got one of other ranks");
-    }
+    });
   });
+  check(matches, kOther);
   return out;
 }
 

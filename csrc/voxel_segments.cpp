@@ -12,6 +12,9 @@
 #include <memory>
 
 namespace custom_ops {
+
+std::tuple<Tensor, Tensor> voxel_sort(const Tensor& rank, int64_t voxels);  // voxel_grid.cpp
+
 namespace {
 
 constexpr int64_t kTask = 1024;  // points, or segments, that one task takes at most
@@ -31,10 +34,12 @@ struct Divider {
   }
 };
 
-// The row of each point: `bins` points share one, and lie `plane` apart.
+// The row of each point: `bins` points share one, and lie `plane` apart; or what an index says.
 struct Rows {
   int64_t bins, plane, points, rows;
   Divider group, lane;
+  const int64_t* index = nullptr;
+  int64_t indexed = 0;  // points of each example in the index, 0 if all have the same
 
   Rows(int64_t bins, int64_t plane, int64_t points)
       : bins(bins),
@@ -46,7 +51,10 @@ struct Rows {
     check(bins >= 1 && plane >= 1 && points % (bins * plane) == 0, "bins, plane: expected divisors of ", points,
           " points, got ", bins, " and ", plane);
   }
-  int64_t operator()(int64_t p) const { return bins == 1 ? p : group(p) * plane + p - lane(p) * plane; }
+  int64_t operator()(int64_t e, int64_t p) const {
+    if (index) return index[e * indexed + p];
+    return bins == 1 ? p : group(p) * plane + p - lane(p) * plane;
+  }
   int64_t first_point(int64_t row) const { return bins == 1 ? row : lane(row) * (bins - 1) * plane + row; }
 };
 
@@ -369,7 +377,7 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
     for (int64_t i = 0; i < n; ++i) points[i] = order ? order[task.begin + i] : task.begin + i;
     const bool in_order = !order && rows.bins == 1;
     if (!in_order) {
-      for (int64_t i = 0; i < n; ++i) offsets[i] = rows(points[i]) * columns;
+      for (int64_t i = 0; i < n; ++i) offsets[i] = rows(e, points[i]) * columns;
       for (int64_t i = n; i < n + kAhead; ++i) offsets[i] = n ? offsets[n - 1] : 0;
     }
     if (io.weight)
@@ -554,6 +562,23 @@ void check_like(const char* name, const Tensor& t, const Tensor& like, const Sha
         ": expected a tensor that fits the others in shape and dtype");
 }
 
+// The number of pairs of a row of x and a rank, one of which is negative where a pair counts nowhere.
+int64_t check_pairs(const Tensor& index, const Tensor& ranks, const Shapes& x, int64_t count) {
+  const int64_t dims = index.dim() - 1;
+  check(dims >= 0 && sizes(index) == sizes(ranks) && index.scalar_type() == ScalarType::Long &&
+            ranks.scalar_type() == ScalarType::Long && (dims == 0 || sizes(index, 0, dims) == x.batch),
+        "rows, ranks: expected int64 tensors [..., P] alike, with the leading dimensions of x, or none");
+  const int64_t *ip = data<int64_t>(index), *rp = data<int64_t>(ranks), rows = x.rows;
+  std::atomic<bool> inside{true};
+  torch::stable::parallel_for(0, index.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    bool below = true;
+    for (int64_t i = begin; i < end; ++i) below &= (ip[i] < rows) & (rp[i] < count);
+    if (!below) inside = false;
+  });
+  check(inside, "rows, ranks: expected values below ", rows, " and ", count);
+  return index.size(dims);
+}
+
 }  // namespace
 
 Tensor segment_reduce(const Tensor& x_in, const std::optional<Tensor>& weight_in, const Tensor& indptr,
@@ -625,8 +650,61 @@ std::tuple<Tensor, Tensor> segment_spread(const Tensor& sums_in, const std::opti
   return {grad_x, grad_weight};
 }
 
+Tensor pair_reduce(const Tensor& x_in, const Tensor& weight_in, const Tensor& rows_in, const Tensor& ranks_in,
+                   int64_t count) {
+  const Tensor x = dense(x_in), weight = dense(weight_in), index = dense(rows_in), ranks = dense(ranks_in);
+  const Shapes shapes(x, "x");
+  const int64_t points = check_pairs(index, ranks, shapes, count);
+  check_like("weight", weight, x, append(shapes.batch, {points}));
+  Tensor inside = fresh(ranks, sizes(ranks));
+  const int64_t *ip = data<int64_t>(index), *rp = data<int64_t>(ranks);
+  each_element(mutable_data<int64_t>(inside), inside.numel(),
+               [ip, rp](int64_t i) ALWAYS_INLINE { return ip[i] < 0 ? int64_t{-1} : rp[i]; });
+  const auto [perm, indptr] = voxel_sort(inside, count);
+  const Segments segments(indptr, perm, shapes.batch, points);
+  Rows rows(1, 1, shapes.rows);
+  rows.index = ip, rows.indexed = index.dim() > 1 ? points : 0;
+  Tensor out = fresh(x, append(shapes.batch, {count, shapes.columns}));
+  dispatch_floating(x, "x", [&](auto type) {
+    using T = typename decltype(type)::type;
+    reduce<Sum<T, true>>(segments, rows,
+                         Reduced<T>{data<T>(x), data<T>(weight), mutable_data<T>(out), nullptr, shapes.columns, false,
+                                    RowWriter(out, shapes.columns)});
+  });
+  return out;
+}
+
+Tensor pair_dots(const Tensor& sums_in, const Tensor& x_in, const Tensor& ranks_in, const Tensor& rows_in) {
+  const Tensor sums = dense(sums_in), x = dense(x_in), ranks = dense(ranks_in), index = dense(rows_in);
+  const Shapes of_sums(sums, "sums"), shapes(x, "x");
+  const int64_t points = check_pairs(index, ranks, shapes, of_sums.rows), columns = shapes.columns;
+  check_like("sums", sums, x, append(shapes.batch, {of_sums.rows, columns}));
+  const int64_t *ip = data<int64_t>(index), *rp = data<int64_t>(ranks), own = index.dim() > 1;
+  Tensor out = fresh(x, append(shapes.batch, {points}));
+  dispatch_floating(x, "x", [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Spread<T> io{data<T>(sums), data<T>(x), nullptr, nullptr, mutable_data<T>(out), columns};
+    torch::stable::parallel_for(0, out.numel(), kGrain / std::max<int64_t>(columns, 1) + 1,
+                                [&](int64_t begin, int64_t end) {
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t e = i / points, at = own ? i : i - e * points, offset = rp[at] * columns;
+          Accumulator<T> dot(0);
+          if (rp[at] >= 0 && ip[at] >= 0)
+            io.template row<false, true>(io.sums + e * of_sums.rows * columns, &offset, nullptr, 1,
+                                         io.x + (e * shapes.rows + ip[at]) * columns, nullptr, &dot);
+          io.of_weight[i] = static_cast<T>(dot);
+        }
+      });
+    });
+  });
+  return out;
+}
+
 }  // namespace custom_ops
 
 CUSTOM_OPS_CPU_KERNEL(segment_reduce)
 CUSTOM_OPS_CPU_KERNEL(segment_max)
 CUSTOM_OPS_CPU_KERNEL(segment_spread)
+CUSTOM_OPS_CPU_KERNEL(pair_reduce)
+CUSTOM_OPS_CPU_KERNEL(pair_dots)

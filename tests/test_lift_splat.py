@@ -163,7 +163,7 @@ def test_cameras_once_and_for_all():
 def test_clearing_releases_the_memory():
     layer = lift_splat()
     layer(*lifted(), *cameras())
-    kept = [weakref.ref(t) for t in tree_leaves(layer._geometry)]
+    kept = [weakref.ref(t) for t in tree_leaves(layer._cached)]
     layer.clear_geometry()
     assert all(reference() is None for reference in kept)
 
@@ -343,7 +343,7 @@ def worker() -> None:
             (alone(*part).square().mean() / 2).backward()
         for ours, whole in zip(parallel.module.parameters(), alone.parameters()):
             torch.testing.assert_close(ours.grad, whole.grad)
-    assert torch.equal(parallel.module.lift_splat._geometry.sources[0], cameras(seed=10 * rank + 1)[0])
+    assert torch.equal(parallel.module.lift_splat._cached.sources[0], cameras(seed=10 * rank + 1)[0])
 
 
 def test_two_processes_agree_with_one() -> None:

@@ -160,12 +160,12 @@ def test_margin_in_double():
     assert margin.margin_ranking(x, x, x, 0.1, 1, False, 0)[0].item() == 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64])
 def test_voxel_bounds(dtype):
     for points in (0, 1, 2, 1024, 1025, 2600):
         ranks = torch.randint(-3, 40, (points,), generator=torch.Generator().manual_seed(points)).to(dtype)
         in_order, strided = ranks.sort().values, torch.stack([ranks, ranks], 1).sort(0).values[:, 0]
-        for case, check in ((in_order, True), (strided, True), (ranks, False)):
+        for case, check in ((in_order, True), (strided, True), (ranks.abs(), False), (-1 - ranks.abs(), False)):
             for got, want in zip(
                 voxel_grid.voxel_bounds(case, check), ops.voxel_bounds.default(case, check), strict=True
             ):
@@ -180,6 +180,12 @@ def test_voxel_bounds_of_unsorted_ranks():
     with pytest.raises(RuntimeError) as compiled:
         ops.voxel_bounds.default(ranks, True)
     assert str(interpreted.value) in str(compiled.value)
+    for wrong in (torch.tensor([3, -1, 3]), torch.tensor([0.5]), torch.tensor([2.0**24]), torch.tensor([float("nan")])):
+        with pytest.raises(RuntimeError, match="ranks: expected ") as interpreted:
+            voxel_grid.voxel_bounds(wrong, False)
+        with pytest.raises(RuntimeError) as compiled:
+            ops.voxel_bounds.default(wrong, False)
+        assert str(interpreted.value) in str(compiled.value)
 
 
 CHUNK = voxel_segments._CHUNK
@@ -287,8 +293,8 @@ def test_voxel_sort(dtype):
         rank = torch.randint(-2, 30, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         for got, want in zip(voxel_grid.voxel_sort(rank, 30), ops.voxel_sort.default(rank, 30), strict=True):
             same(got, want)
-    rank = torch.tensor([5, 0, 3])  # out of range: in no voxel, where C++ raises
-    assert [t.tolist() for t in voxel_grid.voxel_sort(rank, 3)] == [[1, 0, 2], [0, 1, 1, 1]]
+    rank = torch.tensor([5, 0, 3])  # out of range: no boundaries, where C++ raises
+    assert [t.tolist() for t in voxel_grid.voxel_sort(rank, 3)] == [[1, 0, 2], [-1, -1, -1, -1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

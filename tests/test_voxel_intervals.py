@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import custom_ops
 from custom_ops.triton_kernels import intervals as launchers
+from custom_ops.verify._backends import backend
 from custom_ops.voxel.intervals import bev_pool_v2_reference, interval_arrays, interval_ranks
 
 SHAPE, GRID, COLUMNS = (2, 3, 4, 2, 5), (2, 3, 4), 7
@@ -43,11 +44,48 @@ def test_equals_the_loop_over_intervals_and_bev_pool():
     torch.testing.assert_close(ours, results(pooled, depth, feat))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_for_any_number_of_points(backend):
+@pytest.mark.usefixtures("each_backend")
+def test_a_depth_in_several_voxels_with_any_pixel_and_gaps_between_intervals():
+    """As BEVDet's kernel takes them; what a gap lists is never looked at."""
+    depth, feat, _, _ = frame()
+    generator = torch.Generator().manual_seed(1)
+    listed = 500
+    voxels = torch.randint(0, 48, (listed,), generator=generator).sort().values
+    points = torch.randint(0, depth.numel(), (listed,), generator=generator)
+    pixels = torch.randint(0, feat[..., 0].numel(), (listed,), generator=generator)
+    lengths = voxels.unique_consecutive(return_counts=True)[1]
+    starts = lengths.cumsum(0) - lengths
+    some = torch.randperm(len(starts), generator=generator)[:20]
+    arrays = [points, pixels, voxels, (2, *GRID, COLUMNS), starts[some], lengths[some]]
+    expected = results(bev_pool_v2_reference, depth, feat, *arrays)
+    torch.testing.assert_close(results(custom_ops.bev_pool_v2, depth, feat, *arrays), expected)
+    gap = torch.ones(listed, dtype=torch.bool)
+    for start, length in zip(*arrays[4:]):
+        gap[start : start + length] = False
+    assert gap.any()
+    garbage = [t.masked_fill(gap, value) for t, value in zip(arrays[:3], (-7, 2**40, 48))]
+    torch.testing.assert_close(results(custom_ops.bev_pool_v2, depth, feat, *garbage, *arrays[3:]), expected)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_is_contiguous_and_float32(dtype):
+    depth, feat, _, arguments = frame(torch.float32)
+    half = [t.detach().to(dtype).requires_grad_() for t in (depth, feat)]
+    expected = custom_ops.bev_pool_v2(*(t.float() for t in half), *arguments[2:])
+    assert expected.is_contiguous()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = custom_ops.bev_pool_v2(*half, *arguments[2:])
+        assert out.is_contiguous() and torch.equal(out, expected) and out.dtype == torch.float32
+    grads = torch.autograd.grad(out.sum(), half)
+    assert all(g.dtype == dtype for g in grads)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_for_any_number_of_points(compiler):
     """Each frame lists other points: the program mustn't be compiled anew for each."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(custom_ops.bev_pool_v2, backend=counter, fullgraph=True, dynamic=True)
     for seed in range(3):
         depth, feat, _, arguments = frame(seed=seed)
@@ -94,24 +132,24 @@ def test_a_frame_without_points():
 
 # Points 1, 0 and 3 of two bins of two pixels, in the voxels 0, 0 and 2 of 3.
 RIGHT = {"depth": [1, 0, 3], "feat": [1, 0, 1], "bev": [0, 0, 2], "starts": [0, 2], "lengths": [2, 1]}
+SIZES = (4, 2, 3)  # points, pixels, voxels
 WRONG = [
     ("depth", [1, 0, 4], r"ranks_depth: expected values within \[0, 4\), got 4"),
     ("depth", [1, 0, -1], r"ranks_depth: expected values within \[0, 4\), got -1"),
     ("depth", [1, 0, 2**40], "ranks_depth: expected values within"),
-    ("depth", [1, 0, 1], "ranks_depth: expected each point at most once"),
-    ("feat", [1, 0, 0], "ranks_feat: expected 1, the pixel of ranks_depth 3, got 0"),
-    ("feat", [1, 0, 2**40], "ranks_feat: expected 1, the pixel of ranks_depth 3"),
+    ("feat", [1, 0, 2], r"ranks_feat: expected values within \[0, 2\), got 2"),
+    ("feat", [1, -1, 0], r"ranks_feat: expected values within \[0, 2\), got -1"),
+    ("feat", [1, 0, 2**40], "ranks_feat: expected values within"),
     ("bev", [0, 0, 3], r"ranks_bev: expected values within \[0, 3\), got 3"),
     ("bev", [0, 0, -1], r"ranks_bev: expected values within \[0, 3\), got -1"),
     ("bev", [0, 1, 2], "ranks_bev: expected one voxel in each interval, got 1"),
-    ("starts", [0, 1], "interval_starts: expected 2 for interval 1, where the one before ends, got 1"),
-    ("starts", [0, -1], "interval_starts: expected 2 for interval 1"),
-    ("starts", [1, 2], "interval_starts: expected 0 for interval 0"),
-    ("starts", [0, 2**40], "interval_starts: expected 2 for interval 1"),
-    ("lengths", [2, 2], "interval_lengths: expected 1 to the 1 points that are left for interval 1, got 2"),
-    ("lengths", [2**62, 2**62], "interval_lengths: expected 1 to the 3 points that are left for interval 0"),
-    ("lengths", [2, 0], "interval_lengths: expected 1 to the 1 points"),
-    ("lengths", [2, -1], "interval_lengths: expected 1 to the 1 points"),
+    ("starts", [0, 1], "interval_starts, interval_lengths: expected intervals that don't overlap"),
+    ("starts", [0, -1], r"interval_starts: expected values within \[0, 3\], got -1"),
+    ("starts", [0, 2**40], r"interval_starts: expected values within \[0, 3\], got 1099511627776"),
+    ("lengths", [2, 2], "interval_lengths: expected 0 to the 1 points that are left for interval 1, got 2"),
+    ("lengths", [2**62, 2**62], "interval_lengths: expected 0 to the 3 points that are left for interval 0"),
+    ("lengths", [3, 1], "interval_starts, interval_lengths: expected intervals that don't overlap"),
+    ("lengths", [2, -1], "interval_lengths: expected 0 to the 1 points"),
 ]
 
 
@@ -121,34 +159,27 @@ def arrays(**changed):
 
 
 @pytest.mark.parametrize(("name", "values", "message"), WRONG)
-def test_arrays_that_dont_belong_together_raise(name, values, message):
+def test_arrays_that_dont_belong_together_raise_or_are_nan(name, values, message):
+    """On a GPU, which can't raise without waiting, the result is NaN, whatever the arrays hold."""
     points, pixels, voxels, starts, lengths = arrays(**{name: values})
-    depth, feat = torch.ones(1, 1, 2, 1, 2), torch.ones(1, 1, 1, 2, 1)
+    depth, feat = torch.ones(1, 1, 2, 1, 2, requires_grad=True), torch.ones(1, 1, 1, 2, 1, requires_grad=True)
+    call = (depth, feat, points, pixels, voxels, (1, 1, 1, 3, 1), starts, lengths)
     with pytest.raises(RuntimeError, match=f"^{message}"):
-        custom_ops.bev_pool_v2(depth, feat, points, pixels, voxels, (1, 1, 1, 3, 1), starts, lengths)
-
-
-def test_fewer_points_in_intervals_than_listed_raise():
-    with pytest.raises(RuntimeError, match="^interval_lengths: expected a sum of 3 as there are ranks, got 2"):
-        interval_ranks(*arrays(starts=[0], lengths=[2]), 4, 2, 2, 3)
-
-
-@pytest.mark.parametrize(("name", "values", "message"), WRONG)
-def test_on_a_gpu_what_is_wrong_counts_nowhere(name, values, message):
-    """Its launcher can't raise without waiting: whatever the arrays hold, the ranks are in range."""
-    right = launchers.interval_ranks(*arrays(), 4, 2, 2, 3)
-    assert right.tolist() == [0, 0, -1, 2] == interval_ranks(*arrays(), 4, 2, 2, 3).tolist()
-    rank = launchers.interval_ranks(*arrays(**{name: values}), 4, 2, 2, 3)
-    assert ((rank >= -1) & (rank < 3)).all()
-    if name in ("depth", "feat"):
-        assert rank[3] == -1
+        custom_ops.bev_pool_v2(*call)
+    with backend("triton"):
+        out = custom_ops.bev_pool_v2(*call)
+        (grad,) = torch.autograd.grad(out.sum(), feat)
+    assert out.isnan().all() and grad.isnan().all()
 
 
 def test_both_backends_agree():
     rank = torch.randint(-1, 500, (2, 3, 8, 6, 9))
     listed = [t.long() for t in interval_arrays(rank, 500)]
-    sizes = (rank.numel(), 8, 54, 1000)
+    sizes = (rank.numel(), 2 * 3 * 54, 1000)
+    assert launchers.interval_ranks(*arrays(), *SIZES).tolist() == [0, 0, 2]
     assert torch.equal(launchers.interval_ranks(*listed, *sizes), interval_ranks(*listed, *sizes))
+    gaps = [*listed[:3], listed[3][::3], listed[4][::3] - 1]
+    assert torch.equal(launchers.interval_ranks(*gaps, *sizes), interval_ranks(*gaps, *sizes))
     none = [t[:0] for t in listed]
-    assert torch.equal(launchers.interval_ranks(*none, *sizes), interval_ranks(*none, *sizes))
-    assert launchers.interval_ranks(*none, 0, 8, 0, 5).shape == interval_ranks(*none, 0, 8, 0, 5).shape == (0,)
+    for some in ([*listed[:3], *none[3:]], none):
+        assert torch.equal(launchers.interval_ranks(*some, *sizes), interval_ranks(*some, *sizes))

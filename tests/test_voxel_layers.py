@@ -107,7 +107,7 @@ def test_clearing_releases_the_memory(case):
     layer, draw, _ = case
     values, rank = draw()
     layer(*values, rank)
-    kept = [weakref.ref(t) for t in tree_leaves(layer._geometry)]
+    kept = [weakref.ref(t) for t in tree_leaves(layer._cached)]
     layer.clear_geometry()
     assert len(kept) >= 3 and all(reference() is None for reference in kept)
 
@@ -130,7 +130,7 @@ def test_where_values_cant_be_compared(case):
     layer, draw, function = case
     values, rank = draw()
     layer.set_geometry(draw(1)[1])
-    kept = layer._geometry
+    kept = layer._was_set
     expected = function(*values, rank)
     assert torch.equal(torch.func.vmap(layer)(*(v[:, None] for v in values), rank[:, None])[:, 0], expected)
     gradient = torch.func.grad(lambda v: (layer(v, *values[1:], rank) ** 2).sum())(values[0])
@@ -138,7 +138,7 @@ def test_where_values_cant_be_compared(case):
     assert layer(*(v.to("meta") for v in values), rank.to("meta")).shape == expected.shape
     with FakeTensorMode() as mode:
         assert layer(*map(mode.from_tensor, values), mode.from_tensor(rank)).shape == expected.shape
-    assert layer._geometry is kept
+    assert layer._was_set is kept and layer._cached is None
 
 
 def test_kept_under_inference_mode_for_training(case):
@@ -146,7 +146,9 @@ def test_kept_under_inference_mode_for_training(case):
     values, rank = draw()
     with torch.inference_mode():
         layer(*values, rank + 0)
+    kept = layer._cached
     assert all(g is not None for g in torch.autograd.grad(layer(*values, rank).sum(), values))
+    assert layer._cached is kept
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["ranks given", "ranks set"])
@@ -198,10 +200,10 @@ def test_masked_points_and_a_csr_of_ones_own():
     for _ in range(2):
         assert torch.equal(layer(x, rank, mask), expected)
     assert torch.equal(layer(x, rank, ~mask), custom_ops.voxel_sum(x, rank, VOXELS, mask=~mask))
-    kept = layer._geometry
+    kept = layer._cached
     csr = custom_ops.voxel_csr(rank, VOXELS)
     assert torch.equal(layer(x, rank, csr=csr), custom_ops.voxel_sum(x, rank, VOXELS))
-    assert layer._geometry is kept
+    assert layer._cached is kept
 
 
 def test_wrong_arguments():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -13,22 +12,21 @@ def interval_ranks(
     interval_starts: Tensor,
     interval_lengths: Tensor,
     points: int,
-    bins: int,
-    plane: int,
+    pixels: int,
     voxels: int,
 ) -> Tensor:
-    """In PyTorch's own ops; what the C++ kernel raises for counts nowhere, so that nothing is waited for."""
-    listed = ranks_depth.numel()
-    rank = ranks_depth.new_full((points + 1,), -1)  # the last takes what counts nowhere
-    if listed == 0 or interval_starts.numel() == 0 or points == 0:
-        return rank[:points].clone()
-    at = torch.arange(listed, device=rank.device)
-    interval = (torch.searchsorted(interval_starts.contiguous(), at, right=True) - 1).clamp_min(0)
-    begin = interval_starts[interval]
-    voxel = ranks_bev[begin.clamp(0, listed - 1)]
-    pixel = ranks_depth // (bins * plane) * plane + ranks_depth % plane
-    counts = (begin <= at) & (at < begin + interval_lengths[interval]) & (voxel >= 0) & (voxel < voxels)
-    counts &= (ranks_depth >= 0) & (ranks_depth < points) & (pixel == ranks_feat)
-    # A point that is listed twice goes to the larger voxel, whichever is written last.
-    place, voxel = torch.where(counts, ranks_depth, points), torch.where(counts, voxel, -1)
-    return rank.scatter_reduce(0, place, voxel, "amax")[:points].clone()
+    """In PyTorch's own ops; what the C++ kernel raises for is a rank past the grid, so that nothing is waited for."""
+    listed = ranks_bev.numel()
+    right = (interval_starts >= 0) & (interval_lengths >= 0) & (interval_lengths <= listed - interval_starts)
+    used = right & (interval_lengths > 0)
+    begins = interval_starts.where(used, listed)
+    ends = (interval_starts + interval_lengths).where(used, listed)
+    ones = begins.new_ones(begins.shape)
+    steps = begins.new_zeros(listed + 1).scatter_add(0, begins, ones).scatter_add(0, ends, -ones)
+    cover = steps.cumsum(0)[:listed]  # the number of intervals that each point is in
+    begin = begins.new_full((listed + 1,), -1).scatter(0, begins, begins)[:listed].cummax(0).values.clamp_min(0)
+    voxel = ranks_bev[begin]
+    inside = (ranks_depth >= 0) & (ranks_depth < points) & (ranks_feat >= 0) & (ranks_feat < pixels)
+    inside &= (ranks_bev == voxel) & (voxel >= 0) & (voxel < voxels) & (cover == 1)
+    rank = ranks_bev.where(inside, voxels).where(cover > 0, -1)
+    return rank.where(right.all(), voxels)

@@ -12,37 +12,45 @@ from custom_ops.triton_kernels.common import BLOCK, FLOATING, INDEX, divide, ker
 # ---------------------------------------------------------------- bounds
 
 
+_RANKS = (*INDEX, "fp32", "fp64")
+_COUNTED = tl.constexpr(2 * BLOCK)
+
+
 @triton.jit
-def _steps(ranks_ptr, points, BLOCK: tl.constexpr):
-    """Where this program's points lie, which begin a run, and which descend."""
+def _runs(ranks_ptr, points, BLOCK: tl.constexpr):
+    """Where this program's points lie, their ranks and those before, and which begin a run of a voxel's."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < points
-    follows = inside & (at > 0)
-    rank = tl.load(ranks_ptr + at, mask=inside, other=0)
-    previous = tl.load(ranks_ptr + at - 1, mask=follows, other=0)
-    return at, inside & ((at == 0) | (rank != previous)), follows & (rank < previous)
+    rank = tl.load(ranks_ptr + at, mask=at < points, other=-1)
+    previous = tl.load(ranks_ptr + at - 1, mask=(at < points) & (at > 0), other=-1)
+    return at, rank, previous, (rank >= 0) & (rank != previous)
 
 
-@kernel("*T *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@kernel("*T *i64 i32 i32", _RANKS, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit(do_not_specialize=["blocks"])
 def voxel_bounds_count_kernel(ranks_ptr, counts_ptr, points, blocks, BLOCK: tl.constexpr):
-    _, begins, descends = _steps(ranks_ptr, points, BLOCK)
-    block = tl.program_id(0)
-    tl.store(counts_ptr + block, tl.sum(begins.to(tl.int32)))
-    tl.store(counts_ptr + blocks + block, tl.sum(descends.to(tl.int32)))
+    at, rank, previous, begins = _runs(ranks_ptr, points, BLOCK)
+    inside, block = rank >= 0, tl.program_id(0)
+    descends = (at > 0) & (at < points) & (rank < previous)
+    # Two counts of a block fit into one sum.
+    tl.store(counts_ptr + block, tl.sum(begins.to(tl.int32) + inside.to(tl.int32) * _COUNTED))
+    enters = inside & (previous < 0)
+    tl.store(counts_ptr + blocks + block, tl.sum(enters.to(tl.int32) + descends.to(tl.int32) * _COUNTED))
+    broken = 0
+    if rank.dtype.is_floating():
+        whole = (rank < (2**24 if rank.dtype == tl.float32 else 2**53)) & (tl.floor(rank) == rank)
+        broken = tl.sum((~whole).to(tl.int32))
+    tl.store(counts_ptr + 2 * blocks + block, broken)
 
 
-@kernel("*T *i64 *i64 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@kernel("*T *i64 *i64 i32 i32", _RANKS, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit(do_not_specialize=["blocks"])
 def voxel_bounds_place_kernel(ranks_ptr, through_ptr, bounds_ptr, points, blocks, BLOCK: tl.constexpr):
-    at, begins, _ = _steps(ranks_ptr, points, BLOCK)
+    at, _, _, begins = _runs(ranks_ptr, points, BLOCK)
     block = tl.program_id(0)
-    through = tl.load(through_ptr + block)  # bounds in the blocks up to and with this one
     count = begins.to(tl.int32)
+    through = tl.load(through_ptr + block)  # bounds in the blocks up to and with this one
     place = through - tl.sum(count) + tl.cumsum(count) - 1
     tl.store(bounds_ptr + place, at, mask=begins)
-    if block == blocks - 1:
-        tl.store(bounds_ptr + through, points)
 
 
 def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
@@ -51,17 +59,27 @@ def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
     if points == 0:
         return ranks.new_zeros(1, dtype=torch.int64), ranks.new_zeros(0, dtype=torch.int64)
     blocks = triton.cdiv(points, BLOCK)
-    counts = ranks.new_empty((2, blocks), dtype=torch.int64)
+    counts = ranks.new_empty((3, blocks), dtype=torch.int64)
     voxel_bounds_count_kernel(blocks, ranks, counts, points, blocks)
+    counts = torch.cat([counts % _COUNTED.value, counts[:2] // _COUNTED.value])
     through = counts.cumsum(1)
-    voxels, descents = through[:, -1].tolist()
+    voxels, parts, broken, inside, descents = through[:, -1].tolist()
+    if broken:
+        raise RuntimeError("ranks: expected whole numbers below 2^24 in float32 and 2^53 in float64, got others")
     if check_sorted and descents:
         raise RuntimeError(
             "ranks: expected non-decreasing values, got an unsorted tensor; sort x, geometry and "
             "ranks by ranks first, or pass check_sorted=False to sum each run of equal ranks"
         )
-    bounds = ranks.new_empty(voxels + 1, dtype=torch.int64)
+    if parts > 1:
+        raise RuntimeError(
+            "ranks: expected the points outside, of negative ranks, before and behind all others, got some "
+            "between them; sort x, geometry and ranks by ranks first"
+        )
+    bounds = ranks.new_zeros(voxels + 1, dtype=torch.int64)
     voxel_bounds_place_kernel(blocks, ranks, through, bounds, points, blocks)
+    if voxels:
+        bounds[-1:] = bounds[:1] + inside
     return bounds, bounds[1:] - 1
 
 
@@ -132,17 +150,47 @@ def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cel
 
 
 def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
-    """By a stable radix sort, which needs no atomics; points in no voxel come last."""
+    """By a stable radix sort, which needs no atomics; points in no voxel come last.
+
+    The boundaries of an example with a rank past the grid are -1, of which every reduction is NaN.
+    """
     rank = rank.contiguous()
     narrow = torch.int32 if voxels < 2**31 - 1 else torch.int64  # half as many passes
-    key = torch.where((rank < 0) | (rank >= voxels), voxels, rank).to(narrow)
-    ordered, perm = key.sort(dim=-1, stable=True)
+    past = rank >= voxels
+    ordered, perm = torch.where((rank < 0) | past, voxels, rank).to(narrow).sort(dim=-1, stable=True)
     edges = torch.arange(voxels + 1, dtype=narrow, device=rank.device).expand(*rank.shape[:-1], voxels + 1)
-    return perm, torch.searchsorted(ordered, edges.contiguous())
+    return perm, torch.searchsorted(ordered, edges.contiguous()).masked_fill_(past.any(-1, keepdim=True), -1)
+
+
+@kernel("*T *i64 *i64 *i32 i32 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
+@triton.jit(do_not_specialize=["voxels", "blocks"])
+def voxel_match_kernel(rank_ptr, perm_ptr, indptr_ptr, wrong_ptr, points, voxels, blocks, BLOCK: tl.constexpr):
+    """How many positions of a block hold another point than a stable sort puts there."""
+    example, block = locate(blocks)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < points
+    perm_ptr += example * points
+    indptr_ptr += example * (voxels + 1)
+    point = tl.load(perm_ptr + at, mask=inside, other=0)
+    before = tl.load(perm_ptr + at - 1, mask=inside & (at > 0), other=-1)
+    exists = inside & (point >= 0) & (point < points)
+    rank = tl.load(rank_ptr + example * points + point, mask=exists, other=0).to(tl.int64)
+    voxel = tl.where(rank < 0, voxels, tl.minimum(rank, voxels))
+    first = tl.load(indptr_ptr + voxel, mask=exists, other=0)
+    last = tl.load(indptr_ptr + voxel + 1, mask=exists & (voxel < voxels), other=points)
+    right = exists & (rank < voxels) & (first <= at) & (at < last) & ((at == first) | (before < point))
+    tl.store(wrong_ptr + example * blocks + block, tl.sum((inside & ~right).to(tl.int32)))
 
 
 def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
-    """Not probed: the answer would have to be waited for. The kernels reach no other memory in any case."""
+    """Boundaries of -1 for an example that doesn't match, since an error would have to be waited for."""
     if perm.shape != rank.shape or indptr.dim() != rank.dim() or indptr.shape[:-1] != rank.shape[:-1]:
         raise RuntimeError("csr: expected (perm, indptr), int64, of the shapes that voxel_csr gives for rank")
-    return indptr.clone(memory_format=torch.contiguous_format)
+    rank, perm, indptr = rank.contiguous(), perm.contiguous(), indptr.contiguous()
+    points, voxels = rank.shape[-1], indptr.shape[-1] - 1
+    blocks = triton.cdiv(points, BLOCK)
+    wrong = rank.new_empty((*rank.shape[:-1], blocks), dtype=torch.int32)
+    voxel_match_kernel(wrong.numel(), rank, perm, indptr, wrong, points, voxels, blocks)
+    wrong_ends = (indptr[..., :1] != 0) | (indptr[..., -1:] > points)
+    matches = ~wrong_ends & (indptr.diff() >= 0).all(-1, keepdim=True) & (wrong == 0).all(-1, keepdim=True)
+    return torch.where(matches, indptr, -1)

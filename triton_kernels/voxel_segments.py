@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.triton_kernels.common import FLOATING, accumulator, kernel, widen
+from custom_ops.triton_kernels.voxel_grid import voxel_sort
 
 # A row of features is read in pieces of one of these widths, by tiles of _TILE elements.
 _WIDTHS = (16, 64)
@@ -20,6 +21,9 @@ _CHUNK = 128
 
 _NOWHERE = tl.constexpr(2**31 - 1)  # behind all rows
 
+# The segment of a point that perm lacks, or of all where the boundaries descend: its gradient is NaN.
+_UNKNOWN = tl.constexpr(-2)
+
 
 def _width(columns: int) -> int:
     return next((w for w in _WIDTHS if w >= columns), _WIDTHS[-1])
@@ -29,9 +33,12 @@ def _width(columns: int) -> int:
 
 
 @triton.jit
-def _boundary(indptr_ptr, segment, points):
-    """Kept within the points, so that a corrupted indptr can't reach memory outside x."""
-    return tl.minimum(tl.maximum(tl.load(indptr_ptr + segment).to(tl.int64), 0), points)
+def _boundaries(indptr_ptr, segment, points):
+    """Where a segment begins and ends, and whether the points are so. If not, it is empty: no other memory is read."""
+    start = tl.load(indptr_ptr + segment).to(tl.int64)
+    stop = tl.load(indptr_ptr + segment + 1).to(tl.int64)
+    right = (start >= 0) & (start <= stop) & (stop <= points)
+    return tl.where(right, start, 0), tl.where(right, stop, 0), right
 
 
 @triton.jit
@@ -50,12 +57,13 @@ def _segment_of(indptr_ptr, boundaries, steps, position):
 
 @triton.jit
 def _point(perm_ptr, position, inside, points, PERM: tl.constexpr):
-    """The point at a position, kept within the points."""
+    """The point at a position, kept within the points, and whether it had to be."""
     if PERM:
-        point = tl.load(perm_ptr + position, mask=inside, other=0)
-        return tl.minimum(tl.maximum(point, 0), points - 1)
+        listed = tl.load(perm_ptr + position, mask=inside, other=0)
+        point = tl.minimum(tl.maximum(listed, 0), points - 1)
+        return point, inside & (point != listed)
     else:
-        return position
+        return position, inside & (position < 0)
 
 
 # ---------------------------------------------------------------- reductions
@@ -66,9 +74,11 @@ def _sum_rows(
     x_ptr,
     weight_ptr,
     perm_ptr,
+    index_ptr,
     start,
     stop,
     points,
+    rows,
     columns,
     bins,
     plane,
@@ -77,6 +87,7 @@ def _sum_rows(
     WIDTH: tl.constexpr,
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """The sums over the points at start to stop, for WIDTH columns, in the accumulator's dtype."""
     first = tl.arange(0, ROWS)
@@ -84,12 +95,18 @@ def _sum_rows(
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
-        row = _point(perm_ptr, position, inside, points, PERM)
+        row, stray = _point(perm_ptr, position, inside, points, PERM)
         if WEIGHT:
             weight = widen(tl.load(weight_ptr + row, mask=inside, other=0))
-            row = row // plane // bins * plane + row % plane
+            if INDEX:
+                row, outside = _point(index_ptr, row, inside, rows, True)
+                stray = stray | outside
+            else:
+                row = row // plane // bins * plane + row % plane
         exists = inside[:, None] & (column < columns)[None, :]
         value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
+        if PERM:
+            value = tl.where(stray[:, None], float("nan"), value)
         total += weight[:, None] * value if WEIGHT else value
     return tl.sum(total, axis=0)
 
@@ -118,10 +135,12 @@ def _max_rows(
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
-        row = _point(perm_ptr, position, inside, points, PERM)
+        row, stray = _point(perm_ptr, position, inside, points, PERM)
         exists = inside[:, None] & (column < columns)[None, :]
         at = row[:, None] * columns + column[None, :]
         value = widen(tl.load(x_ptr + at, mask=exists, other=float("-inf")))
+        if PERM:
+            value = tl.where(stray[:, None], float("nan"), value)
         above = (best == best) & ~(value <= best)
         best = tl.where(above, value, best)
         where = tl.where(above, (begin + first).to(tl.int32)[:, None], where)
@@ -134,8 +153,14 @@ def _max_rows(
     return tl.where(has_nan, float("nan"), largest), tl.where(start < stop, start + first, -1)
 
 
-# Each reduction with the order and weights it may have: (PERM, WEIGHT, MAX).
-_MODES = [(False, False, False), (True, False, False), (True, True, False), (True, False, True)]
+# Each reduction with the order, weights and rows it may have: (PERM, WEIGHT, INDEX, MAX).
+_MODES = [
+    (False, False, False, False),
+    (True, False, False, False),
+    (True, True, False, False),
+    (True, True, True, False),
+    (True, False, False, True),
+]
 _REDUCE_VARIANTS = {
     (width, *mode): {
         "ROWS": _TILE // width,
@@ -143,7 +168,8 @@ _REDUCE_VARIANTS = {
         "CHUNK": _CHUNK,
         "PERM": mode[0],
         "WEIGHT": mode[1],
-        "MAX": mode[2],
+        "INDEX": mode[2],
+        "MAX": mode[3],
     }
     for width in _WIDTHS
     for mode in _MODES
@@ -152,18 +178,23 @@ _REDUCE_VARIANTS = {
 
 # A segment of more than CHUNK points starts in one chunk and reaches into the next. So a chunk has
 # at most one that started before it and at most one that starts in it: parts 0 and 1 of partial.
-@kernel("*T *T *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", FLOATING, _REDUCE_VARIANTS, streams=_TILE)
-@triton.jit(
-    do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "steps", "own_indptr", "own_perm"]
+@kernel(
+    "*T *T *i64 *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    FLOATING,
+    _REDUCE_VARIANTS,
+    streams=_TILE,
 )
+@triton.jit(do_not_specialize=["points", "rows", "segments", "bins", "plane", "pieces", "chunks", "steps", "own"])
 def segment_reduce_chunks_kernel(
     x_ptr,
     weight_ptr,
     indptr_ptr,
     perm_ptr,
+    index_ptr,
     partial_ptr,
     partial_at_ptr,
     points,
+    rows,
     segments,
     columns,
     bins,
@@ -171,13 +202,13 @@ def segment_reduce_chunks_kernel(
     pieces,
     chunks,
     steps,
-    own_indptr,
-    own_perm,
+    own,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
     MAX: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -186,17 +217,17 @@ def segment_reduce_chunks_kernel(
     chunk = out_row % chunks
     starts_here = out_row // chunks % 2 == 1
     example = out_row // chunks // 2
-    indptr_ptr += example * own_indptr * (segments + 1)
+    indptr_ptr += example * own * (segments + 1)
     first = chunk * CHUNK
     end = tl.minimum(first + CHUNK, points)
     segment = _segment_of(indptr_ptr, segments + 1, steps, tl.where(starts_here, end - 1, first))
     if (segment >= 0) & (segment < segments):
-        start = _boundary(indptr_ptr, segment, points)
-        stop = _boundary(indptr_ptr, segment + 1, points)
+        start, stop, _ = _boundaries(indptr_ptr, segment, points)
         if (stop - start > CHUNK) & ((start >= first) == starts_here):
-            x_ptr += example * (points // bins) * columns
+            x_ptr += example * rows * columns
             weight_ptr += example * points
-            perm_ptr += example * own_perm * points
+            perm_ptr += example * own * points
+            index_ptr += example * own * points
             begin, stop = tl.maximum(start, first), tl.minimum(stop, end)
             if MAX:
                 total, where = _max_rows(x_ptr, perm_ptr, begin, stop, points, columns, column, ROWS, WIDTH, PERM)
@@ -206,9 +237,11 @@ def segment_reduce_chunks_kernel(
                     x_ptr,
                     weight_ptr,
                     perm_ptr,
+                    index_ptr,
                     begin,
                     stop,
                     points,
+                    rows,
                     columns,
                     bins,
                     plane,
@@ -217,29 +250,30 @@ def segment_reduce_chunks_kernel(
                     WIDTH,
                     PERM,
                     WEIGHT,
+                    INDEX,
                 )
             tl.store(partial_ptr + out_row * columns + column, total, mask=column < columns)
 
 
 @kernel(
-    "*T *T *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    "*T *T *i64 *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     _REDUCE_VARIANTS,
     streams=_TILE,
 )
-@triton.jit(
-    do_not_specialize=["points", "segments", "bins", "plane", "pieces", "chunks", "mean", "own_indptr", "own_perm"]
-)
+@triton.jit(do_not_specialize=["points", "rows", "segments", "bins", "plane", "pieces", "chunks", "mean", "own"])
 def segment_reduce_kernel(
     x_ptr,
     weight_ptr,
     indptr_ptr,
     perm_ptr,
+    index_ptr,
     partial_ptr,
     partial_at_ptr,
     out_ptr,
     argmax_ptr,
     points,
+    rows,
     segments,
     columns,
     bins,
@@ -247,13 +281,13 @@ def segment_reduce_kernel(
     pieces,
     chunks,
     mean,
-    own_indptr,
-    own_perm,
+    own,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
     MAX: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -261,12 +295,12 @@ def segment_reduce_kernel(
     exists = column < columns
     out_row = (program // pieces).to(tl.int64)
     example, segment = out_row // segments, out_row % segments
-    indptr_ptr += example * own_indptr * (segments + 1)
-    perm_ptr += example * own_perm * points
-    x_ptr += example * (points // bins) * columns
+    indptr_ptr += example * own * (segments + 1)
+    perm_ptr += example * own * points
+    index_ptr += example * own * points
+    x_ptr += example * rows * columns
     weight_ptr += example * points
-    start = _boundary(indptr_ptr, segment, points)
-    stop = _boundary(indptr_ptr, segment + 1, points)
+    start, stop, right = _boundaries(indptr_ptr, segment, points)
     # Parts of a long segment: where it starts, then row by row where it goes on.
     before = example * 2 * chunks * columns
     starting = before + (chunks + start // CHUNK) * columns + column
@@ -284,7 +318,7 @@ def segment_reduce_kernel(
             at = tl.where(earlier, starting, before + chunk * columns + column)
             where = tl.load(partial_at_ptr + at, mask=exists, other=-1)
         filled = (where >= 0) & (where < points)  # of a corrupted indptr it may be anything
-        point = _point(perm_ptr, where, filled, points, PERM)
+        point, _ = _point(perm_ptr, where, filled, points, PERM)
         tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
         total = tl.where(filled, total, 0)
     else:
@@ -293,9 +327,11 @@ def segment_reduce_kernel(
                 x_ptr,
                 weight_ptr,
                 perm_ptr,
+                index_ptr,
                 start,
                 stop,
                 points,
+                rows,
                 columns,
                 bins,
                 plane,
@@ -304,15 +340,18 @@ def segment_reduce_kernel(
                 WIDTH,
                 PERM,
                 WEIGHT,
+                INDEX,
             )
         else:
             total = _sum_rows(
                 partial_ptr + before,
                 partial_ptr,
                 perm_ptr,
+                index_ptr,
                 begin,
                 end,
                 points,
+                rows,
                 columns,
                 bins,
                 plane,
@@ -321,10 +360,12 @@ def segment_reduce_kernel(
                 WIDTH,
                 False,
                 False,
+                False,
             )
             total += tl.load(partial_ptr + starting, mask=exists, other=0)
         if mean != 0:
             total = total / tl.maximum((stop - start).to(tl.int32), 1)
+    total = tl.where(right, total, float("nan"))
     tl.store(out_ptr + out_row * columns + column, total, mask=exists)
 
 
@@ -345,10 +386,14 @@ def segment_rank_kernel(
     example = (program // blocks).to(tl.int64)
     position = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < points
-    segment = _segment_of(indptr_ptr + example * (segments + 1), segments + 1, steps, position)
-    point = _point(perm_ptr + example * points, position, inside, points, PERM)
-    rank = tl.where(segment < segments, segment, -1)
-    tl.store(rank_ptr + example * points + point, rank, mask=inside)
+    indptr_ptr += example * (segments + 1)
+    segment = _segment_of(indptr_ptr, segments + 1, steps, position)
+    point, stray = _point(perm_ptr + example * points, position, inside, points, PERM)
+    within = (segment >= 0) & (segment < segments)
+    stop = tl.load(indptr_ptr + segment + 1, mask=inside & within, other=0)
+    ordered = tl.where(within, position < stop, tl.load(indptr_ptr + segments) >= 0)
+    rank = tl.where(within, segment, -1)
+    tl.store(rank_ptr + example * points + point, tl.where(ordered, rank, _UNKNOWN), mask=inside & ~stray)
 
 
 @triton.jit
@@ -420,7 +465,7 @@ def segment_spread_rows_kernel(
         if mean != 0:
             # Not in sums.dtype as below: ptxas would spill on sm_80.
             sums = sums * _share(indptr_ptr, segment, found, tl.float64).to(sums.dtype)[:, None]
-        total += sums
+        total += tl.where((segment == _UNKNOWN)[:, None], float("nan"), sums)
     at = (example * rows + row)[:, None] * columns + column[None, :]
     tl.store(out_ptr + at, total, mask=inside[:, None] & exists)
 
@@ -464,7 +509,42 @@ def segment_spread_dots_kernel(
             total += tl.sum(sums * x, axis=1)
         if mean != 0:
             total = total * _share(indptr_ptr, segment, found, total.dtype)
+        total = tl.where(segment == _UNKNOWN, float("nan"), total)
         tl.store(out_ptr + example * points + point, total, mask=inside)
+
+
+@kernel("*T *T *i64 *i64 *T i32 i32 i32 i32 i32 i32", FLOATING, _SPREAD, streams=_SPREAD_TILE)
+@triton.jit(do_not_specialize=["points", "segments", "rows", "blocks", "own"])
+def pair_dots_kernel(
+    sums_ptr,
+    x_ptr,
+    rank_ptr,
+    index_ptr,
+    out_ptr,
+    points,
+    segments,
+    rows,
+    columns,
+    blocks,
+    own,
+    POINTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    example, point, inside, _ = _points_of(tl.program_id(0), blocks, points, 1, 1, POINTS)
+    segment = tl.load(rank_ptr + example * own * points + point, mask=inside, other=-1)
+    row = tl.load(index_ptr + example * own * points + point, mask=inside, other=-1)
+    past = (segment >= segments) | (row >= rows)
+    found = (segment >= 0) & (row >= 0) & ~past
+    sums_ptr += example * segments * columns
+    x_ptr += example * rows * columns
+    total = widen(tl.zeros([POINTS], sums_ptr.dtype.element_ty))
+    for begin in range(0, columns, WIDTH):
+        column = begin + tl.arange(0, WIDTH)[None, :]
+        exists = found[:, None] & (column < columns)
+        sums = widen(tl.load(sums_ptr + segment[:, None] * columns + column, mask=exists, other=0))
+        x = widen(tl.load(x_ptr + row[:, None] * columns + column, mask=exists, other=0))
+        total += tl.sum(sums * x, axis=1)
+    tl.store(out_ptr + example * points + point, tl.where(past, float("nan"), total), mask=inside)
 
 
 # ---------------------------------------------------------------- launchers
@@ -492,7 +572,7 @@ class _Segments:
 
     def ranks(self) -> Tensor:
         """The segment of each point, -1 for none."""
-        rank = self.indptr.new_full((self.geometries, self.points), -1)
+        rank = self.indptr.new_full((self.geometries, self.points), _UNKNOWN.value)
         blocks = triton.cdiv(self.points, 256)
         segment_rank_kernel(
             self.geometries * blocks,
@@ -515,9 +595,16 @@ def _check_like(name: str, tensor: Tensor, like: Tensor, *shape: int) -> Tensor:
 
 
 def _reduce(
-    x: Tensor, weight: Tensor | None, segments: _Segments, mean: bool, bins: int, plane: int, maximum: bool
+    x: Tensor,
+    weight: Tensor | None,
+    segments: _Segments,
+    mean: bool,
+    bins: int,
+    plane: int,
+    maximum: bool,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    *batch, _, columns = x.shape
+    *batch, rows, columns = x.shape
     points, count = segments.points, segments.count
     out = x.new_empty((*batch, count, columns))
     argmax = segments.indptr.new_empty(out.shape if maximum else (0,))
@@ -531,14 +618,13 @@ def _reduce(
     chunks = triton.cdiv(points, _CHUNK) if points > _CHUNK else 0
     partial = x.new_empty((examples, 2, chunks, columns), dtype=accumulator(x.dtype))
     partial_at = argmax.new_empty(partial.shape if maximum else (0,))
-    variant = (width, ordered or weight is not None or maximum, weight is not None, maximum)
-    tensors = (x, x if weight is None else weight, segments.indptr, perm, partial, partial_at)
-    sizes = (points, count, columns, bins, plane, pieces, chunks)
-    own = (segments.own, segments.own)
-    segment_reduce_chunks_kernel(
-        examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, *own, variant=variant
-    )
-    segment_reduce_kernel(examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), *own, variant=variant)
+    variant = (width, ordered or weight is not None or maximum, weight is not None, index is not None, maximum)
+    geometry = (segments.indptr, perm, perm if index is None else index)
+    tensors = (x, x if weight is None else weight, *geometry, partial, partial_at)
+    sizes = (points, rows, count, columns, bins, plane, pieces, chunks)
+    own = segments.own
+    segment_reduce_chunks_kernel(examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, own, variant=variant)
+    segment_reduce_kernel(examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), own, variant=variant)
     return out, argmax
 
 
@@ -604,3 +690,25 @@ def segment_spread(
             programs, *(sums, x, *geometry, grad_weight, *sizes, blocks, int(mean), segments.own), variant=width
         )
     return grad_x, grad_weight
+
+
+def pair_reduce(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments: int) -> Tensor:
+    """An example with a rank or row past the end is NaN."""
+    x, rows = x.contiguous(), rows.contiguous()
+    past = (rows >= x.shape[-2]) | (ranks >= segments)
+    perm, indptr = voxel_sort(ranks.where(rows >= 0, -1).masked_fill(past, segments), segments)
+    weight = _check_like("weight", weight, x, *x.shape[:-2], rows.shape[-1])
+    geometry = _Segments(indptr, perm, x.shape[:-2], rows.shape[-1])
+    return _reduce(x, weight, geometry, False, 1, 1, False, rows)[0]
+
+
+def pair_dots(sums: Tensor, x: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
+    sums, ranks, rows = sums.contiguous(), ranks.contiguous(), rows.contiguous()
+    *batch, segments, columns = sums.shape
+    x = _check_like("x", x, sums, *batch, x.shape[-2], columns)
+    points, width = rows.shape[-1], _width(columns)
+    out = sums.new_empty((*batch, points))
+    blocks = triton.cdiv(points, _SPREAD[width]["POINTS"])
+    sizes = (points, segments, x.shape[-2], columns, blocks, int(rows.dim() > 1))
+    pair_dots_kernel(math.prod(batch) * blocks, sums, x, ranks, rows, out, *sizes, variant=width)
+    return out

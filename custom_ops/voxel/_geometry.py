@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active  # see library.py
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
@@ -29,50 +30,76 @@ class Geometry(NamedTuple):
 class KeepsGeometry(torch.nn.Module):
     """A layer that computes its geometry once and uses it again while its sources have the same values.
 
-    It is neither in the ``state_dict`` nor a buffer: DistributedDataParallel would replace every process's
-    buffers by those of the first, whose geometry is another. Where values can't be compared, in a program
-    being compiled or exported, under torch.func and on the meta device, it is computed on each call.
+    What was set serves the calls without sources, and no call changes it; what a call computed is a cache, which only
+    calls with the same sources see. Neither is in the ``state_dict`` nor a buffer: DistributedDataParallel would
+    replace every process's buffers by those of the first, whose geometry is another. Where values can't be compared,
+    in a program being traced, compiled or exported, under torch.func and on the meta device, geometry is computed on
+    each call. The attributes that it follows from, ``_fixed``, can't be set again.
     """
+
+    _fixed: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
-        self._geometry: Geometry | None = None
+        self._was_set: Geometry | None = None
+        self._cached: Geometry | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(
+                f"{name}: can't be set again, because the kept geometry follows from it; make another layer"
+            )
+        super().__setattr__(name, value)
 
     def clear_geometry(self) -> None:
-        """Release what is kept."""
-        self._geometry = None
+        """Release what is kept, and forget what was set."""
+        self._was_set = self._cached = None
 
     def _compute(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Csr]:
         """The ranks that follow from the sources, and their `voxel_csr`."""
         raise NotImplementedError
 
-    def _kept(self, expected: str) -> Geometry:
-        kept = self._geometry  # once: another thread may clear it
-        if kept is None:
+    def _get(self, expected: str) -> Geometry:
+        was_set = self._was_set  # once: another thread may clear it
+        if was_set is None:
             raise ValueError(f"{expected}, here or by set_geometry before, got None")
-        return kept
+        return was_set
 
-    def _keep(self, *sources: Tensor) -> Geometry:
+    def _set(self, *sources: Tensor) -> None:
+        self._was_set, self._cached = self._made_of(sources), None
+
+    def _made_of(self, sources: tuple[Tensor, ...]) -> Geometry:
         # What is made under inference_mode couldn't be saved for a backward pass later.
         with torch.inference_mode(False):
             copies = tuple(t.detach().clone() for t in sources)
-            self._geometry = geometry = Geometry(copies, *self._compute(*copies))
-        return geometry
+            return Geometry(copies, *self._compute(*copies))
 
     def _geometry_of(self, *sources: Tensor) -> Geometry:
         if not _have_values(sources):
             return Geometry(sources, *self._compute(*sources))
-        kept = self._geometry
-        return kept if kept is not None and kept.is_of(sources) else self._keep(*sources)
+        for kept in (self._was_set, self._cached):
+            if kept is not None and kept.is_of(sources):
+                return kept
+        self._cached = made = self._made_of(sources)
+        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self._geometry is not None:  # moved as a buffer is, but never converted
-            self._geometry = tree_map(lambda t: t.to(fn(t).device), self._geometry)
+
+        def moved(geometry: Geometry | None) -> Geometry | None:
+            """As a buffer is, but never converted; from the meta device, where it has no values, not at all."""
+            device = None if geometry is None else fn(geometry.rank).device
+            if geometry is None or (geometry.rank.is_meta and device != geometry.rank.device):
+                return None
+            return tree_map(lambda t: t.to(device), geometry)
+
+        self._was_set, self._cached = moved(self._was_set), moved(self._cached)
         return self
 
 
 def _have_values(tensors: tuple[Tensor, ...]) -> bool:
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return False
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
         return False
     return all(type(t) in (Tensor, Parameter) and not t.is_meta for t in tensors)

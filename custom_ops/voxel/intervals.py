@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, register
-from custom_ops.voxel.pooling import CAMERAS, bev_pool, draw_cameras
+from custom_ops.voxel.pooling import CAMERAS, draw_cameras
+from custom_ops.voxel.voxel_grid import numbers_of
+from custom_ops.voxel.voxel_segments import pair_dots, pair_reduce
 
 __all__ = ["bev_pool_v2"]
 
@@ -25,12 +27,14 @@ def interval_ranks(
     interval_starts: Tensor,
     interval_lengths: Tensor,
     points: int,
-    bins: int,
-    plane: int,
+    pixels: int,
     voxels: int,
 ) -> Tensor:
-    """The voxel of each of ``points``, -1 for none, from BEVDet's five arrays; see `bev_pool_v2`."""
-    return ranks_depth.new_empty((points,))
+    """The voxel of each listed point [P], -1 in a gap between intervals; see `bev_pool_v2`.
+
+    For arrays that don't belong together an error on the CPU; on a GPU ``voxels``, of which every sum is NaN.
+    """
+    return torch.empty_like(ranks_bev)
 
 
 @library.vmap(interval_ranks)
@@ -43,7 +47,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 def _(*args: Any) -> Any:
     from torch.distributed.tensor import Replicate
 
-    return [([Replicate()], [*[Replicate()] * 5, *[None] * 4])]
+    return [([Replicate()], [*[Replicate()] * 5, *[None] * 3])]
 
 
 def bev_pool_v2(
@@ -60,34 +64,33 @@ def bev_pool_v2(
 
     Interval i lists the points ``j = interval_starts[i]`` to ``interval_starts[i] + interval_lengths[i] - 1``
     of one voxel, ``ranks_bev[j]``. Its sum of ``depth.flatten()[ranks_depth[j]]
-    feat.flatten(0, 3)[ranks_feat[j]]`` is added to that voxel; voxels without an interval are 0. The arrays
-    become the ranks of all points, on which `bev_pool` does the rest, so that all derivatives are its.
+    feat.flatten(0, 3)[ranks_feat[j]]`` is added to that voxel; voxels without an interval are 0. A depth may be
+    listed any number of times, as DualBEV does, and with any pixel; points between intervals count nowhere.
 
     Args:
         depth: ``[B, N, D, H, W]``.
         feat: ``[B, N, H, W, C]``.
-        ranks_depth: for each listed point, where in ``depth`` it lies ``[P]``; each at most once.
-        ranks_feat: where in ``feat`` its pixel lies ``[P]``, which follows from ``ranks_depth``.
+        ranks_depth: for each listed point, where in ``depth`` it lies ``[P]``.
+        ranks_feat: where in ``feat`` its pixel lies ``[P]``.
         ranks_bev: its voxel, counted over the batch ``[P]``; the same one within an interval.
         bev_feat_shape: ``(B, Z, Y, X, C)``.
-        interval_starts, interval_lengths: the intervals ``[I]``, each of at least one point and one after the
-            other, all P points together. They need not be in the order of the voxels.
+        interval_starts, interval_lengths: the intervals ``[I]``, in any order, none of which overlap.
 
     The arrays are int32 or int64, as BEVDet's ``voxel_pooling_prepare_v2`` makes them.
 
     Returns:
-        ``[B, C, Z, Y, X]``.
+        ``[B, C, Z, Y, X]``, contiguous; float64 for float64, else float32, under autocast too.
 
     Raises:
         TypeError: a wrong dtype, or no tensor.
         ValueError: a wrong shape, or tensors on several devices.
         RuntimeError: on the CPU, for arrays that don't belong together as described, or an index out of range.
-            On a GPU, where finding out would wait for the device, such points count nowhere.
+            On a GPU, where an error would wait for the device, the result is NaN.
 
     DTensors may be sharded as for `bev_pool`, with all of the arrays on each process; the result is ``Partial``, for
     examples too.
 
-    As `bev_pool`, and O(B N D H W + B Z Y X) for the sorting.
+    O(P C + B Z Y X C) time; the listed points are sorted by voxel here, and by depth and pixel in backward.
 
     Source: Huang & Huang, "BEVPoolv2", 2022.
 
@@ -117,31 +120,56 @@ def bev_pool_v2(
             if array.shape != arrays[first].shape:
                 raise ValueError(f"{name}: expected {layout} as {first}, got shape {list(array.shape)}")
     _checks.same_device(depth=depth, feat=feat, **ranks, **intervals)
-    batch, cameras, bins, height, width = depth.shape
+    batch, cameras, _, height, width = depth.shape
     expected = [batch, cameras, height, width]
     if list(feat.shape[:4]) != expected:
         raise ValueError(f"feat: expected shape {[*expected, 'C']} as depth, got {list(feat.shape)}")
-    if not isinstance(bev_feat_shape, Sequence):
-        raise TypeError(f"bev_feat_shape: expected (B, Z, Y, X, C), got {type(bev_feat_shape).__name__}")
-    if len(bev_feat_shape) != 5 or bev_feat_shape[0] != batch or bev_feat_shape[4] != feat.shape[4]:
+    bev_feat_shape = numbers_of("bev_feat_shape", bev_feat_shape, 5, _checks.as_count)
+    if bev_feat_shape[0] != batch or bev_feat_shape[4] != feat.shape[4]:
         wanted = f"(B, Z, Y, X, C) with B={batch} and C={feat.shape[4]}"
-        raise ValueError(f"bev_feat_shape: expected {wanted}, got {tuple(bev_feat_shape)}")
-    for cells in bev_feat_shape:
-        _checks.is_count("bev_feat_shape", cells)
+        raise ValueError(f"bev_feat_shape: expected {wanted}, got {bev_feat_shape}")
     voxels = math.prod(bev_feat_shape[:4])
-    _checks.is_count("bev_feat_shape", voxels)
-    in_long = (array.long() for array in (*ranks.values(), *intervals.values()))
-    rank = interval_ranks(*in_long, depth.numel(), bins, height * width, voxels)
+    _checks.as_count("bev_feat_shape", voxels)
+    depth_at, feat_at, bev, starts, lengths = (array.long() for array in (*ranks.values(), *intervals.values()))
+    sizes = (depth.numel(), feat.shape[:4].numel(), voxels)
+    rank = interval_ranks(depth_at, feat_at, bev, starts, lengths, *sizes)
 
-    def pool(depth: Tensor, feat: Tensor, rank: Tensor) -> Tensor:
-        """The voxels count over the batch: its examples are more cameras of one."""
-        depth, feat, rank = (t.flatten(0, 1)[None] for t in (depth, feat.permute(0, 1, 4, 2, 3), rank))
-        return bev_pool(depth, feat, rank, voxels)[0]
+    def pool(depth: Tensor, feat: Tensor, depth_at: Tensor, feat_at: Tensor) -> Tensor:
+        listed = (rank >= 0) & (depth_at >= 0)  # here
+        depth_at, feat_at = (torch.where(listed, at, -1) for at in (depth_at, feat_at))
+        # A sum of one product is a look-up that knows its derivatives.
+        ones, first = depth.new_ones(1, 1), depth_at.clamp_max(0)
+        weight = pair_dots(depth.reshape(-1, 1), ones, depth_at, first)
+        return pair_reduce(feat.flatten(0, 3), weight, feat_at, rank, voxels)
 
-    pooled = (depth, feat, rank.view(depth.shape))
-    in_shards = shards.is_sharded(depth, feat)
-    out = shards.in_shards(pool, "bndHW,bnHWc,bndHW->Vc", *pooled) if in_shards else pool(*pooled)
-    return out.view(tuple(bev_feat_shape)).permute(0, 4, 1, 2, 3)
+    dtype = torch.promote_types(torch.promote_types(depth.dtype, feat.dtype), torch.float32)
+    depth, feat = depth.to(dtype), feat.to(dtype)
+    if shards.is_sharded(depth, feat):
+        out = _in_shards(pool, depth, feat, depth_at, feat_at)
+    else:
+        out = pool(depth, feat, depth_at, feat_at)
+    return out.view(bev_feat_shape).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _in_shards(pool: Callable[..., Tensor], depth: Any, feat: Any, depth_at: Tensor, feat_at: Tensor) -> Tensor:
+    """Each process finds among all listed points those of its own depths and pixels."""
+
+    def numbered(like: Any) -> Any:
+        return shards.replicated(torch.arange(like.numel(), device=like.device).view(like.shape), like)
+
+    def run(depth: Tensor, feat: Tensor, depths: Tensor, pixels: Tensor) -> Tensor:
+        own = []
+        for at, numbers, whole in ((depth_at, depths, points), (feat_at, pixels, rows)):
+            place = at.new_full((whole,), -1)
+            place[numbers.flatten()] = torch.arange(numbers.numel(), device=at.device)
+            own.append(place[at.clamp(0, max(whole - 1, 0))] if whole else torch.full_like(at, -1))
+        if bool(((own[0] < 0) != (own[1] < 0)).any()):
+            raise RuntimeError("ranks_feat: expected pixels on the process of their depths, got some elsewhere")
+        return pool(depth, feat, *own)
+
+    points, rows = depth.numel(), feat.shape[:4].numel()
+    numbers = numbered(depth), numbered(feat[..., 0])
+    return shards.in_shards(run, "bndHW,bnHWc,bndHW,bnHW->Vc", depth, feat, *numbers)
 
 
 def bev_pool_v2_reference(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
-from custom_ops.voxel.pooling import bev_pool
-from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
+from custom_ops.voxel.pooling import bev_pool, pool_kept
+from custom_ops.voxel.voxel_grid import numbers_of, voxel_csr, voxel_rank
 
 __all__ = ["LiftSplat"]
 
@@ -74,6 +74,17 @@ class LiftSplat(KeepsGeometry):
         tensor([0., 1., 3., 0.])
     """
 
+    _fixed = (
+        "image_size",
+        "feature_size",
+        "depths",
+        "origin",
+        "voxel_size",
+        "grid_size",
+        "rounding",
+        "align_corners",
+    )
+
     def __init__(
         self,
         image_size: tuple[int, int],
@@ -86,17 +97,15 @@ class LiftSplat(KeepsGeometry):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        for name, size in (("image_size", image_size), ("feature_size", feature_size)):
-            if not isinstance(size, Sequence) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
-                raise ValueError(f"{name}: expected a height and a width of at least 1, got {size!r}")
-        _checks.is_bool("align_corners", align_corners)
-        self.image_size, self.feature_size = tuple(image_size), tuple(feature_size)
+        self.image_size = numbers_of("image_size", image_size, 2, _size)
+        self.feature_size = numbers_of("feature_size", feature_size, 2, _size)
         self.depths = _numbers("depths", depths)
         if not self.depths:
             raise ValueError("depths: expected at least one, got none")
         self.origin, self.voxel_size = _numbers("origin", origin), _numbers("voxel_size", voxel_size)
-        voxel_rank(torch.zeros(1, 3), self.origin, self.voxel_size, grid_size, rounding=rounding)  # a wrong grid raises
-        self.grid_size, self.rounding, self.align_corners = tuple(grid_size), rounding, align_corners
+        self.grid_size = numbers_of("grid_size", grid_size, 3, _checks.as_count)
+        self.rounding, self.align_corners = rounding, _checks.as_bool("align_corners", align_corners)
+        self._rank(torch.zeros(1, 3))  # a wrong grid raises
 
     def forward(
         self, depth: Tensor, feat: Tensor, intrinsics: Tensor | None = None, camera_to_ego: Tensor | None = None
@@ -113,7 +122,7 @@ class LiftSplat(KeepsGeometry):
         if shards.is_sharded(depth):  # its points are sorted where they are
             bev = bev_pool(depth, feat, shards.replicated(geometry.rank, depth), self._voxels())
         else:
-            bev = bev_pool(depth, feat, geometry.rank, self._voxels(), csr=geometry.csr)
+            bev = pool_kept(depth, feat, geometry, self._voxels())
         return bev.unflatten(1, self.grid_size).permute(0, 3, 4, 1, 2).flatten(1, 2)
 
     def points(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
@@ -135,14 +144,14 @@ class LiftSplat(KeepsGeometry):
         return rays.unflatten(-2, self.feature_size).unsqueeze(-4) * depths + pose[..., None, None, None, :3, 3]
 
     def set_geometry(self, intrinsics: Tensor, camera_to_ego: Tensor) -> None:
-        """Keep these cameras for calls without any; `clear_geometry` releases them."""
+        """Keep these cameras for calls without any; no call changes them, `clear_geometry` releases them."""
         _checks.is_tensor("intrinsics", intrinsics)
         _checks.is_tensor("camera_to_ego", camera_to_ego)
-        self._keep(intrinsics, camera_to_ego)
+        self._set(intrinsics, camera_to_ego)
 
     def _geometry_for(self, intrinsics: Tensor | None, camera_to_ego: Tensor | None) -> Geometry:
         if intrinsics is None and camera_to_ego is None:
-            return self._kept("intrinsics: expected cameras")
+            return self._get("intrinsics: expected cameras")
         if intrinsics is None or camera_to_ego is None:
             raise ValueError("camera_to_ego: expected together with intrinsics, got one of them alone")
         _checks.is_tensor("intrinsics", intrinsics)
@@ -173,11 +182,11 @@ class LiftSplat(KeepsGeometry):
         )
 
 
+def _size(name: str, value: int) -> int:
+    return _checks.as_count(name, value, 1)
+
+
 def _numbers(name: str, values: Sequence[float] | Tensor) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: expected numbers, got {values!r}") from None
-    for number in numbers:
-        _checks.is_number(name, number)
-    return numbers
+    if getattr(values, "ndim", 1) != 1 or not hasattr(values, "__len__"):
+        raise TypeError(f"{name}: expected numbers, got {values!r}")
+    return numbers_of(name, values, len(values), _checks.as_float)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
-from custom_ops.voxel._geometry import Csr, KeepsGeometry
-from custom_ops.voxel.sums import check_ranks, geometry_of, voxel_sum_reference
-from custom_ops.voxel.voxel_grid import voxel_csr
+from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
+from custom_ops.voxel.sums import csr_of, voxel_sum_reference
+from custom_ops.voxel.voxel_grid import as_voxels, voxel_csr
 from custom_ops.voxel.voxel_segments import segment_reduce
 
 __all__ = ["BEVPool", "bev_pool"]
@@ -41,7 +41,8 @@ def bev_pool(
         rank: voxel number of each point ``[B, N, D, H, W]``, counted within each example, or
             ``[N, D, H, W]`` for all examples alike; int32 or int64, as from `voxel_rank`.
         num_voxels: the number V of voxels.
-        csr: ``voxel_csr(rank.flatten(-4), num_voxels)``, computed once while the cameras stay.
+        csr: ``voxel_csr(rank.flatten(-4), num_voxels)``, computed once while the cameras stay. Each call compares
+            all of it with ``rank``.
 
     Returns:
         ``[B, V, C]``; 0 for a voxel without points.
@@ -49,8 +50,9 @@ def bev_pool(
     Raises:
         TypeError: a wrong dtype, or no tensor.
         ValueError: a wrong shape or value, or tensors on several devices.
-        RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks (found by
-            probes). On a GPU, where finding out would wait for the device, such points count nowhere.
+        RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks, even if one
+            point is in another voxel. On a GPU, where an error would wait for the device, that example's
+            result and gradients are NaN.
 
     DTensors may be sharded by examples, channels, cameras or depths (each process then sums its own, and the result is
     ``Partial``). ``rank`` is cut as ``depth`` is; a ``csr`` is then the process's own, as in `voxel_sum`.
@@ -69,22 +71,35 @@ def bev_pool(
                  [0., 0.],
                  [1., 2.]]])
     """
+    num_voxels = as_voxels("num_voxels", num_voxels)
+    if shards.is_sharded(depth, feat):
+        return _in_shards(depth, feat, rank, num_voxels, csr)
+    _check(depth, feat, rank)
+    return _pool(depth, feat, csr_of(rank.flatten(-4), num_voxels, csr))
+
+
+def _check(depth: Tensor, feat: Tensor, rank: Tensor) -> None:
     _checks.has_dtype("depth", depth, _checks.FLOATING)
     _checks.has_dims("depth", depth, "[B, N, D, H, W]")
     _checks.has_dtype("feat", feat, _checks.FLOATING)
     _checks.has_dims("feat", feat, "[B, N, C, H, W]")
-    if shards.is_sharded(depth, feat):
-        return _in_shards(depth, feat, rank, num_voxels, csr)
-    batch, cameras, bins, height, width = depth.shape
-    expected = (batch, cameras, feat.shape[2], height, width)
-    if feat.shape != expected:
+    batch, cameras, _, height, width = depth.shape
+    if feat.shape != (batch, cameras, feat.shape[2], height, width):
         raise ValueError(
             f"feat: expected shape {[batch, cameras, 'C', height, width]} as depth, got {list(feat.shape)}"
         )
-    check_ranks(rank, (depth.shape, depth.shape[1:]), num_voxels)
+    _checks.has_dtype("rank", rank, _checks.INDEX)
+    if rank.shape not in (depth.shape, depth.shape[1:], (1, *depth.shape[1:])):
+        expected = f"{list(depth.shape)} or {list(depth.shape[1:])}"
+        raise ValueError(f"rank: expected shape {expected}, got {list(rank.shape)}")
     _checks.same_device(depth=depth, feat=feat, rank=rank)
+
+
+def _pool(depth: Tensor, feat: Tensor, csr: Csr) -> Tensor:
+    _, _, bins, height, width = depth.shape
+    # Of one example they are those of all.
+    perm, indptr = (t[0] if t.dim() > 1 and t.shape[0] != depth.shape[0] else t for t in csr)
     dtype = torch.promote_types(depth.dtype, feat.dtype)
-    perm, indptr = geometry_of(rank.flatten(-4), num_voxels, csr)
     pixels = feat.to(dtype).permute(0, 1, 3, 4, 2).flatten(1, 3)
     weight = depth.to(dtype).flatten(1)
     if 0 in (bins, height * width):  # no point: what is left is a sum of nothing, connected to both
@@ -101,13 +116,22 @@ def _in_shards(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: 
     return shards.in_shards(run, labels, depth, feat, rank, *(csr or (None, None)))
 
 
+def pool_kept(depth: Tensor, feat: Tensor, geometry: Geometry, num_voxels: int) -> Tensor:
+    """`bev_pool` by a layer's geometry, whose ``csr`` is that of its ranks."""
+    if shards.is_sharded(depth, feat):
+        return bev_pool(depth, feat, geometry.rank, num_voxels, geometry.csr)
+    _check(depth, feat, geometry.rank)
+    return _pool(depth, feat, geometry.csr)
+
+
 class BEVPool(KeepsGeometry):
     """`bev_pool` as a layer that sorts its points once, while their ranks stay the same.
 
     Call ``layer(depth, feat, rank)``, or with a ``csr`` of your own. The sorted points are kept and used again
     for ranks of the same values; that is compared on each call, for which a GPU is waited for.
-    ``set_geometry(rank)`` saves the comparison: call ``layer(depth, feat)`` from then on. A compiled or
-    exported program that is given ranks sorts them on each call. What is kept, three integers per point and
+    ``set_geometry(rank)`` saves the comparison: call ``layer(depth, feat)`` from then on. Calls with ranks leave
+    what was set as it is. A traced, compiled or exported program that is given ranks sorts them on each call.
+    ``num_voxels`` can't be set again. What is kept, three integers per point and
     one per voxel, isn't in the ``state_dict``; ``clear_geometry()`` releases it.
 
     Raises as `bev_pool` does, and ``ValueError`` without ranks, here or set.
@@ -121,10 +145,11 @@ class BEVPool(KeepsGeometry):
         tensor([1., 3.])
     """
 
+    _fixed = ("num_voxels",)
+
     def __init__(self, num_voxels: int) -> None:
         super().__init__()
-        _checks.is_count("num_voxels", num_voxels)
-        self.num_voxels = num_voxels
+        self.num_voxels = as_voxels("num_voxels", num_voxels)
 
     def forward(
         self, depth: Tensor, feat: Tensor, rank: Tensor | None = None, csr: tuple[Tensor, Tensor] | None = None
@@ -132,16 +157,16 @@ class BEVPool(KeepsGeometry):
         if rank is None:
             if csr is not None:
                 raise ValueError("rank: expected ranks with a csr, got None")
-            geometry = self._kept("rank: expected ranks")
-        elif csr is not None or shards.is_sharded(depth):
+            geometry = self._get("rank: expected ranks")
+        elif csr is not None or shards.is_sharded(depth, feat):
             return bev_pool(depth, feat, rank, self.num_voxels, csr)
         else:
             geometry = self._geometry_of(_checked(rank))
-        return bev_pool(depth, feat, geometry.rank, self.num_voxels, geometry.csr)
+        return pool_kept(depth, feat, geometry, self.num_voxels)
 
     def set_geometry(self, rank: Tensor) -> None:
-        """Keep these ranks, ``[B, N, D, H, W]`` or ``[N, D, H, W]``, for calls without any."""
-        self._keep(_checked(rank))
+        """Keep these ranks, ``[B, N, D, H, W]`` or ``[N, D, H, W]``, for calls without any; no call changes them."""
+        self._set(_checked(rank))
 
     def _compute(self, rank: Tensor) -> tuple[Tensor, Csr]:
         return rank, voxel_csr(rank.flatten(-4), self.num_voxels)

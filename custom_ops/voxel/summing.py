@@ -48,16 +48,20 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
         x: point features ``[N, C]``; float16, bfloat16, float32 or float64. Sums of 16-bit features
             are accumulated in float32.
         geometry: voxel coordinates ``[N, k]`` of each point, any dtype.
-        ranks: voxel number ``[N]`` of each point, int32 or int64, in non-decreasing order.
-        check_sorted: raise for unsorted ranks; without it each *run* of equal ranks is summed.
+        ranks: voxel number ``[N]`` of each point in non-decreasing order, int32 or int64, or whole numbers in
+            float32 or float64. A point with a negative rank is outside: it contributes nothing, even if its
+            features are NaN, and its gradient is exactly zero.
+        check_sorted: raise for unsorted ranks; without it each *run* of equal ranks is summed, and points
+            outside must lie before and behind all others.
 
     Returns:
-        ``(sums [M, C], voxels [M, k])`` for M distinct ranks, in their order.
+        ``(sums [M, C], voxels [M, k])`` for M distinct ranks of at least 0, in their order.
 
     Raises:
         TypeError: a wrong dtype, or no tensor.
         ValueError: a wrong shape, or tensors on several devices.
-        RuntimeError: ``ranks`` are unsorted, or vmapped (the output's size would differ per example).
+        RuntimeError: ``ranks`` are unsorted, not whole or so large that their dtype rounds them, or vmapped
+            (the output's size would differ per example).
 
     O(N C) time; M + 1 integers kept for backward.
 
@@ -79,7 +83,7 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
     _checks.has_dims("x", x, "[N, C]")
     _checks.is_tensor("geometry", geometry)
     _checks.has_dims("geometry", geometry, "[N, k]")
-    _checks.has_dtype("ranks", ranks, _checks.INDEX)
+    _checks.has_dtype("ranks", ranks, (*_checks.INDEX, torch.float32, torch.float64))
     _checks.has_dims("ranks", ranks, "[N]")
     _checks.same_device(x=x, geometry=geometry, ranks=ranks)
     _checks.is_bool("check_sorted", check_sorted)
@@ -116,6 +120,8 @@ class VoxelsSummingLayer(torch.nn.Module):
 def voxels_summing_reference(
     x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: bool = True
 ) -> tuple[Tensor, Tensor]:
+    inside = ranks >= 0
+    x, geometry, ranks = x[inside], geometry[inside], ranks[inside]
     last = torch.ones_like(ranks, dtype=torch.bool)
     last[:-1] = ranks[1:] != ranks[:-1]
     voxel = last.cumsum(0) - last.long()
@@ -136,7 +142,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         Sample((x, geometry, ranks), dynamic={0: 0, 1: 0, 2: 0}),
         Sample(_points(0, 0, 3, device, dtype)),
         Sample(_points(9, 1, 1, device, dtype)),
-        Sample((x, geometry, ranks.int())),
+        Sample((x, geometry, ranks.int() - 2)),  # the first points are outside
         Sample((x.detach().repeat(2, 1).requires_grad_(), geometry.repeat(2, 1), runs), {"check_sorted": False}),
     ]
 
@@ -158,7 +164,11 @@ register(
             BadCall((_x[0], _geometry, _ranks), r"x: expected \[N, C\], got shape \[2\]"),
             BadCall((_x, _geometry[0], _ranks), r"geometry: expected \[N, k\]"),
             BadCall((_x, _geometry[1:], _ranks), "geometry: expected 3 points as in x, got 2"),
-            BadCall((_x, _geometry, _ranks.float()), "ranks: expected one of int32, int64, got float32"),
+            BadCall(
+                (_x, _geometry, _ranks.half()), "ranks: expected one of int32, int64, float32, float64, got float16"
+            ),
+            BadCall((_x, _geometry, _ranks / 2), "ranks: expected whole numbers below 2\\^24 in float32"),
+            BadCall((_x, _geometry, torch.tensor([1, -1, 1]), False), "ranks: expected the points outside"),
             BadCall((_x, _geometry, _ranks[1:]), "ranks: expected 3 points as in x, got 2"),
             BadCall((_x, _geometry, _ranks.to("meta")), "ranks: expected on cpu as x, got meta"),
             BadCall((_x, _geometry, _ranks, "no"), "check_sorted: expected True or False, got 'no'"),

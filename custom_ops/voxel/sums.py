@@ -14,7 +14,7 @@ from custom_ops import _checks, shards
 from custom_ops._wide import wide
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
-from custom_ops.voxel.voxel_grid import SIZES, at_most_checked, voxel_csr, voxel_match, voxel_rank
+from custom_ops.voxel.voxel_grid import SIZES, as_voxels, at_most_checked, voxel_csr, voxel_match, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
 
 __all__ = ["VoxelSum", "voxel_sum"]
@@ -22,40 +22,40 @@ __all__ = ["VoxelSum", "voxel_sum"]
 _REDUCTIONS = ("sum", "mean", "max")
 
 
-def check_ranks(rank: Tensor, shapes: tuple[torch.Size, ...], num_voxels: int) -> None:
-    _checks.has_dtype("rank", rank, _checks.INDEX)
-    _checks.is_count("num_voxels", num_voxels)
-    if rank.shape not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-        raise ValueError(f"rank: expected shape {expected}, got {list(rank.shape)}")
-
-
-def _ranks_of(x: Tensor, rank: Tensor, num_voxels: int, mask: Tensor | None) -> Tensor:
+def _ranks_of(x: Tensor, rank: Tensor, mask: Tensor | None) -> Tensor:
     """``rank``, -1 where ``mask`` is False; all of them checked."""
     _checks.has_dtype("x", x, _checks.FLOATING)
     if x.dim() < 2:
         raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
-    check_ranks(rank, (x.shape[:-1], x.shape[-2:-1]), num_voxels)
+    _checks.has_dtype("rank", rank, _checks.INDEX)
     _checks.same_device(x=x, rank=rank)
-    if mask is None:
-        return rank
-    _checks.has_dtype("mask", mask, (torch.bool,))
-    _checks.same_device(x=x, mask=mask)
-    if mask.shape not in (x.shape[:-1], rank.shape):
-        raise ValueError(f"mask: expected shape {list(x.shape[:-1])} as x without its columns, got {list(mask.shape)}")
-    return torch.where(mask, rank, -1)
+    if mask is not None:
+        _checks.has_dtype("mask", mask, (torch.bool,))
+        _checks.same_device(x=x, mask=mask)
+    for name, tensor in (("rank", rank), ("mask", mask)):
+        if tensor is not None and not _fits(x, tensor):
+            expected = f"{list(x.shape[:-1])} or [{x.shape[-2]}]" if x.dim() > 2 else str(list(x.shape[:-1]))
+            raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
+    return rank if mask is None else torch.where(mask, rank, -1)
 
 
-def geometry_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """The points of each voxel: ``csr`` if it is given and belongs to ``rank``."""
+def _fits(x: Tensor, rank: Tensor) -> bool:
+    """Whether there is one for each point of x, with leading dimensions that broadcast."""
+    lead, other = x.shape[:-2], rank.shape[:-1]
+    alike = all(a == b or a == 1 or b == 1 for a, b in zip(reversed(lead), reversed(other)))
+    return rank.dim() > 0 and rank.shape[-1] == x.shape[-2] and alike
+
+
+def csr_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> Csr:
+    """The points of each voxel: ``csr`` if it is given, of which `voxel_match` finds out whether it is ``rank``'s."""
     if csr is None:
         return voxel_csr(rank, num_voxels)
     if not isinstance(csr, (tuple, list)) or len(csr) != 2:
         raise TypeError(f"csr: expected (perm, indptr) as from voxel_csr, got {type(csr).__name__}")
-    perm, indptr = csr
     for tensor in csr:
-        _checks.has_dtype("csr", tensor, (torch.int64,))
+        _checks.has_dtype("csr", tensor, _checks.INDEX)
         _checks.same_device(rank=rank, csr=tensor)
+    perm, indptr = (tensor.long() for tensor in csr)
     expected = [*rank.shape[:-1], num_voxels + 1]
     if perm.shape != rank.shape or list(indptr.shape) != expected:
         raise ValueError(
@@ -63,6 +63,23 @@ def geometry_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None
             f"got {list(perm.shape)} and {list(indptr.shape)}"
         )
     return perm, voxel_match(rank, perm, indptr)
+
+
+def _pool(x: Tensor, csr: Csr, reduce: str) -> Tensor:
+    """The points of each voxel pooled; leading dimensions of x and the geometry are broadcast against each other."""
+    perm, indptr = csr
+    lead, own = x.shape[:-2], perm.shape[:-1]
+    if own not in (lead, ()):
+        if len(own) <= len(lead) and all(n == 1 for n in own):
+            perm, indptr = perm.flatten(), indptr.flatten()  # shared, which is less work than alike for all
+        else:
+            lead = torch.broadcast_shapes(lead, own)
+            x, perm, indptr = (
+                t.expand(*lead, *t.shape[len(t.shape) - dims :]) for t, dims in ((x, 2), (perm, 1), (indptr, 1))
+            )
+    if reduce == "max":
+        return segment_max(x, indptr, perm)[0]
+    return segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
 
 
 def voxel_sum(
@@ -80,25 +97,27 @@ def voxel_sum(
     its features are NaN, and its gradient is exactly zero.
 
     Args:
-        x: point features ``[..., N, C]``; float16, bfloat16, float32 or float64. Sums of 16-bit
-            features are accumulated in float32.
+        x: point features ``[..., N, C]``, or ``[N]`` for one of each point; float16, bfloat16, float32 or
+            float64. Sums of 16-bit features are accumulated in float32.
         rank: voxel number of each point ``[..., N]``, or ``[N]`` for all examples alike; int32 or int64,
-            as from `voxel_rank`.
+            as from `voxel_rank`. The leading dimensions of x, rank and mask are broadcast.
         num_voxels: the number V of voxels.
         reduce: "sum", "mean" or "max". A voxel without points gets 0. The gradient of "max" goes to the
             first of the points that have it; a NaN is larger than all numbers.
         mask: bool ``[..., N]``, True for the points that count.
-        csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. It can't be combined with
-            ``mask``: put that into the ranks it is made of, ``rank.masked_fill(~mask, -1)``.
+        csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. Each call compares all of it
+            with ``rank``. It can't be combined with ``mask``: put that into the ranks it is made of,
+            ``rank.masked_fill(~mask, -1)``.
 
     Returns:
-        ``[..., V, C]``. Differentiable to any order in ``x``.
+        ``[..., V, C]``, or ``[V]`` for x ``[N]``. Differentiable to any order in ``x``.
 
     Raises:
         TypeError: a wrong dtype, or no tensor.
         ValueError: a wrong shape or value, or tensors on several devices.
-        RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks (found by
-            probes). On a GPU, where finding out would wait for the device, such points count nowhere.
+        RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks, even if one
+            point is in another voxel. On a GPU, where an error would wait for the device, that example's
+            result and gradients are NaN.
 
     DTensors may be sharded by leading dimensions, by columns and, except for "max", by points: each process then sums
     its own and the result is ``Partial``. ``rank`` and ``mask`` are cut as x is; a ``csr`` is then the process's
@@ -121,13 +140,12 @@ def voxel_sum(
     _checks.is_one_of("reduce", reduce, _REDUCTIONS)
     if mask is not None and csr is not None:
         raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
+    num_voxels = as_voxels("num_voxels", num_voxels)
     if shards.is_sharded(x):
         return _in_shards(x, rank, num_voxels, reduce, mask, csr)
-    rank = _ranks_of(x, rank, num_voxels, mask)
-    perm, indptr = geometry_of(rank, num_voxels, csr)
-    if reduce == "max":
-        return segment_max(x, indptr, perm)[0]
-    return segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
+    if isinstance(x, Tensor) and x.dim() == 1:
+        return voxel_sum(x[:, None], rank, num_voxels, reduce, mask, csr)[..., 0]
+    return _pool(x, csr_of(_ranks_of(x, rank, mask), num_voxels, csr), reduce)
 
 
 def _in_shards(
@@ -172,8 +190,9 @@ class VoxelSum(KeepsGeometry):
 
     Call ``layer(x, rank)``, or with a ``mask``, or with a ``csr`` of your own. The sorted points are kept and
     used again for ranks (and masks) of the same values; that is compared on each call, for which a GPU is
-    waited for. ``set_geometry(rank)`` saves the comparison: call ``layer(x)`` from then on. A compiled or
-    exported program that is given ranks sorts them on each call. What is kept, three integers per point and
+    waited for. ``set_geometry(rank)`` saves the comparison: call ``layer(x)`` from then on. Calls with ranks
+    leave what was set as it is. A traced, compiled or exported program that is given ranks sorts them on each
+    call. ``num_voxels`` can't be set again. What is kept, three integers per point and
     one per voxel, isn't in the ``state_dict``; ``clear_geometry()`` releases it.
 
     Raises as `voxel_sum` does, and ``ValueError`` without ranks, here or set.
@@ -186,11 +205,12 @@ class VoxelSum(KeepsGeometry):
         tensor([2., 0., 5.])
     """
 
+    _fixed = ("num_voxels",)
+
     def __init__(self, num_voxels: int, reduce: str = "sum") -> None:
         super().__init__()
-        _checks.is_count("num_voxels", num_voxels)
+        self.num_voxels = as_voxels("num_voxels", num_voxels)
         _checks.is_one_of("reduce", reduce, _REDUCTIONS)
-        self.num_voxels = num_voxels
         self.reduce = reduce
 
     def forward(
@@ -200,20 +220,25 @@ class VoxelSum(KeepsGeometry):
         mask: Tensor | None = None,
         csr: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() == 1:
+            return self(x[:, None], rank, mask, csr)[..., 0]
         if rank is None:
             if mask is not None or csr is not None:
                 raise ValueError("rank: expected ranks with a mask or csr, got None")
-            geometry = self._kept("rank: expected ranks")
+            geometry = self._get("rank: expected ranks")
         elif csr is not None or shards.is_sharded(x):
             return voxel_sum(x, rank, self.num_voxels, self.reduce, mask, csr)
         else:
-            geometry = self._geometry_of(_ranks_of(x, rank, self.num_voxels, mask))
-        return voxel_sum(x, geometry.rank, self.num_voxels, self.reduce, csr=geometry.csr)
+            geometry = self._geometry_of(_ranks_of(x, rank, mask))
+        if shards.is_sharded(x):
+            return voxel_sum(x, geometry.rank, self.num_voxels, self.reduce, csr=geometry.csr)
+        _ranks_of(x, geometry.rank, None)
+        return _pool(x, geometry.csr, self.reduce)
 
     def set_geometry(self, rank: Tensor) -> None:
-        """Keep these ranks, ``[..., N]`` or ``[N]``, for calls without any."""
+        """Keep these ranks, ``[..., N]`` or ``[N]``, for calls without any; no call changes them."""
         _checks.has_dtype("rank", rank, _checks.INDEX)
-        self._keep(rank)
+        self._set(rank)
 
     def _compute(self, rank: Tensor) -> tuple[Tensor, Csr]:
         return rank, voxel_csr(rank, self.num_voxels)
@@ -337,7 +362,7 @@ register(
         bad_calls=lambda: [
             BadCall((None, _rank, 2), "x: expected a tensor, got NoneType"),
             BadCall((_x.int(), _rank, 2), "x: expected one of float16"),
-            BadCall((_x[0], _rank, 2), r"x: expected \[..., N, C\], got shape \[2\]"),
+            BadCall((_x[0, 0], _rank, 2), r"x: expected \[..., N, C\], got shape \[\]"),
             BadCall((_x, _rank.float(), 2), "rank: expected one of int32, int64, got float32"),
             BadCall((_x, _rank[1:], 2), r"rank: expected shape \[3\], got \[2\]"),
             BadCall((_x, _rank, -1), "num_voxels: expected at least 0, got -1"),

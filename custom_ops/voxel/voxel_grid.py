@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.autograd import forward_ad
 
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
@@ -26,9 +26,10 @@ def at_most_checked(points: int) -> int:
 
 @define
 def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
-    """The M runs of equal ``ranks``: where they begin and the number of points [M + 1], their last points [M]."""
-    # One point makes one run: without it the tracer can't decide whether the result is empty.
-    least = 1 if statically_known_true(ranks.shape[0] > 0) else 0
+    """The M runs of equal ``ranks`` of at least 0: where they begin and all end [M + 1], their last points [M]."""
+    # Forward-mode AD asks of a tangent whether it is empty, which a tracer can't know. There a frame without a point
+    # in any voxel is an error of the compiled program.
+    least = 1 if forward_ad._current_level >= 0 else 0
     runs = torch.library.get_ctx().new_dynamic_size(min=least)
     return ranks.new_empty((runs + 1,), dtype=torch.int64), ranks.new_empty((runs,), dtype=torch.int64)
 
@@ -52,7 +53,11 @@ def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
 
 @define
 def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
-    """A copy of ``indptr``, if some probes say that (perm, indptr) is `voxel_sort` of ``rank``; not probed on a GPU."""
+    """A copy of ``indptr`` if (perm, indptr) is `voxel_sort` of ``rank``: every point and boundary is looked at.
+
+    Otherwise an error on the CPU; on a GPU, where it would have to be waited for, boundaries of -1 for that example,
+    of which every reduction and gradient is NaN.
+    """
     return torch.empty_like(indptr, memory_format=torch.contiguous_format)
 
 
@@ -85,17 +90,32 @@ def _(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
     return voxel_match(*(library.to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims))), 0
 
 
+Number = TypeVar("Number", int, float)
+
+
+def as_voxels(name: str, value: Any) -> int:
+    """A number of voxels whose boundaries memory has addresses for."""
+    voxels = _checks.as_count(name, value)
+    if isinstance(voxels, int) and voxels >= 2**59:  # a symbolic one is below
+        raise ValueError(f"{name}: expected less than 2^59, as many as there is memory for, got {voxels}")
+    return voxels
+
+
+def numbers_of(name: str, value: Any, count: int, convert: Callable[[str, Any], Number]) -> tuple[Number, ...]:
+    """A sequence, array or tensor on the CPU of ``count`` numbers."""
+    shape = getattr(value, "shape", None)
+    numbers = value if isinstance(value, Sequence) or (shape is not None and len(shape) == 1) else ()
+    if len(numbers) != count:
+        raise ValueError(f"{name}: expected {count} numbers, got {value if shape is None else f'shape {list(shape)}'}")
+    return tuple(convert(name, number) for number in numbers)
+
+
 def _triple(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        _checks.same_device(points=like, **{name: value})
-        if value.shape != (3,):
-            raise ValueError(f"{name}: expected 3 numbers, got shape {list(value.shape)}")
-        return value.detach().to(dtype)
-    if not isinstance(value, Sequence) or len(value) != 3:
-        raise ValueError(f"{name}: expected 3 numbers, got {value!r}")
-    for number in value:
-        _checks.is_number(name, number)
-    return torch.tensor(value, dtype=dtype, device=like.device)
+    if isinstance(value, Tensor) and value.shape == (3,):
+        if value.device.type != "cpu":
+            _checks.same_device(points=like, **{name: value})
+        return value.detach().to(like.device, dtype)
+    return torch.tensor(numbers_of(name, value, 3, _checks.as_float), dtype=dtype, device=like.device)
 
 
 def voxel_rank(
@@ -154,17 +174,13 @@ def voxel_rank(
     if points.dim() < 1 or points.shape[-1] != 3:
         raise ValueError(f"points: expected [..., 3], got shape {list(points.shape)}")
     _checks.is_one_of("rounding", rounding, _ROUNDINGS)
-    if not isinstance(grid_size, Sequence) or len(grid_size) != 3:
-        raise ValueError(f"grid_size: expected 3 numbers, got {grid_size!r}")
-    for cells in grid_size:
-        _checks.is_count("grid_size", cells)
-    x, y, z = grid_size
-    _checks.is_count("grid_size", x * y * z)
+    x, y, z = numbers_of("grid_size", grid_size, 3, _checks.as_count)
+    _checks.as_count("grid_size", x * y * z)
     dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
     frame = [_triple(name, value, points, dtype) for name, value in (("origin", origin), ("voxel_size", voxel_size))]
     if not isinstance(voxel_size, Tensor) and not all(size > 0 for size in voxel_size):
         raise ValueError(f"voxel_size: expected positive numbers, got {voxel_size!r}")
-    rank = voxel_index(points.detach(), torch.stack(frame), *grid_size, rounding == "trunc")
+    rank = voxel_index(points.detach(), torch.stack(frame), x, y, z, rounding == "trunc")
     if batch is None:
         return rank
     _checks.has_dtype("batch", batch, _checks.INDEX)
@@ -197,7 +213,7 @@ def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
         TypeError: a wrong dtype, or no tensor.
         ValueError: a wrong shape, or a negative ``num_voxels``.
         RuntimeError: on the CPU, a rank of ``num_voxels`` or more; on a GPU, where finding out would wait
-            for the device, such a point is in no voxel.
+            for the device, the boundaries of that example are -1, and all that is pooled by them is NaN.
 
     O(N + V) time and memory.
 
@@ -209,7 +225,7 @@ def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
     _checks.has_dtype("rank", rank, _checks.INDEX)
     if rank.dim() < 1:
         raise ValueError("rank: expected [..., N], got a scalar")
-    _checks.is_count("num_voxels", num_voxels)
+    num_voxels = as_voxels("num_voxels", num_voxels)
     if shards.is_sharded(rank):
         lead = shards.batch_labels(rank.dim() - 1)
         return shards.in_shards(lambda rank: voxel_csr(rank, num_voxels), f"{lead}N->{lead}N,{lead}V", rank)

@@ -67,6 +67,21 @@ def segment_max(x: Tensor, indptr: Tensor, perm: Tensor | None) -> tuple[Tensor,
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
 
 
+@define
+def pair_reduce(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments: int) -> Tensor:
+    """out[..., s, c] = sum of weight[..., p] x[..., rows[p], c] over the pairs p with ranks[p] = s.
+
+    Pairs of a negative row or rank count nowhere. Rows and ranks have the leading dimensions of x, or none.
+    """
+    return x.new_empty((*x.shape[:-2], segments, x.shape[-1]))
+
+
+@define
+def pair_dots(sums: Tensor, x: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
+    """[..., p] = sum over c of sums[..., ranks[p], c] x[..., rows[p], c], 0 for pairs that count nowhere."""
+    return x.new_empty((*x.shape[:-2], rows.shape[-1]))
+
+
 def _add(*parts: Tensor | None) -> Tensor | None:
     given = [part for part in parts if part is not None]
     return sum(given[1:], given[0]) if given else None
@@ -145,6 +160,56 @@ class SegmentSpread(Function, op=segment_spread):
         return _add(*rows) if ctx.of_x else None, None if x is None else _add(*dots)
 
 
+class PairReduce(Function, op=pair_reduce):
+    """Bilinear in x and weight. Rows and segments change places in what goes back to x."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, rows, ranks, ctx.segments = inputs
+        ctx.rows = x.shape[-2]
+        ctx.save_for_backward(x, weight, rows, ranks)
+        ctx.save_for_forward(x, weight, rows, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows, ranks = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        in_x = pair_reduce(grad, weight, ranks, rows, ctx.rows) if of_x else None
+        return in_x, pair_dots(grad, x, ranks, rows) if of_weight else None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor | None, of_weight: Tensor | None, *_: None) -> Tensor | None:
+        x, weight, rows, ranks = ctx.saved_tensors
+        return _add(
+            None if of_x is None else pair_reduce(of_x, weight, rows, ranks, ctx.segments),
+            None if of_weight is None else pair_reduce(x, of_weight, rows, ranks, ctx.segments),
+        )
+
+
+class PairDots(Function, op=pair_dots):
+    """Bilinear in sums and x."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sums, x, ranks, rows = ctx.saved_tensors
+        of_sums, of_x = ctx.needs_input_grad[:2]
+        in_sums = pair_reduce(x, grad, rows, ranks, sums.shape[-2]) if of_sums else None
+        return in_sums, pair_reduce(sums, grad, ranks, rows, x.shape[-2]) if of_x else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_sums: Tensor | None, of_x: Tensor | None, *_: None) -> Tensor | None:
+        sums, x, ranks, rows = ctx.saved_tensors
+        return _add(
+            None if of_sums is None else pair_dots(of_sums, x, ranks, rows),
+            None if of_x is None else pair_dots(sums, of_x, ranks, rows),
+        )
+
+
 def _pick(x: Tensor, argmax: Tensor) -> Tensor:
     """x[..., argmax[..., s, c], c], 0 where that is -1."""
     if x.shape[-2] == 0:
@@ -204,6 +269,16 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     grads = segment_spread(*_batched(info, in_dims[:5], args[:5]), *args[5:])
     of_x, x = args[-1], args[1]
     return grads, (0 if of_x else None, None if x is None else 0)
+
+
+@library.vmap(pair_reduce)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    return pair_reduce(*_batched(info, in_dims[:4], args[:4]), args[4]), 0
+
+
+@library.vmap(pair_dots)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    return pair_dots(*_batched(info, in_dims, args)), 0
 
 
 @library.vmap(segment_max)
