@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+MACHINES_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The active environment if it has torch >= 2.10, else our own; `make ACTIVE= ...` insists on our own.
@@ -15,8 +16,10 @@ BIN := $(dir $(PY))
 STAMPS := build/env/$(subst /,_,$(PY))
 STALE := $(if $(wildcard $(PY)),$(if $(shell $(PY) .ci/env.py installed),,stale),stale)
 
+STARTED := $(shell date +%s)
+
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full fuzz sanitize dist bench docs site lint format clean stale
+.PHONY: help build demo test test-full machines fuzz sanitize dist bench docs site lint format clean stale
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -24,6 +27,8 @@ help:
 	@echo 'make demo       the main job: python -m custom_ops demo'
 	@echo 'make test       the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
 	@echo 'make test-full  all tests and the whole capability matrix, beside one more peer: hours'
+	@echo 'make machines   the demo on other machines, made of this one: instructions, threads, seeds, torches;'
+	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and takes another torch'
 	@echo 'make fuzz       random calls of every op against its reference; FUZZ_ARGS="--seconds 600 --op relu"'
 	@echo 'make sanitize   the C++ kernels under address, undefined-behaviour and thread sanitizers'
 	@echo 'make dist       sdist and manylinux wheel in dist/, audited and tried in an environment with only torch'
@@ -38,6 +43,7 @@ help:
 	@echo 'Variables: PYTHON=$(PYTHON) (>= 3.10, makes .venv), TORCH=$(TORCH), ACTIVE= (use .venv regardless)'
 
 demo: $(STAMPS)/tools build
+	@echo "Set-up: the environment and the C++ kernels took $$(($$(date +%s) - $(STARTED))) s"
 	$(PY) -m custom_ops demo
 
 bench: $(STAMPS)/tools build
@@ -68,6 +74,9 @@ dist: $(STAMPS)/dist
 test-full: $(STAMPS)/test $(STAMPS)/docs build
 	$(PY) tests/peers.py --compile
 	$(PY) -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)
+
+machines: $(STAMPS)/tools build
+	$(PY) tests/machines.py $(MACHINES_ARGS)
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff check .

@@ -23,12 +23,12 @@ ALWAYS_INLINE inline double exp_nonpositive(double x) {
   y = (y * r + 1 / 120.) * r + 1 / 24.;
   y = ((y * r + 1 / 6.) * r + 0.5) * r + 1.;
   y = y * r + 1.;
-  uint64_t power, bits;  // unsigned: beyond the interval, where nobody looks, the sum overflows
-  std::memcpy(&power, &shifted, sizeof(power));
-  std::memcpy(&bits, &y, sizeof(bits));
-  bits += power << 52;
-  std::memcpy(&y, &bits, sizeof(y));
-  return x < -700. ? 0. : y;
+  uint64_t bits;  // unsigned: beyond the interval, where nobody looks, the sum overflows
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << 52) + 0x3ff0000000000000u;
+  double power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -700. ? 0. : y * power;
 }
 ALWAYS_INLINE inline float exp_nonpositive(float x) {
   constexpr float kRound = 12582912;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -38,12 +38,12 @@ ALWAYS_INLINE inline float exp_nonpositive(float x) {
   y = (y * r + 1 / 120.f) * r + 1 / 24.f;
   y = ((y * r + 1 / 6.f) * r + 0.5f) * r + 1.f;
   y = y * r + 1.f;
-  uint32_t power, bits;
-  std::memcpy(&power, &shifted, sizeof(power));
-  std::memcpy(&bits, &y, sizeof(bits));
-  bits += power << 23;
-  std::memcpy(&y, &bits, sizeof(y));
-  return x < -86.f ? 0.f : y;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << 23) + 0x3f800000u;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -86.f ? 0.f : y * power;
 }
 
 // log(1 + u) for 0 <= u <= 1, to the last digits of small u too: 2 artanh(u / (2 + u)).

@@ -94,6 +94,44 @@ class Counters {
   Violations* tree_;  // a Fenwick tree
 };
 
+// The same of few levels, all in one vector: in a lane those of the levels up to its own.
+class FewCounters {
+ public:
+  static constexpr int64_t kLevels = 5;  // nothing is asked of the last one
+
+  FewCounters(int64_t, Scratch&) {}
+  ALWAYS_INLINE void add(int64_t level, double violation, double v, double at) {
+    move(at);
+    const V one = {};
+    const I counted = I{0, 1, 2, 3} >= level;
+    count_ += counted ? one + 1 : one;
+    sum_ += counted ? one + violation : one;
+    squares_ += counted ? one + violation * violation : one;
+    v_ += counted ? one + v : one;
+  }
+  ALWAYS_INLINE Violations before(int64_t level, double at) {
+    if (level == 0) return {};
+    move(at);
+    const int64_t lane = level - 1;
+    return {count_[lane], sum_[lane], squares_[lane], v_[lane], at};
+  }
+
+ private:
+  using V = VectorOf<double>;
+  using I = Vector<double>::I;
+  V count_ = {}, sum_ = {}, squares_ = {}, v_ = {};
+  double at_ = 0;
+
+  ALWAYS_INLINE void move(double to) {
+    if (to == at_) return;
+    const double step = std::abs(to - at_);
+    const V none = {}, more = count_ > 0 ? count_ * step : none;
+    squares_ += count_ > 0 ? step * (2 * sum_ + more) : none;
+    sum_ += more;
+    at_ = to;
+  }
+};
+
 // In O(n log n): for each item, the pairs within the margin are counted while the items are swept in the
 // order of their scores.
 struct PairwiseHinge {
@@ -133,8 +171,10 @@ struct PairwiseHinge {
     double* sums = scratch.get<double>(n);
     std::fill(sums, sums + n, 0.0);
     double loss = 0;
-    sweep(list, by_score, level, levels, true, sums, loss);
-    sweep(list, by_score, level, levels, false, sums, loss);
+    for (const bool lower : {true, false}) {
+      if (levels > FewCounters::kLevels) sweep<Counters>(list, by_score, level, levels, lower, sums, loss);
+      else multiversion([&]() ALWAYS_INLINE { sweep<FewCounters>(list, by_score, level, levels, lower, sums, loss); });
+    }
     for (int64_t i = 0; i < n; ++i) list.slope[i] = static_cast<A>(scale * sums[i]);
     list.loss = static_cast<A>(scale * loss);
   }
@@ -142,15 +182,15 @@ struct PairwiseHinge {
  private:
   // Adds each item's pairs with those of lower labels, by descending score, or else with those of higher ones, by
   // ascending score, to its own sum; the former to the loss, too.
-  template <class A>
-  void sweep(const List<A>& list, const int32_t* by_score, const int32_t* level, int32_t levels, bool lower,
-             double* sums, double& loss) const {
+  template <class CountersOf, class A>
+  ALWAYS_INLINE void sweep(const List<A>& list, const int32_t* by_score, const int32_t* level, int32_t levels,
+                           bool lower, double* sums, double& loss) const {
     const int64_t n = list.n;
     const double sign = lower ? 1 : -1;
-    const auto item = [&](int64_t place) { return by_score[lower ? place : n - 1 - place]; };
-    const auto place_of_level = [&](int32_t i) { return lower ? levels - 1 - level[i] : level[i]; };
-    const auto v = [&](int32_t i) { return list.v ? static_cast<double>(list.v[i]) : 0; };
-    Counters counters(levels, list.scratch);
+    const auto item = [&](int64_t place) ALWAYS_INLINE { return by_score[lower ? place : n - 1 - place]; };
+    const auto place_of_level = [&](int32_t i) ALWAYS_INLINE { return lower ? levels - 1 - level[i] : level[i]; };
+    const auto v = [&](int32_t i) ALWAYS_INLINE { return list.v ? static_cast<double>(list.v[i]) : 0; };
+    CountersOf counters(levels, list.scratch);
     for (int64_t k = 0, next = 0; k < n; ++k) {
       const int32_t i = item(k);
       const double s = static_cast<double>(list.s[i]);

@@ -232,10 +232,14 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         ExponentialPool* pools = scratch.get<ExponentialPool>(m);
         const int64_t count = pool_adjacent_violators(
             m, pools, [&](int64_t p) { return ExponentialPool{a[p], b[p], p}; },
-            [](const ExponentialPool& pool, const ExponentialPool& next) { return pool.fit <= next.fit; },
+            [](const ExponentialPool& pool, const ExponentialPool& next) {  // the same but for rounding is no more
+              return pool.fit <= next.fit * (1 + 0x1p-48);
+            },
             [](ExponentialPool& pool, const ExponentialPool& next) { pool.merge(next); });
         return put(pools, count, [&](int64_t p, const ExponentialPool& pool) {
-          return sort ? std::log(pool.fit) + sequences.places(0, p) - s[0] : a[p] / pool.fit;
+          if (!sort) return a[p] / pool.fit;
+          const int64_t first = pool.begin;  // above which the rest is small where the pool is one item
+          return -s[first] + (std::log(pool.fit * (b[first] / a[first])) + sequences.places(first, p));
         });
       }
       const auto weight = [&](int64_t p) { return sort ? 0 : std::log(static_cast<double>(m - p)); };

@@ -11,7 +11,10 @@ from custom_ops import _native
 COMMANDS = {
     "verify": ("custom_ops.verify", "check every op, on every backend, against the capability matrix"),
     "bench": ("custom_ops.benchmarks.run", "time every op beside its peers"),
-    "demo": ("custom_ops.examples.demo", "train models through our ops, two of them on real data"),
+    "demo": (
+        "custom_ops.examples.demo",
+        "what is gained beside what one would write today, and models on real data",
+    ),
 }
 
 

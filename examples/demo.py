@@ -1,13 +1,37 @@
-"""``python -m custom_ops demo``: the examples one after another, their tables at the end, pictures in out/."""
+"""``python -m custom_ops demo``: what one gains by our ops, beside what one would write today; pictures in out/.
+
+First losses, sums and activations by themselves, at sizes where they matter, then networks that are trained through
+them. ``--only PART`` runs some of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from custom_ops.examples import bev_lidar, lift_splat, rank_mslr, recommend_ml100k, report
+from custom_ops.examples import (
+    activations,
+    bev_lidar,
+    lift_splat,
+    long_lists,
+    pooling,
+    rank_mslr,
+    recommend_ml100k,
+    report,
+)
+from custom_ops.examples.report import Part
+
+PARTS = {
+    **long_lists.PARTS,
+    **pooling.PARTS,
+    **activations.PARTS,
+    "ranking": rank_mslr.PARTS["ranking"],
+    **recommend_ml100k.PARTS,
+    **bev_lidar.PARTS,
+    "cameras": Part(lift_splat.short),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    description = "Train through custom_ops, beside what it replaces: on real data, and on synthetic scenes in cameras."
-    examples = [rank_mslr.example, rank_mslr.short, recommend_ml100k.example, bev_lidar.example, lift_splat.short]
-    return report.run(examples, "python -m custom_ops demo", description, argv)
+    description = "Time and memory of our ops beside what they replace; networks trained on real data and on scenes."
+    summary = "custom_ops beside what one would write today"
+    return report.run(PARTS, "python -m custom_ops demo", description, argv, summary)

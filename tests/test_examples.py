@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from custom_ops.examples import autograd_tour, data, demo, lift_splat, report, spiking_digits
+from custom_ops.examples import autograd_tour, data, demo, lift_splat, rank_mslr, report, spiking_digits
+from custom_ops.examples.agreement import Agreement
 from custom_ops.examples.data import DataError, Source
 
 CONTENT = b"one two three"
@@ -89,8 +92,10 @@ def test_offline_with_an_empty_cache(index: Path) -> None:
 def test_the_command_says_so_without_a_traceback(
     index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert demo.main(["--quick", "--out", str(tmp_path)]) == 2
-    assert "error: The example needs rankeval 0.8.2" in capsys.readouterr().out
+    assert demo.main(["--quick", "--only", "lists", "ranking", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr().out
+    assert "error: The example needs rankeval 0.8.2" in printed
+    assert "No data are needed by: --only lists activations cameras" in printed
 
 
 def test_another_sdist_than_the_recorded_one(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,13 +216,71 @@ def test_the_examples_run_on_the_real_data(tmp_path: Path, capsys: pytest.Captur
     code = demo.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    for title in ("Ranking: MSLR-WEB slice", "Bird's-eye view", "Lift-Splat: synthetic scenes"):
+    for title in (
+        "List losses: long lists", "Summing into a bird's-eye view", "Activations: one bit per element",
+        "Ranking: MSLR-WEB slice", "Recommending: MovieLens 100K", "Bird's-eye view", "Lift-Splat: synthetic scenes",
+    ):  # fmt: skip
         assert title in printed
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {
         "ranking.png", "recommending.png", "bev_scan2.png", "bev_training.png",
-        "lift_splat_views.png", "lift_splat_training.png",
+        "lift_splat_views.png", "lift_splat_training.png", "summary.png",
     }  # fmt: skip
+    assert all(column in printed for column in ("what", "ours", "theirs", "ratio"))
+    assert re.search(r"Set-up: .*\n(.*\n)*After set-up: \d+ s, \d+ s of processor time; every claim holds", printed)
+
+
+def test_the_closing_table_is_80_columns_wide_at_most() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    gains = [
+        report.Gain("what is measured " * 9, unit, 0.5, 123456.0, "a group of rows " * 9) for unit in ("ms", "MiB")
+    ]
+    report.show_gains(console, gains)
+    printed = console.export_text()
+    assert "512 KiB" in printed and "123,456 ms" in printed and "246,912x" in printed
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
+
+
+def test_a_part_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--quick", "--eager", "--only", "lists", "--seed", "3", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "List losses" in printed and "compiled" not in printed and "Lift-Splat" not in printed
+    assert [path.name for path in tmp_path.glob("*.png")] == ["summary.png"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("terms", [1, 1000, 1_000_000])
+def test_two_orders_of_a_sum_agree_within_the_bound_and_two_sums_do_not(dtype: torch.dtype, terms: int) -> None:
+    x = torch.rand(terms, dtype=dtype, generator=torch.Generator().manual_seed(0)) - 0.5
+    agreement = Agreement("sums")
+    agreement.compare(x.cumsum(0)[-1], x.flip(0).sum(), terms, x.abs().sum())
+    assert agreement.check().holds
+    agreement.compare(x.sum() + 0.01 * x.abs().sum(), x.sum(), terms, x.abs().sum())
+    assert not agreement.check().holds
+
+
+def test_a_nan_and_a_wrong_zero_are_no_agreement() -> None:
+    one, zero, nan = torch.tensor(1.0), torch.tensor(0.0), torch.tensor(float("nan"))
+    agreement = Agreement("zero")
+    agreement.compare(zero, zero, 1)
+    assert agreement.check().holds
+    agreement.compare(torch.tensor(1e-30), zero, 1)
+    assert not agreement.check().holds
+    for pair in ((nan, one), (one, nan)):
+        agreement = Agreement("NaN")
+        agreement.compare(*pair, 1)
+        agreement.compare(one, one, 1)
+        assert not agreement.check().holds
+
+
+def test_the_plain_lambda_loss_is_that_of_the_op_where_lists_are_padded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 7, dtype=torch.float64, generator=generator)
+    labels = torch.randint(5, (3, 7), generator=generator)
+    labels[1] = 2  # all tied
+    lengths = torch.tensor([7, 6, 3])
+    ours, plain = (loss(scores, labels, lengths) for loss in (rank_mslr.our_loss, rank_mslr.plain_loss))
+    torch.testing.assert_close(ours, plain)
 
 
 def test_the_spiking_network_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

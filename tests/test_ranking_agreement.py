@@ -59,7 +59,12 @@ BY_HAND = [
     ("lambda_loss", {"weighting": "ranknet"}, *weighted(1, 1, 1)),
     ("lambda_loss", {"weighting": "label_diff"}, *weighted(2, 1, 1)),
     ("lambda_loss", {"weighting": "lambdarank"}, *weighted(*LAMBDARANK)),
-    ("lambda_loss", {"weighting": "ndcg1"}, *weighted(3 / 2 / IDEAL, 3 / 2 / IDEAL, 1 / IDEAL)),
+    (  # all pairs, of weights 3/2, 0 and 1 over the ideal, and each item with itself
+        "lambda_loss",
+        {"weighting": "ndcg1"},
+        (3 / 2 * (log2(3) + log2(5) + 1) + log2(5 / 4) + log2(3 / 2) + 1) / IDEAL,
+        [x / IDEAL / log(2) for x in (1 / 5 - 3 / 2 * (2 / 3 + 4 / 5), 1 + 1 / 3, 6 / 5 - 1 / 5 - 1 / 3)],
+    ),
     ("lambda_loss", {"weighting": "ndcg2"}, *weighted(*NDCG2)),
     ("lambda_loss", {"weighting": "ndcg2pp"}, *weighted(*(10 * a + b for a, b in zip(NDCG2, LAMBDARANK)))),
     ("lambda_loss", {"weighting": "lambdarank", "k": 1}, *weighted(0, 2 / 2 / 3, (1 - DISCOUNT[1]) / 3)),

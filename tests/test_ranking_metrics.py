@@ -162,7 +162,7 @@ def test_jagged_lists_are_the_padded_ones(metric, reduction):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": torch.ones(2).int()}, "scores: expected one of float16"),
+        ({"scores": torch.ones(2).bool()}, "scores: expected one of float16"),
         ({"scores": torch.tensor(1.0)}, r"scores: expected \[..., n\]"),
         ({"labels": [1, 0]}, "labels: expected a tensor, got list"),
         ({"labels": torch.ones(3)}, r"labels: expected shape \[2\], got \[3\]"),

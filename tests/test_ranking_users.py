@@ -214,16 +214,15 @@ def assert_right(name, scores, labels, v, **own):
     with mp.workdps(DIGITS):
         y = [mpf(x) for x in labels.tolist()]
         expected = derivatives(lambda s: formula(s, y, **own), scores.tolist(), v.tolist())
-    rtol, atol = (1e-4, 1e-5) if scores.dtype == torch.float32 else (1e-9, 1e-10)
+    tolerance = (1e-4, 1e-5) if scores.dtype == torch.float32 else (1e-9, 1e-10)
+    call = f"{name} {own} at {scores}, {labels}, v {v}"
     for what, a, e in zip(("value", "gradient", "product"), computed(function, scores, labels, v, **own), expected):
         wanted = tensor([float(x) for x in (e if isinstance(e, list) else [e])], dtype=torch.float64).to(a.dtype)
-        torch.testing.assert_close(
-            a.reshape(-1),
-            wanted,
-            rtol=rtol,
-            atol=atol,
-            msg=lambda m: f"{what} of {name} {own} at {scores}, {labels}, v {v}: {a}, expected {wanted}\n{m}",
-        )
+        close(a.reshape(-1), wanted, *tolerance, f"{what} of {call}: {a}, expected {wanted}")
+
+
+def close(actual, expected, rtol, atol, what):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{what}\n{text}")
 
 
 # ---------------------------------------------------------------- fills and outliers
@@ -246,7 +245,7 @@ def test_a_fill_is_as_good_as_another(name, dtype):
         for fill in (*FILLS, torch.finfo(dtype).min):
             scores = tensor(fill_in(name, fill)[0], dtype=dtype)
             for a, e in zip(computed(LOSSES[name][0], scores, labels, v.to(dtype), **own), expected):
-                torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7, msg=lambda m: f"{name} {own} {fill}: {m}")
+                close(a, e, 1e-6, 1e-7, f"{name} {own} {fill}")
         if name != "exponential":
             assert_right(name, tensor(moderate, dtype=dtype), labels, v, **own)
 

@@ -28,7 +28,7 @@ NONE, MEAN = range(2)  # reductions, as numbered in custom_ops/ranking/_lists.py
 class Lists:
     """``examples`` rows of ``items``, each of ``lists`` lists between the same ``bounds``.
 
-    Bounds out of order or range are clamped, so that no kernel can leave its memory.
+    Bounds out of order or range are an error, which doesn't wait for the device; no kernel leaves its memory for them.
     """
 
     def __init__(self, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> None:
@@ -47,6 +47,8 @@ class Lists:
             if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
                 raise RuntimeError("cu_lengths: expected a 1-d int64 tensor of at least one element")
             self.bounds = offsets.clamp(0, self.items).cummax(0).values
+            expected = f"cu_lengths: expected non-decreasing values from 0 to {self.items}"
+            torch._assert_async((self.bounds == offsets).all(), expected)
             at = torch.arange(self.items, device=x.device)
             self.places = torch.searchsorted(self.bounds, at, right=True) - 1  # -1 before, L behind all lists
             self.lists, self.several = offsets.shape[0] - 1, True

@@ -62,7 +62,7 @@ def exponential_scan_kernel(
         top = tl.maximum(tl.max(tl.where(before, x[None, :], none), axis=1), carry_top)
         below = tl.where(x[None, :] == top[:, None], 0.0, (x[None, :] - top[:, None]) * scale)
         weight = tl.exp(tl.where(before, below, none))
-        carried = tl.exp(tl.where(carry_top == top, 0.0, (carry_top - top) * scale))
+        carried = tl.where(carry_top == top, 1.0, tl.exp((carry_top - top) * scale))
         sum_a = tl.sum(weight * a[None, :], axis=1) + carried * carry_a
         sum_b = tl.sum(weight * b[None, :], axis=1) + carried * carry_b
         tl.store(top_ptr + at, top, mask=inside)

@@ -48,7 +48,8 @@ def _rows(valid_ptr, ids_ptr, items, blocks, MASKED: tl.constexpr, SEVERAL: tl.c
 @triton.jit
 def _compare(own, other, scale):
     """sigmoid((other - own) * scale), and 1 minus that, for all pairs of scores given by their halves."""
-    d = (other[None, :] - own[:, None]) * (2.0 * scale)
+    d = (other[None, :] - own[:, None]) * scale
+    d += d
     e = tl.exp(-tl.abs(d))
     inverse = 1.0 / (1.0 + e)
     return tl.where(d < 0, e, 1.0) * inverse, tl.where(d < 0, 1.0, e) * inverse

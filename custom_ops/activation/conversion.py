@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from custom_ops import _checks
 from custom_ops.activation.piecewise import Hardtanh, LeakyReLU, ReLU, ReLU6, Threshold
@@ -25,7 +26,8 @@ _TO = {"custom_ops": _TO_CUSTOM_OPS, "torch": {ours: theirs for theirs, ours in 
 class ConvertedActivation:
     """A module that changed its class; if measured, the bytes that it alone keeps for backward, before and after.
 
-    0 before means that nothing is to be saved there: a neighbour keeps the same tensor for its own backward.
+    A tensor that several of these modules keep is counted with the first. Where nothing is to be saved, ``remark`` says
+    why: mostly a neighbour keeps the same tensor for its own backward.
 
     Example:
         >>> import torch, custom_ops
@@ -40,18 +42,21 @@ class ConvertedActivation:
     after: type[nn.Module]
     bytes_before: int | None = None
     bytes_after: int | None = None
+    remark: str = ""
 
     def __str__(self) -> str:
         text = f"{self.name or '(the model)'}: {_qualified(self.before)} -> {_qualified(self.after)}"
         if self.bytes_before is None:
             return text
-        shared = "" if self.bytes_before else ", a neighbour keeps the tensor anyway"
-        return f"{text}, {self.bytes_before:,} -> {self.bytes_after:,} bytes{shared}"
+        return f"{text}, {self.bytes_before:,} -> {self.bytes_after:,} bytes{self.remark and ', '}{self.remark}"
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What `convert_activations` changed; if measured, all bytes kept for backward, before and after.
+
+    ``functions`` names the functions, such as ``relu``, that the measured call reached outside of these modules, and
+    how often: they are no modules, so they can't be converted.
 
     Example:
         >>> import torch, custom_ops
@@ -63,19 +68,23 @@ class Conversion:
     activations: Sequence[ConvertedActivation]
     bytes_before: int | None = None
     bytes_after: int | None = None
+    functions: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [str(activation) for activation in self.activations]
         if self.bytes_before is not None:
             lines.append(f"kept for backward in all: {self.bytes_before:,} -> {self.bytes_after:,} bytes")
-        return "\n".join(lines) or "no activation to convert"
+        for name, times in self.functions.items():
+            lines.append(f"not converted, as it is no module: {name}, called {times} time{'s' * (times > 1)}")
+        return "\n".join(lines) or "no activation to convert among the modules; functional calls aren't seen"
 
 
 def convert_activations(model: nn.Module, to: str = "custom_ops", measure: Sequence[Any] | None = None) -> Conversion:
     """Swap every ReLU, LeakyReLU, ReLU6, Hardtanh and Threshold of a module tree for ours, or back.
 
     The modules stay the same objects, with their attributes, hooks and names; only their class changes.
-    Subclasses of torch's modules, which may have a ``forward`` of their own, are left alone.
+    Subclasses of torch's modules, which may have a ``forward`` of their own, are left alone. Calls of functions, such
+    as ``F.relu(x)``, can't be converted; with ``measure`` the report counts them. An error leaves the model as it was.
 
     Args:
         model: any module, changed in place.
@@ -110,15 +119,21 @@ def convert_activations(model: nn.Module, to: str = "custom_ops", measure: Seque
     modules = {name: module for name, module in model.named_modules() if type(module) in classes}
     before = None if measure is None else _Saved(model, modules, measure)
     previous = {name: type(module) for name, module in modules.items()}
-    for module in modules.values():
-        module.__class__ = classes[type(module)]
-    if before is None:
+    try:
+        for module in modules.values():
+            module.__class__ = classes[type(module)]
+        after = None if before is None else _Saved(model, modules, measure or ())
+    except BaseException:
+        for name, module in modules.items():
+            module.__class__ = previous[name]
+        raise
+    if before is None or after is None:
         return Conversion([ConvertedActivation(n, cls, classes[cls]) for n, cls in previous.items()])
-    after = _Saved(model, modules, measure or ())
     activations = [
-        ConvertedActivation(n, cls, classes[cls], before.alone(n), after.alone(n)) for n, cls in previous.items()
+        ConvertedActivation(n, cls, classes[cls], before.alone(n), after.alone(n), before.remark(n))
+        for n, cls in previous.items()
     ]
-    return Conversion(activations, before.total(), after.total())
+    return Conversion(activations, before.total(), after.total(), before.functions)
 
 
 def _qualified(cls: type[nn.Module]) -> str:
@@ -130,7 +145,8 @@ class _Saved:
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], args: Sequence[Any]) -> None:
         self._bytes: dict[int, int] = {}
-        self._keepers: dict[int, set[str | None]] = {}
+        self._keepers: dict[int, dict[str | None, None]] = {}  # in the order in which they came
+        self.functions: dict[str, int] = {}
         kept: list[Tensor] = []  # alive to the end, so that no address comes twice
         running: list[str] = []
 
@@ -138,7 +154,7 @@ class _Saved:
             kept.append(tensor)
             storage = tensor.untyped_storage()
             self._bytes[storage.data_ptr()] = storage.nbytes()
-            self._keepers.setdefault(storage.data_ptr(), set()).add(running[-1] if running else None)
+            self._keepers.setdefault(storage.data_ptr(), {})[running[-1] if running else None] = None
             return tensor
 
         hooks = []
@@ -151,6 +167,7 @@ class _Saved:
                 torch.random.fork_rng(),
                 torch.enable_grad(),
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+                _Functions(self.functions, running),
             ):
                 model(*args)
         finally:
@@ -163,8 +180,39 @@ class _Saved:
             self._bytes.pop(parameter.untyped_storage().data_ptr(), None)
 
     def alone(self, name: str) -> int:
-        """The bytes that nothing but this module keeps."""
-        return sum(size for at, size in self._bytes.items() if self._keepers[at] == {name})
+        """The bytes that only modules such as this keep, and it first."""
+        return sum(
+            size
+            for at, size in self._bytes.items()
+            if None not in self._keepers[at] and next(iter(self._keepers[at])) == name
+        )
+
+    def remark(self, name: str) -> str:
+        """Why there is nothing that it alone keeps."""
+        keepers = [self._keepers[at] for at in self._bytes if name in self._keepers[at]]
+        if self.alone(name):
+            return ""
+        if not keepers:
+            return "it keeps nothing in this call"
+        if any(None in those for those in keepers):
+            return "a neighbour keeps the tensor anyway"
+        return "what it keeps is counted with the activation before it"
 
     def total(self) -> int:
         return sum(self._bytes.values())
+
+
+class _Functions(TorchFunctionMode):
+    """Counts the calls of functional activations while no module is running."""
+
+    NAMES = ("relu", "leaky_relu", "relu6", "hardtanh", "threshold")
+
+    def __init__(self, counts: dict[str, int], running: list[str]) -> None:
+        super().__init__()
+        self._counts, self._running = counts, running
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.removesuffix("_") in self.NAMES and not self._running:
+            self._counts[name] = self._counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))

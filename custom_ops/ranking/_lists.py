@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -388,7 +389,20 @@ def list_loss(
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
         loss = reduce(loss, active, weights, reduction)
-    return loss.to(wide if under_autocast(scores) else scores.dtype)
+    return rounded(loss, wide if under_autocast(scores) else scores.dtype)
+
+
+def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss in ``dtype``; a sum over pairs that float16 can't hold is told of, where no device has to be awaited."""
+    out = loss.to(dtype)
+    eager = type(out) is Tensor and not (torch.compiler.is_compiling() or library._are_functorch_transforms_active())  # type: ignore[attr-defined]
+    if dtype == torch.float16 and out.device.type == "cpu" and eager and bool(out.isinf().any()):
+        warnings.warn(
+            "the loss is beyond the range of float16, or near it: where the loss is a sum over pairs, pass "
+            "normalize=True to divide by their number; or pass float32 scores",
+            stacklevel=4,
+        )
+    return out
 
 
 def under_autocast(x: Tensor) -> bool:
@@ -407,7 +421,7 @@ def checked(
     dtypes: Sequence[torch.dtype] = _checks.FLOATING,
 ) -> tuple[Tensor | None, Tensor | None]:
     """What `valid_items` gives, once all arguments are checked."""
-    _not_nested("scores", scores)
+    not_nested("scores", scores)
     _checks.has_dtype("scores", scores, dtypes)
     if scores.dim() == 0:
         raise ValueError("scores: expected [..., n], got a single number")
@@ -425,7 +439,7 @@ def checked(
     return valid, offsets
 
 
-def _not_nested(name: str, x: Tensor) -> None:
+def not_nested(name: str, x: Tensor) -> None:
     if isinstance(x, Tensor) and x.is_nested:
         raise TypeError(
             f"{name}: expected a dense tensor, got a nested tensor; pass its values() with cu_lengths=its offsets()"
@@ -538,13 +552,14 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
     """A reference from ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
 
     The items that aren't valid are dropped first, and the loss of a list that doesn't contribute is
-    replaced by 0. ``one_list`` is vmapped over whole lists.
+    replaced by 0; that of a list with a NaN among its labels by NaN. ``one_list`` is vmapped over whole lists.
     """
 
     def loss_of(s: Tensor, y: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
-        loss, contributes = one_list(s, y, **own)
-        active = torch.as_tensor(contributes, device=s.device)
-        return torch.where(active, loss, s[:0].sum()), active
+        undefined = y.isnan().any()
+        loss, contributes = one_list(s, y.nan_to_num(), **own)
+        active = torch.as_tensor(contributes, device=s.device) | undefined
+        return torch.where(undefined, torch.nan, torch.where(active, loss, s[:0].sum())), active
 
     def reference(
         scores: Tensor,

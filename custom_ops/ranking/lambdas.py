@@ -193,11 +193,11 @@ def _lambda_loss_of_one_list(
     top = rank <= limit
     paired = torch.ones_like(swap, dtype=torch.bool) if weighting == "ndcg1" else y[:, None] > y
     pairs = paired & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
+    others = at[:, None] != at
     if weighting == "ndcg1":  # each item with itself only if it is in the top
-        pairs = pairs & (top[:, None] | (at[:, None] != at))
-    values = torch.where(pairs, weight * softplus(-sigma * (s[:, None] - s), threshold=60), 0).sum() / math.log(
-        log_base
-    )
+        pairs = pairs & (top[:, None] | others)
+    apart = torch.where(pairs & others & (weight != 0), s[:, None] - s, 0)
+    values = torch.where(pairs, weight * softplus(-sigma * apart, threshold=60), 0).sum() / math.log(log_base)
     loss = values / pairs.sum().clamp_min(1) if normalize else values
     contributes = (y != y[0]).any() if weighting != "ndcg1" else torch.tensor(n > 1, device=s.device)
     return loss, contributes & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)

@@ -63,11 +63,10 @@ class _Ranked:
         self.labels = labels.gather(-1, order)
         self.ranked = None if valid is None else valid.gather(-1, order)
         scores = scores.gather(-1, order)
-        first = self.place == 0
-        if ties == "index":
-            first = torch.ones_like(first)
-        else:
-            first[..., 1:] |= scores[..., 1:] != scores[..., :-1]
+        first = torch.ones_like(scores, dtype=torch.bool)
+        if ties != "index":
+            first[..., 1:] = scores[..., 1:] != scores[..., :-1]
+            first = first | (self.place == 0)
         if self.ranked is not None:
             first = first | ~self.ranked
         at = torch.arange(n, device=scores.device)

@@ -129,6 +129,17 @@ def neural_sort_matrix(s: Tensor, temperature: float) -> Tensor:
     return ((slopes.unsqueeze(-1) * s.unsqueeze(-2) - distances.unsqueeze(-2)) / temperature).softmax(-1)
 
 
+def _nearer(s: Tensor, gap: float) -> Tensor:
+    """The scores with the same differences within ``gap``, but nowhere farther apart than that from the next one."""
+    ordered, order = s.detach().sort(stable=True)
+    steps = torch.where(ordered[1:] == ordered[:-1], 0, ordered.diff())
+    begins = torch.nn.functional.pad(steps > gap, (1, 0), value=True)
+    first = torch.where(begins, torch.arange(len(s), device=s.device), 0).cummax(0).values  # of those within the gap
+    moved = torch.nn.functional.pad(steps.clamp(max=gap), (1, 0)).cumsum(0)
+    from_first = s - ordered.gather(0, first.gather(0, order.argsort()))
+    return torch.where(s.isinf(), 0, from_first) + moved.gather(0, first).gather(0, order.argsort())
+
+
 def _neural_sort_ndcg_of_one_list(
     s: Tensor, y: Tensor, k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +147,9 @@ def _neural_sort_ndcg_of_one_list(
     discounts = 1 / (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
     discounts = discounts * (torch.arange(len(y), device=y.device) < (k or len(y)))
     ideal = (g.sort(descending=True).values * discounts).sum()
-    found = (neural_sort_matrix(s, temperature) @ g * discounts).sum()
+    found = (neural_sort_matrix(_nearer(s, 800 * temperature), temperature) @ g * discounts).sum()
+    undefined = (s.isinf().unsqueeze(-1) & (s == s.unsqueeze(-1)) & (y != y.unsqueeze(-1))).any()
+    found = torch.where(undefined, torch.nan, found)
     return 1 - found / torch.where(ideal > 0, ideal, 1), (y > 0).any() & (y != y[0]).any()
 
 

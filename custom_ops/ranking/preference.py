@@ -450,8 +450,8 @@ class DPOLoss(torch.nn.Module):
         self, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        self.beta, self.label_smoothing = _checks.plain(beta), _checks.plain(label_smoothing)
-        _dpo_parameters(self.beta, loss_type, self.label_smoothing)
+        _dpo_parameters(beta, loss_type, label_smoothing)
+        self.beta, self.label_smoothing = (_checks.as_float("beta", x) for x in (beta, label_smoothing))
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
         self.loss_type, self.reduction = loss_type, reduction
 

@@ -223,9 +223,11 @@ class SmoothAPLoss(ListLossModule):
 # ---------------------------------------------------------------- references
 
 
-def _smooth_ranks(s: Tensor, among: Tensor, temperature: float) -> Tensor:
-    """Of each item its smooth rank in the items ``among`` which it is counted."""
-    return 0.5 + (torch.sigmoid((s - s.unsqueeze(-1)) / temperature) * among).sum(-1)
+def _smooth_ranks(s: Tensor, y: Tensor, among: Tensor, temperature: float) -> Tensor:
+    """Of each relevant item its smooth rank in the items ``among`` which it is counted."""
+    others = (y > 0).unsqueeze(-1) & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    apart = torch.where(others, s - s.unsqueeze(-1), 0)
+    return 1 + (torch.sigmoid(apart / temperature) * (others & among)).sum(-1)
 
 
 def _contributes(y: Tensor) -> Tensor:
@@ -238,19 +240,19 @@ def _approx_ndcg_of_one_list(
     g = relative_gains(y, y.max(), gain)
     discounts = (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
     ideal = (g.sort(descending=True).values / discounts).sum()
-    found = (g / (1 + _smooth_ranks(s, torch.ones_like(y), temperature)).log2()).sum()
+    found = (g / (1 + _smooth_ranks(s, y, y == y, temperature)).log2()).sum()
     return 1 - found / torch.where(ideal > 0, ideal, 1), _contributes(y)
 
 
 def _approx_mrr_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
     g = relative_gains(y, y.max(), "linear")
-    found = (g / _smooth_ranks(s, torch.ones_like(y), temperature)).sum()
+    found = (g / _smooth_ranks(s, y, y == y, temperature)).sum()
     return 1 - found / torch.where(_contributes(y), g.sum(), 1), _contributes(y)
 
 
 def _smooth_ap_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.01) -> tuple[Tensor, Tensor]:
+    all_ranks, ranks = (_smooth_ranks(s, y, among, temperature) for among in (y == y, y > 0))
     relevant = (y > 0).to(s.dtype)  # all that counts: with every item relevant there is nothing to rank
-    all_ranks, ranks = (_smooth_ranks(s, among, temperature) for among in (torch.ones_like(y), relevant))
     return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(relevant)
 
 

@@ -176,7 +176,8 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
         >>> x.grad
         tensor([-0.5000, -0.5000])
     """
-    return scale_gradient(x, -_scale("lambda_", lambda_))
+    # torch 2.10 compiles a negated number anew for each value.
+    return scale_gradient(x, -1.0 * _scale("lambda_", lambda_))
 
 
 class ReverseGradient(torch.nn.Module):

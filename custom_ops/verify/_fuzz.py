@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,9 +40,13 @@ def _large(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) ->
     return scale * _pick((-1, -0.5, -0.25, 0.125, 0.5, 1))(shape, dtype, generator)
 
 
-def _with_some(numbers: Sequence[float]) -> Values:
+def _with_some(numbers: Sequence[float], finite: bool = False) -> Values:
+    """Some of the numbers among others; the nearest ones that the dtype has if they are to be ``finite``."""
+
     def values(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         rare = _pick(numbers)(shape, dtype, generator)
+        if finite:
+            rare = rare.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
         return torch.where(torch.rand(shape, generator=generator) < 0.2, rare, _normal(shape, dtype, generator))
 
     return values
@@ -52,8 +57,27 @@ VALUES: dict[str, Values] = {
     "ties": _pick((-1.5, -1, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 1, 1.5, 6)),
     "tiny": _tiny,
     "large": _large,
+    "fills": _with_some((-1e4, -65504, -1e9, -1e30), finite=True),
+    "outliers": _with_some((-1e9, -300, 300, 1e9), finite=True),
     "NaN": _with_some((math.nan,)),
     "infinite": _with_some((math.inf, -math.inf)),
+}
+
+
+def _time_stamps(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return 1_700_000_000 + torch.randint(4, shape, generator=generator)
+
+
+def _padding(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return _pick((-1, -1, 0, 1, 2, 3))(shape, dtype, generator).to(torch.int64)
+
+
+# Of the argument `labels` of an op that has one.
+LABELS: dict[str, Values] = {
+    "as given": _normal,
+    "below 0": _padding,
+    "time stamps": _time_stamps,
+    "NaN": _with_some((math.nan,)),
 }
 
 
@@ -79,7 +103,8 @@ _SIZES = (0, 1, 2, 3, 5, 8, 9, 17)
 def random_sample(info: OpInfo, choose: Choose) -> Sample:
     """A call of the op: one of its samples with another size, other values, layouts and dtypes.
 
-    Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude; what else
+    Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude, ``labels`` are those
+    given, below 0, time stamps or with NaN; what else
     is floating or boolean is drawn from its own elements, integers keep theirs. ``choose(options)`` picks one of them.
 
     Raises `NotApplicable` where the op gives no sample of the dtype chosen.
@@ -101,12 +126,18 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
         (shape,) = shapes
         shapes = {torch.Size([choose((n, *_SIZES)) for n in shape])}
     kind = choose([kind for kind in VALUES if kind not in info.not_fuzzed])
+    names = [*inspect.signature(info.function).parameters, "labels"]
+    place = names.index("labels")
+    labels = [t for key, t in zip(call.keys, call.tensors) if key in ("labels", place)]
+    label_kind = choose([kind for kind in LABELS if kind not in info.not_fuzzed]) if labels else ""
     generator = torch.Generator().manual_seed(choose(range(1 << 16)))
     tensors = []
     for tensor in call.tensors:
         shape = tensor.shape if len(shapes) > 1 else next(iter(shapes))
         if tensor.requires_grad:
             new = VALUES[kind](shape, tensor.dtype, generator).to(tensor.dtype)
+        elif any(tensor is t for t in labels) and label_kind != "as given":
+            new = LABELS[label_kind](shape, dtype, generator)
         elif (tensor.is_floating_point() or tensor.dtype == torch.bool) and tensor.numel():
             new = tensor.flatten()[torch.randint(tensor.numel(), shape, generator=generator)]
         else:
