@@ -60,10 +60,15 @@ def _fill(app: Any, docname: str, source: list[str]) -> None:
 
 def _link_names(app: Any, doctree: nodes.document) -> None:
     """A public name in the running text of a page leads to its place in the API."""
+    theirs = set()  # of another library, though they may be called as ours are
+    for table in doctree.findall(nodes.table):
+        rows = list(table.findall(nodes.row))
+        if rows[0][0].astext() == "theirs":
+            theirs |= {literal for row in rows for literal in row[0].findall(nodes.literal)}
     for literal in list(doctree.findall(nodes.literal)):
         name = literal.astext()
         inside = isinstance(literal.parent, nodes.reference | addnodes.pending_xref | nodes.title)
-        if name in custom_ops.__all__ and not inside:
+        if name in custom_ops.__all__ and not inside and literal not in theirs:
             target = {"refdomain": "py", "reftype": "obj", "reftarget": f"custom_ops.{name}", "refexplicit": True}
             link = addnodes.pending_xref("", literal.deepcopy(), refwarn=True, refdoc=app.env.docname, **target)
             literal.replace_self(link)
