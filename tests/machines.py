@@ -83,7 +83,7 @@ def importable(folder: Path) -> Path:
 def run(row: Row, quick: bool, verify: bool, out: Path) -> None:
     """Fills in how it went; the output goes to a file of the row's name."""
     start = time.perf_counter()
-    folder = out / row.name.replace("/", "_").replace(" ", "_")
+    folder = out.resolve() / row.name.replace("/", "_").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, (folder / "output.txt").open("w") as output:
         # Compiled code is cached under keys that don't name every variable.
@@ -92,7 +92,10 @@ def run(row: Row, quick: bool, verify: bool, out: Path) -> None:
 
         def call(*arguments: str) -> int:
             command = [row.python, *arguments]
-            return subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+            # Not from the checkout, whose custom_ops/ by itself isn't the whole package.
+            return subprocess.run(
+                command, env=environment, cwd=temporary, stdout=output, stderr=subprocess.STDOUT
+            ).returncode
 
         found = subprocess.run([row.python, "-c", VERSIONS], env=environment, capture_output=True, text=True)
         row.torch = found.stdout.strip() or found.stderr.strip()[-200:]
