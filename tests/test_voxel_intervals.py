@@ -69,11 +69,12 @@ def test_a_depth_in_several_voxels_with_any_pixel_and_gaps_between_intervals():
 
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_result_is_contiguous_and_float32(dtype):
+def test_the_result_is_contiguous_and_float32_under_autocast(dtype):
     depth, feat, _, arguments = frame(torch.float32)
     half = [t.detach().to(dtype).requires_grad_() for t in (depth, feat)]
     expected = custom_ops.bev_pool_v2(*(t.float() for t in half), *arguments[2:])
     assert expected.is_contiguous()
+    assert torch.equal(custom_ops.bev_pool_v2(*half, *arguments[2:]), expected.to(dtype))
     with torch.autocast("cpu", torch.bfloat16):
         out = custom_ops.bev_pool_v2(*half, *arguments[2:])
         assert out.is_contiguous() and torch.equal(out, expected) and out.dtype == torch.float32

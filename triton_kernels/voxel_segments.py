@@ -97,17 +97,19 @@ def _sum_rows(
         inside = position < stop
         row, stray = _point(perm_ptr, position, inside, points, PERM)
         if WEIGHT:
-            weight = widen(tl.load(weight_ptr + row, mask=inside, other=0))
+            weight = widen(tl.load(weight_ptr + row, mask=inside & ~stray, other=float("nan")))
             if INDEX:
-                row, outside = _point(index_ptr, row, inside, rows, True)
-                stray = stray | outside
+                row, past = _point(index_ptr, row, inside, rows, True)
+                weight = tl.where(past, float("nan"), weight)
             else:
                 row = row // plane // bins * plane + row % plane
         exists = inside[:, None] & (column < columns)[None, :]
         value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
-        if PERM:
+        if WEIGHT:
+            value = tl.where(inside[:, None], weight[:, None] * value, 0)
+        elif PERM:
             value = tl.where(stray[:, None], float("nan"), value)
-        total += weight[:, None] * value if WEIGHT else value
+        total += value
     return tl.sum(total, axis=0)
 
 

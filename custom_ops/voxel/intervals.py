@@ -79,7 +79,7 @@ def bev_pool_v2(
     The arrays are int32 or int64, as BEVDet's ``voxel_pooling_prepare_v2`` makes them.
 
     Returns:
-        ``[B, C, Z, Y, X]``, contiguous; float64 for float64, else float32, under autocast too.
+        ``[B, C, Z, Y, X]``, contiguous; under autocast float32, as BEVDet's.
 
     Raises:
         TypeError: a wrong dtype, or no tensor.
@@ -142,12 +142,14 @@ def bev_pool_v2(
         weight = pair_dots(depth.reshape(-1, 1), ones, depth_at, first)
         return pair_reduce(feat.flatten(0, 3), weight, feat_at, rank, voxels)
 
-    dtype = torch.promote_types(torch.promote_types(depth.dtype, feat.dtype), torch.float32)
-    depth, feat = depth.to(dtype), feat.to(dtype)
+    dtype = torch.promote_types(depth.dtype, feat.dtype)
+    depth, feat = (t.to(torch.promote_types(dtype, torch.float32)) for t in (depth, feat))
     if shards.is_sharded(depth, feat):
         out = _in_shards(pool, depth, feat, depth_at, feat_at)
     else:
         out = pool(depth, feat, depth_at, feat_at)
+    if not torch.is_autocast_enabled(out.device.type):
+        out = out.to(dtype)
     return out.view(bev_feat_shape).permute(0, 4, 1, 2, 3).contiguous()
 
 
