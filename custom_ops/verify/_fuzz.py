@@ -97,9 +97,9 @@ _SIZES = (0, 1, 2, 3, 5, 8, 9, 17)
 def random_sample(info: OpInfo, choose: Choose) -> Sample:
     """A call of the op: one of its samples with another size, other values, layouts and dtypes.
 
-    Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude, ``labels`` are those
-    given, below 0, time stamps or with NaN; what else
-    is floating or boolean is drawn from its own elements, integers keep theirs. ``choose(options)`` picks one of them.
+    Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude; ``labels`` are
+    those given, or some below 0, time stamps, or with NaN; what else is floating or boolean is drawn from its own
+    elements, integers keep theirs. ``choose(options)`` picks one of them.
 
     Raises `NotApplicable` where the op gives no sample of the dtype chosen.
 
