@@ -67,7 +67,7 @@ from torch._C import (
     _AutoDispatchBelowAutograd,  # calls the op's own kernel from its Autograd kernel
     _dispatch_tls_local_exclude_set,  # these two say whether anything that
     _dispatch_tls_local_include_set,  # comes before autograd will see this call,
-    _is_alias_of,  # whether two tensors share memory, also fake ones
+    _is_alias_of,  # type: ignore[attr-defined]  # whether two tensors share memory, also fake ones
     _is_torch_function_mode_enabled,  # as this does
 )
 from torch._functorch.utils import enable_single_level_autograd_function  # see _attach
@@ -715,7 +715,7 @@ def _past_dispatcher(op: OpOverload, run: Callable[..., Any]) -> Callable[..., A
 
 def _refuse_traced_sizes(op: OpOverload, args: tuple[Any, ...]) -> None:
     """``torch.jit.trace`` has a tensor for every size, and an op's ``int`` made of one would be that of the example."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         for argument, value in zip(op._schema.arguments, args):
             if isinstance(value, Tensor) and "Tensor" not in str(argument.type):
                 raise RuntimeError(

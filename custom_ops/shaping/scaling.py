@@ -175,8 +175,11 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
         >>> x.grad
         tensor([-0.5000, -0.5000])
     """
+    _checks.has_dtype("x", x, _checks.FLOATING)
     _check_scale("lambda_", lambda_)
-    return scale_gradient(x, -1.0 * lambda_)  # torch 2.10 compiles a negated number anew for each value
+    if torch.compiler.is_compiling() and not isinstance(lambda_, Tensor):
+        lambda_ = as_tensor(lambda_, x)  # not of its negative, which torch 2.10 compiles anew for each value
+    return scale_gradient(x, -1.0 * lambda_)
 
 
 class ReverseGradient(torch.nn.Module):
