@@ -61,13 +61,13 @@ from torch import Tensor
 
 # Private names, each needed because no public one does the same; tests/test_library.py fails
 # first if torch moves one.
-from torch._C import (
+from torch._C import (  # type: ignore[attr-defined]
     _any_requires_grad,  # whether to build a graph at all, without a Python loop
     _are_functorch_transforms_active,  # whether a transform will see this call
     _AutoDispatchBelowAutograd,  # calls the op's own kernel from its Autograd kernel
     _dispatch_tls_local_exclude_set,  # these two say whether anything that
     _dispatch_tls_local_include_set,  # comes before autograd will see this call,
-    _is_alias_of,  # type: ignore[attr-defined]  # whether two tensors share memory, also fake ones
+    _is_alias_of,  # whether two tensors share memory, also fake ones
     _is_torch_function_mode_enabled,  # as this does
 )
 from torch._functorch.utils import enable_single_level_autograd_function  # see _attach
