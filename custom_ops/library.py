@@ -61,7 +61,7 @@ from torch import Tensor
 
 # Private names, each needed because no public one does the same; tests/test_library.py fails
 # first if torch moves one.
-from torch._C import (
+from torch._C import (  # type: ignore[attr-defined]
     _any_requires_grad,  # whether to build a graph at all, without a Python loop
     _are_functorch_transforms_active,  # whether a transform will see this call
     _AutoDispatchBelowAutograd,  # calls the op's own kernel from its Autograd kernel
@@ -715,7 +715,7 @@ def _past_dispatcher(op: OpOverload, run: Callable[..., Any]) -> Callable[..., A
 
 def _refuse_traced_sizes(op: OpOverload, args: tuple[Any, ...]) -> None:
     """``torch.jit.trace`` has a tensor for every size, and an op's ``int`` made of one would be that of the example."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         for argument, value in zip(op._schema.arguments, args):
             if isinstance(value, Tensor) and "Tensor" not in str(argument.type):
                 raise RuntimeError(

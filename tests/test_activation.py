@@ -561,3 +561,13 @@ def test_no_form_writes_in_place_to_memory_that_overlaps(function):
             function(overlapping, inplace=True)
     for apart in torch.ones(3, 6)[:, ::2].t(), torch.ones(4, 3)[::2], torch.ones(3, 1).expand(3, 1).t():
         function(apart, inplace=True)
+
+
+def test_a_slope_of_0_is_a_true_0():
+    """As documented, where torch's product with 0 is NaN."""
+    x = torch.tensor([-math.inf, -1.0, 2.0], requires_grad=True)
+    y = custom_ops.leaky_relu(x, 0.0)
+    y.backward(torch.full_like(y, math.nan))
+    assert y.tolist() == [0, 0, 2]
+    assert x.grad[:2].tolist() == [0, 0]
+    assert x.grad[2].isnan()

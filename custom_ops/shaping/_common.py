@@ -28,7 +28,7 @@ def as_tensor(number: float, x: Tensor) -> Tensor:
     It isn't rounded to 16 bits, as a number isn't either where it meets a tensor. A product is among the few things
     that Inductor makes of a number without compiling anew.
     """
-    return number * x.new_ones((), dtype=torch.promote_types(x.dtype, torch.float32))
+    return number * torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def beside_hook(hook: Callable[..., Tensor], *parameters: Any, reads: int = 1) -> Benchmark:

@@ -176,8 +176,11 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
         >>> x.grad
         tensor([-0.5000, -0.5000])
     """
-    # torch 2.10 compiles a negated number anew for each value.
-    return scale_gradient(x, -1.0 * _scale("lambda_", lambda_))
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    lambda_ = _scale("lambda_", lambda_)
+    if torch.compiler.is_compiling() and not isinstance(lambda_, Tensor):
+        lambda_ = as_tensor(lambda_, x)  # not of its negative, which torch 2.10 compiles anew for each value
+    return scale_gradient(x, -1.0 * lambda_)
 
 
 class ReverseGradient(torch.nn.Module):
