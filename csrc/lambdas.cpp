@@ -35,20 +35,35 @@ struct Ranked {
   }
 
   // For the same; `first` tells where i has the higher label.
-  template <bool kDifferences>
+  template <class Form>
   ALWAYS_INLINE void weight(int64_t i, int64_t j, const typename Vector<A>::I& first, VectorOf<A>& w) const {
-    load<A>(w, gain + j);
-    if constexpr (kDifferences) {
+    if constexpr (Form::kGains) load<A>(w, gain + j);
+    else w = VectorOf<A>{} + A(1);
+    if constexpr (Form::kDifferences) {
       VectorOf<A> d, t;
-      load<A>(d, discount + j);
-      load<A>(t, by_distance + (j - i));
       w = first ? gain[i] - w : w - gain[i];
-      w *= discount[i] - d + t;
-    } else {
+      if constexpr (Form::kDiscounts) load<A>(d, discount + j);
+      if constexpr (Form::kDistances) load<A>(t, by_distance + (j - i));
+      if constexpr (Form::kDiscounts && Form::kDistances) w *= discount[i] - d + t;
+      else if constexpr (Form::kDiscounts) w *= discount[i] - d;
+      else if constexpr (Form::kDistances) w *= t;
+    } else if constexpr (Form::kGains) {
       w = first ? VectorOf<A>{} + gain[i] : w;
     }
   }
 };
+
+// What of it a weighting needs. The others, too, get what they need from `Differences` or `OneGain`, but read more.
+template <bool kG, bool kD, bool kDiscount, bool kDistance>
+struct Form {
+  static constexpr bool kGains = kG, kDifferences = kD, kDiscounts = kDiscount, kDistances = kDistance;
+};
+using Ones = Form<false, false, false, false>;
+using OneGain = Form<true, false, false, false>;
+using OnlyGains = Form<true, true, false, false>;
+using OnlyDiscounts = Form<true, true, true, false>;
+using OnlyDistances = Form<true, true, false, true>;
+using Differences = Form<true, true, true, true>;
 
 // log(1 + u) for 0 <= u <= 1 from z = u / (2 + u), which is at most 1/3: 2 (z + z^3 / 3 + z^5 / 5 + ...).
 template <class A>
@@ -64,7 +79,7 @@ struct Sums {
 };
 
 // Adds to `sums` the slopes (or with v the Hessian times v) by rank, but for sigma; of every parts-th block of rows.
-template <bool kDifferences, bool kHessian, bool kWide, class A>
+template <class Form, bool kHessian, bool kWide, class A>
 ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t parts, double* sums) {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
@@ -88,7 +103,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
           const I first = inside & (y < x.y[i]), last = inside & (y > x.y[i]), paired = first | last;
           x.template ratio<kWide>(i, j, u);
-          x.template weight<kDifferences>(i, j, first, w);
+          x.template weight<Form>(i, j, first, w);
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
             load<A>(g, x.v + j);
@@ -226,22 +241,36 @@ struct LambdaLoss {
     const int64_t parts = parts_of(static_cast<double>(x.rows) * static_cast<double>(x.columns));
     Sums of_parts[kParts];
     double* sums = sum_parts(x.n, parts, scratch, [&](int64_t part, double* own) {
-      multiversion([&]() ALWAYS_INLINE {
-        if (x.differences) of_parts[part] = sum_part<true>(x, part, parts, own, hessian);
-        else of_parts[part] = sum_part<false>(x, part, parts, own, hessian);
-      });
+      const auto in = [&](auto form) {
+        multiversion(
+            [&]() ALWAYS_INLINE { of_parts[part] = sum_ranked<decltype(form), false, false>(x, part, parts, own); });
+      };
+      if (x.wide || hessian) {
+        return multiversion([&]() ALWAYS_INLINE {
+          if (x.differences) of_parts[part] = sum_rare<Differences>(x, part, parts, own, hessian);
+          else of_parts[part] = sum_rare<OneGain>(x, part, parts, own, hessian);
+        });
+      }
+      switch (weighting) {
+        case kRanknet: return in(Ones{});
+        case kLambdarank: return in(OnlyDiscounts{});
+        case kNdcg1: return in(OneGain{});
+        case kNdcg2: return in(OnlyDistances{});
+        case kNdcg2pp: return in(Differences{});
+        default: return in(OnlyGains{});
+      }
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
     return sums;
   }
 
-  template <bool kDifferences, class A>
-  static ALWAYS_INLINE inline Sums sum_part(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
+  // Second derivatives, and scores without a common range.
+  template <class Form, class A>
+  static ALWAYS_INLINE inline Sums sum_rare(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
                                             bool hessian) {
-    if (x.wide && hessian) return sum_ranked<kDifferences, true, true>(x, part, parts, sums);
-    if (x.wide) return sum_ranked<kDifferences, false, true>(x, part, parts, sums);
-    if (hessian) return sum_ranked<kDifferences, true, false>(x, part, parts, sums);
-    return sum_ranked<kDifferences, false, false>(x, part, parts, sums);
+    if (x.wide && hessian) return sum_ranked<Form, true, true>(x, part, parts, sums);
+    if (x.wide) return sum_ranked<Form, false, true>(x, part, parts, sums);
+    return sum_ranked<Form, true, false>(x, part, parts, sums);
   }
 };
 
