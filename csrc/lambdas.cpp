@@ -14,8 +14,7 @@ struct Ranked {
   const int32_t* order;
   A* y;
   // Item i above j weighs the difference of their gains times (that of their discounts + `by_distance` of their ranks),
-  // or only the gain of i; if i has the higher label, or else if `every`.
-  bool differences, every;
+  // or only the gain of i; the Form below says which.
   A *gain, *discount, *by_distance;
   A* up;  // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
   A* down;
@@ -36,38 +35,59 @@ struct Ranked {
   }
 
   // For the same, of those `inside`: the weights of i above j, and of j above i.
-  template <bool kDifferences>
+  template <class Form>
   ALWAYS_INLINE void weights(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& first,
                              VectorOf<A>& last) const {
     using V = VectorOf<A>;
     using I = typename Vector<A>::I;
     V label, w;
     load<A>(label, y + j);
-    load<A>(w, gain + j);
-    const I all = every ? inside : I{};
-    const I higher = (inside & (label < y[i])) | all, lower = (inside & (label > y[i])) | all;
-    if constexpr (kDifferences) {
+    if constexpr (Form::kGains) load<A>(w, gain + j);
+    else w = V{} + A(1);
+    const I higher = Form::kEvery ? inside : inside & (label < y[i]);
+    const I lower = Form::kEvery ? inside : inside & (label > y[i]);
+    V own = w;
+    if constexpr (Form::kDifferences) {
       V d, t;
-      load<A>(d, discount + j);
-      load<A>(t, by_distance + (j - i));
       w = higher ? gain[i] - w : w - gain[i];
-      w *= discount[i] - d + t;
-      first = higher ? w : V{};
-    } else {
-      first = higher ? V{} + gain[i] : V{};
+      if constexpr (Form::kDiscounts) load<A>(d, discount + j);
+      if constexpr (Form::kDistances) load<A>(t, by_distance + (j - i));
+      if constexpr (Form::kDiscounts && Form::kDistances) w *= discount[i] - d + t;
+      else if constexpr (Form::kDiscounts) w *= discount[i] - d;
+      else if constexpr (Form::kDistances) w *= t;
+      own = w;
+    } else if constexpr (Form::kGains) {
+      own = V{} + gain[i];
     }
+    first = higher ? own : V{};
     last = lower ? w : V{};
   }
 
-  // For the same, how many pairs they are: 0, 1, or both orders if `every`.
+  // For the same, how many pairs they are: 0, 1, or both orders of every pair.
+  template <class Form>
   ALWAYS_INLINE void count(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& pairs) const {
     using V = VectorOf<A>;
+    using I = typename Vector<A>::I;
     V label;
     load<A>(label, y + j);
-    const V counted = inside & ((label < y[i]) | (label > y[i])) ? V{} + A(1) : V{};
-    pairs += every ? (inside ? V{} + A(2) : V{}) : counted;
+    const I paired = Form::kEvery ? inside : inside & ((label < y[i]) | (label > y[i]));
+    pairs += paired ? V{} + A(Form::kEvery ? 2 : 1) : V{};
   }
 };
+
+// What a weighting reads. Those that only take more time than need be share `Differences`, `OneGain` and `EveryGain`.
+template <bool kG, bool kD, bool kDiscount, bool kDistance, bool kAll = false>
+struct Form {
+  static constexpr bool kGains = kG, kDifferences = kD, kDiscounts = kDiscount, kDistances = kDistance;
+  static constexpr bool kEvery = kAll;  // pairs of any labels, in both orders
+};
+using Ones = Form<false, false, false, false>;
+using OneGain = Form<true, false, false, false>;
+using EveryGain = Form<true, false, false, false, true>;
+using OnlyGains = Form<true, true, false, false>;
+using OnlyDiscounts = Form<true, true, true, false>;
+using OnlyDistances = Form<true, true, false, true>;
+using Differences = Form<true, true, true, true>;
 
 // log(1 + u) for 0 <= u <= 1 from z = u / (2 + u), which is at most 1/3: 2 (z + z^3 / 3 + z^5 / 5 + ...).
 template <class A>
@@ -83,7 +103,7 @@ struct Sums {
 };
 
 // Adds to `sums` the slopes (or with v the Hessian times v) by rank, but for sigma; of every parts-th block of rows.
-template <bool kDifferences, bool kHessian, bool kWide, class A>
+template <class Form, bool kHessian, bool kWide, class A>
 ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t parts, double* sums) {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
@@ -105,7 +125,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
           V u, first, last, g, column;
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
           x.template ratio<kWide>(i, j, u);
-          x.template weights<kDifferences>(i, j, inside, first, last);
+          x.template weights<Form>(i, j, inside, first, last);
           // Infinite scores of no weight change nothing, though their difference may be NaN.
           if constexpr (kWide) u = (first == V{}) & (last == V{}) ? V{} : u;
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
@@ -117,7 +137,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
             load<A>(s, x.s + j);
             log_one_plus<A>(u * (inverse * next), log);
             value += first * log + last * (log + (last == V{} ? V{} : (x.s[i] - s) * x.twice));
-            x.count(i, j, inside, count);
+            x.template count<Form>(i, j, inside, count);
             g = (last - first * u) * r;
           }
           g = inside ? g : V{};
@@ -207,8 +227,6 @@ struct LambdaLoss {
       std::fill(out, out + size, A(0));
       return out;
     };
-    x.differences = weighting != kRanknet && weighting != kNdcg1;
-    x.every = weighting == kNdcg1;
     x.gain = zeros(length);
     x.discount = zeros(length);
     x.by_distance = zeros(length + kWidth<A>) + kWidth<A>;  // a vector may begin before the distance 0
@@ -246,26 +264,40 @@ struct LambdaLoss {
     const int64_t parts = parts_of(static_cast<double>(x.rows) * static_cast<double>(x.columns));
     Sums of_parts[kParts];
     double* sums = sum_parts(x.n, parts, scratch, [&](int64_t part, double* own) {
-      multiversion([&]() ALWAYS_INLINE {
-        if (x.differences) of_parts[part] = sum_part<true>(x, part, parts, own, hessian);
-        else of_parts[part] = sum_part<false>(x, part, parts, own, hessian);
-      });
+      const auto in = [&](auto form) {
+        multiversion(
+            [&]() ALWAYS_INLINE { of_parts[part] = sum_ranked<decltype(form), false, false>(x, part, parts, own); });
+      };
+      const auto rare = [&](auto form) {
+        multiversion([&]() ALWAYS_INLINE { of_parts[part] = sum_rare<decltype(form)>(x, part, parts, own, hessian); });
+      };
+      if (x.wide || hessian) {
+        return weighting == kNdcg1 ? rare(EveryGain{}) : weighting == kRanknet ? rare(OneGain{}) : rare(Differences{});
+      }
+      switch (weighting) {
+        case kRanknet: return in(Ones{});
+        case kLambdarank: return in(OnlyDiscounts{});
+        case kNdcg1: return in(EveryGain{});
+        case kNdcg2: return in(OnlyDistances{});
+        case kNdcg2pp: return in(Differences{});
+        default: return in(OnlyGains{});
+      }
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
-    for (int64_t i = 0; x.every && i < x.rows; ++i) {  // each item with itself
+    for (int64_t i = 0; weighting == kNdcg1 && i < x.rows; ++i) {  // each item with itself
       total.loss += std::log(2.0) * static_cast<double>(x.gain[i]);
       total.pairs += 1;
     }
     return sums;
   }
 
-  template <bool kDifferences, class A>
-  static ALWAYS_INLINE inline Sums sum_part(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
+  // Second derivatives, and scores without a common range.
+  template <class Form, class A>
+  static ALWAYS_INLINE inline Sums sum_rare(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
                                             bool hessian) {
-    if (x.wide && hessian) return sum_ranked<kDifferences, true, true>(x, part, parts, sums);
-    if (x.wide) return sum_ranked<kDifferences, false, true>(x, part, parts, sums);
-    if (hessian) return sum_ranked<kDifferences, true, false>(x, part, parts, sums);
-    return sum_ranked<kDifferences, false, false>(x, part, parts, sums);
+    if (x.wide && hessian) return sum_ranked<Form, true, true>(x, part, parts, sums);
+    if (x.wide) return sum_ranked<Form, false, true>(x, part, parts, sums);
+    return sum_ranked<Form, true, false>(x, part, parts, sums);
   }
 };
 
