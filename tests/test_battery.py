@@ -46,7 +46,7 @@ def cells() -> Iterator[Any]:
                 yield pytest.param(op, backend, row.name, marks=marks)
 
 
-@pytest.mark.parametrize(("op", "backend", "capability"), cells())
+@pytest.mark.parametrize(("op", "backend", "capability"), list(cells()))
 def test_cell(op: str, backend: str, capability: str, full: bool) -> None:
     report = run(REGISTRY[op], backend, not full, [CAPABILITIES[capability]], kept(op, backend))
     if CELLS:
