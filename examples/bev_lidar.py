@@ -318,7 +318,7 @@ def draw_prediction(axis: Axes, scene: Scene, network: Tensor) -> None:
         colours[cells.numpy()] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     axis.imshow(colours, origin="lower", extent=EXTENT)
     axis.plot(0, 0, "r^", markersize=6)
-    title = f"A LiDAR scan's hidden cells, as a network fills them in: F1 {f1(network, scene):.2f}"
+    title = f"Hidden cells of a LiDAR scan, predicted: F1 {f1(network, scene):.2f}"
     axis.set(title=f"{title}\nright (blue), missed (grey), wrong (orange)", xlabel="east of the sensor, m")
 
 

@@ -131,11 +131,11 @@ def draw(axis: Axes, measured: dict[int, dict[str, float]], unit: str, title: st
     for name in measured[sizes[0]]:
         values = [measured[n][name] for n in sizes]
         axis.loglog(sizes, values, "o-", color=COLOURS[name])
-        label = f"{name}\n{report.shown(values[-1], unit)}"
+        label = f"{name}: {report.shown(values[-1], unit)}"
         axis.annotate(label, (sizes[-1], values[-1]), (7, 0), "data", "offset points", va="center", color=COLOURS[name])
     axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axis.minorticks_off()
-    axis.set_xlim(sizes[0] * 0.9, sizes[-1] * 2.1)  # room for the names
+    axis.set_xlim(sizes[0] * 0.9, sizes[-1] * 3)  # room for the names
     axis.set(xlabel="documents in a list", ylabel=unit, title=f"{title}\n(LambdaRank, {LISTS} lists, with backward)")
 
 
