@@ -401,7 +401,7 @@ def segment_sum_reference(
     indptr = indptr.expand(*shape, indptr.shape[-1]).reshape(-1, indptr.shape[-1])
     order = torch.arange(points, device=x.device) if perm is None else perm
     order = order.expand(*shape, points).reshape(-1, points)
-    values = examples if weight is None else weight.reshape(-1, points, 1) * examples
+    values = examples if weight is None else weight.expand(x.shape[:-1]).reshape(-1, points, 1) * examples
     out = x.new_zeros(len(examples), indptr.shape[-1] - 1, x.shape[-1])
     sums = []
     for e in range(len(examples)):
