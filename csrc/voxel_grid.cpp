@@ -163,7 +163,8 @@ std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorte
     check(!check_sorted || sorted,
           "ranks: expected non-decreasing values, got an unsorted tensor; sort x, geometry and "
           "ranks by ranks first, or pass check_sorted=False to sum each run of equal ranks");
-    check(blocks <= 1, "ranks: expected the points outside, of negative ranks, before and behind all others, got some "
+    check(blocks <= 1,
+          "ranks: expected the points outside, of negative ranks, before and behind all others, got some "
           "between them; sort x, geometry and ranks by ranks first");
     for (int64_t k = 0; k < chunks.count; ++k) first[k + 1] += first[k];
     const int64_t voxels = first[chunks.count];

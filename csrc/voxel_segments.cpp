@@ -684,19 +684,19 @@ Tensor pair_dots(const Tensor& sums_in, const Tensor& x_in, const Tensor& ranks_
   dispatch_floating(x, "x", [&](auto type) {
     using T = typename decltype(type)::type;
     const Spread<T> io{data<T>(sums), data<T>(x), nullptr, nullptr, mutable_data<T>(out), columns};
-    torch::stable::parallel_for(0, out.numel(), kGrain / std::max<int64_t>(columns, 1) + 1,
-                                [&](int64_t begin, int64_t end) {
-      multiversion([&]() ALWAYS_INLINE {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t e = i / points, at = own ? i : i - e * points, offset = rp[at] * columns;
-          Accumulator<T> dot(0);
-          if (rp[at] >= 0 && ip[at] >= 0)
-            io.template row<false, true>(io.sums + e * of_sums.rows * columns, &offset, nullptr, 1,
-                                         io.x + (e * shapes.rows + ip[at]) * columns, nullptr, &dot);
-          io.of_weight[i] = static_cast<T>(dot);
-        }
-      });
-    });
+    torch::stable::parallel_for(
+        0, out.numel(), kGrain / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
+          multiversion([&]() ALWAYS_INLINE {
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t e = i / points, at = own ? i : i - e * points, offset = rp[at] * columns;
+              Accumulator<T> dot(0);
+              if (rp[at] >= 0 && ip[at] >= 0)
+                io.template row<false, true>(io.sums + e * of_sums.rows * columns, &offset, nullptr, 1,
+                                             io.x + (e * shapes.rows + ip[at]) * columns, nullptr, &dot);
+              io.of_weight[i] = static_cast<T>(dot);
+            }
+          });
+        });
   });
   return out;
 }

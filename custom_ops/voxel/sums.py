@@ -255,7 +255,8 @@ def voxel_sum_reference(
     mask: Tensor | None = None,
     csr: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    rank = rank.expand(x.shape[:-1])
+    shape = torch.broadcast_shapes(x.shape[:-1], rank.shape, x.shape[:-1] if mask is None else mask.shape)
+    x, rank = x.expand(*shape, x.shape[-1]), rank.expand(shape)
     inside = rank >= 0 if mask is None else (rank >= 0) & mask
     # The points of no voxel go to a voxel behind the others, which is dropped.
     at = torch.where(inside, rank, num_voxels).long()[..., None].expand(x.shape)

@@ -295,7 +295,7 @@ def check_segments(x: Tensor, indptr: Tensor, perm: Tensor | None, lead: int) ->
     if perm is not None:
         given.append(("perm", perm, "[..., N]"))
     for name, tensor, layout in given:
-        _checks.has_dtype(name, tensor, (torch.int64,))
+        _checks.has_dtype(name, tensor, _checks.INDEX)
         if tensor.dim() - 1 not in (0, lead) or tensor.shape[:-1] not in (x.shape[:lead], ()):
             raise ValueError(
                 f"{name}: expected {layout} with the leading dimensions {list(x.shape[:lead])} of x or none, "
@@ -315,22 +315,24 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
     NaN, and their gradients are exactly zero.
 
     Args:
-        x: ``[..., N, C]``; float16, bfloat16, float32 or float64. Sums of 16-bit features are
-            accumulated in float32.
-        indptr: int64 boundaries ``[..., V + 1]``, non-decreasing, from 0 to at most N; or ``[V + 1]`` for
+        x: ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or float64. Sums of 16-bit
+            features are accumulated in float32.
+        indptr: int32 or int64 boundaries ``[..., V + 1]``, non-decreasing, from 0 to at most N; or ``[V + 1]`` for
             all examples alike.
-        perm: int64 ``[..., N]`` or ``[N]``, like ``indptr``: a permutation of the points, as from
+        perm: int32 or int64 ``[..., N]`` or ``[N]``, like ``indptr``: a permutation of the points, as from
             `voxel_csr`; the identity if None.
-        weight: ``[..., N]`` of x's dtype; 1 if None.
+        weight: ``[..., N]`` of x's dtype, or what broadcasts to it; 1 if None.
 
     Returns:
-        ``[..., V, C]``; 0 for an empty segment. Differentiable to any order in ``x`` and ``weight``.
+        ``[..., V, C]``, or ``[V]`` for x ``[N]``; 0 for an empty segment. Differentiable to any order in ``x``
+        and ``weight``.
 
     Raises:
         TypeError: a wrong dtype, or no tensor.
         ValueError: a wrong shape, or tensors on several devices.
         RuntimeError: on the CPU, for boundaries or points out of range, and in backward for a ``perm``
-            that has a point twice. On a GPU they are clamped, so that no other memory is reached.
+            that has a point twice. On a GPU, where an error would wait for the device, what is out of range
+            makes its segment NaN, and in backward the gradient of a point that ``perm`` lacks.
 
     DTensors may be sharded by leading dimensions, by columns and by points: then each process sums its own, which it
     finds in an ``indptr`` and ``perm`` that are whole, and the result is ``Partial``. Plain ones are of its own points.
@@ -347,6 +349,8 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
                 [2.]])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
+    if x.dim() == 1:
+        return segment_sum(x[:, None], indptr, perm, weight)[..., 0]
     if x.dim() < 2:
         raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
     if shards.is_sharded(x):
@@ -356,13 +360,15 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
         raise ValueError(f"perm: expected {x.shape[-2]} points as in x, got {perm.shape[-1]}")
     if weight is not None:
         _checks.has_dtype("weight", weight, (x.dtype,))
-        if weight.shape != x.shape[:-1]:
+        try:
+            weight = weight.expand(x.shape[:-1])
+        except RuntimeError:
             raise ValueError(
                 f"weight: expected shape {list(x.shape[:-1])} as x without its columns, got {list(weight.shape)}"
-            )
+            ) from None
     given = {"x": x, "indptr": indptr, "perm": perm, "weight": weight}
     _checks.same_device(**{name: t for name, t in given.items() if t is not None})
-    return segment_reduce(x, weight, indptr, perm, False, 1, 1)
+    return segment_reduce(x, weight, indptr.long(), None if perm is None else perm.long(), False, 1, 1)
 
 
 def _segment_sum_in_shards(x: Tensor, indptr: Tensor, perm: Tensor | None, weight: Tensor | None) -> Tensor:
@@ -395,7 +401,7 @@ def segment_sum_reference(
     indptr = indptr.expand(*shape, indptr.shape[-1]).reshape(-1, indptr.shape[-1])
     order = torch.arange(points, device=x.device) if perm is None else perm
     order = order.expand(*shape, points).reshape(-1, points)
-    values = examples if weight is None else weight.reshape(-1, points, 1) * examples
+    values = examples if weight is None else weight.expand(x.shape[:-1]).reshape(-1, points, 1) * examples
     out = x.new_zeros(len(examples), indptr.shape[-1] - 1, x.shape[-1])
     sums = []
     for e in range(len(examples)):
@@ -455,8 +461,8 @@ register(
         shardings=_shardings,
         bad_calls=lambda: [
             BadCall((None, _indptr), "x: expected a tensor, got NoneType"),
-            BadCall((_x[0], _indptr), r"x: expected \[..., N, C\], got shape \[2\]"),
-            BadCall((_x, _indptr.int()), "indptr: expected one of int64, got int32"),
+            BadCall((_x[0, 0], _indptr), r"x: expected \[..., N, C\], got shape \[\]"),
+            BadCall((_x, _indptr.float()), "indptr: expected one of int32, int64, got float32"),
             BadCall((_x, _indptr[:0]), "indptr: expected at least one boundary"),
             BadCall((_x, _indptr.expand(2, 3)), r"indptr: expected \[..., V \+ 1\] with the leading dimensions \[\]"),
             BadCall((_x, _indptr, _perm[1:]), "perm: expected 3 points as in x, got 2"),
