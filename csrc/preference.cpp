@@ -97,7 +97,8 @@ void dispatch_order(int64_t order, const F& f) {
   }
 }
 
-// (chosen - chosen_offset) - (rejected - rejected_offset) - margin, elementwise; an offset may be missing.
+// (chosen - chosen_offset) - (rejected - rejected_offset) - margin, elementwise; an offset may be missing: without
+// that of rejected, (chosen - rejected) - chosen_offset - margin.
 struct Differences {
   Tensor chosen, rejected;
   std::optional<Tensor> chosen_offset, rejected_offset;
@@ -120,9 +121,11 @@ struct Differences {
     A low[kTile];
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(c[i]);
     for (int64_t i = 0; i < n; ++i) low[i] = static_cast<A>(r[i]);
-    if (chosen_offset) subtract(data<T>(*chosen_offset) + at, n, out);
+    if (chosen_offset && rejected_offset) subtract(data<T>(*chosen_offset) + at, n, out);
     if (rejected_offset) subtract(data<T>(*rejected_offset) + at, n, low);
-    for (int64_t i = 0; i < n; ++i) out[i] = (out[i] - low[i]) - m;
+    for (int64_t i = 0; i < n; ++i) out[i] -= low[i];
+    if (chosen_offset && !rejected_offset) subtract(data<T>(*chosen_offset) + at, n, out);  // it is a margin
+    for (int64_t i = 0; i < n; ++i) out[i] -= m;
   }
 
  private:

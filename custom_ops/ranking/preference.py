@@ -38,6 +38,8 @@ def preference(
 ) -> Tensor:
     """The loss of ``d = (chosen - chosen_offset) - (rejected - rejected_offset) - margin``.
 
+    Without a ``rejected_offset`` it is ``(chosen - rejected) - chosen_offset - margin``.
+
     With z = beta d, by ``kind``: p softplus(-z) + q softplus(z); max(0, 1 - z); (d - p)^2;
     sigmoid(z) (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q). The first ``batch_dims``
     dimensions are a batch; ``reduce`` sums over the others and divides by ``divisor``, if that isn't 0,
