@@ -648,7 +648,11 @@ register(
         name="dpo_loss",
         summary="Direct preference optimisation: sigmoid, robust, hinge, IPO, EXO",
         function=dpo_loss,
-        not_fuzzed={"infinite": "inf - inf"},
+        not_fuzzed={
+            "infinite": "inf - inf",
+            "fills": "the order of the three differences matters",
+            "outliers": "the order of the three differences matters",
+        },
         reference=dpo_loss_reference,
         samples=_dpo_samples,
         modules=lambda: [
