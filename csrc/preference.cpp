@@ -102,7 +102,8 @@ void differentiate(int64_t kind, int64_t order, A* v, int64_t n, A beta, A p, A 
   }
 }
 
-// (chosen - chosen_offset) - (rejected - rejected_offset) - margin, elementwise; an offset may be missing.
+// (chosen - chosen_offset) - (rejected - rejected_offset) - margin, elementwise; an offset may be missing: without
+// that of rejected, (chosen - rejected) - chosen_offset - margin.
 struct Differences {
   Tensor chosen, rejected;
   std::optional<Tensor> chosen_offset, rejected_offset;
@@ -125,9 +126,11 @@ struct Differences {
     A low[kTile];
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(c[i]);
     for (int64_t i = 0; i < n; ++i) low[i] = static_cast<A>(r[i]);
-    if (chosen_offset) subtract(data<T>(*chosen_offset) + at, n, out);
+    if (chosen_offset && rejected_offset) subtract(data<T>(*chosen_offset) + at, n, out);
     if (rejected_offset) subtract(data<T>(*rejected_offset) + at, n, low);
-    for (int64_t i = 0; i < n; ++i) out[i] = (out[i] - low[i]) - m;
+    for (int64_t i = 0; i < n; ++i) out[i] -= low[i];
+    if (chosen_offset && !rejected_offset) subtract(data<T>(*chosen_offset) + at, n, out);  // it is a margin
+    for (int64_t i = 0; i < n; ++i) out[i] -= m;
   }
 
  private:

@@ -42,16 +42,16 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
         elif ORDER == 1:
             return tl.where(1 - z <= 0, 0.0, -beta)
         else:
-            return d - d  # 0, but for NaN
+            return tl.where(d == d, 0.0, d)
     elif KIND == SQUARED:
         if ORDER == 0:
             return (d - p) * (d - p)
         elif ORDER == 1:
             return 2 * (d - p)
         elif ORDER == 2:
-            return d - d + 2
+            return tl.where(d == d, 2.0, d)
         else:
-            return d - d
+            return tl.where(d == d, 0.0, d)
     else:
         u = tl.exp(tl.where(z < 0, z, -z))
         whole = 1 / (1 + u)
@@ -59,10 +59,12 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
         down = tl.where(z < 0, whole, u * whole)
         both = up * down
         if ORDER == 0:
-            low = tl.where(z < 0, -z, 0.0) + log1p_unit(u)
+            rest = log1p_unit(u)
+            low = tl.where(z < 0, -z, 0.0) + rest
+            high = tl.where(z < 0, 0.0, z) + rest
         if KIND == LOGISTIC:
             if ORDER == 0:
-                return weigh(p, low) + weigh(q, low + z)
+                return weigh(p, low) + weigh(q, high)
             elif ORDER == 1:
                 return beta * (q * up - p * down)
             elif ORDER == 2:
@@ -70,16 +72,16 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
             else:
                 return beta * beta * beta * (p + q) * (both * (down - up))
         else:
-            rest = z - (q - p)
+            beyond = z - (q - p)
             slope = down - up
             if ORDER == 0:
-                return up * (p - low) + down * (q - (low + z))
+                return weigh(up, p - low) + weigh(down, q - high)
             elif ORDER == 1:
-                return beta * (both * rest)
+                return beta * (both * beyond)
             elif ORDER == 2:
-                return beta * beta * (both * (slope * rest + 1))
+                return beta * beta * (both * (slope * beyond + 1))
             else:
-                return beta * beta * beta * (both * ((slope * slope - 2 * both) * rest + 2 * slope))
+                return beta * beta * beta * (both * ((slope * slope - 2 * both) * beyond + 2 * slope))
 
 
 @triton.jit
@@ -104,7 +106,8 @@ def value_at(
     r = widen(tl.load(rejected_ptr + at, mask=inside, other=0))
     co = widen(tl.load(chosen_offset_ptr + at, mask=tl.where(chosen_offset != 0, inside, False), other=0))
     ro = widen(tl.load(rejected_offset_ptr + at, mask=tl.where(rejected_offset != 0, inside, False), other=0))
-    d = (c - co) - (r - ro) - tl.full([1], margin, c.dtype)
+    # Without an offset of rejected, that of chosen is a margin.
+    d = tl.where(rejected_offset != 0, (c - co) - (r - ro), (c - r) - co) - tl.full([1], margin, c.dtype)
     beta, p, q = tl.full([1], beta, c.dtype), tl.full([1], p, c.dtype), tl.full([1], q, c.dtype)
     return derivative(d, beta, p, q, KIND, ORDER)
 
