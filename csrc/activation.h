@@ -51,7 +51,8 @@ void activate_span(const Rule& rule, const T* x, const Accumulator<T>* bias, con
 #endif
   for (; i < n; ++i) {
     A result;
-    const A v = static_cast<A>(x[i]) + (bias != nullptr ? bias[i] : A(0));
+    A v = static_cast<A>(x[i]);
+    if (bias != nullptr) v += bias[i];  // not + 0, which loses the sign of a zero
     const bool keep = rule.apply(v, random != nullptr && bit(random, i), result);
     y[i] = static_cast<T>(result);
     if (i % 8 == 0) mask[i / 8] = 0;

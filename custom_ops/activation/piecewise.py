@@ -251,7 +251,7 @@ def _activate(
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """``max(x, 0)``, keeping one bit per element for backward where torch keeps a tensor.
 
-    Equal to ``torch.relu`` but for the sign of a zero, as -0.0 may give 0.0: NaN propagates, the gradient at exactly 0
+    Equal to ``torch.relu`` but that -0.0 gives 0.0: NaN propagates, the gradient at exactly 0
     is 0 and that at NaN passes. Where the gradient is 0 it is so of a NaN gradient too. Differentiable to any order
     and in forward mode; the second derivative is 0.
 
@@ -284,9 +284,9 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """``x`` where it is positive, ``negative_slope * x`` elsewhere, keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.leaky_relu`` but for the sign of a zero: the gradient at exactly 0 and at NaN is that
-    of the negative side. A ``negative_slope`` of 0 is a true 0, also at -inf and for a NaN gradient, where torch's
-    product with 0 is NaN. Any ``negative_slope``, a negative one too, also in place.
+    Equal to ``torch.nn.functional.leaky_relu``, bit by bit: the gradient at exactly 0 and at NaN is that of the negative
+    side. Only a ``negative_slope`` of 0 is a true 0, also at -inf and for a NaN gradient, where torch's product with 0
+    is NaN. Any ``negative_slope``, a negative one too, also in place.
 
     Args, errors, layout and cost as for `relu`; ``TypeError`` also if ``negative_slope`` is no number.
 
@@ -306,7 +306,7 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """``x`` clamped to [min_val, max_val], keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.hardtanh`` but for the sign of a zero: NaN propagates, the gradient is 0 at both
+    Equal to ``torch.nn.functional.hardtanh`` but that -0.0 at a bound of 0 gives 0.0: NaN propagates, the gradient is 0 at both
     bounds. At NaN it is 0, as in torch's vectorised kernels (its scalar ones let it pass).
 
     Args, errors, layout and cost as for `relu`; ``ValueError`` also unless ``min_val <= max_val``.
@@ -340,7 +340,7 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor:
 def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """``x`` where it exceeds ``threshold``, else ``value``, keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.threshold`` but for the sign of a zero: NaN propagates and its gradient passes.
+    Equal to ``torch.nn.functional.threshold``, bit by bit: NaN propagates and its gradient passes.
 
     Args, errors, layout and cost as for `relu`; ``TypeError`` also if a bound is no number.
 
