@@ -668,31 +668,31 @@ def test_where_it_was_measured_and_whether_to_trust_it():
     assert "the load was 3.9 on 4 cores" in trouble(MACHINE | {"load": 3.9})
 
 
-def test_the_readme_shows_each_size_beside_the_peers(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
-    update = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(update)
-    monkeypatch.setattr(update, "ROOT", tmp_path)
-    monkeypatch.setattr(update, "RESULTS", tmp_path)
-    assert update.fastest() == "No results of this version are in benchmarks/results yet."
+def test_the_docs_show_each_op_beside_the_best_of_its_peers(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("generated", ROOT / "docs" / "generated.py")
+    generated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generated)
+    monkeypatch.setattr(generated, "RESULTS", tmp_path)
+    monkeypatch.setattr(generated, "families", lambda: {"family": ["square"]})
     result = report(1.0, peer=2.0)
     result.rows[0] = replace(result.rows[0], floors=1.5, peak_bytes=3 << 20)
     result.rows[1] = replace(result.rows[1], note="differs")
     result.overhead = {"library": {}, "ops": {"square": {OURS: 20.0, "native": 10.0}}}
     result.remarks = ["something to know"]
     result.write_json(tmp_path / "cpu.json")
-    assert "| op |" in update.fastest()
-    assert "peer" not in update.fastest()  # its answer differs
-    text = update.speed()
-    assert "## a CPU, 2 threads, AVX2, fresh memory\n\ntorch 2.13.0, `bench`, cpu.json" in text
-    assert "- something to know" in text
-    assert "| square, first sample | 20.0 | native | 2.00 |" in text
-    assert "| square, forward, by n | ours, ms | ± IQR | × floor | GB/s | peak, MiB | ours / peer |" in text
+    assert "| op |" in generated.fastest("family")
+    assert "peer" not in generated.fastest("family")  # its answer differs
+    runs, text = generated.runs(), generated.speed()
+    assert "1. a CPU, 2 threads, AVX2, fresh memory, torch 2.13.0: `bench`" in runs
+    assert "- something to know" in runs
+    assert "| 1 | `square`, first sample | 20.0 | native | 2.00 |" in generated.overhead()
+    assert "## Family\n\n### `square`\n\nBy n; fresh memory, run 1." in text
+    assert "| forward | ours, ms | ± IQR | × floor | GB/s | peak, MiB | ours / peer |" in text
     assert "| 8 | 1 | 2% | 1.50 | 1.0 | 3.0 | 0.50* |" in text
     assert "its answer differs" in text
     result.rows[1] = replace(result.rows[1], note="")
     result.write_json(tmp_path / "cpu.json")
-    assert "| `square` | 8 n, forward | 1 | 1.50 | peer | 0.50 |" in update.fastest()
+    assert "| `square` | 8 n, forward | 1 ± 2% | peer | 2 ± 2% | 0.5 |" in generated.fastest("family")
 
 
 def test_only_the_sizes_that_are_named_are_measured():

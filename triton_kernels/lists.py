@@ -93,7 +93,7 @@ class Lists:
     def largest(self, x: Tensor, least: float = 0) -> Tensor:
         """The largest [..., L] of ``least`` and x [..., T] over each list, masked items and all."""
         if not self.several:
-            return x.amax(-1, keepdim=True).clamp_min(least)
+            return torch.nn.functional.pad(x, (0, 1), value=least).amax(-1, keepdim=True)
         top = x.new_full((*self.batch, self.lists + 2), least)
         return top.scatter_reduce(-1, (self.places + 1).expand(x.shape), x, "amax")[..., 1:-1]
 

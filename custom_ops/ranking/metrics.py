@@ -197,7 +197,7 @@ def ndcg(
     largest = ranked.of_items(ranked.total(torch.where(begins, best, 0).nan_to_num(), None))
 
     in_group = (before[ranked.end] - before[ranked.start]) / (ranked.end - ranked.start)
-    dcg = ranked.sum(relative_gains(ranked.labels, largest, gain) * in_group)
+    dcg = ranked.sum(relative_gains(ranked.labels.double(), largest, gain) * in_group)
     ideal = ranked.sum(relative_gains(best, largest, gain) * discounts[ranked.place])
     return ranked.reduce(dcg / ideal, ideal != 0)
 

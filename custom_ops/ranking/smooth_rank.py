@@ -276,6 +276,7 @@ def _register(
     summary: str,
     bad_calls: list[BadCall],
     benchmarks: list[Benchmark],
+    not_fuzzed: dict[str, str] | None = None,
     **own: Any,
 ) -> None:
     reference = reference_of(one_list)
@@ -292,10 +293,12 @@ def _register(
             modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
             bad_calls=lambda: [*_bad_calls(), *bad_calls],
             benchmarks=benchmarks or list_benchmark({"plain PyTorch": reference}),
+            not_fuzzed=not_fuzzed or {},
         )
     )
 
 
+_AS_WEIGHTS = {"time stamps": "as weights they cancel"}
 _register(
     approx_ndcg_loss,
     ApproxNDCGLoss,
@@ -311,11 +314,19 @@ _register(
         (20, 80, 100),
         temperature=1.0,
     ),
+    _AS_WEIGHTS,
     temperature=1.0,
     gain="linear",
 )
 _register(
-    approx_mrr_loss, ApproxMRRLoss, _approx_mrr_of_one_list, "Reciprocal rank at smooth ranks", [], [], temperature=1.0
+    approx_mrr_loss,
+    ApproxMRRLoss,
+    _approx_mrr_of_one_list,
+    "Reciprocal rank at smooth ranks",
+    [],
+    [],
+    _AS_WEIGHTS,
+    temperature=1.0,
 )
 _register(
     smooth_ap_loss, SmoothAPLoss, _smooth_ap_of_one_list, "Average precision at smooth ranks", [], [], temperature=1.0
