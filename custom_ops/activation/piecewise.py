@@ -284,9 +284,9 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """``x`` where it is positive, ``negative_slope * x`` elsewhere, keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.leaky_relu``, bit by bit: the gradient at exactly 0 and at NaN is that of the negative
-    side. Only a ``negative_slope`` of 0 is a true 0, also at -inf and for a NaN gradient, where torch's product with 0
-    is NaN. Any ``negative_slope``, a negative one too, also in place.
+    Equal to ``torch.nn.functional.leaky_relu``, bit by bit: the gradient at exactly 0 and at NaN is that of the
+    negative side. Only a ``negative_slope`` of 0 is a true 0, also at -inf and for a NaN gradient, where torch's
+    product with 0 is NaN. Any ``negative_slope``, a negative one too, also in place.
 
     Args, errors, layout and cost as for `relu`; ``TypeError`` also if ``negative_slope`` is no number.
 
@@ -306,8 +306,8 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """``x`` clamped to [min_val, max_val], keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.hardtanh`` but that -0.0 at a bound of 0 gives 0.0: NaN propagates, the gradient is 0 at both
-    bounds. At NaN it is 0, as in torch's vectorised kernels (its scalar ones let it pass).
+    Equal to ``torch.nn.functional.hardtanh`` but that -0.0 at a bound of 0 gives 0.0: NaN propagates, the gradient is
+    0 at both bounds. At NaN it is 0, as in torch's vectorised kernels (its scalar ones let it pass).
 
     Args, errors, layout and cost as for `relu`; ``ValueError`` also unless ``min_val <= max_val``.
 

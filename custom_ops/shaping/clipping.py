@@ -384,7 +384,7 @@ register(
             BadCall((two, None), "max_norm: expected a number, got NoneType"),
             BadCall((two, -1.0), "max_norm: expected at least 0, got -1.0"),
             BadCall((two, 1.0, 1.5), "dim: expected an integer or several, got float"),
-            BadCall((two, 1.0, False), "dim: expected an integer or several, got False"),
+            BadCall((two, 1.0, False), "dim: expected an integer or several, got bool"),
             BadCall((two, 1.0, 1), "dim: expected within 1 dimensions, got 1"),
             BadCall((two, 1.0, (0, -1)), r"dim: expected different dimensions, got \(0, -1\)"),
             BadCall((two, 1.0, ()), "dim: expected at least one dimension, got none"),
