@@ -337,6 +337,7 @@ _PEERS: dict[str, Callable[..., Any] | str] = {
     "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
     "conch, cached": "custom_ops.benchmarks.conch_peers:cached_bev_pool_voxel_sum",
     "ours, cached": "custom_ops.benchmarks.peers:cached_voxel_sum",
+    "ours, cached, unchecked": "custom_ops.benchmarks.peers:unchecked_voxel_sum",
 }
 
 
