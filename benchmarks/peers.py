@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from custom_ops.ranking.neural_sort import neural_sort_matrix
-from custom_ops.voxel import voxel_csr, voxel_sum
+from custom_ops.voxel import VoxelSum, segment_sum, voxel_csr, voxel_sum
 
 
 class CumulativeVoxelsSumming(torch.autograd.Function):
@@ -187,6 +187,21 @@ _kept_csr = once(voxel_csr)
 def cached_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
     """Ours, of points sorted before."""
     return voxel_sum(x, rank, num_voxels, csr=_kept_csr(rank, num_voxels))
+
+
+_kept_layer = once(lambda rank, num_voxels: VoxelSum(num_voxels))
+
+
+def layer_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    """Ours, as a layer that compares the ranks with those that it keeps."""
+    out: Tensor = _kept_layer(rank, num_voxels)(x, rank)
+    return out
+
+
+def unchecked_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
+    """Both without finding out whose the sorted points are: what that costs is the difference."""
+    perm, indptr = _kept_csr(rank, num_voxels)
+    return segment_sum(x, indptr, perm)
 
 
 def _outer(depth: Tensor, feat: Tensor) -> Tensor:

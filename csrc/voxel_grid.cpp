@@ -78,49 +78,44 @@ ALWAYS_INLINE inline bool is_whole(R rank) {
   return (rank < static_cast<R>(int64_t{1} << std::numeric_limits<R>::digits)) & (std::trunc(rank) == rank);
 }
 
-// Whether the boundaries [begin, end) of rows of as many ascend, in each row from 0 to at most `points`.
-bool ascends(const int64_t* at, int64_t begin, int64_t end, int64_t row, int64_t points) {
-  int64_t wrong = 0;
-  for (int64_t i = begin, stop; i < end; i = stop) {
-    const bool starts = i % row == 0;
-    stop = std::min(end, i / row * row + row);
-    wrong |= (starts ? at[i] != 0 : at[i] < at[i - 1]) | (at[stop - 1] > points);
-    multiversion([&wrong, at, i, stop]() ALWAYS_INLINE {
-      int64_t drops = 0;
-      for (int64_t k = i + 1; k < stop; ++k) drops |= at[k] < at[k - 1];
-      wrong |= drops;
-    });
-  }
-  return !wrong;
-}
-
-// Whether the positions [begin, end) hold what a stable sort puts there: a point of the voxel that has the position,
-// or behind all voxels one outside, and within a voxel the points in their order. All positions together then are a
-// permutation. Each step is without a branch, because one mispredicted costs more than all the rest of a point.
+// Whether the positions [begin, end) hold what a stable sort puts there, and the boundaries that fall there are right;
+// those are copied to `out`. Position n is that of a point outside behind all others, so that each boundary falls on
+// one. Points, ordered by voxel and within it strictly, are all different ones, hence a permutation. Boundary v lies
+// where the voxels reach v. Differences whose signs are gathered take the place of branches, because one mispredicted
+// costs more than all the rest of a point.
 template <class I>
-bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t n, int64_t voxels, int64_t begin,
-             int64_t end) {
+bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t* out, int64_t n, int64_t voxels,
+             int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 1024;
-  int64_t block[kBlock], wrong = 0;
+  int64_t block[kBlock + 1], wrong = 0;
   for (int64_t first = begin; first < end && !wrong; first += kBlock) {
-    multiversion([=, &wrong, voxel = block]() ALWAYS_INLINE {
-      const int64_t count = std::min(kBlock, end - first);
+    multiversion([=, &wrong, voxel = block + 1]() ALWAYS_INLINE {
+      const int64_t count = std::min(kBlock, end - first), points = std::min(count, n - first);
+      const int64_t from = first > 0 ? -1 : 0;  // the position before is looked at again
       const int64_t* point = perm + first;
-      for (int64_t k = 0; k < count; ++k)
-        voxel[k] = static_cast<int64_t>(rank[std::min(static_cast<uint64_t>(point[k]), static_cast<uint64_t>(n - 1))]);
-      int64_t found = 0;
-      for (int64_t k = 0; k < count; ++k) {
-        found |= (point[k] < 0) | (point[k] >= n) | (voxel[k] >= voxels);
-        voxel[k] = voxel[k] < 0 ? voxels : std::min(voxel[k], voxels);
+      int64_t found = 0;  // negative where something is wrong
+      for (int64_t k = from; k < points; ++k) found |= -static_cast<int64_t>((point[k] < 0) | (point[k] >= n));
+      if ((wrong = found < 0)) return;
+      for (int64_t k = from; k < points; ++k) {
+        const int64_t r = static_cast<int64_t>(rank[point[k]]);
+        found |= -static_cast<int64_t>(r >= voxels);
+        voxel[k] = r < 0 ? voxels : r;
       }
-      for (int64_t k = 1; k < count; ++k) found |= (voxel[k] == voxel[k - 1]) & (point[k] <= point[k - 1]);
-      if (first > at[voxel[0]]) found |= point[0] <= point[-1];
-      int64_t early = 0;  // negative where a position lies before its voxel or behind it
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t v = voxel[k], i = first + k, inside = v < voxels;
-        early |= (i - at[v]) | ((at[v + inside] - 1 - i) & -inside);
+      for (int64_t k = from + 1; k < points; ++k) {
+        const int64_t up = voxel[k] - voxel[k - 1];
+        found |= up | (up == 0 ? point[k] - point[k - 1] - 1 : 0);
       }
-      wrong |= found | (early < 0);
+      if ((wrong = found < 0)) return;
+      if (first == 0) voxel[-1] = -1;
+      if (points < count) voxel[points] = voxels;
+      const int64_t v0 = voxel[-1] + 1, v1 = voxel[count - 1] + 1;
+      for (int64_t v = v0; v < v1; ++v) {
+        const uint64_t i = static_cast<uint64_t>(at[v]) - first, last = count - 1;
+        const int64_t k = std::min(i, last);
+        found |= -static_cast<int64_t>(i > last) | (v - 1 - voxel[k - 1]) | (voxel[k] - v);
+      }
+      std::copy(at + v0, at + v1, out + v0);
+      wrong = found < 0;
     });
   }
   return !wrong;
@@ -265,25 +260,21 @@ Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& i
   Tensor out = fresh(indptr, sizes(indptr));
   const int64_t *pp = data<int64_t>(perm), *ip = data<int64_t>(indptr);
   int64_t* op = mutable_data<int64_t>(out);
-  std::atomic<bool> ordered{true}, matches{true};
-  Chunks(examples * row, 1 << 15).parallel([&](int64_t, int64_t begin, int64_t end) {
-    std::copy(ip + begin, ip + end, op + begin);
-    if (!ascends(ip, begin, end, row, n)) ordered = false;
-  });
-  constexpr const char* kOther = "csr: expected voxel_csr(rank, num_voxels), got one of other ranks";
-  check(ordered, kOther);
+  std::atomic<bool> matches{true};
   dispatch_index(rank, "rank", [&](auto type) {
     using I = typename decltype(type)::type;
     const I* rp = data<I>(rank);
-    Chunks(examples * n, 1 << 14).parallel([&](int64_t, int64_t begin, int64_t end) {
+    const int64_t positions = n + 1;
+    Chunks(examples * positions, 1 << 14).parallel([&](int64_t, int64_t begin, int64_t end) {
       for (int64_t at = begin, stop; at < end; at = stop) {
-        const int64_t e = at / n, base = e * n;
-        stop = std::min(end, base + n);
-        if (!follows(rp + base, pp + base, ip + e * row, n, row - 1, at - base, stop - base)) matches = false;
+        const int64_t e = at / positions, first = e * positions;
+        stop = std::min(end, first + positions);
+        if (!follows(rp + e * n, pp + e * n, ip + e * row, op + e * row, n, row - 1, at - first, stop - first))
+          matches = false;
       }
     });
   });
-  check(matches, kOther);
+  check(matches, "csr: expected voxel_csr(rank, num_voxels), got one of other ranks");
   return out;
 }
 

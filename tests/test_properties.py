@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fuzz import main, property_of
 
+import custom_ops
 from custom_ops import registry
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import REGISTRY, Sample
 from custom_ops.verify import VALUES, check, random_sample, script
 from custom_ops.verify._fuzz import LABELS
 
@@ -21,6 +24,33 @@ from custom_ops.verify._fuzz import LABELS
 @pytest.mark.parametrize("op", REGISTRY)
 def test_equals_the_reference_on_random_calls(op, full):
     property_of(REGISTRY[op], 500 if full else 50, derandomize=True)()
+
+
+@pytest.mark.parametrize("op", ["voxel_sum", "bev_pool"])
+def test_random_geometries_are_taken_or_refused(op):
+    """A csr of the call's ranks, made of another number type; of ranks that differ in some points; and one shuffled."""
+    for number in range(100):
+        draw = random.Random(number)
+        sample = random_sample(REGISTRY[op], draw.choice)
+        call = inspect.signature(REGISTRY[op].function).bind(*sample.args, **sample.kwargs).arguments
+        call["rank"] = call["rank"].masked_fill(~call.pop("mask", torch.tensor(True)), -1)
+        rank = call["rank"].flatten(-4) if op == "bev_pool" else call["rank"]
+        voxels = call["num_voxels"]
+        call["num_voxels"] = draw.choice((int, np.int64, torch.tensor))(voxels)
+        index = draw.choice((torch.int32, torch.int64))
+        csr = [t.to(index) for t in custom_ops.voxel_csr(rank, voxels)]
+        check(REGISTRY[op], Sample((), {**call, "csr": csr}))
+        generator = torch.Generator().manual_seed(number)
+        drawn = torch.randint(-1, max(voxels, 1), rank.shape, generator=generator).clamp(max=voxels - 1)
+        stale = torch.where(torch.rand(rank.shape, generator=generator) < draw.choice((0.1, 0.9)), drawn, rank)
+        shuffled = csr[0][..., torch.randperm(rank.shape[-1], generator=generator)]
+        for perm, indptr in (custom_ops.voxel_csr(stale, voxels), (shuffled, csr[1])):
+            call["csr"] = (perm, indptr)
+            if torch.equal(perm, csr[0].long()) and torch.equal(indptr, csr[1].long()):
+                check(REGISTRY[op], Sample((), call))
+                continue
+            with pytest.raises(RuntimeError, match="^csr: expected voxel_csr"):
+                REGISTRY[op].function(**call)
 
 
 def test_kinds_of_values_not_tried_are_kinds_of_values():

@@ -143,6 +143,13 @@ def test_what_is_meant_clearly_is_taken():
     assert torch.equal(custom_ops.bev_pool(*pixels(B)[:2], B.view(1, 1, 3, 1, 1), 4).flatten(), expected.flatten())
     indptr, perm = T([0, 2, 3], dtype=torch.int32), T([2, 0, 1], dtype=torch.int32)
     assert custom_ops.segment_sum(X[:, 0], indptr, perm, T([2.0])).tolist() == [10, 4]
+    for narrow, wide in ((torch.float32, torch.float64), (torch.bfloat16, torch.float32)):
+        for of_x, of_weight in ((narrow, wide), (wide, narrow)):
+            x, weight = X.to(of_x).requires_grad_(), T([1.0, 3.0, 5.0], dtype=of_weight, requires_grad=True)
+            sums = custom_ops.segment_sum(x, indptr, perm, weight)
+            grads = torch.autograd.grad(sums.sum(), (x, weight))
+            assert (sums.dtype, grads[0].dtype, grads[1].dtype) == (wide, of_x, of_weight)
+            assert sums.flatten().tolist() == [21, 6] and grads[1].tolist() == [1, 2, 4]
     points, grid = torch.rand(9, 3), ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (2, 2, 2))
     taken = [np.asarray(g) for g in grid]
     assert torch.equal(custom_ops.voxel_rank(points, *taken), custom_ops.voxel_rank(points, *grid))

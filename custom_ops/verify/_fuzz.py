@@ -80,6 +80,14 @@ LABELS: dict[str, Values] = {
     "NaN": _with_some((math.nan,)),
 }
 
+# Of the argument `rank` of an op that has one; each in int32 too.
+RANKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "as given": lambda rank, drawn: rank,
+    "most outside": lambda rank, drawn: torch.where(drawn < 0.8, -1, rank),
+    "all outside": lambda rank, drawn: torch.full_like(rank, -1),
+    "all inside in one voxel": lambda rank, drawn: rank.clamp(max=0),
+}
+
 
 def _in_order(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
@@ -104,8 +112,8 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
     """A call of the op: one of its samples with another size, other values, layouts and dtypes.
 
     Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude, ``labels`` are
-    those given, below 0, time stamps or with NaN. What else is floating or boolean is drawn from its own elements,
-    integers keep theirs. ``choose(options)`` picks one of them.
+    those given, below 0, time stamps or with NaN, and ``rank`` those given, outside or in one voxel. What else is
+    floating or boolean is drawn from its own elements, integers keep theirs. ``choose(options)`` picks one of them.
 
     Raises `NotApplicable` where the op gives no sample of the dtype chosen.
 
@@ -126,9 +134,7 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
         (shape,) = shapes
         shapes = {torch.Size([choose((n, *_SIZES)) for n in shape])}
     kind = choose([kind for kind in VALUES if kind not in info.not_fuzzed])
-    names = [*inspect.signature(info.function).parameters, "labels"]
-    place = names.index("labels")
-    labels = [t for key, t in zip(call.keys, call.tensors) if key in ("labels", place)]
+    labels, ranks = (_named(name, info, call) for name in ("labels", "rank"))
     label_kind = choose([kind for kind in LABELS if kind not in info.not_fuzzed]) if labels else ""
     generator = torch.Generator().manual_seed(choose(range(1 << 16)))
     tensors = []
@@ -142,10 +148,19 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
             new = tensor.flatten()[torch.randint(tensor.numel(), shape, generator=generator)]
         else:
             new = tensor
+        if any(tensor is t for t in ranks):
+            new = RANKS[choose(list(RANKS))](tensor, torch.rand(tensor.shape, generator=generator))
+            new = new.to(choose((torch.int64, torch.int32)))
         layouts = {**_LAYOUTS, **EXPANDED} if tensor.requires_grad else _LAYOUTS
         new = layouts[choose(list(layouts))](new.detach())
         tensors.append(new.requires_grad_(tensor.requires_grad))
     return call.with_tensors(tensors).sample
+
+
+def _named(name: str, info: OpInfo, call: Call) -> list[Tensor]:
+    """The call's argument of that name, by position or not."""
+    place = [*inspect.signature(info.function).parameters, name].index(name)
+    return [t for key, t in zip(call.keys, call.tensors) if key in (name, place)]
 
 
 def check(info: OpInfo, sample: Sample) -> None:

@@ -218,10 +218,14 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
     rank = torch.randint(-1, 4, (8,), device=device)
     long = call((1, 2, 2, 1, 2), 1, rank, (1, 2, 2))
+    # A depth in two voxels and twice in one, pixels not its own, intervals in any order, and points between them.
+    lists = ([3, 0, 1, 0, 3, 3, 2], [0, 1, 1, 0, 1, 0, 1], [2, 2, 0, 1, 1, 1, 0], [3, 0], [3, 2])
+    depths, pixels, voxels, *intervals = (torch.tensor(values, device=device) for values in lists)
     return [
         Sample(call((2, 1, 2, 1, 2), 2, rank, (1, 2, 2))),
         Sample((*long[:2], *(t.long() for t in long[2:5]), long[5], *(t.long() for t in long[6:]))),
         Sample(call((1, 1, 2, 1, 2), 2, rank[:4].clamp(max=-1), (1, 1, 4))),  # nothing in the grid
+        Sample((leaf(1, 1, 2, 1, 2), leaf(1, 1, 1, 2, 3), depths, pixels, voxels, (1, 1, 1, 4, 3), *intervals)),
     ]
 
 

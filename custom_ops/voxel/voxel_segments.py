@@ -321,7 +321,8 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
             all examples alike.
         perm: int32 or int64 ``[..., N]`` or ``[N]``, like ``indptr``: a permutation of the points, as from
             `voxel_csr`; the identity if None.
-        weight: ``[..., N]`` of x's dtype, or what broadcasts to it; 1 if None.
+        weight: ``[..., N]`` or what broadcasts to it, floating; 1 if None. Of two dtypes the one that both
+            promote to is used.
 
     Returns:
         ``[..., V, C]``, or ``[V]`` for x ``[N]``; 0 for an empty segment. Differentiable to any order in ``x``
@@ -359,7 +360,7 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
     if perm is not None and perm.shape[-1] != x.shape[-2]:
         raise ValueError(f"perm: expected {x.shape[-2]} points as in x, got {perm.shape[-1]}")
     if weight is not None:
-        _checks.has_dtype("weight", weight, (x.dtype,))
+        _checks.has_dtype("weight", weight, _checks.FLOATING)
         try:
             weight = weight.expand(x.shape[:-1])
         except RuntimeError:
@@ -368,6 +369,9 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
             ) from None
     given = {"x": x, "indptr": indptr, "perm": perm, "weight": weight}
     _checks.same_device(**{name: t for name, t in given.items() if t is not None})
+    if weight is not None:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(dtype), weight.to(dtype)
     return segment_reduce(x, weight, indptr.long(), None if perm is None else perm.long(), False, 1, 1)
 
 
@@ -402,7 +406,7 @@ def segment_sum_reference(
     order = torch.arange(points, device=x.device) if perm is None else perm
     order = order.expand(*shape, points).reshape(-1, points)
     values = examples if weight is None else weight.expand(x.shape[:-1]).reshape(-1, points, 1) * examples
-    out = x.new_zeros(len(examples), indptr.shape[-1] - 1, x.shape[-1])
+    out = values.new_zeros(len(examples), indptr.shape[-1] - 1, x.shape[-1])
     sums = []
     for e in range(len(examples)):
         counts = indptr[e].diff()
@@ -467,7 +471,9 @@ register(
             BadCall((_x, _indptr.expand(2, 3)), r"indptr: expected \[..., V \+ 1\] with the leading dimensions \[\]"),
             BadCall((_x, _indptr, _perm[1:]), "perm: expected 3 points as in x, got 2"),
             BadCall((_x, _indptr, _perm.expand(2, 3)), "perm: expected"),
-            BadCall((_x, _indptr, _perm, _x[:, 0].double()), "weight: expected one of float32, got float64"),
+            BadCall(
+                (_x, _indptr, _perm, _perm), "weight: expected one of float16, bfloat16, float32, float64, got int64"
+            ),
             BadCall((_x, _indptr, _perm, _x), r"weight: expected shape \[3\]"),
             BadCall((_x, _indptr.to("meta")), "indptr: expected on cpu as x, got meta"),
         ],
