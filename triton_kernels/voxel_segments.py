@@ -465,7 +465,7 @@ def segment_spread_rows_kernel(
         if WEIGHT:
             sums *= widen(tl.load(weight_ptr + point, mask=found, other=0))[:, None]
         if mean != 0:
-            # Not in sums.dtype as below: ptxas would spill on sm_80.
+            # Not in sums.dtype, nor in total's below: ptxas would use local memory.
             sums = sums * _share(indptr_ptr, segment, found, tl.float64).to(sums.dtype)[:, None]
         total += tl.where((segment == _UNKNOWN)[:, None], float("nan"), sums)
     at = (example * rows + row)[:, None] * columns + column[None, :]
@@ -510,7 +510,7 @@ def segment_spread_dots_kernel(
             x = widen(tl.load(x_ptr + row[:, None] * columns + column, mask=exists, other=0))
             total += tl.sum(sums * x, axis=1)
         if mean != 0:
-            total = total * _share(indptr_ptr, segment, found, total.dtype)
+            total = total * _share(indptr_ptr, segment, found, tl.float64).to(total.dtype)
         total = tl.where(segment == _UNKNOWN, float("nan"), total)
         tl.store(out_ptr + example * points + point, total, mask=inside)
 
