@@ -156,6 +156,9 @@ def bev_pool_v2(
 def _in_shards(pool: Callable[..., Tensor], depth: Any, feat: Any, *listed: Tensor) -> Tensor:
     """Each process finds among all listed points those of its own depths and pixels."""
 
+    def numbered(shape: torch.Size) -> Any:
+        return shards.replicated(torch.arange(shape.numel(), device=depth.device).view(shape), depth)
+
     def run(
         depth: Tensor, feat: Tensor, depths: Tensor, pixels: Tensor, depth_at: Tensor, feat_at: Tensor, rank: Tensor
     ) -> Tensor:
@@ -169,8 +172,7 @@ def _in_shards(pool: Callable[..., Tensor], depth: Any, feat: Any, *listed: Tens
         return pool(depth, feat, *own, rank)
 
     points, rows = depth.numel(), feat.shape[:4].numel()
-    numbers = (torch.arange(shape.numel(), device=depth.device).view(shape) for shape in (depth.shape, feat.shape[:4]))
-    numbers = (shards.replicated(t, depth) for t in numbers)
+    numbers = numbered(depth.shape), numbered(feat.shape[:4])
     return shards.in_shards(run, "bndHW,bnHWc,bndHW,bnHW,P,P,P->BcZYX", depth, feat, *numbers, *listed)
 
 
