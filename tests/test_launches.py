@@ -66,7 +66,8 @@ def test_a_slice_compiles_once_more_at_most(op):
     for given in (sample, Sample(args, kwargs, sample.dynamic)):
         for trace in trace_of(REGISTRY[op], given):
             compiled |= {launch.compiled for launch in trace.launches}
-    kernels = [(name, variant) for name, variant, *_ in compiled]
+    # The sizes are the same; where one is 1 in some launches of a kernel, Triton compiles it for those alone.
+    kernels = [(name, variant, *(s for s in seen if not s[:1] or s[0][0] != "*")) for name, variant, *seen in compiled]
     for kernel in kernels:
         assert kernels.count(kernel) <= 2, [launch for launch in compiled if launch[0] == kernel[0]]
 

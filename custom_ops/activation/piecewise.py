@@ -13,6 +13,7 @@ from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask, pack, unpack
 from custom_ops._layout import as_it_lies, overlaps
 from custom_ops._native import define
+from custom_ops._wide import under_autocast
 from custom_ops.activation._common import against, away_from, not_a_tensor, unary_samples
 from custom_ops.library import Function
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
@@ -399,8 +400,7 @@ def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
     """The bias in x's dtype, and which dimension it is along."""
     _checks.has_dtype("x", x, _checks.FLOATING)
     _checks.has_dtype("bias", bias, _checks.FLOATING)
-    kind = x.device.type
-    if bias.dtype != x.dtype and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if bias.dtype != x.dtype and under_autocast(x):
         bias = bias.to(x.dtype)  # a parameter, beside the output of a layer that autocast runs in 16 bits
     _checks.has_dtype("bias", bias, (x.dtype,))
     _checks.has_dims("bias", bias, "[C]")

@@ -35,6 +35,7 @@ from torch.nn import Parameter
 
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
+from custom_ops._wide import under_autocast
 from custom_ops.library import Function
 from custom_ops.ranking import _inputs
 from custom_ops.registry import BadCall, Benchmark, Sample, Target
@@ -403,11 +404,6 @@ def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
             stacklevel=4,
         )
     return out
-
-
-def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on where x lies; the meta device has none."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def checked(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops._native import define
-from custom_ops._wide import wide
+from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
 from custom_ops.ranking import _lists
 from custom_ops.ranking._lists import (
@@ -347,7 +347,7 @@ def spearman_loss(
     if cu_lengths is None:
         loss, active = loss.squeeze(-1), active.squeeze(-1)
     loss = _lists.reduce(loss, active, weights, reduction)
-    return loss.float() if _lists.under_autocast(scores) else loss.to(scores.dtype)
+    return loss.float() if under_autocast(scores) else loss.to(scores.dtype)
 
 
 def _tied(spread: Tensor, n: int | Tensor) -> Tensor:

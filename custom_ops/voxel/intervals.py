@@ -11,6 +11,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
+from custom_ops._wide import under_autocast
 from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, register
 from custom_ops.voxel.pooling import CAMERAS, draw_cameras
 from custom_ops.voxel.voxel_grid import numbers_of
@@ -133,33 +134,34 @@ def bev_pool_v2(
     depth_at, feat_at, bev, starts, lengths = (array.long() for array in (*ranks.values(), *intervals.values()))
     sizes = (depth.numel(), feat.shape[:4].numel(), voxels)
     rank = interval_ranks(depth_at, feat_at, bev, starts, lengths, *sizes)
+    dtype = torch.promote_types(depth.dtype, feat.dtype)
 
-    def pool(depth: Tensor, feat: Tensor, depth_at: Tensor, feat_at: Tensor) -> Tensor:
+    def pool(depth: Tensor, feat: Tensor, depth_at: Tensor, feat_at: Tensor, rank: Tensor) -> Tensor:
         listed = (rank >= 0) & (depth_at >= 0)  # here
         depth_at, feat_at = (torch.where(listed, at, -1) for at in (depth_at, feat_at))
         # A sum of one product is a look-up that knows its derivatives.
         ones, first = depth.new_ones(1, 1), depth_at.clamp_max(0)
         weight = pair_dots(depth.reshape(-1, 1), ones, depth_at, first)
-        return pair_reduce(feat.flatten(0, 3), weight, feat_at, rank, voxels)
+        out = pair_reduce(feat.flatten(0, 3), weight, feat_at, rank, voxels)
+        if not under_autocast(out):
+            out = out.to(dtype)
+        return out.view(*bev_feat_shape[:4], out.shape[1]).permute(0, 4, 1, 2, 3).contiguous()
 
-    dtype = torch.promote_types(depth.dtype, feat.dtype)
     depth, feat = (t.to(torch.promote_types(dtype, torch.float32)) for t in (depth, feat))
     if shards.is_sharded(depth, feat):
-        out = _in_shards(pool, depth, feat, depth_at, feat_at)
-    else:
-        out = pool(depth, feat, depth_at, feat_at)
-    if not torch.is_autocast_enabled(out.device.type):
-        out = out.to(dtype)
-    return out.view(bev_feat_shape).permute(0, 4, 1, 2, 3).contiguous()
+        return _in_shards(pool, depth, feat, depth_at, feat_at, rank)
+    return pool(depth, feat, depth_at, feat_at, rank)
 
 
-def _in_shards(pool: Callable[..., Tensor], depth: Any, feat: Any, depth_at: Tensor, feat_at: Tensor) -> Tensor:
+def _in_shards(pool: Callable[..., Tensor], depth: Any, feat: Any, *listed: Tensor) -> Tensor:
     """Each process finds among all listed points those of its own depths and pixels."""
 
-    def numbered(like: Any) -> Any:
-        return shards.replicated(torch.arange(like.numel(), device=like.device).view(like.shape), like)
+    def numbered(shape: torch.Size) -> Any:
+        return shards.replicated(torch.arange(shape.numel(), device=depth.device).view(shape), depth)
 
-    def run(depth: Tensor, feat: Tensor, depths: Tensor, pixels: Tensor) -> Tensor:
+    def run(
+        depth: Tensor, feat: Tensor, depths: Tensor, pixels: Tensor, depth_at: Tensor, feat_at: Tensor, rank: Tensor
+    ) -> Tensor:
         own = []
         for at, numbers, whole in ((depth_at, depths, points), (feat_at, pixels, rows)):
             place = at.new_full((whole,), -1)
@@ -167,11 +169,11 @@ def _in_shards(pool: Callable[..., Tensor], depth: Any, feat: Any, depth_at: Ten
             own.append(place[at.clamp(0, max(whole - 1, 0))] if whole else torch.full_like(at, -1))
         if bool(((own[0] < 0) != (own[1] < 0)).any()):
             raise RuntimeError("ranks_feat: expected pixels on the process of their depths, got some elsewhere")
-        return pool(depth, feat, *own)
+        return pool(depth, feat, *own, rank)
 
     points, rows = depth.numel(), feat.shape[:4].numel()
-    numbers = numbered(depth), numbered(feat[..., 0])
-    return shards.in_shards(run, "bndHW,bnHWc,bndHW,bnHW->Vc", depth, feat, *numbers)
+    numbers = numbered(depth.shape), numbered(feat.shape[:4])
+    return shards.in_shards(run, "bndHW,bnHWc,bndHW,bnHW,P,P,P->BcZYX", depth, feat, *numbers, *listed)
 
 
 def bev_pool_v2_reference(
