@@ -67,16 +67,10 @@ def test_one_descent_anywhere_is_found(descent):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_bounds_of_many_chunks(dtype):
     ranks = torch.randint(0, 30_000, (100_000,)).sort().values
-<<<<<<< HEAD
-    ranks = (ranks - 5).to(dtype)  # some are outside, before all others
-    counts = torch.unique_consecutive(ranks[ranks >= 0], return_counts=True)[1]
-    expected = (ranks < 0).sum() + torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-=======
     ranks = (ranks - 5).to(dtype)  # the first voxels' points are outside
     counts = torch.unique_consecutive(ranks[ranks >= 0], return_counts=True)[1]
     first = (ranks < 0).sum().view(1)
     expected = torch.cat([first, first + counts.cumsum(0)])
->>>>>>> w-fixvoxel
     indptr, last = custom_ops.voxel.voxel_grid.voxel_bounds(ranks, True)
     assert torch.equal(indptr, expected)
     assert torch.equal(last, expected[1:] - 1)

@@ -280,22 +280,7 @@ def test_offsets_past_2_to_the_31_in_the_triton_kernels():
     perm[-2:] = torch.tensor([rows - 1, rows - 2])
     out, at = torch.empty(1, width, dtype=torch.float16), torch.empty(1, width, dtype=torch.int64)
     partial, partial_at = nothing.float(), nothing.long()
-<<<<<<< HEAD
-    sizes = (
-        rows,
-        rows,
-        1,
-        width,
-        1,
-        1,
-        1,
-        0,
-        0,
-        0,
-    )  # points, rows, segments, columns, bins, plane, pieces, chunks, ...
-=======
     sizes = (rows, rows, 1, width, 1, 1, 1, 0, 0, 0)  # points, rows, segments, columns, bins, plane, pieces, ...
->>>>>>> w-fixvoxel
     for ordered, largest in ((False, False), (True, False), (True, True)):
         tensors = (x, x, indptr, perm, perm, partial, partial_at, out, at)
         kernels.segment_reduce_kernel(1, *tensors, *sizes, variant=(width, ordered, False, False, largest))
