@@ -270,6 +270,7 @@ _two, _three = torch.ones(2), torch.ones(3)
 register(
     OpInfo(
         name="margin_ranking_loss",
+        not_fuzzed=dict.fromkeys(("fills", "outliers"), "their products and sums are beyond float32"),
         summary="Margin ranking loss, fused",
         function=margin_ranking_loss,
         reference=margin_ranking_loss_reference,

@@ -161,6 +161,7 @@ _x = torch.ones(2)
 register(
     OpInfo(
         name="neural_sort_ndcg_loss",
+        not_fuzzed={"time stamps": "as weights they cancel"},
         summary="NDCG of a list sorted softly by NeuralSort",
         function=neural_sort_ndcg_loss,
         reference=reference_of(_neural_sort_ndcg_of_one_list),
