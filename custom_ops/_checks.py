@@ -161,7 +161,3 @@ def broadcast(**tensors: Tensor) -> list[Tensor]:
     except RuntimeError:
         shapes = ", ".join(str(list(t.shape)) for t in tensors.values())
         raise ValueError(f"{', '.join(tensors)}: expected shapes that broadcast, got {shapes}") from None
-
-
-# For callers that keep the value as it was given.
-is_bool, is_count, is_integer, is_number = as_bool, as_count, as_int, as_float

@@ -86,7 +86,7 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
     _checks.has_dtype("ranks", ranks, (*_checks.INDEX, torch.float32, torch.float64))
     _checks.has_dims("ranks", ranks, "[N]")
     _checks.same_device(x=x, geometry=geometry, ranks=ranks)
-    _checks.is_bool("check_sorted", check_sorted)
+    check_sorted = _checks.as_bool("check_sorted", check_sorted)
     for name, tensor in (("geometry", geometry), ("ranks", ranks)):
         if tensor.shape[0] != x.shape[0]:
             raise ValueError(f"{name}: expected {x.shape[0]} points as in x, got {tensor.shape[0]}")
@@ -107,8 +107,7 @@ class VoxelsSummingLayer(torch.nn.Module):
 
     def __init__(self, check_sorted: bool = True) -> None:
         super().__init__()
-        _checks.is_bool("check_sorted", check_sorted)
-        self.check_sorted = check_sorted
+        self.check_sorted = _checks.as_bool("check_sorted", check_sorted)
 
     def forward(self, x: Tensor, geometry: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
         return voxels_summing(x, geometry, ranks, self.check_sorted)
