@@ -24,7 +24,7 @@ STARTED := $(shell date +%s)
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo       the main job: python -m custom_ops demo'
+	@echo 'make demo       the main job: python -m examples.demo'
 	@echo 'make test       the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
 	@echo 'make test-full  all tests and the whole capability matrix, beside one more peer: hours'
 	@echo 'make machines   the demo on other machines, made of this one: instructions, threads, seeds, torches;'
@@ -44,10 +44,10 @@ help:
 
 demo: $(STAMPS)/tools build
 	@echo "Set-up: the environment and the C++ kernels took $$(($$(date +%s) - $(STARTED))) s"
-	$(PY) -m custom_ops demo
+	$(PY) -m examples.demo
 
 bench: $(STAMPS)/tools build
-	$(PY) -m custom_ops bench --quick
+	$(PY) -m benchmarks --quick
 
 docs: $(STAMPS)/test build
 	$(PY) docs/update_readme.py

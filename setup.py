@@ -25,7 +25,6 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp"))
 TORCH = (2, 10)  # the oldest torch the library runs on; also in pyproject.toml and custom_ops/_requirements.py
-FOLDERS = ("triton_kernels", "benchmarks", "examples")  # top-level folders, installed inside custom_ops
 
 CXXFLAGS = [
     "-std=c++17",
@@ -160,10 +159,9 @@ def _path(path: str) -> str:
     return re.sub(r"([$ :])", r"$\1", path)
 
 
-inside = [package for folder in FOLDERS for package in find_packages(include=[folder, f"{folder}.*"])]
 setup(
-    packages=[*find_packages(include=["custom_ops", "custom_ops.*"]), *(f"custom_ops.{package}" for package in inside)],
-    package_dir={f"custom_ops.{folder}": folder for folder in FOLDERS},
+    packages=[*find_packages(include=["custom_ops", "custom_ops.*"]), "custom_ops.triton_kernels"],
+    package_dir={"custom_ops.triton_kernels": "triton_kernels"},  # other packages use the bare name
     ext_modules=[Extension("custom_ops._C", SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": BuildWithNinja, "dist_info": CheckedDistInfo},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -10,8 +10,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from custom_ops.benchmarks.measure import OURS, Row, label
-from custom_ops.benchmarks.report import Report
+from benchmarks.measure import OURS, Row, label
+from benchmarks.report import Report
 
 Place = tuple[str, str, str, str]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import kept_bags, once
+from benchmarks.peers import kept_bags, once
 
 if not torch.cuda.is_available():
     raise ImportError("conch needs a GPU")

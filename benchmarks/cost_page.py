@@ -8,8 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
-from custom_ops.benchmarks.report import Report
+from benchmarks.measure import FLOOR, OURS, Row, label
+from benchmarks.report import Report
 
 LEAST_GAIN = 1.8  # of two threads against one
 LARGE = 1_000_000  # bytes to be moved, from which on that is expected

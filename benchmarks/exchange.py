@@ -1,4 +1,4 @@
-"""``python -m custom_ops.benchmarks.exchange``: what a training step over several processes exchanges, and how long.
+"""``python -m benchmarks.exchange``: what a training step over several processes exchanges, and how long.
 
 Runs each case over 1, 2 and 4 processes (gloo, one thread each), counts the bytes of every collective that is called,
 and prints the tables of docs/scaling.md: those counts beside the times, then a model of both on up to 1,000 GPUs.
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.benchmarks.environment import machine
+from benchmarks.environment import machine
 
 POINTS, COLUMNS, VOXELS = 172_824, 64, 40_000
 LISTS, ITEMS = 1024, 128
@@ -164,7 +164,7 @@ def run_case(case: Case, mesh: Any) -> Measured:
 
 
 def run_model(task: str, parallel: str, mesh: Any) -> Measured:
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     torch.manual_seed(0)
     model, batches, loss_of, size = distributed.rank() if task == "rank" else distributed.lift()
@@ -208,7 +208,7 @@ def measure(processes: Sequence[int]) -> list[Measured]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.json"
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-            command = [*torchrun, "-m", "custom_ops.benchmarks.exchange", "--worker", str(out)]
+            command = [*torchrun, "-m", "benchmarks.exchange", "--worker", str(out)]
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             results += [Measured(**row) for row in json.loads(out.read_text())]
     return results
@@ -345,13 +345,13 @@ def write(page: Path, parts: dict[str, str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.exchange", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exchange", description=__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
     parser.add_argument("--write", type=Path, metavar="PAGE")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
-        from custom_ops.examples import distributed
+        from examples import distributed
 
         worker(options.worker)
         distributed.leave(0)

@@ -12,7 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # type: ig
 )
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import all_points, bags_of_pixels
+from benchmarks.peers import all_points, bags_of_pixels
 
 
 @functools.lru_cache(maxsize=1)

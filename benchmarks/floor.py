@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from custom_ops.benchmarks.answers import first
+from benchmarks.answers import first
 
 HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from custom_ops.registry import Target
+from benchmarks.table import Target
 
 FLOOR = "bandwidth floor"
 INTERVALS = "BEVFusion's intervals, in Triton"

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from custom_ops.benchmarks.peers import _bags, _outer
+from benchmarks.peers import _bags, _outer
 
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     raise ImportError("it needs a CUDA device")

@@ -1,4 +1,4 @@
-"""docs/launches.md, what each op does on a GPU as far as a CPU can tell: ``python -m custom_ops.benchmarks.launches``.
+"""docs/launches.md, what each op does on a GPU as far as a CPU can tell: ``python -m benchmarks.launches``.
 
 The Triton kernels run under the interpreter, and each launch is looked at: how many there are, which of them Triton
 would compile anew, and how many bytes their arguments hold; and each of torch's own ops that would wait for the
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from custom_ops.benchmarks.floor import least_traffic
-from custom_ops.benchmarks.goals import GOALS
+from benchmarks.floor import least_traffic
+from benchmarks.goals import GOALS
 from custom_ops.registry import REGISTRY, OpInfo, Sample, leaves
 from custom_ops.verify._case import flatten
 
@@ -32,7 +32,7 @@ ELEMENTS = 1024  # about so many in the largest tensor, where bytes are counted
 HEAD = [
     "# Launches",
     "",
-    "Written by `make docs` from `python -m custom_ops.benchmarks.launches`, which runs the Triton kernels under the "
+    "Written by `make docs` from `python -m benchmarks.launches`, which runs the Triton kernels under the "
     "interpreter; nothing here was measured on a GPU. Of each op's first sample with a dynamic size, in float32 and "
     f"grown to about {ELEMENTS:,} elements: the launches of our kernels in forward and in backward; for how many of "
     "them Triton compiles on the first call (other sizes add at most two for each kernel: multiples of 16, and all "
@@ -49,7 +49,7 @@ AIMS = [
     "## Goals on an H200",
     "",
     "At the largest size of each table, forward+backward: how long an op may take at most, in units of what runs "
-    "beside it; 1.18 times the floor is 85% of the bandwidth of a copy. `python -m custom_ops bench --device cuda` "
+    "beside it; 1.18 times the floor is 85% of the bandwidth of a copy. `python -m benchmarks --device cuda` "
     "says which are met. None has been measured yet.",
     "",
     "| op | beside | at most | |",
@@ -206,7 +206,7 @@ def page() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.launches", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
     parser.add_argument("--write", type=Path, metavar="PAGE")
     options = parser.parse_args(argv)
     text = page()

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from custom_ops.benchmarks import goals, timing
-from custom_ops.benchmarks.answers import Answer, difference, first, in_double, tolerance
-from custom_ops.benchmarks.floor import Floor, least_traffic
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.timing import Call, interleave, median, seconds_of, spread
-from custom_ops.registry import Benchmark, OpInfo, Unavailable, leaves
+from benchmarks import goals, timing
+from benchmarks.answers import Answer, difference, first, in_double, tolerance
+from benchmarks.floor import Floor, least_traffic
+from benchmarks.memory import peak_bytes
+from benchmarks.table import Benchmark, TimedOp, Unavailable
+from benchmarks.timing import Call, interleave, median, seconds_of, spread
+from custom_ops.registry import leaves
 
 OURS, FLOOR = "custom_ops", goals.FLOOR
 
@@ -24,7 +25,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Cell:
-    info: OpInfo
+    info: TimedOp
     benchmark: Benchmark
     size: Any
 

@@ -1,6 +1,6 @@
 """What one-bit activations save in whole networks, and what they cost in a compiled chain.
 
-``python -m custom_ops.benchmarks.networks [--quick] [--only PART ...] [--json FILE]``: the peak memory of a training
+``python -m benchmarks.networks [--quick] [--only PART ...] [--json FILE]``: the peak memory of a training
 step of three networks, eager and compiled, with torch's activations out of place, with ours and with torch's in
 place; then the time of a compiled ``linear -> bias -> activation -> residual``.
 """
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import custom_ops
-from custom_ops.benchmarks.environment import machine
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.timing import Call, interleave, median
+from benchmarks.environment import machine
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import Call, interleave, median
 
 LEAST_SAVED = {"MobileNetV2-shaped, ReLU6": 0.2, "Darknet-shaped, LeakyReLU": 0.2}
 # Compiles in half the time, to slower code.
@@ -168,7 +168,7 @@ def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.networks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller images, eager only, shorter timings")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; all by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
         chains = chain_times(*((512, 512) if options.quick else (65536, 256)), device, 1.0 if options.quick else 3.0)
         _print_chains(chains)
     if options.json:
-        command = f"python -m custom_ops.benchmarks.networks {' '.join(argv)}"
+        command = f"python -m benchmarks.networks {' '.join(argv)}"
         inputs = {"device": options.device, "batch": batch, "size": size}
         results = {"command": command, "machine": machine(), **inputs, "steps": steps, "chains": chains}
         options.json.write_text(json.dumps(results, indent=1) + "\n")

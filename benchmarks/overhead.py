@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.answers import first
+from benchmarks.measure import OURS
+from benchmarks.table import TimedOp
+from benchmarks.timing import Call, interleave, median
 from custom_ops import library
-from custom_ops.benchmarks.answers import first
-from custom_ops.benchmarks.measure import OURS
-from custom_ops.benchmarks.timing import Call, interleave, median
-from custom_ops.registry import OpInfo, leaves
+from custom_ops.registry import leaves
 
 TARGETS = {"forward": 0.5, "forward+backward": 0.65}  # of PEER's time
 PEER = "torch.library.custom_op + register_autograd"
@@ -100,7 +101,7 @@ def of_library(seconds: float, device: torch.device) -> dict[str, dict[str, floa
     return {direction: _microseconds(contenders, seconds, device) for direction, contenders in runs.items()}
 
 
-def of_op(info: OpInfo, seconds: float, device: torch.device) -> dict[str, float]:
+def of_op(info: TimedOp, seconds: float, device: torch.device) -> dict[str, float]:
     """Microseconds of forward+backward, or forward where there is no backward, on the first sample."""
     sample = info.samples(device, torch.float32)[0]
     inputs = leaves([*sample.args, *sample.kwargs.values()])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from custom_ops.ranking.neural_sort import neural_sort_matrix
+from custom_ops.ranking.specs.neural_sort import neural_sort_matrix
 from custom_ops.voxel import VoxelSum, segment_sum, voxel_csr, voxel_sum
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from custom_ops.benchmarks import timing
-from custom_ops.benchmarks.measure import Cell, Effort, Result
-from custom_ops.registry import Benchmark, OpInfo
+from benchmarks import timing
+from benchmarks.measure import Cell, Effort, Result
+from benchmarks.table import Benchmark, TimedOp
 
 FULL = Effort()
 QUICK = Effort(seconds=0.5, rounds=3, warm_ups=1)
@@ -24,7 +24,7 @@ class Plan:
     takes more. So a run ends in time whatever the number of ops.
     """
 
-    def __init__(self, infos: Iterable[OpInfo], seconds: float = math.inf) -> None:
+    def __init__(self, infos: Iterable[TimedOp], seconds: float = math.inf) -> None:
         self.quick = math.isfinite(seconds)
         self.end = timing.clock() + seconds
         cells = [

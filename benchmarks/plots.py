@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator
 
-from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
-from custom_ops.benchmarks.report import Report
+from benchmarks.measure import FLOOR, OURS, Row, label
+from benchmarks.report import Report
 
 MARKERS = "osv^Ddp*"
 

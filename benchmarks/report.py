@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from custom_ops.benchmarks import overhead
-from custom_ops.benchmarks.environment import describe
-from custom_ops.benchmarks.measure import OURS, Row, label
+from benchmarks import overhead
+from benchmarks.environment import describe
+from benchmarks.measure import OURS, Row, label
 
 
 @dataclass

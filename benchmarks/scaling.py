@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from custom_ops.benchmarks.measure import OURS, Cell, Effort, Result
-from custom_ops.benchmarks.plan import Plan
-from custom_ops.registry import Benchmark, OpInfo
+from benchmarks.measure import OURS, Cell, Effort, Result
+from benchmarks.plan import Plan
+from benchmarks.table import Benchmark, TimedOp
 
 SIZES = tuple(10**k for k in range(2, 9))
 LENGTHS = (32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000)  # of one list
@@ -26,7 +26,7 @@ BRIEFEST = Effort(seconds=0.0, rounds=2, warm_ups=0, whole=True)  # of calls so 
 LONG = 0.3  # seconds
 
 
-def scaled(info: OpInfo) -> OpInfo:
+def scaled(info: TimedOp) -> TimedOp:
     """The op's tables by one number, at the same sizes for all ops or the table's own, and those by lists and items."""
     by_number = [_scaled(table) for table in info.benchmarks if all(isinstance(size, int) for size in table.sizes)]
     by_lists = [_of_one_list(table) for table in info.benchmarks if info.family == "ranking" and _by_lists(table)]
@@ -65,7 +65,7 @@ class Scaling(Plan):
     Both are foreseen from the two sizes before: time grows at least as it last did.
     """
 
-    def __init__(self, infos: Iterable[OpInfo]) -> None:
+    def __init__(self, infos: Iterable[TimedOp]) -> None:
         super().__init__(map(scaled, infos))
         self._costs: dict[int, list[tuple[float, int, int]]] = {}
 

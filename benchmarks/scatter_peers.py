@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch_scatter  # type: ignore[import-not-found]
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import flat_rank, segment_of_point
+from benchmarks.peers import flat_rank, segment_of_point
 
 
 def segment_csr_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:

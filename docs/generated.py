@@ -24,12 +24,12 @@ import pictures  # noqa: E402
 from wrong_calls import answers  # noqa: E402
 from wrong_calls import markdown as wrong_calls_page  # noqa: E402
 
-from custom_ops.benchmarks import cost_page, plots  # noqa: E402
-from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label  # noqa: E402
-from custom_ops.benchmarks.plan import elements  # noqa: E402
-from custom_ops.benchmarks.report import Report, read_json  # noqa: E402
-from custom_ops.examples import autograd_tour  # noqa: E402
+from benchmarks import cost_page, plots  # noqa: E402
+from benchmarks.measure import FLOOR, OURS, Row, label  # noqa: E402
+from benchmarks.plan import elements  # noqa: E402
+from benchmarks.report import Report, read_json  # noqa: E402
 from custom_ops.registry import REGISTRY  # noqa: E402
+from examples import autograd_tour  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = DOCS / "generated"  # not in git

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import custom_ops
-from custom_ops.examples.rank_mslr import LIST_LOSSES
 from custom_ops.registry import REGISTRY
+from examples.rank_mslr import LIST_LOSSES
 
 COLOURS = {0: "#9aa3ab", 1: "#6fb1e0", 2: "#1f6fb4", 3: "#0b3c68"}
 

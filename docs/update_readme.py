@@ -17,7 +17,7 @@ from pathlib import Path
 
 from generated import RESULTS, ROOT, beside_best, families, was_loaded
 
-from custom_ops.benchmarks.report import read_json
+from benchmarks.report import read_json
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import Cell, capabilities
 from custom_ops.verify import Report as Matrix
@@ -137,7 +137,7 @@ def main() -> None:
 def _write_pages_of_the_kernels() -> None:
     compile_all = [sys.executable, "-m", "custom_ops.triton_kernels.aot", "--report", str(GPU)]
     subprocess.run(compile_all, check=True, stdout=subprocess.DEVNULL)
-    trace_all = [sys.executable, "-m", "custom_ops.benchmarks.launches", "--write", str(LAUNCHES)]
+    trace_all = [sys.executable, "-m", "benchmarks.launches", "--write", str(LAUNCHES)]
     subprocess.run(trace_all, check=True, stdout=subprocess.DEVNULL)
 
 

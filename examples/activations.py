@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.networks import NETWORKS
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.networks import NETWORKS
+from examples import report
+from examples.agreement import Agreement
+from examples.report import OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +79,7 @@ PARTS = {"activations": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.activations", "One-bit activations.", argv, "Activations")
+    return report.run(PARTS, "python -m examples.activations", "One-bit activations.", argv, "Activations")
 
 
 if __name__ == "__main__":

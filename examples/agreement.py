@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from custom_ops.examples.report import Check
+from examples.report import Check
 
 OPERATIONS = 16  # roundings within a term, and what an exponential or a logarithm adds to them
 AMPLIFIED = 100.0

@@ -1,6 +1,6 @@
 """# A tour of autograd
 
-The classic lessons, on the ops of this package. Run it with `python -m custom_ops.examples.autograd_tour`, which
+The classic lessons, on the ops of this package. Run it with `python -m examples.autograd_tour`, which
 compares each result with the one shown here.
 
 >>> import torch, custom_ops
@@ -161,9 +161,7 @@ def markdown() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m custom_ops.examples.autograd_tour", description=PAGE.split("\n")[2]
-    )
+    parser = argparse.ArgumentParser(prog="python -m examples.autograd_tour", description=PAGE.split("\n")[2])
     parser.add_argument("--markdown", action="store_true", help="print the page for docs/ and run nothing")
     if parser.parse_args(argv).markdown:
         print(markdown(), end="")

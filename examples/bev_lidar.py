@@ -13,7 +13,7 @@ reported too. The other baseline copies the nearest cell that isn't hidden.
 At every fifth step the same weights and points are also given to the FIERY formula of voxel summing (a cumulative sum
 over all points and differences at the ends of the voxels), in float32 as FIERY does and, as the arbiter, in float64.
 
-Data: two scans of small_gicp (MIT), see `custom_ops.examples.data`.
+Data: two scans of small_gicp (MIT), see `examples.data`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.peers import cumulative_voxels_summing
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import Array, load_lidar
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import cumulative_voxels_summing
+from examples import report
+from examples.agreement import Agreement
+from examples.data import Array, load_lidar
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -379,7 +379,7 @@ PARTS = {"lidar": Part(example, ("lidar",))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.bev_lidar", "A bird's-eye view of LiDAR.", argv)
+    return report.run(PARTS, "python -m examples.bev_lidar", "A bird's-eye view of LiDAR.", argv)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from custom_ops.registry import Unavailable
-
 Array = NDArray[np.float32]
 
 
-class DataError(Unavailable):
+class DataError(RuntimeError):
     """The data can't be had, or aren't what they should be; the message names the remedy."""
 
 

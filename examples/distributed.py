@@ -1,6 +1,6 @@
 """Two of the examples trained by several processes: DistributedDataParallel, FSDP2 or tensor parallel, on any CPU.
 
-    torchrun --standalone --nproc-per-node 2 -m custom_ops.examples.distributed --task rank --parallel ddp
+    torchrun --standalone --nproc-per-node 2 -m examples.distributed --task rank --parallel ddp
 
 At each step the loss and the gradients have to be those of one process with the same weights and the whole batch; the
 command fails if they aren't. It trains in float64: in float32 some activation is always so near to the kink of ReLU
@@ -42,9 +42,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import custom_ops
-from custom_ops.examples import lift_splat, rank_mslr
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import DataError, Ranking, load_mslr
+from examples import lift_splat, rank_mslr
+from examples.agreement import Agreement
+from examples.data import DataError, Ranking, load_mslr
 
 Loss = Callable[[nn.Module, Any, slice], Tensor]  # of a part of a batch
 
@@ -243,7 +243,7 @@ def step(model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Loss, batc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun -m custom_ops.examples.distributed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="torchrun -m examples.distributed", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--task", choices=CHAIN, default="rank")
     parser.add_argument("--parallel", choices=("ddp", "fsdp", "tp"), default="ddp")

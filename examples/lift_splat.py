@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
+from examples import report
+from examples.agreement import Agreement
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
 
 if TYPE_CHECKING:
     pass
@@ -362,7 +362,7 @@ PARTS = {"cameras": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.lift_splat", "Lift-Splat on synthetic scenes.", argv)
+    return report.run(PARTS, "python -m examples.lift_splat", "Lift-Splat on synthetic scenes.", argv)
 
 
 if __name__ == "__main__":

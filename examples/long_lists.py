@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import OURS, THEIRS, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from examples import report
+from examples.agreement import Agreement
+from examples.report import OURS, THEIRS, Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ PARTS = {"lists": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.long_lists", "Losses of long lists.", argv, "Long lists")
+    return report.run(PARTS, "python -m examples.long_lists", "Losses of long lists.", argv, "Long lists")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.peers import cumulative_voxels_summing, lss_bev_pool
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import load_lidar
-from custom_ops.examples.report import Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import cumulative_voxels_summing, lss_bev_pool
+from examples import report
+from examples.agreement import Agreement
+from examples.data import load_lidar
+from examples.report import Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +150,7 @@ PARTS = {"pooling": Part(example, ("lidar",))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.pooling", "Voxel sums.", argv, "Voxel sums")
+    return report.run(PARTS, "python -m examples.pooling", "Voxel sums.", argv, "Voxel sums")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ pair of query and page. The network gives every page a score; LambdaRank compare
 query, each weighted by what NDCG would change by if the two were swapped. Quality is NDCG@10 on the test
 part's queries, with gains 2^label - 1, averaged over the queries that have a relevant page.
 
-Data: a slice of MSLR-WEB, see `custom_ops.examples.data` for where it comes from and its terms.
+Data: a slice of MSLR-WEB, see `examples.data` for where it comes from and its terms.
 
 Two networks start from the same weights and see the same queries, one with our loss, one with the formula in
 PyTorch's own ops; each goes its own way, and takes its own time. That the two losses are one is shown along the
@@ -34,13 +34,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import Ranking, load_mslr
-from custom_ops.examples.long_lists import compare, plain_lambda_loss
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report
+from benchmarks.memory import peak_bytes
 from custom_ops.registry import REGISTRY
+from examples import report
+from examples.agreement import Agreement
+from examples.data import Ranking, load_mslr
+from examples.long_lists import compare, plain_lambda_loss
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = list(LIST_LOSSES) if "all" in own.losses else own.losses
         parts = {"losses": Part(lambda options: compare_losses(names, own.seeds, options), ("mslr",))}
     description = "Learning to rank web pages. " + parser.format_usage().replace("usage:", "Own options:")
-    return report.run(parts, "python -m custom_ops.examples.rank_mslr", description, rest)
+    return report.run(parts, "python -m examples.rank_mslr", description, rest)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Task: of the films that a user hasn't rated yet, recommend those that they will 
 user's last fifth of liked films is held out. Quality is recall@10 and NDCG@10 on those, averaged over the
 users, beside recommending what most users liked.
 
-Data: MovieLens 100K, see `custom_ops.examples.data` for where it comes from and its terms.
+Data: MovieLens 100K, see `examples.data` for where it comes from and its terms.
 
 BPR compares a liked film with one drawn at random. The pairwise logistic loss compares each liked film with every
 other one, all at once: per user as many pairs as would fill a table of films by films, of which nothing is stored. Both
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.peers import logsigmoid_bpr_loss
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import Ratings, load_movielens
-from custom_ops.examples.long_lists import compare, forward_and_backward, plain_logistic_loss
-from custom_ops.examples.report import NEUTRAL, OURS, Check, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import logsigmoid_bpr_loss
+from examples import report
+from examples.agreement import Agreement
+from examples.data import Ratings, load_movielens
+from examples.long_lists import compare, forward_and_backward, plain_logistic_loss
+from examples.report import NEUTRAL, OURS, Check, Gain, Options, Part, Report, milliseconds
 
 K = 10
 STEPS = 240
@@ -276,7 +276,7 @@ PARTS = {"recommending": Part(example, ("movielens",))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.recommend_ml100k", "Recommending films.", argv)
+    return report.run(PARTS, "python -m examples.recommend_ml100k", "Recommending films.", argv)
 
 
 if __name__ == "__main__":

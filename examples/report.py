@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from custom_ops.benchmarks.timing import Call, interleave, median
-from custom_ops.examples.data import DataError, fetch
+from benchmarks.timing import Call, interleave, median
+from examples.data import DataError, fetch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

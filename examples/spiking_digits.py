@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
-from custom_ops.shaping.surrogate import surrogate_gradient_reference
+from custom_ops.shaping.specs.surrogate import surrogate_gradient_reference
+from examples import report
+from examples.agreement import Agreement
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
 
 LAYERS = (64, 32, 32, 32)
 TIMES = 8  # steps that the network is shown each picture
@@ -224,7 +224,7 @@ PARTS = {"spiking": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.spiking_digits", "A spiking network on digits.", argv)
+    return report.run(PARTS, "python -m examples.spiking_digits", "A spiking network on digits.", argv)
 
 
 if __name__ == "__main__":

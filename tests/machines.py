@@ -75,8 +75,8 @@ def importable(folder: Path) -> Path:
     package.mkdir()
     for path in (ROOT / "custom_ops").iterdir():
         (package / path.name).symlink_to(path)
-    for name in ("benchmarks", "examples", "triton_kernels"):
-        (package / name).symlink_to(ROOT / name)
+    (package / "triton_kernels").symlink_to(ROOT / "triton_kernels")
+    (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
@@ -100,7 +100,7 @@ def run(row: Row, quick: bool, verify: bool, out: Path) -> None:
         found = subprocess.run([row.python, "-c", VERSIONS], env=environment, capture_output=True, text=True)
         row.torch = found.stdout.strip() or found.stderr.strip()[-200:]
         quickly = ["--quick"] if quick else []
-        row.demo = call("-m", "custom_ops", "demo", *quickly, *row.arguments, "--out", str(folder))
+        row.demo = call("-m", "examples.demo", *quickly, *row.arguments, "--out", str(folder))
         if verify:
             row.verify = call("-m", "custom_ops", "verify", "--quick", "--only", *NUMBERS)
     row.seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import custom_ops
-from custom_ops.activation.dropout import philox
+from custom_ops.activation.specs.dropout import philox
 
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PAIRS = {
@@ -462,7 +462,7 @@ def test_conversion_refuses_what_it_does_not_know():
 
 
 def test_a_training_step_of_whole_networks_needs_less():
-    from custom_ops.benchmarks.networks import LEAST_SAVED, step_memory
+    from benchmarks.networks import LEAST_SAVED, step_memory
 
     peaks, losses = {}, {}
     for row in step_memory(batch=2, size=64, device=torch.device("cpu"), compiled=False):
@@ -501,7 +501,7 @@ def test_inductor_fuses_and_keeps_one_bit(name):
 
 def test_compiled_networks_keep_what_they_keep_with_torchs_activations():
     """The inputs of convolution and normalisation, and no bit: it is found again from those. See docs/limits.md."""
-    from custom_ops.benchmarks.networks import MEMORY_ONLY
+    from benchmarks.networks import MEMORY_ONLY
 
     torch.manual_seed(0)
     block = nn.Sequential(

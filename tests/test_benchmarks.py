@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks import goals, plan, run, scaling, timing
-from custom_ops.benchmarks import measure as measure_module
-from custom_ops.benchmarks.compare import changes
-from custom_ops.benchmarks.cost_page import write_page
-from custom_ops.benchmarks.environment import describe, trouble
-from custom_ops.benchmarks.floor import Floor, least_traffic
-from custom_ops.benchmarks.measure import FLOOR, OURS, Cell, Effort, Result, Row, label, measure
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.plan import Peers, Plan
-from custom_ops.benchmarks.report import Report, read_json
-from custom_ops.benchmarks.timing import Call, interleave, median, spread
-from custom_ops.registry import REGISTRY, Benchmark, OpInfo, Sample, Target, Unavailable
+from benchmarks import goals, plan, run, scaling, timing
+from benchmarks import measure as measure_module
+from benchmarks.compare import changes
+from benchmarks.cost_page import write_page
+from benchmarks.environment import describe, trouble
+from benchmarks.floor import Floor, least_traffic
+from benchmarks.measure import FLOOR, OURS, Cell, Effort, Result, Row, label, measure
+from benchmarks.memory import peak_bytes
+from benchmarks.plan import Peers, Plan
+from benchmarks.report import Report, read_json
+from benchmarks.table import Benchmark, Target, TimedOp, Unavailable
+from benchmarks.tables import TIMED
+from benchmarks.timing import Call, interleave, median, spread
+from custom_ops.registry import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -56,7 +58,7 @@ def benchmark(**changed):
 
 
 def op(function=square, reference=square, name="square", **changed):
-    return OpInfo(
+    return TimedOp(
         name=name,
         function=function,
         reference=reference,
@@ -98,7 +100,7 @@ def measured(info, size=8, peers=None, effort=BRIEF):
 
 @pytest.fixture(autouse=True)
 def _functions_of_the_package(monkeypatch):
-    monkeypatch.setattr(OpInfo, "family", property(lambda info: "family"))
+    monkeypatch.setattr(TimedOp, "family", property(lambda info: "family"))
 
 
 # ---------------------------------------------------------------- answers
@@ -395,8 +397,8 @@ def test_a_table_whose_data_cannot_be_had_is_skipped():
 
 
 def test_scaling_of_list_losses_is_in_the_length_of_one_list(monkeypatch):
-    monkeypatch.setattr(OpInfo, "family", "ranking")
-    table, *_ = scaling.scaled(REGISTRY["pairwise_logistic_loss"]).benchmarks
+    monkeypatch.setattr(TimedOp, "family", "ranking")
+    table, *_ = scaling.scaled(TIMED["pairwise_logistic_loss"]).benchmarks
     assert (table.sizes[0], table.sizes[-1]) == (32, 100_000)
     assert [x.shape for x in table.make(32, CPU)] == [(1, 32), (1, 32)]
     assert [table.checked_at(n) for n in (32, 100_000)] == [32, scaling.CHECKED_LENGTH]
@@ -460,13 +462,13 @@ def test_a_peer_that_its_package_lacks_is_an_error_before_anything_is_measured()
 
 
 def test_the_peers_that_the_registry_names_exist_where_they_are_installed():
-    Peers([table for info in REGISTRY.values() for table in info.benchmarks], None, quick=False)
+    Peers([table for info in TIMED.values() for table in info.benchmarks], None, quick=False)
 
 
 def test_the_goals_on_a_gpu_are_beside_what_is_measured_there():
     for name, beside in goals.GOALS.items():
         for peer in beside:
-            assert peer == FLOOR or any(peer in table.peers for table in REGISTRY[name].benchmarks), (name, peer)
+            assert peer == FLOOR or any(peer in table.peers for table in TIMED[name].benchmarks), (name, peer)
     info = replace(op(peers={}), name="voxel_sum")
     assert measure_module._target(cell(info, 64), FLOOR, "forward+backward", "cuda") == pytest.approx(1 / 0.7)
     assert measure_module._target(cell(info, 8), FLOOR, "forward+backward", "cuda") is None
@@ -482,7 +484,7 @@ def test_the_peers_can_be_chosen_and_quick_leaves_out_what_compiles():
 
 
 def test_the_tables_of_an_op_have_titles_of_their_own():
-    for info in REGISTRY.values():
+    for info in TIMED.values():
         titles = [table.title for table in info.benchmarks]
         assert len(set(titles)) == len(titles), f"{info.name}: two tables with one title, {titles}"
 
@@ -545,7 +547,7 @@ def tiny(monkeypatch):
     info = op(peers={"torch.square": torch.square, "absent": "no_such_package:f"})
     shapes = benchmark(sizes=((2, 4), (4, 4)), make=lambda s, device: make(math.prod(s), device), unit="shape")
     info = replace(info, benchmarks=[*info.benchmarks, shapes], native=torch.square)
-    monkeypatch.setattr(run, "REGISTRY", {"square": info})
+    monkeypatch.setattr(run, "TIMED", {"square": info})
     monkeypatch.setattr(plan, "QUICK", BRIEF)
     monkeypatch.setattr(run.overhead, "CALLS", 2)
     return info
@@ -560,7 +562,7 @@ def test_the_command_writes_what_it_measured(tiny, tmp_path, capsys):
         assert part in printed, part
 
     result = json.loads(saved.read_text())
-    assert result["command"].startswith("python -m custom_ops bench --quick")
+    assert result["command"].startswith("python -m benchmarks --quick")
     assert {"torch", "python", "custom_ops", "threads", "isa", "cpu", "cores", "load"} <= result["machine"].keys()
     assert result["missing"] == {"absent": "No module named 'no_such_package'"}
     assert list(result["overhead"]["ops"]["square"]) == [OURS, "native", "reference"]
@@ -611,8 +613,8 @@ def test_the_command_compares_with_a_run_before(tiny, tmp_path, capsys):
 )
 def test_what_the_command_refuses(tiny, monkeypatch, capsys, arguments, said):
     other = replace(tiny, name="other")
-    monkeypatch.setattr(run, "REGISTRY", {"square": tiny, "other": other})
-    monkeypatch.setattr(OpInfo, "family", property(lambda info: info.name))
+    monkeypatch.setattr(run, "TIMED", {"square": tiny, "other": other})
+    monkeypatch.setattr(TimedOp, "family", property(lambda info: info.name))
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert said in capsys.readouterr().err
@@ -630,7 +632,7 @@ def test_results_of_other_memory_or_threads_are_not_compared(tiny, tmp_path, cap
 
 def test_a_wrong_answer_makes_the_command_fail_and_the_others_are_still_measured(tiny, monkeypatch, tmp_path, capsys):
     wrong = replace(tiny, name="wrong", function=lambda x: x * x + 1)
-    monkeypatch.setattr(run, "REGISTRY", {"wrong": wrong, "square": tiny})
+    monkeypatch.setattr(run, "TIMED", {"wrong": wrong, "square": tiny})
     path = tmp_path / "a.json"
     assert run.main(["--quick", "--json", str(path)]) == 1
     assert {row.op for row in read_json(path).rows} == {"square"}
@@ -657,7 +659,7 @@ def test_warm_memory_is_a_process_whose_heap_keeps_what_is_freed(tiny, monkeypat
     monkeypatch.setattr(run.subprocess, "call", lambda command, env: started.append((command, env)) or 5)
     assert run.main(["--memory", "warm"]) == 5
     ((command, env),) = started
-    assert command[1:] == ["-m", "custom_ops", "bench", "--memory", "warm"]
+    assert command[1:] == ["-m", "benchmarks", "--memory", "warm"]
     assert {name: env[name] for name in run.WARM} == run.WARM and env.keys() >= os.environ.keys()
 
 
@@ -696,7 +698,7 @@ def test_the_docs_show_each_op_beside_the_best_of_its_peers(monkeypatch, tmp_pat
 
 
 def test_only_the_sizes_that_are_named_are_measured():
-    plan = Plan([REGISTRY["lambda_loss"], REGISTRY["margin_ranking_loss"]])
+    plan = Plan([TIMED["lambda_loss"], TIMED["margin_ranking_loss"]])
     plan.keep(["16x1024", "10000"])
     assert {cell.size for cell in plan.cells} == {(16, 1024), 10000}
     assert plan.left == len(plan.cells)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks.launches import resized
-from custom_ops.benchmarks.timing import Call, seconds_of
+from benchmarks.launches import resized
+from benchmarks.timing import Call, seconds_of
 from custom_ops.registry import REGISTRY, OpInfo, Sample
 
 WAITING = {"voxels_summing": "the number of voxels, its output's rows, has to be known on the host"}

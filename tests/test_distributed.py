@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from custom_ops.benchmarks import exchange
+from benchmarks import exchange
 
 STEPS = 8
 TASKS, PARALLEL = ("rank", "lift_splat"), ("ddp", "fsdp", "tp")
@@ -65,7 +65,7 @@ def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, 
 
 def test_the_example_runs_as_its_command() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    example = ["-m", "custom_ops.examples.distributed", "--task", "lift_splat", "--steps", "1"]
+    example = ["-m", "examples.distributed", "--task", "lift_splat", "--steps", "1"]
     done = subprocess.run([*launcher, *example], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "largest gap to one process" in done.stdout
@@ -73,7 +73,7 @@ def test_the_example_runs_as_its_command() -> None:
 
 def test_the_page_on_scaling_shows_the_model_of_today_and_the_grid_that_is_exchanged() -> None:
     text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
-    assert "\n".join(exchange.model_table()) in text, "python -m custom_ops.benchmarks.exchange --write docs/scaling.md"
+    assert "\n".join(exchange.model_table()) in text, "python -m benchmarks.exchange --write docs/scaling.md"
     grid = exchange.shown(4 * exchange.VOXELS * exchange.COLUMNS)
     assert f"| `voxel_sum` | points, the grid whole | 110 MB | all_reduce {grid} |" in text
     assert all(f"| `{case.op}` | {case.over} |" in text for case in exchange.CASES)
@@ -90,7 +90,7 @@ def test_a_ring_sends_all_parts_but_one() -> None:
 
 def kill(when: str) -> None:
     """Let a process of this job be killed: the second one in step 7, or the first one while it saves step 6."""
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     step, publish, steps = distributed.step, distributed.Checkpoints.publish, iter(range(1, STEPS + 1))
 
@@ -115,7 +115,7 @@ def kill(when: str) -> None:
 
 
 def worker(killed: str, *arguments: str) -> None:
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     if killed:
         kill(killed)
@@ -140,7 +140,7 @@ def start(name: str, killed: str, *arguments: str) -> None:
 
 
 def main(folder: Path) -> None:
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     assert distributed
     for task in TASKS:

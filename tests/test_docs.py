@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from custom_ops import library
-from custom_ops.examples import autograd_tour, rank_mslr
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import capabilities
+from examples import autograd_tour, rank_mslr
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -16,9 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from custom_ops.examples import autograd_tour, data, demo, lift_splat, rank_mslr, report, spiking_digits
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import DataError, Source
+from examples import autograd_tour, data, demo, lift_splat, rank_mslr, report, spiking_digits
+from examples.agreement import Agreement
+from examples.data import DataError, Source
 
 CONTENT = b"one two three"
 
@@ -159,7 +159,7 @@ def test_importing_the_examples_touches_neither_network_nor_cache(tmp_path: Path
         import torch
         events = []
         sys.addaudithook(lambda event, _: events.append(event))
-        import custom_ops.examples.demo
+        import examples.demo
         assert not {"socket.connect", "socket.getaddrinfo", "subprocess.Popen"} & set(events)
         assert "matplotlib" not in sys.modules
     """

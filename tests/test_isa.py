@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.environment import machine
 from custom_ops import _native
 from custom_ops.__main__ import usage
-from custom_ops.benchmarks.environment import machine
 from custom_ops.registry import REGISTRY, OpInfo
 from custom_ops.verify._case import CAPABILITIES, Call, Case
 from custom_ops.verify._run import run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
+from benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
 from custom_ops.registry import REGISTRY, Sample
 from custom_ops.verify import backend
 

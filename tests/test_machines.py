@@ -40,5 +40,5 @@ def test_a_row_that_fails_fails_the_command(tmp_path: Path, capsys: pytest.Captu
     assert results[f"--python {right}"]["holds"] and not results[f"--python {wrong}"]["holds"]
     assert (results[f"--python {wrong}"]["demo"], results[f"--python {wrong}"]["verify"]) == (0, 1)
     (output,) = (tmp_path / "out").glob("*right/output.txt")
-    assert output.read_text().startswith("-m custom_ops demo --quick --out")
+    assert output.read_text().startswith("-m examples.demo --quick --out")
     assert "-m custom_ops verify --quick --only value gradient" in output.read_text()

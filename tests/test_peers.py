@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from custom_ops.benchmarks import interval_peers, peers
+from benchmarks import interval_peers, peers
 
 VOXELS, COLUMNS = 7, 3
 

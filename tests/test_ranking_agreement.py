@@ -112,7 +112,7 @@ def test_every_list_loss_has_a_value_worked_out_by_hand():
 @pytest.fixture
 def allrank():
     pytest.importorskip("allrank", reason="allRank isn't here: python tests/peers.py")
-    from custom_ops.benchmarks import allrank_peers
+    from benchmarks import allrank_peers
 
     return allrank_peers.losses
 

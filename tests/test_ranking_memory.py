@@ -10,7 +10,7 @@ import torch
 from test_ranking_lists import FUNCTIONS
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
+from benchmarks.memory import peak_bytes
 from custom_ops.verify._backends import backend
 
 CPU = torch.device("cpu")

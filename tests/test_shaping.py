@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 import custom_ops
-from custom_ops.shaping.surrogate import surrogate_gradient_reference
+from custom_ops.shaping.specs.surrogate import surrogate_gradient_reference
 
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IDENTITIES = {

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import custom_ops
-from custom_ops.benchmarks.answers import first
+from benchmarks.answers import first
 from custom_ops.registry import REGISTRY, leaves
 from custom_ops.verify._case import Case, randn_like
 

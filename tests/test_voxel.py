@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import custom_ops
-from custom_ops.benchmarks.peers import cumulative_voxels_summing
+from benchmarks.peers import cumulative_voxels_summing
 
 
 def points(counts, columns=4, dtype=torch.float32, seed=0):

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import custom_ops
 from custom_ops.triton_kernels import intervals as launchers
 from custom_ops.verify._backends import backend
-from custom_ops.voxel.intervals import bev_pool_v2_reference, interval_arrays, interval_ranks
+from custom_ops.voxel.intervals import interval_ranks
+from custom_ops.voxel.specs.intervals import bev_pool_v2_reference, interval_arrays
 
 SHAPE, GRID, COLUMNS = (2, 3, 4, 2, 5), (2, 3, 4), 7
 

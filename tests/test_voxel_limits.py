@@ -8,8 +8,8 @@ import torch
 
 import custom_ops
 from custom_ops.verify._backends import backend
-from custom_ops.voxel.pooling import bev_pool_reference
-from custom_ops.voxel.sums import voxel_sum_reference
+from custom_ops.voxel.specs.pooling import bev_pool_reference
+from custom_ops.voxel.specs.sums import voxel_sum_reference
 
 NAN = float("nan")
 REDUCTIONS = ("sum", "mean", "max")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import custom_ops
-from custom_ops.voxel.pooling import bev_pool_reference
-from custom_ops.voxel.sums import voxel_sum_reference
+from custom_ops.voxel.specs.pooling import bev_pool_reference
+from custom_ops.voxel.specs.sums import voxel_sum_reference
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce, segment_spread
 
 NAN = float("nan")

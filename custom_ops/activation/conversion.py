@@ -13,8 +13,6 @@ from torch.overrides import TorchFunctionMode
 from custom_ops import _checks
 from custom_ops.activation.piecewise import Hardtanh, LeakyReLU, ReLU, ReLU6, Threshold
 
-__all__ = ["Conversion", "ConvertedActivation", "convert_activations"]
-
 # Each of ours is a subclass with the same attributes, so that a module can change its class and stay itself.
 _TO_CUSTOM_OPS: dict[type[nn.Module], type[nn.Module]] = {
     cls.__mro__[1]: cls for cls in (ReLU, LeakyReLU, ReLU6, Hardtanh, Threshold)

@@ -10,11 +10,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._layout import as_it_lies
 from custom_ops._native import define
-from custom_ops.activation._common import against, not_a_tensor, unary_samples
 from custom_ops.library import Function
-from custom_ops.registry import OpInfo, register
-
-__all__ = ["SquaredReLU", "squared_relu"]
 
 
 @define
@@ -132,22 +128,3 @@ class SquaredReLU(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return squared_relu(x)
-
-
-def squared_relu_reference(x: Tensor) -> Tensor:
-    return x.clamp_min(0) ** 2
-
-
-register(
-    OpInfo(
-        name="squared_relu",
-        summary="Squared ReLU in one pass",
-        function=squared_relu,
-        reference=squared_relu_reference,
-        native=lambda x: torch.relu(x) ** 2,
-        samples=unary_samples(0.0),
-        modules=lambda: [(SquaredReLU(), {})],
-        bad_calls=not_a_tensor,
-        benchmarks=against("torch: relu(x) ** 2", lambda x: torch.relu(x) ** 2),
-    )
-)

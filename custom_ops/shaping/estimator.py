@@ -9,14 +9,6 @@ from torch import Tensor
 
 from custom_ops import _checks, library
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
-from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, integers, leaf, two
-
-__all__ = [
-    "StraightThrough",
-    "StraightThroughEstimator",
-    "straight_through",
-]
 
 
 @library.compose("custom_ops::straight_through_estimator", view=True)
@@ -111,51 +103,3 @@ class StraightThrough(torch.nn.Module):
 
 
 # ---------------------------------------------------------------- reference and registry entry
-
-
-def straight_through_reference(forward_value: Tensor, x: Tensor) -> Tensor:
-    return forward_value.detach() + (x - x.detach())
-
-
-def _straight_through_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    x = leaf(device, dtype, 3, 7)
-    return [
-        Sample((x.detach().round(), x), dynamic={0: 0, 1: 0}),
-        Sample((torch.zeros((), device=device, dtype=dtype), leaf(device, dtype))),
-        Sample((torch.zeros(0, 4, device=device, dtype=dtype), leaf(device, dtype, 0, 4))),
-    ]
-
-
-register(
-    OpInfo(
-        name="straight_through",
-        summary="A value, whose gradient goes to what it was made of",
-        function=straight_through,
-        not_fuzzed=NOT_FUZZED,
-        reference=straight_through_reference,
-        native=torch.add,
-        apply=StraightThroughEstimator.apply,
-        samples=_straight_through_samples,
-        modules=lambda: [(StraightThrough(), {})],
-        bad_calls=lambda: [
-            BadCall((two, [1.0]), "x: expected a tensor, got list"),
-            BadCall((integers, two), "forward_value: expected one of float32, got int64"),
-            BadCall((torch.ones(3), two), r"forward_value: expected the shape of x, \[2\], got \[3\]"),
-            BadCall((two.to("meta"), two), "forward_value: expected on cpu as x, got meta"),
-        ],
-        benchmarks=[
-            Benchmark(
-                unit="elements",
-                sizes=(1 << 20, 1 << 24),
-                make=lambda n, device: (
-                    torch.ones(n, device=device),
-                    torch.randn(n, device=device, requires_grad=True),
-                ),
-                peers={"plain PyTorch": straight_through_reference},
-                traffic=lambda n: ((0, 0), (0, 0)),
-            )
-        ],
-        not_applicable=VIEW,
-        not_comparable=OF_SHAPING,
-    )
-)

@@ -13,15 +13,6 @@ from custom_ops._layout import as_it_lies
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
-from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, integers, leaf, two
-
-__all__ = [
-    "SurrogateGradient",
-    "SurrogateStep",
-    "surrogate_gradient",
-]
-
 
 _SHAPES = ("sigmoid", "atan", "triangle", "boxcar")  # numbered alike in csrc and triton_kernels
 
@@ -229,62 +220,3 @@ class SurrogateGradient(torch.nn.Module):
 
 
 # ---------------------------------------------------------------- reference and registry entry
-
-
-def surrogate_gradient_reference(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
-    u = x / width
-    inner = torch.where(u.abs() < 1, u, u.detach().clamp(-1, 1))  # its slope at 1 is that beyond
-    smooth = {
-        "sigmoid": u.sigmoid(),
-        "atan": u.atan() / math.pi,
-        "triangle": inner - inner * inner.abs() / 2,
-        "boxcar": inner / 2,
-    }[shape]
-    return (x >= 0).to(x.dtype) + (smooth - smooth.detach())
-
-
-def _surrogate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    return [
-        *(Sample((leaf(device, dtype, 3, 7), shape), dynamic={0: 0}) for shape in _SHAPES),
-        Sample((leaf(device, dtype, 17),), {"width": 0.5}),
-        Sample((leaf(device, dtype), "atan", 2)),
-        Sample((leaf(device, dtype, 0, 4), "boxcar")),
-    ]
-
-
-register(
-    OpInfo(
-        name="surrogate_gradient",
-        summary="A step that is differentiated as a smooth one",
-        function=surrogate_gradient,
-        not_fuzzed=NOT_FUZZED,
-        reference=surrogate_gradient_reference,
-        native=lambda x, shape: torch.sigmoid(x),
-        apply=SurrogateStep.apply,
-        samples=_surrogate_samples,
-        modules=lambda: [
-            (SurrogateGradient(), {}),
-            (SurrogateGradient("atan", 0.5), {"shape": "atan", "width": 0.5}),
-        ],
-        bad_calls=lambda: [
-            BadCall(([1.0],), "x: expected a tensor, got list"),
-            BadCall((integers,), "x: expected one of float16, .* got int64"),
-            BadCall((two, "step"), "shape: expected one of 'sigmoid', 'atan', 'triangle', 'boxcar', got 'step'"),
-            BadCall((two, "atan", "1"), "width: expected a number, got str"),
-            BadCall((two, "atan", 0.0), "width: expected above 0, got 0.0"),
-        ],
-        benchmarks=[
-            Benchmark(
-                unit="elements",
-                sizes=(1 << 16, 1 << 20, 1 << 24),
-                make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
-                peers={"autograd.Function": "custom_ops.benchmarks.peers:surrogate_gradient_function"},
-                targets=[
-                    Target(1 << 20, "autograd.Function", 1.0),
-                    Target(1 << 24, "autograd.Function", 0.5),
-                ],
-            )
-        ],
-        not_comparable=OF_SHAPING,
-    )
-)

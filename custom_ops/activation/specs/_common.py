@@ -1,14 +1,13 @@
-"""What the activations share: samples and benchmarks."""
+"""What the activations share: samples and wrong calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from custom_ops.registry import BadCall, Benchmark, Sample, Target
+from custom_ops.registry import BadCall, Sample
 
 
 def away_from(kinks: tuple[float, ...], *shape: int) -> Tensor:
@@ -42,39 +41,4 @@ def not_a_tensor(*parameters: Any) -> list[BadCall]:
     return [
         BadCall(([1.0], *parameters), "x: expected a tensor, got list"),
         BadCall((torch.ones(2, dtype=torch.int64), *parameters), "x: expected one of float16, .* got int64"),
-    ]
-
-
-def vector(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return (torch.randn(n, device=device, dtype=dtype, requires_grad=True),)
-
-
-def against(
-    peer: str,
-    function: Callable[..., Tensor],
-    *parameters: Any,
-    make: Callable[[int, torch.device, torch.dtype], tuple[Any, ...]] = vector,
-    unit: str = "elements",
-    elements: int = 1,
-) -> list[Benchmark]:
-    """The dtypes, sizes and targets of every activation; ``elements`` make up a ``unit``."""
-    small, middle, large = ((1 << bits) // elements for bits in (16, 20, 24))
-
-    def of(dtype: torch.dtype) -> Callable[[int, torch.device], tuple[Any, ...]]:
-        return lambda n, device: (*make(n, device, dtype), *parameters)
-
-    return [
-        Benchmark(
-            unit=f"{str(dtype).removeprefix('torch.')} {unit}",
-            sizes=(small, middle, large),
-            make=of(dtype),
-            peers={peer: function},
-            targets=[
-                Target(middle, peer, 1.0),
-                Target(large, peer, 0.5),
-                Target(large, peer, 0.8, memory="warm"),
-            ],
-            scaling=() if elements == 1 else (1, 10, 100, 1000),
-        )
-        for dtype in (torch.float32, torch.bfloat16)
     ]
