@@ -135,8 +135,7 @@ def main() -> None:
 
 
 def _write_pages_of_the_kernels() -> None:
-    compile_all = [sys.executable, "-m", "custom_ops.triton_kernels.aot", "--report", str(GPU)]
-    subprocess.run(compile_all, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, ROOT / "docs" / "gpu_page.py", GPU], check=True, stdout=subprocess.DEVNULL)
     trace_all = [sys.executable, "-m", "benchmarks.launches", "--write", str(LAUNCHES)]
     subprocess.run(trace_all, check=True, stdout=subprocess.DEVNULL)
 

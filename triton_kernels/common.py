@@ -130,7 +130,7 @@ def kernel(
     ``arguments`` are the types of its arguments before the compile-time ones, as Triton writes them:
     T stands for each of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time ones. A program that
     ``streams`` so many elements has as many warps that each thread has 16 bytes of them, whatever the dtype, and
-    otherwise ``num_warps``. ``narrow`` says why no load is that wide; docs/gpu.md shows it.
+    otherwise ``num_warps``. ``narrow`` says why no load is that wide.
 
     Example:
         >>> import torch, triton

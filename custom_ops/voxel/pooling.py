@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -177,14 +175,3 @@ def _checked(rank: Tensor) -> Tensor:
     if rank.dim() not in (4, 5):
         raise ValueError(f"rank: expected [B, N, D, H, W] or [N, D, H, W], got shape {list(rank.shape)}")
     return rank
-
-
-CAMERAS = (1, 4, 23, 92)  # examples, of 43,296 points each: up to 4 million
-
-
-def draw_cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(batch)
-    depth = torch.rand(batch, 6, 41, 8, 22, generator=generator).to(device).requires_grad_()
-    feat = torch.randn(batch, 6, 64, 8, 22, generator=generator).to(device).requires_grad_()
-    rank = (torch.randint(0, 5000, depth.shape, generator=generator) * 8).to(device)
-    return depth, feat, rank, 40_000, voxel_csr(rank.flatten(1), 40_000)

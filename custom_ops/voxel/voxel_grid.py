@@ -13,12 +13,6 @@ from custom_ops import _checks, library, shards
 from custom_ops._native import define
 
 _ROUNDINGS = ("floor", "trunc")
-SIZES = (10_000, 172_824, 1_000_000, 4_000_000)  # points, for all tables of this family
-
-
-def at_most_checked(points: int) -> int:
-    """The answers of larger tables are checked at this size: the references take seconds and gigabytes there."""
-    return min(points, 50_000)
 
 
 @define
