@@ -5,6 +5,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 MACHINES_ARGS ?=
+DIST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The active environment if it has torch >= 2.10, else our own; `make ACTIVE= ...` insists on our own.
@@ -31,7 +32,8 @@ help:
 	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and takes another torch'
 	@echo 'make fuzz       random calls of every op against its reference; FUZZ_ARGS="--seconds 600 --op relu"'
 	@echo 'make sanitize   the C++ kernels under address, undefined-behaviour and thread sanitizers'
-	@echo 'make dist       sdist and manylinux wheel in dist/, audited and tried in an environment with only torch'
+	@echo 'make dist       sdist and manylinux_2_28 wheel in dist/, audited and tried in an environment with only torch;'
+	@echo '                DIST_ARGS="--python PATH" tries it beside another torch, too, and writes docs/compatibility.md'
 	@echo 'make bench      side by side with the peers, small sizes'
 	@echo 'make site       the documentation as HTML: build/site/index.html'
 	@echo 'make docs       the generated parts of README.md and of docs/ (runs the whole matrix)'
@@ -69,7 +71,7 @@ sanitize: $(STAMPS)/test
 	$(PY) tests/sanitize/run.py thread
 
 dist: $(STAMPS)/dist
-	$(PY) .ci/dist.py $(ALSO)
+	$(PY) .ci/dist.py $(DIST_ARGS)
 
 test-full: $(STAMPS)/test $(STAMPS)/docs build
 	$(PY) tests/peers.py --compile

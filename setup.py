@@ -39,6 +39,7 @@ CXXFLAGS = [
     f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
 ]
 LDFLAGS = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs"]
+EXPORTS = "csrc/exports.map"
 
 # For `make sanitize`: what CUSTOM_OPS_SANITIZE names, built in a folder of its own.
 SANITIZERS = {
@@ -116,12 +117,16 @@ class BuildWithNinja(build_ext):
         folder = ROOT / "build" / (sanitizer or "native")
         folder.mkdir(parents=True, exist_ok=True)
 
+        # Relative paths, so that what is compiled here can be moved with the sources: tests/test_packaging.py does.
+        exports = os.path.relpath(ROOT / EXPORTS, folder)
+
         # A packager's flags come first, so that ours win.
         cxxflags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXXFLAGS, *sanitizing, *werror()]
         cxxflags += ["-isystem", f"{torch}/include"]
         ldflags = [
             *shlex.split(os.environ.get("LDFLAGS", "")),
             *LDFLAGS,
+            f"-Wl,--version-script={exports}",
             *(sanitizing or ["-s"]),
             f"-L{torch}/lib",
             "-ltorch_cpu",
@@ -130,10 +135,9 @@ class BuildWithNinja(build_ext):
         ordered = sorted(ext.sources, key=lambda source: -(ROOT / source).stat().st_size)
         objects = [f"{Path(source).stem}.o" for source in ordered]
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
-        # Relative, so that what is compiled here can be moved with the sources: tests/test_packaging.py does.
         sources = [os.path.relpath(ROOT / source, folder) for source in ordered]
         builds = [f"build {o}: compile {_path(source)}\n" for o, source in zip(objects, sources)]
-        build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)}\n"
+        build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)} | {_path(exports)}\n"
         (folder / "build.ninja").write_text(build)
 
         if subprocess.run([run, "-C", str(folder)]).returncode:

@@ -17,6 +17,20 @@
 #include <type_traits>
 #include <vector>
 
+// The library loads on glibc 2.28: the versions of these functions from 2.29 on differ only in how they report errors.
+#if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
+#ifdef __x86_64__
+#define CUSTOM_OPS_FIRST_GLIBC "GLIBC_2.2.5"
+#else
+#define CUSTOM_OPS_FIRST_GLIBC "GLIBC_2.17"
+#endif
+__asm__(".symver exp, exp@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver exp2, exp2@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver log, log@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver log2, log2@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver pow, pow@" CUSTOM_OPS_FIRST_GLIBC);
+#endif
+
 namespace custom_ops {
 
 using torch::headeronly::BFloat16;

@@ -150,6 +150,25 @@ def test_wheel_passes_abi3audit(wheel: Path) -> None:
     assert "1 extensions scanned; 0 ABI version mismatches and 0 ABI violations found" in " ".join(report.split())
 
 
+def test_library_loads_wherever_torch_does(wheel: Path) -> None:
+    """It needs no newer glibc or libstdc++ than manylinux_2_28 has, and others see only what Python calls."""
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+    with zipfile.ZipFile(wheel) as archive, archive.open("custom_ops/_C.abi3.so") as file:
+        elf = ELFFile(file)
+        needs = [aux.name for _, each in elf.get_section_by_name(".gnu.version_r").iter_versions() for aux in each]
+        exported = {s.name for s in elf.get_section_by_name(".dynsym").iter_symbols() if s["st_shndx"] != "SHN_UNDEF"}
+    assert needs
+    for name in needs:
+        library, _, version = name.partition("_")
+        assert tuple(map(int, version.split("."))) <= newest[library], name
+    assert exported == {"custom_ops_signature", "custom_ops_choose_isa", "custom_ops_isa", "custom_ops_isas"}
+
+
+def test_version_is_that_of_the_wheel(wheel: Path) -> None:
+    done = succeed(sys.executable, "-c", "import custom_ops; print(custom_ops.__version__)", cwd=ROOT)
+    assert wheel.name.split("-")[1] == done.split()[-1]
+
+
 def test_library_imports_only_the_stable_abi(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive, archive.open("custom_ops/_C.abi3.so") as file:
         elf = ELFFile(file)
