@@ -102,23 +102,6 @@ def test_tensors_within_arguments_are_refused(sample: tuple, message: str) -> No
     assert message in report["vmap"].detail
 
 
-def test_the_interpreter_is_left_as_it_was() -> None:
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    language = importlib.import_module("triton.language")
-
-    def state() -> tuple:
-        options = interpreter.interpreter_builder.options
-        return language.load, interpreter._patch_lang, language.tensor.__add__, options
-
-    before = state()
-    with backend("triton"):
-        custom_ops.relu(torch.ones(3))
-        assert language.load is not before[0]
-        # No check is lost with this one: its answer is dropped unless kernels are compiled for debugging.
-        assert before[-1].sanitize_overflow and not before[-1].debug
-    assert before == state()
-
-
 def test_triton_backend_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"), backend("triton"):

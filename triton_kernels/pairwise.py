@@ -13,7 +13,7 @@ from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_sc
 
 _ROWS, _COLUMNS = 32, 32
 
-# The functions of a pair's difference d: those of `pairwise`, and of `pairwise_hinge`, whose d has the margin taken off.
+# The functions of a pair's difference d: those of `pairwise`, and of `pairwise_hinge`, whose d is less the margin.
 LOGISTIC = constant(PairFunction.LOGISTIC)
 SOFT_ZERO_ONE = constant(PairFunction.SOFT_ZERO_ONE)
 EXPONENTIAL = constant(PairFunction.EXPONENTIAL)
