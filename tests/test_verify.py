@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import sys
 import pytest
 import torch
 
-import custom_ops
 from custom_ops.verify import Cell, Report, Sample, backend, capabilities, main, verify
 
 
