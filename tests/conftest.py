@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from interpreter import patched_once
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 # Nor torch: threads that wait for work sleep, for their spinning takes the cores from the other worker.
@@ -82,6 +83,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def quicker_interpreter() -> Iterator[None]:
+    """Triton interprets without the work that it repeats, within each test."""
+    with patched_once():
+        yield
 
 
 @pytest.fixture(params=["cpp", "triton"])

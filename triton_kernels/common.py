@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "Kernel",
     "MaskLayout",
     "accumulator",
+    "constant",
     "divide",
     "kernel",
     "load_bits",
@@ -148,6 +150,18 @@ def kernel(
         tensor([-1., -1., -1.])
     """
     return lambda fn: Kernel(fn, arguments, dtypes, variants, num_warps, streams, narrow, enable_fp_fusion)
+
+
+def constant(member: IntEnum) -> tl.constexpr:
+    """An enum's member as kernels read it; a Triton kernel reads no other global value than a ``tl.constexpr``.
+
+    Example:
+        >>> from custom_ops._enums import Reduction
+        >>> from custom_ops.triton_kernels.common import constant
+        >>> constant(Reduction.SUM).value
+        2
+    """
+    return tl.constexpr(int(member))
 
 
 # ---------------------------------------------------------------- accumulators

@@ -11,11 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops._enums import PositionWeights, Ties
 from custom_ops.triton_kernels.common import kernel
 from custom_ops.triton_kernels.lists import Lists, reducing, relative_gains
-
-_BY_INDEX, _BY_SCORE, _BRESLOW = range(3)
-_UNIFORM, _EXPONENTIAL, _DISCOUNT = range(3)
 
 
 @kernel(
@@ -247,21 +245,22 @@ class _ListMle(_Competing):
         valid: Tensor | None,
         offsets: Tensor | None,
         ties: int,
-        weighting: int,
+        weights: int,
         k: int,
     ) -> None:
-        super().__init__(scores, labels, valid, offsets, by_score=ties == _BY_SCORE, grouped=ties == _BRESLOW)
+        ties, weights = Ties(ties), PositionWeights(weights)
+        super().__init__(scores, labels, valid, offsets, by_score=ties == Ties.SCORE, grouped=ties == Ties.BRESLOW)
         place = (torch.arange(self.lists.items, device=scores.device) - self.start).double()
         w = torch.ones_like(self.s)
-        if weighting == _EXPONENTIAL:
+        if weights == PositionWeights.EXPONENTIAL:
             last = torch.exp2(1 - self.lists.to_items(self.sum(w)))
             w = (torch.exp2(-place) - last) / (1 - last)
-        elif weighting == _DISCOUNT:
+        elif weights == PositionWeights.DISCOUNT:
             w = w * (math.log(2) / (place + 2).log())
         if k > 0:
             w = w.masked_fill(place >= k, 0)
         self.w, self.whole = w, w
-        if ties == _BRESLOW:  # the group's items share the weights of their places
+        if ties == Ties.BRESLOW:  # the group's items share the weights of their places
             through = self.lists.scan(w.masked_fill(~self.exists, 0))
             self.whole = through.gather(-1, self.last.clamp_min(0)) - through.gather(-1, self.first)
             self.whole = self.whole + w.gather(-1, self.first)
