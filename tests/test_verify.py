@@ -64,7 +64,7 @@ def test_declared_not_applicable() -> None:
 
 
 def test_declared_not_comparable() -> None:
-    """Unlike a second derivative that isn't applicable, one that isn't comparable needn't raise."""
+    """An inapplicable second derivative has to raise; an incomparable one needn't."""
     for declared, status in (("not_applicable", "fail"), ("not_comparable", "not applicable")):
         report = verify(torch.sin, [(leaf(2),)], only=["func.hessian"], **{declared: {"func.hessian": "because"}})
         assert report["func.hessian"].status == status
@@ -114,7 +114,7 @@ def test_the_interpreter_is_left_as_it_was() -> None:
     with backend("triton"):
         custom_ops.relu(torch.ones(3))
         assert language.load is not before[0]
-        # No check is lost with this one: its answer is dropped unless kernels are compiled for debugging.
+        # Turning this check off loses nothing, as its answer is dropped unless kernels are compiled for debugging.
         assert before[-1].sanitize_overflow and not before[-1].debug
     assert before == state()
 
@@ -185,7 +185,7 @@ def test_command_line_as_a_module_fails_where_an_op_does() -> None:
 
 
 def test_nothing_compiled_comes_from_a_cache():
-    """An earlier process may have left there what an op no longer does."""
+    """A cache may hold what an earlier version of the op did."""
     settings = []
 
     def f(x):
