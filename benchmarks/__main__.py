@@ -1,4 +1,4 @@
-"""``python -m benchmarks``, in a checkout."""
+"""The entry point of ``python -m benchmarks`` in a checkout."""
 
 import sys
 

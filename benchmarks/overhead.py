@@ -1,7 +1,8 @@
-"""What a call costs before there is any work: of the bridge on 16 elements, of each op on its first sample.
+"""The fixed cost of a call: that of the bridge on 16 elements, and that of each op on its first sample.
 
-The bridge is measured on an op that saves its input, and whose backward is an op with a backward of its
-own: ours, ``torch.library``'s and native torch. The factor 2 is left out of the derivative of the square.
+The bridge is measured on an op that saves its input and whose backward is an op with a derivative of its own. It is
+compared with the same op built with ``torch.library`` and with native torch ops. The factor 2 is left out of the
+derivative of the square in all three.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from benchmarks.timing import Call, interleave, median
 from custom_ops import library
 from custom_ops.registry import leaves
 
-TARGETS = {"forward": 0.5, "forward+backward": 0.65}  # of PEER's time
+TARGETS = {"forward": 0.5, "forward+backward": 0.65}  # the allowed share of PEER's time
 PEER = "torch.library.custom_op + register_autograd"
-OP_TARGET = 2.5  # of native torch's time
-CALLS = 20  # per measurement: one is too short to be timed
+OP_TARGET = 2.5  # the allowed multiple of native torch's time
+CALLS = 20  # calls per measurement; one is too short for the clock
 
 
 def square(x: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def _peer() -> Callable[[Tensor], Tensor]:
 
 
 def of_library(seconds: float, device: torch.device) -> dict[str, dict[str, float]]:
-    """Microseconds per call of each contender, for forward with gradient and for forward+backward."""
+    """Return each contender's microseconds per call, for forward with gradient and for forward+backward."""
     x = torch.randn(16, device=device, requires_grad=True)
     grad = torch.ones_like(x)
     ops = {"custom_ops.library": _ours(), PEER: _peer(), "torch.square (native)": torch.square}
@@ -102,7 +103,7 @@ def of_library(seconds: float, device: torch.device) -> dict[str, dict[str, floa
 
 
 def of_op(info: TimedOp, seconds: float, device: torch.device) -> dict[str, float]:
-    """Microseconds of forward+backward, or forward where there is no backward, on the first sample."""
+    """Return the microseconds of forward+backward (forward, if there is no backward) on the first sample."""
     sample = info.samples(device, torch.float32)[0]
     inputs = leaves([*sample.args, *sample.kwargs.values()])
     grad = torch.ones_like(first(info.function(*sample.args, **sample.kwargs)))

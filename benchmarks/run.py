@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: every registered op beside its peers, on answers checked first."""
+"""``python -m benchmarks``: check every registered op's answers, then time it beside its peers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from benchmarks.scaling import Scaling
 from benchmarks.table import TimedOp
 from benchmarks.tables import TIMED
 
-# With these the C library keeps what is freed, so that outputs land on memory already mapped.
+# These make the C library keep freed memory, so that outputs land on pages that are already mapped.
 WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "200000000000"}
-QUICK_SECONDS = 130.0  # for the cells of a quick run, however many
+QUICK_SECONDS = 130.0  # for all cells of a quick run together
 
 
 def main(argv: list[str]) -> int:
-    """0, or 1 if one of our answers was wrong or, with ``--against``, something got slower."""
+    """Return 1 if one of our answers was wrong or, with ``--against``, something got slower, else 0."""
     parser = _parser()
     options = parser.parse_args(argv)
     infos = [info for info in TIMED.values() if _is_chosen(info, options)]
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         parser.error("--device: there is no CUDA device")
     if options.device == "cpu" and options.memory == "warm" and any(os.environ.get(k) != v for k, v in WARM.items()):
         return subprocess.call([sys.executable, "-m", "benchmarks", *argv], env=os.environ | WARM)
-    try:  # now, not after minutes of timing
+    try:  # checks the name before minutes of timing
         for path in filter(None, (options.json, options.csv)):
             path.open("a").close()
         if options.plots:
@@ -141,7 +141,7 @@ def _run(report: Report, infos: list[TimedOp], plan: Plan, options: argparse.Nam
             report.remarks += result.remarks
             report.wrong += [result.wrong] if result.wrong else []
             if options.json:
-                report.write_json(options.json)  # what was measured survives what comes next
+                report.write_json(options.json)  # saves the measurements before anything later can fail
     report.missing, report.packages = peers.missing, versions(peers.modules)
 
 

@@ -1,4 +1,4 @@
-"""The ops that are timed: each entry of the registry with its tables of timings."""
+"""The timed ops: each entry of the registry with its tables of timings."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from custom_ops.registry import OpInfo
 
 
 class Unavailable(RuntimeError):
-    """Raised by a table's ``make`` where its data can't be had: the table is skipped, and the report says so."""
+    """An error of a table's ``make`` whose data is missing: the run skips the table, and the report says so."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The ratio of our time to ``peer``'s that must not be exceeded at ``size``."""
+    """An upper limit of the ratio of our time to that of ``peer`` at ``size``."""
 
     size: Any
     peer: str
     ratio: float
-    direction: str = "forward+backward"  # or "forward"
-    memory: str = "fresh"  # or "warm", on the CPU; or "cuda"
+    direction: str = "forward+backward"  # the alternative is "forward"
+    memory: str = "fresh"  # the alternatives are "warm", on the CPU, and "cuda"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One table of timings: inputs of each size (a number, or a tuple such as a shape), and the op beside its peers.
+    """A table of timings: inputs of each size (a number, or a tuple such as a shape), and the op beside its peers.
 
-    ``make(size, device)`` returns the arguments; tensors with ``requires_grad`` get a gradient. The
-    peers, callables or "module:name" of one, are called with the same arguments; a module that can't be
-    imported is listed as not installed, and one with "compile" in its name is left out by
-    ``--quick``. ``kwargs`` go to the op and its reference, not to the peers.
+    ``make(size, device)`` returns the arguments; tensors with ``requires_grad`` get a gradient. The peers, callables or
+    "module:name" of one, are called with the same arguments. A module that can't be imported is listed as not
+    installed, and ``--quick`` leaves out peers with "compile" in their name. The op and its reference get ``kwargs``,
+    the peers don't.
 
-    ``traffic(size)`` gives the least bytes ((read, written) in forward, (read, written) in backward) that
-    any implementation must move. Without it each argument is read once and each result written once,
-    which is wrong for an op that may leave most of an argument unread. ``checked_at(size)`` is the size
-    to check the answers at, where the reference would need too much memory or time at ``size`` itself.
-    ``scaling`` are the sizes of ``--scaling``, if they aren't the powers of ten.
+    ``traffic(size)`` gives the least bytes ((read, written) in forward, (read, written) in backward) that any
+    implementation must move. The default reads each argument once and writes each result once, which is wrong for an op
+    that may skip most of an argument. ``checked_at(size)`` is the size at which the answers are checked, for a
+    reference that needs too much memory or time at ``size`` itself. ``scaling`` lists the sizes of ``--scaling`` if
+    they aren't the powers of ten.
     """
 
     sizes: Sequence[Any]
@@ -61,7 +61,7 @@ class Benchmark:
 class TimedOp(OpInfo):
     """An op, its tables, and the nearest op of torch itself.
 
-    ``native`` is called with the first sample's arguments: what one call of ours on a few elements is compared with.
+    ``native`` is called with the first sample's arguments, and the overhead of one call of ours is compared with it.
     """
 
     benchmarks: Sequence[Benchmark] = ()

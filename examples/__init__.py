@@ -1,4 +1,4 @@
-"""What is gained, and real models on real data: ``python -m examples.demo``, or each example by itself.
+"""Examples: each op beside the usual formula, then real models on real data. ``python -m examples.demo`` runs them.
 
 python -m examples.long_lists       losses of lists with thousands of documents, beside plain PyTorch
 python -m examples.pooling          Lift-Splat pooling and LiDAR sums, beside the formulas in use

@@ -1,7 +1,7 @@
-"""``python -m examples.demo``: what one gains by our ops, beside what one would write today; pictures in out/.
+"""``python -m examples.demo``: run our ops beside the usual formulas and draw pictures into out/.
 
-First losses, sums and activations by themselves, at sizes where they matter, then networks that are trained through
-them. ``--only PART`` runs some of it.
+It starts with single losses, sums and activations at sizes where the difference matters, and goes on with networks that
+are trained through them. ``--only PART`` runs some of it.
 """
 
 from __future__ import annotations

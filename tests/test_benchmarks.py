@@ -1,4 +1,4 @@
-"""The harness: what it refuses, what it measures, how it ends in time, and what it says of two runs."""
+"""Tests of the benchmark harness: its errors, its measurements, its time limits, and its comparison of two runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def cell(info, size=8):
 
 
 class Clock:
-    """What the harness reads instead of the time: a millisecond passes at each look, and what `pass_` adds."""
+    """A replacement for the harness's clock: each reading advances it by a millisecond, and `pass_` by any time."""
 
     def __init__(self):
         self.now = 0.0
@@ -134,7 +134,7 @@ def test_a_wrong_second_output_of_ours_is_refused():
 
 
 def test_small_gradients_are_not_waved_through():
-    """That of a mean over many elements is below any absolute tolerance."""
+    """The gradient of a mean over many elements is below any absolute tolerance, and a wrong one is still found."""
 
     class Mean(torch.autograd.Function):
         @staticmethod
@@ -318,12 +318,12 @@ def test_a_quick_run_shares_what_is_left_and_skips_what_is_bound_to_take_longer(
     assert quick.effort(a).limit == 10
     now[0] += 1
     quick.done(a, Result(preparation=0.3))
-    assert quick.effort(b).limit == 13  # what the first left over goes to the others
+    assert quick.effort(b).limit == 13  # the time that the first cell left over is shared out
     now[0] += 13
     quick.done(b, Result(preparation=0.5))
     assert quick.effort(larger).limit == 13
     quick.done(larger, Result(preparation=0.4))
-    assert quick.effort(largest) is None  # 4 seconds, when 26 are left
+    assert quick.effort(largest) is None  # it would take 4 seconds, more than an eighth of the 26 left
     quick.left, quick._last = 1, {}
     assert quick.effort(largest).limit == 26
     now[0] += 100
@@ -337,7 +337,7 @@ def test_sizes_are_compared_by_their_product():
 
 
 def test_ours_is_measured_first_and_then_the_peers_that_there_is_time_for():
-    effort = Effort(rounds=3, warm_ups=1)  # 21 calls of each
+    effort = Effort(rounds=3, warm_ups=1)  # each contender is called 21 times
     once = {"slow": 1.0, OURS: 0.1, "quick": 0.05}
     assert effort.affordable(once, 2.0) == []
     assert effort.affordable(once, 3.0) == [OURS]
@@ -375,7 +375,7 @@ def test_scaling_goes_on_until_time_or_memory_would_run_out(monkeypatch):
 
     monkeypatch.setattr(scaling, "_memory", lambda: 1 << 34)
     assert reached(lambda n: 1e-9 * n, lambda n: 1) == sizes
-    assert reached(lambda n: 2e-9 * n * n, lambda n: 1) == [10**2, 10**3, 10**4]  # 20 s at 1e5
+    assert reached(lambda n: 2e-9 * n * n, lambda n: 1) == [10**2, 10**3, 10**4]  # 10^5 would take 20 s
     assert reached(lambda n: 1e-9 * n, lambda n: 512 * n) == [10**2, 10**3, 10**4, 10**5, 10**6]
 
 
@@ -383,7 +383,8 @@ def test_scaling_at_a_table_s_own_sizes():
     cells = scaling.Scaling([op(scaling=(20, 40, 4_000_000))]).cells
     assert [cell.size for cell in cells] == [20, 40, 4_000_000]
     assert [cell.benchmark.checked_at(cell.size) for cell in cells] == [20, 40, scaling.CHECKED]
-    (table,) = scaling.scaled(op(scaling=(1, 90))).benchmarks  # of something large: its first size will do
+    # where the size counts something large, the first size is enough
+    (table,) = scaling.scaled(op(scaling=(1, 90))).benchmarks
     assert table.checked_at(90) == 1
 
 
@@ -412,7 +413,7 @@ def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
 
 
 def scaling_run(threads, times, floor=1.0, op="square", family="f"):
-    """{size: milliseconds} of ours; the floor takes as long as is given at every size, and moves a megabyte."""
+    """Return a run with our times {size: milliseconds}; at every size the floor takes ``floor`` ms and moves 1 MB."""
     here = {"op": op, "family": family, "direction": "forward+backward", "bytes": 1_000_000}
     rows = [row(OURS, ms, 1.0, size=size, **here) for size, ms in times.items()]
     rows += [row(FLOOR, floor, 1.0, size=size, **here) for size in times]
@@ -429,7 +430,7 @@ def test_the_cost_page_shows_every_size_and_what_threads_gain(tmp_path):
 
 
 def test_the_cost_page_takes_one_run_or_several_for_each_number_of_threads(tmp_path):
-    """And marks what gains too little: as little as memory, or less than that."""
+    """The page marks speedups that are too low, in two ways: memory gains no more, or memory gains more."""
     runs = [scaling_run(1, {10: 20.0}, 2.0), scaling_run(2, {10: 10.0}, 1.0)]
     runs += [scaling_run(1, {10: 2.0}, 1.8, "g", "g"), scaling_run(2, {10: 1.2}, 1.0, "g", "g")]
     runs += [scaling_run(1, {10: 1.0}, 1.8, "h", "h"), scaling_run(2, {10: 1.0}, 1.0, "h", "h")]
@@ -543,7 +544,7 @@ def test_what_was_not_measured_both_times_is_not_compared():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The registry with one op, whose two tables have sizes of both kinds."""
+    """Return the registry with one op, whose two tables have a size of each kind."""
     info = op(peers={"torch.square": torch.square, "absent": "no_such_package:f"})
     shapes = benchmark(sizes=((2, 4), (4, 4)), make=lambda s, device: make(math.prod(s), device), unit="shape")
     info = replace(info, benchmarks=[*info.benchmarks, shapes], native=torch.square)
@@ -569,7 +570,7 @@ def test_the_command_writes_what_it_measured(tiny, tmp_path, capsys):
     assert {(row["table"], label(row["size"])) for rows in result["rows"] for row in rows} == {
         ("n", "8"), ("n", "64"), ("shape", "2 × 4"), ("shape", "4 × 4")
     }  # fmt: skip
-    assert len(saved.read_text().splitlines()) == 11 + 4 + 2  # the other fields, the sizes, what closes them
+    assert len(saved.read_text().splitlines()) == 11 + 4 + 2  # the other fields, the sizes and the closing brackets
     lines = list(csv.DictReader(table.open()))
     assert len(lines) == sum(map(len, result["rows"]))
     assert lines[0]["machine.torch"] == torch.__version__ and lines[0]["contender"] == OURS
@@ -683,7 +684,7 @@ def test_the_docs_show_each_op_beside_the_best_of_its_peers(monkeypatch, tmp_pat
     result.remarks = ["something to know"]
     result.write_json(tmp_path / "cpu.json")
     assert "| op |" in generated.fastest("family")
-    assert "peer" not in generated.fastest("family")  # its answer differs
+    assert "peer" not in generated.fastest("family")  # the peer's answer differs
     runs, text = generated.runs(), generated.speed()
     assert "1. a CPU, 2 threads, AVX2, fresh memory, torch 2.13.0: `bench`" in runs
     assert "- something to know" in runs

@@ -1,4 +1,4 @@
-"""The commands where something from outside goes wrong: a line that says what, and no traceback."""
+"""Commands that fail for an external reason print one line with that reason and no traceback."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import pytest
 
 FULL = Path("/dev/full")
 ROOT = Path(__file__).parent.parent
-# The other commands are those of `python -m custom_ops`.
+# All other commands belong to `python -m custom_ops`.
 OWN = {"benchmarks": "benchmarks.__main__", "demo": "examples.demo"}
 
 
 def called(name: str, *arguments: str) -> tuple[str, list[str]]:
-    """The module that has the command ``name``, and what it is called with."""
+    """Return the module of the command ``name`` and the arguments for it."""
     return (OWN[name], [*arguments]) if name in OWN else ("custom_ops.__main__", [name, *arguments])
 
 
 def run(*command: str, stdout: IO[str] | int = subprocess.DEVNULL, **env: str) -> tuple[int, str]:
-    """Status and stderr."""
+    """Return status and stderr."""
     module, arguments = called(*command)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *arguments],
@@ -40,8 +40,8 @@ def run(*command: str, stdout: IO[str] | int = subprocess.DEVNULL, **env: str) -
 
 
 @pytest.mark.parametrize("arguments", [["verify", "--list"], ["benchmarks", "--help"], ["--help"]])
-def test_a_reader_that_leaves(arguments: Sequence[str]) -> None:
-    """As in `... | head -1`, here before the first line."""
+def test_a_closed_pipe(arguments: Sequence[str]) -> None:
+    """A pipe whose reader has gone, as in `... | head -1`, ends the command quietly."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
@@ -59,7 +59,7 @@ def test_a_full_disk(arguments: Sequence[str]) -> None:
     "arguments", [["verify", "--op", "lambda_loss"], ["benchmarks", "--op", "relu"], ["demo"]], ids=lambda a: a[0]
 )
 def test_an_interruption(arguments: Sequence[str]) -> None:
-    """Two seconds after the package has been imported."""
+    """A command that is interrupted two seconds after its import says so."""
     module, given = called(*arguments)
     program = f"""if True:
         import os, signal, sys, threading
@@ -107,7 +107,7 @@ def test_a_wrong_option(arguments: Sequence[str], status: int, said: str, capsys
     ],
 )
 def test_a_missing_extra(arguments: Sequence[str], module: str, tmp_path: Path) -> None:
-    """A module of that name which can't be found comes first."""
+    """A command names the missing module, simulated by a broken one earlier on the path, and the extra to install."""
     (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError({module!r}, name={module!r})")
     extra = "gpu" if module == "triton" else "tools"
     said = f"`{arguments[0]}` needs {module}: pip install 'custom_ops[{extra}]'\n"

@@ -1,4 +1,4 @@
-"""The matrix of machines: what its rows are, and that a row which fails is told."""
+"""Tests of the matrix of machines: which rows it has, and that a failing row is reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_each_row_changes_one_thing() -> None:
         assert len(row.environment) + ("--seed" in row.arguments) + (row.python == "/some/python") <= 1
     factors = {name for row in found for name in row.environment}
     assert {"ONEDNN_MAX_CPU_ISA", "CUSTOM_OPS_ISA", "OMP_NUM_THREADS"} <= factors
-    for row in found:  # what isn't compiled is left out where Inductor's own code doesn't compile, only there
+    for row in found:  # only the level for which Inductor's code doesn't compile runs without compilation
         assert ("--eager" in row.arguments) == (row.environment.get("ATEN_CPU_CAPABILITY") == "default")
 
 

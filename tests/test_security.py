@@ -1,4 +1,4 @@
-"""What importing and reading must not do, and state that threads share from the first use on."""
+"""Importing and reading run no foreign code, and state that threads share is safe from its first use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from examples import data
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("custom_ops", "triton_kernels", "benchmarks", "examples")
-PICKLES_MODULES = ROOT / "custom_ops" / "verify" / "_objects.py"  # and unpickles what it has just pickled
+PICKLES_MODULES = ROOT / "custom_ops" / "verify" / "_objects.py"  # it unpickles only what it has just pickled
 RUNS_CODE = {"eval", "exec", "pickle", "marshal", "shelve", "dill", "joblib", "yaml", "cloudpickle"}
 
 IMPORT = """

@@ -62,7 +62,7 @@ def test_declared_not_applicable() -> None:
 
 
 def test_declared_not_comparable() -> None:
-    """Unlike a second derivative that isn't applicable, one that isn't comparable needn't raise."""
+    """An inapplicable second derivative has to raise; an incomparable one needn't."""
     for declared, status in (("not_applicable", "fail"), ("not_comparable", "not applicable")):
         report = verify(torch.sin, [(leaf(2),)], only=["func.hessian"], **{declared: {"func.hessian": "because"}})
         assert report["func.hessian"].status == status
@@ -166,7 +166,7 @@ def test_command_line_as_a_module_fails_where_an_op_does() -> None:
 
 
 def test_nothing_compiled_comes_from_a_cache():
-    """An earlier process may have left there what an op no longer does."""
+    """A cache may hold what an earlier version of the op did."""
     settings = []
 
     def f(x):

@@ -1,4 +1,4 @@
-"""`TIMED`: every registered op with its tables of timings, by name, in the order of the registry."""
+"""`TIMED`: a dictionary of every registered op with its tables of timings, in the order of the registry."""
 
 from benchmarks.table import TimedOp, timed
 from benchmarks.tables import activation, ranking, shaping, voxel

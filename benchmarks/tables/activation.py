@@ -1,4 +1,4 @@
-"""Tables of the activations: each beside torch's own."""
+"""Tables of the activations, each beside torch's own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _against(
     unit: str = "elements",
     elements: int = 1,
 ) -> list[Benchmark]:
-    """The dtypes, sizes and targets of every activation; ``elements`` make up a ``unit``."""
+    """Return the tables of an activation, one for each dtype; ``elements`` make up a ``unit``."""
     small, middle, large = ((1 << bits) // elements for bits in (16, 20, 24))
 
     def of(dtype: torch.dtype) -> Callable[[int, torch.device], tuple[Any, ...]]:

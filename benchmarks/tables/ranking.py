@@ -1,4 +1,4 @@
-"""Tables of the ranking losses: beside plain PyTorch, eager and compiled, and the libraries that have the loss."""
+"""Tables of the ranking losses, beside plain PyTorch, eager and compiled, and other libraries' losses."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple
 
 
 def _lists(peers: Peers, peer: str = "", times: Sequence[float] = (), **kwargs: Any) -> list[Benchmark]:
-    """Lists beside the peers, and how many ``times`` faster than ``peer`` the loss is to be at each of the shapes.
+    """Return the tables of a list loss; at each shape it is to be ``times`` as fast as ``peer``.
 
-    Where no other library has such a loss, it stands beside its reference, at the first shape only.
+    A loss that no other library has is compared with its reference, at the first shape only.
     """
     sizes = SHAPES if times or len(peers) > 1 else SHAPES[:1]
     targets = [Target(shape, peer, 1 / t) for shape, t in zip(SHAPES, times, strict=bool(times))]

@@ -1,4 +1,4 @@
-"""Tables of gradient shaping: each op beside what one would write instead, a hook or an autograd.Function."""
+"""Tables of gradient shaping, each op beside the usual code: a hook or an autograd.Function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from custom_ops.registry import REGISTRY
 
 
 def _beside_hook(hook: Callable[..., Tensor], *parameters: Any, reads: int = 1) -> list[Benchmark]:
-    """A view of x with ``hook(grad, *parameters)`` on its gradient, which backward ``reads`` so many times."""
+    """Return the tables of an op beside ``hook(grad, *parameters)`` on a view of x; backward makes ``reads`` reads."""
 
     def run(x: Tensor, *parameters: Any) -> Tensor:
         y = x.view_as(x)

@@ -1,4 +1,4 @@
-"""Tables of the voxel ops: drawn points from 10,000 to 4 million, cameras, and two real LiDAR scans."""
+"""Tables of the voxel ops: random points from 10,000 to 4 million, cameras, and two real LiDAR scans."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from custom_ops.voxel.specs.intervals import interval_arrays
 
 Peers = dict[str, Callable[..., Any] | str]
 SIZES = (10_000, 172_824, 1_000_000, 4_000_000)
-CAMERAS = (1, 4, 23, 92)  # examples, of 43,296 points each: up to 4 million
+CAMERAS = (1, 4, 23, 92)  # examples of 43,296 points each, up to 4 million points
 SCALED_CAMERAS = (1, 4, 16, 46, 92)
 LSS, FIERY = "Lift-Splat-Shoot's pipeline", "FIERY's cumulative sum"
 
 
 def _at_most_checked(points: int) -> int:
-    """The answers of larger tables are checked at this size: the references take seconds and gigabytes there."""
+    """Return the size at which answers are checked; the references take seconds and gigabytes at larger sizes."""
     return min(points, 50_000)
 
 
 def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor, Tensor, int]:
-    """Points in any order, eight to a voxel, in one voxel of eight of the grid; fewer and fuller ones by ``skew``."""
+    """Return unordered points, 8 per voxel, in an eighth of the grid's voxels; ``skew`` concentrates them in fewer."""
     generator = torch.Generator().manual_seed(points)
     x = torch.randn(points, 64, generator=generator)
     voxels = max(points // 8, 1)
@@ -35,8 +35,8 @@ def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor,
 
 
 def _scans(edge: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Two real LiDAR scans, drawn features, and the columns of a grid of ``edge`` metres that their points lie in."""
-    from examples.data import DataError, load_lidar  # needs what only the tools need
+    """Return two real LiDAR scans with random features, and their columns in a grid of ``edge`` metres."""
+    from examples.data import DataError, load_lidar  # has dependencies that only the tools need
 
     try:
         scans = [torch.from_numpy(scan[:, :3]) for scan in load_lidar()[:2]]
@@ -79,7 +79,7 @@ def _segments(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _cloud(points: int, device: torch.device) -> tuple[Any, ...]:
-    """Of numbers that float32 holds, so that each point is in one voxel whatever the precision; some are outside."""
+    """Return points at multiples of a power of two, whose voxel is the same in any precision; some lie outside."""
     generator = torch.Generator().manual_seed(points)
     cloud = torch.randint(-(2**14), 2**14, (points, 3), generator=generator) / 2**9
     return cloud.to(device), (-30.0, -30.0, -30.0), (0.5, 0.5, 10.0), (120, 120, 6)
@@ -106,7 +106,7 @@ _OF_VOXEL_SUM: Peers = {
 
 
 def _beside_all(size: Any) -> list[Target]:
-    """Of skewed points: 0.8 of whichever peer is best."""
+    """Return targets for skewed points: 0.8 times the time of every peer."""
     peers = [peer for peer in _OF_VOXEL_SUM if not peer.startswith("ours")]
     return [Target(size, peer, 0.8, memory=memory) for peer in peers for memory in ("fresh", "warm")]
 

@@ -1,4 +1,4 @@
-"""Dropout of ReLU, both masks merged into one bit per element."""
+"""ReLU with dropout, with both masks merged into one bit per element."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from custom_ops.library import Function
 
 @define
 def relu_dropout_forward(x: Tensor, seed: Tensor, p: float, batch_dims: int) -> tuple[Tensor, Tensor]:
-    """relu(x) / (1 - p) where the element's draw from [0, 1) is at least p, and that as one bit; a NaN stays.
+    """Return relu(x) / (1 - p) where the element's draw from [0, 1) is at least p, and the mask in bits; a NaN stays.
 
     Element i of an example draws number i of the Philox generator keyed by its ``seed [*batch]``.
     """
@@ -53,25 +53,25 @@ def _(info: Any, in_dims: Any, x: Tensor, seed: Tensor, p: float, batch_dims: in
 def relu_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | None = None, inplace: bool = False
 ) -> Tensor:
-    """Dropout of relu(x): each element is dropped with probability p, the others divided by 1 - p.
+    """Apply dropout to relu(x): each element is dropped with probability p, the others are divided by 1 - p.
 
-    Both masks are merged into the one bit per element that backward keeps. The draws are counted, not
-    streamed: element i takes number i of the Philox generator keyed by the seed, whatever the number of threads, so
-    that a recomputation under activation checkpointing, which restores torch's generator, draws the same.
+    Both masks are merged into the one bit per element that backward keeps. The random numbers are indexed: element i
+    takes number i of the Philox generator keyed by the seed, whatever the number of threads. A recomputation under
+    activation checkpointing, which restores torch's generator, therefore draws the same numbers.
 
     Args:
         x: as for `relu`.
         p: the probability of dropping an element, in steps of 2^-32.
         training: without it this is `relu`.
-        seed: a scalar int64 tensor on x's device; by default drawn from torch's generator, so that
+        seed: a scalar int64 tensor on x's device; by default it is drawn from torch's generator, so that
             ``torch.manual_seed`` reproduces it.
         inplace: as for `relu`.
 
     Raises:
-        TypeError: a wrong dtype, ``p`` no number.
-        ValueError: ``p`` outside [0, 1], ``seed`` on another device or no scalar.
+        TypeError: a wrong dtype, or ``p`` isn't a number.
+        ValueError: ``p`` outside [0, 1], ``seed`` on another device or not a scalar.
 
-    A NaN stays where it is, dropped or not. O(n) time; numel / 8 bytes kept for backward.
+    A NaN stays where it is, dropped or not. The op takes O(n) time and keeps numel / 8 bytes for backward.
 
     Source: torch.nn.functional.dropout; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
@@ -107,7 +107,7 @@ def _probability(p: Any) -> float:
 
 
 class ReLUDropout(torch.nn.Module):
-    """`relu_dropout` as a layer; `relu` in evaluation mode.
+    """Apply `relu_dropout` as a layer; in evaluation mode it is `relu`.
 
     Example:
         >>> import torch, custom_ops

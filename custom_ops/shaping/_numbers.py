@@ -1,13 +1,13 @@
-"""What a number is to an op under compilation."""
+"""Python numbers as arguments of ops under compilation."""
 
 import torch
 from torch import Tensor
 
 
 def as_tensor(number: float, x: Tensor) -> Tensor:
-    """``number`` for x, under compilation: there each value of an op's float argument is another program.
+    """Return ``number`` as a tensor, so that a new value doesn't recompile the program, as a new float argument would.
 
-    It isn't rounded to 16 bits, as a number isn't either where it meets a tensor. A product is among the few things
-    that Inductor makes of a number without compiling anew.
+    The tensor isn't rounded to 16 bits, since PyTorch doesn't round a number that meets a 16-bit tensor. It is made by
+    a product, which Inductor can compute from a number without compiling anew.
     """
     return number * torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)

@@ -20,15 +20,15 @@ from custom_ops.shaping._numbers import as_tensor
 def gradient_clipping(
     x: Tensor, min: float | None, max: float | None, low: Tensor | None, high: Tensor | None
 ) -> Tensor:
-    """x, whose gradient is clamped to [min, max], or to [low, high] where these are given."""
+    """Return x with a gradient clamped to [min, max], or to [low, high] where these are given."""
     return x
 
 
 @library.compose("custom_ops::gradient_norm_clipping", view=True)
 def gradient_norm_clipping(x: Tensor, max_norm: float, dim: Sequence[int], limit: Tensor | None) -> Tensor:
-    """x, whose gradient is scaled to at most ``limit``, or ``max_norm`` if there is none.
+    """Return x with a gradient scaled to a norm of at most ``limit``, or ``max_norm`` if ``limit`` is None.
 
-    The norm is over the dimensions ``dim``, counted from the last.
+    The norm is taken over the dimensions ``dim``, counted from the last.
     """
     return x
 
@@ -36,11 +36,11 @@ def gradient_norm_clipping(x: Tensor, max_norm: float, dim: Sequence[int], limit
 class _Clipping(Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent.clone()  # in-place ops on the output would write to it
+        return tangent.clone()  # without a copy, in-place ops on the output would write to the tangent
 
 
 class GradientClipping(_Clipping, op=gradient_clipping):
-    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, in the idiom of ``torch.autograd.Function``.
+    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
@@ -90,7 +90,7 @@ class GradientNormClipping(_Clipping, op=gradient_norm_clipping):
         wide = torch.promote_types(grad.dtype, torch.float32)
         norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=wide)
         over = norm > max_norm
-        factor = torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)  # no 0 / 0, nor its derivative
+        factor = torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)  # avoids 0 / 0 and its derivative
         return (grad * factor).to(grad.dtype), None, None, None
 
     @staticmethod
@@ -109,25 +109,25 @@ def _(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
 
 
 def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    """``x``, whose gradient is clamped to ``[min, max]`` element by element on its way back.
+    """Return ``x`` and, in backward, clamp its gradient to ``[min, max]`` element by element.
 
-    ``y = x``, ``dL/dx = clamp(dL/dy, min, max)``; a NaN stays. In a double backward the clamp has its own
-    derivative, 0 where it was active, and clips what passes again. The tangent isn't clipped, ``dy = dx``: limits
-    for gradients say nothing of it, and as clipping isn't linear there is no transpose. So ``jvp`` and ``vjp``
-    differ where the clamp is active, and so do forward-over-reverse and reverse-over-reverse.
+    ``y = x``, ``dL/dx = clamp(dL/dy, min, max)``; a NaN stays. In a double backward the clamp has its own derivative, 0
+    where it was active, and the gradient through ``x`` is clamped again. The tangent isn't clipped, ``dy = dx``: limits
+    for gradients don't apply to tangents, and clipping isn't linear, so it has no transpose. ``jvp`` and ``vjp``
+    therefore differ where the clamp is active, and so do forward-over-reverse and reverse-over-reverse.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
         min, max: the limits, at least one of them.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError: ``x`` is no tensor or of another dtype, a limit is no number.
+        TypeError: ``x`` isn't a tensor or has another dtype, or a limit isn't a number.
         ValueError: no limit at all, or ``min`` above ``max``.
 
-    O(1) forward, O(n) backward; nothing is kept for backward.
+    The op takes O(1) time in forward and O(n) in backward and keeps nothing for backward.
 
     Example:
         >>> import torch, custom_ops
@@ -154,7 +154,7 @@ def _check_limits(min: float | None, max: float | None) -> tuple[float | None, f
 
 
 class ClipGradient(torch.nn.Module):
-    """`clip_gradient` as a layer.
+    """Apply `clip_gradient` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -176,26 +176,26 @@ class ClipGradient(torch.nn.Module):
 
 
 def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | None = None) -> Tensor:
-    """``x``, whose gradient is scaled down to a norm of at most ``max_norm`` on its way back.
+    """Return ``x`` and, in backward, scale its gradient down to a norm of at most ``max_norm``.
 
-    ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, for 16-bit
-    gradients computed in float32; a NaN or an infinity makes its whole norm's worth NaN or 0, as it does in
-    ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are as in `clip_gradient`: the
-    tangent isn't clipped.
+    ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, which is computed
+    in float32 for 16-bit gradients. A NaN or an infinity makes all elements under the same norm NaN or 0, as in
+    ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are those of `clip_gradient`: the tangent
+    isn't clipped.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
         max_norm: the largest norm allowed, not negative.
-        dim: over which dimensions each norm is taken, one or several; by default over all.
+        dim: the dimensions over which each norm is taken, one or several; by default all.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError: ``x`` is no tensor or of another dtype, ``max_norm`` no number, ``dim`` not of integers.
+        TypeError: ``x`` isn't a tensor or has another dtype, ``max_norm`` isn't a number, or ``dim`` not integers.
         ValueError: ``max_norm`` negative; ``dim`` out of range, repeated or empty.
 
-    O(1) forward, O(n) backward; nothing is kept for backward.
+    The op takes O(1) time in forward and O(n) in backward and keeps nothing for backward.
 
     Example:
         >>> import torch, custom_ops
@@ -234,7 +234,7 @@ def _norm(max_norm: Any, dim: Any) -> tuple[float, list[int] | None]:
 
 
 class ClipGradientNorm(torch.nn.Module):
-    """`clip_gradient_norm` as a layer.
+    """Apply `clip_gradient_norm` as a layer.
 
     Example:
         >>> import torch, custom_ops

@@ -15,12 +15,12 @@ from custom_ops.shaping._numbers import as_tensor
 
 @library.compose("custom_ops::gradient_scaling", view=True)
 def gradient_scaling(x: Tensor, factor: float, scale: Tensor | None) -> Tensor:
-    """x, whose gradient is multiplied by ``scale``, or by ``factor`` if there is none."""
+    """Return x with a gradient multiplied by ``scale``, or by ``factor`` if ``scale`` is None."""
     return x
 
 
 class GradientScaling(Function, op=gradient_scaling):
-    """``GradientScaling.apply(x, scale)`` is `scale_gradient`, in the idiom of ``torch.autograd.Function``.
+    """``GradientScaling.apply(x, scale)`` is `scale_gradient`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
@@ -53,7 +53,7 @@ class GradientScaling(Function, op=gradient_scaling):
 def _scaled(grad: Tensor, factor: float, scale: Tensor | None) -> Tensor:
     if scale is not None:
         return (wide(grad) * scale if scale.dim() == 0 else grad * scale).to(grad.dtype)
-    return -grad if factor == -1 else grad * factor  # the same, in a third of the time on a few elements
+    return -grad if factor == -1 else grad * factor  # negation gives the same in a third of the time on a few elements
 
 
 @library.vmap(gradient_scaling)
@@ -66,10 +66,10 @@ def _(info: Any, in_dims: Any, x: Tensor, factor: float, scale: Tensor | None) -
 
 
 def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
-    """``x``, whose gradient is multiplied by ``scale`` on its way back.
+    """Return ``x`` and, in backward, multiply its gradient by ``scale``.
 
-    ``y = x``, ``dL/dx = scale * dL/dy``, and likewise the tangent ``dy = scale * dx``. With
-    ``scale = 2 * x.detach()`` it is the layer ``y = x`` with the backward of ``x ** 2``.
+    ``y = x``, ``dL/dx = scale * dL/dy``, and likewise the tangent ``dy = scale * dx``. With ``scale = 2 * x.detach()``
+    it is the layer ``y = x`` with the backward of ``x ** 2``.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
@@ -77,13 +77,13 @@ def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
             value doesn't depend on it; in a double backward it does, as the gradient of ``x`` does.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError: ``x`` is no tensor or of another dtype, ``scale`` neither a number nor a floating tensor.
+        TypeError: ``x`` isn't a tensor or has another dtype, or ``scale`` is neither a number nor a floating tensor.
         ValueError: ``scale`` doesn't broadcast to the shape of ``x``, or is on another device.
 
-    O(1) forward, O(n) backward; ``scale`` is kept for backward.
+    The op takes O(1) time in forward and O(n) in backward; it keeps ``scale`` for backward.
 
     Example:
         >>> import torch, custom_ops
@@ -113,7 +113,7 @@ def _scale(name: str, scale: Any) -> float | Tensor:
 
 
 class ScaleGradient(torch.nn.Module):
-    """`scale_gradient` as a layer. A tensor ``scale`` is a buffer: it moves and is saved with the layer.
+    """Apply `scale_gradient` as a layer. A tensor ``scale`` is a buffer, so it moves and is saved with the layer.
 
     Example:
         >>> import torch, custom_ops
@@ -141,22 +141,22 @@ class ScaleGradient(torch.nn.Module):
 
 
 def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
-    """``x``, whose gradient is multiplied by ``-lambda_`` on its way back: `scale_gradient` by ``-lambda_``.
+    """Return ``x`` and, in backward, multiply its gradient by ``-lambda_``, as `scale_gradient` by ``-lambda_`` does.
 
-    What comes before it climbs the loss that what comes after it descends, as a feature extractor does
+    The layers before the op ascend the loss that the layers after it descend, like a feature extractor that is trained
     against a domain classifier.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
-        lambda_: how strongly; a number, or a floating tensor that broadcasts to the shape of ``x``.
+        lambda_: the strength: a number, or a floating tensor that broadcasts to the shape of ``x``.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError, ValueError: as `scale_gradient`.
+        TypeError, ValueError: as in `scale_gradient`.
 
-    O(1) forward, O(n) backward.
+    The op takes O(1) time in forward and O(n) in backward.
 
     Source: Ganin and Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", 2015.
 
@@ -170,12 +170,13 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
     _checks.has_dtype("x", x, _checks.FLOATING)
     lambda_ = _scale("lambda_", lambda_)
     if torch.compiler.is_compiling() and not isinstance(lambda_, Tensor):
-        lambda_ = as_tensor(lambda_, x)  # not of its negative, which torch 2.10 compiles anew for each value
+        # as_tensor gets lambda_ and not -lambda_, for which torch 2.10 compiles each value anew
+        lambda_ = as_tensor(lambda_, x)
     return scale_gradient(x, -1.0 * lambda_)
 
 
 class ReverseGradient(torch.nn.Module):
-    """`reverse_gradient` as a layer; set ``lambda_`` to follow a schedule.
+    """Apply `reverse_gradient` as a layer; set ``lambda_`` to follow a schedule.
 
     Example:
         >>> import torch, custom_ops

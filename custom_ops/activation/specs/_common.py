@@ -1,4 +1,4 @@
-"""What the activations share: samples and wrong calls."""
+"""Samples and wrong calls that the activations share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from custom_ops.registry import BadCall, Sample
 
 
 def away_from(kinks: tuple[float, ...], *shape: int) -> Tensor:
-    """Normal numbers, none of them near a kink."""
+    """Return normal numbers, none of them near a kink."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for kink in kinks:
         x = torch.where((x - kink).abs() < 0.1, x + 0.25, x)
@@ -19,7 +19,7 @@ def away_from(kinks: tuple[float, ...], *shape: int) -> Tensor:
 
 
 def unary_samples(*kinks: float, parameters: tuple[Any, ...] = (), variant: tuple[Any, ...] | None = None) -> Any:
-    """Samples of f(x, *parameters), with another ``variant`` of the parameters on one of them."""
+    """Return samples of f(x, *parameters), one of them with the parameters ``variant``."""
 
     def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         def x(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evidence for `custom_ops.activation.dropout`: references, samples and wrong calls."""
+"""The specs of `custom_ops.activation.dropout`: references, samples and wrong calls."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 
 
 def philox(seed: Tensor, n: int) -> Tensor:
-    """The first n draws of Philox 4x32-10 keyed by ``seed``, as integers in [0, 2^32)."""
+    """Return the first n draws of Philox 4x32-10 keyed by ``seed``, as integers in [0, 2^32)."""
     low = 0xFFFFFFFF
     counter = torch.arange((n + 3) // 4, device=seed.device)
     zero = torch.zeros_like(counter)
     c = [counter & low, counter >> 32, zero, zero]
     keys = [seed & low, (seed >> 32) & low]
     for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # the 64 bits of each product, whatever their sign
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # all 64 bits of each product are kept, and the sign doesn't matter
         c = [((b >> 32) & low) ^ c[1] ^ keys[0], b & low, ((a >> 32) & low) ^ c[3] ^ keys[1], a & low]
         keys = [(key + step) & low for key, step in zip(keys, (0x9E3779B9, 0xBB67AE85))]
     return torch.stack(c, 1).flatten()[:n]

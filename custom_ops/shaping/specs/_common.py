@@ -1,7 +1,7 @@
-"""What the gradient-shaping ops share: samples, and which rows of the battery can't see a shaped derivative.
+"""Samples of the gradient-shaping ops, and the battery's rows that can't see a shaped derivative.
 
-Their references are plain PyTorch with the same shaped derivatives of any order and in any mode: x - x.detach() is 0
-with slope 1. Only clipping, which isn't linear in the gradient, needs a Function.
+The references are plain PyTorch with the same shaped derivatives of any order and in any mode, by means of x -
+x.detach(), which is 0 and has slope 1. Only clipping needs a Function, as it isn't linear in the gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def leaf(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    """Away from 0, and from 1 and 2 in size."""
+    """Return a leaf whose elements are away from 0, 1 and 2 in size."""
     draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = torch.where((draw.abs() - draw.abs().round()).abs() < 0.05, draw + 0.15, draw)
     return x.to(device, dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Evidence for `custom_ops.shaping.clipping`: references, samples and wrong calls."""
+"""The specs of `custom_ops.shaping.clipping`: references, samples and wrong calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from custom_ops.shaping.specs._common import OF_SHAPING, VIEW, leaf, two
 
 
 class _Clipped(torch.autograd.Function):
-    """Clipping isn't linear in the gradient, so no composition of differentiable functions does it."""
+    """The reference needs a Function: clipping isn't linear in the gradient, so no composition of functions has it."""
 
     generate_vmap_rule = True
 
@@ -54,7 +54,7 @@ def clip_gradient_norm_reference(x: Tensor, max_norm: float, dim: int | Sequence
 
 
 def _clip_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    # The rows of a Jacobian are made with gradients of 1, which pass here; random ones are clipped.
+    # The rows of a Jacobian come from gradients of 1, which pass these limits; random gradients are clipped.
     x = leaf(device, dtype, 3, 7)
     return [
         Sample((x, -0.5, 1.25), dynamic={0: 0}),
@@ -69,7 +69,8 @@ def _norm_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     x = leaf(device, dtype, 3, 7)
     return [
         Sample((x, 1.25, 1), dynamic={0: 0}),
-        Sample((x, 3.5), dynamic={0: 0}),  # what is parallel to the gradient has derivative 0: not with all alike
+        # a vector parallel to the gradient has derivative 0, which the varied elements avoid
+        Sample((x, 3.5), dynamic={0: 0}),
         Sample((leaf(device, dtype, 2, 3, 4), 1.5, (0, -1))),
         Sample((leaf(device, dtype), 1.25)),
         Sample((leaf(device, dtype, 0, 4), 1.0)),
@@ -111,7 +112,7 @@ register(
         samples=_norm_samples,
         shardings=lambda: [
             Sharding("rows", Sample((torch.randn(5, 3, requires_grad=True), 1.0, 1)), {0: 0}, 0),
-            # Two sums of squares over all rows: of the gradient, and for the factor.
+            # Two sums of squares run over all rows: that of the gradient, and that for the factor.
             Sharding(
                 "what the norm is of",
                 Sample((torch.randn(5, 3, requires_grad=True), 1.0)),

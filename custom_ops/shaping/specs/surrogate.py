@@ -1,4 +1,4 @@
-"""Evidence for `custom_ops.shaping.surrogate`: references, samples and wrong calls."""
+"""The specs of `custom_ops.shaping.surrogate`: references, samples and wrong calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from custom_ops.shaping.surrogate import _SHAPES, SurrogateGradient, SurrogateSt
 
 def surrogate_gradient_reference(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
     u = x / width
-    inner = torch.where(u.abs() < 1, u, u.detach().clamp(-1, 1))  # its slope at 1 is that beyond
+    inner = torch.where(u.abs() < 1, u, u.detach().clamp(-1, 1))  # at 1 the slope is that beyond 1
     smooth = {
         "sigmoid": u.sigmoid(),
         "atan": u.atan() / math.pi,
