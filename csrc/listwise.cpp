@@ -370,6 +370,18 @@ struct UniqueSoftmax {
   }
 };
 
+// a - b, as `high` and what its rounding leaves out: of differences of numbers of any size, differences stay exact.
+struct Difference {
+  double high, low = 0;
+
+  Difference(double a, double b) : high(a - b) {
+    if (!std::isfinite(high)) return;
+    const double subtracted = a - high;
+    low = (a - (high + subtracted)) + (subtracted - b);
+  }
+  double over(const Difference& other) const { return (high - other.high) + (low - other.low); }
+};
+
 // log(1 + the sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j).
 struct Cosent {
   double scale;
@@ -386,16 +398,20 @@ struct Cosent {
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
       const Scan<true> up(reversed, n, first, groups, scale, scratch);
 
-      // The largest term, of two scores and a logarithm; 1 has 0 for all three.
-      double top = 0, worst = 0, best = 0, log = 0;
-      down.each([&](int64_t i, int64_t g) {
-        const double x = down.above(g + 1, o.s[i]);
-        if (x > top) top = x, worst = down.top[g + 1], best = o.s[i], log = down.log[g + 1];
-      });
-      // Another one over it, of which only differences of similar scores are taken.
-      const auto term = [&](double worse, double better, double logarithm) {
-        return std::exp(scale * ((worse - worst) - (better - best)) + (logarithm - log));
+      // The largest term, of a difference and a logarithm; 1 has 0 for both. Then each term over it.
+      Difference most(0, 0);
+      double log = 0;
+      const auto exponent = [&](double worse, double better, double logarithm) {
+        return scale * Difference(worse, better).over(most) + (logarithm - log);
       };
+      const auto term = [&](double worse, double better, double logarithm) {
+        return std::exp(exponent(worse, better, logarithm));
+      };
+      down.each([&](int64_t i, int64_t g) {
+        if (g + 1 < groups && exponent(down.top[g + 1], o.s[i], down.log[g + 1]) > 0)
+          most = Difference(down.top[g + 1], o.s[i]), log = down.log[g + 1];
+      });
+      const double top = scale * most.high + log;
       // The terms of an item's pairs with those of lower and of higher labels.
       const auto below = [&](int64_t i, int64_t g) {
         return g + 1 == groups ? 0 : term(down.top[g + 1], o.s[i], down.log[g + 1]);

@@ -7,6 +7,7 @@ over numbers of 150 digits and differentiated by finite differences.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -253,6 +254,19 @@ def test_a_fill_is_as_good_as_another(name, dtype):
             assert_right(name, tensor(moderate, dtype=dtype), labels, v, **own)
 
 
+def test_cosent_of_differences_that_round_alike():
+    """The largest pair is found, and others are measured against it, by what the rounding of differences leaves out."""
+    for scores in ([0.0, -1e9, 1e30], [-1e30, 1e9, 0.0], [-1e30, 1e9, -1e9], [1e30, 1e30, -1.0, 1.0]):
+        for order in itertools.permutations(range(len(scores))):
+            leaf = tensor(scores).requires_grad_()
+            loss = custom_ops.cosent_loss(leaf, tensor(order), scale=1.0)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            with mp.workdps(DIGITS):
+                value, expected, _ = derivatives(lambda s, y=order: cosent(s, y, 1.0), leaf.tolist(), [0.0] * len(order))
+            close(loss.double(), tensor(float(value)).double(), 1e-5, 1e-5, f"{scores} {order}")
+            close(gradient, tensor([float(x) for x in expected]), 1e-5, 1e-5, f"gradient of {scores} {order}")
+
+
 def _scores(choose, n):
     """Draw ordinary scores, some of them tied, and a few fills and outliers of any size that float32 can hold."""
     sizes = (1e-30, 1e-3, 30.0, 100.0, 1e4, 65504.0, 1e9, 1e17, 3e38)
@@ -261,6 +275,8 @@ def _scores(choose, n):
     scores = [base + x for x in scores]
     for _ in range(choose.choice((0, 1, 1, 2))):
         scores[choose.randrange(n)] = choose.choice((-1, -1, 1)) * choose.choice(sizes)
+    for _ in range(choose.choice((0, 0, 1, 2))):
+        scores[choose.randrange(n)] = choose.choice(scores)
     return tensor(scores, dtype=torch.float32)
 
 

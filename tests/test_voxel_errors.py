@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import custom_ops
 from custom_ops.verify._backends import backend
+from custom_ops.voxel.voxel_grid import voxel_match
 
 VOXELS = 50
 OTHER = r"^csr: expected voxel_csr\(rank, num_voxels\), got one of other ranks"
@@ -52,6 +55,30 @@ def test_a_csr_of_other_ranks_in_one_example_raises():
     for run in (lambda csr: custom_ops.voxel_sum(x, rank, VOXELS, csr=csr), lambda csr: pool(rank, csr)):
         with pytest.raises(RuntimeError, match=OTHER):
             run((perm, indptr))
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_of_all_orders_and_boundaries_only_those_of_the_ranks_match(name):
+    orders = torch.tensor([*itertools.permutations(range(3)), (0, 0, 1), (1, 2, 2)])
+    boundaries = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    pairs = [t.flatten(0, 1) for t in (orders[:, None].expand(-1, 64, 3), boundaries.expand(8, -1, 3))]
+    with backend(name):
+        for ranks in ([1, 0, 1], [0, 0, -1], [-1, 1, -1]):
+            rank, right = torch.tensor(ranks), custom_ops.voxel_csr(torch.tensor(ranks), 2)
+            are_right = (pairs[0] == right[0]).all(-1) & (pairs[1] == right[1]).all(-1)
+            if name == "triton":
+                matches = (voxel_match(rank.expand(len(are_right), 3), *pairs) == pairs[1]).all(-1)
+            else:
+                matches = torch.tensor([_is_matched(rank, *csr) for csr in zip(*pairs)])
+            assert are_right.sum() == 1
+            assert torch.equal(matches, are_right)
+
+
+def _is_matched(rank, perm, indptr):
+    try:
+        return torch.equal(voxel_match(rank, perm, indptr), indptr)
+    except RuntimeError:
+        return False
 
 
 @pytest.mark.parametrize(

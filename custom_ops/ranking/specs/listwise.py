@@ -85,14 +85,21 @@ def _unique_softmax_of_one_list(s: Tensor, y: Tensor, gain: str = "exponential")
 
 def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tensor, Tensor]:
     lower, fixed = y.unsqueeze(-1) > y, s.detach()
-    pairs = torch.where(lower, fixed - fixed.unsqueeze(-1), 0)
-    most, largest = pairs.flatten().max(-1)
-    worst, best = (
-        torch.where(most > 0, fixed.gather(0, i.reshape(1)), 0) for i in (largest % len(s), largest // len(s))
-    )
-    # Over the largest term, of which only differences of similar scores are taken.
-    terms = torch.where(lower, scale * ((s - worst) - (s - best).unsqueeze(-1)), -torch.inf).exp().sum()
-    return scale * most + (terms + (-scale * most).exp()).log(), _contributes(y)
+    high = s - s.unsqueeze(-1)
+    low = _rounded_off(fixed, fixed.unsqueeze(-1))
+    first = torch.where(lower, high.detach(), 0).amax()
+    # Of those that round to the same largest difference, the largest one.
+    then = torch.where(lower & (high == first), low, -torch.inf).amax()
+    then = torch.where(then.isfinite(), then, 0)
+    terms = torch.where(lower, scale * ((high - first) + (low - then)), -torch.inf).exp().sum()
+    return scale * first + (terms + (-scale * first).exp()).log(), _contributes(y)
+
+
+def _rounded_off(a: Tensor, b: Tensor) -> Tensor:
+    """What the rounding of a - b leaves out."""
+    difference = a - b
+    subtracted = a - difference
+    return torch.where(difference.isfinite(), (a - (difference + subtracted)) + (subtracted - b), 0)
 
 
 def _register(
