@@ -262,7 +262,9 @@ def test_cosent_of_differences_that_round_alike():
             loss = custom_ops.cosent_loss(leaf, tensor(order), scale=1.0)
             (gradient,) = torch.autograd.grad(loss, leaf)
             with mp.workdps(DIGITS):
-                value, expected, _ = derivatives(lambda s, y=order: cosent(s, y, 1.0), leaf.tolist(), [0.0] * len(order))
+                value, expected, _ = derivatives(
+                    lambda s, y=order: cosent(s, y, 1.0), leaf.tolist(), [0.0] * len(order)
+                )
             close(loss.double(), tensor(float(value)).double(), 1e-5, 1e-5, f"{scores} {order}")
             close(gradient, tensor([float(x) for x in expected]), 1e-5, 1e-5, f"gradient of {scores} {order}")
 

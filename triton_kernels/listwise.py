@@ -312,7 +312,7 @@ class _UniqueSoftmax(_Competing):
 
 
 class _Term(NamedTuple):
-    """The logarithm of a term: scale times a difference, which is ``high`` and what its rounding leaves out, and log."""
+    """The logarithm of a term: scale times a difference, kept as ``high`` and its rounding error, plus ``log``."""
 
     high: Tensor
     low: Tensor
@@ -340,7 +340,9 @@ class _Cosent(_Competing):
             exponent = torch.where(some, self._exponent(term), -torch.inf)
             most = self.lists.to_items(self.lists.largest(exponent))
             largest = self.lists.largest(torch.where(exponent == most, place, -1), -1)
-            self.most = _Term(*(torch.where(largest < 0, m, self.per_list(t, largest)) for m, t in zip(self.most, term)))
+            self.most = _Term(
+                *(torch.where(largest < 0, m, self.per_list(t, largest)) for m, t in zip(self.most, term))
+            )
         self.top = scale * self.most.high + self.most.log
         self.rest = self.sum(self._over(self.lower, term))
         self.whole = (-self.top).exp() + self.rest
