@@ -80,6 +80,8 @@ def test_an_interruption(arguments: Sequence[str]) -> None:
         (["verify", "--op", "relu", "--only", "nothing"], 2, "unknown capability 'nothing', expected some of value, "),
         (["verify", "--backend", "tpu"], 2, "--backend: invalid choice: 'tpu'"),
         (["verify", "--op"], 2, "--op: expected at least one argument"),
+        (["new", "My-Op"], 2, "name: expected an identifier in lower case that is free, got 'My-Op'"),
+        (["new", "tests"], 2, "name: tests exists already"),
         (
             ["benchmarks", "--json", "/dev/null/a.json"],
             2,

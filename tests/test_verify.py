@@ -175,3 +175,9 @@ def test_nothing_compiled_comes_from_a_cache():
 
     assert verify(f, [(torch.randn(3, dtype=torch.float64, requires_grad=True),)], only=["vmap"]).ok
     assert set(settings) == {(False, False)}
+
+
+def test_an_empty_sample_with_a_dynamic_dimension_does_not_grow() -> None:
+    x = torch.zeros(0, 2, dtype=torch.float64, requires_grad=True)
+    report = verify(torch.sin, [Sample((x,), dynamic={0: 0})], reference=torch.sin, only=["deterministic", "large"])
+    assert report.ok

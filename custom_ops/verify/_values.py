@@ -384,7 +384,8 @@ def _growth(case: Case, call: Call, with_reference: bool = False, elements: int 
     times, limit = 1, 0.02 if case.quick and not case.interpreted else 0.1
     if not case.interpreted:
         everything(call)  # the first run takes longer
-    while call.sample.dynamic:
+    can_grow = any(call.tensors[call.keys.index(key)].numel() for key in call.sample.dynamic)  # an empty one can't
+    while can_grow:
         grown = resized(call, times)
         if _seconds(partial(everything, grown)) > limit or max(t.numel() for t in call.tensors) * times > elements:
             break
