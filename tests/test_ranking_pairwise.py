@@ -11,7 +11,6 @@ import torch
 from torch.nn.functional import softplus
 
 import custom_ops
-from custom_ops.ranking import pairwise
 from custom_ops.ranking._lists import list_dot, list_scale
 from custom_ops.verify._backends import backend
 
@@ -144,10 +143,6 @@ def test_vmap_over_cu_lengths_says_why_not():
     scores, labels = draw(6)
     with pytest.raises(RuntimeError, match="cu_lengths: can't be vmapped"):
         torch.vmap(lambda c: custom_ops.pairwise_mse_loss(scores, labels, cu_lengths=c))(torch.tensor([[0, 6], [0, 3]]))
-
-
-def test_phi_is_numbered_alike():
-    assert (pairwise.LOGISTIC, pairwise.SOFT_ZERO_ONE, pairwise.EXPONENTIAL) == (0, 1, 2)
 
 
 INFINITE = list(itertools.product((-math.inf, 0.5, math.inf), repeat=4))

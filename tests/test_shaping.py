@@ -355,5 +355,5 @@ def test_raw_slopes_are_checked():
         slope(torch.ones(4), x, 0, 1.0)
     with pytest.raises(RuntimeError, match="grad: expected the dtype of x"):
         slope(x.double(), x, 0, 1.0)
-    with pytest.raises(RuntimeError, match="shape: expected 0 to 3, got 4"):
+    with pytest.raises(RuntimeError, match="SurrogateShape: expected 0 to 3, got 4"):
         slope(x, x, 4, 1.0)

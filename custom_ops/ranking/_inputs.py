@@ -2,7 +2,7 @@
 
 The kernels of a list loss read labels as float32, or float64 with float64 scores. That holds small integers, and of
 others not even the order: 1700000001 and 1700000000, two time stamps, are one number in float32. So the labels of a
-list that it doesn't hold exactly are replaced by others, by what the loss makes of labels (``purpose``):
+list that it doesn't hold exactly are replaced by others, by what the loss makes of labels (``use``):
 
 - ORDER, only compares them: by how many of the list's labels are higher, negated
 - DIFFERENCE, takes differences: by the difference from the highest one
@@ -24,8 +24,6 @@ from torch import Tensor
 from custom_ops import library
 from custom_ops._native import define
 
-ORDER, DIFFERENCE, EXPONENTIAL, VALUE = range(4)  # as the kernels number them
-
 
 @define
 def list_valid(lengths: Tensor, n: int) -> Tensor:
@@ -34,7 +32,7 @@ def list_valid(lengths: Tensor, n: int) -> Tensor:
 
 
 @define
-def list_labels(labels: Tensor, valid: Tensor | None, offsets: Tensor | None, wide: bool, purpose: int) -> Tensor:
+def list_labels(labels: Tensor, valid: Tensor | None, offsets: Tensor | None, wide: bool, use: int) -> Tensor:
     """int64 or float64 labels [..., T] in float64 if ``wide``, else in float32, in their exact order."""
     return labels.new_empty(labels.shape, dtype=torch.float64 if wide else torch.float32)
 
@@ -51,7 +49,7 @@ def _(lengths: Any, n: int) -> Any:
     return [([p], [p, None]) for p in (Replicate(), *map(Shard, range(lengths.ndim)))]
 
 
-def in_dtype(labels: Tensor, dtype: torch.dtype, valid: Tensor | None, offsets: Tensor | None, purpose: int) -> Tensor:
+def in_dtype(labels: Tensor, dtype: torch.dtype, valid: Tensor | None, offsets: Tensor | None, use: int) -> Tensor:
     """The labels in float32 or float64; integers of any size and doubles in their exact order."""
     if labels.dtype in (torch.int32, torch.uint32):
         labels = labels.to(torch.int64)
@@ -59,5 +57,5 @@ def in_dtype(labels: Tensor, dtype: torch.dtype, valid: Tensor | None, offsets: 
         labels = labels.to(torch.float64)
     if labels.dtype == dtype or labels.dtype not in (torch.int64, torch.float64):
         return labels.to(dtype)
-    ordered: Tensor = list_labels(labels, valid, offsets, dtype == torch.float64, purpose)
+    ordered: Tensor = list_labels(labels, valid, offsets, dtype == torch.float64, use)
     return ordered

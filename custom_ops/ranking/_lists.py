@@ -32,12 +32,13 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from custom_ops import _checks, library, shards
+from custom_ops._enums import LabelUse, Reduction
 from custom_ops._native import define
 from custom_ops._wide import under_autocast
 from custom_ops.library import Function
 from custom_ops.ranking import _inputs
 
-NONE, MEAN, SUM = map(_checks.REDUCTIONS.index, ("none", "mean", "sum"))  # as numbered in csrc/lists.h
+_REDUCTIONS = Reduction.options()
 
 
 def _per_list(x: Tensor, offsets: Tensor | None) -> Tensor:
@@ -181,7 +182,7 @@ def _loss(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     active = torch.empty_like(_per_list(scores, offsets), dtype=torch.bool)
-    loss = scores.new_empty(active.shape if reduction == NONE else active.shape[:batch_dims])
+    loss = scores.new_empty(active.shape if reduction == Reduction.NONE else active.shape[:batch_dims])
     return loss, scores.new_empty(scores.shape), active
 
 
@@ -241,10 +242,10 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
         @staticmethod
         def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
             scores, labels, valid, offsets, slope, active = ctx.saved_tensors
-            whole = ctx.reduction != NONE
+            whole = ctx.reduction != Reduction.NONE
             if is_differentiated():
                 slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
-                of_lists = list_share(grad, active, ctx.reduction == MEAN) if whole else grad
+                of_lists = list_share(grad, active, ctx.reduction == Reduction.MEAN) if whole else grad
                 of_scores = list_scale(of_lists, slope, valid, offsets)
             elif not whole:
                 of_scores = list_scale(grad, slope, valid, offsets)
@@ -262,8 +263,8 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
             scores, labels, valid, offsets, active = ctx.saved_tensors
             slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
             moved = list_dot(slope, tangent, valid, offsets)
-            if ctx.reduction != NONE:
-                moved = list_total(moved, active, ctx.reduction == MEAN, ctx.batch_dims)
+            if ctx.reduction != Reduction.NONE:
+                moved = list_total(moved, active, ctx.reduction == Reduction.MEAN, ctx.batch_dims)
             return moved, None, None
 
     class ListSlope(Function, op=slope_op):
@@ -345,7 +346,7 @@ def _shard(op: OpOverload) -> None:
                 return None
             return Replicate() if name == "offsets" else placement
 
-        whole = any(name == "reduction" and arg != NONE for name, arg in zip(names, args))
+        whole = any(name == "reduction" and arg != Reduction.NONE for name, arg in zip(names, args))
         free = [Replicate(), *(Shard(d) for d in range(0 if whole else args[0].ndim - 1))]
         return [([p] * outputs, [placed(name, arg, p) for name, arg in zip(names, args)]) for p in free]
 
@@ -368,22 +369,22 @@ def list_loss(
     cu_lengths: Tensor | None,
     weights: Tensor | None,
     reduction: str,
-    purpose: int,
+    use: int,
 ) -> Tensor:
     """Check what all list losses take, call ``op`` on it and reduce over the lists.
 
-    ``purpose`` says what the loss makes of its labels, as `_inputs` has it. float64 labels of which it needs more than
+    ``use`` says what the loss makes of its labels, as `_inputs` has it. float64 labels of which it needs more than
     the order are computed with in float64, whatever the scores are.
     """
     valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    dtype = torch.float64 if labels.dtype == torch.float64 and purpose != _inputs.ORDER else wide
+    dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
     # A DTensor is left sharded until only the losses of its lists are to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
-    by_op = _checks.REDUCTIONS.index(reduction) if whole else NONE
-    labels = _inputs.in_dtype(labels, dtype, valid, offsets, purpose)
+    by_op = _REDUCTIONS[reduction] if whole else Reduction.NONE
+    labels = _inputs.in_dtype(labels, dtype, valid, offsets, use)
     loss, _, active = library.direct(op)(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
-    if by_op == NONE:
+    if by_op == Reduction.NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
         loss = reduce(loss, active, weights, reduction)
@@ -428,7 +429,7 @@ def checked(
         _checks.has_dtype("weights", weights, _checks.FLOATING)
         per_list = scores.shape[:-1] if offsets is None else (*scores.shape[:-1], offsets.shape[0] - 1)
         _has_shape("weights", weights, scores, torch.Size(per_list))
-    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    _checks.is_one_of("reduction", reduction, _REDUCTIONS)
     return valid, offsets
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._inputs import DIFFERENCE, EXPONENTIAL, ORDER, VALUE
+from custom_ops._enums import LabelUse, PairWeighting
 from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
 
-WEIGHTINGS = ("ranknet", "lambdarank", "ndcg1", "ndcg2", "ndcg2pp", "label_diff")  # as the kernels number them
+WEIGHTINGS = PairWeighting.options()
 _TOPK_MODES = ("or", "and")
 _GAINS = ("exponential", "linear")
 _NO_LIMIT = 2**31 - 1
@@ -103,7 +103,7 @@ def lambda_loss(
             raise ValueError(f"{name}: expected a finite number of more than {least}, got {value}")
     normalize = _checks.as_bool("normalize", normalize)
     params = (
-        WEIGHTINGS.index(weighting),
+        WEIGHTINGS[weighting],
         _NO_LIMIT if k is None else min(k, _NO_LIMIT),
         topk_mode == "and",
         gain == "exponential",
@@ -112,9 +112,9 @@ def lambda_loss(
         1 / math.log(log_base),
         normalize,
     )
-    of_gains = EXPONENTIAL if gain == "exponential" else VALUE
-    purpose = {"ranknet": ORDER, "label_diff": DIFFERENCE}.get(weighting, of_gains)
-    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
+    of_gains = LabelUse.EXPONENTIAL if gain == "exponential" else LabelUse.VALUE
+    use = {"ranknet": LabelUse.ORDER, "label_diff": LabelUse.DIFFERENCE}.get(weighting, of_gains)
+    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
 
 
 class LambdaLoss(ListLossModule):

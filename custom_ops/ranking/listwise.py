@@ -5,12 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._inputs import DIFFERENCE, EXPONENTIAL, ORDER, VALUE
+from custom_ops._enums import LabelUse, PositionWeights, Ties
 from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
 
-# As numbered in csrc/listwise.cpp and triton_kernels/listwise.py.
-_TIES = {"index": 0, "score": 1, "breslow": 2}
-_POSITION_WEIGHTS = {"uniform": 0, "exponential": 1, "discount": 2}
+_TIES, _POSITION_WEIGHTS = Ties.options(), PositionWeights.options()
 _GAINS = ("exponential", "linear")
 
 
@@ -86,7 +84,9 @@ def list_net_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.4614), tensor([ 0.4861, -0.4533, -0.0328]))
     """
-    return list_loss(list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction, DIFFERENCE)
+    return list_loss(
+        list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction, LabelUse.DIFFERENCE
+    )
 
 
 def softmax_loss(
@@ -115,7 +115,9 @@ def softmax_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.5514), tensor([ 0.5761, -0.7881,  0.2119]))
     """
-    return list_loss(list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction, VALUE)
+    return list_loss(
+        list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction, LabelUse.VALUE
+    )
 
 
 def list_mle_loss(
@@ -167,7 +169,7 @@ def list_mle_loss(
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
     params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
-    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
+    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
 
 
 def unique_softmax_loss(
@@ -201,8 +203,8 @@ def unique_softmax_loss(
         (tensor(1.9892), tensor([ 0.8198, -0.7881, -0.0317]))
     """
     _checks.is_one_of("gain", gain, _GAINS)
-    params, purpose = (gain == "exponential",), EXPONENTIAL if gain == "exponential" else VALUE
-    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
+    params, use = (gain == "exponential",), LabelUse.EXPONENTIAL if gain == "exponential" else LabelUse.VALUE
+    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
 
 
 def cosent_loss(
@@ -235,7 +237,7 @@ def cosent_loss(
         (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
     scale = _checks.as_positive("scale", scale)
-    return list_loss(cosent, scores, labels, (scale,), mask, lengths, cu_lengths, weights, reduction, ORDER)
+    return list_loss(cosent, scores, labels, (scale,), mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
 
 
 # ---------------------------------------------------------------- modules

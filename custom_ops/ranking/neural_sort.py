@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._inputs import EXPONENTIAL, VALUE
+from custom_ops._enums import LabelUse
 from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
 
 _GAINS = ("exponential", "linear")
@@ -82,8 +82,8 @@ def neural_sort_ndcg_loss(
     temperature = _checks.as_positive("temperature", temperature)
     _checks.is_one_of("gain", gain, _GAINS)
     params = (temperature, _NO_LIMIT if k is None else min(k, _NO_LIMIT), gain == "exponential")
-    purpose = EXPONENTIAL if gain == "exponential" else VALUE
-    return list_loss(neural_sort, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
+    use = LabelUse.EXPONENTIAL if gain == "exponential" else LabelUse.VALUE
+    return list_loss(neural_sort, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
 
 
 class NeuralSortNDCGLoss(ListLossModule):

@@ -10,10 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._inputs import DIFFERENCE, ORDER
+from custom_ops._enums import LabelUse, PairFunction
 from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
-
-LOGISTIC, SOFT_ZERO_ONE, EXPONENTIAL = range(3)  # as the kernels number them
 
 
 @list_op()
@@ -86,8 +84,8 @@ def pairwise_logistic_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    params = (LOGISTIC, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
+    params = (PairFunction.LOGISTIC, sigma, normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
 
 
 def pairwise_soft_zero_one_loss(
@@ -116,8 +114,8 @@ def pairwise_soft_zero_one_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    params = (SOFT_ZERO_ONE, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
+    params = (PairFunction.SOFT_ZERO_ONE, sigma, normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
 
 
 def pairwise_exponential_loss(
@@ -146,8 +144,8 @@ def pairwise_exponential_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    params = (EXPONENTIAL, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
+    params = (PairFunction.EXPONENTIAL, sigma, normalize)
+    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
 
 
 def pairwise_hinge_loss(
@@ -191,7 +189,9 @@ def pairwise_hinge_loss(
     squared = _checks.as_bool("squared", squared)
     normalize = _checks.as_bool("normalize", normalize)
     params = (margin, squared, normalize)
-    return list_loss(pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, ORDER)
+    return list_loss(
+        pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER
+    )
 
 
 def pairwise_mse_loss(
@@ -227,7 +227,9 @@ def pairwise_mse_loss(
     """
     normalize = _checks.as_bool("normalize", normalize)
     params = (normalize,)
-    return list_loss(pairwise_mse, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, DIFFERENCE)
+    return list_loss(
+        pairwise_mse, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.DIFFERENCE
+    )
 
 
 class PairwiseLogisticLoss(ListLossModule):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._enums import PreferenceLoss
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
 
-LOGISTIC, HINGE, SQUARED, DIVERGENCE = range(4)
 _SIGNS = (1, -1, -1, 1)  # of chosen, rejected, chosen_offset, rejected_offset in the difference
 
 
@@ -249,7 +249,7 @@ def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Ten
         >>> positive.grad
         tensor([-0.1192, -1.0000])
     """
-    return _loss({"positive": positive, "negative": negative}, LOGISTIC, reduction)
+    return _loss({"positive": positive, "negative": negative}, PreferenceLoss.LOGISTIC, reduction)
 
 
 def bradley_terry_loss(
@@ -298,7 +298,7 @@ def bradley_terry_loss(
     tensors: dict[str, Tensor | None] = {"chosen": chosen, "rejected": rejected}
     if isinstance(margin, Tensor):
         tensors["margin"], margin = margin, 0.0
-    return _loss(tensors, LOGISTIC, reduction, _checks.as_float("margin", margin), beta, 1.0 - e, e)
+    return _loss(tensors, PreferenceLoss.LOGISTIC, reduction, _checks.as_float("margin", margin), beta, 1.0 - e, e)
 
 
 DPO_LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo", "exo_pair")
@@ -377,15 +377,15 @@ def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict
     if e and loss_type in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing: expected 0, {loss_type!r} has none, got {label_smoothing}")
     if loss_type == "sigmoid":
-        kind, p, q = LOGISTIC, 1 - e, e
+        kind, p, q = PreferenceLoss.LOGISTIC, 1 - e, e
     elif loss_type == "robust":
-        kind, p, q = LOGISTIC, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e)
+        kind, p, q = PreferenceLoss.LOGISTIC, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e)
     elif loss_type == "hinge":
-        kind, p, q = HINGE, 0.0, 0.0
+        kind, p, q = PreferenceLoss.HINGE, 0.0, 0.0
     elif loss_type == "ipo":
-        kind, p, q = SQUARED, 0.5 / beta, 0.0
+        kind, p, q = PreferenceLoss.SQUARED, 0.5 / beta, 0.0
     elif e > 0:
-        kind, p, q = DIVERGENCE, -math.log1p(-e), -math.log(e)
+        kind, p, q = PreferenceLoss.DIVERGENCE, -math.log1p(-e), -math.log(e)
     else:
         raise ValueError("label_smoothing: expected more than 0 for 'exo_pair', got 0")
     return {"kind": kind, "beta": beta, "p": p, "q": q}

@@ -5,12 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._inputs import EXPONENTIAL, VALUE
+from custom_ops._enums import LabelUse, SmoothMetric
 from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
 
-# As numbered in csrc/smooth_rank.cpp and triton_kernels/smooth_rank.py.
-_NDCG = {"exponential": 0, "linear": 1}
-_MRR, _AVERAGE_PRECISION = 2, 3
+_NDCG = {"exponential": SmoothMetric.NDCG, "linear": SmoothMetric.NDCG_LINEAR}
 
 
 @list_op()
@@ -102,7 +100,7 @@ def approx_mrr_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.6171), tensor([ 0.1539, -0.4421,  0.2882]))
     """
-    return _smooth_rank(scores, labels, temperature, _MRR, mask, lengths, cu_lengths, weights, reduction)
+    return _smooth_rank(scores, labels, temperature, SmoothMetric.MRR, mask, lengths, cu_lengths, weights, reduction)
 
 
 def smooth_ap_loss(
@@ -133,7 +131,9 @@ def smooth_ap_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.3514), tensor([ 0.4451, -0.1860, -0.2591]))
     """
-    return _smooth_rank(scores, labels, temperature, _AVERAGE_PRECISION, mask, lengths, cu_lengths, weights, reduction)
+    return _smooth_rank(
+        scores, labels, temperature, SmoothMetric.AVERAGE_PRECISION, mask, lengths, cu_lengths, weights, reduction
+    )
 
 
 def _smooth_rank(
@@ -148,8 +148,8 @@ def _smooth_rank(
     reduction: str,
 ) -> Tensor:
     temperature = _checks.as_positive("temperature", temperature)
-    params, purpose = (temperature, metric), EXPONENTIAL if metric == _NDCG["exponential"] else VALUE
-    return list_loss(smooth_rank, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, purpose)
+    params, use = (temperature, metric), LabelUse.EXPONENTIAL if metric == SmoothMetric.NDCG else LabelUse.VALUE
+    return list_loss(smooth_rank, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
 
 
 class ApproxNDCGLoss(ListLossModule):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
+from custom_ops._enums import GroupValue
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
@@ -16,7 +17,6 @@ from custom_ops.ranking import _lists
 from custom_ops.ranking._lists import ListLossModule, list_dot, list_scale, valid_items
 
 _REGULARIZATIONS = ("l2", "kl")
-SUM, MEAN, CENTRE = range(3)
 
 
 @define
@@ -34,9 +34,9 @@ def isotonic(
 
 @define
 def group_reduce(
-    x: Tensor, groups: Tensor, offsets: Tensor | None, mode: int, from_order: bool, to_order: bool, scale: float
+    x: Tensor, groups: Tensor, offsets: Tensor | None, value: int, from_order: bool, to_order: bool, scale: float
 ) -> Tensor:
-    """``scale`` times each group's sum, its mean, or x less its mean, by ``mode``, at all members of the group.
+    """``scale`` times each group's sum, its mean, or x less its mean, by ``value``, at all members of the group.
 
     x is given by place in the order if ``from_order``, else by item, and so is the result if ``to_order``.
     """
@@ -65,7 +65,7 @@ def _softmax_derivative(
     softmax = group_softmax(x, groups, offsets, scale, False)
     v = torch.where(softmax == 0, 0, v)  # where an item isn't valid v may be NaN
     moved = v * (group_softmax(x, groups, offsets, scale, True) if weighted else softmax)
-    return scale * (moved - softmax * group_reduce(moved, groups, offsets, SUM, False, False, 1.0))
+    return scale * (moved - softmax * group_reduce(moved, groups, offsets, GroupValue.SUM, False, False, 1.0))
 
 
 class Isotonic(Function, op=isotonic):
@@ -81,10 +81,10 @@ class Isotonic(Function, op=isotonic):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, *where, ranks = ctx.saved_tensors
         if ctx.sort and ctx.kl:
-            total = group_reduce(grad, *where, SUM, True, False, 1.0)
+            total = group_reduce(grad, *where, GroupValue.SUM, True, False, 1.0)
             of_x = total * group_softmax(x, *where, -1.0, False)
         elif ctx.sort:
-            of_x = group_reduce(grad, *where, MEAN, True, False, 1.0)
+            of_x = group_reduce(grad, *where, GroupValue.MEAN, True, False, 1.0)
         elif ctx.kl and not _lists.is_differentiated():
             of_x = group_share(grad, ranks, *where, 1 / ctx.strength)
         else:
@@ -96,9 +96,9 @@ class Isotonic(Function, op=isotonic):
         x, *where = ctx.saved_tensors
         if ctx.sort and ctx.kl:
             softmax = group_softmax(x, *where, -1.0, False)
-            return group_reduce(softmax * tangent, *where, SUM, False, True, 1.0), None
+            return group_reduce(softmax * tangent, *where, GroupValue.SUM, False, True, 1.0), None
         if ctx.sort:
-            return group_reduce(tangent, *where, MEAN, False, True, 1.0), None
+            return group_reduce(tangent, *where, GroupValue.MEAN, False, True, 1.0), None
         return _rank_derivative(ctx, tangent, x, *where), None
 
 
@@ -106,7 +106,7 @@ def _rank_derivative(ctx: Any, v: Tensor, x: Tensor, groups: Tensor, offsets: Te
     """The Jacobian of the ranks, which is symmetric, times v."""
     if ctx.kl:
         return _softmax_derivative(v, 1 / ctx.strength, True, x, groups, offsets)
-    return group_reduce(v, groups, offsets, CENTRE, False, False, 1 / ctx.strength)
+    return group_reduce(v, groups, offsets, GroupValue.CENTRED, False, False, 1 / ctx.strength)
 
 
 class GroupReduce(Function, op=group_reduce):
@@ -120,8 +120,8 @@ class GroupReduce(Function, op=group_reduce):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mode, from_order, to_order, scale = ctx.options
-        return group_reduce(grad, *ctx.saved_tensors, mode, to_order, from_order, scale), *[None] * 6
+        value, from_order, to_order, scale = ctx.options
+        return group_reduce(grad, *ctx.saved_tensors, value, to_order, from_order, scale), *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._enums import SurrogateShape
 from custom_ops._layout import as_it_lies
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
 
-_SHAPES = ("sigmoid", "atan", "triangle", "boxcar")  # numbered alike in csrc and triton_kernels
+_SHAPES = SurrogateShape.options()
 
 
 @define
@@ -89,13 +90,12 @@ class SurrogateSlope(Function, op=surrogate_slope):
 def _bent(v: Tensor, grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
     """Return ``v`` times ``grad`` times the derivative of the slope, rounded once."""
     u = wide(x) / width
-    match = _SHAPES[shape]
-    if match == "sigmoid":
+    if shape == SurrogateShape.SIGMOID:
         s, rest = u.sigmoid(), (-u).sigmoid()
         value = s * rest * (rest - s)
-    elif match == "atan":
+    elif shape == SurrogateShape.ATAN:
         value = -2 / math.pi * u / (1 + u * u) ** 2
-    elif match == "triangle":
+    elif shape == SurrogateShape.TRIANGLE:
         value = torch.where(u.abs() < 1, -u.sign(), 0.0)
     else:
         value = torch.zeros_like(u)
@@ -110,13 +110,12 @@ def _(x: Tensor, shape: int, width: float) -> Tensor:
 @library.inductor(surrogate_slope)
 def _(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
     u = wide(x) / width
-    match = _SHAPES[shape]
-    if match == "sigmoid":
+    if shape == SurrogateShape.SIGMOID:
         s = torch.sigmoid(-u.abs())
         slope = s * (1 - s)
-    elif match == "atan":
+    elif shape == SurrogateShape.ATAN:
         slope = 1 / (math.pi * (1 + u * u))
-    elif match == "triangle":
+    elif shape == SurrogateShape.TRIANGLE:
         slope = (1 - u.abs()).clamp_min(0)
     else:
         slope = torch.where(u.abs() < 1, 0.5, torch.zeros_like(u))
@@ -185,7 +184,7 @@ def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) ->
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
     width = _step_width(shape, width)
-    return as_it_lies(x, lambda rows, _: library.direct(surrogate_step)(rows, _SHAPES.index(shape), width))
+    return as_it_lies(x, lambda rows, _: library.direct(surrogate_step)(rows, _SHAPES[shape], width))
 
 
 def _step_width(shape: Any, width: Any) -> float:
