@@ -1,4 +1,4 @@
-"""``python -m custom_ops verify``."""
+"""The entry point of ``python -m custom_ops``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from custom_ops._command import run
 
 
 def usage() -> str:
-    """Names the command, and which of their instruction sets the C++ kernels use here."""
+    """Return the usage: the command, and the instruction set that the C++ kernels use here."""
     return (
         "usage: python -m custom_ops verify [--help]\n"
         "  verify  check every op, on every backend, against the capability matrix\n"

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel ahead of time and writes the page that shows what each takes: ``gpu_page.py FILE``.
+"""``gpu_page.py FILE``: compile every Triton kernel ahead of time and write the page of the resources that each takes.
 
-The page has how many of each kernel's warps fit on a GPU, and how wide its accesses to memory are.
+The page shows how many warps of each kernel fit on a GPU, and how wide the kernel's memory accesses are.
 """
 
 from __future__ import annotations
