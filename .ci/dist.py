@@ -154,8 +154,8 @@ def page(wheel: Path, rows: list[dict[str, Any]], whole: bool) -> str:
 
 
 LIMITS = (
-    "PyPI has no build of torch for the CPU only: those with +cu are its CUDA builds, on a machine without a GPU. Not "
-    "tried: other machines than x86-64, musl, and Pythons without the global interpreter lock."
+    "PyPI has no build of torch for the CPU only, so the versions with +cu are its CUDA builds on a machine without a "
+    "GPU. Machines other than x86-64, musl, and Pythons without the global interpreter lock were not tried."
 )
 
 
