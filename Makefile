@@ -8,11 +8,11 @@ MACHINES_ARGS ?=
 DIST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# The active environment if it has torch >= 2.10, else our own; `make ACTIVE= ...` insists on our own.
+# Use the active environment if it has torch >= 2.10, else our own; `make ACTIVE= ...` insists on our own.
 ACTIVE := $(shell $(PYTHON) .ci/env.py active 2>/dev/null)
 PY := $(or $(ACTIVE),.venv/bin/python)
 BIN := $(dir $(PY))
-# Stamps, one per set of requirements installed into that environment. They don't count once the
+# There is one stamp per set of requirements installed into that environment. Stamps don't count once the
 # environment is a new one, or another checkout has been installed into it.
 STAMPS := build/env/$(subst /,_,$(PY))
 STALE := $(if $(wildcard $(PY)),$(if $(shell $(PY) .ci/env.py installed),,stale),stale)
@@ -25,20 +25,20 @@ STARTED := $(shell date +%s)
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo       the main job: python -m examples.demo'
-	@echo 'make test       the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
-	@echo 'make test-full  all tests and the whole capability matrix, beside one more peer: hours'
-	@echo 'make machines   the demo on other machines, made of this one: instructions, threads, seeds, torches;'
-	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and takes another torch'
-	@echo 'make fuzz       random calls of every op against its reference; FUZZ_ARGS="--seconds 600 --op relu"'
-	@echo 'make sanitize   the C++ kernels under address, undefined-behaviour and thread sanitizers'
-	@echo 'make dist       sdist and manylinux_2_28 wheel in dist/, audited and tried in an environment with only torch;'
-	@echo '                DIST_ARGS="--python PATH" tries it beside another torch, too, and writes docs/compatibility.md'
-	@echo 'make bench      side by side with the peers, small sizes'
-	@echo 'make site       the documentation as HTML: build/site/index.html'
-	@echo 'make docs       the generated parts of README.md and of docs/ (runs the whole matrix)'
-	@echo 'make lint       ruff, mypy, clang-format;  make format  applies them'
-	@echo 'make build      the C++ kernels, in place'
+	@echo 'make demo       runs the demo: python -m examples.demo'
+	@echo 'make test       runs the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
+	@echo 'make test-full  runs all tests and the whole capability matrix, and compares with one more peer: hours'
+	@echo 'make machines   runs the demo on variants of this machine: instructions, threads, seeds, torch versions;'
+	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and adds another torch'
+	@echo 'make fuzz       compares random calls of every op with its reference; FUZZ_ARGS="--seconds 600 --op relu"'
+	@echo 'make sanitize   runs the C++ kernels under address, undefined-behaviour and thread sanitizers'
+	@echo 'make dist       builds sdist and manylinux_2_28 wheel in dist/, audits the wheel and tests it beside torch alone;'
+	@echo '                DIST_ARGS="--python PATH" tests it beside another torch too, and writes docs/compatibility.md'
+	@echo 'make bench      times every op beside its peers, at small sizes'
+	@echo 'make site       builds the documentation as HTML: build/site/index.html'
+	@echo 'make docs       writes the generated parts of README.md and of docs/ (runs the whole matrix)'
+	@echo 'make lint       runs ruff, mypy and clang-format;  make format  applies them'
+	@echo 'make build      compiles the C++ kernels, in place'
 	@echo 'make clean      removes what these made, .venv included'
 	@echo
 	@echo 'Environment: the active one if it has torch >= 2.10, else .venv, made here with $(TORCH).'
@@ -91,7 +91,7 @@ format: $(STAMPS)/lint
 	$(PY) -m ruff format .
 	$(BIN)clang-format -i csrc/*.cpp csrc/*.h
 
-# ninja decides what there is to compile.
+# ninja decides which files to compile.
 build: | $(STAMPS)/env
 	$(PY) setup.py -q build_ext --inplace
 
@@ -99,7 +99,7 @@ clean:
 	rm -rf .venv build dist out docs/generated *.egg-info custom_ops/_C.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch is there before anything that depends on it, and nothing is built in isolation: else pip
+# torch is installed before anything that depends on it, and nothing is built in isolation, or pip
 # would fetch a torch of its own choice.
 $(STAMPS)/env: $(if $(STALE),stale)
 ifeq ($(ACTIVE),)

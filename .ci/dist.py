@@ -33,15 +33,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 PAGE = ROOT / "docs" / "compatibility.md"
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
-PROVIDED = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # by torch
-TOGETHER = 5  # ops in one process
+PROVIDED = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # torch provides these
+TOGETHER = 5  # ops per process
 
 ABOUT = """\
 import json, pathlib, platform, sysconfig, torch
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
     "glibc": platform.libc_ver()[1], "packages": str(pathlib.Path(torch.__file__).parents[1])}))
 """
-# Which ops there are, one of each family, and the rows that aren't about what torch does with an op's Python.
+# This program prints the ops, one op of each family, and the rows about numbers.
 CONTENTS = """\
 import json, custom_ops
 from custom_ops.registry import REGISTRY
@@ -99,7 +99,7 @@ def build() -> Path:
 
 
 def try_out(wheel: Path, python: str, whole: bool) -> dict[str, Any]:
-    """The battery on the wheel, in a new environment with the packages of that interpreter's behind its own."""
+    """Run the battery on the wheel in a new environment on top of that interpreter's packages."""
     about: dict[str, Any] = json.loads(run(python, "-W", "ignore", "-c", ABOUT, cwd=DIST).splitlines()[-1])
     with tempfile.TemporaryDirectory() as folder:
         run(python, "-m", "venv", "--without-pip", folder)
@@ -128,16 +128,16 @@ def try_out(wheel: Path, python: str, whole: bool) -> dict[str, Any]:
 
 
 def page(wheel: Path, rows: list[dict[str, Any]], whole: bool) -> str:
-    tried = "every row for every op" if whole else "the rows about numbers for every op, and all for one of each family"
+    tried = "all rows for every op" if whole else "the numeric rows for every op and all rows for one op of each family"
     lines = [
         "# One wheel, several Pythons and torches",
         "",
-        "Written by `make dist DIST_ARGS=...`: one wheel, built once, installed as it is beside each torch, and "
-        f"`python -m custom_ops verify --quick` there, on the C++ kernels: {tried}.",
+        "`make dist DIST_ARGS=...` wrote this page. It built one wheel, installed the same file beside each torch, and "
+        f"ran `python -m custom_ops verify --quick` there on the C++ kernels, with {tried}.",
         "",
         f"`{wheel.name}`, SHA-256 `{sha256(wheel.read_bytes()).hexdigest()}`",
         "",
-        "| Python | torch | glibc, machine | ops | cells that pass | not applicable | that fail |",
+        "| Python | torch | glibc, machine | ops | pass | not applicable | fail |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -148,14 +148,14 @@ def page(wheel: Path, rows: list[dict[str, Any]], whole: bool) -> str:
     lines += ["", f"Built against the torch of the first row. {LIMITS}"]
     for row in rows:
         if row["fail"]:
-            lines += ["", f"What fails on torch {row['torch']}:", ""]
+            lines += ["", f"These cells fail on torch {row['torch']}:", ""]
             lines += [f"- {' '.join(failure.split())[:300]}" for failure in row["fail"]]
     return "\n".join(lines) + "\n"
 
 
 LIMITS = (
-    "PyPI has no build of torch for the CPU only: those with +cu are its CUDA builds, on a machine without a GPU. Not "
-    "tried: other machines than x86-64, musl, and Pythons without the global interpreter lock."
+    "PyPI has no build of torch for the CPU only, so the versions with +cu are its CUDA builds on a machine without a "
+    "GPU. Machines other than x86-64, musl, and Pythons without the global interpreter lock were not tried."
 )
 
 

@@ -33,12 +33,12 @@ HEAD = [
     "# Launches",
     "",
     "Written by `make docs` from `python -m benchmarks.launches`, which runs the Triton kernels under the "
-    "interpreter; nothing here was measured on a GPU. Of each op's first sample with a dynamic size, in float32 and "
-    f"grown to about {ELEMENTS:,} elements: the launches of our kernels in forward and in backward; for how many of "
-    "them Triton compiles on the first call (other sizes add at most two for each kernel: multiples of 16, and all "
-    "others); the bytes that the launches' tensors hold, as a multiple of the least that must be moved; and those of "
-    "torch's ops on the way that wait for the device or copy from the host, so that the call can't be captured in a "
-    "CUDA graph.",
+    "interpreter; nothing here was measured on a GPU. Each row shows the op's first sample with a dynamic size, in "
+    f"float32 and grown to about {ELEMENTS:,} elements. It has the launches of our kernels in forward and in "
+    "backward; the number of variants that Triton compiles on the first call (other sizes add at most two for each "
+    "kernel, for multiples of 16 and for other sizes); the bytes of the launches' tensors, as a multiple of the "
+    "least that must be moved; and the torch ops on the way that wait for the device or copy from the host, which "
+    "keep the call out of a CUDA graph.",
     "",
     "| op | forward | backward | compiled | bytes × least | waits |",
     "|---|--:|--:|--:|--:|---|",
@@ -48,9 +48,9 @@ AIMS = [
     "",
     "## Goals on an H200",
     "",
-    "At the largest size of each table, forward+backward: how long an op may take at most, in units of what runs "
-    "beside it; 1.18 times the floor is 85% of the bandwidth of a copy. `python -m benchmarks --device cuda` "
-    "says which are met. None has been measured yet.",
+    "The goals are upper limits of an op's forward and backward time at the largest size of each table, in units of "
+    "the time of the contender beside it. A limit of 1.18 times the floor is 85% of the bandwidth of a copy. `python "
+    "-m benchmarks --device cuda` says which goals are met. None has been measured yet.",
     "",
     "| op | beside | at most | |",
     "|---|---|--:|---|",

@@ -1,4 +1,4 @@
-"""PyTorch custom ops that compose with all of PyTorch, every derivative verified."""
+"""PyTorch custom ops that compose with all of PyTorch and whose every derivative is verified."""
 
 from custom_ops import (
     _requirements,  # noqa: F401 (first: checks torch)

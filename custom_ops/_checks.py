@@ -1,4 +1,4 @@
-"""Checks of user-facing arguments: every message names the argument, what came and what was expected."""
+"""Checks of user-facing arguments; every message names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def has_dtype(name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> Non
 
 
 def has_dims(name: str, tensor: Tensor, layout: str) -> None:
-    """``layout`` names the dimensions, as in "[N, C]"."""
+    """Check the number of dimensions; ``layout`` names them, as in "[N, C]"."""
     if tensor.dim() != layout.count(",") + 1:
         raise ValueError(f"{name}: expected {layout}, got shape {list(tensor.shape)}")
 
@@ -44,7 +44,7 @@ def same_device(**tensors: Tensor) -> None:
 
 
 def beside(x: Tensor, value: Tensor) -> Tensor:
-    """``value``, on the device of x if it is a single number on the CPU, as torch takes it too."""
+    """Return ``value``, moved to x's device if it is a single number on the CPU, which torch accepts too."""
     is_single = value.dim() == 0 and value.device.type == "cpu" and x.device.type != "meta"
     return value.to(x.device) if is_single and value.device != x.device else value
 
@@ -55,8 +55,8 @@ def is_one_of(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The Python number that a numpy scalar holds, or a 0-dim tensor on the CPU; any other value as it is."""
-    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):  # Dynamo can't ask a symbolic one for more
+    """Return the Python number of a numpy scalar or of a 0-dim tensor on the CPU, and any other value as it is."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):  # Dynamo can't ask a symbolic number for more
         return value
     if isinstance(value, Tensor):
         holds_number = value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
@@ -75,7 +75,7 @@ def as_bool(name: str, value: Any) -> bool:
 
 
 def as_int(name: str, value: Any, expected: str = "an integer") -> int:
-    """Of an int, a numpy integer, a 0-dim tensor of integers on the CPU, or anything else with ``__index__``."""
+    """Convert an int, a numpy integer, a 0-dim integer tensor on the CPU, or anything else with ``__index__``."""
     value = plain(value)
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
@@ -85,22 +85,22 @@ def as_int(name: str, value: Any, expected: str = "an integer") -> int:
 
 
 def as_count(name: str, value: Any, least: int = 0, expected: str = "an integer") -> int:
-    """An integer of at least ``least`` that an int64 holds."""
+    """Convert an integer that is at least ``least`` and fits into an int64."""
     value = as_int(name, value, expected)
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if isinstance(value, int) and value >= 2**63:  # a symbolic one is below
+    if isinstance(value, int) and value >= 2**63:  # a symbolic number is smaller
         raise ValueError(f"{name}: expected less than 2^63, got {value}")
     return value
 
 
 def as_limit(name: str, value: Any) -> int | None:
-    """A number of items of at least 1, or None for no limit."""
+    """Convert a number of items of at least 1, or None for no limit."""
     return None if value is None else as_count(name, value, 1, "an integer or None")
 
 
 def as_float(name: str, value: Any) -> float:
-    """Of a number, a numpy scalar, a 0-dim tensor on the CPU, or anything else with ``__float__``; not of NaN."""
+    """Convert a number, a numpy scalar, a 0-dim tensor on the CPU, or anything else with ``__float__``, but not NaN."""
     value = _real(name, value)
     if value != value:  # Dynamo can't trace math.isnan of a symbolic number
         raise ValueError(f"{name}: expected a number, got nan")
@@ -108,7 +108,7 @@ def as_float(name: str, value: Any) -> float:
 
 
 def as_positive(name: str, value: Any) -> float:
-    """The same, of what is above 0 and finite."""
+    """Convert like `as_float` and check that the number is positive and finite."""
     number = _real(name, value)
     if not 0 < number < float("inf"):
         raise ValueError(f"{name}: expected a positive number, got {plain(value)!r}")
@@ -133,7 +133,7 @@ def _converts(value: Any, method: str) -> bool:
 
 
 def _told(value: Any) -> str:
-    """What a value is that isn't a number."""
+    """Describe a value that isn't a number."""
     kind = "a tensor" if isinstance(value, Tensor) else "an array"
     if getattr(value, "ndim", 0) > 0:
         return f"{kind} of shape {list(value.shape)}"
@@ -145,7 +145,7 @@ def _told(value: Any) -> str:
 
 
 def broadcast(**tensors: Tensor) -> list[Tensor]:
-    """The tensors on one device, in the dtype that torch promotes them to, expanded to one shape."""
+    """Return the tensors on one device, in the dtype that torch promotes them to, expanded to one shape."""
     first = next((t for t in tensors.values() if t.dim() > 0), None)
     if first is not None:
         tensors = {name: beside(first, t) for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""How a command ends: what happens to it from outside is one line, and the exit status that shells give to it."""
+"""The end of a command: an external failure prints one line and gives the exit status that shells expect."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import sys
 from collections.abc import Callable
 
-TOOLS = ("rich", "matplotlib", "numpy", "sklearn")  # of the extra `tools`
+TOOLS = ("rich", "matplotlib", "numpy", "sklearn")  # modules of the extra `tools`
 
 
 def run(name: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """The exit status of ``main(argv)``, of the command ``name``."""
+    """Run ``main(argv)`` of the command ``name`` and return its exit status."""
     try:
         try:
             return main(argv)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # by `| head`
+    except BrokenPipeError:  # as in `| head`
         _drop_output()
         return 141
     except KeyboardInterrupt:
@@ -28,14 +28,14 @@ def run(name: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
         extra = "gpu" if error.name == "triton" else "tools"
         print(f"`{name}` needs {error.name}: pip install 'custom_ops[{extra}]'", file=sys.stderr)
         return 1
-    except OSError as error:  # a full disk, a folder that can't be written
+    except OSError as error:  # a full disk, or a folder that can't be written
         print(f"{name}: {error}", file=sys.stderr)
         _drop_output()
         return 1
 
 
 def _drop_output() -> None:
-    """The interpreter would try to write what is left once more at its end, and complain."""
+    """Drop unwritten output, as the interpreter would try to write it again at exit and complain."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,7 +1,7 @@
-"""The choices that ops take as integers.
+"""Enums of the options that ops take as integers.
 
-Each enum here is defined once more in C++ (``CUSTOM_OPS_ENUM``), with the same name and the same names of its members,
-both counted from 0: `custom_ops._native` compares them at import. The Triton kernels import these.
+C++ defines each enum again (``CUSTOM_OPS_ENUM``), with the same name and members, counted from 0; `custom_ops._native`
+compares the two at import. The Triton kernels import these.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from enum import IntEnum
 class Choice(IntEnum):
     @classmethod
     def options(cls) -> dict[str, int]:
-        """The members by the names that users give: "label_diff" for LABEL_DIFF."""
+        """Return the members by the names that users write: "label_diff" for LABEL_DIFF."""
         return {member.name.lower(): member for member in cls}
 
 
 class Reduction(Choice):
-    """What a list loss gives: the loss of each list, their mean over those that contribute, or their sum."""
+    """The result of a list loss: the loss of each list, their mean over the lists that contribute, or their sum."""
 
     NONE, MEAN, SUM = range(3)
 
 
 class LabelUse(Choice):
-    """What a loss makes of labels: see `custom_ops.ranking._inputs`."""
+    """The way in which a loss uses labels; see `custom_ops.ranking._inputs`."""
 
     ORDER, DIFFERENCE, EXPONENTIAL, VALUE = range(4)
 
@@ -47,7 +47,7 @@ class Ties(Choice):
 
 
 class PositionWeights(Choice):
-    """The weight of a place in ``list_mle``."""
+    """The weight of a position in ``list_mle``."""
 
     UNIFORM, EXPONENTIAL, DISCOUNT = range(3)
 
@@ -59,7 +59,7 @@ class SmoothMetric(Choice):
 
 
 class GroupValue(Choice):
-    """What ``group_reduce`` gives an item: its group's sum, its group's mean, or its own value less that mean."""
+    """An item's result in ``group_reduce``: its group's sum, its group's mean, or its own value minus that mean."""
 
     SUM, MEAN, CENTRED = range(3)
 
@@ -71,6 +71,6 @@ class PreferenceLoss(Choice):
 
 
 class SurrogateShape(Choice):
-    """The smooth step as which ``surrogate_step`` is differentiated."""
+    """The smooth step whose derivative ``surrogate_step`` has."""
 
     SIGMOID, ATAN, TRIANGLE, BOXCAR = range(4)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def _by_stride(x: Tensor) -> list[int]:
-    """The dimensions of ``x``, largest stride first (Dynamo can't trace `sorted` over symbolic strides)."""
+    """Return the dimensions of ``x``, largest stride first (Dynamo can't trace `sorted` over symbolic strides)."""
     order: list[int] = []
     for d in range(x.dim()):
         at = len(order)
@@ -19,7 +19,9 @@ def _by_stride(x: Tensor) -> list[int]:
 
 
 def as_it_lies(x: Tensor, run: Callable[[Tensor, int], Tensor], dim: int = 0) -> Tensor:
-    """``run(x, dim)`` in the layout of x: an op, written for row-major memory, sees the dimensions as they lie."""
+    """Return ``run(x, dim)`` in x's layout; ``run``, an op for row-major memory, gets the dimensions in memory
+    order.
+    """
     if x.is_contiguous():
         return run(x, dim)
     order = _by_stride(x)
@@ -28,7 +30,9 @@ def as_it_lies(x: Tensor, run: Callable[[Tensor, int], Tensor], dim: int = 0) ->
 
 
 def overlaps(x: Tensor) -> bool:
-    """Whether elements of x may share memory: where a dimension's stride is within the reach of all smaller ones."""
+    """Return whether elements of x may share memory: some dimension's stride is within the reach of all smaller
+    ones.
+    """
     if x.is_contiguous():
         return False
     reach = 0

@@ -1,4 +1,4 @@
-"""Loads the C++ kernels and defines the package's own ops against them."""
+"""The C++ library: loads its kernels and defines the package's own ops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _library = ctypes.CDLL(str(_PATH))
 
 
 def _texts(name: str) -> Callable[..., str]:
-    """A function of the library that takes texts and gives one."""
+    """Return the library's function of that name, which takes and returns strings."""
     try:
         function = getattr(_library, name)
     except AttributeError as error:
@@ -44,17 +44,17 @@ _choose_isa, _isa, _isas = _texts("custom_ops_choose_isa"), _texts("custom_ops_i
 
 
 def isa() -> str:
-    """The instruction set that the C++ kernels use."""
+    """Return the instruction set that the C++ kernels use."""
     return _isa()
 
 
 def isas() -> list[str]:
-    """Those that they can use on this processor, from the least to the best."""
+    """Return the instruction sets that the kernels can use on this processor, from the least to the best."""
     return _isas().split()
 
 
 def choose_isa(name: str) -> None:
-    """From now on they use this one; the best for an empty name. For tests: no kernel may be running."""
+    """Let the kernels use this instruction set, or the best for an empty name. No kernel may be running (for tests)."""
     if refusal := _choose_isa(name):
         raise ImportError(f"custom_ops: {refusal}")
 
@@ -63,7 +63,7 @@ choose_isa(os.environ.get("CUSTOM_OPS_ISA", ""))
 
 
 def check_enum(choice: type[IntEnum]) -> None:
-    """``ImportError`` unless C++ has an enum of the same name with the same members."""
+    """Raise ``ImportError`` unless C++ has an enum of the same name with the same members."""
     kernels, expected = _enumerators(choice.__name__), ", ".join(choice.__members__)
     if kernels != expected or [*choice] != [*range(len(choice))]:
         raise ImportError(
@@ -75,14 +75,14 @@ def check_enum(choice: type[IntEnum]) -> None:
 for _choice in Choice.__subclasses__():
     check_enum(_choice)
 
-OPS: dict[OpOverload, str] = {}  # each op and its family, the module of its kernels
+OPS: dict[OpOverload, str] = {}  # {op: its family, which is the module of its kernels}
 
 
 def define(fake: Callable[..., Any]) -> OpOverload:
-    """`library.define` for this package: C++ kernel on the CPU, Triton launcher on CUDA.
+    """Call `library.define` with a C++ kernel on the CPU and a Triton launcher on CUDA.
 
-    Both carry the name of the op; the launcher is looked up in the module of ``triton_kernels``
-    named as the family's. A C++ kernel whose signature isn't the schema's is an error here, at import.
+    Both have the op's name; the launcher is looked up in the module of ``triton_kernels`` that is named after the
+    family. A C++ kernel whose signature differs from the schema raises here, at import.
     """
     op = library.define(f"custom_ops::{fake.__name__}")(fake)
     kernel = _signature(op._opname)

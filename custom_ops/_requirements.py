@@ -1,4 +1,4 @@
-"""Imported before anything else: a missing or old torch is one clear error, not an obscure one later."""
+"""A check that runs before any other import, so that a missing or old torch gives one clear error."""
 
 from __future__ import annotations
 

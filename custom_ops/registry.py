@@ -1,7 +1,7 @@
-"""The registry: one entry per public op gives it the battery, its timings and its row in the docs.
+"""The registry: an entry per public op, from which it gets the battery, its timings and its row in the docs.
 
-`REGISTRY` holds the entries by name. They come from the specs beside the ops (``custom_ops/FAMILY/specs/MODULE.py``),
-which are imported when `REGISTRY` is first asked for, and not by ``import custom_ops``.
+`REGISTRY` holds the entries by name. They come from the specs of the ops (``custom_ops/FAMILY/specs/MODULE.py``). These
+are imported when `REGISTRY` is first used, and not by ``import custom_ops``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["REGISTRY", "BadCall", "OpInfo", "Sample", "Sharding", "register"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an op; tensors with ``requires_grad`` are those it is differentiated in.
+    """One call of an op; the tensors with ``requires_grad`` get a derivative.
 
     ``dynamic`` names a dimension whose size may vary under ``torch.compile(dynamic=True)`` and
     export, as {position in args or name in kwargs: dimension}; tensors named together share one size.
@@ -41,12 +41,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sharding:
-    """A call of an op with its tensors spread over processes, to be what it is in one.
+    """A call of an op on sharded tensors, whose result must be that of one process.
 
-    ``dims`` are the dimensions that tensors are sharded in, as {position in args or name in kwargs: dimension}; the
-    other tensors are whole. ``result`` is how the result is placed: the dimension that it is sharded in, or "partial"
-    where it is the sum of the processes' results. ``exchanged`` are all collectives of forward and backward,
-    {"all_reduce": 1}; a partial result isn't summed up yet, but the gradient of a tensor that is whole is.
+    ``dims`` has the dimensions in which tensors are sharded, as {position in args or name in kwargs: dimension}; the
+    other tensors are replicated. ``result`` is the placement of the result: the dimension in which it is sharded, or
+    "partial" if it is the sum of the processes' results. ``exchanged`` counts all collectives of forward and backward,
+    as in {"all_reduce": 1}. A partial result hasn't been reduced yet, but the gradient of a replicated tensor has.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class Sharding:
         {}
     """
 
-    over: str  # what is spread, in words
+    over: str  # a description of the sharding
     sample: Sample
     dims: dict[int | str, int]
     result: int | str
@@ -65,7 +65,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class BadCall:
-    """Wrong arguments, and what the error must say: a regular expression naming the argument.
+    """Wrong arguments and a regular expression for the error's message, which must name the argument.
 
     Example:
         >>> import torch
@@ -84,19 +84,19 @@ class BadCall:
 
 @dataclass(frozen=True)
 class OpInfo:
-    """A public op and all that the tools need to know of it.
+    """A public op and everything that the tools need to know about it.
 
-    ``function`` and ``reference`` take the same arguments; the reference is plain PyTorch, correct in
-    float64. ``samples(device, dtype)`` returns small calls that cover the op's arguments and edge
-    cases. ``apply`` is the ``Function.apply`` idiom. ``modules`` maps a description to a module and
-    the keyword arguments of ``function`` it stands for. ``dtypes`` are the floating dtypes supported.
+    ``function`` and ``reference`` take the same arguments; the reference is plain PyTorch and correct in float64.
+    ``samples(device, dtype)`` returns small calls that cover the op's arguments and edge cases. ``apply`` is the
+    ``Function.apply`` idiom. ``modules`` returns pairs of a module and the keyword arguments of ``function`` that it
+    stands for. ``dtypes`` are the supported floating dtypes.
 
-    A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run: there the
-    op gives something, by design other than what they compare with. ``not_fuzzed`` are kinds of values of
-    `custom_ops.verify.VALUES` on which the op's results aren't specified, or its reference's aren't right.
+    A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run, because the
+    op's result differs from theirs by design. ``not_fuzzed`` are kinds of `custom_ops.verify.VALUES` for which the op's
+    results aren't specified or its reference's aren't right.
 
-    ``shardings`` are the ways to spread a call over processes; by default the samples are, by their first dimension.
-    An op that is ``not_sharded``, and why, must raise for DTensors.
+    ``shardings`` are the ways to shard a call over processes; by default the samples are sharded by their first
+    dimension. An op with a reason in ``not_sharded`` must raise for DTensors.
 
     Example:
         >>> import torch
@@ -117,7 +117,7 @@ class OpInfo:
     modules: Callable[[], list[tuple[torch.nn.Module, dict[str, Any]]]] = list
     bad_calls: Callable[[], list[BadCall]] = list
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
-    not_comparable: dict[str, str] = field(default_factory=dict)  # capability: reason, of an op that shapes gradients
+    not_comparable: dict[str, str] = field(default_factory=dict)  # capability: reason, for ops that shape gradients
     not_fuzzed: dict[str, str] = field(default_factory=dict)  # kind of values: reason
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     shardings: Callable[[], list[Sharding]] | None = None
@@ -125,12 +125,12 @@ class OpInfo:
 
     @property
     def family(self) -> str:
-        """The module of the package that the op belongs to."""
+        """Return the module of the package that the op belongs to."""
         return self.function.__module__.split(".")[1]
 
 
 FAMILIES = ("activation", "ranking", "shaping", "voxel")
-REGISTRY: dict[str, OpInfo]  # made by __getattr__
+REGISTRY: dict[str, OpInfo]  # set by __getattr__
 _registered: dict[str, OpInfo] = {}
 
 
@@ -150,7 +150,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register(info: OpInfo) -> None:
-    """Add an op to `REGISTRY`; ``ValueError`` if there is one of its name.
+    """Add an op to `REGISTRY`; raise ``ValueError`` if its name is registered already.
 
     Example:
         >>> import custom_ops
@@ -166,5 +166,5 @@ def register(info: OpInfo) -> None:
 
 
 def leaves(args: Any) -> list[Tensor]:
-    """The tensors among the arguments that are differentiated in."""
+    """Return the tensors among the arguments that require a gradient."""
     return [a for a in args if isinstance(a, Tensor) and a.requires_grad]

@@ -1,7 +1,7 @@
-"""DTensors in ops for which no rule for a single op can say what a process's part is.
+"""DTensors in ops whose shards can't be described by a rule for a single op.
 
-Such an op runs in each process on its own part of its arguments, and says by letters which dimensions may be cut:
-``shards.in_shards(run, "apc,ap->aVc", x, weight)``. Where a rule for one op does, `sharding` has less to do.
+Such an op runs in each process on the process's own part of its arguments. Letters say which dimensions may be sharded:
+``shards.in_shards(run, "apc,ap->aVc", x, weight)``. If a rule for one op is enough, `sharding` is simpler.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["batch_labels", "in_shards", "is_sharded", "replicated", "summed_up"]
 
 
 def is_sharded(*values: Any) -> bool:
-    """Whether one of them is a DTensor, told without importing what defines it.
+    """Return whether one of the values is a DTensor, without importing DTensor's module.
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ def is_sharded(*values: Any) -> bool:
 
 
 def summed_up(x: Any) -> Any:
-    """The DTensor ``x`` with what is ``Partial`` summed up over the processes.
+    """Return the DTensor ``x`` with every ``Partial`` placement reduced to ``Replicate``.
 
     Example:
         >>> import torch
@@ -53,7 +53,7 @@ def summed_up(x: Any) -> Any:
 
 
 def batch_labels(dims: int) -> str:
-    """Labels of ``dims`` leading dimensions for `in_shards`.
+    """Return labels of ``dims`` leading dimensions for `in_shards`.
 
     Example:
         >>> from custom_ops import shards
@@ -64,7 +64,7 @@ def batch_labels(dims: int) -> str:
 
 
 def replicated(plain: Tensor, like: Any) -> Any:
-    """``plain``, which is the same in every process, as a DTensor on the mesh of ``like``.
+    """Return ``plain``, which is the same in every process, as a DTensor on the mesh of ``like``.
 
     Example:
         >>> import torch
@@ -86,16 +86,16 @@ def replicated(plain: Tensor, like: Any) -> Any:
 
 
 def in_shards(run: Callable[..., Any], labels: str, *tensors: Any) -> Any:
-    """``run`` in each process on its own part of DTensors, where a rule for single ops can't say what a part is.
+    """Run ``run`` in each process on its own part of DTensors whose parts no rule for single ops can describe.
 
-    ``labels`` names the dimensions of the tensors and of the results, a letter each: "bpc,bp->bVc". A dimension of a
-    small letter may be sharded in any number of dimensions of the mesh. Tensors that have it too and are whole are cut
-    alike, which moves nothing; over one that the result hasn't, ``run`` must be a sum, and the result is ``Partial``.
-    A dimension of a capital letter has to be whole. A plain tensor among DTensors is this process's part already; None
-    stays None. What is differentiated is ``run``; the gradients are placed as the tensors are, and are sums over the
-    processes where a tensor is whole and the others are parts.
+    ``labels`` names the dimensions of the tensors and of the results, with a letter each: "bpc,bp->bVc". A dimension
+    with a small letter may be sharded in any number of dimensions of the mesh. Replicated tensors with the same
+    dimension are sharded alike, which moves no data. If the result lacks a sharded dimension, ``run`` must be a sum
+    over it, and the result is ``Partial``. A dimension with a capital letter must be whole on each process. A plain
+    tensor among DTensors is taken as this process's part; None stays None. The derivative is that of ``run``: gradients
+    are placed like the tensors, and the gradient of a replicated tensor is a sum over the processes.
 
-    Raises ``NotImplementedError`` where a dimension of a capital letter is sharded.
+    Raises ``NotImplementedError`` if a dimension with a capital letter is sharded.
 
     Example:
         >>> import torch
@@ -115,7 +115,7 @@ def in_shards(run: Callable[..., Any], labels: str, *tensors: Any) -> Any:
     ins, outs = (side.split(",") for side in labels.split("->"))
     given = [(t, names) for t, names in zip(tensors, ins) if isinstance(t, DTensor)]
     mesh = given[0][0].device_mesh
-    cuts = []  # what is cut by each dimension of the mesh
+    cuts = []  # the dimension that each dimension of the mesh shards
     for at in range(mesh.ndim):
         places = ((t.placements[at], names) for t, names in given)
         cuts.append(next((names[place.dim] for place, names in places if isinstance(place, Shard)), ""))
@@ -145,10 +145,10 @@ def in_shards(run: Callable[..., Any], labels: str, *tensors: Any) -> Any:
 
 
 class _Part(torch.autograd.Function):
-    """This process's part of a DTensor, whose gradient is placed as ``dual``.
+    """This process's part of a DTensor, whose gradient has the placement ``dual``.
 
-    Unlike ``to_local`` and ``from_local``, this and its adjoint can be differentiated to any order: there the second
-    derivative of a ``Partial`` result lacks what other processes add to it.
+    It and its adjoint can be differentiated to any order. With ``to_local`` and ``from_local``, the second derivative
+    of a ``Partial`` result lacks the terms of other processes.
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ class _Part(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """The DTensor of the processes' parts, whose gradient is brought to ``dual``."""
+    """The DTensor made of the processes' parts, whose gradient is redistributed to ``dual``."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, mesh: Any, placements: Any, dual: Any, shape: Any) -> Any:

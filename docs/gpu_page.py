@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel ahead of time and writes the page that shows what each takes: ``gpu_page.py FILE``.
+"""``gpu_page.py FILE``: compile every Triton kernel ahead of time and write the page of the resources that each takes.
 
-The page has how many of each kernel's warps fit on a GPU, and how wide its accesses to memory are.
+The page shows how many warps of each kernel fit on a GPU, and how wide the kernel's memory accesses are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def markdown(reports: Iterable[aot.Report]) -> str:
     lines = [
         "# The Triton kernels on paper",
         "",
-        f"Written by `make docs` with Triton {triton.__version__}, of what `python -m custom_ops.triton_kernels.aot` "
-        f"compiles for {', '.join(aot.TARGETS)}, none of it with a spill or local memory. Here {aot.MAIN}, of "
-        "each kernel the worst of its variants: registers per thread, shared bytes per program, the share of a "
-        "multiprocessor's warps that these leave room for, "
-        "and the bytes of a thread's widest access to global memory in the "
-        "PTX; where that is less than 16, why. Where it is 16, it is so on the other targets too, and there is room "
-        "for at least half of the warps. The first launch of each variant compiles it, which takes one core less than "
-        "10 seconds, and Triton's cache folder keeps it; [launches.md](launches.md) has how many an op needs.",
+        f"Written by `make docs` with Triton {triton.__version__} from `python -m custom_ops.triton_kernels.aot`, "
+        f"which compiles for {', '.join(aot.TARGETS)}. No kernel spills or uses local memory. The table shows the "
+        f"worst variant of each kernel on {aot.MAIN}: registers per thread, shared bytes per program, the share of a "
+        "multiprocessor's warps for which these leave room, and the bytes of a thread's widest access to global "
+        "memory in the PTX, with the reason if it is less than 16. A width of 16 holds on the other targets too, and "
+        "there is room for at least half of the warps. The first launch of each variant compiles it, which takes one "
+        "core less than 10 seconds, and Triton keeps it in its cache folder; [launches.md](launches.md) shows how "
+        "many variants an op needs.",
         "",
         "| kernel | | variants | warps | registers | shared | occupancy | load | store | |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",

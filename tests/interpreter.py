@@ -1,4 +1,4 @@
-"""Triton's interpreter without the work it repeats at each launch and at each operation; only tests have it."""
+"""Triton's interpreter without the work that it repeats at each launch and operation; only tests use it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from unittest.mock import patch
 
 
 class _KeptScope:
-    """A launch restores nothing at its end."""
+    """A scope that restores nothing when a launch ends."""
 
     def restore(self) -> None:
         pass
 
 
 def _index(scalar: Any) -> int:
-    """Triton 3.6 leaves an array of one element to ``int``, which NumPy 2.4 refuses."""
+    """Convert an array of one element, which Triton 3.6 passes to ``int`` and NumPy 2.4 refuses there."""
     return int(scalar.handle.data.item())
 
 
 @contextmanager
 def patched_once() -> Iterator[None]:
-    """Within the context ``triton.language`` is patched for interpretation once, and restored at the end.
+    """Patch ``triton.language`` for interpretation once within the context, and restore it at the end.
 
-    By itself the interpreter looks through the whole language at each launch and at each call of a jitted
-    function by another, which takes longer than most of our kernels. It also computes each sum and product of integers
-    once more in 64 bits, to see whether it overflows, and drops the answer; and it makes the type and the shape of each
-    result anew, which are kept here by their names.
+    Triton itself searches the whole language at each launch and at each call between jitted functions, which takes
+    longer than most of our kernels. It also computes each integer sum and product again in 64 bits to detect overflow,
+    and drops the answer. Finally it makes the type and the shape of each result anew; here they are cached by name.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch_language: Callable[[Any], Any] = interpreter._patch_lang
@@ -65,9 +64,9 @@ def patched_once() -> Iterator[None]:
 
 
 def _remembering(interpreter: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """What Triton makes anew for each result though it depends on types only: of what, its name, and the quicker one.
+    """Yield owner, name and a caching replacement of each function whose result depends on types only.
 
-    Types are told apart by their names, but those of pointers to constants, which is why ``element_ty``, ``type`` and
+    Types are identified by their names. Names don't identify pointers to constants, so ``element_ty``, ``type`` and
     ``dtype`` are set each time.
     """
     language, semantic = interpreter.tl, type(interpreter.interpreter_semantic)

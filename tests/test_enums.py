@@ -1,4 +1,4 @@
-"""Python, C++ and Triton agree on each enum that ops take as an integer, or the package can't be imported."""
+"""The package can be imported only if Python, C++ and Triton agree on each enum that ops take as an integer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from custom_ops._enums import Choice, Ties
 
 ROOT = Path(__file__).parents[1]
 
-# A module in the place of custom_ops/_enums.py, with one enum that C++ doesn't have.
+# This module replaces custom_ops/_enums.py and has one enum that C++ lacks.
 IMPORT = """
 import importlib.util, sys
 

@@ -1,4 +1,4 @@
-"""The laws of the house: what the package may name, and what importing it may do."""
+"""The laws of the house: the names that the package may use, and the effects that importing it may have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import custom_ops
 from custom_ops import activation, ranking, shaping, voxel
 
 ROOT = Path(__file__).resolve().parents[1]
-# What only a checkout has: as a module, as a path, as a command.
+# These patterns match modules, paths and commands that only a checkout has.
 CHECKOUT = re.compile(r"\b(benchmarks|examples|docs)(\.\w|/)|(-m|import|from) (benchmarks|examples|docs)\b")
 FAMILIES = (activation, ranking, shaping, voxel)
 

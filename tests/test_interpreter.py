@@ -1,4 +1,4 @@
-"""Triton's interpreter: the package patches nothing of it, and what the tests patch is restored."""
+"""The package patches nothing of Triton's interpreter, and what the tests patch is restored."""
 
 from __future__ import annotations
 

@@ -19,15 +19,15 @@ import custom_ops
 from custom_ops.registry import REGISTRY
 
 KINDS = {
-    "type": "an object that is none of what is expected",
-    "dtype": "complex numbers for floating ones, floating ones for integers and booleans",
-    "device": "on another device than the other tensors",
-    "shape": "a dimension too many, an element too many in the last dimension, no dimension",
+    "type": "an object of a type that isn't accepted",
+    "dtype": "complex numbers for floating ones, or floating ones for integers and booleans",
+    "device": "a tensor on another device than the others",
+    "shape": "one dimension too many, one element too many in the last dimension, or no dimension",
     "range": "an integer far above and far below all others",
     "NaN": "a NaN among the options",
     "negative": "-1 among the options",
     "overlap": "elements that share memory, written in place",
-    "gradient": "requires_grad where there is no gradient",
+    "gradient": "requires_grad for an argument without a gradient",
 }
 _GUARD = 64
 
@@ -171,15 +171,16 @@ class _Guarded:
 def markdown(found: list[Answer]) -> str:
     names = list(dict.fromkeys(a.function for a in found))
     lines = [
-        "# What wrong arguments are told",
+        "# Error messages",
         "",
         "Made by `tests/wrong_calls.py`, and checked by `tests/test_errors.py`: each argument of each public "
-        "function is spoiled in each way, and either an exception names it and says what was expected, or the function "
-        "is defined there and gives what its reference gives. Between canaries: nothing was written beside a tensor.",
+        "function is replaced by each kind of wrong value. Then either an exception names the argument and what was "
+        "expected, or the function accepts the value and gives what its reference gives. Tensors lie between canaries, "
+        "which show that nothing is written outside of them.",
         "",
         *(f"- **{kind}**: {meaning}." for kind, meaning in KINDS.items()),
         "",
-        "In the table: how many wrong calls raised; – where there is no such argument or every such value is right.",
+        "The table counts the wrong calls that raised; – means that no argument can be wrong in this way.",
         "",
         f"| | {' | '.join(KINDS)} |",
         f"|---|{':-:|' * len(KINDS)}",

@@ -1,6 +1,6 @@
-"""The battery: every promise of composability, checked for any op.
+"""The battery: checks that an op composes with all of PyTorch, for this package's ops and for any other.
 
-For a user's own op:
+For a user's own op, call `verify`:
 
     >>> import torch
     >>> from custom_ops.verify import Sample, verify
@@ -8,14 +8,14 @@ For a user's own op:
     >>> report = verify(torch.sin, [Sample((x,), dynamic={0: 0})], reference=torch.sin, only=["value", "vmap"])
     >>> report.raise_on_failure()
 
-and for the ops of this package ``python -m custom_ops verify``. `capabilities` lists what is checked, `BACKENDS` on
-what, and `VALUES` the kinds of values that `random_sample` draws from. A new check is one function decorated with
+For the ops of this package, run ``python -m custom_ops verify``. `capabilities` lists the checks, `BACKENDS` the
+backends, and `VALUES` the kinds of values that `random_sample` draws from. A new check is one function decorated with
 ``capability`` in a module of this folder.
 """
 
 from custom_ops.registry import BadCall, OpInfo, Sample
 
-# Importing them fills the matrix, in this order.
+# Importing these modules adds their rows to the matrix, in this order.
 from custom_ops.verify import _values, _derivatives, _tracing, _objects  # noqa: F401 isort: skip
 from custom_ops.verify._backends import BACKENDS, backend
 from custom_ops.verify._case import NotApplicable

@@ -1,4 +1,4 @@
-"""Where the battery runs: the C++ kernels, the Triton kernels under the interpreter, or a GPU."""
+"""The backends of the battery: the C++ kernels, the Triton kernels under the interpreter, or a GPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BACKENDS = {
 
 @contextmanager
 def backend(name: str) -> Iterator[torch.device]:
-    """Within the context the ops of this package run on backend ``name``; gives the samples' device.
+    """Run the ops of this package on backend ``name`` within the context, which returns the samples' device.
 
-    Raises ``RuntimeError`` where the machine or the process can't run it.
+    Raises ``RuntimeError`` if the machine or the process can't run that backend.
 
     Example:
         >>> from custom_ops.verify import backend

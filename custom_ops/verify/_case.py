@@ -1,4 +1,4 @@
-"""What every capability works on: an op's sample calls, its reference, and comparisons."""
+"""The input of every capability: an op's sample calls, its reference, and comparisons."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Key = int | str
 
 
 class NotApplicable(Exception):
-    """Raised by a check that has nothing to look at for this op; the message is the reason.
+    """An error of a check that has nothing to test on this op; its message is the reason.
 
-    `verify` makes a cell of it. Code that calls the battery's parts itself meets it: `random_sample` raises it where
-    the op gives no sample of the dtype that was drawn.
+    `verify` turns it into a cell of the matrix. Code that calls parts of the battery itself has to expect it:
+    `random_sample` raises it if the op has no sample of the dtype that was drawn.
 
     Example:
         >>> import torch
@@ -35,10 +35,10 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Capability:
-    """One row of the matrix; one that ``may_be_refused`` must raise where the op declares it not applicable.
+    """A row of the matrix. If ``may_be_refused``, an op that declares the row not applicable must raise in its check.
 
-    Rows on the kernels' numbers take ``every_sample`` always; the others only two where the case is `sparing`. Those
-    ``of_dispatch`` are about what torch does with an op's parts in Python, which are the same on every backend.
+    Rows about the kernels' numbers (``every_sample``) take all samples; the others take two if the case is `sparing`.
+    Rows ``of_dispatch`` are about how torch calls an op's Python parts, which are the same on every backend.
     """
 
     name: str
@@ -54,10 +54,10 @@ CAPABILITIES: dict[str, Capability] = {}
 
 
 def capability(name: str, **flags: bool) -> Callable[[Callable[[Case], str | None]], Callable[[Case], str | None]]:
-    """Add the decorated check to the matrix; its docstring is the row's meaning.
+    """Add the decorated check to the matrix; its docstring is the meaning of the row.
 
-    It returns (perhaps a remark to print), raises `NotApplicable`, or raises any other exception,
-    which is the failure.
+    The check passes if it returns, possibly with a remark to print. If it raises `NotApplicable`, the row doesn't
+    apply; any other exception is the failure.
     """
 
     def decorate(check: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
@@ -69,7 +69,7 @@ def capability(name: str, **flags: bool) -> Callable[[Callable[[Case], str | Non
 
 @dataclass
 class Call:
-    """A sample as a function of its tensors; ``inputs`` are those that it is differentiated in."""
+    """A sample as a function of its tensors; ``inputs`` are the tensors that require a gradient."""
 
     function: Callable[..., Any]
     sample: Sample
@@ -90,7 +90,7 @@ class Call:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Fresh leaves, so that no graph and no ``.grad`` is shared between checks."""
+        """Return fresh leaves, so checks don't share a graph or a ``.grad``."""
         return [leaf(tensor) for tensor in self.tensors if tensor.requires_grad]
 
     def with_tensors(self, tensors: Sequence[Tensor], keys: Sequence[Key] | None = None) -> Call:
@@ -100,11 +100,11 @@ class Call:
         return replace(self, sample=replace(self.sample, args=args, kwargs=kwargs), _like=None)
 
     def run(self) -> list[Tensor]:
-        """All output tensors."""
+        """Return all output tensors."""
         return flatten(self.function(*self.sample.args, **self.sample.kwargs))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The differentiable outputs as a function of the differentiable inputs."""
+        """Return the differentiable outputs as a function of the differentiable inputs."""
         return self.chosen(self.with_tensors(inputs, self.input_keys).run())
 
     def chosen(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -112,11 +112,11 @@ class Call:
 
     @property
     def differentiable(self) -> tuple[int, ...]:
-        """Which outputs depend on the inputs, by the function's own account."""
+        """Return the indices of the outputs that depend on the inputs, according to their ``requires_grad``."""
         return tuple(self.find_differentiable()) if self._outputs is None else self._outputs
 
     def find_differentiable(self) -> dict[int, Tensor]:
-        """To be called once outside of any transform, inside of which it couldn't be told."""
+        """Run the call and return its differentiable outputs by index; inside of a transform they can't be found."""
         outputs = self.with_tensors(self.inputs, self.input_keys).run()
         found = {i: y.detach() for i, y in enumerate(outputs) if y.requires_grad}
         if not found:
@@ -128,11 +128,11 @@ class Call:
         self._outputs, self._like = tuple(found), list(found.values())
 
     def weights(self) -> list[Tensor]:
-        """A fixed random cotangent for each differentiable output."""
+        """Return a fixed random cotangent for each differentiable output."""
         return randn_like(self.find_differentiable().values() if self._like is None else self._like, seed=1)
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """A scalar, not linear in the outputs, so that every op has a second derivative."""
+        """Return a scalar that isn't linear in the outputs, so every op has a second derivative."""
         return squares(self(*inputs))
 
     @property
@@ -142,17 +142,17 @@ class Call:
 
 @dataclass
 class Case:
-    """An op on one device, as the capabilities see it; what several of them need is kept from one to the next."""
+    """An op on one device, with the samples and results that several capabilities share."""
 
     info: OpInfo
     device: torch.device
     quick: bool
     interpreted: bool = False
-    every_sample: bool = True  # of the row being checked
+    every_sample: bool = True  # set for the row being checked
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` gave for this key, in whichever row asked first; one that raises is asked again."""
+        """Return the cached result of ``make`` for this key, which any row may have computed; an error isn't cached."""
         key = (*key, self.every_sample)
         if key not in self.kept:
             self.kept[key] = make()
@@ -160,7 +160,7 @@ class Case:
 
     @property
     def sparing(self) -> bool:
-        """Whether rows do less: in quick mode where Triton interprets, for there it's the calls that take the time."""
+        """Return whether rows do less work: in quick mode under Triton's interpreter, whose calls are slow."""
         return self.quick and self.interpreted
 
     def samples(self, dtype: torch.dtype = torch.float64) -> list[Sample]:
@@ -176,7 +176,7 @@ class Case:
         return [Call(self.info.function, sample) for sample in self.samples(dtype)]
 
     def differentiable_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
-        """The non-empty calls with an input to differentiate in."""
+        """Return the non-empty calls that have an input which requires a gradient."""
         calls = [c for c in self.calls(dtype) if c.input_keys and not c.is_empty]
         for i, call in enumerate(calls):
             call.differentiable_like(self.keep(("outputs", dtype, i), call.find_differentiable))
@@ -185,9 +185,10 @@ class Case:
         return calls
 
     def low_dimensional_calls(self) -> Iterator[tuple[str, Call, Call]]:
-        """Description, call and oracle, for rows whose work is quadratic in the inputs.
+        """Yield description, call and oracle, for rows whose work is quadratic in the inputs.
 
-        Where Triton interprets in quick mode, the inputs move along two random directions each, not element by element.
+        Under Triton's interpreter in quick mode, the inputs move along two random directions each instead of element by
+        element.
         """
         for call in self.differentiable_calls():
             oracle = self.oracle(call)
@@ -197,7 +198,7 @@ class Case:
                 yield describe(call), call, oracle
 
     def compiled_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
-        """Compilation is what costs: the first calls stand for all, in quick mode the first."""
+        """Return the first calls (in quick mode, the first) to compile, as compilation takes long."""
         calls = [c for c in self.calls(dtype) if not c.is_empty]
         return calls[: 1 if self.quick else 3]
 
@@ -213,7 +214,7 @@ class Case:
         return Call(self.info.reference, call.sample)
 
     def oracle(self, call: Call) -> Call:
-        """What derivatives are compared with: the reference, else the function's own backward."""
+        """Return the call that derivatives are compared with: the reference, else the function's own backward."""
         function = self.info.function if self.info.reference is None else self.info.reference
         return Call(function, call.sample, call.differentiable)
 
@@ -223,7 +224,9 @@ class Case:
 
 
 def refuse_nested(samples: Sequence[Sample]) -> None:
-    """Only tensors that are arguments themselves are moved, batched and differentiated in."""
+    """Raise if tensors are nested in an argument, as only arguments that are tensors are moved, batched and
+    differentiated.
+    """
     for i, sample in enumerate(samples):
         for key, value in [*enumerate(sample.args), *sample.kwargs.items()]:
             if not isinstance(value, Tensor) and flatten(value):
@@ -241,7 +244,7 @@ def _tensors(sample: Sample) -> Iterator[tuple[Key, Tensor]]:
 
 
 def flatten(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """Return the tensors in nested tuples, lists and dicts."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):
@@ -250,7 +253,7 @@ def flatten(tree: Any) -> list[Tensor]:
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """The same values and strides in fresh memory, detached from any graph."""
+    """Return a leaf with the same values and strides in fresh memory."""
     return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(tensor.requires_grad)
 
 
@@ -260,7 +263,7 @@ def randn_like(tensors: Iterable[Tensor], seed: int) -> list[Tensor]:
 
 
 def grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], **flags: Any) -> list[Tensor]:
-    """Vector-Jacobian product; zeros where nothing depends."""
+    """Return the vector-Jacobian product, with zeros for inputs that the outputs don't depend on."""
     found = torch.autograd.grad(list(outputs), list(inputs), list(weights), allow_unused=True, **flags)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]
 
@@ -270,7 +273,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def along(call: Call, directions: int = 2) -> Call:
-    """The call as a function of how far each input moves from its value along random directions."""
+    """Return the call as a function of each input's displacement along random directions."""
     inputs = [x.detach() for x in call.inputs]
     moves = [torch.stack(many) for many in zip(*(randn_like(inputs, seed=6 + i) for i in range(directions)))]
 
@@ -282,7 +285,7 @@ def along(call: Call, directions: int = 2) -> Call:
 
 
 def jacobian(call: Call) -> Tensor:
-    """The matrix of all outputs by all inputs, one backward for each output element."""
+    """Return the Jacobian of all outputs, with one backward for each output element."""
     inputs = call.inputs
     y = flat(call(*inputs))
     rows = [flat(grads([y], inputs, [e], retain_graph=True)) for e in torch.eye(y.numel()).to(y)]
@@ -290,7 +293,7 @@ def jacobian(call: Call) -> Tensor:
 
 
 def hessian(call: Call) -> Tensor:
-    """The matrix of second derivatives of `Call.loss`, by reverse over reverse mode."""
+    """Return the Hessian of `Call.loss`, by reverse over reverse mode."""
     inputs = call.inputs
     one = torch.ones((), dtype=inputs[0].dtype, device=inputs[0].device)
     gradient = flat(grads([call.loss(*inputs)], inputs, [one], create_graph=True))
@@ -308,7 +311,7 @@ def matrix(blocks: Any, columns: Sequence[Tensor]) -> Tensor:
 
 
 def squares(outputs: Sequence[Tensor]) -> Tensor:
-    """A sum of squares, weighted so that the elements differ; traceable, and no random numbers under vmap."""
+    """Return a sum of squares, weighted so that elements differ; it can be traced and draws no random numbers."""
     return torch.stack([(y * y * torch.arange(1, y.numel() + 1).to(y).view(y.shape)).sum() for y in outputs]).sum()
 
 
@@ -324,14 +327,14 @@ def describe(call: Call) -> str:
     return f"({', '.join(parts)})"
 
 
-# Rounding differs between two orders of summation; anything beyond a few dozen ulp is a mistake.
+# Orders of summation differ by rounding errors, of at most a few dozen ulp; a larger difference is an error.
 TOLERANCE = 1e-10
 
 
 def check_close(
     actual: Any, expected: Any, what: str, rtol: float = TOLERANCE, atol: float | None = None, dtypes: bool = True
 ) -> None:
-    """Equal structure, shapes, dtypes and nearly equal values; ``atol`` is relative to the largest value."""
+    """Check that structure, shapes, dtypes and values agree; ``atol`` is relative to the largest value."""
     actual, expected = flatten(actual), flatten(expected)
     if len(actual) != len(expected):
         raise AssertionError(f"{what}: {len(actual)} tensors, expected {len(expected)}")
@@ -358,7 +361,7 @@ def check_same_bits(actual: Any, expected: Any, what: str) -> None:
 
 
 def everything(call: Call) -> list[Tensor]:
-    """Outputs, gradients, gradients of the gradients and tangents, as far as the op has them."""
+    """Return outputs, gradients and gradients of the gradients, as far as the op has them."""
     inputs = call.inputs
     outputs = call.with_tensors(inputs, call.input_keys).run()
     results = list(outputs)

@@ -1,4 +1,4 @@
-"""``python -m custom_ops verify``."""
+"""The command ``python -m custom_ops verify``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from custom_ops.verify._report import PASS, Cell, Report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; 0 if nothing failed, 1 if something did, 2 if it can't run.
+    """Run the command line, and return 0 if nothing failed, 1 if something failed, or 2 if it can't run.
 
     Example:
         >>> from custom_ops.verify import main
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name:26}{meaning}")
         return 0
     if "triton" in options.backend and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
     import custom_ops  # noqa: F401 (registers the ops)
     from custom_ops.registry import REGISTRY
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     columns = [(REGISTRY[name], backend) for backend in options.backend for name in options.op or REGISTRY]
     rows = options.only or list(capabilities(options.quick))
     report = Report()
-    plain = options.json or options.markdown  # for machines: no bar, and rich isn't needed
+    plain = options.json or options.markdown  # machine-readable output has no progress bar and doesn't need rich
     try:
         with nullcontext() if plain else _Progress(len(columns) * len(rows)) as progress:
             for info, backend in columns:
@@ -86,11 +86,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-_COLUMNS = 4  # of one table: as many as fit a terminal
+_COLUMNS = 4  # columns per table, so that it fits a terminal
 
 
 class _Progress:
-    """A bar on the terminal."""
+    """A progress bar on the terminal."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Derivatives by every route PyTorch has, against the reference's."""
+"""Derivatives by every route of PyTorch, compared with the reference's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from custom_ops.verify._case import (
 
 @capability("gradcheck", of_dispatch=True)
 def gradcheck(case: Case) -> None:
-    """Finite differences in float64: reverse mode, forward mode, and both batched."""
+    """Gradients equal finite differences in float64: in reverse mode, in forward mode, and in both batched."""
     for call in case.differentiable_calls():
         with _no_fallback():
             torch.autograd.gradcheck(
@@ -49,7 +49,7 @@ def gradcheck(case: Case) -> None:
 
 @capability("gradgradcheck", may_be_refused=True, of_dispatch=True)
 def gradgradcheck(case: Case) -> None:
-    """Finite differences of the gradient of the op's square, and in the full matrix of the op."""
+    """Second derivatives of the op's square (and, in the full matrix, of the op) equal finite differences."""
     forward_over_reverse = "forward AD" not in case.info.not_applicable
     for _, call, _ in case.low_dimensional_calls():
         for function in (call.loss,) if case.quick else (call, call.loss):
@@ -65,7 +65,7 @@ def gradgradcheck(case: Case) -> None:
 
 @capability("second derivative", may_be_refused=True, every_sample=True)
 def second_derivative(case: Case) -> None:
-    """Gradients of the gradient, in inputs and incoming gradient, equal the reference's; never a silent zero."""
+    """Derivatives of the gradient, in inputs and incoming gradient, equal the reference's; none is silently zero."""
     for call in case.differentiable_calls():
         case.reference(call)
         check_close(_second(call), _second(case.oracle(call)), f"second derivatives of {describe(call)}")
@@ -76,7 +76,7 @@ def _second(call: Call) -> list[Tensor]:
     outputs = call(*inputs)
     weights = [w.requires_grad_() for w in randn_like(outputs, seed=1)]
     first = grads(outputs, inputs, weights, create_graph=True)
-    # The square makes it depend on the gradient even where that doesn't depend on the inputs.
+    # The square depends on the incoming gradient even if the gradient doesn't depend on the inputs.
     total = sum((g * g * v).sum() for g, v in zip(first, randn_like(first, seed=3)))
     assert isinstance(total, Tensor)
     if not total.requires_grad:
@@ -86,7 +86,9 @@ def _second(call: Call) -> list[Tensor]:
 
 @capability("forward AD")
 def forward_mode(case: Case) -> None:
-    """Dual tensors: the tangent of each input alone and of all together equals the reference's Jacobian times it."""
+    """With dual tensors, tangents of each input alone and of all together equal the reference's Jacobian-vector
+    product.
+    """
     for call in case.differentiable_calls():
         expected = jacobian(case.oracle(call))
         inputs = [x.detach() for x in call.inputs]
@@ -104,7 +106,7 @@ def forward_mode(case: Case) -> None:
 
 @capability("batched grad", of_dispatch=True)
 def batched_grad(case: Case) -> None:
-    """``autograd.grad(is_grads_batched=True)`` equals the rows one by one."""
+    """``autograd.grad(is_grads_batched=True)`` equals a loop over the rows."""
     for call in case.differentiable_calls():
         inputs = call.inputs
         outputs = call(*inputs)
@@ -131,7 +133,7 @@ def _weighted(call: Call) -> Callable[..., Tensor]:
 
 @capability("each input alone", of_dispatch=True)
 def each_input_alone(case: Case) -> None:
-    """The gradient of each input, and of each pair, is the same when only those inputs require one."""
+    """The gradient of each input, and of each pair, stays the same if only those inputs require one."""
     calls = [c for c in case.differentiable_calls() if len(c.input_keys) > 1]
     if not calls:
         raise NotApplicable("no sample has several inputs that require grad")
@@ -155,7 +157,7 @@ def each_input_alone(case: Case) -> None:
 
 @capability("checkpoint", of_dispatch=True)
 def checkpointed(case: Case) -> None:
-    """Gradients under ``checkpoint``, reentrant and not, and with saved tensors moved (``save_on_cpu``) or copied."""
+    """Gradients are right under ``checkpoint``, reentrant and not, and with saved tensors moved or copied by hooks."""
     for call in case.differentiable_calls():
         weights = call.weights()
         expected = _gradients_of_two_layers(case.oracle(call), weights)
@@ -176,7 +178,7 @@ def checkpointed(case: Case) -> None:
 def _gradients_of_two_layers(
     call: Call, weights: Sequence[Tensor], through: Callable[..., Any] = lambda layer, *inputs: layer(*inputs)
 ) -> list[Tensor]:
-    """Of the op twice on different values, within other functions; `checkpoint` is for ``backward`` only."""
+    """Return gradients of the op applied twice, on different values and between other functions."""
 
     def layer(*inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(y.sin() for y in call(*inputs))
@@ -189,7 +191,7 @@ def _gradients_of_two_layers(
 
 @capability("version check", of_dispatch=True)
 def version_check(case: Case) -> None:
-    """Writing to an argument or output before the backward is an error there, or the gradients are still right."""
+    """Writing to an argument or output before the backward raises there or leaves the gradients right."""
     for call in case.differentiable_calls():
         weights = call.weights()
         oracle = case.oracle(call)
@@ -213,7 +215,7 @@ def version_check(case: Case) -> None:
 
 @capability("func.grad", of_dispatch=True)
 def func_grad(case: Case) -> None:
-    """``torch.func.grad`` of a weighted sum of the outputs."""
+    """``torch.func.grad`` of a weighted sum of the outputs equals the reference's gradient."""
     for call in case.differentiable_calls():
         actual = torch.func.grad(_weighted(call), _all(call))(*_detached(call))
         oracle = case.oracle(call)
@@ -223,7 +225,7 @@ def func_grad(case: Case) -> None:
 
 @capability("func.vjp", of_dispatch=True)
 def func_vjp(case: Case) -> None:
-    """``torch.func.vjp``, applied to a random cotangent."""
+    """``torch.func.vjp``, applied to a random cotangent, equals the reference's gradient."""
     for call in case.differentiable_calls():
         outputs, pull_back = torch.func.vjp(call, *_detached(call))[:2]
         weights = randn_like(outputs, seed=1)
@@ -235,7 +237,7 @@ def func_vjp(case: Case) -> None:
 
 @capability("func.jvp", of_dispatch=True)
 def func_jvp(case: Case) -> None:
-    """``torch.func.jvp`` along a random direction; also under ``no_grad``."""
+    """``torch.func.jvp`` along a random direction equals the reference's tangent, also under ``no_grad``."""
     for call in case.differentiable_calls():
         inputs = _detached(call)
         direction = randn_like(inputs, seed=4)
@@ -248,13 +250,13 @@ def func_jvp(case: Case) -> None:
 
 @capability("func.jacrev", of_dispatch=True)
 def func_jacrev(case: Case) -> None:
-    """``torch.func.jacrev`` (a vmap over reverse mode), without the fallback of vmap."""
+    """``torch.func.jacrev``, a vmap over reverse mode, equals the reference's Jacobian without vmap's fallback."""
     _check_jacobian(case, torch.func.jacrev)
 
 
 @capability("func.jacfwd", of_dispatch=True)
 def func_jacfwd(case: Case) -> None:
-    """``torch.func.jacfwd`` (a vmap over forward mode), without the fallback of vmap."""
+    """``torch.func.jacfwd``, a vmap over forward mode, equals the reference's Jacobian without vmap's fallback."""
     _check_jacobian(case, torch.func.jacfwd)
 
 
@@ -269,7 +271,7 @@ def _check_jacobian(case: Case, transform: Callable[..., Any]) -> None:
 
 @capability("func.hessian", may_be_refused=True, of_dispatch=True)
 def func_hessian(case: Case) -> None:
-    """``torch.func.hessian`` (forward over reverse) and reverse over reverse, of a weighted sum of squares."""
+    """``torch.func.hessian`` (forward over reverse) and reverse over reverse equal the reference's Hessian."""
     for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
         expected = hessian(oracle)
@@ -285,7 +287,7 @@ def func_hessian(case: Case) -> None:
 
 @capability("forward over forward", may_be_refused=True, of_dispatch=True)
 def forward_over_forward(case: Case) -> None:
-    """``jacfwd`` of ``jacfwd``, and ``jvp`` of ``jvp``, of a weighted sum of squares: the reference's Hessian."""
+    """``jacfwd`` of ``jacfwd`` and ``jvp`` of ``jvp`` equal the reference's Hessian."""
     for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
         expected = hessian(oracle)
@@ -320,7 +322,7 @@ def _no_fallback() -> Iterator[None]:
 
 @capability("vmap")
 def vmap(case: Case) -> str | None:
-    """Equals a Python loop: over each tensor and all together, first and last dimension, nested; no fallback."""
+    """Without its fallback, vmap equals a Python loop: over each tensor and all, first and last dimension, nested."""
     remarks = set()
     checked = False
     for call in case.calls():
@@ -349,13 +351,13 @@ def vmap(case: Case) -> str | None:
 
 
 def _choices(call: Call) -> list[list[Any]]:
-    """All tensors together, those differentiated in, each one alone."""
+    """Return the choices of tensors to batch: all, those that require a gradient, and each one alone."""
     choices = [call.keys, call.input_keys, *([key] for key in call.keys)]
     return [c for i, c in enumerate(choices) if c and c not in choices[:i]]
 
 
 def _batch(call: Call, keys: Sequence[Any], size: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    """Different examples, of the sample's own values so that they are in the op's domain; and their outputs."""
+    """Return examples made of the sample's own values, which are in the op's domain, and their outputs."""
     tensors = dict(zip(call.keys, call.tensors))
     shuffled, repeated = (
         [torch.stack([change(tensors[k].detach(), i) for i in range(size)]) for k in keys]
@@ -363,7 +365,7 @@ def _batch(call: Call, keys: Sequence[Any], size: int = 3) -> tuple[list[Tensor]
     )
     try:
         return shuffled, _loop(call, keys, shuffled)
-    except Exception:  # the op refuses these values: sorted indices are sorted no more
+    except Exception:  # the op refuses these values, such as indices that are no longer sorted
         return repeated, _loop(call, keys, repeated)
 
 
@@ -395,7 +397,7 @@ def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expect
             check_close(actual, expected, f"vmap(in_dims={dim}) of {what}")
         if call.input_keys and set(call.input_keys) <= set(
             keys
-        ):  # an output that isn't batched breaks torch's own out_dims
+        ):  # torch's own out_dims fails for an output that isn't batched
             chosen = [expected[i] for i in call.differentiable]
             last = tuple(e.dim() - 1 for e in chosen)
             actual = torch.vmap(lambda *ts: call.chosen(function(*ts)), out_dims=last)(*batch)
@@ -406,7 +408,7 @@ def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expect
 
 
 def _refused_by_reference(case: Case, call: Call, keys: Sequence[Any], batch: Sequence[Tensor]) -> bool:
-    """Whether plain PyTorch can't be vmapped over these arguments either."""
+    """Return whether plain PyTorch can't be vmapped over these arguments either."""
     if case.info.reference is None:
         return not set(keys) & set(call.input_keys) or len(keys) > 1
     reference = case.reference(call)

@@ -1,4 +1,6 @@
-"""Random calls of an op, made from its samples, against its float64 reference; and a script for one that fails."""
+"""Random calls of an op, made from its samples and compared with its float64 reference, and a script of a failing
+call.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,18 @@ def _pick(numbers: Sequence[float]) -> Values:
 
 
 def _tiny(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Around the smallest normal number, on both sides of it, and zeros."""
+    """Return numbers around the smallest normal number, on both sides of it, and zeros."""
     return torch.finfo(dtype).smallest_normal * _pick((-4, -1, -0.25, -0.0, 0.0, 0.125, 1, 8))(shape, dtype, generator)
 
 
 def _large(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Whose products still are numbers, and beside which 1 is nothing."""
+    """Return numbers so large that 1 is lost beside them, but whose products are finite."""
     scale = 2.0 ** round(0.45 * math.log2(torch.finfo(dtype).max))
     return scale * _pick((-1, -0.5, -0.25, 0.125, 0.5, 1))(shape, dtype, generator)
 
 
 def _with_some(numbers: Sequence[float], finite: bool = False) -> Values:
-    """Some of the numbers among others; the nearest ones that the dtype has if they are to be ``finite``."""
+    """Return a function that mixes in some of the numbers; with ``finite`` they are clamped to the dtype's range."""
 
     def values(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         rare = _pick(numbers)(shape, dtype, generator)
@@ -72,7 +74,7 @@ def _padding(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) 
     return _pick((-1, -1, 0, 1, 2, 3))(shape, dtype, generator).to(torch.int64)
 
 
-# Of the argument `labels` of an op that has one.
+# These are kinds of values for the argument `labels`.
 LABELS: dict[str, Values] = {
     "as given": _normal,
     "below 0": _padding,
@@ -80,7 +82,7 @@ LABELS: dict[str, Values] = {
     "NaN": _with_some((math.nan,)),
 }
 
-# Of the argument `rank` of an op that has one; each in int32 too.
+# These are kinds of values for the argument `rank`, each in int32 too.
 RANKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "as given": lambda rank, drawn: rank,
     "most outside": lambda rank, drawn: torch.where(drawn < 0.8, -1, rank),
@@ -94,7 +96,7 @@ def _in_order(tensor: Tensor) -> Tensor:
 
 
 def _stepped(tensor: Tensor) -> Tensor:
-    """Elements far apart, in every dimension."""
+    """Return a view whose elements are far apart in every dimension."""
     if tensor.numel() == 0:
         return tensor
     shape = [(n - 1) * 3 + 1 for n in tensor.shape[:-1]] + [(n - 1) * 257 + 1 for n in tensor.shape[-1:]]
@@ -109,13 +111,14 @@ _SIZES = (0, 1, 2, 3, 5, 8, 9, 17)
 
 
 def random_sample(info: OpInfo, choose: Choose) -> Sample:
-    """A call of the op: one of its samples with another size, other values, layouts and dtypes.
+    """Return a random call of the op: one of its samples with another size, other values, layouts and dtypes.
 
-    Tensors that are differentiated in take values of any of the `VALUES` that the op doesn't exclude, ``labels`` are
-    those given, below 0, time stamps or with NaN, and ``rank`` those given, outside or in one voxel. What else is
-    floating or boolean is drawn from its own elements, integers keep theirs. ``choose(options)`` picks one of them.
+    Tensors that require a gradient take values of any of the `VALUES` that the op doesn't exclude. ``labels`` are the
+    given ones, or below 0, time stamps or partly NaN; ``rank`` is the given one, or mostly outside or in one voxel.
+    Other floating or boolean tensors are drawn from their own elements, and integers stay as they are.
+    ``choose(options)`` picks one of the options.
 
-    Raises `NotApplicable` where the op gives no sample of the dtype chosen.
+    Raises `NotApplicable` if the op has no sample of the chosen dtype.
 
     Example:
         >>> import random
@@ -158,17 +161,17 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
 
 
 def _named(name: str, info: OpInfo, call: Call) -> list[Tensor]:
-    """The call's argument of that name, by position or not."""
+    """Return the call's argument of that name as a list, empty if there is none."""
     place = [*inspect.signature(info.function).parameters, name].index(name)
     return [t for key, t in zip(call.keys, call.tensors) if key in (name, place)]
 
 
 def check(info: OpInfo, sample: Sample) -> None:
-    """Values and gradients against the reference's in float64 on the same numbers.
+    """Check values and gradients against the reference in float64 on the same numbers.
 
-    What is NaN, infinite or beyond the dtype there must be so here. A gradient is compared where the input and the
-    reference's are finite, since formulas that agree may differ in what 0 * inf comes to; where an output is NaN
-    it may be so too.
+    Where the reference is NaN, infinite or beyond the dtype, the op must be too. A gradient is compared where the input
+    and the reference's gradient are finite, since equivalent formulas may differ in 0 * inf; it may also be NaN if an
+    output is NaN.
 
     Example:
         >>> import torch, custom_ops
@@ -184,7 +187,7 @@ def check(info: OpInfo, sample: Sample) -> None:
         expected = run_leaves(Call(info.reference, wide.sample), wide.tensors)
     except Exception:
         if call.is_empty:
-            return  # not every op is defined there
+            return  # not every op is defined for it
         raise
     before = [t.detach().clone() for t in call.tensors]
     actual = run_leaves(call, call.tensors)
@@ -193,7 +196,7 @@ def check(info: OpInfo, sample: Sample) -> None:
             raise AssertionError(f"{info.name}{describe(call)} changed an argument")
     inputs = [t.detach() for t in call.tensors if t.requires_grad]
     outputs = len(actual) - len(inputs)
-    # What cancels to 0 does so up to the rounding of numbers of this size.
+    # A result that cancels to 0 has the rounding error of numbers of this size.
     size = min(1.0, max((t.nan_to_num(0, 0, 0).abs().max().item() for t in wide.inputs if t.numel()), default=0.0))
     undefined = any(bool(y.isnan().any()) for y in expected[:outputs])
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
@@ -229,7 +232,7 @@ def _compare(
 
 
 def script(info: OpInfo, sample: Sample) -> str:
-    """A program that makes the same call and checks it.
+    """Return a program that makes the same call and checks it.
 
     Example:
         >>> import torch, custom_ops
@@ -268,5 +271,5 @@ def script(info: OpInfo, sample: Sample) -> str:
 
 
 def _extent(tensor: Tensor) -> int:
-    """How many elements lie from the tensor's first to its last."""
+    """Return the number of elements from the tensor's first to its last in memory."""
     return 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))

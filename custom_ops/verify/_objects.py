@@ -1,4 +1,4 @@
-"""The other faces of an op: its modules, the ``apply`` idiom, its error messages."""
+"""The other interfaces of an op: its modules, the ``apply`` idiom, its error messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def apply(case: Case) -> str | None:
 
 @capability("error messages")
 def error_messages(case: Case) -> str:
-    """Every listed wrong call raises one of the errors it should, with a message that names the argument."""
+    """Every listed wrong call raises one of the expected errors, with a message that names the argument."""
     bad_calls = case.info.bad_calls()
     if not bad_calls:
         raise NotApplicable("no wrong call listed")

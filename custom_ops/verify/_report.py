@@ -13,7 +13,7 @@ _MARKS = {PASS: "✓", FAIL: "✗", NOT_APPLICABLE: "–"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: ``status`` is "pass", "fail" or "not applicable"; ``detail`` the remark, failure or reason.
+    """A cell: ``status`` is "pass", "fail" or "not applicable"; ``detail`` is the remark, the failure or the reason.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass
 class Report:
-    """The cells of one or several ops; truthy questions are asked of ``ok``.
+    """The cells of one or several ops; ``ok`` tells whether none of them failed.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no cell failed."""
+        """Return whether no cell failed."""
         return not self.failures
 
     @property
@@ -77,14 +77,14 @@ class Report:
 
     @property
     def rows(self) -> dict[str, dict[str, Cell]]:
-        """The cells, as ``{capability: {column: cell}}``."""
+        """Return the cells as ``{capability: {column: cell}}``."""
         rows: dict[str, dict[str, Cell]] = {}
         for cell in self.cells:
             rows.setdefault(cell.capability, {})[cell.column] = cell
         return rows
 
     def __getitem__(self, capability: str) -> Cell:
-        """The first cell of a capability; of a single op's report, the only one."""
+        """Return the first cell of a capability, which is the only one in the report of a single op."""
         return next(cell for cell in self.cells if cell.capability == capability)
 
     def raise_on_failure(self) -> None:
@@ -96,7 +96,7 @@ class Report:
         return json.dumps({"ok": self.ok, "cells": [asdict(cell) for cell in self.cells]}, indent=2)
 
     def to_markdown(self) -> str:
-        """The matrix as a table, with a numbered note for every cell that isn't a pass."""
+        """Return the matrix as a table, with a numbered note for every cell that isn't a pass."""
         notes: list[str] = []
         lines = [f"| | {' | '.join(self.columns)} |", f"|---|{':-:|' * len(self.columns)}"]
         for capability, cells in self.rows.items():

@@ -40,22 +40,22 @@ def verify(
     """Check an op, or any function of tensors, against the whole capability matrix.
 
     Args:
-        op: the function as its users call it: a registered op, or a Python function around some. Or
+        op: the function as its users call it: a registered op, or a Python function that calls some; or
             the `OpInfo` of an op of this package, which brings all of the rest.
         sample_inputs: the calls to make: a list of `Sample` or of tuples of arguments, with float64 tensors,
-            ``requires_grad`` where it is differentiated; or ``(device, dtype) -> list of Sample``.
+            ``requires_grad`` where they are differentiated; or ``(device, dtype) -> list of Sample``.
             Small tensors, away from kinks (finite differences are taken), covering the edge cases.
             A `Sample` also names its dynamic dimensions, without which the rows on dynamic shapes
             don't apply.
         reference: the same function in plain PyTorch. Without it derivatives are compared
             with finite differences and with each other only.
         apply: the ``autograd.Function.apply`` idiom of the same function.
-        modules: gives (module, keyword arguments of ``op`` that it stands for).
-        bad_calls: gives wrong calls with the messages they must raise.
+        modules: returns pairs of a module and the keyword arguments of ``op`` that it stands for.
+        bad_calls: returns wrong calls with the messages that they must raise.
         dtypes: the floating dtypes supported.
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
-        not_comparable: {capability: reason}, not run. For ops that shape gradients: finite differences don't see that.
-        name: what the report calls it; by default the function's name.
+        not_comparable: {capability: reason} of rows that don't run, as finite differences can't see a shaped gradient.
+        name: the op's name in the report; by default the function's name.
         backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
             rows (values, gradients, second derivatives and dtypes have all), three memory layouts, Jacobians and
@@ -109,7 +109,7 @@ def run(
     kept: dict[Any, Any],
     on_cell: Callable[[Cell], None] | None = None,
 ) -> Report:
-    """`verify` with what earlier runs of the same op on the same backend have ``kept`` for other rows."""
+    """Run `verify` on some rows, reusing what earlier runs of the op on this backend have ``kept``."""
     for declared in ("not_applicable", "not_comparable"):
         unknown = getattr(info, declared).keys() - CAPABILITIES.keys()
         if unknown:
@@ -126,12 +126,12 @@ def run(
 
 
 def capabilities(quick: bool = False) -> dict[str, str]:
-    """The rows of the matrix and what each means; those of quick mode, or all.
+    """Return {row: meaning}, for all rows of the matrix or for those of quick mode.
 
     Example:
         >>> from custom_ops.verify import capabilities
         >>> capabilities()["vmap"]
-        'Equals a Python loop: over each tensor and all together, first and last dimension, nested; no fallback.'
+        'Without its fallback, vmap equals a Python loop: over each tensor and all, first and last dimension, nested.'
     """
     return {row.name: row.meaning for row in _chosen(None, quick)}
 

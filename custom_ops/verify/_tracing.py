@@ -34,7 +34,7 @@ from custom_ops.verify._case import (
 )
 from custom_ops.verify._values import LAYOUTS, resized
 
-# What torch's opcheck does, and of that what runs a kernel: the rest is the same on every backend.
+# These are the tests of torch's opcheck; the first two run a kernel, and the rest are the same on every backend.
 OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 OF_KERNELS = OPCHECKS[:2]
 TORCH_NAMESPACES = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional", "inductor", "profiler"}
@@ -42,7 +42,7 @@ TORCH_NAMESPACES = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functio
 
 @dataclass
 class Record:
-    """One call of a registered op, seen below autograd."""
+    """One call of a registered op, recorded below autograd."""
 
     op: OpOverload
     args: tuple[Any, ...]
@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def records(case: Case, dtypes: Sequence[torch.dtype], layouts: Sequence[str] = ()) -> list[Record]:
-    """Every distinct call of a registered op that forward, both backwards, jvp and vmap of the samples make."""
+    """Return every distinct call of a registered op by forward, both backwards, jvp and vmap of the samples."""
     found: dict[tuple[Any, ...], Record] = {}
     for dtype in dtypes:
         for layout in ("", *layouts):
@@ -115,7 +115,7 @@ def _recorded(case: Case, dtype: torch.dtype, layout: str) -> dict[tuple[Any, ..
 
 def _exercise(call: Call) -> None:
     call.run()
-    # What raises from here on is the failure of another row.
+    # Errors in these calls are reported by other rows.
     with suppress(Exception):
         everything(call)
     inputs = tuple(t.detach() for t in call.inputs)
@@ -129,7 +129,7 @@ def _exercise(call: Call) -> None:
 
 @capability("opcheck", of_dispatch=True)
 def opcheck(case: Case) -> str:
-    """``torch.library.opcheck`` of every registered op reached, forward and backward."""
+    """``torch.library.opcheck`` passes for every registered op that forward or backward calls."""
     check = partial(torch.library.opcheck, test_utils=OF_KERNELS if case.sparing else OPCHECKS)
     seen: dict[OpOverload, list[Record]] = {}
     for record in records(case, [torch.float64]):
@@ -143,14 +143,14 @@ def opcheck(case: Case) -> str:
             except Exception as error:
                 if not isinstance(error.__cause__, NotImplementedError):
                     raise AssertionError(f"{record}: {error}") from error
-                # It refuses a derivative, as an op of the last order that exists does; all else is checked.
+                # An op of the highest existing order refuses to be differentiated; everything else of it is checked.
                 detached = record.map(lambda t: t.detach())
                 check(op, detached.args, detached.kwargs)
     return ", ".join(op._opname for op in seen)
 
 
 def _refuses_a_gradient(record: Record) -> bool:
-    """Whether the op says, by ``NotImplementedError``, that it has no derivative for such a call."""
+    """Return whether the op raises ``NotImplementedError`` when such a call is differentiated."""
     outputs = [y for y in flatten(record.run()) if y.requires_grad]
     leaves = [t for t in record.tensors if t.requires_grad]
     try:
@@ -162,7 +162,7 @@ def _refuses_a_gradient(record: Record) -> bool:
 
 
 def _varied(calls: Sequence[Record]) -> list[Record]:
-    """First those that need a gradient, biggest first: the most telling."""
+    """Return the most telling calls first: those that need a gradient, largest first."""
     return sorted(
         calls, key=lambda r: (any(t.requires_grad for t in r.tensors), sum(t.numel() for t in r.tensors)), reverse=True
     )
@@ -170,7 +170,7 @@ def _varied(calls: Sequence[Record]) -> list[Record]:
 
 @capability("fake kernel")
 def fake_kernel(case: Case) -> str | None:
-    """Under ``FakeTensorMode`` every registered op reached gives its real shape, dtype, strides and device."""
+    """Under ``FakeTensorMode`` every registered op gives its real shape, dtype, strides and device."""
     dtypes = [d for d in (torch.float64, torch.bfloat16) if d in case.info.dtypes][: 1 if case.sparing else 2]
     for record in records(case, dtypes, ["transposed"]):
         record = record.map(lambda t: t.detach())
@@ -180,7 +180,7 @@ def fake_kernel(case: Case) -> str | None:
 
 @capability("meta device", of_dispatch=True)
 def meta_device(case: Case) -> str | None:
-    """On the meta device every registered op reached gives that shape, dtype and those strides."""
+    """On the meta device every registered op gives its real shape, dtype and strides."""
     dependent = set()
     done = 0
     for record in records(case, [torch.float64], ["transposed"]):
@@ -201,12 +201,12 @@ def meta_device(case: Case) -> str | None:
 
 
 def _data_dependent(record: Record) -> bool:
-    """Whether the fake output has a size that isn't known from the inputs' sizes."""
+    """Return whether a size of the fake output depends on data."""
     return any(not isinstance(size, int) for y in flatten(_faked(record)) for size in y.shape)
 
 
 def _faked(record: Record) -> Any:
-    """The fake result: sizes are integers, except where they depend on data."""
+    """Return the fake result; its sizes are integers, except where they depend on data."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fake = record.map(lambda t: mode.from_tensor(t, static_shapes=True))
     with mode:
@@ -222,7 +222,7 @@ def _check_metadata(fake: Any, real: Any, what: str, device: bool = True) -> Non
             raise AssertionError(f"{what}: output {i} is {f.dtype}, {f.dim()}-d, really {r.dtype}, {r.dim()}-d")
         if device and f.device != r.device:
             raise AssertionError(f"{what}: output {i} is on {f.device}, really on {r.device}")
-        # A data-dependent size is a symbol, equal to whatever comes.
+        # A data-dependent size is a symbol, which equals any size.
         if any(isinstance(a, int) and a != b for a, b in zip(f.shape, r.shape)):
             raise AssertionError(f"{what}: output {i} has shape {list(f.shape)}, really {list(r.shape)}")
         strides = zip(f.stride(), r.stride(), r.shape)
@@ -232,7 +232,7 @@ def _check_metadata(fake: Any, real: Any, what: str, device: bool = True) -> Non
 
 @capability("ops functional")
 def ops_functional(case: Case) -> None:
-    """No registered op reached mutates an argument or returns memory of one, or the same memory twice."""
+    """No registered op mutates an argument or returns memory of an argument or of another output."""
     for record in records(case, [torch.float64]):
         record = record.map(lambda t: t.detach())
         copies = [t.clone() for t in record.tensors]
@@ -273,7 +273,7 @@ def _leaves(call: Call) -> list[Tensor]:
 
 
 def _forward_backward(call: Call, function: Callable[..., Any]) -> list[Tensor]:
-    """Outputs of ``function`` and their gradients."""
+    """Return the outputs of ``function`` and their gradients."""
     tensors = _leaves(call)
     outputs = flatten(function(*tensors))
     inputs = [t for t in tensors if t.requires_grad]
@@ -287,7 +287,7 @@ def _forward_backward(call: Call, function: Callable[..., Any]) -> list[Tensor]:
 
 
 def _outputs(call: Call, only: Sequence[int] | None = None) -> Callable[..., tuple[Tensor, ...]]:
-    """The outputs as a function of all tensors, closing over none: Dynamo would guard on it."""
+    """Return the outputs as a function of all tensors, without closing over one, on which Dynamo would guard."""
     function, keys = call.function, call.keys
     args = [None if isinstance(a, Tensor) else a for a in call.sample.args]
     kwargs = {k: v for k, v in call.sample.kwargs.items() if not isinstance(v, Tensor)}
@@ -307,7 +307,7 @@ def _outputs(call: Call, only: Sequence[int] | None = None) -> Callable[..., tup
 
 @capability("compile", of_dispatch=True)
 def compiled(case: Case) -> str:
-    """``torch.compile(fullgraph=True)``, forward and backward, equals eager; with Inductor also in quick mode."""
+    """``torch.compile(fullgraph=True)``, forward and backward, equals eager; it uses Inductor in quick mode too."""
     for call in case.compiled_calls(torch.float32):
         function = _outputs(call)
         actual = _forward_backward(call, _compile(function, "inductor", dynamic=False))
@@ -317,7 +317,9 @@ def compiled(case: Case) -> str:
 
 @capability("compile dynamic", of_dispatch=True)
 def compiled_dynamic(case: Case) -> str:
-    """``torch.compile(fullgraph=True, dynamic=True)`` at three sizes, forward and backward, without a recompile."""
+    """``torch.compile(fullgraph=True, dynamic=True)`` is right at three sizes, forward and backward, without
+    recompiling.
+    """
     for call in case.dynamic_calls():
         function = _outputs(call)
         dynamic = _compile(function, case.backend, dynamic=True)
@@ -338,7 +340,7 @@ def _transformed(case: Case, transform: Callable[[Call], tuple[Callable[..., Any
 
 
 def _grad(call: Call) -> Callable[..., Any]:
-    """The gradient of a scalar as a function of all tensors."""
+    """Return the gradient of a scalar as a function of all tensors."""
     function = _outputs(call, call.differentiable)
     argnums = tuple(i for i, t in enumerate(call.tensors) if t.requires_grad)
     return torch.func.grad(lambda *tensors: squares(function(*tensors)), argnums)
@@ -346,13 +348,13 @@ def _grad(call: Call) -> Callable[..., Any]:
 
 @capability("compile(grad)", of_dispatch=True)
 def compiled_grad(case: Case) -> str:
-    """``torch.compile(torch.func.grad(f))``."""
+    """``torch.compile(torch.func.grad(f))`` equals eager."""
     return _transformed(case, lambda call: (_grad(call), [t.detach() for t in call.tensors]))
 
 
 @capability("compile(vmap(grad))", of_dispatch=True)
 def compiled_vmap_grad(case: Case) -> str:
-    """``torch.compile(torch.vmap(torch.func.grad(f)))``, over the inputs it is differentiated in."""
+    """``torch.compile(torch.vmap(torch.func.grad(f)))``, over the differentiable inputs, equals eager."""
 
     def transform(call: Call) -> Any:
         in_dims = tuple(0 if t.requires_grad else None for t in call.tensors)
@@ -364,7 +366,7 @@ def compiled_vmap_grad(case: Case) -> str:
 
 @capability("compile(jvp)", of_dispatch=True)
 def compiled_jvp(case: Case) -> str:
-    """``torch.compile`` of a function that calls ``torch.func.jvp``."""
+    """``torch.compile`` of a function that calls ``torch.func.jvp`` equals eager."""
 
     def transform(call: Call) -> Any:
         function = _outputs(call, call.differentiable)
@@ -399,7 +401,7 @@ class _Program(torch.nn.Module):
 
 
 def _exported(call: Call) -> torch.export.ExportedProgram:
-    # A size that gets specialised all the same shows when the program runs on others.
+    # A size that is specialised nevertheless is found when the program runs on other sizes.
     auto = torch.export.Dim.AUTO
     shapes = tuple({call.sample.dynamic[k]: auto} if k in call.sample.dynamic else {} for k in call.keys)
     tensors = tuple(t.detach() for t in call.tensors)
@@ -408,7 +410,7 @@ def _exported(call: Call) -> torch.export.ExportedProgram:
 
 @capability("export", of_dispatch=True)
 def export(case: Case) -> None:
-    """``torch.export`` with the dynamic dimensions dynamic; the program runs on other sizes."""
+    """``torch.export`` keeps the dynamic dimensions dynamic, and the program is right on other sizes."""
     for call in case.dynamic_calls():
         program = _exported(call).module()
         for times in (1, 2, 3):
@@ -419,7 +421,7 @@ def export(case: Case) -> None:
 
 @capability("AOTInductor", full_only=True, of_dispatch=True)
 def aot_inductor(case: Case) -> None:
-    """Exported, compiled to a package, loaded and run on another size."""
+    """The exported op, compiled to a package and loaded, is right on another size."""
     for call in case.dynamic_calls(torch.float32):
         with tempfile.TemporaryDirectory() as folder:
             package = str(Path(folder) / "model.pt2")

@@ -1,4 +1,4 @@
-"""Values, dtypes, layouts, memory: everything but derivatives of higher kinds and tracing."""
+"""Values, dtypes, layouts and memory: all rows but those of derivatives and tracing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def value(case: Case) -> None:
 
 @capability("gradient", every_sample=True)
 def gradient(case: Case) -> None:
-    """In float64 the gradient of each input equals the reference's, each output by itself and all together."""
+    """In float64 the gradient of each input equals the reference's, for each output alone and all together."""
     for call in case.calls():
         if call.input_keys:
             reference = Call(case.reference(call).function, call.sample, call.differentiable)
@@ -74,11 +74,11 @@ def _check_dtype(case: Case, dtype: torch.dtype) -> None:
 
 
 def _check_rounded(case: Case, call: Call, dtype: torch.dtype) -> None:
-    """Against the float64 reference on the same (rounded) values.
+    """Compare with the float64 reference on the same (rounded) values.
 
-    16-bit results may be off by two roundings of their own size, so accumulation must have been wider;
-    float32 by a few dozen roundings of the largest. The gradient may also be summed over broadcast
-    dimensions in its own dtype, by autograd.
+    16-bit results may be off by two roundings of their own size, which requires wider accumulation; float32 results may
+    be off by a few dozen roundings of the largest. Autograd may also sum the gradient over broadcast dimensions in its
+    own dtype.
     """
     eps, wide = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     half = dtype.itemsize == 2
@@ -111,25 +111,25 @@ def double(tensor: Tensor) -> Tensor:
 
 @capability("float32", every_sample=True)
 def float32(case: Case) -> None:
-    """Values and gradients in float32, against the float64 reference on the same values."""
+    """Values and gradients in float32 equal those of the float64 reference on the same values."""
     _check_dtype(case, torch.float32)
 
 
 @capability("bfloat16", every_sample=True)
 def bfloat16(case: Case) -> None:
-    """Values and gradients in bfloat16, accumulated in float32 and rounded once."""
+    """Values and gradients in bfloat16 are accumulated in float32 and rounded once."""
     _check_dtype(case, torch.bfloat16)
 
 
 @capability("float16", every_sample=True)
 def float16(case: Case) -> None:
-    """Values and gradients in float16, accumulated in float32 and rounded once."""
+    """Values and gradients in float16 are accumulated in float32 and rounded once."""
     _check_dtype(case, torch.float16)
 
 
 @capability("autocast", of_dispatch=True)
 def autocast(case: Case) -> str:
-    """Float32 inputs under autocast: gradients float32, all near the float32 results."""
+    """With float32 inputs under autocast, gradients are float32 and all results are near those without autocast."""
     dtypes = set()
     for call in case.differentiable_calls(torch.float32):
         expected = call(*call.inputs)
@@ -155,7 +155,7 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def _junk(tensor: Tensor) -> Tensor:
-    """What lies between the elements of a strided view: reading it must show."""
+    """Return values for the gaps between the elements of a strided view, which would show if they were read."""
     if tensor.is_floating_point():
         return torch.full_like(tensor, float("nan"))
     return torch.full_like(tensor, 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
@@ -168,7 +168,7 @@ LAYOUTS: dict[str, Layout] = {
     "storage offset": lambda t: torch.cat([_junk(t).reshape(-1), t.reshape(-1)])[t.numel() :].view(t.shape),
     "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
 }
-# These change the values, so they are compared with a contiguous copy of themselves.
+# These layouts change the values, so the result is compared with that of a contiguous copy.
 EXPANDED: dict[str, Layout] = {
     "expanded": lambda t: t.reshape(-1)[:1].view((1,) * t.dim()).expand(t.shape) if t.numel() else t,
     "expanded in the first dimension": lambda t: t[:1].expand(t.shape) if t.dim() and t.numel() else t,
@@ -177,7 +177,7 @@ EXPANDED: dict[str, Layout] = {
 
 
 def _layouts(case: Case) -> dict[str, Layout]:
-    """Where Triton interprets in quick mode those that no launcher can take for another by luck."""
+    """Return the layouts to test; when sparing, only those that a wrong launcher can't handle by luck."""
     layouts = LAYOUTS | EXPANDED
     return {name: layouts[name] for name in ("strided", "transposed", "expanded")} if case.sparing else layouts
 
@@ -195,7 +195,7 @@ def _same_layout(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def run_leaves(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs and gradients with exactly these tensors (a clone would change their strides)."""
+    """Return outputs and gradients with exactly these tensors (a clone would change their strides)."""
     outputs = call.with_tensors(tensors).run()
     inputs = [t for t in tensors if t.requires_grad]
     if not inputs:
@@ -205,7 +205,7 @@ def run_leaves(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _subsets(case: Case, name: str, count: int) -> Iterator[set[int]]:
-    """All tensors together; one by one with every layout only in the full matrix."""
+    """Yield which tensors get the layout: all together, then one by one (in quick mode for one layout only)."""
     yield set(range(count))
     if count > 1 and (name == "strided" or not case.quick):
         yield from ({i} for i in range(count))
@@ -213,7 +213,7 @@ def _subsets(case: Case, name: str, count: int) -> Iterator[set[int]]:
 
 @capability("input layouts")
 def input_layouts(case: Case) -> None:
-    """Strided, transposed, sliced-from-cat, offset, channels-last and expanded inputs, together and one by one."""
+    """Results don't depend on layouts: strided, transposed, sliced from cat, offset, channels-last, expanded inputs."""
     for call in case.calls():
         tensors = [_laid_out(t, _row_major) for t in call.tensors]
         contiguous = run_leaves(call, tensors)
@@ -226,7 +226,7 @@ def input_layouts(case: Case) -> None:
                 if name in EXPANDED:
                     try:
                         expected = run_leaves(call, [_laid_out(t, _row_major) for t in moved])
-                    except Exception:  # expanding made values that the op doesn't accept
+                    except Exception:  # the op doesn't accept the expanded values
                         continue
                 what = f"{describe(call)} with {name} tensors {sorted(chosen)}"
                 check_close(run_leaves(call, moved), expected, what)
@@ -234,7 +234,7 @@ def input_layouts(case: Case) -> None:
 
 @capability("gradient layouts")
 def gradient_layouts(case: Case) -> None:
-    """Incoming gradients and tangents with those layouts (expanded as from ``sum``), to second order."""
+    """Results don't depend on the layouts of incoming gradients and tangents, up to second order."""
     for call in case.differentiable_calls():
         inputs, weights = call.inputs, call.weights()
         outputs = call(*inputs)
@@ -264,11 +264,11 @@ def _derivatives(
     tangents: Sequence[Tensor],
     layout: Layout,
 ) -> list[Tensor]:
-    """First and second derivatives and tangents, for gradients and tangents of that layout."""
+    """Return first and second derivatives and tangents, for gradients and tangents of that layout."""
     weights = [layout(w.detach()).requires_grad_() for w in weights]
     results = grads(outputs, inputs, weights, create_graph=True)
     connected = [g for g in results if g.requires_grad]
-    with suppress(RuntimeError):  # a second derivative that doesn't exist is for another row to report
+    with suppress(RuntimeError):  # another row reports a missing second derivative
         directions = [layout(d) for d in randn_like(connected, seed=3)]
         second = grads(connected, [*inputs, *weights], directions, retain_graph=True) if connected else []
         results = results + second
@@ -280,7 +280,7 @@ def _derivatives(
 
 @capability("zero size", every_sample=True)
 def zero_size(case: Case) -> str | None:
-    """With size 0 along the dynamic dimensions: the reference's values, and a connected gradient."""
+    """With size 0 along the dynamic dimensions, values equal the reference's and the gradient is connected."""
     refused = 0
     for call in case.dynamic_calls():
         empty = resized(call, 0)
@@ -300,7 +300,9 @@ def zero_size(case: Case) -> str | None:
 
 
 def resized(call: Call, times: int) -> Call:
-    """The dynamic dimensions ``times`` as long, element by element so that sorted stays sorted."""
+    """Return the call with dynamic dimensions ``times`` as long; each element is repeated, so sorted tensors stay
+    sorted.
+    """
     tensors = [
         leaf(t.detach().repeat_interleave(times, call.sample.dynamic[key]).requires_grad_(t.requires_grad))
         if key in call.sample.dynamic
@@ -338,7 +340,7 @@ def _unchanged(run: Callable[[], object], tensors: Sequence[Tensor], what: str) 
 
 @capability("outputs own memory")
 def outputs_own_memory(case: Case) -> None:
-    """No output shares memory with an input, no gradient with an incoming one."""
+    """No output shares memory with an input, and no gradient with an incoming one."""
     for call in case.calls():
         tensors = [leaf(t) for t in call.tensors]
         _disjoint(call.with_tensors(tensors).run(), tensors, f"output of {describe(call)}")
@@ -358,7 +360,9 @@ def _disjoint(outputs: Sequence[Tensor], inputs: Sequence[Tensor], what: str) ->
 
 @capability("deterministic")
 def deterministic(case: Case) -> str:
-    """Bitwise: outputs, gradients, second derivatives when run again; outputs and gradients on other threads."""
+    """Outputs, gradients and second derivatives are bitwise the same in a second run; the first two on other threads
+    too.
+    """
     threads = torch.get_num_threads()
     sizes = []
     for call in case.calls(torch.float32):
@@ -366,21 +370,23 @@ def deterministic(case: Case) -> str:
         sizes.append(max((t.numel() for t in big.tensors), default=0))
         results = []
         try:
-            for count in (2, 2) if case.interpreted else (2, 2, 1):  # Triton's interpreter has no threads
+            for count in (2, 2) if case.interpreted else (2, 2, 1):  # Triton's interpreter has one thread
                 torch.set_num_threads(count)
                 results.append(everything(big))
         finally:
             torch.set_num_threads(threads)
         check_same_bits(results[0], results[1], f"two runs of {describe(big)}")
         if not case.interpreted:
-            # Not second derivatives: they may contain torch's own sums, which depend on the threads.
+            # Second derivatives are left out, as they may contain torch's own sums, which depend on the threads.
             first = len(big.run()) + len(big.inputs)
             check_same_bits(results[1][:first], results[2][:first], f"one thread and two on {describe(big)}")
     return f"up to {max(sizes)} elements"
 
 
 def _growth(case: Case, call: Call, with_reference: bool = False, elements: int = 1 << 18) -> int:
-    """How often to repeat the dynamic dimensions: until threads matter, or the call or its reference takes long."""
+    """Return how often to repeat the dynamic dimensions: until threads matter, or the call or its reference takes
+    long.
+    """
     times, limit = 1, 0.02 if case.quick and not case.interpreted else 0.1
     if not case.interpreted:
         everything(call)  # the first run takes longer
@@ -397,13 +403,13 @@ def _growth(case: Case, call: Call, with_reference: bool = False, elements: int 
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    start = time.process_time()  # on a busy machine, too, the same growth
+    start = time.process_time()  # CPU time, so that a busy machine finds the same growth
     run()
     return time.process_time() - start
 
 
 def _grown(call: Call, times: int) -> Call:
-    """Its dynamic dimensions ``times`` as long, and the values of its inputs different from one another."""
+    """Return the call with dynamic dimensions ``times`` as long and distinct values in its inputs."""
     if times == 1:
         return call
     big = resized(call, times)
@@ -414,7 +420,7 @@ def _grown(call: Call, times: int) -> Call:
 
 @capability("large")
 def large(case: Case) -> str:
-    """Grown until kernels take their other paths (blocks, threads), values and gradients equal the reference's."""
+    """Values and gradients equal the reference's at sizes for which kernels use blocks and threads."""
     sizes = []
     growth: dict[int, int] = {}
     for dtype in [d for d in (torch.float64, torch.float32) if d in case.info.dtypes]:
@@ -428,7 +434,7 @@ def large(case: Case) -> str:
 
 @capability("no uninitialised memory")
 def no_uninitialised_memory(case: Case) -> None:
-    """The same results when fresh memory is filled with NaN (integers: the largest)."""
+    """Results stay the same if fresh memory is filled with NaN (for integers, with the largest number)."""
     for dtype in (torch.float64, torch.float32):
         for call in case.calls(dtype):
             expected = everything(call)

@@ -1,4 +1,4 @@
-"""Voxels: which points share one, and pooling their features."""
+"""Voxels: assign points to voxels and pool the points' features."""
 
 from custom_ops.voxel.intervals import bev_pool_v2
 from custom_ops.voxel.lift_splat import LiftSplat
@@ -8,7 +8,8 @@ from custom_ops.voxel.sums import VoxelSum, voxel_sum
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_sum
 
-# Spelled out: mypy can't follow `__all__ += module.__all__` through two levels, and shows none of these.
+# The names are spelled out, as mypy can't follow `__all__ += module.__all__` through two levels and would see none of
+# them.
 __all__ = [
     "BEVPool",
     "LiftSplat",

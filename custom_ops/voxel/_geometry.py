@@ -1,4 +1,4 @@
-"""Geometry that a layer keeps between calls: one mechanism for all layers of this family."""
+"""Geometry that a layer keeps between calls, by one mechanism for all voxel layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active  # see library.py
+from torch._C import _are_functorch_transforms_active
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
@@ -16,7 +16,7 @@ Csr = tuple[Tensor, Tensor]
 
 
 class Geometry(NamedTuple):
-    """The ranks of points, the points sorted by them, and the tensors that all this was computed from."""
+    """The ranks of points, the points sorted by rank, and the tensors that both were computed from."""
 
     sources: tuple[Tensor, ...]
     rank: Tensor
@@ -28,13 +28,14 @@ class Geometry(NamedTuple):
 
 
 class KeepsGeometry(torch.nn.Module):
-    """A layer that computes its geometry once and uses it again while its sources have the same values.
+    """A layer that computes its geometry once and reuses it while its sources have the same values.
 
-    What was set serves the calls without sources, and no call changes it; what a call computed is a cache, which only
-    calls with the same sources see. Neither is in the ``state_dict`` nor a buffer: DistributedDataParallel would
-    replace every process's buffers by those of the first, whose geometry is another. Where values can't be compared,
-    in a program being traced, compiled or exported, under torch.func and on the meta device, geometry is computed on
-    each call. The attributes that it follows from, ``_fixed``, can't be set again.
+    A geometry that was set serves the calls without sources, and no call changes it. A geometry that a call computed is
+    a cache, which only calls with the same sources use. Neither is part of the ``state_dict`` or a buffer:
+    DistributedDataParallel would overwrite every process's buffers with those of the first, whose geometry differs.
+    Where values can't be compared (in a program being traced, compiled or exported, under torch.func and on the meta
+    device), each call computes the geometry. The attributes that determine the geometry, ``_fixed``, can't be set
+    again.
     """
 
     _fixed: tuple[str, ...] = ()
@@ -52,15 +53,15 @@ class KeepsGeometry(torch.nn.Module):
         super().__setattr__(name, value)
 
     def clear_geometry(self) -> None:
-        """Release what is kept, and forget what was set."""
+        """Release the cached geometry and the one that was set."""
         self._was_set = self._cached = None
 
     def _compute(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Csr]:
-        """The ranks that follow from the sources, and their `voxel_csr`."""
+        """Return the ranks that follow from the sources, and their `voxel_csr`."""
         raise NotImplementedError
 
     def _get(self, expected: str) -> Geometry:
-        was_set = self._was_set  # once: another thread may clear it
+        was_set = self._was_set  # read once, as another thread may clear it
         if was_set is None:
             raise ValueError(f"{expected}, here or by set_geometry before, got None")
         return was_set
@@ -69,7 +70,7 @@ class KeepsGeometry(torch.nn.Module):
         self._was_set, self._cached = self._made_of(sources), None
 
     def _made_of(self, sources: tuple[Tensor, ...]) -> Geometry:
-        # What is made under inference_mode couldn't be saved for a backward pass later.
+        # A tensor made under inference_mode couldn't be saved for a later backward pass.
         with torch.inference_mode(False):
             copies = tuple(t.detach().clone() for t in sources)
             return Geometry(copies, *self._compute(*copies))
@@ -87,7 +88,9 @@ class KeepsGeometry(torch.nn.Module):
         super()._apply(fn, recurse)
 
         def moved(geometry: Geometry | None) -> Geometry | None:
-            """As a buffer is, but never converted; from the meta device, where it has no values, not at all."""
+            """Move the geometry like a buffer, but never convert it; drop it if it comes from the meta device without
+            values.
+            """
             device = None if geometry is None else fn(geometry.rank).device
             if geometry is None or (geometry.rank.is_meta and device != geometry.rank.device):
                 return None

@@ -27,9 +27,9 @@ def interval_ranks(
     pixels: int,
     voxels: int,
 ) -> Tensor:
-    """The voxel of each listed point [P], -1 in a gap between intervals; see `bev_pool_v2`.
+    """Return the voxel of each listed point [P], or -1 in a gap between intervals; see `bev_pool_v2`.
 
-    For arrays that don't belong together an error on the CPU; on a GPU ``voxels``, of which every sum is NaN.
+    Inconsistent arrays raise on the CPU; on a GPU the result is the invalid rank ``voxels``, whose sums are NaN.
     """
     return torch.empty_like(ranks_bev)
 
@@ -57,37 +57,37 @@ def bev_pool_v2(
     interval_starts: Tensor,
     interval_lengths: Tensor,
 ) -> Tensor:
-    """`bev_pool` with the call and the result of BEVDet's function of that name.
+    """Compute `bev_pool` with the arguments and the result of BEVDet's function of that name.
 
-    Interval i lists the points ``j = interval_starts[i]`` to ``interval_starts[i] + interval_lengths[i] - 1``
-    of one voxel, ``ranks_bev[j]``. Its sum of ``depth.flatten()[ranks_depth[j]]
-    feat.flatten(0, 3)[ranks_feat[j]]`` is added to that voxel; voxels without an interval are 0. A depth may be
-    listed any number of times, as DualBEV does, and with any pixel; points between intervals count nowhere.
+    Interval i lists the points ``j = interval_starts[i]`` to ``interval_starts[i] + interval_lengths[i] - 1`` of one
+    voxel, ``ranks_bev[j]``. The sum of ``depth.flatten()[ranks_depth[j]] * feat.flatten(0, 3)[ranks_feat[j]]`` over
+    them is added to that voxel; voxels without an interval are 0. A depth may be listed any number of times, as in
+    DualBEV, and with any pixel; points between intervals are ignored.
 
     Args:
         depth: ``[B, N, D, H, W]``.
         feat: ``[B, N, H, W, C]``.
-        ranks_depth: for each listed point, where in ``depth`` it lies ``[P]``.
-        ranks_feat: where in ``feat`` its pixel lies ``[P]``.
-        ranks_bev: its voxel, counted over the batch ``[P]``; the same one within an interval.
+        ranks_depth: the index of each listed point in ``depth``, ``[P]``.
+        ranks_feat: the index of its pixel in ``feat``, ``[P]``.
+        ranks_bev: its voxel, counted over the batch, ``[P]``; it is the same within an interval.
         bev_feat_shape: ``(B, Z, Y, X, C)``.
-        interval_starts, interval_lengths: the intervals ``[I]``, in any order, none of which overlap.
+        interval_starts, interval_lengths: the intervals ``[I]``, in any order, without overlap.
 
     The arrays are int32 or int64, as BEVDet's ``voxel_pooling_prepare_v2`` makes them.
 
     Returns:
-        ``[B, C, Z, Y, X]``, contiguous; under autocast float32, as BEVDet's.
+        ``[B, C, Z, Y, X]``, contiguous; under autocast it is float32, as in BEVDet.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape, or tensors on several devices.
-        RuntimeError: on the CPU, for arrays that don't belong together as described, or an index out of range.
+        RuntimeError: on the CPU, for inconsistent arrays or an index out of range.
             On a GPU, where an error would wait for the device, the result is NaN.
 
-    DTensors may be sharded as for `bev_pool`, with all of the arrays on each process; the result is ``Partial``, for
-    examples too.
+    DTensors may be sharded as in `bev_pool`, with all of the arrays on each process. The result is ``Partial``, even if
+    the examples are sharded.
 
-    O(P C + B Z Y X C) time; the listed points are sorted by voxel here, and by depth and pixel in backward.
+    The op takes O(P C + B Z Y X C) time; it sorts the listed points by voxel, and by depth and pixel in backward.
 
     Source: Huang & Huang, "BEVPoolv2", 2022.
 
@@ -133,9 +133,9 @@ def bev_pool_v2(
     dtype = torch.promote_types(depth.dtype, feat.dtype)
 
     def pool(depth: Tensor, feat: Tensor, depth_at: Tensor, feat_at: Tensor, rank: Tensor) -> Tensor:
-        listed = (rank >= 0) & (depth_at >= 0)  # here
+        listed = (rank >= 0) & (depth_at >= 0)  # in the grid and on this process
         depth_at, feat_at = (torch.where(listed, at, -1) for at in (depth_at, feat_at))
-        # A sum of one product is a look-up that knows its derivatives.
+        # A sum over a single product looks the weights up differentiably.
         ones, first = depth.new_ones(1, 1), depth_at.clamp_max(0)
         weight = pair_dots(depth.reshape(-1, 1), ones, depth_at, first)
         out = pair_reduce(feat.flatten(0, 3), weight, feat_at, rank, voxels)
@@ -150,7 +150,7 @@ def bev_pool_v2(
 
 
 def _in_shards(pool: Callable[..., Tensor], depth: Any, feat: Any, *listed: Tensor) -> Tensor:
-    """Each process finds among all listed points those of its own depths and pixels."""
+    """Pool DTensors: each process selects, among all listed points, those of its own depths and pixels."""
 
     def numbered(shape: torch.Size) -> Any:
         return shards.replicated(torch.arange(shape.numel(), device=depth.device).view(shape), depth)

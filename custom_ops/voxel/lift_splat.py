@@ -1,4 +1,4 @@
-"""Lift-Splat: features of calibrated cameras onto a bird's-eye-view grid."""
+"""Lift-Splat: project the features of calibrated cameras onto a bird's-eye-view grid."""
 
 from __future__ import annotations
 
@@ -15,49 +15,46 @@ from custom_ops.voxel.voxel_grid import numbers_of, voxel_csr, voxel_rank
 
 
 class LiftSplat(KeepsGeometry):
-    """Lifts each pixel's features to all depths along its ray and sums them up in the voxels of a grid.
+    """Lift each pixel's features to all depths along its ray and sum them up in the voxels of a grid.
 
-    ``bev[b, c, x, y]`` is the sum of ``depth[b, n, d, h, w] * feat[b, n, c, h, w]`` over the points of
-    all cameras in cell (x, y). Pixel (u, v) of camera n at depth d is the point ``R K^-1 (u, v, 1) d + t``
-    with ``K = intrinsics[b, n]`` and ``(R, t) = camera_to_ego[b, n]``. The points' features are never
-    materialised, see `bev_pool`.
+    ``bev[b, c, x, y]`` is the sum of ``depth[b, n, d, h, w] * feat[b, n, c, h, w]`` over the points of all cameras in
+    cell (x, y). Pixel (u, v) of camera n at depth d is the point ``R K^-1 (u, v, 1) d + t`` with ``K = intrinsics[b,
+    n]`` and ``(R, t) = camera_to_ego[b, n]``. The points' features are never written to memory; see `bev_pool`.
 
-    The feature map covers the image: column w is at ``u = (w + 0.5) width / W - 0.5``, the image's pixels
-    being at the integers; with ``align_corners`` at ``w (width - 1) / (W - 1)``, as in Lift-Splat-Shoot
-    (which also has ``rounding="trunc"``). An affine augmentation of the image belongs onto the intrinsics:
-    ``A @ K`` for the 3 x 3 matrix A that takes old pixels to new ones.
+    The feature map covers the image: column w is at ``u = (w + 0.5) width / W - 0.5``, where the image's pixels are at
+    the integers. With ``align_corners`` it is at ``w (width - 1) / (W - 1)``, as in Lift-Splat-Shoot (which also has
+    ``rounding="trunc"``). An affine augmentation of the image is applied to the intrinsics: ``A @ K`` for the 3 x 3
+    matrix A that maps old pixels to new ones.
 
-    The points' voxels are kept, and used again while the cameras have the same values; that is compared on
-    each call, for which a GPU is waited for. `set_geometry` saves the comparison where the cameras never
-    change: call the layer with ``depth`` and ``feat`` alone. Compiled and exported programs that are given
-    cameras compute the voxels on each call. All of it is done in float64, so that neither autocast nor
-    the module's dtype moves a point to another voxel. It has no gradient and isn't in the
-    ``state_dict``; nor is it a buffer, because DistributedDataParallel would replace every process's
-    buffers by those of the first, whose cameras are others.
+    The points' voxels are kept and reused while the cameras have the same values. Each call compares the values, which
+    waits for a GPU. `set_geometry` saves the comparison if the cameras never change: call the layer with ``depth`` and
+    ``feat`` alone. Compiled and exported programs that are given cameras compute the voxels on each call. The geometry
+    is computed in float64, so neither autocast nor the module's dtype moves a point to another voxel. It has no
+    gradient. It isn't part of the ``state_dict`` and isn't a buffer, because DistributedDataParallel would overwrite
+    every process's buffers with those of the first, whose cameras differ.
 
     Args:
-        image_size: height and width of the image that the intrinsics are for.
+        image_size: height and width of the image that the intrinsics refer to.
         feature_size: height and width ``(H, W)`` of the feature map.
         depths: the D distances along the optical axis.
-        origin, voxel_size, grid_size, rounding: the grid of ``(X, Y, Z)`` voxels, see `voxel_rank`.
-        align_corners: how the feature map lies on the image, see above.
+        origin, voxel_size, grid_size, rounding: the grid of ``(X, Y, Z)`` voxels; see `voxel_rank`.
+        align_corners: how the feature map is aligned with the image; see above.
 
-    Call ``layer(depth, feat, intrinsics, camera_to_ego)`` with each depth's weight ``depth
-    [B, N, D, H, W]`` (commonly a softmax over D), ``feat [B, N, C, H, W]``, ``intrinsics
-    [B, N, 3, 3]`` and ``camera_to_ego [B, N, 4, 4]``; without their B all examples share the cameras.
-    Returns ``[B, Z C, X, Y]``, the channels of the lowest layer of voxels first; for Z = 1 its memory is
-    channels-last.
+    Call ``layer(depth, feat, intrinsics, camera_to_ego)`` with each depth's weight ``depth [B, N, D, H, W]`` (commonly
+    a softmax over D), ``feat [B, N, C, H, W]``, ``intrinsics [B, N, 3, 3]`` and ``camera_to_ego [B, N, 4, 4]``;
+    matrices without the dimension B apply to all examples. The result is ``[B, Z C, X, Y]``, with the channels of the
+    lowest layer of voxels first; for Z = 1 its memory is channels-last.
 
-    ``depth`` and ``feat`` may be DTensors, sharded as for `bev_pool`; the cameras are plain tensors, all of them, and
-    the points are sorted on each call.
+    ``depth`` and ``feat`` may be DTensors, sharded as in `bev_pool`; all cameras are given as plain tensors, and the
+    points are sorted on each call.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape or size, tensors on several devices, one camera matrix without the
-            other, or no cameras at all where `set_geometry` wasn't called.
+            other, or no cameras although `set_geometry` wasn't called.
         RuntimeError: singular intrinsics.
 
-    O(B N D H W C) time; the kept geometry is two integers per point and one per voxel.
+    The op takes O(B N D H W C) time; the kept geometry is two integers per point and one per voxel.
 
     Source: Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020.
 
@@ -103,7 +100,7 @@ class LiftSplat(KeepsGeometry):
         self.origin, self.voxel_size = _numbers("origin", origin), _numbers("voxel_size", voxel_size)
         self.grid_size = numbers_of("grid_size", grid_size, 3, _checks.as_count)
         self.rounding, self.align_corners = rounding, _checks.as_bool("align_corners", align_corners)
-        self._rank(torch.zeros(1, 3))  # a wrong grid raises
+        self._rank(torch.zeros(1, 3))  # raises if the grid is wrong
 
     def forward(
         self, depth: Tensor, feat: Tensor, intrinsics: Tensor | None = None, camera_to_ego: Tensor | None = None
@@ -117,14 +114,14 @@ class LiftSplat(KeepsGeometry):
             raise ValueError(f"depth: expected (D, H, W) = {frustum}, got shape {list(depth.shape)}")
         if cameras not in (depth.shape[:2], depth.shape[1:2]):
             raise ValueError(f"depth: expected (B, N) of the cameras, {list(cameras)}, got shape {list(depth.shape)}")
-        if shards.is_sharded(depth):  # its points are sorted where they are
+        if shards.is_sharded(depth):  # each process sorts its own points
             bev = bev_pool(depth, feat, shards.replicated(geometry.rank, depth), self._voxels())
         else:
             bev = pool_kept(depth, feat, geometry, self._voxels())
         return bev.unflatten(1, self.grid_size).permute(0, 3, 4, 1, 2).flatten(1, 2)
 
     def points(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
-        """The frustums' points ``[B, N, D, H, W, 3]`` (or without B) in the ego frame, float64."""
+        """Return the frustums' points ``[B, N, D, H, W, 3]`` (or without B) in the ego frame, float64."""
         for name, matrix, size in (("intrinsics", intrinsics, 3), ("camera_to_ego", camera_to_ego, 4)):
             _checks.has_dtype(name, matrix, (torch.float32, torch.float64))
             if matrix.dim() not in (3, 4) or matrix.shape[-2:] != (size, size):
@@ -142,7 +139,7 @@ class LiftSplat(KeepsGeometry):
         return rays.unflatten(-2, self.feature_size).unsqueeze(-4) * depths + pose[..., None, None, None, :3, 3]
 
     def set_geometry(self, intrinsics: Tensor, camera_to_ego: Tensor) -> None:
-        """Keep these cameras for calls without any; no call changes them, `clear_geometry` releases them."""
+        """Keep these cameras for calls without any; no call changes them, and `clear_geometry` releases them."""
         _checks.is_tensor("intrinsics", intrinsics)
         _checks.is_tensor("camera_to_ego", camera_to_ego)
         self._set(intrinsics, camera_to_ego)
@@ -167,7 +164,7 @@ class LiftSplat(KeepsGeometry):
         return math.prod(self.grid_size)
 
     def _positions(self, side: int, device: torch.device) -> Tensor:
-        """Where the feature map's rows (side 0) or columns (side 1) are in the image."""
+        """Return the positions of the feature map's rows (side 0) or columns (side 1) in the image."""
         pixels, features = self.image_size[side], self.feature_size[side]
         if self.align_corners:
             return torch.linspace(0, pixels - 1, features, dtype=torch.float64, device=device)

@@ -19,40 +19,41 @@ def bev_pool(
     num_voxels: int,
     csr: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Lift image features along their depths, and sum them in the voxels they fall into.
+    """Lift image features along their depths and sum them in the voxels that they fall into.
 
-    ``out[b, v, c] = sum of depth[b, n, d, h, w] feat[b, n, c, h, w]`` over the (n, d, h, w) with
-    ``rank[b, n, d, h, w] = v``, without their product of N D H W C numbers ever in memory. A point with
-    a negative rank contributes nothing, and its gradient is exactly zero.
+    ``out[b, v, c] = sum of depth[b, n, d, h, w] feat[b, n, c, h, w]`` over the (n, d, h, w) with ``rank[b, n, d, h, w]
+    = v``. The product, N D H W C numbers, is never in memory. A point with a negative rank contributes nothing, and its
+    gradient is exactly zero.
 
-    The sum is bilinear: its gradients in ``depth`` and ``feat`` are computed pixel by pixel, without
-    sorting or atomics, and second derivatives by the same three forms.
+    The sum is bilinear. Its gradients with respect to ``depth`` and ``feat`` are computed pixel by pixel, without
+    sorting or atomics, and second derivatives are computed by the same three kernels.
 
     Args:
         depth: the weight of each depth bin of each pixel ``[B, N, D, H, W]`` of N cameras; float16,
             bfloat16, float32 or float64.
-        feat: image features ``[B, N, C, H, W]``. Of two dtypes the one that both promote to is used.
+        feat: image features ``[B, N, C, H, W]``. Two dtypes are promoted as in torch.
             Sums of 16-bit features are accumulated in float32.
         rank: voxel number of each point ``[B, N, D, H, W]``, counted within each example, or
             ``[N, D, H, W]`` for all examples alike; int32 or int64, as from `voxel_rank`.
         num_voxels: the number V of voxels.
-        csr: ``voxel_csr(rank.flatten(-4), num_voxels)``, computed once while the cameras stay. Each call compares
+        csr: ``voxel_csr(rank.flatten(-4), num_voxels)``, computed once for fixed cameras. Each call compares
             all of it with ``rank``.
 
     Returns:
         ``[B, V, C]``; 0 for a voxel without points.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape or value, or tensors on several devices.
         RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks, even if one
             point is in another voxel. On a GPU, where an error would wait for the device, that example's
             result and gradients are NaN.
 
-    DTensors may be sharded by examples, channels, cameras or depths (each process then sums its own, and the result is
-    ``Partial``). ``rank`` is cut as ``depth`` is; a ``csr`` is then the process's own, as in `voxel_sum`.
+    DTensors may be sharded by examples, channels, cameras or depths. (In the last two cases each process sums its own
+    points, and the result is ``Partial``.) ``rank`` is sharded as ``depth`` is; a ``csr`` is then that of the process's
+    own points, as in `voxel_sum`.
 
-    O(B N D H W C + B V C) time; the inputs and the geometry are kept for backward.
+    The op takes O(B N D H W C + B V C) time and keeps the inputs and the geometry for backward.
 
     Source: Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020; fused as in Huang & Huang, "BEVPoolv2",
     2022.
@@ -92,12 +93,12 @@ def _check(depth: Tensor, feat: Tensor, rank: Tensor) -> None:
 
 def _pool(depth: Tensor, feat: Tensor, csr: Csr) -> Tensor:
     _, _, bins, height, width = depth.shape
-    # Of one example they are those of all.
+    # A geometry of one example is shared by all.
     perm, indptr = (t[0] if t.dim() > 1 and t.shape[0] != depth.shape[0] else t for t in csr)
     dtype = torch.promote_types(depth.dtype, feat.dtype)
     pixels = feat.to(dtype).permute(0, 1, 3, 4, 2).flatten(1, 3)
     weight = depth.to(dtype).flatten(1)
-    if 0 in (bins, height * width):  # no point: what is left is a sum of nothing, connected to both
+    if 0 in (bins, height * width):  # without points the result is an empty sum, which stays connected to both inputs
         return segment_reduce(weight[..., None] * pixels.sum(1, keepdim=True), None, indptr, perm, False, 1, 1)
     return segment_reduce(pixels, weight, indptr, perm, False, bins, height * width)
 
@@ -112,7 +113,7 @@ def _in_shards(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: 
 
 
 def pool_kept(depth: Tensor, feat: Tensor, geometry: Geometry, num_voxels: int) -> Tensor:
-    """`bev_pool` by a layer's geometry, whose ``csr`` is that of its ranks."""
+    """Compute `bev_pool` with a layer's geometry, whose ``csr`` is known to belong to its ranks."""
     if shards.is_sharded(depth, feat):
         return bev_pool(depth, feat, geometry.rank, num_voxels, geometry.csr)
     _check(depth, feat, geometry.rank)
@@ -120,16 +121,16 @@ def pool_kept(depth: Tensor, feat: Tensor, geometry: Geometry, num_voxels: int) 
 
 
 class BEVPool(KeepsGeometry):
-    """`bev_pool` as a layer that sorts its points once, while their ranks stay the same.
+    """Apply `bev_pool` as a layer that sorts its points once, while their ranks stay the same.
 
-    Call ``layer(depth, feat, rank)``, or with a ``csr`` of your own. The sorted points are kept and used again
-    for ranks of the same values; that is compared on each call, for which a GPU is waited for.
-    ``set_geometry(rank)`` saves the comparison: call ``layer(depth, feat)`` from then on. Calls with ranks leave
-    what was set as it is. A traced, compiled or exported program that is given ranks sorts them on each call.
-    ``num_voxels`` can't be set again. What is kept, three integers per point and
-    one per voxel, isn't in the ``state_dict``; ``clear_geometry()`` releases it.
+    Call ``layer(depth, feat, rank)``, or with a ``csr`` of your own. The sorted points are kept and reused for ranks
+    with the same values. Each call compares the values, which waits for a GPU. ``set_geometry(rank)`` saves the
+    comparison: call ``layer(depth, feat)`` from then on. Calls with ranks don't change the geometry that was set. A
+    traced, compiled or exported program that is given ranks sorts them on each call. ``num_voxels`` can't be set again.
+    The kept geometry, three integers per point and one per voxel, isn't part of the ``state_dict``;
+    ``clear_geometry()`` releases it.
 
-    Raises as `bev_pool` does, and ``ValueError`` without ranks, here or set.
+    The errors are those of `bev_pool`, and a ``ValueError`` if ranks are neither given nor set.
 
     Example:
         >>> import torch, custom_ops

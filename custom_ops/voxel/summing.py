@@ -31,14 +31,14 @@ class VoxelsSumming(SegmentReduce):
 
 
 def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: bool = True) -> tuple[Tensor, Tensor]:
-    """Sum the features of the points of each voxel; a drop-in for FIERY's and Lift-Splat-Shoot's.
+    """Sum the features of the points of each voxel; a drop-in for FIERY's and Lift-Splat-Shoot's functions.
 
-    With a boolean mask that marks the last point of each run of equal ranks, voxel m is the run that
-    ends at the m-th mark: ``sums[m] = sum of x[n] over its points``, ``voxels[m] = geometry`` at the
-    mark. In backward each point gets its voxel's gradient; geometry and ranks have none.
+    With a boolean mask that marks the last point of each run of equal ranks, voxel m is the run that ends at the m-th
+    mark: ``sums[m] = sum of x[n] over its points``, and ``voxels[m] = geometry`` at the mark. In backward each point
+    gets its voxel's gradient; geometry and ranks have none.
 
-    The cumulative sum of the original is replaced by one sum per voxel: no voxel's rounding error,
-    NaN or inf reaches another.
+    One sum per voxel replaces the cumulative sum of the original, so a voxel's rounding error, NaN or inf doesn't
+    affect another voxel.
 
     Args:
         x: point features ``[N, C]``; float16, bfloat16, float32 or float64. Sums of 16-bit features
@@ -48,18 +48,18 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
             float32 or float64. A point with a negative rank is outside: it contributes nothing, even if its
             features are NaN, and its gradient is exactly zero.
         check_sorted: raise for unsorted ranks; without it each *run* of equal ranks is summed, and points
-            outside must lie before and behind all others.
+            outside must lie before or after all others.
 
     Returns:
         ``(sums [M, C], voxels [M, k])`` for M distinct ranks of at least 0, in their order.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape, or tensors on several devices.
         RuntimeError: ``ranks`` are unsorted, not whole or so large that their dtype rounds them, or vmapped
             (the output's size would differ per example).
 
-    O(N C) time; M + 1 integers kept for backward.
+    The op takes O(N C) time and keeps M + 1 integers for backward.
 
     Source: QuickCumsum of Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020; VoxelsSumming of Hu et
     al., "FIERY", ICCV 2021.
@@ -91,7 +91,7 @@ def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: boo
 
 
 class VoxelsSummingLayer(torch.nn.Module):
-    """`voxels_summing` as a layer (the name VoxelsSumming belongs to the drop-in Function).
+    """Apply `voxels_summing` as a layer (the name VoxelsSumming belongs to the drop-in Function).
 
     Example:
         >>> import torch, custom_ops

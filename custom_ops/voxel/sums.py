@@ -17,7 +17,7 @@ _REDUCTIONS = ("sum", "mean", "max")
 
 
 def _ranks_of(x: Tensor, rank: Tensor, mask: Tensor | None) -> Tensor:
-    """``rank``, -1 where ``mask`` is False; all of them checked."""
+    """Check the arguments, and return ``rank`` with -1 where ``mask`` is False."""
     _checks.has_dtype("x", x, _checks.FLOATING)
     if x.dim() < 2:
         raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
@@ -34,14 +34,14 @@ def _ranks_of(x: Tensor, rank: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _fits(x: Tensor, rank: Tensor) -> bool:
-    """Whether there is one for each point of x, with leading dimensions that broadcast."""
+    """Return whether ``rank`` has one number per point of x, with leading dimensions that broadcast."""
     lead, other = x.shape[:-2], rank.shape[:-1]
     alike = all(a == b or a == 1 or b == 1 for a, b in zip(reversed(lead), reversed(other)))
     return rank.dim() > 0 and rank.shape[-1] == x.shape[-2] and alike
 
 
 def csr_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> Csr:
-    """The points of each voxel: ``csr`` if it is given, of which `voxel_match` finds out whether it is ``rank``'s."""
+    """Return the points of each voxel: those of ``csr``, after `voxel_match` compared it with ``rank``, or new ones."""
     if csr is None:
         return voxel_csr(rank, num_voxels)
     if not isinstance(csr, (tuple, list)) or len(csr) != 2:
@@ -60,12 +60,12 @@ def csr_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> 
 
 
 def _pool(x: Tensor, csr: Csr, reduce: str) -> Tensor:
-    """The points of each voxel pooled; leading dimensions of x and the geometry are broadcast against each other."""
+    """Pool the points of each voxel; leading dimensions of x and of the geometry are broadcast against each other."""
     perm, indptr = csr
     lead, own = x.shape[:-2], perm.shape[:-1]
     if own not in (lead, ()):
         if len(own) <= len(lead) and all(n == 1 for n in own):
-            perm, indptr = perm.flatten(), indptr.flatten()  # shared, which is less work than alike for all
+            perm, indptr = perm.flatten(), indptr.flatten()  # one shared geometry takes less work than equal copies
         else:
             lead = torch.broadcast_shapes(lead, own)
             x, perm, indptr = (
@@ -91,35 +91,35 @@ def voxel_sum(
     its features are NaN, and its gradient is exactly zero.
 
     Args:
-        x: point features ``[..., N, C]``, or ``[N]`` for one of each point; float16, bfloat16, float32 or
+        x: point features ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or
             float64. Sums of 16-bit features are accumulated in float32.
         rank: voxel number of each point ``[..., N]``, or ``[N]`` for all examples alike; int32 or int64,
             as from `voxel_rank`. The leading dimensions of x, rank and mask are broadcast.
         num_voxels: the number V of voxels.
         reduce: "sum", "mean" or "max". A voxel without points gets 0. The gradient of "max" goes to the
-            first of the points that have it; a NaN is larger than all numbers.
+            first point with the largest value; a NaN is larger than all numbers.
         mask: bool ``[..., N]``, True for the points that count.
         csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. Each call compares all of it
-            with ``rank``, in the order of the voxels; the layer `VoxelSum`, which compares ranks in their own
-            order, takes less time for it. It can't be combined with ``mask``: put that into the ranks it is
+            with ``rank``, voxel by voxel; the layer `VoxelSum` compares ranks in their own
+            order, which takes less time. It can't be combined with ``mask``: apply that to the ranks it is
             made of, ``rank.masked_fill(~mask, -1)``.
 
     Returns:
         ``[..., V, C]``, or ``[V]`` for x ``[N]``. Differentiable to any order in ``x``.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape or value, or tensors on several devices.
         RuntimeError: on the CPU, a rank of ``num_voxels`` or more, or a ``csr`` of other ranks, even if one
             point is in another voxel. On a GPU, where an error would wait for the device, that example's
             result and gradients are NaN.
 
     DTensors may be sharded by leading dimensions, by columns and, except for "max", by points: each process then sums
-    its own and the result is ``Partial``. ``rank`` and ``mask`` are cut as x is; a ``csr`` is then the process's
-    own, ``voxel_csr(rank.to_local(), num_voxels)`` with ``rank`` sharded as x is.
+    its own points, and the result is ``Partial``. ``rank`` and ``mask`` are sharded as x is; a ``csr`` is then that of
+    the process's own points, ``voxel_csr(rank.to_local(), num_voxels)`` with ``rank`` sharded as x is.
 
-    O(N C + V C) time, split by points and not by voxels. The result doesn't depend on the number of
-    threads, nor on the order in which they run.
+    The op takes O(N C + V C) time, and the work is divided by points rather than by voxels. The result doesn't depend
+    on the number of threads or on the order in which they run.
 
     Source: the pooling of Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020; unsorted, as dynamic
     voxelisation in Zhou et al., "End-to-End Multi-View Fusion for 3D Object Detection", CoRL 2019.
@@ -146,7 +146,7 @@ def voxel_sum(
 def _in_shards(
     x: Any, rank: Tensor, num_voxels: int, reduce: str, mask: Tensor | None, csr: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """`voxel_sum` of DTensors. A ``csr`` is that of the whole, or a plain one that of the process's own points."""
+    """Compute `voxel_sum` of DTensors; a DTensor ``csr`` covers all points, a plain one the process's own points."""
     points = x.dim() - 2
     if reduce == "mean" and any(p.is_shard(points) for p in x.placements):
         return _mean_of_parts(x, rank, num_voxels, mask, csr)
@@ -165,7 +165,7 @@ def _in_shards(
 def _mean_of_parts(
     x: Any, rank: Any, num_voxels: int, mask: Tensor | None, csr: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """The sum over all processes' points by their number; that is one integer per voxel to exchange."""
+    """Divide the sum over all processes' points by their number, which exchanges one integer per voxel."""
     from torch.distributed.tensor import Replicate, Shard
 
     def count(rank: Tensor) -> Tensor:
@@ -181,16 +181,16 @@ def _mean_of_parts(
 
 
 class VoxelSum(KeepsGeometry):
-    """`voxel_sum` as a layer that sorts its points once, while their ranks stay the same.
+    """Apply `voxel_sum` as a layer that sorts its points once, while their ranks stay the same.
 
-    Call ``layer(x, rank)``, or with a ``mask``, or with a ``csr`` of your own. The sorted points are kept and
-    used again for ranks (and masks) of the same values; that is compared on each call, for which a GPU is
-    waited for. ``set_geometry(rank)`` saves the comparison: call ``layer(x)`` from then on. Calls with ranks
-    leave what was set as it is. A traced, compiled or exported program that is given ranks sorts them on each
-    call. ``num_voxels`` can't be set again. What is kept, three integers per point and
-    one per voxel, isn't in the ``state_dict``; ``clear_geometry()`` releases it.
+    Call ``layer(x, rank)``, or with a ``mask``, or with a ``csr`` of your own. The sorted points are kept and reused
+    for ranks (and masks) with the same values. Each call compares the values, which waits for a GPU.
+    ``set_geometry(rank)`` saves the comparison: call ``layer(x)`` from then on. Calls with ranks don't change the
+    geometry that was set. A traced, compiled or exported program that is given ranks sorts them on each call.
+    ``num_voxels`` can't be set again. The kept geometry, three integers per point and one per voxel, isn't part of the
+    ``state_dict``; ``clear_geometry()`` releases it.
 
-    Raises as `voxel_sum` does, and ``ValueError`` without ranks, here or set.
+    The errors are those of `voxel_sum`, and a ``ValueError`` if ranks are neither given nor set.
 
     Example:
         >>> import torch, custom_ops

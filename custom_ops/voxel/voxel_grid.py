@@ -1,4 +1,4 @@
-"""Which voxel a point lies in, and which points lie in a voxel. Integers: nothing here has a gradient."""
+"""The voxel of each point, and the points of each voxel. These are integers, so nothing here has a gradient."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _ROUNDINGS = ("floor", "trunc")
 
 @define
 def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
-    """The M runs of equal ``ranks`` of at least 0: where they begin and all end [M + 1], their last points [M]."""
-    # Forward-mode AD asks of a tangent whether it is empty, which a tracer can't know. There a frame without a point
-    # in any voxel is an error of the compiled program.
+    """Return the bounds [M + 1] of the M runs of equal ``ranks`` of at least 0, and the last point of each [M]."""
+    # Forward-mode AD asks whether a tangent is empty, which a tracer can't know for M = 0. Under forward-mode AD the
+    # tracer therefore assumes M >= 1, and the compiled program raises for a frame without a point in any voxel.
     least = 1 if forward_ad._current_level >= 0 else 0
     runs = torch.library.get_ctx().new_dynamic_size(min=least)
     return ranks.new_empty((runs + 1,), dtype=torch.int64), ranks.new_empty((runs,), dtype=torch.int64)
@@ -27,27 +27,27 @@ def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
 
 @define
 def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cells: int, truncate: bool) -> Tensor:
-    """The number of the voxel of each of ``points`` [..., 3], -1 outside the grid.
+    """Return the number of the voxel of each of ``points`` [..., 3], or -1 outside of the grid.
 
-    ``frame`` holds the origin and the size of a voxel, [2, 3], or [E, 2, 3] for the first dimension of
-    points; in float64 for float64 points, else in float32.
+    ``frame`` holds the origin and the size of a voxel, [2, 3], or [E, 2, 3] with one for each index of points' first
+    dimension; it is float64 for float64 points, else float32.
     """
     return points.new_empty(points.shape[:-1], dtype=torch.int64)
 
 
 @define
 def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
-    """The points [..., N] in the order of their ranks, and where each voxel's begin [..., V + 1]."""
+    """Return the points [..., N] sorted by rank, and the offset at which each voxel's points begin [..., V + 1]."""
     indptr = rank.new_empty((*rank.shape[:-1], voxels + 1), dtype=torch.int64)
     return torch.empty_like(rank, dtype=torch.int64, memory_format=torch.contiguous_format), indptr
 
 
 @define
 def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
-    """A copy of ``indptr`` if (perm, indptr) is `voxel_sort` of ``rank``: every point and boundary is looked at.
+    """Return a copy of ``indptr`` if (perm, indptr) is `voxel_sort` of ``rank``; every point and boundary is compared.
 
-    Otherwise an error on the CPU; on a GPU, where it would have to be waited for, boundaries of -1 for that example,
-    of which every reduction and gradient is NaN.
+    Otherwise it raises on the CPU. On a GPU an error would have to be waited for, so that example's boundaries are -1,
+    and every reduction over them and every gradient is NaN.
     """
     return torch.empty_like(indptr, memory_format=torch.contiguous_format)
 
@@ -85,15 +85,15 @@ Number = TypeVar("Number", int, float)
 
 
 def as_voxels(name: str, value: Any) -> int:
-    """A number of voxels whose boundaries memory has addresses for."""
+    """Return ``value`` as a number of voxels for whose boundaries memory has addresses."""
     voxels = _checks.as_count(name, value)
-    if isinstance(voxels, int) and voxels >= 2**59:  # a symbolic one is below
+    if isinstance(voxels, int) and voxels >= 2**59:  # a symbolic number isn't larger
         raise ValueError(f"{name}: expected less than 2^59, as many as there is memory for, got {voxels}")
     return voxels
 
 
 def numbers_of(name: str, value: Any, count: int, convert: Callable[[str, Any], Number]) -> tuple[Number, ...]:
-    """A sequence, array or tensor on the CPU of ``count`` numbers."""
+    """Return the ``count`` numbers of a sequence, an array or a tensor on the CPU."""
     shape = getattr(value, "shape", None)
     numbers = value if isinstance(value, Sequence) or (shape is not None and len(shape) == 1) else ()
     if len(numbers) != count:
@@ -117,7 +117,7 @@ def voxel_rank(
     batch: Tensor | None = None,
     rounding: str = "floor",
 ) -> Tensor:
-    """The number of the voxel that each point lies in, -1 outside the grid.
+    """Return the number of the voxel that each point lies in, or -1 outside of the grid.
 
     With ``i = floor((p - origin) / voxel_size)`` along each axis and a grid of X by Y by Z voxels, the
     rank is ``((batch X + i_x) Y + i_y) Z + i_z``. Points outside the grid or with a NaN, and those with a
@@ -127,21 +127,21 @@ def voxel_rank(
         points: ``[..., 3]``; float16, bfloat16, float32 or float64. Computed in float64 for float64
             points, else in float32.
         origin: the lower corner of the grid: 3 numbers, or a tensor ``[3]``.
-        voxel_size: the edges of a voxel, likewise; positive.
+        voxel_size: the edges of a voxel, in the same forms; positive.
         grid_size: the number of voxels along each axis.
-        batch: int32 or int64, broadcastable to ``[...]``: which grid of several a point belongs to.
-        rounding: "floor"; or "trunc" as Lift-Splat-Shoot does, by which points up to one voxel below the
-            origin count as in the grid.
+        batch: int32 or int64, broadcastable to ``[...]``: the example that each point belongs to.
+        rounding: "floor", or "trunc" as in Lift-Splat-Shoot, with which points up to one voxel below the
+            origin count as inside of the grid.
 
     Returns:
         int64 ``[...]``.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
-        ValueError: a wrong shape or value, or tensors on several devices. The size of a voxel is checked
+        TypeError: a wrong dtype, or not a tensor.
+        ValueError: a wrong shape or value, or tensors on several devices. A voxel size is checked
             if it isn't a tensor.
 
-    O(N) time, in one pass.
+    The op takes O(N) time in one pass.
 
     Source: Philion & Fidler, "Lift, Splat, Shoot", ECCV 2020.
 
@@ -182,16 +182,17 @@ def voxel_rank(
         raise ValueError(
             f"batch: expected a shape that broadcasts to {list(rank.shape)}, got {list(batch.shape)}"
         ) from None
-    # Past the last example whose ranks int64 holds they stay past any grid, instead of wrapping around into it.
+    # int64 can't hold the ranks of examples past ``largest``. Clamping keeps such ranks past any grid, instead of
+    # letting them wrap around into it.
     largest = (2**63 - 1) // max(x * y * z, 1) - 1
     return torch.where((rank >= 0) & (batch >= 0), rank + batch.long().clamp_max(largest) * (x * y * z), -1)
 
 
 def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
-    """Sort points by voxel: a stable counting sort, reusable over layers and frames of the same geometry.
+    """Sort points by voxel with a stable counting sort, reusable over layers and frames of the same geometry.
 
-    The points of voxel v are ``perm[..., indptr[..., v] : indptr[..., v + 1]]``, in their order. Points
-    with a negative rank are in no voxel; they stand at the end of ``perm``.
+    The points of voxel v are ``perm[..., indptr[..., v] : indptr[..., v + 1]]``, in their original order. Points with a
+    negative rank are in no voxel and come last in ``perm``.
 
     Args:
         rank: voxel number of each point ``[..., N]``, int32 or int64, as from `voxel_rank`.
@@ -201,12 +202,12 @@ def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
         ``(perm [..., N], indptr [..., V + 1])``, int64.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape, or a negative ``num_voxels``.
         RuntimeError: on the CPU, a rank of ``num_voxels`` or more; on a GPU, where finding out would wait
             for the device, the boundaries of that example are -1, and all that is pooled by them is NaN.
 
-    O(N + V) time and memory.
+    The op takes O(N + V) time and memory.
 
     Example:
         >>> import torch, custom_ops

@@ -1,11 +1,11 @@
 """Sums over segments of points, weighted or not, with all their derivatives.
 
-Point p has a weight w[p], a row x[q(p)] and a segment r(p). Everything here is a form of
+Point p has a weight w[p], a row x[q(p)] and a segment r(p). Every op here is a derivative of the form
 
     T = sum over p of w[p] <sums[r(p)], x[q(p)]>
 
-`segment_reduce` is its derivative in ``sums``, `segment_spread` those in ``x`` and ``w``; their own
-derivatives are these forms again.
+`segment_reduce` is its derivative with respect to ``sums``, and `segment_spread` returns those with respect to ``x``
+and ``w``. Their own derivatives are these ops again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from custom_ops.library import Function
 def segment_reduce(
     x: Tensor, weight: Tensor | None, indptr: Tensor, perm: Tensor | None, mean: bool, bins: int, plane: int
 ) -> Tensor:
-    """out[..., s, c] = sum of w[p] x[..., q(p), c] over the points p = perm[i], indptr[s] <= i < indptr[s + 1].
+    """Return out[..., s, c] = sum of w[p] x[..., q(p), c] over p = perm[i] with indptr[s] <= i < indptr[s + 1].
 
-    ``bins`` points share a row and lie ``plane`` apart: q(p) = p // (bins plane) plane + p % plane.
-    ``mean`` divides by the number of points. ``indptr`` and ``perm`` have the leading dimensions of x,
-    or none. Without ``perm`` the points are in order; without ``weight`` all weights are 1.
+    ``bins`` points share a row and lie ``plane`` apart: q(p) = p // (bins plane) plane + p % plane. ``mean`` divides by
+    the number of points. ``indptr`` and ``perm`` have the leading dimensions of x, or none. Without ``perm`` the points
+    are in order; without ``weight`` all weights are 1.
     """
     return x.new_empty((*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1]))
 
@@ -46,10 +46,10 @@ def segment_spread(
     plane: int,
     of_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The adjoints of `segment_reduce`: T's derivatives in x, and in the weight if x is given.
+    """Return the adjoints of `segment_reduce`: T's derivatives with respect to x and, if x is given, to the weight.
 
-    [..., q, c] = sum of w[p] sums[..., r(p), c] over the points of row q, and [..., p] = sum over c of
-    sums[..., r(p), c] x[..., q(p), c]. What isn't wanted is empty; points in no segment count nowhere.
+    They are [..., q, c] = sum of w[p] sums[..., r(p), c] over the points of row q, and [..., p] = sum over c of
+    sums[..., r(p), c] x[..., q(p), c]. An output that isn't wanted is empty; points in no segment contribute nothing.
     """
     grad_x = (*sums.shape[:-2], points // bins, sums.shape[-1]) if of_x else (0,)
     grad_weight = (0,) if x is None else (*sums.shape[:-2], points)
@@ -58,23 +58,23 @@ def segment_spread(
 
 @define
 def segment_max(x: Tensor, indptr: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest x[..., p, c] of each segment, and the first point that has it; 0 and -1 of an empty one."""
+    """Return the largest x[..., p, c] of each segment and the first point that has it; 0 and -1 if it is empty."""
     shape = (*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1])
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
 
 
 @define
 def pair_reduce(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments: int) -> Tensor:
-    """out[..., s, c] = sum of weight[..., p] x[..., rows[p], c] over the pairs p with ranks[p] = s.
+    """Return out[..., s, c] = sum of weight[..., p] x[..., rows[p], c] over the pairs p with ranks[p] = s.
 
-    Pairs of a negative row or rank count nowhere. Rows and ranks have the leading dimensions of x, or none.
+    Pairs with a negative row or rank contribute nothing. Rows and ranks have the leading dimensions of x, or none.
     """
     return x.new_empty((*x.shape[:-2], segments, x.shape[-1]))
 
 
 @define
 def pair_dots(sums: Tensor, x: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
-    """[..., p] = sum over c of sums[..., ranks[p], c] x[..., rows[p], c], 0 for pairs that count nowhere."""
+    """Return [..., p] = sum over c of sums[..., ranks[p], c] x[..., rows[p], c], or 0 for a negative row or rank."""
     return x.new_empty((*x.shape[:-2], rows.shape[-1]))
 
 
@@ -84,7 +84,7 @@ def _add(*parts: Tensor | None) -> Tensor | None:
 
 
 class SegmentReduce(Function, op=segment_reduce):
-    """Bilinear in x and weight."""
+    """The op is bilinear in x and weight."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,7 +111,7 @@ class SegmentReduce(Function, op=segment_reduce):
 
 
 class SegmentSpread(Function, op=segment_spread):
-    """Its first output is bilinear in sums and weight, its second in sums and x."""
+    """The first output is bilinear in sums and weight, the second in sums and x."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,7 +157,7 @@ class SegmentSpread(Function, op=segment_spread):
 
 
 class PairReduce(Function, op=pair_reduce):
-    """Bilinear in x and weight. Rows and segments change places in what goes back to x."""
+    """The op is bilinear in x and weight. For the gradient of x, rows and segments change places."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -183,7 +183,7 @@ class PairReduce(Function, op=pair_reduce):
 
 
 class PairDots(Function, op=pair_dots):
-    """Bilinear in sums and x."""
+    """The op is bilinear in sums and x."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -207,14 +207,14 @@ class PairDots(Function, op=pair_dots):
 
 
 def _pick(x: Tensor, argmax: Tensor) -> Tensor:
-    """x[..., argmax[..., s, c], c], 0 where that is -1."""
+    """Return x[..., argmax[..., s, c], c], or 0 where the index is -1."""
     if x.shape[-2] == 0:
         return x.new_zeros(argmax.shape)
     return x.gather(-2, argmax.clamp_min(0)).where(argmax >= 0, 0)
 
 
 class SegmentMax(Function, op=segment_max):
-    """Linear in x where argmax is constant."""
+    """The op is linear in x for a constant argmax."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -226,7 +226,7 @@ class SegmentMax(Function, op=segment_max):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
         (argmax,) = ctx.saved_tensors
-        # Empty segments go to a row behind the points. No element is written twice.
+        # Empty segments write to an extra row after the points. No element is written twice.
         zeros = grad.new_zeros((*grad.shape[:-2], ctx.points + 1, grad.shape[-1]))
         return zeros.scatter(-2, argmax.where(argmax >= 0, ctx.points), grad)[..., :-1, :], None, None
 
@@ -239,7 +239,7 @@ class SegmentMax(Function, op=segment_max):
 
 
 def _batched(info: Any, in_dims: Any, tensors: Any) -> list[Tensor | None]:
-    """All with the vmapped dimension first; the geometry, which comes last, only if it needs one."""
+    """Move the vmapped dimension to the front; the geometry, the last two arguments, gets one only if it needs it."""
     *values, indptr, perm = zip(tensors, in_dims)
     result = [None if t is None else library.to_front(t, d, info.batch_size) for t, d in values]
     lead = next(t for t in result if t is not None).dim() - 2
@@ -247,7 +247,7 @@ def _batched(info: Any, in_dims: Any, tensors: Any) -> list[Tensor | None]:
     for t, d in (indptr, perm):
         if t is not None and own:
             t = library.to_front(t, d, info.batch_size)
-            # A geometry of each example of vmap, shared within it, is needed for each within it.
+            # If each example of vmap has a geometry, it is expanded over the batch dimensions within the example.
             missing = lead - (t.dim() - 1)
             shape = next(r for r in result if r is not None).shape[:lead]
             t = t.reshape(t.shape[0], *[1] * missing, *t.shape[1:]).expand(*shape, t.shape[-1])
@@ -286,7 +286,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def check_segments(x: Tensor, indptr: Tensor, perm: Tensor | None, lead: int) -> None:
-    """``indptr`` and ``perm`` for values with ``lead`` leading dimensions, and as many points as ``perm`` says."""
+    """Check ``indptr`` and ``perm`` for values with ``lead`` leading dimensions."""
     given = [("indptr", indptr, "[..., V + 1]")]
     if perm is not None:
         given.append(("perm", perm, "[..., N]"))
@@ -304,11 +304,11 @@ def check_segments(x: Tensor, indptr: Tensor, perm: Tensor | None, lead: int) ->
 
 
 def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """Sum the rows of each segment, in any order and weighted if need be: the building block of this family.
+    """Sum the rows of each segment, in any order and optionally weighted: the building block of this family.
 
-    ``out[..., v, c] = sum of weight[..., p] x[..., p, c]`` over the points ``p = perm[..., i]`` with
-    ``indptr[..., v] <= i < indptr[..., v + 1]``. Points in no segment count nowhere, even if they are
-    NaN, and their gradients are exactly zero.
+    ``out[..., v, c] = sum of weight[..., p] x[..., p, c]`` over the points ``p = perm[..., i]`` with ``indptr[..., v]
+    <= i < indptr[..., v + 1]``. Points in no segment contribute nothing, even if they are NaN, and their gradients are
+    exactly zero.
 
     Args:
         x: ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or float64. Sums of 16-bit
@@ -317,25 +317,26 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
             all examples alike.
         perm: int32 or int64 ``[..., N]`` or ``[N]``, like ``indptr``: a permutation of the points, as from
             `voxel_csr`; the identity if None.
-        weight: ``[..., N]`` or what broadcasts to it, floating; 1 if None. Of two dtypes the one that both
-            promote to is used.
+        weight: ``[..., N]`` or broadcastable to it, floating; 1 if None. Two dtypes are promoted as in
+            torch.
 
     Returns:
         ``[..., V, C]``, or ``[V]`` for x ``[N]``; 0 for an empty segment. Differentiable to any order in ``x``
         and ``weight``.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor.
+        TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape, or tensors on several devices.
         RuntimeError: on the CPU, for boundaries or points out of range, and in backward for a ``perm``
-            that has a point twice. On a GPU, where an error would wait for the device, what is out of range
-            makes its segment NaN, and in backward the gradient of a point that ``perm`` lacks.
+            that has a point twice. On a GPU, where an error would wait for the device, an index out of range
+            makes its segment NaN and, in backward, the gradient of a point that ``perm`` lacks.
 
-    DTensors may be sharded by leading dimensions, by columns and by points: then each process sums its own, which it
-    finds in an ``indptr`` and ``perm`` that are whole, and the result is ``Partial``. Plain ones are of its own points.
+    DTensors may be sharded by leading dimensions, by columns and by points. In the last case each process sums its own
+    points, and the result is ``Partial``. A DTensor ``indptr`` and ``perm`` cover all points, and each process finds
+    its own in them; plain tensors cover the process's own points.
 
-    O(N C + V C) time, split by points and not by segments; the result doesn't depend on the number of
-    threads. The sum of PyTorch Scatter's ``segment_csr``, with order and weights.
+    The op takes O(N C + V C) time, and the work is divided by points rather than by segments. The result doesn't depend
+    on the number of threads. It is PyTorch Scatter's ``segment_csr`` with sum, plus order and weights.
 
     Example:
         >>> import torch, custom_ops
@@ -372,11 +373,11 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
 
 
 def _segment_sum_in_shards(x: Tensor, indptr: Tensor, perm: Tensor | None, weight: Tensor | None) -> Tensor:
-    """Each process sums its own points, which it finds in a geometry that is whole; a plain one is its own already."""
+    """Sum the process's own points, which it finds in a geometry of all points; a plain geometry has only its own."""
 
     def run(x: Tensor, indptr: Tensor, perm: Tensor | None, weight: Tensor | None, own: Tensor) -> Tensor:
         if of_all and x.shape[-2] < points:
-            first = own[:1].sum()  # 0 of none
+            first = own[:1].sum()  # 0 if it has none
             if perm is None:
                 indptr = (indptr - first).clamp(0, x.shape[-2])
             else:

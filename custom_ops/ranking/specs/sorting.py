@@ -1,4 +1,4 @@
-"""Evidence for `custom_ops.ranking.sorting`: references, samples and wrong calls."""
+"""The specs of `custom_ops.ranking.sorting`: references, samples and wrong calls."""
 
 from __future__ import annotations
 

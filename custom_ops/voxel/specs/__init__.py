@@ -1,1 +1,1 @@
-"""Evidence for the ops of `custom_ops.voxel`, one module beside each of theirs; read by `custom_ops.registry`."""
+"""Specs of the ops of `custom_ops.voxel`, one module for each of theirs; `custom_ops.registry` loads them."""

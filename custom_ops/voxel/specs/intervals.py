@@ -1,4 +1,4 @@
-"""Evidence for `custom_ops.voxel.intervals`: references, samples and wrong calls."""
+"""The specs of `custom_ops.voxel.intervals`: references, samples and wrong calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bev_pool_v2_reference(
     interval_starts: Tensor,
     interval_lengths: Tensor,
 ) -> Tensor:
-    """Interval after interval, as BEVDet's kernel does."""
+    """Sum interval after interval, as BEVDet's kernel does."""
     weights, pixels = depth.flatten(), feat.flatten(0, 3)
     sums = [pixels[:0]]
     for start, length in zip(interval_starts.tolist(), interval_lengths.tolist()):
@@ -35,7 +35,7 @@ def bev_pool_v2_reference(
 
 
 def interval_arrays(rank: Tensor, num_voxels: int) -> list[Tensor]:
-    """BEVDet's five arrays of ranks ``[B, N, D, H, W]`` within each example, in its int32."""
+    """Return BEVDet's five arrays, int32, for ranks ``[B, N, D, H, W]`` counted within each example."""
     plane, bins = rank.shape[3] * rank.shape[4], rank.shape[2]
     first = torch.arange(0, len(rank) * num_voxels, max(num_voxels, 1), device=rank.device).view(-1, 1, 1, 1, 1)
     voxel = torch.where(rank < 0, -1, rank + first).flatten()
@@ -57,13 +57,14 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
     rank = torch.randint(-1, 4, (8,), device=device)
     long = call((1, 2, 2, 1, 2), 1, rank, (1, 2, 2))
-    # A depth in two voxels and twice in one, pixels not its own, intervals in any order, and points between them.
+    # One depth is in two voxels, and one is in a voxel twice; some pixels are another's, the intervals are in any
+    # order, and there are points between them.
     lists = ([3, 0, 1, 0, 3, 3, 2], [0, 1, 1, 0, 1, 0, 1], [2, 2, 0, 1, 1, 1, 0], [3, 0], [3, 2])
     depths, pixels, voxels, *intervals = (torch.tensor(values, device=device) for values in lists)
     return [
         Sample(call((2, 1, 2, 1, 2), 2, rank, (1, 2, 2))),
         Sample((*long[:2], *(t.long() for t in long[2:5]), long[5], *(t.long() for t in long[6:]))),
-        Sample(call((1, 1, 2, 1, 2), 2, rank[:4].clamp(max=-1), (1, 1, 4))),  # nothing in the grid
+        Sample(call((1, 1, 2, 1, 2), 2, rank[:4].clamp(max=-1), (1, 1, 4))),  # no point lies in the grid
         Sample((leaf(1, 1, 2, 1, 2), leaf(1, 1, 1, 2, 3), depths, pixels, voxels, (1, 1, 1, 4, 3), *intervals)),
     ]
 
@@ -84,7 +85,7 @@ def _array(*values: int) -> Tensor:
 
 
 def _bad_calls() -> list[BadCall]:
-    """Each with one wrong argument, of points 1 and 0 of two bins of one pixel, in voxels 0 and 2."""
+    """Return calls with one wrong argument each, on points 1 and 0 of two bins of one pixel, in voxels 0 and 2."""
     right: dict[str, Any] = {
         "depth": torch.ones(1, 1, 2, 1, 1),
         "feat": torch.ones(1, 1, 1, 1, 2),

@@ -1,4 +1,4 @@
-"""Evidence for `custom_ops.voxel.sums`: references, samples and wrong calls."""
+"""The specs of `custom_ops.voxel.sums`: references, samples and wrong calls."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def voxel_sum_reference(
     shape = torch.broadcast_shapes(x.shape[:-1], rank.shape, x.shape[:-1] if mask is None else mask.shape)
     x, rank = x.expand(*shape, x.shape[-1]), rank.expand(shape)
     inside = rank >= 0 if mask is None else (rank >= 0) & mask
-    # The points of no voxel go to a voxel behind the others, which is dropped.
+    # Points outside go to an extra voxel at the end, which is dropped.
     at = torch.where(inside, rank, num_voxels).long()[..., None].expand(x.shape)
     zeros = x.new_zeros((*x.shape[:-2], num_voxels + 1, x.shape[-1]))
     if reduce == "max":
-        # The first of the largest, so that equal ones don't share the gradient.
+        # Only the first of the largest points gets the gradient; equal ones don't share it.
         largest = zeros.scatter_reduce(-2, at, x.detach(), "amax", include_self=False).gather(-2, at)
         points = torch.arange(x.shape[-2], device=x.device)[:, None].expand(x.shape)
         candidate = torch.where((x == largest) | x.isnan(), points, x.shape[-2])

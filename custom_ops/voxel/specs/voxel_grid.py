@@ -1,4 +1,4 @@
-"""Evidence for `custom_ops.voxel.voxel_grid`: references, samples and wrong calls."""
+"""The specs of `custom_ops.voxel.voxel_grid`: references, samples and wrong calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _points(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     points = (torch.rand(9, 3, dtype=torch.float64) * 6 - 1).to(device, dtype)
     points[0] = float("nan")
     points[1] = -0.25
-    # Numbers that every dtype holds: what the grid is must not depend on rounding them.
+    # Every dtype can represent these numbers, so the grid doesn't depend on their rounding.
     grid = ((-0.5, 0.0, -0.25), (1.5, 0.5, 2.0), (3, 7, 2))
     batch = torch.arange(9, device=device) % 4 - 1
     corner = [torch.tensor(t, dtype=torch.float64, device=device) for t in grid[:2]]
