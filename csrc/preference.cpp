@@ -103,8 +103,8 @@ void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, 
   }
 }
 
-// (chosen - chosen_offset) - (rejected - rejected_offset) - margin, elementwise; an offset may be missing: without
-// that of rejected, (chosen - rejected) - chosen_offset - margin.
+// chosen - rejected - chosen_offset + rejected_offset - margin, elementwise; an offset may be missing. Whichever two of
+// them are large and cancel, nothing of the others is lost: what each sum rounds off is kept and added at the end.
 struct Differences {
   Tensor chosen, rejected;
   std::optional<Tensor> chosen_offset, rejected_offset;
@@ -121,23 +121,32 @@ struct Differences {
 
   template <class T, class A>
   ALWAYS_INLINE void tile(int64_t at, int64_t n, A* __restrict out) const {
-    const A m = static_cast<A>(margin);
     const T* __restrict c = data<T>(chosen) + at;
-    const T* __restrict r = data<T>(rejected) + at;
-    A low[kTile];
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(c[i]);
-    for (int64_t i = 0; i < n; ++i) low[i] = static_cast<A>(r[i]);
-    if (chosen_offset && rejected_offset) subtract(data<T>(*chosen_offset) + at, n, out);
-    if (rejected_offset) subtract(data<T>(*rejected_offset) + at, n, low);
-    for (int64_t i = 0; i < n; ++i) out[i] -= low[i];
-    if (chosen_offset && !rejected_offset) subtract(data<T>(*chosen_offset) + at, n, out);  // it is a margin
-    for (int64_t i = 0; i < n; ++i) out[i] -= m;
+    A rest[kTile] = {};
+    for (int64_t i = 0; i < n; ++i) out[i] = kQuarter<A> * static_cast<A>(c[i]);
+    add(-kQuarter<A>, data<T>(rejected) + at, n, out, rest);
+    if (chosen_offset) add(-kQuarter<A>, data<T>(*chosen_offset) + at, n, out, rest);
+    if (rejected_offset) add(kQuarter<A>, data<T>(*rejected_offset) + at, n, out, rest);
+    const A m = kQuarter<A> * static_cast<A>(margin);
+    for (int64_t i = 0; i < n; ++i) {
+      add(-m, out[i], rest[i]);
+      const A whole = out[i] + rest[i];
+      out[i] = (whole == whole ? whole : out[i]) / kQuarter<A>;  // beside infinity the rest is NaN
+    }
   }
 
  private:
+  template <class A>
+  static constexpr A kQuarter = 0.25;  // of quarters no sum overflows
+
+  template <class A>
+  ALWAYS_INLINE static void add(A x, A& sum, A& rest) {
+    const A before = sum, added = (sum += x) - before;
+    rest += (before - (sum - added)) + (x - added);
+  }
   template <class T, class A>
-  ALWAYS_INLINE static void subtract(const T* __restrict x, int64_t n, A* __restrict out) {
-    for (int64_t i = 0; i < n; ++i) out[i] -= static_cast<A>(x[i]);
+  ALWAYS_INLINE static void add(A factor, const T* __restrict x, int64_t n, A* __restrict out, A* __restrict rest) {
+    for (int64_t i = 0; i < n; ++i) add(factor * static_cast<A>(x[i]), out[i], rest[i]);
   }
 
   Tensor alike(const Tensor& t) const {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
 
 import custom_ops
+from custom_ops.ranking.specs.preference import dpo_loss_reference
 
 DPO = [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("exo_pair", 0.1)]
 
@@ -39,7 +42,7 @@ def test_values_gradients_and_curvature_of_dpo(loss_type, label_smoothing, dtype
     results = []
     for function, cast in (
         (custom_ops.dpo_loss, dtype),
-        (custom_ops.ranking.preference.dpo_loss_reference, torch.float64),
+        (dpo_loss_reference, torch.float64),
     ):
         inputs = [t.to(cast).requires_grad_() for t in tensors]
         loss = function(*inputs, **options)
@@ -49,6 +52,25 @@ def test_values_gradients_and_curvature_of_dpo(loss_type, label_smoothing, dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for ours, exact in zip(*results):
         torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("large", [1e4, 1e9, 1e30, 3e38])
+def test_no_fill_that_cancels_takes_the_others_with_it(each_backend, large):
+    for places in itertools.permutations((large, large, 1.5, 0.25)):
+        # The two large ones cancel where one is added and one subtracted: chosen and ref_rejected are added.
+        chosen, ref_rejected, rejected, ref_chosen = (torch.tensor([x], requires_grad=True) for x in places)
+        d = sum(map(Fraction, (places[0], places[1]))) - sum(map(Fraction, (places[2], places[3])))
+        if abs(d) > 2:
+            continue
+        loss = custom_ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=1.0)
+        loss.backward()
+        assert loss.item() == pytest.approx(math.log1p(math.exp(-d)), rel=1e-6)
+        assert chosen.grad.item() == pytest.approx(-1 / (1 + math.exp(d)), rel=1e-6)
+
+    for chosen, rejected, margin in ((large, 0.75, large), (large, large, 0.75), (0.75, large, -large)):
+        loss = custom_ops.bradley_terry_loss(*(torch.tensor([x]) for x in (chosen, rejected, margin)))
+        d = Fraction(chosen) - Fraction(rejected) - Fraction(margin)
+        assert loss.item() == pytest.approx(math.log1p(math.exp(-d)), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", range(4))

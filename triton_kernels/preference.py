@@ -88,6 +88,14 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
 
 
 @triton.jit
+def add_exactly(total, x, rest):
+    """Their sum, and the rest with what it rounds off."""
+    sum = total + x
+    added = sum - total
+    return sum, rest + ((total - (sum - added)) + (x - added))
+
+
+@triton.jit
 def value_at(
     chosen_ptr,
     rejected_ptr,
@@ -104,13 +112,20 @@ def value_at(
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """The derivative at (chosen - its offset) - (rejected - its offset) - margin, of offsets that there are."""
+    """The derivative at chosen - rejected - chosen_offset + rejected_offset - margin, of offsets that there are.
+
+    What each sum rounds off is added at the end, and of quarters none overflows.
+    """
     c = widen(tl.load(chosen_ptr + at, mask=inside, other=0))
     r = widen(tl.load(rejected_ptr + at, mask=inside, other=0))
     co = widen(tl.load(chosen_offset_ptr + at, mask=tl.where(chosen_offset != 0, inside, False), other=0))
     ro = widen(tl.load(rejected_offset_ptr + at, mask=tl.where(rejected_offset != 0, inside, False), other=0))
-    # Without an offset of rejected, that of chosen is a margin.
-    d = tl.where(rejected_offset != 0, (c - co) - (r - ro), (c - r) - co) - tl.full([1], margin, c.dtype)
+    total, rest = add_exactly(0.25 * c, -0.25 * r, c * 0)
+    total, rest = add_exactly(total, -0.25 * co, rest)
+    total, rest = add_exactly(total, 0.25 * ro, rest)
+    total, rest = add_exactly(total, tl.full([1], -0.25 * margin, c.dtype), rest)
+    whole = total + rest
+    d = 4 * tl.where(whole == whole, whole, total)  # beside infinity the rest is NaN
     beta, p, q = tl.full([1], beta, c.dtype), tl.full([1], p, c.dtype), tl.full([1], q, c.dtype)
     return derivative(d, beta, p, q, KIND, ORDER)
 

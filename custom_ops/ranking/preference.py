@@ -33,7 +33,7 @@ def preference(
     reduce: bool,
     batch_dims: int,
 ) -> Tensor:
-    """The loss of ``d = (chosen - chosen_offset) - (rejected - rejected_offset) - margin``.
+    """The loss of ``d = (chosen - chosen_offset) - (rejected - rejected_offset) - margin``, exact in any order.
 
     Without a ``rejected_offset`` it is ``(chosen - rejected) - chosen_offset - margin``.
 

@@ -15,6 +15,13 @@ from custom_ops.ranking._lists import _reduce_by_torch
 from custom_ops.registry import BadCall, Sample
 
 
+def rounded_off(a: Tensor, b: Tensor) -> Tensor:
+    """What the rounding of a - b leaves out."""
+    difference = a - b
+    subtracted = a - difference
+    return torch.where(difference.isfinite(), (a - (difference + subtracted)) + (subtracted - b), 0)
+
+
 def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Callable[..., Tensor]:
     """A reference from ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
 

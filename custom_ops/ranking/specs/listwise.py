@@ -21,7 +21,7 @@ from custom_ops.ranking.listwise import (
     softmax_loss,
     unique_softmax_loss,
 )
-from custom_ops.ranking.specs._lists import list_bad_calls, list_samples, reference_of
+from custom_ops.ranking.specs._lists import list_bad_calls, list_samples, reference_of, rounded_off
 from custom_ops.registry import BadCall, OpInfo, register
 
 
@@ -86,20 +86,13 @@ def _unique_softmax_of_one_list(s: Tensor, y: Tensor, gain: str = "exponential")
 def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tensor, Tensor]:
     lower, fixed = y.unsqueeze(-1) > y, s.detach()
     high = s - s.unsqueeze(-1)
-    low = _rounded_off(fixed, fixed.unsqueeze(-1))
+    low = rounded_off(fixed, fixed.unsqueeze(-1))
     first = torch.where(lower, high.detach(), 0).amax()
     # Of those that round to the same largest difference, the largest one.
     then = torch.where(lower & (high == first), low, -torch.inf).amax()
     then = torch.where(then.isfinite(), then, 0)
     terms = torch.where(lower, scale * ((high - first) + (low - then)), -torch.inf).exp().sum()
     return scale * first + (terms + (-scale * first).exp()).log(), _contributes(y)
-
-
-def _rounded_off(a: Tensor, b: Tensor) -> Tensor:
-    """What the rounding of a - b leaves out."""
-    difference = a - b
-    subtracted = a - difference
-    return torch.where(difference.isfinite(), (a - (difference + subtracted)) + (subtracted - b), 0)
 
 
 def _register(
