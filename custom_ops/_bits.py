@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_ops.library._torch import check
+
 
 def empty_mask(x: Tensor, batch_dims: int) -> Tensor:
     """Return an empty mask: one bit per element in [*batch, ceil(n / 8)] bytes, for ``batch_dims`` dimensions of
     batch.
     """
-    torch._check(0 <= batch_dims <= x.dim(), lambda: f"batch_dims: expected 0 to {x.dim()}, got {batch_dims}")
+    check(0 <= batch_dims <= x.dim(), lambda: f"batch_dims: expected 0 to {x.dim()}, got {batch_dims}")
     elements = math.prod(x.shape[batch_dims:])
     return x.new_empty((*x.shape[:batch_dims], (elements + 7) // 8), dtype=torch.uint8)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from custom_ops import library
 from custom_ops._enums import Choice
+from custom_ops.library._torch import OpOverload, opname, schema
 
 _PATH = Path(__file__).parent / "_C.abi3.so"
 
@@ -85,15 +85,15 @@ def define(fake: Callable[..., Any]) -> OpOverload:
     family. A C++ kernel whose signature differs from the schema raises here, at import.
     """
     op = library.define(f"custom_ops::{fake.__name__}")(fake)
-    kernel = _signature(op._opname)
+    kernel = _signature(opname(op))
     expected = _schema_signature(op)
     if kernel != expected:
         raise ImportError(
-            f"custom_ops: the C++ kernel of {op._opname} is `{kernel or 'missing'}`, its schema says "
+            f"custom_ops: the C++ kernel of {opname(op)} is `{kernel or 'missing'}`, its schema says "
             f"`{expected}`. {_REBUILD}"
         )
     family = fake.__module__.rpartition(".")[2].removeprefix("_")
-    library.kernel(op, "cuda")(f"custom_ops.triton_kernels.{family}:{op._opname}")
+    library.kernel(op, "cuda")(f"custom_ops.triton_kernels.{family}:{opname(op)}")
     OPS[op] = family
     return op
 
@@ -102,4 +102,4 @@ def _schema_signature(op: OpOverload) -> str:
     def side(values: Any) -> str:
         return ", ".join(re.sub(r"Optional\[(.*)\]", r"\1?", str(v.type)) for v in values)
 
-    return f"{side(op._schema.arguments)} -> {side(op._schema.returns)}"
+    return f"{side(schema(op).arguments)} -> {side(schema(op).returns)}"

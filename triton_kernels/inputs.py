@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops._enums import LabelUse
+from custom_ops.library._torch import assert_async
 from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_valid
 
@@ -205,7 +206,7 @@ def list_labels_round_kernel(
 
 def list_valid(lengths: Tensor, n: int) -> Tensor:
     inside = (lengths >= 0) & (lengths <= n)
-    torch._assert_async(inside.all(), f"lengths: expected values from 0 to {n}")
+    assert_async(inside.all(), f"lengths: expected values from 0 to {n}")
     return torch.arange(n, device=lengths.device) < lengths.unsqueeze(-1)
 
 

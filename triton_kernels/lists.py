@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops._enums import Reduction
+from custom_ops.library._torch import assert_async
 from custom_ops.triton_kernels.common import kernel
 
 WIDE = ("fp32", "fp64")  # the dtypes of list losses
@@ -48,7 +49,7 @@ class Lists:
                 raise RuntimeError("cu_lengths: expected a 1-d int64 tensor of at least one element")
             self.bounds = offsets.clamp(0, self.items).cummax(0).values
             expected = f"cu_lengths: expected non-decreasing values from 0 to {self.items}"
-            torch._assert_async((self.bounds == offsets).all(), expected)
+            assert_async((self.bounds == offsets).all(), expected)
             at = torch.arange(self.items, device=x.device)
             self.places = torch.searchsorted(self.bounds, at, right=True) - 1  # -1 before, L behind all lists
             self.lists, self.several = offsets.shape[0] - 1, True

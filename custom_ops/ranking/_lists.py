@@ -27,8 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from custom_ops import _checks, library, shards
@@ -36,6 +34,7 @@ from custom_ops._enums import LabelUse, Reduction
 from custom_ops._native import define
 from custom_ops._wide import under_autocast
 from custom_ops.library import Function
+from custom_ops.library._torch import OpOverload, forward_level, schema, transforms_are_active
 from custom_ops.ranking import _inputs
 
 _REDUCTIONS = Reduction.options()
@@ -169,7 +168,7 @@ def _(info: Any, in_dims: Any, grad: Tensor, active: Tensor, mean: bool) -> Any:
 
 def is_differentiated() -> bool:
     """Whether derivatives may be taken of what a backward computes."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or forward_level() >= 0
 
 
 def _loss(
@@ -315,8 +314,8 @@ def _no_gradient(wanted: bool) -> None:
 
 def _batch(op: OpOverload) -> None:
     """Every tensor but the offsets may be vmapped."""
-    names = [argument.name for argument in op._schema.arguments]
-    outputs = len(op._schema.returns)
+    names = [argument.name for argument in schema(op).arguments]
+    outputs = len(schema(op).returns)
 
     @library.vmap(op)
     def _(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -334,8 +333,8 @@ def _batch(op: OpOverload) -> None:
 
 def _shard(op: OpOverload) -> None:
     """Sharded alike in any dimension but the items'; not at all if the op reduces over the lists."""
-    names = [argument.name for argument in op._schema.arguments]
-    outputs = len(op._schema.returns)
+    names = [argument.name for argument in schema(op).arguments]
+    outputs = len(schema(op).returns)
 
     @library.sharding(op)
     def _(*args: Any) -> Any:
@@ -383,7 +382,7 @@ def list_loss(
     whole = weights is None and type(scores) in (Tensor, Parameter)
     by_op = _REDUCTIONS[reduction] if whole else Reduction.NONE
     labels = _inputs.in_dtype(labels, dtype, valid, offsets, use)
-    loss, _, active = library.direct(op)(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
+    loss, _, active = op(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
     if by_op == Reduction.NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
@@ -394,7 +393,7 @@ def list_loss(
 def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """The loss in ``dtype``; a sum over pairs that float16 can't hold is told of, where no device has to be awaited."""
     out = loss.to(dtype)
-    eager = type(out) is Tensor and not (torch.compiler.is_compiling() or library._are_functorch_transforms_active())  # type: ignore[attr-defined]
+    eager = type(out) is Tensor and not (torch.compiler.is_compiling() or transforms_are_active())
     if dtype == torch.float16 and out.device.type == "cpu" and eager and bool(out.isinf().any()):
         warnings.warn(
             "the loss is beyond the range of float16, or near it: where the loss is a sum over pairs, pass "

@@ -14,6 +14,7 @@ from custom_ops._bits import empty_mask
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
+from custom_ops.library.function import untraced
 
 
 @define
@@ -192,7 +193,7 @@ def margin_ranking_loss(
         return _in_shards((input1, input2, target), margin, reduction)
     tensors = _checks.broadcast(input1=input1, input2=input2, target=target)
     divisor = tensors[0].numel() if reduction == "mean" else 1
-    return library.direct(margin_ranking)(*tensors, margin, divisor, reduction != "none", 0)[0]
+    return margin_ranking(*untraced(margin_ranking, *tensors, margin, divisor, reduction != "none", 0))[0]
 
 
 def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Tensor:

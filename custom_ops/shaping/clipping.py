@@ -140,7 +140,7 @@ def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None)
     low, high = _check_limits(min, max)
     if torch.compiler.is_compiling():
         return gradient_clipping(x, None, None, *(None if n is None else as_tensor(n, x) for n in (low, high)))
-    return library.direct(gradient_clipping)(x, low, high, None, None)
+    return gradient_clipping(x, low, high, None, None)
 
 
 def _check_limits(min: float | None, max: float | None) -> tuple[float | None, float | None]:

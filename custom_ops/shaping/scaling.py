@@ -96,13 +96,13 @@ def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
     scale = _scale("scale", scale)
     if not isinstance(scale, Tensor):
         if not torch.compiler.is_compiling():
-            return library.direct(gradient_scaling)(x, scale, None)
+            return gradient_scaling(x, scale, None)
         scale = as_tensor(scale, x)
     scale = _checks.beside(x, scale)
     _checks.same_device(x=x, scale=scale)
     if scale.dim() > x.dim() or not all(s in (1, n) for s, n in zip(reversed(scale.shape), reversed(x.shape))):
         raise ValueError(f"scale: expected a shape that broadcasts to {list(x.shape)}, got {list(scale.shape)}")
-    return library.direct(gradient_scaling)(x, 1.0, scale)
+    return gradient_scaling(x, 1.0, scale)
 
 
 def _scale(name: str, scale: Any) -> float | Tensor:

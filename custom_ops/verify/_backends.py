@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from custom_ops.library._torch import opname
+
 BACKENDS = {
     "cpp": "the registered CPU kernels",
     "triton": "the Triton kernels on the CPU, under TRITON_INTERPRET=1",
@@ -45,7 +47,7 @@ def backend(name: str) -> Iterator[torch.device]:
 
             for op, family in _native.OPS.items():
                 launchers = importlib.import_module(f"custom_ops.triton_kernels.{family}")
-                stack.enter_context(library.override_kernel(op, "cpu", getattr(launchers, op._opname)))
+                stack.enter_context(library.override_kernel(op, "cpu", getattr(launchers, opname(op))))
         yield torch.device("cpu")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from custom_ops.library._torch import no_vmap_fallback
 from custom_ops.verify._case import (
     Call,
     Case,
@@ -35,7 +35,7 @@ from custom_ops.verify._case import (
 def gradcheck(case: Case) -> None:
     """Gradients equal finite differences in float64: in reverse mode, in forward mode, and in both batched."""
     for call in case.differentiable_calls():
-        with _no_fallback():
+        with no_vmap_fallback():
             torch.autograd.gradcheck(
                 call,
                 call.inputs,
@@ -111,7 +111,7 @@ def batched_grad(case: Case) -> None:
         inputs = call.inputs
         outputs = call(*inputs)
         batches = [torch.stack(rows) for rows in zip(*(randn_like(outputs, seed=s) for s in range(3)))]
-        with _no_fallback():
+        with no_vmap_fallback():
             actual = grads(outputs, inputs, batches, is_grads_batched=True, retain_graph=True)
         for i in range(3):
             expected = grads(outputs, inputs, [b[i] for b in batches], retain_graph=True)
@@ -263,7 +263,7 @@ def func_jacfwd(case: Case) -> None:
 def _check_jacobian(case: Case, transform: Callable[..., Any]) -> None:
     for what, call, oracle in case.low_dimensional_calls():
         inputs = _detached(call)
-        with _no_fallback():
+        with no_vmap_fallback():
             blocks = transform(call, _all(call))(*inputs)
         actual = matrix(blocks, inputs)
         check_close(actual, jacobian(oracle), f"{transform.__name__} of {what}")
@@ -280,7 +280,7 @@ def func_hessian(case: Case) -> None:
             "jacrev(jacrev)": torch.func.jacrev(torch.func.jacrev(call.loss, _all(call)), _all(call)),
         }
         for name, transform in transforms.items():
-            with _no_fallback():
+            with no_vmap_fallback():
                 blocks = transform(*inputs)
             check_close(matrix(blocks, inputs), expected, f"{name} of {what}")
 
@@ -292,7 +292,7 @@ def forward_over_forward(case: Case) -> None:
         inputs = _detached(call)
         expected = hessian(oracle)
         nested = torch.func.jacfwd(torch.func.jacfwd(call.loss, _all(call)), _all(call))
-        with _no_fallback():
+        with no_vmap_fallback():
             blocks = nested(*inputs)
         check_close(matrix(blocks, inputs), expected, f"jacfwd(jacfwd) of {what}")
         first, second = (tuple(randn_like(inputs, seed=seed)) for seed in (4, 5))
@@ -306,18 +306,6 @@ def _tangent(function: Callable[..., Any], direction: tuple[Tensor, ...], *input
 
 
 # --- vmap --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _no_fallback() -> Iterator[None]:
-    """Makes an error of vmap's slow loop, of which it only warns, and that past Python's warnings."""
-    functorch: Any = torch._C._functorch
-    enabled = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(enabled)
 
 
 @capability("vmap")
@@ -391,7 +379,7 @@ def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expect
         return tuple(call.with_tensors(tensors, keys).run())
 
     what = f"{describe(call)} over arguments {list(keys)}"
-    with _no_fallback():
+    with no_vmap_fallback():
         for dim in (0, -1):
             actual = torch.vmap(function, in_dims=dim)(*(b.movedim(0, dim) for b in batch))
             check_close(actual, expected, f"vmap(in_dims={dim}) of {what}")
@@ -424,7 +412,7 @@ def vmap_of_grad(case: Case) -> None:
     """Per-example gradients, ``vmap(grad(f))``, equal a Python loop over the reference."""
     for call in case.differentiable_calls():
         batch, _ = _batch(call, call.input_keys)
-        with _no_fallback():
+        with no_vmap_fallback():
             actual = torch.vmap(torch.func.grad(call.loss, _all(call)))(*batch)
         oracle = case.oracle(call)
         for i in range(len(batch[0])):

@@ -66,7 +66,7 @@ def apply(case: Case) -> str | None:
     for call in case.compiled_calls():
         if call.sample.kwargs or not call.input_keys:
             continue
-        torch._dynamo.reset()
+        torch.compiler.reset()
         twin = Call(case.info.apply, call.sample, call.differentiable)
         inputs = twin.inputs
         outputs = torch.compile(lambda *xs, twin=twin: twin(*xs), backend=case.backend, fullgraph=True)(*inputs)

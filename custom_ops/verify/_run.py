@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from custom_ops.library._torch import compiled_afresh
 from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import backend as on_backend
 from custom_ops.verify._case import CAPABILITIES, Capability, Case, NotApplicable, refuse_nested
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, PASS, Cell, Report
-from custom_ops.verify._tracing import compiled_afresh
 
 Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
 

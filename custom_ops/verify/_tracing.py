@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from custom_ops.library._torch import (
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    aot_inductor_package,
+    no_recompiles,
+    opname,
+)
 from custom_ops.verify._case import (
     Call,
     Case,
@@ -146,7 +152,7 @@ def opcheck(case: Case) -> str:
                 # An op of the highest existing order refuses to be differentiated; everything else of it is checked.
                 detached = record.map(lambda t: t.detach())
                 check(op, detached.args, detached.kwargs)
-    return ", ".join(op._opname for op in seen)
+    return ", ".join(opname(op) for op in seen)
 
 
 def _refuses_a_gradient(record: Record) -> bool:
@@ -190,7 +196,7 @@ def meta_device(case: Case) -> str | None:
         except (DynamicOutputShapeException, NotImplementedError, RuntimeError) as error:
             if not _data_dependent(record):
                 raise error
-            dependent.add(record.op._opname)
+            dependent.add(opname(record.op))
             continue
         done += 1
         _check_metadata(outputs, record.outputs, f"meta kernel of {record}", device=False)
@@ -249,22 +255,8 @@ def ops_functional(case: Case) -> None:
 # --- compile -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def compiled_afresh() -> Iterator[None]:
-    """Nothing compiled comes from a cache that an earlier process left, which may not know what an op does now."""
-    import torch._functorch.config
-    import torch._inductor.config
-
-    aot, inductor = torch._functorch.config, torch._inductor.config
-    with (
-        aot.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
-        inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
-    ):
-        yield
-
-
 def _compile(function: Callable[..., Any], backend: str, **flags: Any) -> Callable[..., Any]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(function, backend=backend, fullgraph=True, **flags)
 
 
@@ -325,7 +317,7 @@ def compiled_dynamic(case: Case) -> str:
         dynamic = _compile(function, case.backend, dynamic=True)
         for times in (1, 2, 3):
             sized = resized(call, times)
-            with torch._dynamo.config.patch(error_on_recompile=times > 1):
+            with no_recompiles(times > 1):
                 actual = _forward_backward(sized, dynamic)
             check_close(actual, _forward_backward(sized, function), f"compiled {describe(sized)}")
     return case.backend
@@ -425,8 +417,7 @@ def aot_inductor(case: Case) -> None:
     for call in case.dynamic_calls(torch.float32):
         with tempfile.TemporaryDirectory() as folder:
             package = str(Path(folder) / "model.pt2")
-            torch._inductor.aoti_compile_and_package(_exported(call), package_path=package)
-            model = torch._inductor.aoti_load_package(package)
+            model = aot_inductor_package(_exported(call), package)
             for times in (1, 3):
                 sized = resized(call, times)
                 tensors = [t.detach() for t in sized.tensors]

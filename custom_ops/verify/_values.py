@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from custom_ops.library._torch import version
 from custom_ops.verify._case import (
     TOLERANCE,
     Call,
@@ -331,10 +332,10 @@ def inputs_unmutated(case: Case) -> None:
 
 
 def _unchanged(run: Callable[[], object], tensors: Sequence[Tensor], what: str) -> None:
-    copies, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
+    copies, versions = [t.detach().clone() for t in tensors], [version(t) for t in tensors]
     run()
     check_same_bits(tensors, copies, f"{what} mutated its arguments")
-    if [t._version for t in tensors] != versions:
+    if [version(t) for t in tensors] != versions:
         raise AssertionError(f"{what} wrote to its arguments in place")
 
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map
+
+from custom_ops.library._torch import transforms_are_active, tree_map
 
 Csr = tuple[Tensor, Tensor]
 
@@ -101,7 +101,7 @@ class KeepsGeometry(torch.nn.Module):
 
 
 def _have_values(tensors: tuple[Tensor, ...]) -> bool:
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_are_active():
         return False
     if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
         return False

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from custom_ops import _checks, library, shards
 from custom_ops._native import define
+from custom_ops.library._torch import forward_level
 
 _ROUNDINGS = ("floor", "trunc")
 
@@ -20,7 +20,7 @@ def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
     """Return the bounds [M + 1] of the M runs of equal ``ranks`` of at least 0, and the last point of each [M]."""
     # Forward-mode AD asks whether a tangent is empty, which a tracer can't know for M = 0. Under forward-mode AD the
     # tracer therefore assumes M >= 1, and the compiled program raises for a frame without a point in any voxel.
-    least = 1 if forward_ad._current_level >= 0 else 0
+    least = 1 if forward_level() >= 0 else 0
     runs = torch.library.get_ctx().new_dynamic_size(min=least)
     return ranks.new_empty((runs + 1,), dtype=torch.int64), ranks.new_empty((runs,), dtype=torch.int64)
 

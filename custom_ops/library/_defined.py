@@ -1,0 +1,42 @@
+"""What the bridge knows of each operator that it has made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from custom_ops.library._torch import OpOverload, fill_defaults, schema
+
+
+@dataclass
+class Defined:
+    """An operator's registrations.
+
+    ``body`` runs in place of a kernel below autograd, if the op is composed; ``apply`` runs the op at one level of
+    autograd with the derivatives of ``function``, if one is attached.
+    """
+
+    library: torch.library.Library
+    body: Callable[..., Any] | None
+    function: Any = None
+    apply: Any = None
+
+
+DEFINED: dict[OpOverload, Defined] = {}
+
+
+def defined(op: OpOverload) -> Defined:
+    """What is known of ``op``; a ``TypeError`` if the bridge hasn't made it."""
+    if not isinstance(op, OpOverload) or op not in DEFINED:
+        raise TypeError(f"op: expected an operator made by custom_ops.library.define, got {op!r}")
+    return DEFINED[op]
+
+
+def with_defaults(op: OpOverload, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` called with all of ``op``'s arguments: the dispatcher drops those equal to a default."""
+    if not any(argument.has_default_value() for argument in schema(op).arguments):
+        return fn
+    return lambda *args: fn(*fill_defaults(schema(op), args, {})[0])

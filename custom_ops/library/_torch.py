@@ -1,0 +1,207 @@
+"""Every private name of torch that this package uses, each with the reason.
+
+tests/test_private_names.py reads this file. It fails where torch no longer has a name, and where another file of the
+package uses a private one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# This tells without a loop in Python whether a graph is to be built at all.
+from torch._C import _any_requires_grad as any_requires_grad
+
+# While a transform of torch.func is active, the Function has to be applied at one level of it.
+from torch._C import _are_functorch_transforms_active as transforms_are_active
+
+# An Autograd kernel calls the kernel of its own op with this, which skips autograd.
+from torch._C import _AutoDispatchBelowAutograd as below_autograd
+
+# Library.impl takes a dispatch key, where `kernel` takes a device.
+from torch._C import _dispatch_key_for_device as dispatch_key_for_device
+
+# Two tensors can share memory where they have no address to compare, as fake ones.
+from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
+
+# Within this context functorch lets a Function through that is applied at a single level.
+from torch._functorch.utils import enable_single_level_autograd_function as single_level
+
+# The context that Dynamo compiles in is the only sign that it is Dynamo who traces a call.
+from torch._guards import CompileContext
+
+# The dispatcher drops arguments that equal their default, and kernels, rules and Functions want all of them.
+from torch._library.utils import fill_defaults
+
+# This is the type of what `define` returns, which has no public name.
+from torch._ops import OpOverload
+
+# The battery runs ops under a mode without data, to see what a fake kernel says of shapes.
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+# AOTAutograd traces within this mode, in which a compiler's composition takes the place of an op.
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+# The forward mode of autograd has no public state, though a dual tensor carries its tangent where gradients are off.
+from torch.autograd import forward_ad
+
+# Dynamo knows a plain Function by this metaclass; ours is another, so that it inlines `apply`. See `Function`.
+from torch.autograd.function import FunctionMeta
+
+# This is a Function without functorch's dispatch to its levels, which the dispatcher does for an op already.
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+# The battery looks at each op that is called; this mode is documented, under a private name.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# A layer's geometry is a tuple of tensors that move together.
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "CompileContext",
+    "DynamicOutputShapeException",
+    "FakeTensorMode",
+    "FunctionMeta",
+    "FunctionalTensor",
+    "FunctionalTensorMode",
+    "OpOverload",
+    "SingleLevelFunction",
+    "TorchDispatchMode",
+    "any_requires_grad",
+    "aot_inductor_package",
+    "assert_async",
+    "below_autograd",
+    "call_of",
+    "check",
+    "compiled_afresh",
+    "compiled_autograd_key",
+    "destroy",
+    "dispatch_key_for_device",
+    "fill_defaults",
+    "forward_level",
+    "forward_mode",
+    "is_alias_of",
+    "no_recompiles",
+    "no_vmap_fallback",
+    "opname",
+    "schema",
+    "single_level",
+    "transforms_are_active",
+    "tree_map",
+    "version",
+    "without_autograd_cache",
+]
+
+# Only this one checks values on a GPU without waiting for them.
+assert_async = torch._assert_async
+
+# torch.export documents this check, which also holds for sizes that aren't known yet.
+check = torch._check
+
+# Autograd looks this up on a Function that compiled autograd traces, and finds it on torch.autograd.Function only.
+compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
+# This turns the forward mode of autograd on again where it is off; torch.autograd.forward_ad has nothing for it.
+forward_mode = forward_ad._set_fwd_grad_enabled
+
+
+def opname(op: OpOverload) -> str:
+    """``op``'s name without its namespace."""
+    return op.name().partition("::")[2]
+
+
+def schema(op: OpOverload) -> Any:
+    """``op``'s schema, which torch.library only takes, and gives back nowhere."""
+    return op._schema
+
+
+def call_of(op: OpOverload) -> Any:
+    """``op`` without the Python frame of its ``__call__``."""
+    return op._op
+
+
+def forward_level() -> int:
+    """The level of forward-mode AD, below 0 outside of it; there is no public way to ask."""
+    return forward_ad._current_level
+
+
+def destroy(library: torch.library.Library) -> None:
+    """End what ``library`` has registered, which otherwise lasts as long as the object."""
+    library._destroy()
+
+
+def version(tensor: Tensor) -> int:
+    """How often ``tensor`` was written to, by which the battery tells a write that changes no value."""
+    return tensor._version
+
+
+# AOTAutograd's settings before a compilation turned them off
+_settings: dict[str, bool] = {}
+
+
+def without_autograd_cache() -> None:
+    """Turn AOTAutograd's cache off until the compilation that is running has ended.
+
+    There is no public way to see whether one is running that will call back; exporting doesn't, nor use the cache.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    running = callback_handler._CompilationCallbackHandler__pending_callbacks_counter  # type: ignore[attr-defined]
+    if not running or _settings:
+        return
+    if _restore_autograd_cache not in callback_handler.end_callbacks:  # torch.compiler.reset() clears them
+        callback_handler.register_end_callback(_restore_autograd_cache)
+    for name in ("enable_autograd_cache", "enable_remote_autograd_cache"):
+        _settings[name] = getattr(torch._functorch.config, name)
+        setattr(torch._functorch.config, name, False)
+
+
+def _restore_autograd_cache(_: Any) -> None:
+    for name, value in _settings.items():
+        setattr(torch._functorch.config, name, value)
+    _settings.clear()
+
+
+@contextmanager
+def compiled_afresh() -> Iterator[None]:
+    """Nothing compiled comes from a cache that an earlier process left, which may not know what an op does now."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    aot, inductor = torch._functorch.config, torch._inductor.config
+    with (
+        aot.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+    ):
+        yield
+
+
+def no_recompiles(refused: bool) -> AbstractContextManager[None]:
+    """Compiling once more is an error if it is ``refused``, of which there is otherwise only a log."""
+    import torch._dynamo.config
+
+    return torch._dynamo.config.patch(error_on_recompile=refused)
+
+
+@contextmanager
+def no_vmap_fallback() -> Iterator[None]:
+    """Make an error of vmap's slow loop, of which torch only warns, and that past Python's warnings."""
+    functorch: Any = torch._C._functorch
+    enabled = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(enabled)
+
+
+def aot_inductor_package(program: torch.export.ExportedProgram, path: str) -> Any:
+    """``program`` compiled to a package at ``path`` and loaded; torch documents these functions under this name."""
+    import torch._inductor
+
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    return torch._inductor.aoti_load_package(path)

@@ -1,0 +1,299 @@
+"""Operators and their kernels."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.library import _dtensor
+from custom_ops.library._defined import DEFINED, Defined, defined, with_defaults
+from custom_ops.library._torch import (
+    CompileContext,
+    OpOverload,
+    destroy,
+    dispatch_key_for_device,
+    forward_level,
+    is_alias_of,
+    opname,
+    without_autograd_cache,
+)
+from custom_ops.library.function import autograd_kernel
+
+__all__ = ["compose", "define", "kernel", "override_kernel"]
+
+
+def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Define the operator ``name`` ("namespace::op") from an annotated Python function.
+
+    The annotations give the schema (``Tensor``, ``int``, ``float``, ``bool``, ``str``,
+    ``torch.dtype``, their ``Optional``, sequences of them; a tuple of ``Tensor`` for several
+    outputs). The body is the fake kernel: it returns empty tensors of the right shape, dtype, stride and
+    device and never reads data; for a data-dependent size use
+    ``torch.library.get_ctx().new_dynamic_size()``.
+
+    Ops are functional: they neither mutate nor alias their inputs. Until a `Function` is attached, a
+    derivative of the op raises.
+
+    Returns the operator itself, ``torch.ops.namespace.op.default``.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::twice")
+        ... def twice(x: Tensor) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> twice(torch.ones(2, device="meta")).shape
+        torch.Size([2])
+    """
+    _split(name)
+
+    def decorate(fake: Callable[..., Any]) -> OpOverload:
+        op = _declare(name, fake)
+        torch.library.register_fake(name, _traced(_checked_fake(opname(op), fake)), lib=DEFINED[op].library)
+        return op
+
+    return decorate
+
+
+def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Define the operator ``name`` from an annotated Python function that is its kernel everywhere.
+
+    For a composition of torch's ops, or of ours, that is to have a derivative of its own: attach a
+    `Function`, and a `vmap` rule. Derivatives are taken of the whole op; below autograd only its body
+    is left. So ``torch.compile`` fuses it with its neighbours, and there is no kernel to write and no
+    opaque call. ``torch.export`` keeps the op in the program, and with it the derivative.
+
+    With ``view=True`` the body returns its first argument as it is, of which the op gives a view: a gradient is
+    changed on its way at no cost to the forward pass. As to any view that a Function returns, autograd refuses
+    in-place writes to the output and to its base; in forward mode it isn't a view but a copy.
+
+    Returns the operator itself, ``torch.ops.namespace.op.default``.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::rounded")
+        ... def rounded(x: Tensor) -> Tensor:
+        ...     return x.round()
+        >>> class Rounded(library.Function, op=rounded):
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         return grad
+        >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+        >>> rounded(x).sum().backward()
+        >>> rounded(x).detach(), x.grad
+        (tensor([0., 2.]), tensor([1., 1.]))
+    """
+    _split(name)
+
+    def decorate(body: Callable[..., Any]) -> OpOverload:
+        run = _traced(_viewing(body) if view else _functional(name, body))
+        op = _declare(name, body, run, view)
+        DEFINED[op].library.impl(opname(op), with_defaults(op, run), "CompositeExplicitAutograd")
+        return op
+
+    return decorate
+
+
+def _split(name: str) -> tuple[str, str]:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*::[A-Za-z_]\w*", name):
+        raise ValueError(f'name: expected "namespace::op", got {name!r}')
+    namespace, _, opname = name.partition("::")
+    return namespace, opname
+
+
+def _declare(
+    name: str, like: Callable[..., Any], body: Callable[..., Any] | None = None, view: bool = False
+) -> OpOverload:
+    """The operator with the schema of ``like``'s annotations and its Autograd kernel, but nothing below that."""
+    namespace, short = _split(name)
+    for parameter in inspect.signature(like).parameters.values():
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            raise ValueError(f"{like.__name__}: expected positional arguments only, got {parameter}")
+    if hasattr(getattr(torch.ops, namespace), short):
+        raise ValueError(f"name: expected a new one, and there is an operator {name} already")
+    lib = torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept in DEFINED)
+    schema = torch.library.infer_schema(like, mutates_args=(), op_name=short)
+    if view:
+        annotated = re.sub(r"\(Tensor (.*) -> Tensor$", r"(Tensor(a) \1 -> Tensor(a)", schema)
+        if annotated == schema:
+            raise ValueError(f"{like.__name__}: expected a tensor first and one as result, got {schema}")
+        schema = annotated
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op: OpOverload = getattr(getattr(torch.ops, namespace), short).default
+    op.__doc__ = like.__doc__
+    DEFINED[op] = Defined(lib, body)
+    lib.impl(short, with_defaults(op, autograd_kernel(op)), "Autograd")
+    return op
+
+
+def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
+    """Register the decorated callable as ``op``'s kernel on ``devices`` ("cpu", "cuda", ...).
+
+    ``kernel(op, "cuda")("package.module:function")`` takes the kernel from there on its first
+    call, so that defining the op imports nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::negated")
+        ... def negated(x: Tensor) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> @library.kernel(negated, "cpu")
+        ... def _(x):
+        ...     return -x
+        >>> negated(torch.ones(2))
+        tensor([-1., -1.])
+    """
+    library = defined(op).library
+    if not devices or not all(isinstance(device, str) for device in devices):
+        raise ValueError(f'devices: expected some of "cpu", "cuda", ..., got {devices}')
+
+    def decorate(fn: Any) -> Any:
+        run = _imported_on_first_call(fn) if isinstance(fn, str) else _callable(fn)
+        run = with_defaults(op, _functional(op.name(), run))
+        for device in devices:
+            library.impl(opname(op), run, dispatch_key_for_device(device))
+        return fn
+
+    return decorate
+
+
+@contextmanager
+def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iterator[None]:
+    """Within the context ``fn`` stands in for ``op``'s kernel on ``device``.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::times")
+        ... def times(x: Tensor, factor: float) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> @library.kernel(times, "cpu")
+        ... def _(x, factor):
+        ...     return x * factor
+        >>> with library.override_kernel(times, "cpu", lambda x, factor: x * round(factor)):
+        ...     times(torch.ones(2), 1.75)
+        tensor([2., 2.])
+    """
+    defined(op)
+    lib = torch.library.Library(op.namespace, "IMPL")  # noqa: TOR901 (destroyed below)
+    try:
+        with warnings.catch_warnings():  # torch warns that a kernel is overridden
+            warnings.simplefilter("ignore")
+            lib.impl(opname(op), with_defaults(op, fn), dispatch_key_for_device(device), allow_override=True)
+        yield
+    finally:
+        destroy(lib)
+
+
+def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
+    """A view of what ``body`` returns; a copy in forward mode, where a view's tangent must be a view of the tangent.
+
+    It is the plainest view there is: with others, of sizes, compiled in-place writes went unnoticed.
+    """
+
+    def run(*args: Any) -> Any:
+        if body(*args) is not args[0]:
+            raise TypeError(f"{body.__name__}: expected the first argument back, as the op is a view")
+        # Of an inference tensor a view is one too, and autograd doesn't see all that is made of it.
+        unseen = args[0].is_inference() and not torch.is_inference_mode_enabled()
+        copied = unseen or forward_level() >= 0
+        return args[0].clone() if copied else torch.ops.aten.alias.default(args[0])
+
+    return run
+
+
+def _checked_fake(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """One argument on the meta device is enough for the dispatcher to call ``fake`` and nothing else."""
+
+    def run(*args: Any) -> Any:
+        devices = {a.device for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1 and any(d.type == "meta" for d in devices):
+            raise ValueError(
+                f"{name}: expected all tensors or none on the meta device, got {sorted(map(str, devices))}"
+            )
+        result = fake(*args)
+        if result is None:
+            raise TypeError(
+                f"{name}: expected empty tensors from the body of its definition, the fake kernel; got None"
+            )
+        return result
+
+    return run
+
+
+def _functional(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, refused where it returns memory of an argument, which autograd and the compiler take for fresh."""
+
+    def run(*args: Any) -> Any:
+        result = kernel(*args)
+        for output in _tensors((result,)):
+            if any(output is given or is_alias_of(output, given) for given in _tensors(args)):
+                raise RuntimeError(
+                    f"{name}: expected a kernel that returns tensors of its own, got memory of an argument"
+                )
+        return result
+
+    return run
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among ``values``, and in the lists among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [element for element in value if isinstance(element, Tensor)]
+    return found
+
+
+def _traced(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, the fake one or a body: a graph that Dynamo traces it into isn't cached by AOTAutograd.
+
+    That cache knows an op by its name only. From an earlier process it would bring a derivative, a body or a
+    composition that has been changed since, and from an earlier call the value that a float had then
+    (pytorch#144344, #197889). The cache of compiled graphs below it knows what they are made of and stays.
+    """
+
+    def run(*args: Any) -> Any:
+        _dtensor.register_waiting()
+        if CompileContext.try_get() is not None:
+            without_autograd_cache()
+        return kernel(*args)
+
+    return run
+
+
+def _callable(fn: Any) -> Callable[..., Any]:
+    if not callable(fn):
+        raise TypeError(f"kernel: expected a function, got {fn!r}")
+    return fn
+
+
+def _imported_on_first_call(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    if not (module and attribute):
+        raise ValueError(f'kernel: expected a function or "package.module:function", got {path!r}')
+    target: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal target
+        if target is None:
+            target = getattr(importlib.import_module(module), attribute)
+        return target(*args)
+
+    return run

@@ -1,0 +1,301 @@
+"""The derivatives of an operator: one Function, applied a level at a time on the op's ``Autograd`` dispatch key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.library import _dtensor
+from custom_ops.library._defined import DEFINED, Defined, defined
+from custom_ops.library._torch import (
+    FunctionMeta,
+    OpOverload,
+    SingleLevelFunction,
+    any_requires_grad,
+    below_autograd,
+    call_of,
+    compiled_autograd_key,
+    forward_level,
+    forward_mode,
+    opname,
+    schema,
+    single_level,
+    transforms_are_active,
+)
+
+__all__ = ["Function", "function_of"]
+
+
+class _FunctionMeta(FunctionMeta):
+    """Keeps Dynamo from special-casing these classes by their metaclass.
+
+    Dynamo traces ``X.apply`` of a plain ``autograd.Function`` by inlining forward and backward,
+    which refuses a class with a ``jvp``. It knows such a class by ``type(X) is FunctionMeta``; for
+    any other metaclass it inlines ``apply`` itself, here a call of the registered op.
+    """
+
+    def __init__(cls, name: str, bases: tuple[type, ...], attrs: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(name, bases, attrs)  # FunctionMeta takes no class arguments
+
+
+class Function(torch.autograd.Function, metaclass=_FunctionMeta):
+    """An ``autograd.Function`` that is the derivative of one operator.
+
+    Subclass it with ``op=``, and write ``setup_context``, ``backward`` and ``jvp`` as PyTorch
+    documents them for a Function with a separate ``setup_context``; ``forward`` is the op's kernel
+    and isn't written again. ``apply`` calls the op; override it to shape inputs or outputs.
+
+    For a list of tensors, ``inputs``, ``needs_input_grad`` and tangents have a list, and ``backward`` returns one, or
+    None; an op that returns a list gives a tuple, and takes a gradient for each tensor.
+
+    Undefined gradients arrive as ``None`` (there is no ``set_materialize_grads`` to call), at
+    least one of them isn't. Derivatives are taken of whatever ``backward`` and ``jvp`` compute, so
+    anything they save besides inputs must be an integer or bit mask, or carry its own derivative. Save
+    tensors with ``save_for_backward`` and ``save_for_forward``, never as attributes of ``ctx``. A
+    missing ``jvp`` or ``backward`` raises where it is needed.
+
+    Raises ``TypeError`` if ``op`` wasn't made by `define`, or has a
+    Function already.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::linear")
+        ... def linear(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> class Linear(library.Function, op=linear):
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         return linear(grad)
+        ...
+        ...     @staticmethod
+        ...     def jvp(ctx, tangent):
+        ...         return linear(tangent)
+        >>> torch.func.grad(lambda x: Linear.apply(x).pow(2).sum())(torch.ones(2))
+        tensor([8., 8.])
+        >>> torch.func.jvp(linear, (torch.ones(2),), (torch.ones(2),))[1]
+        tensor([2., 2.])
+    """
+
+    def __init_subclass__(cls, op: OpOverload | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if op is not None:
+            _attach(cls, op)
+
+
+def function_of(op: OpOverload) -> type[Function] | None:
+    """The Function attached to ``op``, if any.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::shown")
+        ... def shown(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> class Shown(library.Function, op=shown):
+        ...     pass
+        >>> library.function_of(shown)
+        <class 'custom_ops.library.function.Shown'>
+    """
+    known = DEFINED.get(op)
+    return None if known is None else known.function
+
+
+def _attach(function: type[Function], op: OpOverload) -> None:
+    known = defined(op)
+    for name, instead in (("forward", "kernel"), ("vmap", "vmap")):  # they would never be called
+        if getattr(function, name) is not getattr(torch.autograd.Function, name):
+            raise TypeError(f"{function.__name__}: expected no {name}, which is what library.{instead}({op}) is for")
+    if known.function is not None:
+        raise TypeError(f"op: {op} already has the Function {known.function.__name__}")
+    known.function = function
+    _build_later(op, known)
+    if "apply" not in function.__dict__:
+        function.apply = staticmethod(lambda *args: op(*untraced(op, *args)))  # type: ignore[method-assign]
+
+
+def untraced(op: OpOverload, *args: Any) -> tuple[Any, ...]:
+    """``args``, refused where ``torch.jit.trace`` has a tensor for a size and would keep the size of its example."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        for argument, value in zip(schema(op).arguments, args):
+            if isinstance(value, Tensor) and "Tensor" not in str(argument.type):
+                raise RuntimeError(
+                    f"{op}: {argument.name} depends on the size of a tensor, which torch.jit.trace would keep as it is "
+                    "now: use torch.export or torch.compile"
+                )
+    return args
+
+
+def _build_later(op: OpOverload, known: Defined) -> None:
+    """Importing a package of ops builds no class for each of them: the first call that needs it does."""
+
+    def build(*args: Any) -> Any:
+        known.apply = _twin(op, known.function).apply
+        return known.apply(*args)
+
+    known.apply = build
+
+
+def _twin(op: OpOverload, function: type[Function] | None) -> Any:
+    """``function`` at a single autograd level; one whose derivatives raise if it is None.
+
+    This is what functorch itself builds for each level of a Function, without binding a signature at
+    every call.
+    """
+
+    def own(name: str) -> Any:
+        method = getattr(function, name, None)
+        return None if method is getattr(torch.autograd.Function, name) else method
+
+    call = call_of(op)
+    below = DEFINED[op].body or call
+    setup_context, backward, jvp = own("setup_context"), own("backward"), own("jvp")
+    lists = bool(_lists_of_tensors(op))
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        if lists:
+            ctx, args = _Nested(ctx, args[0]), _nested(*args)
+        if transforms_are_active():
+            # autograd turns gradients off in here, but the outer transforms still want theirs.
+            with torch.enable_grad(), forward_mode(True), below_autograd():
+                output = call(*args)
+        else:
+            with below_autograd():
+                output = below(*args)
+        ctx.materialize_grads = False
+        if isinstance(output, list):
+            output = tuple(output)  # of a list autograd would take no element for an output
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    def backward_of_defined(ctx: Any, *grads: Tensor | None) -> Any:
+        if backward is None:
+            raise NotImplementedError(f"{op} has no backward: give one to the custom_ops.library.Function of this op")
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if not lists:
+            return backward(ctx, *grads)
+        of_args = backward(_Nested(ctx, ctx.lengths), *grads)
+        return None, *_flat(ctx.lengths, of_args)
+
+    def jvp_at_all_levels(ctx: Any, *tangents: Tensor | None) -> Any:
+        if jvp is None:
+            raise NotImplementedError(f"{op} has no jvp: give one to the custom_ops.library.Function of this op")
+        if lists:
+            ctx, tangents = _Nested(ctx, ctx.lengths), _nested(ctx.lengths, *tangents[1:])
+        if not transforms_are_active():
+            return jvp(ctx, *tangents)
+        # As in forward; and at this level the saved tensors are constants.
+        with forward_mode(True):
+            return jvp(_Primals(ctx), *tangents)
+
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(backward_of_defined),
+        "jvp": staticmethod(jvp_at_all_levels),
+        "_compiled_autograd_key": staticmethod(compiled_autograd_key),
+        "__module__": __name__ if function is None else function.__module__,
+    }
+    name = opname(op) if function is None else function.__name__
+    twin: Any = type(name, (SingleLevelFunction,), members)
+    twin._backward_cls.apply = backward_of_defined  # the engine's call, without looking it up again
+    return twin
+
+
+class _Primals:
+    """A Function's ctx, with the tangents of the current level taken off the saved tensors."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(
+            None if t is None else torch.autograd.forward_ad.unpack_dual(t, level=0).primal
+            for t in self._ctx.saved_tensors
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _lists_of_tensors(op: OpOverload) -> list[bool]:
+    """Whether each argument is a list of tensors, which autograd takes and gives singly; empty if none is."""
+    found = [re.search(r"List\[(Optional\[)?Tensor", str(argument.type)) for argument in schema(op).arguments]
+    return [match is not None for match in found] if any(found) else []
+
+
+def _flat(lengths: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
+    """``values`` with those of each list in its place: ``lengths`` has how many, or None for what is no list.
+
+    What is None for a whole list is None for each of its tensors.
+    """
+    found: list[Any] = []
+    for length, value in zip(lengths, values, strict=True):
+        if length is None:
+            found.append(value)
+        elif value is None:
+            found += [None] * length
+        else:
+            if len(value) != length:
+                raise RuntimeError(
+                    f"backward: expected a list of {length} gradients for one of tensors, got {len(value)}"
+                )
+            found += value
+    return found
+
+
+def _nested(lengths: Sequence[int | None], *flat: Any) -> tuple[Any, ...]:
+    """The values of which `_flat` makes these."""
+    values = iter(flat)
+    return tuple(next(values) if length is None else [next(values) for _ in range(length)] for length in lengths)
+
+
+class _Nested:
+    """A Function's ctx that speaks of lists of tensors as the op has them."""
+
+    def __init__(self, ctx: Any, lengths: Sequence[int | None]) -> None:
+        ctx.lengths = lengths
+        object.__setattr__(self, "_ctx", ctx)
+
+    @property
+    def needs_input_grad(self) -> tuple[Any, ...]:
+        return _nested(self._ctx.lengths, *self._ctx.needs_input_grad[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
+
+
+def autograd_kernel(op: OpOverload) -> Callable[..., Any]:
+    """What ``op`` does on the Autograd key: apply its Function at one level, or none where there is no derivative."""
+    known = DEFINED[op]
+    _build_later(op, known)
+    below = known.body or call_of(op)
+    lists = _lists_of_tensors(op)
+
+    def run(*args: Any) -> Any:
+        _dtensor.register_waiting()
+        flat = args
+        if lists:
+            lengths = tuple(len(a) if of_tensors and a is not None else None for of_tensors, a in zip(lists, args))
+            flat = (lengths, *_flat(lengths, args))
+        if transforms_are_active():
+            with single_level():
+                return known.apply(*flat)
+        # A dual tensor carries its tangent even where gradients are off.
+        if forward_level() < 0 and not (torch.is_grad_enabled() and any_requires_grad(*flat)):
+            with below_autograd():
+                return below(*args)
+        return known.apply(*flat)
+
+    return run

@@ -1,0 +1,148 @@
+"""What an operator does under vmap, autocast, DTensor and compilers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.library import _dtensor
+from custom_ops.library._defined import defined, with_defaults
+from custom_ops.library._torch import FunctionalTensor, FunctionalTensorMode, OpOverload
+
+__all__ = ["autocast", "inductor", "sharding", "to_front", "vmap"]
+
+
+def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``rule(info, in_dims, *args) -> (outputs, out_dims)`` as ``op``'s batching rule.
+
+    See ``torch.library.register_vmap``; `to_front` helps to write one.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::doubled")
+        ... def doubled(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> @library.vmap(doubled)
+        ... def _(info, in_dims, x):
+        ...     return doubled(x), in_dims[0]
+        >>> torch.func.vmap(doubled)(torch.ones(2, 1))
+        tensor([[2.],
+                [2.]])
+    """
+    library = defined(op).library
+
+    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def run(info: Any, in_dims: Any, *args: Any) -> Any:
+            return with_defaults(op, functools.partial(rule, info, in_dims))(*args)
+
+        torch.library.register_vmap(op.name(), run, lib=library)
+        return rule
+
+    return decorate
+
+
+def to_front(x: Tensor, in_dim: int | None, batch: int) -> Tensor:
+    """``x`` with its vmapped dimension first; expanded to ``batch`` if it isn't vmapped.
+
+    Example:
+        >>> import torch
+        >>> from custom_ops import library
+        >>> library.to_front(torch.ones(2, 3), 1, 3).shape, library.to_front(torch.ones(2), None, 3).shape
+        (torch.Size([3, 2]), torch.Size([3, 2]))
+    """
+    return x.expand(batch, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
+
+
+def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu", "cuda")) -> None:
+    """Under autocast compute ``op`` in ``dtype``; an op without this keeps its inputs' dtypes.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::in_half")
+        ... def in_half(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> library.autocast(in_half, torch.bfloat16)
+        >>> with torch.autocast("cpu"):
+        ...     in_half(torch.ones(2)).dtype
+        torch.bfloat16
+    """
+    library = defined(op).library
+    for device in devices:
+        torch.library.register_autocast(op.name(), device, dtype, lib=library)
+
+
+def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as ``op``'s DTensor sharding rule.
+
+    The rule takes the op's arguments (specs in place of tensors) and returns the acceptable
+    shardings, as for ``torch.distributed.tensor.experimental.register_sharding``. It is handed
+    over when an op first runs with ``torch.distributed.tensor`` imported, as that import takes long.
+
+    DTensor caches a rule's answer by the tensors and by the arguments from the op's first ``int`` on:
+    arguments that a rule depends on must not come before that.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.compose("docs::sharded")
+        ... def sharded(x: Tensor) -> Tensor:
+        ...     return 2 * x
+        >>> @library.sharding(sharded)
+        ... def _(x):
+        ...     from torch.distributed.tensor import Replicate, Shard
+        ...
+        ...     return [([p], [p]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
+    """
+    defined(op)
+
+    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
+        _dtensor.register_later(op, rule)
+        return rule
+
+    return decorate
+
+
+def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated composition of PyTorch ops as what a compiler is given in place of ``op``.
+
+    For pointwise ops, which Inductor then fuses with their neighbours; the kernels of ``op`` stay what runs
+    everywhere else, and ``torch.export`` keeps the op. The derivatives are those of ``op`` too: AOTAutograd takes
+    the composition only below them, so that what backward needs is still what the Function saves. It must return
+    what the kernels return, contiguous, bit for bit where it is packed: a graph may hand it to a kernel.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::cubed")
+        ... def cubed(x: Tensor) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> @library.inductor(cubed)
+        ... def _(x):
+        ...     return x * x * x
+    """
+    library = defined(op).library
+
+    def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
+        run = with_defaults(op, composition)
+
+        def in_its_place(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            foreign = any(not issubclass(cls, FunctionalTensor) for cls in types)  # as a DTensor, which comes first
+            if foreign or torch.compiler.is_exporting():
+                return mode.__torch_dispatch__(op, types, args, kwargs)
+            with mode:
+                return run(*args)
+
+        torch.library.register_torch_dispatch(op.name(), FunctionalTensorMode, in_its_place, lib=library)
+        return composition
+
+    return decorate
