@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from custom_ops.library._torch import OpOverload
 
@@ -24,7 +25,7 @@ def register_waiting() -> None:
     Each op calls this from its Autograd kernel and from its fake kernel or body. DTensor runs the latter to learn
     the shapes of a result before it looks for a rule, so that a call below autograd is prepared for as well.
     """
-    if _waiting and "torch.distributed.tensor" in sys.modules:
+    if _waiting and hasattr(torch.distributed, "tensor"):  # which it has once the import is over, in any thread
         with _lock:  # no other thread goes on before its op has a rule
             from torch.distributed.tensor.experimental import register_sharding
 
