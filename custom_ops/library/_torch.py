@@ -85,6 +85,7 @@ __all__ = [
     "forward_level",
     "forward_mode",
     "is_alias_of",
+    "is_packaging",
     "no_recompiles",
     "no_vmap_fallback",
     "opname",
@@ -178,6 +179,13 @@ def compiled_afresh() -> Iterator[None]:
         inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
     ):
         yield
+
+
+def is_packaging() -> bool:
+    """Whether AOTInductor is compiling, of which ``torch.compiler.is_exporting`` says that it exports."""
+    import torch._inductor.virtualized
+
+    return torch._inductor.virtualized.V.aot_compilation is True
 
 
 def no_recompiles(refused: bool) -> AbstractContextManager[None]:

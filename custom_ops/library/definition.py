@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -122,8 +123,8 @@ def _declare(
             raise ValueError(f"{like.__name__}: expected positional arguments only, got {parameter}")
     if hasattr(getattr(torch.ops, namespace), short):
         raise ValueError(f"name: expected a new one, and there is an operator {name} already")
-    lib = torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept in DEFINED)
-    schema = torch.library.infer_schema(like, mutates_args=(), op_name=short)
+    lib = _library(namespace)
+    schema = _schema(short, like)
     if view:
         annotated = re.sub(r"\(Tensor (.*) -> Tensor$", r"(Tensor(a) \1 -> Tensor(a)", schema)
         if annotated == schema:
@@ -135,6 +136,33 @@ def _declare(
     DEFINED[op] = Defined(lib, body)
     lib.impl(short, with_defaults(op, autograd_kernel(op)), "Autograd")
     return op
+
+
+@functools.cache
+def _library(namespace: str) -> torch.library.Library:
+    return torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept as long as its ops)
+
+
+def _schema(short: str, like: Callable[..., Any]) -> str:
+    """``torch.library.infer_schema``, asked for each annotation once and not for each op: importing waits for it."""
+    try:
+        signature = inspect.signature(like, eval_str=True)
+        parameters = signature.parameters.values()
+        if all(parameter.default is parameter.empty for parameter in parameters):
+            arguments = ", ".join(f"{_type_of(p.annotation, False)} {p.name}" for p in parameters)
+            return f"{short}({arguments}) -> {_type_of(signature.return_annotation, True)}"
+    except (NameError, TypeError, ValueError):  # torch says below what is wrong
+        pass
+    return torch.library.infer_schema(like, mutates_args=(), op_name=short)
+
+
+@functools.cache
+def _type_of(annotation: Any, returned: bool) -> str:
+    def op(x: Any) -> Any: ...
+
+    op.__annotations__ = {"x": Tensor, "return": annotation} if returned else {"x": annotation, "return": Tensor}
+    argument, _, result = torch.library.infer_schema(op, mutates_args=(), op_name="op").partition(" -> ")
+    return result if returned else argument.removeprefix("op(").removesuffix(" x)")
 
 
 def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from custom_ops.library import _dtensor
 from custom_ops.library._defined import defined, with_defaults
-from custom_ops.library._torch import FunctionalTensor, FunctionalTensorMode, OpOverload
+from custom_ops.library._torch import FunctionalTensor, FunctionalTensorMode, OpOverload, is_packaging
 
 __all__ = ["autocast", "inductor", "sharding", "to_front", "vmap"]
 
@@ -137,7 +137,7 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
 
         def in_its_place(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             foreign = any(not issubclass(cls, FunctionalTensor) for cls in types)  # as a DTensor, which comes first
-            if foreign or torch.compiler.is_exporting():
+            if foreign or (torch.compiler.is_exporting() and not is_packaging()):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
             with mode:
                 return run(*args)
