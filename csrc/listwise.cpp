@@ -256,12 +256,12 @@ void in_label_order(List<A>& list, bool by_score, bool grouped, const Run& run) 
 struct ListMle {
   Ties ties;
   PositionWeights weights;
-  int64_t k;  // 0 for all
+  int64_t k;
 
   // Of the places of a list of n items.
   double* place_weights(int64_t n, Scratch& scratch) const {
     double* w = scratch.get<double>(n);
-    const int64_t last = k > 0 ? std::min(k, n) : n;
+    const int64_t last = std::min(k, n);
     const double least = std::exp2(static_cast<double>(1 - n));
     for (int64_t i = 0; i < last; ++i)  // (2^(n-1-i) - 1) / (2^(n-1) - 1), 1 / log2(2 + i) or 1
       w[i] = weights == PositionWeights::EXPONENTIAL ? (std::exp2(-static_cast<double>(i)) - least) / (1 - least)

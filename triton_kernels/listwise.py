@@ -257,8 +257,7 @@ class _ListMle(_Competing):
             w = (torch.exp2(-place) - last) / (1 - last)
         elif weights == PositionWeights.DISCOUNT:
             w = w * (math.log(2) / (place + 2).log())
-        if k > 0:
-            w = w.masked_fill(place >= k, 0)
+        w = w.masked_fill(place >= k, 0)
         self.w, self.whole = w, w
         if ties == Ties.BRESLOW:  # the group's items share the weights of their places
             through = self.lists.scan(w.masked_fill(~self.exists, 0))

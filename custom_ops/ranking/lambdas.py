@@ -9,12 +9,12 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, PairWeighting
-from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
+from custom_ops.ranking._arguments import ListLossModule, documented, limit, list_loss
+from custom_ops.ranking._gains import GAINS
+from custom_ops.ranking._list_loss import list_op
 
 WEIGHTINGS = PairWeighting.options()
 _TOPK_MODES = ("or", "and")
-_GAINS = ("exponential", "linear")
-_NO_LIMIT = 2**31 - 1
 
 
 @list_op()
@@ -24,6 +24,7 @@ def lambda_pairs(
     """``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over the pairs of each list in the top k."""
 
 
+@documented
 def lambda_loss(
     scores: Tensor,
     labels: Tensor,
@@ -59,11 +60,10 @@ def lambda_loss(
     The weights are constants in the derivatives, of which there are two. Gains are taken relative to that
     of the highest label, so no label is too large; a label below 0 has gain 0. A list without a pair (empty, of
     one item, all masked; but for "ndcg1" all labels tied) or, where the weight has gains in it, without a positive
-    gain has loss 0 and doesn't count in the mean; which lists count depends on the labels only, not on the top k.
+    gain doesn't contribute; which lists do depends on the labels only, not on the top k.
     Nothing of size n^2 is kept.
 
-    The arguments not described here, errors about them, and the result are those of
-    `pairwise_logistic_loss`.
+    O(n log n + n min(k, n)) time on the CPU, O(n) memory.
 
     Args:
         weighting: one of the above.
@@ -74,12 +74,6 @@ def lambda_loss(
         mu: the share of "ndcg2" in "ndcg2pp".
         log_base: of the loss; more than 1.
         normalize: divide each list's loss by its number of pairs in the top k.
-
-    Raises:
-        TypeError: ``k`` no integer; ``sigma``, ``mu`` or ``log_base`` no number; ``normalize`` no bool.
-        ValueError: an unknown ``weighting``, ``topk_mode`` or ``gain``; a number out of range.
-
-    O(n log n + n min(k, n)) time on the CPU, O(n) memory.
 
     Source: Wang et al., "The LambdaLoss Framework for Ranking Metric Optimization", CIKM 2018; Burges,
     "From RankNet to LambdaRank to LambdaMART", 2010.
@@ -93,9 +87,9 @@ def lambda_loss(
         (tensor(0.4992), tensor([-0.2733,  0.1782,  0.0952]))
     """
     _checks.is_one_of("weighting", weighting, WEIGHTINGS)
-    k = _checks.as_limit("k", k)
+    first = limit(k)
     _checks.is_one_of("topk_mode", topk_mode, _TOPK_MODES)
-    _checks.is_one_of("gain", gain, _GAINS)
+    _checks.is_one_of("gain", gain, GAINS)
     sigma = _checks.as_positive("sigma", sigma)
     mu, log_base = _checks.as_float("mu", mu), _checks.as_float("log_base", log_base)
     for name, value, least in (("mu", mu, -math.inf), ("log_base", log_base, 1)):
@@ -104,7 +98,7 @@ def lambda_loss(
     normalize = _checks.as_bool("normalize", normalize)
     params = (
         WEIGHTINGS[weighting],
-        _NO_LIMIT if k is None else min(k, _NO_LIMIT),
+        first,
         topk_mode == "and",
         gain == "exponential",
         sigma,
@@ -112,9 +106,9 @@ def lambda_loss(
         1 / math.log(log_base),
         normalize,
     )
-    of_gains = LabelUse.EXPONENTIAL if gain == "exponential" else LabelUse.VALUE
-    use = {"ranknet": LabelUse.ORDER, "label_diff": LabelUse.DIFFERENCE}.get(weighting, of_gains)
-    return list_loss(lambda_pairs, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
+    use = {"ranknet": LabelUse.ORDER, "label_diff": LabelUse.DIFFERENCE}.get(weighting, GAINS[gain])
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(lambda_pairs, params, use, *given)
 
 
 class LambdaLoss(ListLossModule):

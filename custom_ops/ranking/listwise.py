@@ -6,10 +6,11 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, PositionWeights, Ties
-from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
+from custom_ops.ranking._arguments import ListLossModule, documented, limit, list_loss
+from custom_ops.ranking._gains import GAINS
+from custom_ops.ranking._list_loss import list_op
 
 _TIES, _POSITION_WEIGHTS = Ties.options(), PositionWeights.options()
-_GAINS = ("exponential", "linear")
 
 
 # ---------------------------------------------------------------- ops
@@ -22,7 +23,7 @@ def list_softmax(softmax_labels: bool) -> None:
 
 @list_op()
 def list_mle(ties: int, weighting: int, k: int) -> None:
-    """The sum of w_i (logsumexp of s from the i-th item on - s_i), in label order; of k items unless k is 0."""
+    """The sum of w_i (logsumexp of s from the i-th item on - s_i), over the first k items in label order."""
 
 
 @list_op()
@@ -38,6 +39,7 @@ def cosent(scale: float) -> None:
 # ---------------------------------------------------------------- public functions
 
 
+@documented
 def list_net_loss(
     scores: Tensor,
     labels: Tensor,
@@ -50,29 +52,8 @@ def list_net_loss(
 ) -> Tensor:
     """ListNet: the cross entropy of the scores' softmax relative to the labels'.
 
-    ``sum_i softmax(y)_i (logsumexp(s) - s_i)``, convex in the scores.
-
-    Differentiable twice and in forward mode. 16-bit scores are computed in float32.
-
-    Args:
-        scores: ``[..., n]``; float16, bfloat16, float32 or float64.
-        labels: graded relevance ``[..., n]``, real numbers.
-        mask: True where an item is valid; others are not read, and get a zero gradient.
-        lengths: ``[...]``: of each list the first so many items are valid.
-        cu_lengths: ``[L + 1]``: list l is the items from cu_lengths[l] to cu_lengths[l + 1].
-        weights: of each list.
-        reduction: "mean" over the lists that contribute, "sum" or "none".
-
-    Returns:
-        A scalar, or for "none" one loss for each list. A list whose labels are all equal (or that has less
-        than two items) doesn't contribute: its loss and gradient are 0.
-
-    Raises:
-        TypeError: no tensor, or a wrong dtype.
-        ValueError: shapes that don't match, several devices, labels that require a gradient, an
-            unknown ``reduction``.
-
-    O(n) time and memory.
+    ``sum_i softmax(y)_i (logsumexp(s) - s_i)``, convex in the scores. A list whose labels are all equal, or of less
+    than two items, doesn't contribute. Differentiable twice and in forward mode. O(n) time and memory.
 
     Source: Cao, Qin, Liu, Tsai, Li, "Learning to rank: from pairwise approach to listwise approach", ICML 2007.
 
@@ -84,11 +65,11 @@ def list_net_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.4614), tensor([ 0.4861, -0.4533, -0.0328]))
     """
-    return list_loss(
-        list_softmax, scores, labels, (True,), mask, lengths, cu_lengths, weights, reduction, LabelUse.DIFFERENCE
-    )
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_softmax, (True,), LabelUse.DIFFERENCE, *given)
 
 
+@documented
 def softmax_loss(
     scores: Tensor,
     labels: Tensor,
@@ -101,8 +82,8 @@ def softmax_loss(
 ) -> Tensor:
     """Softmax cross entropy with the labels as weights: ``sum_i y_i (logsumexp(s) - s_i)``.
 
-    With one label of 1 and the others 0 it is the negative log-likelihood of that item. Arguments, errors,
-    the lists that contribute, and costs are those of `list_net_loss`.
+    With one label of 1 and the others 0 it is the negative log-likelihood of that item. The lists that contribute, and
+    costs, are those of `list_net_loss`.
 
     Source: Bruch, Wang, Bendersky, Najork, "An analysis of the softmax cross entropy loss for
     learning-to-rank with binary relevance", ICTIR 2019.
@@ -115,11 +96,11 @@ def softmax_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.5514), tensor([ 0.5761, -0.7881,  0.2119]))
     """
-    return list_loss(
-        list_softmax, scores, labels, (False,), mask, lengths, cu_lengths, weights, reduction, LabelUse.VALUE
-    )
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_softmax, (False,), LabelUse.VALUE, *given)
 
 
+@documented
 def list_mle_loss(
     scores: Tensor,
     labels: Tensor,
@@ -135,10 +116,8 @@ def list_mle_loss(
 ) -> Tensor:
     """ListMLE: the negative log-likelihood of the labels' ranking under the Plackett-Luce model.
 
-    ``sum_i w_i (logsumexp_{j >= i} s_j - s_i)`` over the items in descending order of their labels;
-    convex in the scores.
-
-    Arguments but for these, errors, and the lists that contribute are those of `list_net_loss`.
+    ``sum_i w_i (logsumexp_{j >= i} s_j - s_i)`` over the items in descending order of their labels; convex in the
+    scores. The lists that contribute are those of `list_net_loss`. O(n) time but for the sort, O(n) memory.
 
     Args:
         k: the likelihood of the first k places only.
@@ -147,12 +126,6 @@ def list_mle_loss(
         ties: the order of equal labels: "index" as they come, "score" the higher score first (the ranking
             that is then most likely), "breslow" none: each competes with all the others of its label
             and below, as in Breslow's partial likelihood, and they share their places' weights.
-
-    Raises:
-        TypeError: also ``k`` no integer.
-        ValueError: also ``k`` not positive, unknown ``position_weights`` or ``ties``.
-
-    O(n) time but for the sort, O(n) memory.
 
     Source: Xia, Liu, Wang, Zhang, Li, "Listwise approach to learning to rank", ICML 2008; Lan, Zhu, Guo,
     Niu, Cheng, "Position-aware ListMLE", UAI 2014.
@@ -165,13 +138,14 @@ def list_mle_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.3133), tensor([-7.1716e-22, -7.3106e-01,  7.3106e-01]))
     """
-    k = _checks.as_limit("k", k)
+    first = limit(k)
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
-    params = (_TIES[ties], _POSITION_WEIGHTS[position_weights], k or 0)
-    return list_loss(list_mle, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(list_mle, (_TIES[ties], _POSITION_WEIGHTS[position_weights], first), LabelUse.ORDER, *given)
 
 
+@documented
 def unique_softmax_loss(
     scores: Tensor,
     labels: Tensor,
@@ -186,10 +160,11 @@ def unique_softmax_loss(
     """Unique softmax: each item against those of lower label, weighted with its gain.
 
     ``sum_i G_i softplus(logsumexp_{y_j < y_i} s_j - s_i)``, with the gains ``2^y - 1`` or ``y`` relative to the
-    list's largest one; convex in the scores. An item whose label isn't above 0 has no gain of its own.
+    list's largest one; convex in the scores. An item whose label isn't above 0 has no gain of its own. A list whose
+    labels are all equal, or none above 0, doesn't contribute. O(n) time but for the sort, O(n) memory.
 
-    Arguments but for ``gain`` ("exponential" or "linear"), and errors, are those of `list_net_loss`. A list
-    whose labels are all equal, or none above 0, doesn't contribute. O(n) time but for the sort, O(n) memory.
+    Args:
+        gain: "exponential" or "linear".
 
     Source: Zhu & Klabjan, "Listwise learning to rank by exploring unique ratings", WSDM 2020. TensorFlow
     Ranking's loss is this one times the largest gain.
@@ -202,11 +177,12 @@ def unique_softmax_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.9892), tensor([ 0.8198, -0.7881, -0.0317]))
     """
-    _checks.is_one_of("gain", gain, _GAINS)
-    params, use = (gain == "exponential",), LabelUse.EXPONENTIAL if gain == "exponential" else LabelUse.VALUE
-    return list_loss(unique_softmax, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
+    _checks.is_one_of("gain", gain, GAINS)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(unique_softmax, (gain == "exponential",), GAINS[gain], *given)
 
 
+@documented
 def cosent_loss(
     scores: Tensor,
     labels: Tensor,
@@ -221,10 +197,11 @@ def cosent_loss(
     """CoSENT: a smooth maximum over all pairs of how far they are misordered.
 
     ``log(1 + sum_{y_i > y_j} exp(scale (s_j - s_i)))``, convex in the scores, for similarities as scores: the
-    batch of pairs of sentences is one list.
+    batch of pairs of sentences is one list. The lists that contribute are those of `list_net_loss`. O(n) time but for
+    the sort, O(n) memory.
 
-    Arguments but for ``scale``, a positive number, errors, and the lists that contribute are those of
-    `list_net_loss`. O(n) time but for the sort, O(n) memory.
+    Args:
+        scale: how sharp the maximum is, a positive number.
 
     Source: Su, "CoSENT", 2022; the CoSENTLoss of Sentence Transformers.
 
@@ -237,7 +214,8 @@ def cosent_loss(
         (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
     scale = _checks.as_positive("scale", scale)
-    return list_loss(cosent, scores, labels, (scale,), mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(cosent, (scale,), LabelUse.ORDER, *given)
 
 
 # ---------------------------------------------------------------- modules

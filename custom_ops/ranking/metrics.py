@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._lists import checked, list_dot, relative_gains
+from custom_ops.ranking._arguments import checked, documented
+from custom_ops.ranking._gains import GAINS, relative_gains
+from custom_ops.ranking._lists import list_dot
 
 _ALL_TIES = ("average", "index", "together")
 _REAL = (*_checks.FLOATING, torch.uint8, torch.int8, torch.int16, *_checks.INDEX)
@@ -135,6 +137,7 @@ class _Ranked:
         return metric.to(self.dtype)
 
 
+@documented
 def ndcg(
     scores: Tensor,
     labels: Tensor,
@@ -152,30 +155,20 @@ def ndcg(
     Equal to ``sklearn.metrics.ndcg_score`` for ``gain="linear"``; its ``ignore_ties`` is ``ties="index"``,
     but for the order that it gives tied items.
 
+    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+
     Args:
-        scores: [..., n], of any real dtype. Without a gradient.
-        labels: [..., n], of any real dtype; one below 0 has gain 0.
+        scores: ``[..., n]``, of any real dtype. They get no gradient.
+        labels: ``[..., n]``, of any real dtype; one below 0 has gain 0.
         k: only the first k ranks count; None for all.
-        mask: [..., n], True for valid items: others are never read.
-        lengths: [...], how many items of each list are valid, from the first on.
-        cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
-            the last dimension.
         gain: "exponential", 2^label - 1 (for labels of any size), or "linear", the label.
         ties: "average" over the orders of items tied in score, or "index", in the order they came in.
         reduction: "mean" over the lists that have a gain (0 if none does), "sum", or "none" for one number for
             each list, 0 where it has no gain.
 
     Returns:
-        A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
-        NaN score or label.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, ``k`` no integer.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, both ``lengths`` and ``cu_lengths``, an
-            unknown option.
-        RuntimeError: ``lengths`` or ``cu_lengths`` out of range or order, as `pairwise_logistic_loss` has it.
-
-    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+        A scalar, or for "none" one number for each list; float64 for float64 scores, else float32. NaN for a list with
+        a NaN score or label.
 
     Source: Järvelin and Kekäläinen, 2002; exponential gains: Burges et al., 2005.
 
@@ -184,7 +177,7 @@ def ndcg(
         >>> custom_ops.ndcg(torch.tensor([0.1, 0.3, 0.2]), torch.tensor([2, 0, 1]), k=2)
         tensor(0.1738)
     """
-    _checks.is_one_of("gain", gain, ("exponential", "linear"))
+    _checks.is_one_of("gain", gain, GAINS)
     ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, ("average", "index"), reduction)
     discounts = 1 / (torch.arange(scores.shape[-1], device=scores.device).double() + 2).log2()
     discounts = torch.where(ranked.within(torch.arange(len(discounts), device=scores.device)), discounts, 0)
@@ -200,6 +193,7 @@ def ndcg(
     return ranked.reduce(dcg / ideal, ideal != 0)
 
 
+@documented
 def mrr(
     scores: Tensor,
     labels: Tensor,
@@ -216,30 +210,20 @@ def mrr(
     With ``ties="together"`` and one relevant item in each list equal to
     ``sklearn.metrics.label_ranking_average_precision_score``.
 
+    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+
     Args:
-        scores: [..., n], of any real dtype. Without a gradient.
-        labels: [..., n], of any real dtype.
+        scores: ``[..., n]``, of any real dtype. They get no gradient.
+        labels: ``[..., n]``, of any real dtype.
         k: 0 for a list whose first relevant item has a rank beyond k; None for no such limit.
-        mask: [..., n], True for valid items: others are never read.
-        lengths: [...], how many items of each list are valid, from the first on.
-        cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
-            the last dimension.
         ties: "average" over the orders of items tied in score; "index", in the order they came in; or
             "together", each at the last rank of the tied.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
             number for each list, 0 where it has none.
 
     Returns:
-        A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
-        NaN score or label.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, ``k`` no integer.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, both ``lengths`` and ``cu_lengths``, an
-            unknown option.
-        RuntimeError: ``lengths`` or ``cu_lengths`` out of range or order, as `pairwise_logistic_loss` has it.
-
-    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+        A scalar, or for "none" one number for each list; float64 for float64 scores, else float32. NaN for a list with
+        a NaN score or label.
 
     Source: Voorhees, 1999; ties: McSherry and Najork, 2008.
 
@@ -272,6 +256,7 @@ def _log_falling(n: Tensor, j: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma((n - j).clamp(min=0) + 1)
 
 
+@documented
 def average_precision(
     scores: Tensor,
     labels: Tensor,
@@ -287,31 +272,21 @@ def average_precision(
 
     With ``ties="together"`` equal to ``sklearn.metrics.average_precision_score`` of each list.
 
+    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+
     Args:
-        scores: [..., n], of any real dtype. Without a gradient.
-        labels: [..., n], of any real dtype.
+        scores: ``[..., n]``, of any real dtype. They get no gradient.
+        labels: ``[..., n]``, of any real dtype.
         k: only the first k ranks count, and the sum is divided by the number of relevant items or by k, whichever
             is less, so that a perfect order has 1; None for all.
-        mask: [..., n], True for valid items: others are never read.
-        lengths: [...], how many items of each list are valid, from the first on.
-        cu_lengths: [L + 1], non-decreasing: list l is the items from cu_lengths[l] to before cu_lengths[l + 1] of
-            the last dimension.
         ties: "average" over the orders of items tied in score; "index", in the order they came in; or
             "together", each at the last rank of the tied.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
             number for each list, 0 where it has none.
 
     Returns:
-        A scalar or [...], with ``cu_lengths`` [..., L]; float64 for float64 scores, else float32. NaN for a list with a
-        NaN score or label.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, ``k`` no integer.
-        ValueError: shapes that don't match, several devices, ``k`` less than 1, both ``lengths`` and ``cu_lengths``, an
-            unknown option.
-        RuntimeError: ``lengths`` or ``cu_lengths`` out of range or order, as `pairwise_logistic_loss` has it.
-
-    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+        A scalar, or for "none" one number for each list; float64 for float64 scores, else float32. NaN for a list with
+        a NaN score or label.
 
     Source: ties: McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
     Presence of Tied Scores", 2008.

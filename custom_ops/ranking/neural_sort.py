@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops._enums import LabelUse
-from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
-
-_GAINS = ("exponential", "linear")
-_NO_LIMIT = 2**31 - 1
+from custom_ops.ranking._arguments import ListLossModule, documented, limit, list_loss
+from custom_ops.ranking._gains import GAINS
+from custom_ops.ranking._list_loss import list_op
 
 
 @list_op()
@@ -17,6 +15,7 @@ def neural_sort(temperature: float, k: int, exponential: bool) -> None:
     """1 less the NDCG of each list, with the gain at each rank a mean by a row of NeuralSort's matrix."""
 
 
+@documented
 def neural_sort_ndcg_loss(
     scores: Tensor,
     labels: Tensor,
@@ -43,25 +42,9 @@ def neural_sort_ndcg_loss(
     are computed in float32.
 
     Args:
-        scores: ``[..., n]``; float16, bfloat16, float32 or float64.
-        labels: graded relevance ``[..., n]``, real numbers.
-        mask: True where an item is valid; others are not read, and get a zero gradient.
-        lengths: ``[...]``: of each list the first so many items are valid.
-        cu_lengths: ``[L + 1]``: list l is the items from cu_lengths[l] to cu_lengths[l + 1].
-        weights: of each list.
-        reduction: "mean" over the lists that contribute, "sum" or "none".
         k: only the first k ranks count; None for all.
         temperature: in units of the scores: the smaller, the closer to sorting and the steeper.
         gain: "exponential" or "linear".
-
-    Returns:
-        A scalar, or for "none" one loss for each list. A list without a relevant item, or whose labels are all
-        equal, doesn't contribute: its loss and gradient are 0. NaN if a valid score isn't finite.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, ``temperature`` no number, ``k`` no integer.
-        ValueError: shapes that don't match, several devices, labels that require a gradient,
-            ``temperature`` not positive, ``k`` less than 1, an unknown ``gain`` or ``reduction``.
 
     O(n min(k, n)) time at most, O(n) memory. On the CPU a row is summed only where its terms don't vanish, in a
     number of items that grows with the square root of n for scores spread alike.
@@ -78,12 +61,11 @@ def neural_sort_ndcg_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.2496), tensor([-0.1159, -0.4163,  0.5322]))
     """
-    k = _checks.as_limit("k", k)
+    first = limit(k)
     temperature = _checks.as_positive("temperature", temperature)
-    _checks.is_one_of("gain", gain, _GAINS)
-    params = (temperature, _NO_LIMIT if k is None else min(k, _NO_LIMIT), gain == "exponential")
-    use = LabelUse.EXPONENTIAL if gain == "exponential" else LabelUse.VALUE
-    return list_loss(neural_sort, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
+    _checks.is_one_of("gain", gain, GAINS)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(neural_sort, (temperature, first, gain == "exponential"), GAINS[gain], *given)
 
 
 class NeuralSortNDCGLoss(ListLossModule):
@@ -101,9 +83,3 @@ class NeuralSortNDCGLoss(ListLossModule):
         self, reduction: str = "mean", k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
     ) -> None:
         super().__init__(reduction, k=k, temperature=temperature, gain=gain)
-
-
-# ---------------------------------------------------------------- reference
-
-
-# ---------------------------------------------------------------- registry

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, PairFunction
-from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
+from custom_ops.ranking._arguments import ListLossModule, documented, list_loss
+from custom_ops.ranking._list_loss import list_op
 
 
 @list_op()
@@ -29,6 +30,7 @@ def pairwise_mse(normalize: bool) -> None:
     """The sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
 
 
+@documented
 def pairwise_logistic_loss(
     scores: Tensor,
     labels: Tensor,
@@ -44,33 +46,13 @@ def pairwise_logistic_loss(
     """RankNet: the sum of ``log(1 + exp(-sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
 
     Nothing of size n^2 is kept, and a pair misordered by any amount has its gradient. Differentiable
-    twice. A list without a pair (empty, of one item, all masked, all labels tied) has loss 0 and doesn't
-    count in the mean. 16-bit scores are computed in float32; under autocast the loss is float32.
-
-    Args:
-        scores: ``[..., n]``; float16, bfloat16, float32 or float64.
-        labels: ``[..., n]``, any real dtype; the higher the better. They get no gradient.
-        mask: bool ``[..., n]``, True for the items that count. The others are never read, NaN or not, and
-            get a gradient of exactly 0.
-        lengths: int ``[...]``: only the first ``lengths`` items count.
-        cu_lengths: int ``[L + 1]``, non-decreasing: the last dimension holds L lists, of which l is the
-            items from ``cu_lengths[l]`` to before ``cu_lengths[l + 1]``.
-        weights: ``[...]`` (with ``cu_lengths`` ``[..., L]``): one for each list.
-        reduction: "mean" over the lists that count (weighted by ``weights``), "sum" or "none".
-        sigma: the steepness, a positive number.
-        normalize: divide each list's loss by its number of pairs.
-
-    Returns:
-        A scalar, or for "none" one loss for each list; in the dtype of the scores.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, ``sigma`` no number, ``normalize`` no bool.
-        ValueError: a wrong shape, several devices, labels that require a gradient, both ``lengths`` and
-            ``cu_lengths``, ``sigma`` not positive, an unknown ``reduction``.
-        RuntimeError: ``lengths`` out of range, ``cu_lengths`` out of order or out of range; on a GPU it is an
-            assertion on the device.
+    twice. A list without a pair (empty, of one item, all masked, all labels tied) doesn't contribute.
 
     O(n^2) time without an exponential per pair, O(n) memory.
+
+    Args:
+        sigma: the steepness, a positive number.
+        normalize: divide each list's loss by its number of pairs.
 
     Source: Burges et al., "Learning to Rank using Gradient Descent", ICML 2005.
 
@@ -84,10 +66,11 @@ def pairwise_logistic_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    params = (PairFunction.LOGISTIC, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise, (PairFunction.LOGISTIC, sigma, normalize), LabelUse.ORDER, *given)
 
 
+@documented
 def pairwise_soft_zero_one_loss(
     scores: Tensor,
     labels: Tensor,
@@ -102,8 +85,12 @@ def pairwise_soft_zero_one_loss(
 ) -> Tensor:
     """The sum of ``1 / (1 + exp(sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
 
-    A smooth count of the misordered pairs: bounded, so robust to wrong labels, and not convex. Arguments,
-    errors, result and cost are those of `pairwise_logistic_loss`.
+    A smooth count of the misordered pairs: bounded, so robust to wrong labels, and not convex. Lists that contribute
+    and cost are those of `pairwise_logistic_loss`.
+
+    Args:
+        sigma: the steepness, a positive number.
+        normalize: divide each list's loss by its number of pairs.
 
     Source: TensorFlow Ranking's PairwiseSoftZeroOneLoss.
 
@@ -114,10 +101,11 @@ def pairwise_soft_zero_one_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    params = (PairFunction.SOFT_ZERO_ONE, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise, (PairFunction.SOFT_ZERO_ONE, sigma, normalize), LabelUse.ORDER, *given)
 
 
+@documented
 def pairwise_exponential_loss(
     scores: Tensor,
     labels: Tensor,
@@ -132,8 +120,12 @@ def pairwise_exponential_loss(
 ) -> Tensor:
     """RankBoost: the sum of ``exp(-sigma (s_i - s_j))`` over the pairs with ``y_i > y_j`` of each list.
 
-    It overflows to inf where a pair is misordered by more than its dtype's exponential can hold.
-    Arguments, errors, result and cost are those of `pairwise_logistic_loss`.
+    It overflows to inf where a pair is misordered by more than its dtype's exponential can hold. Lists that contribute
+    and cost are those of `pairwise_logistic_loss`.
+
+    Args:
+        sigma: the steepness, a positive number.
+        normalize: divide each list's loss by its number of pairs.
 
     Source: Freund et al., "An Efficient Boosting Algorithm for Combining Preferences", JMLR 2003.
 
@@ -144,10 +136,11 @@ def pairwise_exponential_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    params = (PairFunction.EXPONENTIAL, sigma, normalize)
-    return list_loss(pairwise, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise, (PairFunction.EXPONENTIAL, sigma, normalize), LabelUse.ORDER, *given)
 
 
+@documented
 def pairwise_hinge_loss(
     scores: Tensor,
     labels: Tensor,
@@ -166,8 +159,6 @@ def pairwise_hinge_loss(
     With ``squared`` of its square. In O(n log n) time on the CPU: the pairs are counted, not visited. At
     the kink the gradient is 0. Twice differentiable almost everywhere: the Hessian is 0, with ``squared``
     the matrix of the pairs within the margin. A NaN among a list's scores makes its loss and gradient NaN.
-
-    The other arguments, errors and the result are those of `pairwise_logistic_loss`.
 
     Args:
         margin: by how much the better item should lead, in units of the scores.
@@ -188,12 +179,11 @@ def pairwise_hinge_loss(
     margin = _checks.as_float("margin", margin)
     squared = _checks.as_bool("squared", squared)
     normalize = _checks.as_bool("normalize", normalize)
-    params = (margin, squared, normalize)
-    return list_loss(
-        pairwise_hinge, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.ORDER
-    )
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise_hinge, (margin, squared, normalize), LabelUse.ORDER, *given)
 
 
+@documented
 def pairwise_mse_loss(
     scores: Tensor,
     labels: Tensor,
@@ -210,8 +200,6 @@ def pairwise_mse_loss(
     Pairs of tied labels count too: their scores should be equal. In O(n) time, as it is ``2 n`` times the
     sum of the squares of ``s - y`` about their mean. A list of fewer than two items doesn't count.
 
-    The other arguments, errors and the result are those of `pairwise_logistic_loss`.
-
     Args:
         normalize: divide each list's loss by its number of ordered pairs, n (n - 1).
 
@@ -226,10 +214,8 @@ def pairwise_mse_loss(
         (tensor(13.), tensor([-14.,  10.,   4.]))
     """
     normalize = _checks.as_bool("normalize", normalize)
-    params = (normalize,)
-    return list_loss(
-        pairwise_mse, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, LabelUse.DIFFERENCE
-    )
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return list_loss(pairwise_mse, (normalize,), LabelUse.DIFFERENCE, *given)
 
 
 class PairwiseLogisticLoss(ListLossModule):

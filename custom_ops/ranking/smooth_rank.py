@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, SmoothMetric
-from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
+from custom_ops.ranking._arguments import ListLossModule, documented, list_loss
+from custom_ops.ranking._list_loss import list_op
 
 _NDCG = {"exponential": SmoothMetric.NDCG, "linear": SmoothMetric.NDCG_LINEAR}
 
@@ -16,6 +19,7 @@ def smooth_rank(temperature: float, metric: int) -> None:
     """1 less the metric of each list, at r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature)."""
 
 
+@documented
 def approx_ndcg_loss(
     scores: Tensor,
     labels: Tensor,
@@ -32,32 +36,13 @@ def approx_ndcg_loss(
 
     ``1 - sum_i G_i / log2(1 + r_i) / ideal`` with ``r_i = 1 + sum_{j != i} sigmoid((s_j - s_i) / temperature)``,
     gains ``G = 2^y - 1`` or ``y``, and the ideal DCG: the sum of the sorted gains over ``log2(1 + rank)``.
-    A label below 0 has no gain.
-
-    Differentiable twice and in forward mode. 16-bit scores are computed in float32.
+    A label below 0 has no gain. The loss is between 0 and 1. A list without a relevant item, or whose labels are all
+    equal, doesn't contribute. Differentiable twice and in forward mode. O(relevant items x n) time and O(n) memory.
 
     Args:
-        scores: ``[..., n]``; float16, bfloat16, float32 or float64.
-        labels: graded relevance ``[..., n]``, real numbers.
-        mask: True where an item is valid; others are not read, and get a zero gradient.
-        lengths: ``[...]``: of each list the first so many items are valid.
-        cu_lengths: ``[L + 1]``: list l is the items from cu_lengths[l] to cu_lengths[l + 1].
-        weights: of each list.
-        reduction: "mean" over the lists that contribute, "sum" or "none".
         temperature: of the sigmoids, in units of the scores: the smaller, the closer to NDCG and the
             steeper. 1 is allRank's default, 0.1 TensorFlow Ranking's.
         gain: "exponential" or "linear".
-
-    Returns:
-        A scalar, or for "none" one loss for each list; between 0 and 1. A list without a relevant item, or
-        whose labels are all equal, doesn't contribute: its loss and gradient are 0.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, ``temperature`` no number.
-        ValueError: shapes that don't match, several devices, labels that require a gradient,
-            ``temperature`` not positive, an unknown ``gain`` or ``reduction``.
-
-    O(relevant items x n) time and O(n) memory.
 
     Source: Qin, Liu, Li, "A general approximation framework for direct optimization of information
     retrieval measures", Information Retrieval 2010.
@@ -71,9 +56,11 @@ def approx_ndcg_loss(
         (tensor(0.3803), tensor([ 0.2046, -0.1863, -0.0183]))
     """
     _checks.is_one_of("gain", gain, _NDCG)
-    return _smooth_rank(scores, labels, temperature, _NDCG[gain], mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return _smooth_rank(_NDCG[gain], temperature, *given)
 
 
+@documented
 def approx_mrr_loss(
     scores: Tensor,
     labels: Tensor,
@@ -87,8 +74,11 @@ def approx_mrr_loss(
 ) -> Tensor:
     """ApproxMRR: 1 - the mean of the relevant items' reciprocal smooth ranks, weighted with their labels.
 
-    ``1 - sum_i y_i / r_i / sum_i y_i`` over the items with a label above 0, with the ranks of
-    `approx_ndcg_loss`; all other arguments, errors and costs are that function's too.
+    ``1 - sum_i y_i / r_i / sum_i y_i`` over the items with a label above 0, with the ranks of `approx_ndcg_loss`; the
+    lists that contribute and costs are that function's too.
+
+    Args:
+        temperature: of the sigmoids, in units of the scores.
 
     Source: the loss of TensorFlow Ranking, in the framework of Qin, Liu, Li, Information Retrieval 2010.
 
@@ -100,9 +90,11 @@ def approx_mrr_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.6171), tensor([ 0.1539, -0.4421,  0.2882]))
     """
-    return _smooth_rank(scores, labels, temperature, SmoothMetric.MRR, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return _smooth_rank(SmoothMetric.MRR, temperature, *given)
 
 
+@documented
 def smooth_ap_loss(
     scores: Tensor,
     labels: Tensor,
@@ -117,9 +109,11 @@ def smooth_ap_loss(
     """Smooth-AP: 1 - average precision at smooth ranks.
 
     ``1 - mean_i r+_i / r_i`` over the relevant items, those with a label above 0, with the ranks of
-    `approx_ndcg_loss` among all items (r) and among the relevant ones (r+); all other arguments, errors
-    and costs are that function's too. A list of relevant items only doesn't contribute. The default
-    temperature is the paper's, for cosine similarities.
+    `approx_ndcg_loss` among all items (r) and among the relevant ones (r+); costs are that function's too. A list
+    without a relevant item, or of relevant items only, doesn't contribute.
+
+    Args:
+        temperature: of the sigmoids, in units of the scores. The default is the paper's, for cosine similarities.
 
     Source: Brown, Xie, Kalogeiton, Zisserman, "Smooth-AP", ECCV 2020.
 
@@ -131,25 +125,13 @@ def smooth_ap_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.3514), tensor([ 0.4451, -0.1860, -0.2591]))
     """
-    return _smooth_rank(
-        scores, labels, temperature, SmoothMetric.AVERAGE_PRECISION, mask, lengths, cu_lengths, weights, reduction
-    )
+    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    return _smooth_rank(SmoothMetric.AVERAGE_PRECISION, temperature, *given)
 
 
-def _smooth_rank(
-    scores: Tensor,
-    labels: Tensor,
-    temperature: float,
-    metric: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    cu_lengths: Tensor | None,
-    weights: Tensor | None,
-    reduction: str,
-) -> Tensor:
-    temperature = _checks.as_positive("temperature", temperature)
-    params, use = (temperature, metric), LabelUse.EXPONENTIAL if metric == SmoothMetric.NDCG else LabelUse.VALUE
-    return list_loss(smooth_rank, scores, labels, params, mask, lengths, cu_lengths, weights, reduction, use)
+def _smooth_rank(metric: int, temperature: float, *given: Any) -> Tensor:
+    use = LabelUse.EXPONENTIAL if metric == SmoothMetric.NDCG else LabelUse.VALUE
+    return list_loss(smooth_rank, (_checks.as_positive("temperature", temperature), metric), use, *given)
 
 
 class ApproxNDCGLoss(ListLossModule):

@@ -13,8 +13,9 @@ from custom_ops._enums import GroupValue
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
-from custom_ops.ranking import _lists
-from custom_ops.ranking._lists import ListLossModule, list_dot, list_scale, valid_items
+from custom_ops.ranking._arguments import ListLossModule, checked, documented, not_nested, reduce, valid_items
+from custom_ops.ranking._list_loss import is_differentiated
+from custom_ops.ranking._lists import batch, list_dot, list_scale, shard
 
 _REGULARIZATIONS = ("l2", "kl")
 
@@ -85,7 +86,7 @@ class Isotonic(Function, op=isotonic):
             of_x = total * group_softmax(x, *where, -1.0, False)
         elif ctx.sort:
             of_x = group_reduce(grad, *where, GroupValue.MEAN, True, False, 1.0)
-        elif ctx.kl and not _lists.is_differentiated():
+        elif ctx.kl and not is_differentiated():
             of_x = group_share(grad, ranks, *where, 1 / ctx.strength)
         else:
             of_x = _rank_derivative(ctx, grad, x, *where)
@@ -146,8 +147,8 @@ class GroupSoftmax(Function, op=group_softmax):
 
 
 for _op in (isotonic, group_reduce, group_share, group_softmax):
-    _lists._batch(_op)
-    _lists._shard(_op)
+    batch(_op)
+    shard(_op)
 
 
 def _regularization(regularization: str, strength: float) -> tuple[float, bool]:
@@ -165,7 +166,7 @@ def _soft(
     cu_lengths: Tensor | None,
     sort: bool,
 ) -> Tensor:
-    _lists.not_nested("values", values)
+    not_nested("values", values)
     _checks.has_dtype("values", values, _checks.FLOATING)
     if values.dim() == 0:
         raise ValueError("values: expected [..., n], got a single number")
@@ -186,6 +187,7 @@ def _by_lists(run: Callable[..., Tensor], x: Tensor, valid: Tensor | None, offse
     return shards.in_shards(run, f"{lists},{lists},L->{lists}", x, valid, offsets)
 
 
+@documented
 def soft_rank(
     values: Tensor,
     regularization: str = "l2",
@@ -203,26 +205,15 @@ def soft_rank(
     share their ranks, tied ones equally. For "l2" piecewise linear: its second derivative is 0 but at the
     kinks; "kl" is differentiable to any order between them. In forward mode too.
 
+    O(n log n) time, O(n) memory; on a GPU the regression of each list is sequential.
+
     Args:
-        values: [..., n]; float16, bfloat16, float32 or float64.
+        values: ``[..., n]``; float16, bfloat16, float32 or float64.
         regularization: "l2" or "kl".
         regularization_strength: e > 0.
-        mask: [..., n], True for valid items: others are never read, and have rank 0 and no gradient.
-        lengths: [...], how many items of each list are valid, from the first on.
-        cu_lengths: [L + 1], non-decreasing: the last dimension holds L lists, of which l is the values from
-            cu_lengths[l] to before cu_lengths[l + 1]. Values in no list are as those that aren't valid.
 
     Returns:
-        [..., n] in the values' dtype, computed in double and rounded once.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, a strength that is no number.
-        ValueError: shapes that don't match, several devices, both ``lengths`` and ``cu_lengths``, an unknown
-            ``regularization``, a strength not above 0.
-        RuntimeError: ``lengths`` out of range, ``cu_lengths`` out of order or out of range; on a GPU it is an
-            assertion on the device.
-
-    O(n log n) time, O(n) memory; on a GPU the regression of each list is sequential.
+        ``[..., n]`` in the values' dtype, computed in double and rounded once; 0 for values that don't count.
 
     Source: Blondel et al., "Fast Differentiable Sorting and Ranking", ICML 2020; torchsort.
 
@@ -239,6 +230,7 @@ def soft_rank(
     return _soft(values, regularization, regularization_strength, mask, lengths, cu_lengths, sort=False)
 
 
+@documented
 def soft_sort(
     values: Tensor,
     regularization: str = "l2",
@@ -253,10 +245,16 @@ def soft_sort(
     The projection of (1..n) / e onto the convex hull of the permutations of the values, where e is
     ``regularization_strength``: for e near 0 the sorted values, for larger ones sorted values that are drawn
     towards their mean. For "l2" piecewise linear: its second derivative is 0 but at the kinks; "kl" is
-    differentiable to any order between them. In forward mode too.
+    differentiable to any order between them. In forward mode too. Costs are those of `soft_rank`.
 
-    Args, dtype, errors and cost as for `soft_rank`; what is masked has no gradient, and behind the valid items the
-    result has 0; with ``cu_lengths`` each list is sorted in its own place.
+    Args:
+        values: ``[..., n]``; float16, bfloat16, float32 or float64.
+        regularization: "l2" or "kl".
+        regularization_strength: e > 0.
+
+    Returns:
+        ``[..., n]`` in the values' dtype, computed in double and rounded once. With ``cu_lengths`` each list is sorted
+        in its own place. The values that count come first, then 0.
 
     Source: Blondel et al., "Fast Differentiable Sorting and Ranking", ICML 2020; torchsort.
 
@@ -268,6 +266,7 @@ def soft_sort(
     return _soft(values, regularization, regularization_strength, mask, lengths, cu_lengths, sort=True)
 
 
+@documented
 def spearman_loss(
     scores: Tensor,
     labels: Tensor,
@@ -283,32 +282,12 @@ def spearman_loss(
     """1 - Spearman's rank correlation, of the soft ranks of the scores with the ranks of the labels.
 
     The Pearson correlation of `soft_rank` with the labels' ranks, tied labels sharing theirs; from 0, the same
-    order, to 2, the reverse. A list whose labels are all tied, or of less than two items, has loss 0; where all
+    order, to 2, the reverse. A list whose labels are all tied, or of less than two items, doesn't contribute; where all
     scores are tied the correlation counts as 0, without a gradient. Its derivatives are those of `soft_rank`.
+    O(n log n) time, O(n) memory.
 
     Args:
-        scores: [..., n]; float16, bfloat16, float32 or float64.
-        labels: [..., n] of any real dtype, without a gradient.
-        mask: [..., n], True for valid items: others are never read and have no gradient.
-        lengths: [...], how many items of each list are valid, from the first on.
-        cu_lengths: [L + 1], non-decreasing: the last dimension holds L lists, of which l is the items from
-            cu_lengths[l] to before cu_lengths[l + 1].
-        weights: [...] (with ``cu_lengths`` [..., L]), one for each list.
-        reduction: "mean" over the lists whose labels differ (0 if there is none), weighted by ``weights``,
-            "sum", or "none" for one number for each list.
         regularization, regularization_strength: those of `soft_rank`.
-
-    Returns:
-        A scalar or [...] (with ``cu_lengths`` [..., L]) in the scores' dtype, under autocast float32.
-
-    Raises:
-        TypeError: no tensor, a wrong dtype, a strength that is no number.
-        ValueError: labels that require a gradient, shapes that don't match, several devices, both ``lengths``
-            and ``cu_lengths``, an unknown ``regularization`` or ``reduction``, a strength not above 0.
-        RuntimeError: ``lengths`` out of range, ``cu_lengths`` out of order or out of range; on a GPU it is an
-            assertion on the device.
-
-    O(n log n) time, O(n) memory.
 
     Source: Blondel et al., "Fast Differentiable Sorting and Ranking", ICML 2020.
 
@@ -317,7 +296,7 @@ def spearman_loss(
         >>> custom_ops.spearman_loss(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1, 3, 2]))
         tensor(0.5000)
     """
-    where = _lists.checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    where = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
     options = *_regularization(regularization, regularization_strength), False
     ranks = _fitted(wide(scores), *where, *options).double()
     wanted = _by_lists(_ranks, labels.detach(), *where).masked_fill(labels.isnan(), torch.nan)
@@ -332,7 +311,7 @@ def spearman_loss(
     loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, theirs, *where) * scale, 0), 0)
     if cu_lengths is None:
         loss, active = loss.squeeze(-1), active.squeeze(-1)
-    loss = _lists.reduce(loss, active, weights, reduction)
+    loss = reduce(loss, active, weights, reduction)
     return loss.float() if under_autocast(scores) else loss.to(scores.dtype)
 
 
@@ -382,9 +361,3 @@ class SpearmanLoss(ListLossModule):
         self, reduction: str = "mean", regularization: str = "l2", regularization_strength: float = 1.0
     ) -> None:
         super().__init__(reduction, regularization=regularization, regularization_strength=regularization_strength)
-
-
-# ---------------------------------------------------------------- plain PyTorch
-
-
-# ---------------------------------------------------------------- registry

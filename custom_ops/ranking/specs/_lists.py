@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.ranking._lists import _reduce_by_torch
+from custom_ops.ranking._arguments import reduce_by_torch
 from custom_ops.registry import BadCall, Sample
 
 
@@ -70,7 +70,7 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
         shape = batch if cu_lengths is None else (*batch, len(bounds) - 1)
         loss = torch.stack(losses, -1).reshape(shape) + connected if losses else connected.expand(shape)
         active = torch.stack(actives, -1).reshape(shape) if actives else torch.zeros(shape, dtype=torch.bool)
-        return _reduce_by_torch(loss, active, weights, reduction)
+        return reduce_by_torch(loss, active, weights, reduction)
 
     return reference
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from custom_ops.ranking._lists import relative_gains
+from custom_ops.ranking._gains import relative_gains
 from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
 from custom_ops.ranking.specs._lists import list_bad_calls, list_samples, reference_of
 from custom_ops.registry import BadCall, OpInfo, Sample, register

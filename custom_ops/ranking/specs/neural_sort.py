@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.ranking._lists import relative_gains
+from custom_ops.ranking._gains import relative_gains
 from custom_ops.ranking.neural_sort import NeuralSortNDCGLoss, neural_sort_ndcg_loss
 from custom_ops.ranking.specs._lists import list_bad_calls, list_samples, reference_of
 from custom_ops.registry import BadCall, OpInfo, register

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from custom_ops.ranking._lists import ListLossModule
+from custom_ops.ranking._arguments import ListLossModule
 from custom_ops.ranking.pairwise import (
     PairwiseExponentialLoss,
     PairwiseHingeLoss,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.ranking._lists import ListLossModule, relative_gains
+from custom_ops.ranking._arguments import ListLossModule
+from custom_ops.ranking._gains import relative_gains
 from custom_ops.ranking.smooth_rank import (
     ApproxMRRLoss,
     ApproxNDCGLoss,

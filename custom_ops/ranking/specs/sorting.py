@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.ranking._lists import valid_items
+from custom_ops.ranking._arguments import valid_items
 from custom_ops.ranking.sorting import SpearmanLoss, _tied, soft_rank, soft_sort, spearman_loss
 from custom_ops.ranking.specs._lists import list_bad_calls, list_samples, reference_of
 from custom_ops.registry import BadCall, OpInfo, Sample, register

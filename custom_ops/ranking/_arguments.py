@@ -1,0 +1,264 @@
+"""The seven arguments that all list losses share: their documentation, their checks, and what is made of them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from custom_ops import _checks, shards
+from custom_ops._enums import LabelUse, Reduction
+from custom_ops._wide import under_autocast
+from custom_ops.library._torch import OpOverload, transforms_are_active
+from custom_ops.ranking._inputs import in_dtype, list_valid
+from custom_ops.ranking._list_loss import no_gradient
+from custom_ops.ranking._lists import list_total
+
+_REDUCTIONS = Reduction.options()
+_NO_LIMIT = 2**31 - 1
+
+# ---------------------------------------------------------------- documentation
+
+_ARGUMENTS = """
+    scores: ``[..., n]``; float16, bfloat16, float32 or float64. 16-bit scores are computed in float32.
+    labels: ``[..., n]``, of any real dtype, the higher the better. Labels that require a gradient are an error.
+    mask: bool ``[..., n]``, True for the items that count. The others are never read, NaN or not; their gradient is 0.
+    lengths: int ``[...]``: only the first so many items of each list count.
+    cu_lengths: int ``[L + 1]``, non-decreasing: the last dimension holds L lists, of which list l is the items from
+        ``cu_lengths[l]`` to before ``cu_lengths[l + 1]``.
+    weights: floating ``[...]``, with ``cu_lengths`` ``[..., L]``: one for each list.
+    reduction: "mean" over the lists that contribute (weighted by ``weights``; 0 if there is none), "sum" or "none".
+"""
+
+_RETURNS = """Returns:
+    A scalar, or for "none" one loss for each list; in the dtype of the scores, under autocast in float32. A list that
+    doesn't contribute has a loss and a gradient of 0."""
+
+_RAISES = """Raises:
+    TypeError: an argument of a wrong type or dtype.
+    ValueError: a shape that doesn't match, tensors on several devices, both ``lengths`` and ``cu_lengths``, an
+        unknown option, a number out of range.
+    RuntimeError: ``lengths`` out of range, ``cu_lengths`` out of order or out of range; on a GPU it is an assertion
+        on the device."""
+
+_SECTION = re.compile(r"^(?=(?:Args|Returns|Raises|Source|Example):)", re.MULTILINE)
+_ENTRY = re.compile(r"^(?=    \w)", re.MULTILINE)
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def _entries(arguments: str) -> dict[str, str]:
+    """The arguments that lines describe, by their names."""
+    return {entry.split()[0].strip(":,"): entry.strip("\n") for entry in _ENTRY.split(arguments) if entry.strip()}
+
+
+def documented(function: F) -> F:
+    """Complete the docstring of a function of lists with what it shares with the others.
+
+    In the source, ``Args`` has the function's own arguments, and those shared ones that mean something else there.
+    ``Returns`` and ``Raises`` are those of all list losses, unless the source has such a section.
+    """
+    if function.__doc__ is None:  # python -OO
+        return function
+    description, *sections = (part.strip() for part in _SECTION.split(inspect.cleandoc(function.__doc__)))
+    own = {section.partition(":")[0]: section for section in sections}
+    entries = _entries(_ARGUMENTS) | _entries(own.pop("Args", "Args:").removeprefix("Args:"))
+    arguments = [entries[name] for name in inspect.signature(function).parameters if name in entries]
+    complete = {"Args": "\n".join(["Args:", *arguments]), "Returns": _RETURNS, "Raises": _RAISES} | own
+    function.__doc__ = "\n\n".join([description, *complete.values()])
+    return function
+
+
+def limit(k: int | None) -> int:
+    """``k``, checked, as ops take it: the number of ranks that count."""
+    k = _checks.as_limit("k", k)
+    return _NO_LIMIT if k is None else min(k, _NO_LIMIT)
+
+
+# ---------------------------------------------------------------- checks, and the loss
+
+
+def list_loss(
+    op: OpOverload,
+    params: Sequence[Any],
+    use: int,
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_lengths: Tensor | None,
+    weights: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Check the arguments of all list losses, call ``op`` on them and its own ``params``, and reduce over the lists.
+
+    ``use`` says how the loss uses its labels: see `custom_ops.ranking._inputs`. float64 labels of which it needs more
+    than the order are computed with in float64, whatever the scores are.
+    """
+    valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
+    # A DTensor is left sharded until only the losses of its lists are to be communicated.
+    whole = weights is None and type(scores) in (Tensor, Parameter)
+    by_op = _REDUCTIONS[reduction] if whole else Reduction.NONE
+    labels = in_dtype(labels, dtype, valid, offsets, use)
+    loss, _, active = op(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
+    if by_op == Reduction.NONE:
+        if offsets is None and (weights is not None or reduction == "none"):
+            loss, active = loss.squeeze(-1), active.squeeze(-1)
+        loss = reduce(loss, active, weights, reduction)
+    return rounded(loss, wide if under_autocast(scores) else scores.dtype)
+
+
+def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss in ``dtype``; a sum over pairs that float16 can't hold is told of, where no device has to be awaited."""
+    out = loss.to(dtype)
+    eager = type(out) is Tensor and not (torch.compiler.is_compiling() or transforms_are_active())
+    if dtype == torch.float16 and out.device.type == "cpu" and eager and bool(out.isinf().any()):
+        warnings.warn(
+            "the loss is beyond the range of float16, or near it: where the loss is a sum over pairs, pass "
+            "normalize=True to divide by their number; or pass float32 scores",
+            stacklevel=4,
+        )
+    return out
+
+
+def checked(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_lengths: Tensor | None,
+    weights: Tensor | None,
+    reduction: str,
+    dtypes: Sequence[torch.dtype] = _checks.FLOATING,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What `valid_items` gives, once all arguments are checked."""
+    not_nested("scores", scores)
+    _checks.has_dtype("scores", scores, dtypes)
+    if scores.dim() == 0:
+        raise ValueError("scores: expected [..., n], got a single number")
+    _checks.is_tensor("labels", labels)
+    if labels.is_complex():
+        raise TypeError(f"labels: expected real numbers, got {str(labels.dtype).removeprefix('torch.')}")
+    no_gradient(labels.requires_grad)
+    _has_shape("labels", labels, scores, scores.shape)
+    valid, offsets = valid_items("scores", scores, mask, lengths, cu_lengths)
+    if weights is not None:
+        _checks.has_dtype("weights", weights, _checks.FLOATING)
+        per_list = scores.shape[:-1] if offsets is None else (*scores.shape[:-1], offsets.shape[0] - 1)
+        _has_shape("weights", weights, scores, torch.Size(per_list))
+    _checks.is_one_of("reduction", reduction, _REDUCTIONS)
+    return valid, offsets
+
+
+def not_nested(name: str, x: Tensor) -> None:
+    if isinstance(x, Tensor) and x.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested tensor; pass its values() with cu_lengths=its offsets()"
+        )
+
+
+def valid_items(
+    name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_lengths: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which items of ``x``, called ``name``, are valid, None if all are; and the bounds of its lists, if several.
+
+    All arguments are checked.
+    """
+    offsets = None
+    if cu_lengths is not None:
+        if lengths is not None:
+            raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
+        offsets = _integers("cu_lengths", cu_lengths, x)
+        _checks.has_dims("cu_lengths", offsets, "[L + 1]")
+        if offsets.shape[0] == 0:
+            raise ValueError("cu_lengths: expected at least one element, got none")
+        _checks.same_device(**{name: x, "cu_lengths": offsets})
+    if mask is not None:
+        _checks.has_dtype("mask", mask, (torch.bool,))
+        _has_shape("mask", mask, x, x.shape, name)
+    if lengths is None:
+        return mask, offsets
+    lengths = _integers("lengths", lengths, x)
+    _has_shape("lengths", lengths, x, x.shape[:-1], name)
+    begun: Tensor = list_valid(lengths, x.shape[-1])
+    return begun if mask is None else mask & begun, offsets
+
+
+def _integers(name: str, value: Any, x: Tensor) -> Tensor:
+    """A tensor of int64, of one of integers, or of what else makes one: a list, an array of numpy's."""
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, device=x.device)
+        except (RuntimeError, TypeError, ValueError):
+            raise TypeError(f"{name}: expected a tensor or a list of integers, got {type(value).__name__}") from None
+        value = value if value.numel() else value.to(torch.int64)
+    _checks.has_dtype(name, value, _checks.INDEX)
+    return value.to(torch.int64)
+
+
+def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, called: str = "scores") -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != beside.device:
+        _checks.same_device(**{called: beside, name: tensor})
+
+
+def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """The mean is over the lists that contribute; of none it is 0."""
+    if weights is not None or reduction == "none" or shards.is_sharded(loss):
+        return reduce_by_torch(loss, active, weights, reduction)
+    total: Tensor = list_total(loss, active, reduction == "mean", 0)
+    return total
+
+
+def reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    if weights is not None:
+        weights = weights.to(loss.dtype)
+        loss = torch.where((weights == 0) & ~loss.isfinite(), 0, loss) * weights
+    if reduction == "none":
+        return loss
+    # In double, as torch's sums depend on the number of threads.
+    total = loss.sum(dtype=torch.float64)
+    if reduction == "mean":
+        count = active.sum() if weights is None else (weights * active).sum(dtype=torch.float64)
+        if shards.is_sharded(count):
+            count = shards.summed_up(count)
+        total = total / torch.where(count == 0, 1, count)
+    return total.to(loss.dtype)
+
+
+class ListLossModule(torch.nn.Module):
+    """A list loss as a layer: subclasses name the ``function`` and pass its own arguments on."""
+
+    function: Callable[..., Tensor]
+
+    def __init__(self, reduction: str = "mean", **own: Any) -> None:
+        super().__init__()
+        self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in own.items()}
+        with torch.no_grad():
+            nothing = torch.empty(0, device="cpu")
+            self(nothing, nothing)  # the function checks them
+
+    def forward(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        where: dict[str, Any] = {"mask": mask, "lengths": lengths, "cu_lengths": cu_lengths, "weights": weights}
+        return type(self).function(scores, labels, **where, reduction=self.reduction, **self.own)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in {**self.own, "reduction": self.reduction}.items())

@@ -1,0 +1,178 @@
+"""The two ops of a list loss, and their derivatives.
+
+They are here called ``op`` and ``slope_op``, over ``scores [..., T]`` whose last dimension holds L lists::
+
+    op(scores, labels, valid, offsets, reduction, batch_dims, *params) -> (loss, slope [..., T], active [..., L])
+    slope_op(scores, labels, valid, offsets, v, *params) -> [..., T]
+
+`list_op` declares both, given the parameters.
+
+The loss is that of each list [..., L], or by ``reduction`` the mean over those that contribute, which ``active``
+tells, or the sum over all, of each example of the first ``batch_dims`` dimensions (0 but under ``vmap``). The slope
+is its derivative in the scores. It comes with the loss because one pass gives both, and serves the plain backward;
+whenever that backward is itself differentiated, ``slope_op`` with ``v`` None gives the slope of each list's own
+loss, with a derivative of its own: ``slope_op`` with ``v`` is the Hessian times v.
+
+The ops see float32 or float64 only. An item that isn't ``valid`` is never read, and its slope is 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops._enums import Reduction
+from custom_ops._native import define
+from custom_ops.library import Function
+from custom_ops.library._torch import OpOverload, forward_level
+from custom_ops.ranking._lists import batch, list_dot, list_scale, list_share, list_total, per_list, shard
+
+
+def is_differentiated() -> bool:
+    """Whether derivatives may be taken of what a backward computes."""
+    return torch.is_grad_enabled() or forward_level() >= 0
+
+
+def _loss(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    reduction: int,
+    batch_dims: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    active = torch.empty_like(per_list(scores, offsets), dtype=torch.bool)
+    loss = scores.new_empty(active.shape if reduction == Reduction.NONE else active.shape[:batch_dims])
+    return loss, scores.new_empty(scores.shape), active
+
+
+def _slope(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, *_: Any
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def list_op(third_is_zero: bool = False) -> Callable[[Callable[..., None]], OpOverload]:
+    """Define the two ops of a list loss, ``name`` and ``name_slope``, with all their rules; gives the first.
+
+    What is decorated has the name, what the loss is of each list, and the parameters that come after the
+    arguments common to all. For ``third_is_zero`` see `_attach`.
+    """
+
+    def decorate(declared: Callable[..., None]) -> OpOverload:
+        op = define(_fake(_loss, declared, declared.__name__))
+        _attach(op, define(_fake(_slope, declared, f"{declared.__name__}_slope")), third_is_zero)
+        return op
+
+    return decorate
+
+
+def _fake(common: Callable[..., Any], declared: Callable[..., None], name: str) -> Callable[..., Any]:
+    """The fake kernel of that name, with the arguments of ``common`` and then those of ``declared``."""
+
+    def fake(*args: Any) -> Any:
+        return common(*args)
+
+    signature = inspect.signature(common, eval_str=True)
+    own = inspect.signature(declared, eval_str=True).parameters.values()
+    parameters = [*list(signature.parameters.values())[:-1], *own]
+    fake.__name__, fake.__module__, fake.__doc__ = name, declared.__module__, declared.__doc__
+    fake.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return fake
+
+
+def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -> None:
+    """Give a list loss its derivatives up to the second, batching rules and sharding rules.
+
+    A third derivative raises, unless ``third_is_zero`` says that it vanishes: of a loss that is a
+    quadratic function of the scores, piece by piece.
+    """
+
+    class ListLoss(Function, op=op):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            no_gradient(ctx.needs_input_grad[1])  # of an outer transform
+            *tensors, ctx.reduction, ctx.batch_dims = inputs[:6]
+            ctx.params = inputs[6:]
+            _, slope, active = output
+            ctx.mark_non_differentiable(slope, active)
+            ctx.save_for_backward(*tensors, slope, active)
+            ctx.save_for_forward(*tensors, active)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+            scores, labels, valid, offsets, slope, active = ctx.saved_tensors
+            whole = ctx.reduction != Reduction.NONE
+            if is_differentiated():
+                slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
+                of_lists = list_share(grad, active, ctx.reduction == Reduction.MEAN) if whole else grad
+                of_scores = list_scale(of_lists, slope, valid, offsets)
+            elif not whole:
+                of_scores = list_scale(grad, slope, valid, offsets)
+            else:  # the share of each list is in the slope
+                of_lists = grad.reshape(*grad.shape, *[1] * (slope.dim() - ctx.batch_dims)) if grad.dim() else grad
+                if valid is None and offsets is None:
+                    of_scores = of_lists * slope
+                else:  # what is in no list gets 0, whatever the gradient
+                    of_scores = list_scale(of_lists.expand(active.shape), slope, valid, offsets)
+            return of_scores, *[None] * (5 + len(ctx.params))
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, of_labels: Tensor | None, *_: None) -> tuple[Tensor, None, None]:
+            no_gradient(of_labels is not None)
+            scores, labels, valid, offsets, active = ctx.saved_tensors
+            slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
+            moved = list_dot(slope, tangent, valid, offsets)
+            if ctx.reduction != Reduction.NONE:
+                moved = list_total(moved, active, ctx.reduction == Reduction.MEAN, ctx.batch_dims)
+            return moved, None, None
+
+    class ListSlope(Function, op=slope_op):
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            *tensors, ctx.params = *inputs[:5], inputs[5:]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            *where, v = ctx.saved_tensors
+            of_scores = of_v = None
+            if v is None:
+                of_scores = slope_op(*where, grad, *ctx.params)
+            else:
+                if ctx.needs_input_grad[0] and not third_is_zero:
+                    raise _no_third(op)
+                if ctx.needs_input_grad[4]:
+                    of_v = slope_op(*where, grad, *ctx.params)
+            return of_scores, None, None, None, of_v, *[None] * len(ctx.params)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+            *where, v = ctx.saved_tensors
+            of_scores, of_v = tangents[0], tangents[4]
+            if v is not None and of_scores is not None and not third_is_zero:
+                raise _no_third(op)
+            moved = of_scores if v is None else of_v
+            if moved is None:
+                return torch.zeros_like(where[0])
+            moved_slope: Tensor = slope_op(*where, moved, *ctx.params)
+            return moved_slope
+
+    for some in (op, slope_op):
+        batch(some)
+        shard(some)
+
+
+def _no_third(op: OpOverload) -> Exception:
+    return NotImplementedError(f"{op} has no third derivative")
+
+
+def no_gradient(wanted: bool) -> None:
+    if wanted:
+        raise ValueError("labels: expected a tensor without gradient, as the loss has none in the labels; detach it")
