@@ -16,10 +16,11 @@ import pytest
 
 from benchmarks import exchange
 
-STEPS = 8
+STEPS = 5
 TASKS, PARALLEL = ("rank", "lift_splat"), ("ddp", "fsdp", "tp")
 KILLED = {"ddp": "in a checkpoint", "fsdp": "in a step", "tp": "in a step"}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, 
     died, resumed, killed = jobs[f"killed, {parallel}"], jobs[f"resumed, {parallel}"], KILLED[parallel]
     # The launcher names the process that it saw end first: the killed one, or one that lost its peer.
     assert "killed\n" in died and "finished\n" not in died
-    found = ["step-000003", "step-000006" if killed == "in a step" else "step-000006.partial"]
+    found = ["step-000002", "step-000004" if killed == "in a step" else "step-000004.partial"]
     assert died.endswith(f"checkpoints: {found}\n"), died
 
     assert "finished\n" in resumed, resumed
-    last = 6 if killed == "in a step" else 3
+    last = 4 if killed == "in a step" else 2
     assert f"resumed after step {last}\n" in resumed
     whole = losses(jobs[f"lift_splat, {parallel}"])
     assert losses(died) | losses(resumed) == whole
@@ -89,7 +90,7 @@ def test_a_ring_sends_all_parts_but_one() -> None:
 
 
 def kill(when: str) -> None:
-    """Let a process of this job be killed: the second one in step 7, or the first one while it saves step 6."""
+    """Let a process of this job be killed: the second one in step 5, or the first one while it saves step 4."""
     from examples import distributed
 
     step, publish, steps = distributed.step, distributed.Checkpoints.publish, iter(range(1, STEPS + 1))
@@ -99,12 +100,12 @@ def kill(when: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def killed_step(*args):  # type: ignore[no-untyped-def]
-        if next(steps) == 7 and os.environ["RANK"] == "1":
+        if next(steps) == 5 and os.environ["RANK"] == "1":
             end()
         return step(*args)
 
     def killed_publish(partial: Path, path: Path) -> None:
-        if path.name == "step-000006":
+        if path.name == "step-000004":
             end()
         publish(partial, path)
 
@@ -149,7 +150,7 @@ def main(folder: Path) -> None:
     for parallel, killed in KILLED.items():
         checkpoints = folder / parallel
         arguments = ("--task", "lift_splat", "--parallel", parallel, "--checkpoint", str(checkpoints))
-        start(f"killed, {parallel}", killed, "--every", "3", *arguments)
+        start(f"killed, {parallel}", killed, "--every", "2", *arguments)
         print(f"checkpoints: {sorted(path.name for path in checkpoints.iterdir())}", flush=True)
         start(f"resumed, {parallel}", "", *arguments)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import machines
 import pytest
 
+from custom_ops._native import isas
+
 
 def interpreter(folder: Path, name: str, script: str) -> str:
     path = folder / name
@@ -25,6 +27,7 @@ def test_each_row_changes_one_thing() -> None:
         assert len(row.environment) + ("--seed" in row.arguments) + (row.python == "/some/python") <= 1
     factors = {name for row in found for name in row.environment}
     assert {"ONEDNN_MAX_CPU_ISA", "CUSTOM_OPS_ISA", "OMP_NUM_THREADS"} <= factors
+    assert [row.environment["CUSTOM_OPS_ISA"] for row in found if "CUSTOM_OPS_ISA" in row.environment] == [*isas()]
     for row in found:  # only the level for which Inductor's code doesn't compile runs without compilation
         assert ("--eager" in row.arguments) == (row.environment.get("ATEN_CPU_CAPABILITY") == "default")
 
@@ -38,7 +41,19 @@ def test_a_row_that_fails_fails_the_command(tmp_path: Path, capsys: pytest.Captu
     assert "FAILS (1)" in capsys.readouterr().out
     results = {row["name"]: row for row in json.loads((tmp_path / "out" / "machines.json").read_text())}
     assert results[f"--python {right}"]["holds"] and not results[f"--python {wrong}"]["holds"]
-    assert (results[f"--python {wrong}"]["demo"], results[f"--python {wrong}"]["verify"]) == (0, 1)
+    assert results[f"--python {wrong}"]["statuses"] == {"demo": 0, "numbers": 1}
     (output,) = (tmp_path / "out").glob("*right/output.txt")
     assert output.read_text().startswith("-m examples.demo --quick --out")
     assert "-m custom_ops verify --quick --only value gradient" in output.read_text()
+
+
+def test_the_tests_take_the_place_of_the_demo(tmp_path: Path) -> None:
+    """They run in a folder with the whole checkout, from which any interpreter imports the whole package."""
+    python = interpreter(tmp_path, "python", "echo $*; cat pyproject.toml tests/conftest.py custom_ops/*/aot.py")
+    out = tmp_path / "out"
+    arguments = ["--python", python, "--only", python, "seed", "--out", str(out)]
+    assert machines.main([*arguments, "--tests", "tests/test_voxel.py -k 'sums or csr'"]) == 0
+    (row,) = json.loads((out / "machines.json").read_text())  # the tests have no seed to vary
+    assert row["statuses"] == {"tests": 0}
+    (output,) = out.glob("*/output.txt")
+    assert output.read_text().startswith("-m pytest tests/test_voxel.py -k sums or csr\n")
