@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import custom_ops
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 from examples.rank_mslr import LIST_LOSSES
 
 COLOURS = {0: "#9aa3ab", 1: "#6fb1e0", 2: "#1f6fb4", 3: "#0b3c68"}
@@ -32,14 +32,14 @@ OWN: dict[str, dict[str, Any]] = {
 
 def ranking_gradients() -> Figure:
     """Draw each list loss's gradient with respect to the scores of one list."""
-    names = [name for name in LIST_LOSSES if name in REGISTRY]
+    names = [name for name in LIST_LOSSES if name in FUNCTIONS]
     columns = 4
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(11, 1.75 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for axis, name in zip(axes, names):
         scores = SCORES.clone().requires_grad_()
-        REGISTRY[name].function(scores, LABELS, **OWN.get(name, {})).backward()
+        FUNCTIONS[name].function(scores, LABELS, **OWN.get(name, {})).backward()
         assert scores.grad is not None
         push = -scores.grad / scores.grad.abs().max()  # the direction in which gradient descent moves the score
         axis.bar(range(len(SCORES)), push, color=[COLOURS[label] for label in LABELS.tolist()])
