@@ -131,7 +131,7 @@ class OpInfo:
 
     @property
     def functions(self) -> tuple[OpInfo, ...]:
-        """The op and its variants."""
+        """Return the op and its variants."""
         return self, *self.variants
 
     @property

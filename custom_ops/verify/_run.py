@@ -150,7 +150,7 @@ def _chosen(only: Iterable[str] | None, quick: bool) -> list[Capability]:
 
 
 def _cell(row: Capability, cases: Sequence[Case], backend: str) -> Cell:
-    """What the op comes to, or the first of its variants that fails."""
+    """Return the cell of the op, the first of the cases; it fails where one of its variants does."""
     start = time.perf_counter()
     op, *variants = cases
     status, detail = _outcome(row, op)
