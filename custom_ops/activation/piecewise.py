@@ -324,7 +324,8 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor:
 def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """Return ``x`` where it exceeds ``threshold``, else ``value``, keeping one bit per element for backward.
 
-    The result equals ``torch.nn.functional.threshold`` bit by bit: NaN propagates, and its gradient passes.
+    The result equals ``torch.nn.functional.threshold`` bit by bit: NaN propagates, and its gradient passes. `relu` is
+    ``threshold(x, 0, 0)``.
 
     Arguments, errors, layout and cost are those of `relu`; a bound that isn't a number raises ``TypeError``.
 
