@@ -1,7 +1,7 @@
 """The registry: an entry per public op, from which it gets the battery, its timings and its row in the docs.
 
-`REGISTRY` holds the entries by name. `FUNCTIONS` holds these and their variants, which are special cases of an op: public
-functions without a row of their own. The entries come from the specs of the ops
+`REGISTRY` holds the entries by name. `FUNCTIONS` holds these and their variants, which are special cases of an op:
+public functions without a row of their own. The entries come from the specs of the ops
 (``custom_ops/FAMILY/specs/MODULE.py``). These are imported when `REGISTRY` or `FUNCTIONS` is first used, and not by
 ``import custom_ops``.
 """
@@ -162,7 +162,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register(info: OpInfo) -> None:
-    """Add an op to `REGISTRY`, and the op and its variants to `FUNCTIONS`; raise ``ValueError`` if a name is registered.
+    """Add an op to `REGISTRY`, and it and its variants to `FUNCTIONS`; raise ``ValueError`` if a name is registered.
 
     Example:
         >>> import custom_ops
