@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.measure import FLOOR, OURS, Row, label
 from benchmarks.report import Report
+from custom_ops.registry import FUNCTIONS, REGISTRY
 
 LEAST_GAIN = 1.8  # the speedup expected of two threads over one
 LARGE = 1_000_000  # the bytes moved, from which on LEAST_GAIN is expected
@@ -54,6 +55,7 @@ def write_page(reports: Sequence[Report], page: Path) -> None:
     for report in reports:
         runs.setdefault(report.machine["threads"], Run()).add(report.rows)
     fewest, most = min(runs), max(runs)
+    variants = FUNCTIONS.keys() - REGISTRY.keys()
     families: dict[str, list[Place]] = {}
     for row in (row for report in reports if report.machine["threads"] == most for row in report.rows):
         if (row.op, row.table) not in families.setdefault(row.family, []):
@@ -80,7 +82,9 @@ def write_page(reports: Sequence[Report], page: Path) -> None:
             gain = gains[place] if fewest != most else None
             cells += [f"{gain.ours:.2f}{gain.mark}", f"{gain.floor:.2f}"] if gain else ["", ""]
             lines.append(f"| `{place[0]}` | {place[1]} | {' | '.join(cells)} |")
-        _figure(family, times).savefig(page.parent / f"cost-{family}.png", dpi=80)
+        _figure(family, {place: times[place] for place in places if place[0] not in variants}).savefig(
+            page.parent / f"cost-{family}.png", dpi=80
+        )
     page.write_text("\n".join(lines) + "\n")
 
 

@@ -1,7 +1,9 @@
 """The registry: an entry per public op, from which it gets the battery, its timings and its row in the docs.
 
-`REGISTRY` holds the entries by name. They come from the specs of the ops (``custom_ops/FAMILY/specs/MODULE.py``). These
-are imported when `REGISTRY` is first used, and not by ``import custom_ops``.
+`REGISTRY` holds the entries by name. `FUNCTIONS` holds these and their variants, which are special cases of an op:
+public functions without a row of their own. The entries come from the specs of the ops
+(``custom_ops/FAMILY/specs/MODULE.py``). These are imported when `REGISTRY` or `FUNCTIONS` is first used, and not by
+``import custom_ops``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["REGISTRY", "BadCall", "OpInfo", "Sample", "Sharding", "register"]
+__all__ = ["FUNCTIONS", "REGISTRY", "BadCall", "OpInfo", "Sample", "Sharding", "register"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class OpInfo:
     ``shardings`` are the ways to shard a call over processes; by default the samples are sharded by their first
     dimension. An op with a reason in ``not_sharded`` must raise for DTensors.
 
+    ``variants`` are the op's special cases: other functions of the same kernels. The battery tries them within the
+    op's cells, in the rows that are about numbers or about the function itself.
+
     Example:
         >>> import torch
         >>> from custom_ops.registry import OpInfo, Sample
@@ -122,6 +127,12 @@ class OpInfo:
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     shardings: Callable[[], list[Sharding]] | None = None
     not_sharded: str = ""
+    variants: tuple[OpInfo, ...] = ()
+
+    @property
+    def functions(self) -> tuple[OpInfo, ...]:
+        """Return the op and its variants."""
+        return self, *self.variants
 
     @property
     def family(self) -> str:
@@ -130,8 +141,9 @@ class OpInfo:
 
 
 FAMILIES = ("activation", "ranking", "shaping", "voxel")
-REGISTRY: dict[str, OpInfo]  # set by __getattr__
-_registered: dict[str, OpInfo] = {}
+REGISTRY: dict[str, OpInfo]  # __getattr__ returns both
+FUNCTIONS: dict[str, OpInfo]
+_given: dict[str, dict[str, OpInfo]] = {"REGISTRY": {}, "FUNCTIONS": {}}
 
 
 @cache
@@ -143,14 +155,14 @@ def _load_specs() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "REGISTRY":
+    if name not in _given:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _load_specs()
-    return _registered
+    return _given[name]
 
 
 def register(info: OpInfo) -> None:
-    """Add an op to `REGISTRY`; raise ``ValueError`` if its name is registered already.
+    """Add an op to `REGISTRY`, and it and its variants to `FUNCTIONS`; raise ``ValueError`` if a name is registered.
 
     Example:
         >>> import custom_ops
@@ -160,9 +172,11 @@ def register(info: OpInfo) -> None:
             ...
         ValueError: name: 'relu' is registered already
     """
-    if info.name in _registered:
-        raise ValueError(f"name: {info.name!r} is registered already")
-    _registered[info.name] = info
+    for function in info.functions:
+        if function.name in _given["FUNCTIONS"]:
+            raise ValueError(f"name: {function.name!r} is registered already")
+        _given["FUNCTIONS"][function.name] = function
+    _given["REGISTRY"][info.name] = info
 
 
 def leaves(args: Any) -> list[Tensor]:

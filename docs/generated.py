@@ -35,17 +35,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = DOCS / "generated"  # ignored by git
 
 
-def families() -> dict[str, list[str]]:
-    """Return {family: its ops}."""
-    found: dict[str, list[str]] = {}
+def families() -> dict[str, dict[str, list[str]]]:
+    """Return {family: {op: the names of it and its variants}}."""
+    found: dict[str, dict[str, list[str]]] = {}
     for info in REGISTRY.values():
-        found.setdefault(info.family, []).append(info.name)
+        found.setdefault(info.family, {})[info.name] = [function.name for function in info.functions]
     return found
 
 
 def ops(family: str) -> str:
-    rows = [f"| `{name}` | {REGISTRY[name].summary} |" for name in families()[family]]
-    return "\n".join(["| op | what it is |", "|---|---|", *rows])
+    """Return a table with a row for each op, in which its variants have a line each."""
+    lines = ["| op | what it is |", "|---|---|"]
+    for name in families()[family]:
+        functions = REGISTRY[name].functions
+        names, summaries = [f"`{f.name}`" for f in functions], [f.summary for f in functions]
+        lines.append(f"| {'<br>'.join(names)} | {'<br>'.join(summaries)} |")
+    return "\n".join(lines)
 
 
 # -- API --
@@ -138,12 +143,13 @@ def was_loaded(report: Report) -> bool:
 
 
 def speed() -> str:
-    """Return every op's tables from all result files, each with the number of its run."""
+    """Return all tables of every op and of its variants, from all result files, each with the number of its run."""
     blocks = []
     for family, names in families().items():
         blocks.append(f"## {family.capitalize()}")
-        for op in names:
-            blocks += [f"### `{op}`", *_tables_of(op, reports())]
+        for op, functions in names.items():
+            for name in functions:
+                blocks += [f"{'###' if name == op else '####'} `{name}`", *_tables_of(name, reports(), name == op)]
     return "\n\n".join(blocks)
 
 
@@ -157,7 +163,7 @@ def runs() -> str:
     return "\n\n".join(blocks)
 
 
-def _tables_of(op: str, runs: list[tuple[Path, Report]]) -> Iterator[str]:
+def _tables_of(op: str, runs: list[tuple[Path, Report]], with_pictures: bool) -> Iterator[str]:
     drawn = set()
     for number, (_, report) in enumerate(runs, 1):
         for (of, table), rows in report.tables.items():
@@ -165,7 +171,7 @@ def _tables_of(op: str, runs: list[tuple[Path, Report]]) -> Iterator[str]:
                 yield f"By {table}; {report.memory} memory, run {number}."
                 yield _timings(rows)
                 picture = PICTURES / plots.file_name(op, table)
-                if report.memory != "warm" and picture not in drawn:
+                if with_pictures and report.memory != "warm" and picture not in drawn:
                     drawn.add(picture)
                     yield f"![{op}, by {table}](generated/{picture.name})"
     if not any(of == op for _, report in runs for of, _ in report.tables):
@@ -299,11 +305,16 @@ def _is_old(made: Path, sources: list[Path]) -> bool:
 
 
 def _draw_timings() -> None:
-    """Draw a picture of each table on fresh memory; its sizes may come from several runs."""
+    """Draw a picture of each table of an op on fresh memory; its sizes may come from several runs."""
     fresh = [report for _, report in reports() if report.memory != "warm"]
     for where in dict.fromkeys(report.where for report in fresh):
         same = [report for report in fresh if report.where == where]
-        rows = {(r.op, r.table, label(r.size), r.direction, r.contender): r for report in same for r in report.rows}
+        rows = {
+            (r.op, r.table, label(r.size), r.direction, r.contender): r
+            for report in same
+            for r in report.rows
+            if r.op in REGISTRY
+        }
         plots.write_plots(
             dataclasses.replace(same[0], rows=sorted(rows.values(), key=lambda r: elements(r.size))), PICTURES
         )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import custom_ops
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS, REGISTRY
 from examples.rank_mslr import LIST_LOSSES
 
 COLOURS = {0: "#9aa3ab", 1: "#6fb1e0", 2: "#1f6fb4", 3: "#0b3c68"}
@@ -30,22 +30,30 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+def _push(loss: str) -> list[float]:
+    """Return how far gradient descent moves each score, relative to the one that it moves most."""
+    scores = SCORES.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(FUNCTIONS[loss].function(scores, LABELS, **OWN.get(loss, {})), scores)
+    return [float(x) for x in -slope / slope.abs().max()]
+
+
 def ranking_gradients() -> Figure:
-    """Draw each list loss's gradient with respect to the scores of one list."""
+    """Draw each list loss's gradient with respect to the scores of one list: bars, and markers for its variants."""
     names = [name for name in LIST_LOSSES if name in REGISTRY]
     columns = 4
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(11, 1.75 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(11, 1.9 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axis, name in zip(axes, names):
-        scores = SCORES.clone().requires_grad_()
-        REGISTRY[name].function(scores, LABELS, **OWN.get(name, {})).backward()
-        assert scores.grad is not None
-        push = -scores.grad / scores.grad.abs().max()  # the direction in which gradient descent moves the score
-        axis.bar(range(len(SCORES)), push, color=[COLOURS[label] for label in LABELS.tolist()])
+    for name, axis in zip(names, axes):
+        axis.bar(range(len(SCORES)), _push(name), color=[COLOURS[label] for label in LABELS.tolist()])
+        marked = []
+        for marker, sign, variant in zip("o_", "○–", REGISTRY[name].variants):
+            axis.plot(_push(variant.name), marker, ms=7, mfc="none", color="#d1662b")
+            marked.append(f"{sign} {variant.name.removesuffix('_loss')}")
         axis.axhline(0, color="0.3", lw=0.8)
         own = ", ".join(f"{key} {value}" for key, value in OWN.get(name, {}).items())
-        axis.set_title(name.removesuffix("_loss") + (f" ({own})" if own else ""), fontsize=9)
+        title = name.removesuffix("_loss") + (f" ({own})" if own else "")
+        axis.set_title(f"{title}\n{', '.join(marked)}", fontsize=8)
         axis.set_xticks(range(len(SCORES)), [f"{s:g}" for s in SCORES.tolist()], fontsize=6.5)
         axis.set_yticks([-1, 0, 1], ["down", "0", "up"], fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
@@ -65,7 +73,6 @@ def activations() -> Figure:
         "relu": custom_ops.relu,
         "leaky_relu(0.2)": lambda x: custom_ops.leaky_relu(x, 0.2),
         "hardtanh": custom_ops.hardtanh,
-        "threshold(1, 0.5)": lambda x: custom_ops.threshold(x, 1.0, 0.5),
         "squared_relu": custom_ops.squared_relu,
     }
     figure = Figure(figsize=(11, 2.6), layout="constrained")

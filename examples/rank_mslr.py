@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import custom_ops
 from benchmarks.memory import peak_bytes
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 from examples import report
 from examples.agreement import Agreement
 from examples.data import Ranking, load_mslr
@@ -303,7 +303,7 @@ def _takes_lists(function: Callable[..., Any]) -> bool:
 
 LIST_LOSSES = {
     name: partial(info.function, **OWN.get(name, {}))
-    for name, info in REGISTRY.items()
+    for name, info in FUNCTIONS.items()
     if info.family == "ranking" and _takes_lists(info.function)
 } | {"lambda_loss:ndcg2pp": partial(custom_ops.lambda_loss, weighting="ndcg2pp")}
 

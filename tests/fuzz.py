@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import custom_ops  # noqa: F401 (registers the ops)
-from custom_ops.registry import REGISTRY, OpInfo
+from custom_ops.registry import FUNCTIONS, OpInfo
 from custom_ops.verify import BACKENDS, backend, check, random_sample, script
 
 
@@ -65,13 +65,13 @@ def _tiny(value: Any) -> bool:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="how long, in all; 300 by default")
-    parser.add_argument("--op", action="append", choices=REGISTRY, help="only this op (may be repeated)")
+    parser.add_argument("--op", action="append", choices=FUNCTIONS, help="only this op (may be repeated)")
     parser.add_argument("--backend", choices=BACKENDS, default="cpp")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats a run")
     options = parser.parse_args(argv)
     if options.backend == "triton":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
-    ops = options.op or list(REGISTRY)
+    ops = options.op or list(FUNCTIONS)
     failures: dict[str, str] = {}
     console = Console(stderr=True)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
                     continue
                 bar.update(task, completed=elapsed, description=f"{calls} calls, {len(failures)} failures: {name}")
                 try:
-                    seed(options.seed + calls)(property_of(REGISTRY[name], batch, options.backend == "triton"))()
+                    seed(options.seed + calls)(property_of(FUNCTIONS[name], batch, options.backend == "triton"))()
                 except AssertionError as error:
                     failures[name] = str(error)
                     bar.console.print(f"[bold red]{name}[/]")

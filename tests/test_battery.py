@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import custom_ops  # noqa: F401 (registers the ops)
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS, REGISTRY
 from custom_ops.verify._case import CAPABILITIES, Capability
 from custom_ops.verify._run import run
 
@@ -42,21 +42,25 @@ def on_any_kernel(backend: str, row: Capability) -> bool:
 
 
 def cells() -> Iterator[Any]:
-    """Yield all cells; seven of eight Triton cells that depend on no kernel are left to `make test-full`."""
-    for place, op in enumerate(REGISTRY):
+    """Yield all cells, and of the variants those that their op's cells leave out.
+
+    These, and seven of eight Triton cells that depend on no kernel, are left to `make test-full`.
+    """
+    for place, op in enumerate(FUNCTIONS):
         for backend in ("cpp", "triton"):
             for number, row in enumerate(CAPABILITIES.values()):
+                if (backend == "triton" and row.full_only) or (op not in REGISTRY and (row.of_variants or CELLS)):
+                    continue
                 repeated = on_any_kernel(backend, row) and (place + number) % SMOKE and not CELLS
-                if backend == "cpp" or not row.full_only:
-                    marks = [pytest.mark.full] if row.full_only or repeated else []
-                    yield pytest.param(op, backend, row.name, marks=marks)
+                marks = [pytest.mark.full] if row.full_only or repeated or op not in REGISTRY else []
+                yield pytest.param(op, backend, row.name, marks=marks)
 
 
 @pytest.mark.parametrize(("op", "backend", "capability"), list(cells()))
 def test_cell(op: str, backend: str, capability: str, full: bool) -> None:
     row = CAPABILITIES[capability]
     quick = not full or on_any_kernel(backend, row)
-    report = run(REGISTRY[op], backend, quick, [row], kept(op, backend, quick))
+    report = run(FUNCTIONS[op], backend, quick, [row], kept(op, backend, quick))
     if CELLS:
         with open(CELLS, "a") as file:
             file.writelines(json.dumps(asdict(cell)) + "\n" for cell in report.cells)
@@ -71,7 +75,7 @@ def test_every_row_is_reached_on_both_backends() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("op", REGISTRY)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_on_cuda(op: str, full: bool) -> None:
     """The op passes on CUDA in a process without Triton's interpreter, which would keep kernels off the GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -676,7 +676,7 @@ def test_the_docs_show_each_op_beside_the_best_of_its_peers(monkeypatch, tmp_pat
     generated = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generated)
     monkeypatch.setattr(generated, "RESULTS", tmp_path)
-    monkeypatch.setattr(generated, "families", lambda: {"family": ["square"]})
+    monkeypatch.setattr(generated, "families", lambda: {"family": {"square": ["square"]}})
     result = report(1.0, peer=2.0)
     result.rows[0] = replace(result.rows[0], floors=1.5, peak_bytes=3 << 20)
     result.rows[1] = replace(result.rows[1], note="differs")

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.launches import resized
 from benchmarks.timing import Call, seconds_of
-from custom_ops.registry import REGISTRY, OpInfo, Sample
+from custom_ops.registry import FUNCTIONS, OpInfo, Sample
 
 WAITING = {"voxels_summing": "the number of voxels, its output's rows, has to be known on the host"}
 
@@ -134,7 +134,7 @@ def new_sizes_compile_little(info: OpInfo) -> None:
 def of_every_op(check: str, but: dict[str, str]) -> None:
     """Run the check on every op; this needs a process of its own."""
     failures = {}
-    for name, info in REGISTRY.items():
+    for name, info in FUNCTIONS.items():
         if name not in but:
             try:
                 globals()[check](info)

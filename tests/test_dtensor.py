@@ -25,7 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import custom_ops
 from custom_ops import shards
-from custom_ops.registry import REGISTRY, OpInfo, Sample, Sharding
+from custom_ops.registry import FUNCTIONS, OpInfo, Sample, Sharding
 
 ROWS = 5  # an uneven sharding; with four processes the last has no rows
 
@@ -167,7 +167,7 @@ def compiled_agrees() -> None:
 def every_op_agrees() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     failures = []
-    for name, info in REGISTRY.items():
+    for name, info in FUNCTIONS.items():
         torch.manual_seed(0)
         shardings = list(by_rows(info)) if info.shardings is None else info.shardings()
         for number, sharding in enumerate(shardings):

@@ -13,7 +13,7 @@ import torch
 from wrong_calls import KINDS, OTHERS, _has_gradient, answers, functions, markdown
 
 import custom_ops
-from custom_ops.registry import REGISTRY, Sample
+from custom_ops.registry import FUNCTIONS, Sample
 from custom_ops.verify import check
 
 ANSWERS = list(answers())
@@ -26,7 +26,7 @@ def of_one_function(request):
 
 def test_every_public_function_is_tried():
     functions = {name for name in custom_ops.__all__ if not inspect.isclass(getattr(custom_ops, name))}
-    assert functions == {a.function for a in ANSWERS} == functions & {*REGISTRY, *OTHERS}
+    assert functions == {a.function for a in ANSWERS} == functions & {*FUNCTIONS, *OTHERS}
     assert {a.kind for a in ANSWERS} == KINDS.keys()
 
 
@@ -42,8 +42,8 @@ def test_some_are_never_taken(of_one_function):
 
 def test_what_is_taken_is_what_the_reference_takes(of_one_function):
     for answer in of_one_function:
-        if answer.error is None and answer.function in REGISTRY and answer.kind != "gradient":
-            check(REGISTRY[answer.function], Sample((), answer.arguments))
+        if answer.error is None and answer.function in FUNCTIONS and answer.kind != "gradient":
+            check(FUNCTIONS[answer.function], Sample((), answer.arguments))
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
@@ -106,13 +106,13 @@ def _corrupted(saved, place, wrong):
 
 
 # these two have no gradient
-@pytest.mark.parametrize("op", [op for op in REGISTRY if op not in ("voxel_rank", "voxel_csr")])
+@pytest.mark.parametrize("op", [op for op in FUNCTIONS if op not in ("voxel_rank", "voxel_csr")])
 @pytest.mark.parametrize("wrong", [2**40, -(2**40)])
 def test_indices_corrupted_between_the_passes_reach_no_foreign_memory(op, wrong):
     """Corrupting any integer saved for a derivative, where autograd's version check doesn't see it, never leads
     outside.
     """
-    info = REGISTRY[op]
+    info = FUNCTIONS[op]
     for sample, place in product(info.samples(torch.device("cpu"), torch.float32), range(9)):
         inputs = [t for t in (*sample.args, *sample.kwargs.values()) if _has_gradient(t)]
         with torch.autograd.graph.saved_tensors_hooks(

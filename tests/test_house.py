@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import custom_ops
 from custom_ops import activation, ranking, shaping, voxel
+from custom_ops.registry import REGISTRY, OpInfo
+from custom_ops.verify._case import Case, check_same_bits, everything
+from custom_ops.verify._tracing import records
 
 ROOT = Path(__file__).resolve().parents[1]
 # These patterns match modules, paths and commands that only a checkout has.
@@ -43,3 +50,29 @@ from custom_ops.registry import REGISTRY
 assert len(REGISTRY) > 30 and [name for name in sys.modules if ".specs" in name]
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+# Some special cases are calls of their op.
+ALIASES: dict[str, Callable[..., Any]] = {
+    "relu6": lambda x, inplace=False: custom_ops.hardtanh(x, 0.0, 6.0, inplace),
+    "reverse_gradient": lambda x, lambda_=1.0: custom_ops.scale_gradient(x, -lambda_),
+    "bpr_loss": lambda positive, negative, reduction="mean": custom_ops.bradley_terry_loss(
+        positive, negative, reduction=reduction
+    ),
+}
+VARIANTS = [(info, variant) for info in REGISTRY.values() for variant in info.variants]
+
+
+@pytest.mark.parametrize(("info", "variant"), VARIANTS, ids=lambda info: info.name)
+def test_a_special_case_has_no_kernel_of_its_own(info: OpInfo, variant: OpInfo) -> None:
+    """An alias gives the bits of the call that it stands for; any other reaches registered ops of its op only."""
+    cpu = torch.device("cpu")
+    if variant.name in ALIASES:
+        for dtype in variant.dtypes:
+            for call in Case(variant, cpu, quick=True).calls(dtype):
+                check_same_bits(
+                    everything(call), everything(replace(call, function=ALIASES[variant.name])), variant.name
+                )
+    else:
+        reached, of_op = ({r.op for r in records(Case(i, cpu, quick=True), i.dtypes)} for i in (variant, info))
+        assert reached <= of_op

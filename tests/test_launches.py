@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
-from custom_ops.registry import REGISTRY, Sample
+from custom_ops.registry import FUNCTIONS, REGISTRY, Sample
 from custom_ops.verify import backend
 
 PAGE = Path(__file__).parent.parent / "docs" / "launches.md"
@@ -24,25 +24,25 @@ def triton():
         yield
 
 
-@pytest.mark.parametrize("op", REGISTRY)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_no_call_waits_for_the_device(op):
     """No call waits for the device or copies from the host, so that each can be captured in a CUDA graph."""
     waits = set()
-    for sample in samples(REGISTRY[op]):
-        for trace in trace_of(REGISTRY[op], sample):
+    for sample in samples(FUNCTIONS[op]):
+        for trace in trace_of(FUNCTIONS[op], sample):
             waits |= trace.waits
     assert waits == WAITING.get(op, set())
 
 
-@pytest.mark.parametrize("op", REGISTRY)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_new_sizes_compile_nothing(op):
     """Each kernel has at most three variants: for size 1, for multiples of 16 and for all other sizes."""
-    sample = next((s for s in samples(REGISTRY[op]) if s.dynamic), None)
+    sample = next((s for s in samples(FUNCTIONS[op]) if s.dynamic), None)
     if sample is None:
         return
     compiled = set()
     for times in SIZES:
-        for trace in trace_of(REGISTRY[op], resized(sample, times)):
+        for trace in trace_of(FUNCTIONS[op], resized(sample, times)):
             compiled |= {launch.compiled for launch in trace.launches}
     kernels = [(name, variant, *(seen[0] for seen in args if seen)) for name, variant, *args in compiled]
     for kernel in kernels:
@@ -57,14 +57,14 @@ def off_alignment(value):
     return moved.copy_(value.detach()).requires_grad_(value.requires_grad)
 
 
-@pytest.mark.parametrize("op", REGISTRY)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_a_slice_compiles_once_more_at_most(op):
     """An unaligned slice adds at most one variant, the one without 16-byte loads."""
-    sample = samples(REGISTRY[op])[0]
+    sample = samples(FUNCTIONS[op])[0]
     args, kwargs = tuple(map(off_alignment, sample.args)), {k: off_alignment(v) for k, v in sample.kwargs.items()}
     compiled = set()
     for given in (sample, Sample(args, kwargs, sample.dynamic)):
-        for trace in trace_of(REGISTRY[op], given):
+        for trace in trace_of(FUNCTIONS[op], given):
             compiled |= {launch.compiled for launch in trace.launches}
     # The sizes are equal. Triton specialises a size of 1, so launches with one have a variant of their own.
     kernels = [(name, variant, *(s for s in seen if not s[:1] or s[0][0] != "*")) for name, variant, *seen in compiled]

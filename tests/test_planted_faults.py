@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from custom_ops import library
+from custom_ops.registry import OpInfo
 from custom_ops.verify import BadCall, Sample, capabilities, verify
+from custom_ops.verify._case import CAPABILITIES
+from custom_ops.verify._run import _converter
 
 _names = (f"product_{i}" for i in range(1000))
 
@@ -488,6 +491,30 @@ def test_fault_is_caught(name: str) -> None:
     report = verify(fault.make(), samples(), reference=torch.mul, quick=True, only=fault.rows, **fault.options)
     missed = [cell for cell in report.cells if cell.status != "fail"]
     assert not missed
+
+
+OF_VARIANTS = [row.name for row in CAPABILITIES.values() if row.of_variants]
+
+
+def entry(name: str, function: Callable[..., Any], **options: Any) -> OpInfo:
+    return OpInfo(name, function, torch.mul, _converter(samples()), "", **options)
+
+
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if {*fault.rows} & {*OF_VARIANTS}])
+def test_fault_of_a_variant_is_caught_in_the_cell_of_its_op(name: str) -> None:
+    fault = FAULTS[name]
+    rows = [row for row in fault.rows if row in OF_VARIANTS]
+    info = entry("product", product(), variants=(entry("faulty", fault.make(), **fault.options),), **healthy_options())
+    report = verify(info, quick=True, only=rows)
+    assert {(cell.op, cell.status) for cell in report.cells} == {("product", "fail")}
+    assert all(cell.detail.startswith("faulty: ") for cell in report.cells)
+
+
+def test_a_healthy_variant_changes_no_cell() -> None:
+    info = entry("product", product(), variants=(entry("twin", product(), **healthy_options()),), **healthy_options())
+    report = verify(info, quick=True, only=OF_VARIANTS)
+    report.raise_on_failure()
+    assert {cell.status for cell in report.cells} == {"pass"}, report.to_markdown()
 
 
 def test_every_row_can_fail() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import custom_ops
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 
-LIST_LOSSES = [name for name, info in REGISTRY.items() if "labels" in inspect.signature(info.function).parameters]
+LIST_LOSSES = [name for name, info in FUNCTIONS.items() if "labels" in inspect.signature(info.function).parameters]
 
 # ---------------------------------------------------------------- by hand
 
@@ -92,7 +92,7 @@ BY_HAND = [
 
 @pytest.mark.parametrize(
     ("name", "own", "loss", "gradient"),
-    [case for case in BY_HAND if case[0] in REGISTRY],
+    [case for case in BY_HAND if case[0] in FUNCTIONS],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_values_worked_out_by_hand(name, own, loss, gradient):

@@ -12,12 +12,12 @@ import torch
 
 import custom_ops as co
 from benchmarks.memory import peak_bytes
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 
 T = torch.tensor
 LOSSES = sorted(
     n
-    for n, info in REGISTRY.items()
+    for n, info in FUNCTIONS.items()
     if "reduction" in (p := inspect.signature(info.function).parameters) and "cu_lengths" in p
 )
 METRICS = ["average_precision", "mrr", "ndcg"]

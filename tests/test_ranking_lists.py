@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from custom_ops.ranking.lambdas import WEIGHTINGS
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 from custom_ops.verify._backends import backend
 
-FUNCTIONS = {
-    name: info.function for name, info in REGISTRY.items() if "labels" in inspect.signature(info.function).parameters
+LOSSES = {
+    name: info.function for name, info in FUNCTIONS.items() if "labels" in inspect.signature(info.function).parameters
 }
 OPTIONS = {
     "pairwise_hinge_loss": [{}, {"squared": True}],
@@ -32,7 +32,7 @@ OPTIONS = {
     "smooth_ap_loss": [{"temperature": 1.0}],
     "spearman_loss": [{}, {"regularization": "kl"}],
 }
-CASES = [(name, own) for name in FUNCTIONS for own in OPTIONS.get(name, [{}])]
+CASES = [(name, own) for name in LOSSES for own in OPTIONS.get(name, [{}])]
 NAN, INF = math.nan, math.inf
 
 # NumPy warns while it interprets a kernel
@@ -54,7 +54,7 @@ on_both = pytest.mark.usefixtures("both")
 def loss_and_slope(name, scores, labels, **options):
     """Return the losses of all lists, and the slope of their sum."""
     scores = scores.detach().clone().requires_grad_()
-    loss = FUNCTIONS[name](scores, labels, **options)
+    loss = LOSSES[name](scores, labels, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
 
 
@@ -67,7 +67,7 @@ def draw(*shape, dtype=torch.float64):
 def in_double(name, scores, labels, **options):
     """Return the reference's results in float64."""
     scores = scores.detach().double().requires_grad_()
-    loss = REGISTRY[name].reference(scores, labels.double(), **options)
+    loss = FUNCTIONS[name].reference(scores, labels.double(), **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
 
 
@@ -122,7 +122,7 @@ def test_jagged_lists_need_not_cover_the_items(name, own):
         options = {"cu_lengths": torch.tensor(bounds, dtype=torch.int32), **own}
         loss, slope = loss_and_slope(name, scores, labels, reduction="none", **options)
         assert loss.shape == (2, len(bounds) - 1) and not loss.any() and not slope.any()
-        assert FUNCTIONS[name](scores, labels, **options) == 0
+        assert LOSSES[name](scores, labels, **options) == 0
 
 
 @on_both
@@ -131,13 +131,13 @@ def test_the_mean_is_over_the_lists_that_contribute(name, own):
     scores, labels = draw(4, 6)
     labels[:, 0], labels[:, 1] = 5, 0
     lengths = torch.tensor([6, 1, 0, 5])
-    losses = FUNCTIONS[name](scores, labels, lengths=lengths, reduction="none", **own)
-    mean = FUNCTIONS[name](scores, labels, lengths=lengths, **own)
+    losses = LOSSES[name](scores, labels, lengths=lengths, reduction="none", **own)
+    mean = LOSSES[name](scores, labels, lengths=lengths, **own)
     torch.testing.assert_close(mean, (losses[0] + losses[3]) / 2)
     weights = torch.tensor([1.0, 5.0, 7.0, 3.0])
-    weighted = FUNCTIONS[name](scores, labels, lengths=lengths, weights=weights, **own)
+    weighted = LOSSES[name](scores, labels, lengths=lengths, weights=weights, **own)
     torch.testing.assert_close(weighted, (losses[0] + 3 * losses[3]) / 4)
-    total = FUNCTIONS[name](scores, labels, lengths=lengths, weights=weights, reduction="sum", **own)
+    total = LOSSES[name](scores, labels, lengths=lengths, weights=weights, reduction="sum", **own)
     torch.testing.assert_close(total, losses[0] + 3 * losses[3])
 
 
@@ -233,7 +233,7 @@ def test_masked_items_are_not_read(name, own, junk):
     assert torch.equal(loss, expected) and torch.equal(slope, of_scores) and not slope[~mask].any()
 
     def of(s):
-        return FUNCTIONS[name](s, dirty_labels, mask=mask, **own)
+        return LOSSES[name](s, dirty_labels, mask=mask, **own)
 
     tangent = torch.ones_like(dirty).masked_fill(~mask, junk)
     slope_along, hessian_v = (torch.func.jvp(f, (dirty,), (tangent,))[1] for f in (of, torch.func.grad(of)))
@@ -261,14 +261,14 @@ def test_16_bits_are_computed_in_32_and_rounded_once(name, own, dtype):
     assert loss.dtype == slope.dtype == dtype
     assert torch.equal(loss, wide.to(dtype)) and torch.equal(slope, of_wide.to(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert FUNCTIONS[name](scores, labels, **own).dtype == torch.float32
+        assert LOSSES[name](scores, labels, **own).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "spearman_loss"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "spearman_loss"])
 def test_no_derivative_in_the_labels_is_left_out_in_silence(name):
     """A derivative in the labels raises, except for Spearman's loss, which sees only their ranks (derivative 0)."""
     scores, labels = draw(4)
-    labels, loss = labels.double(), FUNCTIONS[name]
+    labels, loss = labels.double(), LOSSES[name]
     calls = [
         lambda y: torch.func.jvp(loss, (scores, y), (scores, y)),
         lambda y: torch.func.jvp(lambda y: loss(scores, y), (y,), (y,)),
@@ -305,18 +305,18 @@ def test_labels_of_forty_and_two_thousand(name, own):
     assert loss.isfinite() and slope.isfinite().all()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_module_refuses_the_options_that_its_function_refuses(name):
-    module = type(REGISTRY[name].modules()[0][0])
+    module = type(FUNCTIONS[name].modules()[0][0])
     options = inspect.signature(module).parameters
-    wrong = [call for call in REGISTRY[name].bad_calls() if call.kwargs and call.kwargs.keys() <= options.keys()]
+    wrong = [call for call in FUNCTIONS[name].bad_calls() if call.kwargs and call.kwargs.keys() <= options.keys()]
     assert {argument for call in wrong for argument in call.kwargs} == options.keys()
     for call in wrong:
         with pytest.raises(call.error, match=call.message):
             module(**call.kwargs)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_long_list_gives_the_same_bits_with_any_number_of_threads(name):
     torch.manual_seed(0)
     scores, labels = torch.randn(2, 2000), torch.randint(0, 5, (2, 2000))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import custom_ops
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 
 LISTWISE = ["list_mle_loss", "list_net_loss", "softmax_loss", "unique_softmax_loss", "cosent_loss"]
 SMOOTH = ["approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss"]
@@ -51,7 +51,7 @@ def test_value_gradient_and_hessian_vector_product(name, own, n, spread):
     scores, labels = lists(2, n, spread=spread)
     v = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
-    for function in (getattr(custom_ops, name), REGISTRY[name].reference):
+    for function in (getattr(custom_ops, name), FUNCTIONS[name].reference):
         s = scores.clone().requires_grad_()
         loss = function(s, labels, **own)
         (slope,) = torch.autograd.grad(loss, s, create_graph=True)

@@ -24,16 +24,16 @@ from torch.nn.utils import parametrize
 
 import custom_ops
 from benchmarks.answers import first
-from custom_ops.registry import REGISTRY, leaves
+from custom_ops.registry import FUNCTIONS, leaves
 from custom_ops.verify._case import Case, randn_like
 
 CPU = torch.device("cpu")
-MODULES = {type(module): module for info in REGISTRY.values() for module, _ in info.modules()}
+MODULES = {type(module): module for info in FUNCTIONS.values() for module, _ in info.modules()}
 
 
 @functools.cache  # drawing samples seeds torch's generator, which all threads share
 def calls(op, dtype=torch.float32):
-    return Case(REGISTRY[op], CPU, quick=True).calls(dtype)
+    return Case(FUNCTIONS[op], CPU, quick=True).calls(dtype)
 
 
 def results(op):
@@ -50,7 +50,7 @@ def results(op):
 
 
 def all_results():
-    return {op: results(op) for op in REGISTRY}
+    return {op: results(op) for op in FUNCTIONS}
 
 
 def same(actual, expected):
@@ -72,10 +72,10 @@ def expected():
 
 class Results(torch.utils.data.Dataset):
     def __len__(self):
-        return len(REGISTRY)
+        return len(FUNCTIONS)
 
     def __getitem__(self, i):
-        return results(list(REGISTRY)[i])
+        return results(list(FUNCTIONS)[i])
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -84,7 +84,7 @@ def test_workers_of_a_data_loader(start, expected):
         warnings.simplefilter("ignore")  # the warning about forking a process with threads is expected
         loader = torch.utils.data.DataLoader(Results(), batch_size=None, num_workers=2, multiprocessing_context=start)
         found = [[t.clone() for t in ts] for ts in loader]
-    same(dict(zip(REGISTRY, found)), expected)
+    same(dict(zip(FUNCTIONS, found)), expected)
 
 
 def test_eight_threads_at_once(expected):
@@ -127,7 +127,7 @@ def test_saved_tensors_on_disk(expected, tmp_path):
     assert any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("op", REGISTRY)
+@pytest.mark.parametrize("op", FUNCTIONS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(op, mode):
     for call in calls(op):
@@ -138,7 +138,7 @@ def test_without_gradients(op, mode):
         torch.testing.assert_close(found, [y.detach() for y in wanted], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("op", REGISTRY)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_gradients_accumulate(op):
     for call in calls(op):
         inputs = call.inputs
@@ -160,7 +160,7 @@ def test_gradients_accumulate(op):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("op", [op for op in REGISTRY if op != "voxels_summing"])  # its size depends on the data
+@pytest.mark.parametrize("op", [op for op in FUNCTIONS if op != "voxels_summing"])  # its size depends on the data
 def test_shapes_on_the_meta_device(op, dtype):
     """The public function works on meta tensors; the battery tests the ops that it calls."""
     for call in calls(op, dtype):
@@ -170,11 +170,11 @@ def test_shapes_on_the_meta_device(op, dtype):
 
 
 @pytest.mark.parametrize(
-    "op", [op for op, info in REGISTRY.items() if "k" in inspect.signature(info.function).parameters]
+    "op", [op for op, info in FUNCTIONS.items() if "k" in inspect.signature(info.function).parameters]
 )
 def test_the_first_k_of_a_symbolic_number(op):
     def loss(scores, labels):
-        return REGISTRY[op].function(scores, labels, k=scores.shape[0] - 1)
+        return FUNCTIONS[op].function(scores, labels, k=scores.shape[0] - 1)
 
     scores, labels = torch.randn(5), torch.tensor([2, 0, 1, 1, 0])
     traced = make_fx(loss, tracing_mode="symbolic")(scores, labels)
@@ -221,9 +221,9 @@ def model_of(activation):
     return nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 2))
 
 
-@pytest.mark.parametrize("op", [name for name, info in REGISTRY.items() if info.modules()])
+@pytest.mark.parametrize("op", [name for name, info in FUNCTIONS.items() if info.modules()])
 def test_hooks(op):
-    info, arguments = REGISTRY[op], calls(op)[0].tensors
+    info, arguments = FUNCTIONS[op], calls(op)[0].tensors
     inputs, seen = leaves(arguments), []
     for module, kwargs in info.modules():
         seen.clear()

@@ -15,7 +15,7 @@ import torch
 import triton
 
 import custom_ops
-from custom_ops.registry import REGISTRY, Sample
+from custom_ops.registry import FUNCTIONS, Sample
 from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel_grid, voxel_segments
 from custom_ops.verify import backend
 from custom_ops.verify import check as check_call
@@ -535,7 +535,7 @@ def test_planted_spills_are_reported(monkeypatch, capsys):
 def test_a_list_with_nan_counts_in_the_mean(op):
     scores = torch.tensor([[0.5, 0.25, 1.0], [0.5, math.nan, 1.0]], requires_grad=True)
     with backend("triton"):
-        check_call(REGISTRY[op], Sample((scores, torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]))))
+        check_call(FUNCTIONS[op], Sample((scores, torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]))))
 
 
 def on_both_backends(loss):

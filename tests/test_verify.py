@@ -149,6 +149,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| value | ✓ |" in capsys.readouterr().out
     assert main(["--op", "relu", "--only", "value"]) == 0
     assert "1 pass, 0 fail" in capsys.readouterr().out
+    assert main(["--op", "relu6", "--only", "value", "compile(jvp)", "--markdown"]) == 0  # a variant, by itself
+    assert "| | relu6 (cpp) |" in capsys.readouterr().out
     assert main(["--op", "nothing"]) == 2
     assert main(["--op", "relu", "--only", "nothing"]) == 2
 

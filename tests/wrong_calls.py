@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import custom_ops
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 
 KINDS = {
     "type": "an object of a type that isn't accepted",
@@ -42,8 +42,8 @@ def functions() -> dict[str, list[Call]]:
         function = getattr(custom_ops, name)
         if inspect.isclass(function):
             continue
-        if name in REGISTRY:
-            samples = REGISTRY[name].samples(torch.device("cpu"), torch.float32)
+        if name in FUNCTIONS:
+            samples = FUNCTIONS[name].samples(torch.device("cpu"), torch.float32)
             found[name] = [(function, _bind(function, *s.args, **s.kwargs)) for s in samples]
         else:
             found[name] = [(function, _bind(function, *args)) for args in OTHERS.get(name, list)()]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import Benchmark, Target
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 
 SHAPES = ((64, 128), (16, 1024), (4, 4096))
 Peers = dict[str, Callable[..., Any] | str]
 
 
 def _plain(name: str) -> Peers:
-    reference = REGISTRY[name].reference
+    reference = FUNCTIONS[name].reference
     assert reference is not None
     return {"plain PyTorch": reference}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import Benchmark, Target
-from custom_ops.registry import REGISTRY
+from custom_ops.registry import FUNCTIONS
 
 
 def _beside_hook(hook: Callable[..., Tensor], *parameters: Any, reads: int = 1) -> list[Benchmark]:
@@ -46,7 +46,7 @@ TABLES: dict[str, list[Benchmark]] = {
                 torch.ones(n, device=device),
                 torch.randn(n, device=device, requires_grad=True),
             ),
-            peers={"plain PyTorch": REGISTRY["straight_through"].reference},
+            peers={"plain PyTorch": FUNCTIONS["straight_through"].reference},
             traffic=lambda n: ((0, 0), (0, 0)),
         )
     ],

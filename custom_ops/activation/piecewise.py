@@ -318,13 +318,14 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor:
         >>> custom_ops.relu6(torch.tensor([-1.0, 3.0, 8.0]))
         tensor([0., 3., 6.])
     """
-    return _activate(x, low=0.0, high=6.0, above=6.0, inplace=inplace)
+    return hardtanh(x, 0.0, 6.0, inplace)
 
 
 def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """Return ``x`` where it exceeds ``threshold``, else ``value``, keeping one bit per element for backward.
 
-    The result equals ``torch.nn.functional.threshold`` bit by bit: NaN propagates, and its gradient passes.
+    The result equals ``torch.nn.functional.threshold`` bit by bit: NaN propagates, and its gradient passes. `relu` is
+    ``threshold(x, 0, 0)``.
 
     Arguments, errors, layout and cost are those of `relu`; a bound that isn't a number raises ``TypeError``.
 

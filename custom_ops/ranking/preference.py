@@ -220,6 +220,8 @@ def _smoothing(value: Any, limit: float) -> float:
 def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
     """``-log sigmoid(positive - negative)``: an item that the user chose should score above one that they didn't.
 
+    It is `bradley_terry_loss` without a margin, at ``beta = 1``.
+
     Exact at any difference: it neither saturates nor overflows. Differentiable to third order and in
     forward mode. 16-bit scores are computed in float32 and rounded once; under autocast the loss is float32.
 

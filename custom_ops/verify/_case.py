@@ -38,7 +38,9 @@ class Capability:
     """A row of the matrix. If ``may_be_refused``, an op that declares the row not applicable must raise in its check.
 
     Rows about the kernels' numbers (``every_sample``) take all samples; the others take two if the case is `sparing`.
-    Rows ``of_dispatch`` are about how torch calls an op's Python parts, which are the same on every backend.
+    Rows ``of_dispatch`` are about how torch calls an op's Python parts, which are the same on every backend and for all
+    variants of the op. Those of them that are ``of_function`` are about the public function's own Python, in which
+    variants differ.
     """
 
     name: str
@@ -48,6 +50,11 @@ class Capability:
     may_be_refused: bool = False
     every_sample: bool = False
     of_dispatch: bool = False
+    of_function: bool = False
+
+    @property
+    def of_variants(self) -> bool:
+        return self.of_function or not self.of_dispatch
 
 
 CAPABILITIES: dict[str, Capability] = {}
@@ -153,7 +160,7 @@ class Case:
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return the cached result of ``make`` for this key, which any row may have computed; an error isn't cached."""
-        key = (*key, self.every_sample)
+        key = (self.info.name, *key, self.every_sample)
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]

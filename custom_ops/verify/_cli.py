@@ -36,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
     if "triton" in options.backend and "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
     import custom_ops  # noqa: F401 (registers the ops)
-    from custom_ops.registry import REGISTRY
+    from custom_ops.registry import FUNCTIONS, REGISTRY
 
-    unknown = [name for name in options.op if name not in REGISTRY]
+    unknown = [name for name in options.op if name not in FUNCTIONS]
     if unknown:
-        print(f"--op: expected some of {', '.join(REGISTRY)}, got {', '.join(unknown)}", file=sys.stderr)
+        print(f"--op: expected some of {', '.join(FUNCTIONS)}, got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    columns = [(REGISTRY[name], backend) for backend in options.backend for name in options.op or REGISTRY]
+    columns = [(FUNCTIONS[name], backend) for backend in options.backend for name in options.op or REGISTRY]
     rows = options.only or list(capabilities(options.quick))
     report = Report()
     plain = options.json or options.markdown  # machine-readable output has no progress bar and doesn't need rich

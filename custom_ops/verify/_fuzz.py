@@ -123,10 +123,10 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
     Example:
         >>> import random
         >>> import custom_ops
-        >>> from custom_ops.registry import REGISTRY
+        >>> from custom_ops.registry import FUNCTIONS
         >>> from custom_ops.verify import check, random_sample
         >>> for seed in range(10):
-        ...     check(REGISTRY["relu"], random_sample(REGISTRY["relu"], random.Random(seed).choice))
+        ...     check(FUNCTIONS["relu"], random_sample(FUNCTIONS["relu"], random.Random(seed).choice))
     """
     dtype = choose(info.dtypes)
     call = Call(info.function, choose(Case(info, torch.device("cpu"), quick=True).samples(dtype)))
@@ -175,9 +175,9 @@ def check(info: OpInfo, sample: Sample) -> None:
 
     Example:
         >>> import torch, custom_ops
-        >>> from custom_ops.registry import REGISTRY, Sample
+        >>> from custom_ops.registry import FUNCTIONS, Sample
         >>> from custom_ops.verify import check
-        >>> check(REGISTRY["relu"], Sample((torch.tensor([-1.0, 2.0], requires_grad=True),)))
+        >>> check(FUNCTIONS["relu"], Sample((torch.tensor([-1.0, 2.0], requires_grad=True),)))
     """
     if info.reference is None:
         raise ValueError(f"info: {info.name} has no reference")
@@ -236,23 +236,23 @@ def script(info: OpInfo, sample: Sample) -> str:
 
     Example:
         >>> import torch, custom_ops
-        >>> from custom_ops.registry import REGISTRY, Sample
+        >>> from custom_ops.registry import FUNCTIONS, Sample
         >>> from custom_ops.verify import script
-        >>> print(script(REGISTRY["relu"], Sample((torch.tensor([-1.0, 2.0]),))).rstrip())
+        >>> print(script(FUNCTIONS["relu"], Sample((torch.tensor([-1.0, 2.0]),))).rstrip())
         import torch
         from torch import inf, nan
         <BLANKLINE>
         import custom_ops  # registers the ops
-        from custom_ops.registry import REGISTRY, Sample
+        from custom_ops.registry import FUNCTIONS, Sample
         from custom_ops.verify import check
         <BLANKLINE>
         t0 = torch.tensor([-1.0, 2.0], dtype=torch.float32).as_strided((2,), (1,))
         <BLANKLINE>
-        check(REGISTRY['relu'], Sample((t0, ), {}))
+        check(FUNCTIONS['relu'], Sample((t0, ), {}))
     """
     call = Call(info.function, sample)
     lines = ["import torch", "from torch import inf, nan", "", "import custom_ops  # registers the ops"]
-    lines += ["from custom_ops.registry import REGISTRY, Sample", "from custom_ops.verify import check", ""]
+    lines += ["from custom_ops.registry import FUNCTIONS, Sample", "from custom_ops.verify import check", ""]
     for i, tensor in enumerate(call.tensors):
         flat = torch.as_strided(tensor.detach(), (_extent(tensor),), (1,), tensor.storage_offset())
         place = f"{tuple(tensor.shape)}, {tensor.stride()}"
@@ -266,7 +266,7 @@ def script(info: OpInfo, sample: Sample) -> str:
 
     args = "".join(f"{shown(a)}, " for a in sample.args)
     kwargs = ", ".join(f"{name!r}: {shown(a)}" for name, a in sample.kwargs.items())
-    lines += ["", f"check(REGISTRY[{info.name!r}], Sample(({args}), {{{kwargs}}}))"]
+    lines += ["", f"check(FUNCTIONS[{info.name!r}], Sample(({args}), {{{kwargs}}}))"]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ import torch
 from custom_ops.verify._case import Call, Case, NotApplicable, capability, check_close, check_same_bits, describe, grads
 
 
-@capability("modules", of_dispatch=True)
+@capability("modules", of_dispatch=True, of_function=True)
 def modules(case: Case) -> None:
     """Each module equals the function, survives save, deepcopy, pickle and state_dict, and has a repr of its own."""
     entries = case.info.modules()

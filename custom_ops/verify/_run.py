@@ -6,6 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -110,15 +111,17 @@ def run(
     on_cell: Callable[[Cell], None] | None = None,
 ) -> Report:
     """Run `verify` on some rows, reusing what earlier runs of the op on this backend have ``kept``."""
-    for declared in ("not_applicable", "not_comparable"):
-        unknown = getattr(info, declared).keys() - CAPABILITIES.keys()
+    for function, declared in product(info.functions, ("not_applicable", "not_comparable")):
+        unknown = getattr(function, declared).keys() - CAPABILITIES.keys()
         if unknown:
             raise ValueError(f"{declared}: unknown capabilities {sorted(unknown)}, see verify.capabilities()")
     report = Report()
     with on_backend(backend) as device:
-        case = Case(info, device, quick, interpreted=backend == "triton", kept=kept)
+        cases = [
+            Case(function, device, quick, interpreted=backend == "triton", kept=kept) for function in info.functions
+        ]
         for row in rows:
-            cell = _cell(row, case, backend)
+            cell = _cell(row, cases, backend)
             report.cells.append(cell)
             if on_cell is not None:
                 on_cell(cell)
@@ -146,10 +149,17 @@ def _chosen(only: Iterable[str] | None, quick: bool) -> list[Capability]:
     return [CAPABILITIES[name] for name in names]
 
 
-def _cell(row: Capability, case: Case, backend: str) -> Cell:
+def _cell(row: Capability, cases: Sequence[Case], backend: str) -> Cell:
+    """Return the cell of the op, the first of the cases; it fails where one of its variants does."""
     start = time.perf_counter()
-    status, detail = _outcome(row, case)
-    return Cell(case.info.name, backend, row.name, status, detail, time.perf_counter() - start)
+    op, *variants = cases
+    status, detail = _outcome(row, op)
+    for variant in variants if row.of_variants else ():
+        if status != FAIL:
+            found, why = _outcome(row, variant)
+            if found == FAIL:
+                status, detail = FAIL, f"{variant.info.name}: {why}"
+    return Cell(op.info.name, backend, row.name, status, detail, time.perf_counter() - start)
 
 
 def _outcome(row: Capability, case: Case) -> tuple[str, str]:

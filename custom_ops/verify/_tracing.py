@@ -307,7 +307,7 @@ def compiled(case: Case) -> str:
     return "inductor"
 
 
-@capability("compile dynamic", of_dispatch=True)
+@capability("compile dynamic", of_dispatch=True, of_function=True)
 def compiled_dynamic(case: Case) -> str:
     """``torch.compile(fullgraph=True, dynamic=True)`` is right at three sizes, forward and backward, without
     recompiling.

@@ -16,6 +16,7 @@ import random
 import shlex
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def inside(ops: list[str]) -> int:
     from rich.progress import Progress
 
     import custom_ops
-    from custom_ops.registry import REGISTRY
+    from custom_ops.registry import FUNCTIONS, REGISTRY
     from custom_ops.verify import check, random_sample, verify
 
     assert Path(custom_ops.__file__).is_relative_to(ROOT / "build"), custom_ops.__file__
@@ -75,12 +76,12 @@ def inside(ops: list[str]) -> int:
     failures = []
     with Progress(console=Console(stderr=True)) as bar:
         for name in bar.track([op for op in ops if op != ERRORS], description="ops"):
-            info = REGISTRY[name]
+            info = FUNCTIONS[name]
             report = verify(info, quick=True)
             failures += [f"{cell.op}, {cell.capability}: {cell.detail}" for cell in report.failures]
-            for number in range(CALLS):
+            for function, number in product(info.functions, range(CALLS)):
                 try:
-                    check(info, random_sample(info, random.Random(number).choice))
+                    check(function, random_sample(function, random.Random(number).choice))
                 except AssertionError as error:
                     failures.append(str(error))
     errors = ["-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_errors.py")]

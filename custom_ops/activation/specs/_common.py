@@ -18,8 +18,8 @@ def away_from(kinks: tuple[float, ...], *shape: int) -> Tensor:
     return x
 
 
-def unary_samples(*kinks: float, parameters: tuple[Any, ...] = (), variant: tuple[Any, ...] | None = None) -> Any:
-    """Return samples of f(x, *parameters), one of them with the parameters ``variant``."""
+def unary_samples(*kinks: float, parameters: tuple[Any, ...] = (), others: tuple[Any, ...] | None = None) -> Any:
+    """Return samples of f(x, *parameters), one of them with the parameters ``others``."""
 
     def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         def x(*shape: int) -> Tensor:
@@ -30,7 +30,7 @@ def unary_samples(*kinks: float, parameters: tuple[Any, ...] = (), variant: tupl
             Sample((x(3, 7), *parameters), dynamic={0: 0}),
             Sample((x(), *parameters)),
             Sample((x(0, 4), *parameters)),
-            Sample((x(37), *(parameters if variant is None else variant))),
+            Sample((x(37), *(parameters if others is None else others))),
             Sample((channels_last, *parameters)),
         ]
 

@@ -85,79 +85,23 @@ def _unary(
     reference: Any,
     kinks: tuple[float, ...],
     parameters: tuple[Any, ...] = (),
-    variant: tuple[Any, ...] | None = None,
+    others: tuple[Any, ...] | None = None,
     **info: Any,
-) -> None:
-    """Register f(x, *parameters), which torch.nn.functional has under the same name."""
-    register(
-        OpInfo(
-            name=name,
-            summary=summary,
-            function=function,
-            reference=reference,
-            samples=unary_samples(*kinks, parameters=parameters, variant=variant),
-            **info,
-        )
+) -> OpInfo:
+    """The entry of f(x, *parameters), which torch.nn.functional has under the same name."""
+    return OpInfo(
+        name=name,
+        summary=summary,
+        function=function,
+        reference=reference,
+        samples=unary_samples(*kinks, parameters=parameters, others=others),
+        **info,
     )
 
 
 _x = torch.ones(2, 3)
 
-_unary(
-    "relu",
-    "ReLU that keeps one bit per element for backward",
-    relu,
-    relu_reference,
-    kinks=(0.0,),
-    apply=CustomReLU.apply,
-    modules=lambda: [(ReLU(), {})],
-    bad_calls=lambda: [
-        *not_a_tensor(),
-        BadCall((_x.clone().requires_grad_(), True), "leaf Variable that requires grad"),
-        BadCall((_x, 1), "inplace: expected True or False, got 1"),
-        BadCall((_x[:1].expand(2, 3), True), r"x: expected elements with memory of their own .* strides \[0, 1\]"),
-    ],
-)
-
-_unary(
-    "leaky_relu",
-    "Leaky ReLU that keeps one bit per element for backward",
-    leaky_relu,
-    leaky_relu_reference,
-    kinks=(0.0,),
-    parameters=(0.1,),
-    variant=(-0.5,),
-    modules=lambda: [(LeakyReLU(), {}), (LeakyReLU(0.3), {"negative_slope": 0.3})],
-    bad_calls=lambda: [*not_a_tensor(), BadCall((_x, "steep"), "negative_slope: expected a number, got str")],
-)
-
-_unary(
-    "hardtanh",
-    "Clamp that keeps one bit per element for backward",
-    hardtanh,
-    hardtanh_reference,
-    kinks=(-0.5, 0.75),
-    parameters=(-0.5, 0.75),
-    modules=lambda: [(Hardtanh(), {}), (Hardtanh(-2.0, 0.5), {"min_val": -2.0, "max_val": 0.5})],
-    bad_calls=lambda: [
-        *not_a_tensor(),
-        BadCall((_x, 1.0, -1.0), "min_val: expected at most max_val, got 1.0 and -1.0"),
-        BadCall((_x, float("nan")), "min_val: expected a number, got nan"),
-        BadCall((_x, -1.0, None), "max_val: expected a number, got NoneType"),
-    ],
-)
-
-_unary(
-    "relu6",
-    "ReLU6 that keeps one bit per element for backward",
-    relu6,
-    relu6_reference,
-    kinks=(0.0, 6.0),
-    modules=lambda: [(ReLU6(), {})],
-    bad_calls=not_a_tensor,
-)
-
-_unary(
+_threshold = _unary(
     "threshold",
     "Threshold that keeps one bit per element for backward",
     threshold,
@@ -172,6 +116,68 @@ _unary(
     ],
 )
 
+register(
+    _unary(
+        "relu",
+        "ReLU that keeps one bit per element for backward",
+        relu,
+        relu_reference,
+        kinks=(0.0,),
+        apply=CustomReLU.apply,
+        modules=lambda: [(ReLU(), {})],
+        bad_calls=lambda: [
+            *not_a_tensor(),
+            BadCall((_x.clone().requires_grad_(), True), "leaf Variable that requires grad"),
+            BadCall((_x, 1), "inplace: expected True or False, got 1"),
+            BadCall((_x[:1].expand(2, 3), True), r"x: expected elements with memory of their own .* strides \[0, 1\]"),
+        ],
+        variants=(_threshold,),
+    )
+)
+
+register(
+    _unary(
+        "leaky_relu",
+        "Leaky ReLU that keeps one bit per element for backward",
+        leaky_relu,
+        leaky_relu_reference,
+        kinks=(0.0,),
+        parameters=(0.1,),
+        others=(-0.5,),
+        modules=lambda: [(LeakyReLU(), {}), (LeakyReLU(0.3), {"negative_slope": 0.3})],
+        bad_calls=lambda: [*not_a_tensor(), BadCall((_x, "steep"), "negative_slope: expected a number, got str")],
+    )
+)
+
+_relu6 = _unary(
+    "relu6",
+    "ReLU6 that keeps one bit per element for backward",
+    relu6,
+    relu6_reference,
+    kinks=(0.0, 6.0),
+    modules=lambda: [(ReLU6(), {})],
+    bad_calls=not_a_tensor,
+)
+
+register(
+    _unary(
+        "hardtanh",
+        "Clamp that keeps one bit per element for backward",
+        hardtanh,
+        hardtanh_reference,
+        kinks=(-0.5, 0.75),
+        parameters=(-0.5, 0.75),
+        modules=lambda: [(Hardtanh(), {}), (Hardtanh(-2.0, 0.5), {"min_val": -2.0, "max_val": 0.5})],
+        bad_calls=lambda: [
+            *not_a_tensor(),
+            BadCall((_x, 1.0, -1.0), "min_val: expected at most max_val, got 1.0 and -1.0"),
+            BadCall((_x, float("nan")), "min_val: expected a number, got nan"),
+            BadCall((_x, -1.0, None), "max_val: expected a number, got NoneType"),
+        ],
+        variants=(_relu6,),
+    )
+)
+
 _BAD_BIASES = [
     BadCall((1.0, _x), "x: expected a tensor, got float"),
     BadCall((_x, [1.0]), "bias: expected a tensor, got list"),
@@ -183,6 +189,18 @@ _BAD_BIASES = [
     BadCall((_x, torch.ones(3)), "dim: expected an integer, got float", {"dim": 1.0}),
 ]
 
+_bias_leaky_relu = OpInfo(
+    name="bias_leaky_relu",
+    summary="Leaky ReLU of x + bias in one pass, one bit per element for backward",
+    function=bias_leaky_relu,
+    reference=bias_leaky_relu_reference,
+    samples=_bias_samples,
+    bad_calls=lambda: [
+        *_BAD_BIASES,
+        BadCall((_x, torch.ones(3), None), "negative_slope: expected a number, got NoneType"),
+    ],
+)
+
 register(
     OpInfo(
         name="bias_relu",
@@ -191,19 +209,6 @@ register(
         reference=bias_relu_reference,
         samples=_bias_samples,
         bad_calls=lambda: _BAD_BIASES,
-    )
-)
-
-register(
-    OpInfo(
-        name="bias_leaky_relu",
-        summary="Leaky ReLU of x + bias in one pass, one bit per element for backward",
-        function=bias_leaky_relu,
-        reference=bias_leaky_relu_reference,
-        samples=_bias_samples,
-        bad_calls=lambda: [
-            *_BAD_BIASES,
-            BadCall((_x, torch.ones(3), None), "negative_slope: expected a number, got NoneType"),
-        ],
+        variants=(_bias_leaky_relu,),
     )
 )

@@ -96,7 +96,7 @@ def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tens
     return scale * first + (terms + (-scale * first).exp()).log(), _contributes(y)
 
 
-def _register(
+def _listwise(
     function: Callable[..., Tensor],
     module: type[ListLossModule],
     one_list: Callable[..., tuple[Tensor, Tensor]],
@@ -104,76 +104,85 @@ def _register(
     *owns: dict[str, Any],
     base: dict[str, Any] | None = None,
     bad: tuple[tuple[str, Any], ...] = (),
-) -> None:
+    not_fuzzed: dict[str, str] | None = None,
+    variants: tuple[OpInfo, ...] = (),
+) -> OpInfo:
     """Each of ``owns`` are a sample's own arguments, ``base`` those of the samples common to all losses.
 
     The first of ``owns`` also makes the module. ``bad``: messages, and values of the argument they name.
     """
     x = torch.ones(2)
     base, own = base or {}, owns[0] if owns else {}
-    reference = reference_of(one_list)
-    register(
-        OpInfo(
-            name=function.__name__,
-            summary=summary,
-            function=function,
-            reference=reference,
-            not_fuzzed={
-                "infinite": "inf - inf",
-                **({"time stamps": "as weights they cancel"} if function is softmax_loss else {}),
-            },
-            samples=lambda device, dtype: [
-                *list_samples(device, dtype, **base),
-                *(list_samples(device, dtype, **own)[0] for own in owns),
-            ],
-            modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
-            bad_calls=lambda: [
-                *list_bad_calls(),
-                *(BadCall((x, x), message, {message.split(":")[0]: value}) for message, value in bad),
-            ],
-        )
+    return OpInfo(
+        name=function.__name__,
+        summary=summary,
+        function=function,
+        reference=reference_of(one_list),
+        not_fuzzed={"infinite": "inf - inf", **(not_fuzzed or {})},
+        samples=lambda device, dtype: [
+            *list_samples(device, dtype, **base),
+            *(list_samples(device, dtype, **own)[0] for own in owns),
+        ],
+        modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
+        bad_calls=lambda: [
+            *list_bad_calls(),
+            *(BadCall((x, x), message, {message.split(":")[0]: value}) for message, value in bad),
+        ],
+        variants=variants,
     )
 
 
-_register(
-    list_net_loss,
-    ListNetLoss,
-    _list_net_of_one_list,
-    "Cross entropy of the softmax of scores and labels",
+_list_net = _listwise(
+    list_net_loss, ListNetLoss, _list_net_of_one_list, "Cross entropy of the softmax of scores and labels"
 )
 
-_register(softmax_loss, SoftmaxLoss, _softmax_of_one_list, "Softmax cross entropy weighted with the labels")
-
-_register(
-    list_mle_loss,
-    ListMLELoss,
-    _list_mle_of_one_list,
-    "Plackett-Luce likelihood of the ranking by labels",
-    {"k": 2, "position_weights": "discount", "ties": "breslow"},
-    {"position_weights": "exponential", "ties": "score"},
-    bad=(
-        ("k: expected an integer or None, got float", 1.0),
-        ("k: expected at least 1, got 0", 0),
-        ("position_weights: expected one of 'uniform', 'exponential', 'discount', got 'x'", "x"),
-        ("ties: expected one of 'index', 'score', 'breslow', got 'x'", "x"),
-    ),
+register(
+    _listwise(
+        softmax_loss,
+        SoftmaxLoss,
+        _softmax_of_one_list,
+        "Softmax cross entropy weighted with the labels",
+        not_fuzzed={"time stamps": "as weights they cancel"},
+        variants=(_list_net,),
+    )
 )
 
-_register(
-    unique_softmax_loss,
-    UniqueSoftmaxLoss,
-    _unique_softmax_of_one_list,
-    "Softmax of each item against those of lower label",
-    {"gain": "linear"},
-    bad=(("gain: expected one of 'exponential', 'linear', got 'log'", "log"),),
+register(
+    _listwise(
+        list_mle_loss,
+        ListMLELoss,
+        _list_mle_of_one_list,
+        "Plackett-Luce likelihood of the ranking by labels",
+        {"k": 2, "position_weights": "discount", "ties": "breslow"},
+        {"position_weights": "exponential", "ties": "score"},
+        bad=(
+            ("k: expected an integer or None, got float", 1.0),
+            ("k: expected at least 1, got 0", 0),
+            ("position_weights: expected one of 'uniform', 'exponential', 'discount', got 'x'", "x"),
+            ("ties: expected one of 'index', 'score', 'breslow', got 'x'", "x"),
+        ),
+    )
 )
 
-_register(
-    cosent_loss,
-    CoSENTLoss,
-    _cosent_of_one_list,
-    "Smooth maximum over all misordered pairs",
-    {"scale": 5.0},
-    base={"scale": 2.0},
-    bad=(("scale: expected a positive number, got 0", 0),),
+register(
+    _listwise(
+        unique_softmax_loss,
+        UniqueSoftmaxLoss,
+        _unique_softmax_of_one_list,
+        "Softmax of each item against those of lower label",
+        {"gain": "linear"},
+        bad=(("gain: expected one of 'exponential', 'linear', got 'log'", "log"),),
+    )
+)
+
+register(
+    _listwise(
+        cosent_loss,
+        CoSENTLoss,
+        _cosent_of_one_list,
+        "Smooth maximum over all misordered pairs",
+        {"scale": 5.0},
+        base={"scale": 2.0},
+        bad=(("scale: expected a positive number, got 0", 0),),
+    )
 )

@@ -50,62 +50,61 @@ _x, _y = torch.ones(2), torch.ones(2)
 _pairwise_mse_reference = reference_of(_pairwise_mse_of_one_list)
 
 
-def _register(
-    name: str,
-    summary: str,
+def _of_scaled(
     function: Callable[..., Tensor],
     module: type[ListLossModule],
     phi: Callable[..., Tensor],
-) -> None:
-    """The losses of sigma times the difference."""
-    reference = reference_of_pairs(lambda d, sigma=1.0: phi(sigma * d))
-    register(
-        OpInfo(
-            name=name,
-            summary=summary,
-            function=function,
-            reference=reference,
-            samples=lambda device, dtype: [
-                *list_samples(device, dtype),
-                *list_samples(device, dtype, sigma=1.5, normalize=True)[:1],
-            ],
-            modules=lambda: [
-                (module(), {}),
-                (module("sum", sigma=2.0, normalize=True), {"reduction": "sum", "sigma": 2.0, "normalize": True}),
-            ],
-            bad_calls=lambda: [
-                *list_bad_calls(),
-                BadCall((_x, _y), "sigma: expected a number, got str", {"sigma": "1"}),
-                BadCall((_x, _y), "sigma: expected a positive number, got 0", {"sigma": 0}),
-                BadCall((_x, _y), "sigma: expected a positive number, got inf", {"sigma": math.inf}),
-                BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
-            ],
-        )
+    summary: str,
+    *variants: OpInfo,
+) -> OpInfo:
+    """The entry of a loss of sigma times the difference."""
+    return OpInfo(
+        name=function.__name__,
+        summary=summary,
+        function=function,
+        reference=reference_of_pairs(lambda d, sigma=1.0: phi(sigma * d)),
+        samples=lambda device, dtype: [
+            *list_samples(device, dtype),
+            *list_samples(device, dtype, sigma=1.5, normalize=True)[:1],
+        ],
+        modules=lambda: [
+            (module(), {}),
+            (module("sum", sigma=2.0, normalize=True), {"reduction": "sum", "sigma": 2.0, "normalize": True}),
+        ],
+        bad_calls=lambda: [
+            *list_bad_calls(),
+            BadCall((_x, _y), "sigma: expected a number, got str", {"sigma": "1"}),
+            BadCall((_x, _y), "sigma: expected a positive number, got 0", {"sigma": 0}),
+            BadCall((_x, _y), "sigma: expected a positive number, got inf", {"sigma": math.inf}),
+            BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
+        ],
+        variants=variants,
     )
 
 
-_register(
-    "pairwise_logistic_loss",
-    "RankNet's logistic loss of every pair of a list",
-    pairwise_logistic_loss,
-    PairwiseLogisticLoss,
-    lambda d: softplus(-d, threshold=60),
-)
-
-_register(
-    "pairwise_soft_zero_one_loss",
-    "Smooth count of the misordered pairs of a list",
+_soft_zero_one = _of_scaled(
     pairwise_soft_zero_one_loss,
     PairwiseSoftZeroOneLoss,
     lambda d: (-d).sigmoid(),
+    "Smooth count of the misordered pairs of a list",
 )
 
-_register(
-    "pairwise_exponential_loss",
-    "RankBoost's exponential loss of every pair of a list",
+_exponential = _of_scaled(
     pairwise_exponential_loss,
     PairwiseExponentialLoss,
     lambda d: (-d).exp(),
+    "RankBoost's exponential loss of every pair of a list",
+)
+
+register(
+    _of_scaled(
+        pairwise_logistic_loss,
+        PairwiseLogisticLoss,
+        lambda d: softplus(-d, threshold=60),
+        "RankNet's logistic loss of every pair of a list",
+        _soft_zero_one,
+        _exponential,
+    )
 )
 
 register(

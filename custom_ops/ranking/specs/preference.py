@@ -135,22 +135,20 @@ def _dpo_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 _two, _three = torch.ones(2), torch.ones(3)
 
 
-register(
-    OpInfo(
-        name="bpr_loss",
-        summary="Bayesian personalised ranking, exact at any difference",
-        function=bpr_loss,
-        reference=bpr_loss_reference,
-        samples=_bpr_samples,
-        modules=lambda: [(BPRLoss(), {}), (BPRLoss("sum"), {"reduction": "sum"})],
-        bad_calls=lambda: [
-            BadCall((1.0, _two), "positive: expected a tensor, got float"),
-            BadCall((_two, _two.int()), "negative: expected one of float16"),
-            BadCall((_two, _three), r"positive, negative: expected shapes that broadcast, got \[2\], \[3\]"),
-            BadCall((_two, _two.to("meta")), "negative: expected on cpu as positive, got meta"),
-            BadCall((_two, _two, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
-        ],
-    )
+_bpr_loss = OpInfo(
+    name="bpr_loss",
+    summary="Bayesian personalised ranking, exact at any difference",
+    function=bpr_loss,
+    reference=bpr_loss_reference,
+    samples=_bpr_samples,
+    modules=lambda: [(BPRLoss(), {}), (BPRLoss("sum"), {"reduction": "sum"})],
+    bad_calls=lambda: [
+        BadCall((1.0, _two), "positive: expected a tensor, got float"),
+        BadCall((_two, _two.int()), "negative: expected one of float16"),
+        BadCall((_two, _three), r"positive, negative: expected shapes that broadcast, got \[2\], \[3\]"),
+        BadCall((_two, _two.to("meta")), "negative: expected on cpu as positive, got meta"),
+        BadCall((_two, _two, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
+    ],
 )
 
 register(
@@ -174,6 +172,7 @@ register(
             BadCall((_two, _two), "label_smoothing: expected at least 0 and less than 1", {"label_smoothing": 1.0}),
             BadCall((_two, _two), "reduction: expected one of", {"reduction": "avg"}),
         ],
+        variants=(_bpr_loss,),
     )
 )
 

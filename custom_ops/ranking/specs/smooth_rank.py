@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,56 +65,60 @@ def _bad_calls() -> list[BadCall]:
     ]
 
 
-def _register(
+def _at_smooth_ranks(
     function: Callable[..., Tensor],
     module: type[ListLossModule],
     one_list: Callable[..., tuple[Tensor, Tensor]],
     summary: str,
-    bad_calls: list[BadCall],
+    *variants: OpInfo,
+    bad_calls: Sequence[BadCall] = (),
     not_fuzzed: dict[str, str] | None = None,
     **own: Any,
-) -> None:
-    reference = reference_of(one_list)
-    register(
-        OpInfo(
-            name=function.__name__,
-            summary=summary,
-            function=function,
-            reference=reference,
-            samples=lambda device, dtype: [
-                *list_samples(device, dtype, temperature=0.5),
-                *list_samples(device, dtype, **own)[:1],
-            ],
-            modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
-            bad_calls=lambda: [*_bad_calls(), *bad_calls],
-            not_fuzzed=not_fuzzed or {},
-        )
+) -> OpInfo:
+    return OpInfo(
+        name=function.__name__,
+        summary=summary,
+        function=function,
+        reference=reference_of(one_list),
+        samples=lambda device, dtype: [
+            *list_samples(device, dtype, temperature=0.5),
+            *list_samples(device, dtype, **own)[:1],
+        ],
+        modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
+        bad_calls=lambda: [*_bad_calls(), *bad_calls],
+        not_fuzzed=not_fuzzed or {},
+        variants=variants,
     )
 
 
 _AS_WEIGHTS = {"time stamps": "as weights they cancel"}
 
-_register(
-    approx_ndcg_loss,
-    ApproxNDCGLoss,
-    _approx_ndcg_of_one_list,
-    "NDCG at smooth ranks",
-    [BadCall((torch.ones(2), torch.ones(2)), "gain: expected one of 'exponential', 'linear'", {"gain": "log"})],
-    _AS_WEIGHTS,
-    temperature=1.0,
-    gain="linear",
-)
-
-_register(
+_approx_mrr = _at_smooth_ranks(
     approx_mrr_loss,
     ApproxMRRLoss,
     _approx_mrr_of_one_list,
     "Reciprocal rank at smooth ranks",
-    [],
-    _AS_WEIGHTS,
+    not_fuzzed=_AS_WEIGHTS,
     temperature=1.0,
 )
 
-_register(
-    smooth_ap_loss, SmoothAPLoss, _smooth_ap_of_one_list, "Average precision at smooth ranks", [], temperature=1.0
+_smooth_ap = _at_smooth_ranks(
+    smooth_ap_loss, SmoothAPLoss, _smooth_ap_of_one_list, "Average precision at smooth ranks", temperature=1.0
+)
+
+register(
+    _at_smooth_ranks(
+        approx_ndcg_loss,
+        ApproxNDCGLoss,
+        _approx_ndcg_of_one_list,
+        "NDCG at smooth ranks",
+        _approx_mrr,
+        _smooth_ap,
+        bad_calls=[
+            BadCall((torch.ones(2), torch.ones(2)), "gain: expected one of 'exponential', 'linear'", {"gain": "log"})
+        ],
+        not_fuzzed=_AS_WEIGHTS,
+        temperature=1.0,
+        gain="linear",
+    )
 )

@@ -31,6 +31,28 @@ def _scale_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+_reverse_gradient = OpInfo(
+    name="reverse_gradient",
+    summary="The identity, whose gradient is reversed",
+    function=reverse_gradient,
+    not_fuzzed=NOT_FUZZED,
+    reference=reverse_gradient_reference,
+    samples=lambda device, dtype: [
+        Sample((leaf(device, dtype, 3, 7),), dynamic={0: 0}),
+        Sample((leaf(device, dtype, 3, 7), leaf(device, dtype, 3, 1, seed=1).detach())),
+        Sample((leaf(device, dtype), 0.5)),
+        Sample((leaf(device, dtype, 0, 4),)),
+    ],
+    modules=lambda: [(ReverseGradient(), {}), (ReverseGradient(0.5), {"lambda_": 0.5})],
+    bad_calls=lambda: [
+        BadCall(([1.0],), "x: expected a tensor, got list"),
+        BadCall((two, "1"), "lambda_: expected a number, got str"),
+        BadCall((two, integers), "lambda_: expected one of float16, .* got int64"),
+    ],
+    not_applicable=VIEW,
+    not_comparable=OF_SHAPING,
+)
+
 register(
     OpInfo(
         name="scale_gradient",
@@ -52,29 +74,6 @@ register(
         ],
         not_applicable=VIEW,
         not_comparable=OF_SHAPING,
-    )
-)
-
-register(
-    OpInfo(
-        name="reverse_gradient",
-        summary="The identity, whose gradient is reversed",
-        function=reverse_gradient,
-        not_fuzzed=NOT_FUZZED,
-        reference=reverse_gradient_reference,
-        samples=lambda device, dtype: [
-            Sample((leaf(device, dtype, 3, 7),), dynamic={0: 0}),
-            Sample((leaf(device, dtype, 3, 7), leaf(device, dtype, 3, 1, seed=1).detach())),
-            Sample((leaf(device, dtype), 0.5)),
-            Sample((leaf(device, dtype, 0, 4),)),
-        ],
-        modules=lambda: [(ReverseGradient(), {}), (ReverseGradient(0.5), {"lambda_": 0.5})],
-        bad_calls=lambda: [
-            BadCall(([1.0],), "x: expected a tensor, got list"),
-            BadCall((two, "1"), "lambda_: expected a number, got str"),
-            BadCall((two, integers), "lambda_: expected one of float16, .* got int64"),
-        ],
-        not_applicable=VIEW,
-        not_comparable=OF_SHAPING,
+        variants=(_reverse_gradient,),
     )
 )
