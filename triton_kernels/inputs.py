@@ -84,6 +84,19 @@ def list_labels_test_kernel(
     tl.store(top_ptr + program, tl.max(top))
 
 
+@triton.jit
+def _rows(others_ptr, owner_ptr, bounds_ptr, items, stride, lists, blocks, ROWS: tl.constexpr):
+    """A program's items and their lists, and the columns of those lists; no column where all labels are held."""
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // blocks
+    owner_ptr += batch * stride
+    i = program % blocks * ROWS + tl.arange(0, ROWS)
+    owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
+    others = tl.load(others_ptr + batch * lists + owner_i, mask=owner_i >= 0, other=0)
+    start, stop = columns(bounds_ptr, owner_i, items, lists, True)
+    return batch, owner_ptr, i, owner_i, others, start, tl.where(tl.max(others) > 0, stop, start)
+
+
 @kernel(
     "*i64 *T *i32 *i32 *i32 *i64 i32 i32 i32 i32",
     WIDE,
@@ -107,16 +120,12 @@ def list_labels_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Each label, or less the number of those above it in lists that the output's dtype doesn't hold."""
-    program = tl.program_id(0).to(tl.int64)
-    batch = program // blocks
-    owner_ptr += batch * stride
-    i = program % blocks * ROWS + tl.arange(0, ROWS)
-    owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
-    others = tl.load(others_ptr + batch * lists + owner_i, mask=owner_i >= 0, other=0)
+    batch, owner_ptr, i, owner_i, others, start, stop = _rows(
+        others_ptr, owner_ptr, bounds_ptr, items, stride, lists, blocks, ROWS
+    )
     label_i = tl.load(label_ptr + batch * items + i, mask=owner_i >= 0, other=0)
     above = tl.zeros([ROWS], tl.int32)
-    start, stop = columns(bounds_ptr, owner_i, items, lists, True)
-    for first in range(start, tl.where(tl.max(others) > 0, stop, start), COLUMNS):
+    for first in range(start, stop, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
         owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
         label_j = tl.load(label_ptr + batch * items + j, mask=owner_j >= 0, other=0)
@@ -168,12 +177,9 @@ def list_labels_round_kernel(
     COLUMNS: tl.constexpr,
 ):
     """In lists that the output's dtype doesn't hold: rounded, and moved down by the least that keeps the order."""
-    program = tl.program_id(0).to(tl.int64)
-    batch = program // blocks
-    owner_ptr += batch * stride
-    i = program % blocks * ROWS + tl.arange(0, ROWS)
-    owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
-    others = tl.load(others_ptr + batch * lists + owner_i, mask=owner_i >= 0, other=0)
+    batch, owner_ptr, i, owner_i, others, start, stop = _rows(
+        others_ptr, owner_ptr, bounds_ptr, items, stride, lists, blocks, ROWS
+    )
     label_i = tl.load(label_ptr + batch * items + i, mask=owner_i >= 0, other=0)
     above_i = tl.load(above_ptr + batch * items + i, mask=owner_i >= 0, other=0)
     if out_ptr.dtype.element_ty == tl.float64:
@@ -184,8 +190,7 @@ def list_labels_round_kernel(
         integer: tl.constexpr = tl.int32
     most: tl.constexpr = (1 << SIGN) - 1
     least = tl.full([ROWS], most, integer)
-    start, stop = columns(bounds_ptr, owner_i, items, lists, True)
-    for first in range(start, tl.where(tl.max(others) > 0, stop, start), COLUMNS):
+    for first in range(start, stop, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
         owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
         label_j = tl.load(label_ptr + batch * items + j, mask=owner_j >= 0, other=0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._bilinear import add
 from custom_ops._layout import as_it_lies
 from custom_ops._native import define
 from custom_ops.library import Function
@@ -54,12 +55,12 @@ class SquaredReLUBackward(Function, op=squared_relu_backward):
         return squared_relu_backward(cotangent, x), _where_positive(x, 2 * grad * cotangent)
 
     @staticmethod
-    def jvp(ctx: Any, of_grad: Tensor | None, of_x: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, of_grad: Tensor | None, of_x: Tensor | None) -> Tensor | None:
         grad, x = ctx.saved_tensors
-        parts = [] if of_grad is None else [squared_relu_backward(of_grad, x)]
-        if of_x is not None:
-            parts.append(_where_positive(x, 2 * grad * of_x))
-        return sum(parts[1:], parts[0])
+        return add(
+            None if of_grad is None else squared_relu_backward(of_grad, x),
+            None if of_x is None else _where_positive(x, 2 * grad * of_x),
+        )
 
 
 def _where_positive(x: Tensor, value: Tensor) -> Tensor:

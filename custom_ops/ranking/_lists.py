@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from custom_ops import library
+from custom_ops._bilinear import bilinear
 from custom_ops._enums import Reduction
 from custom_ops._native import define
 from custom_ops.library import Function
@@ -38,10 +39,7 @@ def list_dot(x: Tensor, y: Tensor, valid: Tensor | None, offsets: Tensor | None)
 
 
 class ListScale(Function, op=list_scale):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context, jvp = bilinear(list_scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -50,19 +48,9 @@ class ListScale(Function, op=list_scale):
         of_x = list_scale(weight, grad, *where) if ctx.needs_input_grad[1] else None
         return of_weight, of_x, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, weight_t: Tensor | None, x_t: Tensor | None, *_: None) -> Tensor:
-        weight, x, *where = ctx.saved_tensors
-        parts = [] if weight_t is None else [list_scale(weight_t, x, *where)]
-        parts += [] if x_t is None else [list_scale(weight, x_t, *where)]
-        return sum(parts[1:], parts[0])
-
 
 class ListDot(Function, op=list_dot):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context, jvp = bilinear(list_dot)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,13 +58,6 @@ class ListDot(Function, op=list_dot):
         of_x = list_scale(grad, y, *where) if ctx.needs_input_grad[0] else None
         of_y = list_scale(grad, x, *where) if ctx.needs_input_grad[1] else None
         return of_x, of_y, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, x_t: Tensor | None, y_t: Tensor | None, *_: None) -> Tensor:
-        x, y, *where = ctx.saved_tensors
-        parts = [] if x_t is None else [list_dot(x_t, y, *where)]
-        parts += [] if y_t is None else [list_dot(x, y_t, *where)]
-        return sum(parts[1:], parts[0])
 
 
 # ---------------------------------------------------------------- the sum or mean over lists, and the adjoint

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._bilinear import add
 from custom_ops._enums import PreferenceLoss
 from custom_ops._native import define
 from custom_ops._wide import wide
@@ -67,8 +68,7 @@ def preference_slope(
 
 def _along(moves: Sequence[Tensor | None]) -> Tensor | None:
     """How far d moves with its four tensors."""
-    steps = [move if sign > 0 else -move for move, sign in zip(moves, _SIGNS) if move is not None]
-    return sum(steps[1:], steps[0]) if steps else None
+    return add(*(move if move is None or sign > 0 else -move for move, sign in zip(moves, _SIGNS)))
 
 
 def _back(slope: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:

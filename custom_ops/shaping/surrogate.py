@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._bilinear import add
 from custom_ops._enums import SurrogateShape
 from custom_ops._layout import as_it_lies
 from custom_ops._native import define
@@ -77,14 +78,12 @@ class SurrogateSlope(Function, op=surrogate_slope):
         return of_grad, of_x, None, None
 
     @staticmethod
-    def jvp(ctx: Any, grad_tangent: Tensor | None, x_tangent: Tensor | None, *_: None) -> Tensor:
+    def jvp(ctx: Any, grad_tangent: Tensor | None, x_tangent: Tensor | None, *_: None) -> Tensor | None:
         grad, x = ctx.saved_tensors
-        parts = []
-        if grad_tangent is not None:
-            parts.append(surrogate_slope(grad_tangent, x, ctx.shape, ctx.width))
-        if x_tangent is not None:
-            parts.append(_bent(x_tangent, grad, x, ctx.shape, ctx.width))
-        return sum(parts[1:], parts[0])
+        return add(
+            None if grad_tangent is None else surrogate_slope(grad_tangent, x, ctx.shape, ctx.width),
+            None if x_tangent is None else _bent(x_tangent, grad, x, ctx.shape, ctx.width),
+        )
 
 
 def _bent(v: Tensor, grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library, shards
+from custom_ops._bilinear import add, bilinear
 from custom_ops._native import define
 from custom_ops.library import Function
 
@@ -78,11 +79,6 @@ def pair_dots(sums: Tensor, x: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-2], rows.shape[-1]))
 
 
-def _add(*parts: Tensor | None) -> Tensor | None:
-    given = [part for part in parts if part is not None]
-    return sum(given[1:], given[0]) if given else None
-
-
 class SegmentReduce(Function, op=segment_reduce):
     """The op is bilinear in x and weight."""
 
@@ -104,7 +100,7 @@ class SegmentReduce(Function, op=segment_reduce):
     @staticmethod
     def jvp(ctx: Any, of_x: Tensor | None, of_weight: Tensor | None, *_: None) -> Tensor | None:
         x, weight, *geometry = ctx.saved_tensors
-        return _add(
+        return add(
             None if of_x is None else segment_reduce(of_x, weight, *geometry, *ctx.options),
             None if of_weight is None else segment_reduce(x, of_weight, *geometry, *ctx.options),
         )
@@ -127,7 +123,7 @@ class SegmentSpread(Function, op=segment_spread):
         of_sums, of_x, of_weight = ctx.needs_input_grad[:3]
         in_sums = in_x = in_weight = None
         if of_sums:
-            in_sums = _add(
+            in_sums = add(
                 None if u is None else segment_reduce(u, weight, *geometry, *ctx.options),
                 None if v is None else segment_reduce(x, v, *geometry, *ctx.options),
             )
@@ -153,7 +149,7 @@ class SegmentSpread(Function, op=segment_spread):
             rows.append(spread(sums, None, weight_t, True)[0])
         if x_t is not None:
             dots.append(spread(sums, x_t, None, False)[1])
-        return _add(*rows) if ctx.of_x else None, None if x is None else _add(*dots)
+        return add(*rows) if ctx.of_x else None, None if x is None else add(*dots)
 
 
 class PairReduce(Function, op=pair_reduce):
@@ -176,7 +172,7 @@ class PairReduce(Function, op=pair_reduce):
     @staticmethod
     def jvp(ctx: Any, of_x: Tensor | None, of_weight: Tensor | None, *_: None) -> Tensor | None:
         x, weight, rows, ranks = ctx.saved_tensors
-        return _add(
+        return add(
             None if of_x is None else pair_reduce(of_x, weight, rows, ranks, ctx.segments),
             None if of_weight is None else pair_reduce(x, of_weight, rows, ranks, ctx.segments),
         )
@@ -185,10 +181,7 @@ class PairReduce(Function, op=pair_reduce):
 class PairDots(Function, op=pair_dots):
     """The op is bilinear in sums and x."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context, jvp = bilinear(pair_dots)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,14 +189,6 @@ class PairDots(Function, op=pair_dots):
         of_sums, of_x = ctx.needs_input_grad[:2]
         in_sums = pair_reduce(x, grad, rows, ranks, sums.shape[-2]) if of_sums else None
         return in_sums, pair_reduce(sums, grad, ranks, rows, x.shape[-2]) if of_x else None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, of_sums: Tensor | None, of_x: Tensor | None, *_: None) -> Tensor | None:
-        sums, x, ranks, rows = ctx.saved_tensors
-        return _add(
-            None if of_sums is None else pair_dots(of_sums, x, ranks, rows),
-            None if of_x is None else pair_dots(sums, of_x, ranks, rows),
-        )
 
 
 def _pick(x: Tensor, argmax: Tensor) -> Tensor:
