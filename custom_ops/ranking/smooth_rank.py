@@ -114,7 +114,8 @@ def smooth_ap_loss(
     relevant item, or of relevant items only, doesn't contribute.
 
     Args:
-        temperature: the temperature of the sigmoids, in units of the scores. The default is the paper's, for cosine similarities.
+        temperature: the temperature of the sigmoids, in units of the scores. The default is the paper's, for cosine
+            similarities.
 
     Source: Brown, Xie, Kalogeiton, Zisserman, "Smooth-AP", ECCV 2020.
 
