@@ -1,12 +1,12 @@
-// What the one-bit activations share: a rule applied to every element, its bits packed.
+// The code that the one-bit activations share: it applies a rule to every element and packs the resulting bits.
 #pragma once
 
 #include "lanes.h"
 
 namespace custom_ops {
 
-constexpr int64_t kSpan = 1 << 14;  // elements of one piece of work
-constexpr int64_t kTile = 512;      // elements whose intermediate values stay in the first-level cache
+constexpr int64_t kSpan = 1 << 14;  // elements per unit of work
+constexpr int64_t kTile = 512;      // elements whose intermediate values fit into the first-level cache
 
 #ifdef CUSTOM_OPS_AVX2
 template <class T, class Rule>
@@ -40,7 +40,7 @@ TARGET_AVX2 int64_t activate_vectors(Rule rule, const T* x, const Accumulator<T>
 
 inline bool bit(const uint8_t* mask, int64_t i) { return (mask[i >> 3] >> (i & 7)) & 1; }
 
-// `bias`, one value for each element, and `random`, one bit for each, may be null; `stream` as `Streaming` says at `y`.
+// `bias` (one value per element) and `random` (one bit per element) may be null; `stream` is `Streaming::at(y)`.
 template <class T, class Rule>
 void activate_span(const Rule& rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y, uint8_t* mask,
                    int64_t n, [[maybe_unused]] bool stream) {
@@ -52,7 +52,7 @@ void activate_span(const Rule& rule, const T* x, const Accumulator<T>* bias, con
   for (; i < n; ++i) {
     A result;
     A v = static_cast<A>(x[i]);
-    if (bias != nullptr) v += bias[i];  // not + 0, which loses the sign of a zero
+    if (bias != nullptr) v += bias[i];  // adding 0 instead would lose the sign of -0
     const bool keep = rule.apply(v, random != nullptr && bit(random, i), result);
     y[i] = static_cast<T>(result);
     if (i % 8 == 0) mask[i / 8] = 0;

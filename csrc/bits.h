@@ -1,5 +1,5 @@
-// Bit masks: one bit per element, eight elements to a byte, lowest bit first, each example of a
-// batch starting on a byte. Padding bits are 0.
+// Bit masks have one bit per element, eight elements to a byte, lowest bit first. Each example of a batch starts on a
+// byte. Padding bits are 0.
 #pragma once
 
 #include "isa.h"
@@ -12,8 +12,9 @@
 
 namespace custom_ops {
 
-// Whether a fresh output is written past the caches. A large one is: they would fetch each line only to have it
-// overwritten, and push it out again before anyone reads it. Then `flush` before the thread says that it is done.
+// Tells whether a fresh output is written past the caches. A large output is: the caches would fetch each line only to
+// have it overwritten, and evict it before anyone reads it. A thread that writes past the caches calls `flush` when it
+// has finished.
 class Streaming {
  public:
   static constexpr int64_t kLarge = 8 << 20, kLine = 64;
@@ -24,7 +25,7 @@ class Streaming {
 #endif
   }
 
-  // Whether lines from `p` on are. One that is written in part must be fetched in any case.
+  // Whether lines from `p` on are written past the caches. A line that is written in part must be fetched in any case.
   bool at(const void* p) const { return on_ && reinterpret_cast<uintptr_t>(p) % kLine == 0; }
 
   void flush() const {
@@ -37,8 +38,8 @@ class Streaming {
   bool on_ = false;
 };
 
-// The masks of a batch: `examples` masks of `elements` bits each, for the elements of `x` beyond its
-// first `batch_dims` dimensions.
+// The masks of a batch: `examples` masks of `elements` bits each, for the dimensions of `x` after the first
+// `batch_dims`.
 struct MaskLayout {
   Shape batch;
   int64_t examples, elements, bytes;
@@ -59,8 +60,8 @@ struct MaskLayout {
     return layout;
   }
 
-  // Calls f(example, begin, end) over spans of at most `span` elements that together cover the
-  // batch; begin is a multiple of 8. The spans don't depend on the number of threads.
+  // Calls f(example, begin, end) for spans of at most `span` elements that together cover the batch; begin is a
+  // multiple of 8. The spans don't depend on the number of threads.
   template <class F>
   void parallel_spans(int64_t span, const F& f) const {
     const int64_t per_example = (elements + span - 1) / span;

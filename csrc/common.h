@@ -1,5 +1,5 @@
-// What every kernel file shares: types, checks, dtype dispatch, fresh outputs, and the tables of C++ signatures and
-// enums that Python compares with each op's schema and with its own enums when the library is loaded.
+// The code that every kernel file shares: types, checks, dtype dispatch, fresh outputs, and the tables of C++
+// signatures and enums. Python compares these with each op's schema and with its own enums when it loads the library.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,8 @@
 #include <type_traits>
 #include <vector>
 
-// The library loads on glibc 2.28: the versions of these functions from 2.29 on differ only in how they report errors.
+// The library must load on glibc 2.28. From 2.29 on these functions have new versions, which differ only in how they
+// report errors.
 #if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
 #ifdef __x86_64__
 #define CUSTOM_OPS_FIRST_GLIBC "GLIBC_2.2.5"
@@ -39,7 +40,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
-// A part of a message. It lives no longer than the expression that it is made in.
+// A part of a message. It doesn't outlive the expression that makes it.
 struct Part {
   enum { kText, kInteger, kReal } kind;
   union {
@@ -58,7 +59,7 @@ struct Part {
 
 [[noreturn]] void fail(std::initializer_list<Part> message);
 
-// A Python RuntimeError with just this message (STD_TORCH_CHECK puts a file and line before it).
+// Raises a Python RuntimeError with just this message. (STD_TORCH_CHECK would put a file and a line before it.)
 template <class... Parts>
 void check(bool ok, const Parts&... message) {
   if (!ok) fail({message...});
@@ -66,7 +67,7 @@ void check(bool ok, const Parts&... message) {
 
 // ---------------------------------------------------------------- tensors
 
-// What `make` gives. It fails for want of memory only, which the stable ABI doesn't say.
+// Returns what `make` returns. `make` can fail only for want of memory, but the stable ABI doesn't give the reason.
 template <class F>
 Tensor allocated(int64_t elements, const F& make) {
   try {
@@ -88,7 +89,7 @@ inline int64_t product(const Shape& shape) {
   return n;
 }
 
-// Sizes of dims [begin, end).
+// Returns the sizes of the dimensions [begin, end).
 inline Shape sizes(const Tensor& t, int64_t begin, int64_t end) {
   Shape out;
   for (int64_t d = begin; d < end; ++d) out.push_back(t.size(d));
@@ -110,8 +111,8 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A fresh, contiguous, uninitialised output. Large ones ask for huge pages: filling fresh memory
-// in 4 KiB pages costs more than most kernels here.
+// Returns a fresh, contiguous, uninitialised output. A large one asks for huge pages: filling fresh memory in 4 KiB
+// pages takes longer than most kernels here.
 Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype);
 inline Tensor fresh(const Tensor& like, const Shape& shape) { return fresh(like, shape, like.scalar_type()); }
 
@@ -122,7 +123,7 @@ struct Type {
   using type = T;
 };
 
-// Sums of 16-bit types are kept in float; float and double in themselves.
+// The type of sums: float for 16-bit types, else the type itself.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -158,8 +159,8 @@ constexpr int64_t count_names(const char* enumerators) {
   return count;
 }
 
-// An op receives an enum as the integer that the enum has in custom_ops/_enums.py. Every kernel is registered with this
-// check of its arguments.
+// An op receives an enum as the integer that it has in custom_ops/_enums.py. Every registered kernel checks its
+// arguments with this function.
 template <class T>
 void check_enum(const T& argument) {
   if constexpr (std::is_enum_v<T>) {
@@ -181,7 +182,7 @@ struct Checked<fn> {
 
 // ---------------------------------------------------------------- signatures
 
-// The name that a schema has for a type of C++.
+// The name of a C++ type in a schema.
 struct TypeName {
   const char* name;
   bool optional = false;
@@ -213,7 +214,7 @@ void record_signature(const char* op, R (*)(A...)) {
 
 }  // namespace custom_ops
 
-// Defines an enum of namespace custom_ops whose enumerators count from 0. Python has one of the same name with the
+// Defines an enum of namespace custom_ops whose enumerators count from 0. Python has an enum with the same name and the
 // same enumerators.
 #define CUSTOM_OPS_ENUM(Name, ...)                                    \
   enum class Name : int64_t { __VA_ARGS__ };                          \

@@ -1,4 +1,4 @@
-// Dropout of ReLU, both masks merged into one bit per element.
+// Dropout of ReLU, with both masks merged into one bit per element.
 #include "activation.h"
 
 #include <cmath>
@@ -29,8 +29,8 @@ struct Dropout {
 #endif
 };
 
-// Philox 4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Counter i gives the draws
-// of elements 4 i to 4 i + 3; bit k of `kept` is set where the draw of element 4 * counter + k is at least `least`.
+// Philox 4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Counter i gives the draws of
+// elements 4 i to 4 i + 3. Bit k of `kept` is set if the draw of element 4 * counter + k is at least `least`.
 ALWAYS_INLINE inline void draw(uint64_t seed, uint64_t counter, uint64_t least, uint8_t* kept, int64_t n) {
   constexpr int64_t kCounters = 32;
   for (int64_t first = 0; first < n; first += 4 * kCounters) {

@@ -1,5 +1,5 @@
-// exp, log and log1p on the intervals that the losses need, and sums, written so that loops over them
-// vectorise; the same bits on every instruction set. NaN stays NaN.
+// Sums, and exp, log and log1p on the intervals that the losses need. Loops over these functions vectorise and give the
+// same bits on every instruction set. NaN stays NaN.
 #pragma once
 
 #include "isa.h"
@@ -11,19 +11,20 @@
 
 namespace custom_ops {
 
-// e^x for x <= 0, or up to 80; 0 where that lies near or below the smallest normal number.
+// Returns e^x for x <= 0 (or up to 80), and 0 where the result is near or below the smallest normal number.
 ALWAYS_INLINE inline double exp_nonpositive(double x) {
-  constexpr double kRound = 6755399441055744;  // 1.5 * 2^52: adding it leaves the nearest integer in the low bits
+  constexpr double kRound = 6755399441055744;  // 1.5 * 2^52; adding it leaves the nearest integer in the low bits
   const double shifted = x * 1.4426950408889634 + kRound, n = shifted - kRound;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
-  double y = 1 / 6227020800. * r + 1 / 479001600.;  // written out: with a loop here GCC 12 vectorises none around it
+  // unrolled, because GCC 12 doesn't vectorise a loop around another one
+  double y = 1 / 6227020800. * r + 1 / 479001600.;
   y = (y * r + 1 / 39916800.) * r + 1 / 3628800.;
   y = (y * r + 1 / 362880.) * r + 1 / 40320.;
   y = (y * r + 1 / 5040.) * r + 1 / 720.;
   y = (y * r + 1 / 120.) * r + 1 / 24.;
   y = ((y * r + 1 / 6.) * r + 0.5) * r + 1.;
   y = y * r + 1.;
-  uint64_t bits;  // unsigned: beyond the interval, where nobody looks, the sum overflows
+  uint64_t bits;  // unsigned, because the sum may overflow outside of the interval, where the result isn't used
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << 52) + 0x3ff0000000000000u;
   double power;
@@ -31,10 +32,10 @@ ALWAYS_INLINE inline double exp_nonpositive(double x) {
   return x < -700. ? 0. : y * power;
 }
 ALWAYS_INLINE inline float exp_nonpositive(float x) {
-  constexpr float kRound = 12582912;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  constexpr float kRound = 12582912;  // 1.5 * 2^23; adding it leaves the nearest integer in the low bits
   const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first one short
-  float y = 1 / 5040.f * r + 1 / 720.f;                         // written out, as above
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first with few bits
+  float y = 1 / 5040.f * r + 1 / 720.f;                         // unrolled as above
   y = (y * r + 1 / 120.f) * r + 1 / 24.f;
   y = ((y * r + 1 / 6.f) * r + 0.5f) * r + 1.f;
   y = y * r + 1.f;
@@ -46,23 +47,23 @@ ALWAYS_INLINE inline float exp_nonpositive(float x) {
   return x < -86.f ? 0.f : y * power;
 }
 
-// log(1 + u) for 0 <= u <= 1, to the last digits of small u too: 2 artanh(u / (2 + u)).
+// Returns log(1 + u) for 0 <= u <= 1 as 2 artanh(u / (2 + u)), which is accurate for small u too.
 ALWAYS_INLINE inline double log1p_unit(double u) { return std::log1p(u); }
 ALWAYS_INLINE inline float log1p_unit(float u) {
   const float s = u / (2 + u), q = s * s;
-  float y = 2 / 15.f * q + 2 / 13.f;  // written out, as above
+  float y = 2 / 15.f * q + 2 / 13.f;  // unrolled as above
   y = (y * q + 2 / 11.f) * q + 2 / 9.f;
   y = (y * q + 2 / 7.f) * q + 2 / 5.f;
   y = (y * q + 2 / 3.f) * q + 2.f;
   return y * s;
 }
 
-// log x of a normal x > 0: that of its mantissa, between the roots of 1/2 and 2, as 2 artanh((m - 1) / (m + 1)).
+// Returns log x of a normal x > 0. The mantissa m, between the roots of 1/2 and 2, gives 2 artanh((m - 1) / (m + 1)).
 ALWAYS_INLINE inline double log_normal(double x) {
   constexpr double kTwo52 = 4503599627370496;
   uint64_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
-  uint64_t power = bits >> 52 | 0x4330000000000000u;  // as the low digits of 2^52
+  uint64_t power = bits >> 52 | 0x4330000000000000u;  // stores the exponent in the low digits of 2^52
   bits = (bits & 0x000fffffffffffffu) | 0x3ff0000000000000u;
   double m, e;
   std::memcpy(&m, &bits, sizeof(m));
@@ -81,7 +82,7 @@ ALWAYS_INLINE inline double log_normal(double x) {
   return x != x ? x : log;
 }
 
-// 0 for a weight of 0, whatever the value.
+// Returns weight * value, but 0 for a weight of 0 whatever the value is.
 template <class A>
 ALWAYS_INLINE inline A weigh(A weight, A value) {
   return weight == 0 ? A(0) : weight * value;
@@ -90,7 +91,7 @@ ALWAYS_INLINE inline A weigh(A weight, A value) {
 constexpr int64_t kSumTile = 1024;  // elements summed in A before the sum goes on in double
 constexpr int64_t kSumLanes = 16;
 
-// The largest term(i) of n, in lanes that vectorise; -inf of none, and a NaN isn't any.
+// Returns the largest of n terms term(i), in lanes that vectorise: -inf if n is 0; a NaN is ignored.
 template <class A, class Term>
 ALWAYS_INLINE inline A largest_of(int64_t n, const Term& term) {
   const auto larger = [](A a, A b) ALWAYS_INLINE { return a > b ? a : b; };
@@ -105,7 +106,7 @@ ALWAYS_INLINE inline A largest_of(int64_t n, const Term& term) {
   return lanes[0];
 }
 
-// term(i) summed over n, in lanes that vectorise.
+// Returns the sum of term(i) over n terms, in lanes that vectorise.
 template <class A, class Term>
 ALWAYS_INLINE inline double sum_of(int64_t n, const Term& term) {
   double sum = 0;

@@ -1,4 +1,4 @@
-// What list losses are given, in the form that their kernels read: lengths as a mask, labels in the scores' dtype.
+// The inputs of list losses in the form that the kernels read: lengths as a mask, labels in the scores' dtype.
 #include "lists.h"
 
 #include <cmath>
@@ -10,7 +10,7 @@ CUSTOM_OPS_ENUM(LabelUse, ORDER, DIFFERENCE, EXPONENTIAL, VALUE)
 namespace {
 
 constexpr double kHighest =
-    2048;  // beside labels so high no other number counts in 2^y: see custom_ops/ranking/_inputs.py
+    2048;  // beside labels above this, no other number counts in 2^y (custom_ops/ranking/_inputs.py)
 
 template <class A, class L>
 ALWAYS_INLINE inline bool is_held(L label) {
@@ -22,19 +22,20 @@ ALWAYS_INLINE inline bool is_held(L label) {
   }
 }
 
-// How far a label lies below the highest one.
-inline double below(double, double) { return 0; }  // isn't asked for
+// Returns how far a label is below the highest one.
+inline double below(double, double) { return 0; }  // never called
 inline double below(int64_t top, int64_t label) {
   return static_cast<double>(static_cast<uint64_t>(top) - static_cast<uint64_t>(label));
 }
 
-// An integer that is the greater the greater the float is, and its inverse, which is the same.
+// Maps a float's bits to an integer that is ordered like the float; the map is its own inverse.
 template <class Bits>
 Bits in_order(Bits bits) {
   return bits < 0 ? bits ^ std::numeric_limits<Bits>::max() : bits;
 }
 
-// The labels of one list where A doesn't hold them all: rounded, and moved down by the least that keeps their order.
+// Stores the labels of one list for an A that can't represent them all: rounded, and then lowered by as little as keeps
+// their order.
 template <class A, class L>
 void ordered(const L* label, const bool* keep, int64_t n, LabelUse use, A* out, Scratch& scratch) {
   using Bits = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
@@ -42,7 +43,7 @@ void ordered(const L* label, const bool* keep, int64_t n, LabelUse use, A* out, 
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i)
     if (!keep || keep[i]) at[count++] = i;
-  std::stable_sort(at, at + count, [&](int64_t a, int64_t b) {  // NaN first
+  std::stable_sort(at, at + count, [&](int64_t a, int64_t b) {  // NaN comes first
     return label[a] != label[a] ? label[b] == label[b] : label[a] > label[b];
   });
   int64_t first = 0;

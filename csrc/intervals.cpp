@@ -25,13 +25,14 @@ Tensor interval_ranks(const Tensor& ranks_depth, const Tensor& ranks_feat, const
           starts[i]);
     check(lengths[i] >= 0 && lengths[i] <= listed - starts[i], "interval_lengths: expected 0 to the ",
           listed - starts[i], " points that are left for interval ", i, ", got ", lengths[i]);
-    total = std::min(total + lengths[i], listed + 1);  // more than all are too many, however many
+    // any total above `listed` is too large, so the sum may stop there
+    total = std::min(total + lengths[i], listed + 1);
   }
 
   Tensor out = fresh(ranks_bev, {listed});
   int64_t* rank = mutable_data<int64_t>(out);
   std::fill_n(rank, listed, -1);
-  std::atomic<int64_t> wrong{listed};  // the first point in the list with something wrong
+  std::atomic<int64_t> wrong{listed};  // the first point in the list with an error
   torch::stable::parallel_for(0, total > listed ? 0 : intervals, 256, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       for (int64_t j = starts[i]; j < starts[i] + lengths[i]; ++j) {

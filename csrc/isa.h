@@ -1,4 +1,4 @@
-// The instruction sets that kernels are compiled for, and the one that runs: CUSTOM_OPS_ISA, or the best there is.
+// The instruction sets that kernels are compiled for. CUSTOM_OPS_ISA selects one at run time; the default is the best.
 #pragma once
 
 #include "common.h"
@@ -21,8 +21,8 @@ TARGET_AVX2 void run_avx2(const Body& body) {
 }
 #endif
 
-// Runs `body` compiled twice: for AVX2 where that is chosen, and portably. `body` must be a
-// lambda marked ALWAYS_INLINE, so that each copy is vectorised for its own instruction set.
+// Compiles `body` twice, for AVX2 and portably, and runs the selected copy. `body` must be a lambda marked
+// ALWAYS_INLINE, so that each copy is vectorised for its own instruction set.
 template <class Body>
 void multiversion(const Body& body) {
 #ifdef CUSTOM_OPS_AVX2
@@ -31,11 +31,11 @@ void multiversion(const Body& body) {
   body();
 }
 
-// out[i] = f(i) for n elements; `f` marked ALWAYS_INLINE, as for `multiversion`.
+// Stores out[i] = f(i) for n elements; `f` must be marked ALWAYS_INLINE, as in `multiversion`.
 template <class T, class F>
 void each_element(T* out, int64_t n, const F& f) {
   torch::stable::parallel_for(0, n, 32768, [&](int64_t begin, int64_t end) {
-    multiversion([=]() ALWAYS_INLINE {  // all copied, since what is written could be what a reference is to
+    multiversion([=]() ALWAYS_INLINE {  // captured by copy, as a reference could alias the output
       for (int64_t i = begin; i < end; ++i) out[i] = f(i);
     });
   });

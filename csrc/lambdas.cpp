@@ -1,4 +1,4 @@
-// LambdaLoss: the logistic loss of pairs, weighted by what swapping them would do to the ranking.
+// LambdaLoss: the logistic loss of pairs, weighted by the change of the metric if the two items were swapped.
 #include "pairs.h"
 
 namespace custom_ops {
@@ -7,22 +7,22 @@ CUSTOM_OPS_ENUM(PairWeighting, RANKNET, LAMBDARANK, NDCG1, NDCG2, NDCG2PP, LABEL
 
 namespace {
 
-// The items of a list by rank. All arrays go on for a vector's width behind the end.
+// The items of a list in the order of their ranks. Every array is padded by a vector's width.
 template <class A>
 struct Ranked {
-  int64_t n, rows, columns;  // a pair is one of the first `rows` and a later one of the first `columns`
+  int64_t n, rows, columns;  // a pair has one of the first `rows` items and a later one of the first `columns`
   const int32_t* order;
   A* y;
-  // Item i above j weighs the difference of their gains times (that of their discounts + `by_distance` of their ranks),
-  // or only the gain of i; the Form below says which.
+  // The weight of item i above j is the difference of their gains times (the difference of their discounts +
+  // `by_distance` of the distance of their ranks), or only the gain of i. The Form below selects which.
   A *gain, *discount, *by_distance;
-  const A *up, *down;  // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
-  A* s;                // s / 2, of which no difference overflows, from which it is taken where `wide`
+  const A *up, *down;  // u = exp(-sigma (s_i - s_j)) = up[j] * down[i]
+  A* s;                // s / 2, whose differences can't overflow; u is computed from it if `wide`
   A twice;             // 2 sigma
   bool wide;
   A* v;
 
-  // For item i and those from j on.
+  // Computes u for item i and the vector of items from j on.
   template <bool kWide>
   ALWAYS_INLINE void ratio(int64_t i, int64_t j, VectorOf<A>& u) const {
     if constexpr (kWide) {
@@ -33,7 +33,7 @@ struct Ranked {
     }
   }
 
-  // For the same, of those `inside`: the weights of i above j, and of j above i.
+  // Computes the weights of i above j and of j above i, for the same items, or 0 outside of `inside`.
   template <class Form>
   ALWAYS_INLINE void weights(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& first,
                              VectorOf<A>& last) const {
@@ -62,7 +62,7 @@ struct Ranked {
     last = lower ? w : V{};
   }
 
-  // For the same, how many pairs they are: 0, 1, or both orders of every pair.
+  // Adds the number of pairs of the same items: 0, 1, or both orders of every pair.
   template <class Form>
   ALWAYS_INLINE void count(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& pairs) const {
     using V = VectorOf<A>;
@@ -74,7 +74,8 @@ struct Ranked {
   }
 };
 
-// What a weighting reads. Those that only take more time than need be share `Differences`, `OneGain` and `EveryGain`.
+// The inputs that a weighting reads. `Differences`, `OneGain` and `EveryGain` also serve weightings that read less,
+// where speed doesn't matter.
 template <bool kG, bool kD, bool kDiscount, bool kDistance, bool kAll = false>
 struct Form {
   static constexpr bool kGains = kG, kDifferences = kD, kDiscounts = kDiscount, kDistances = kDistance;
@@ -88,7 +89,7 @@ using OnlyDiscounts = Form<true, true, true, false>;
 using OnlyDistances = Form<true, true, false, true>;
 using Differences = Form<true, true, true, true>;
 
-// log(1 + u) for 0 <= u <= 1 from z = u / (2 + u), which is at most 1/3: 2 (z + z^3 / 3 + z^5 / 5 + ...).
+// Computes log(1 + u) for 0 <= u <= 1 from z = u / (2 + u), which is at most 1/3: 2 (z + z^3 / 3 + z^5 / 5 + ...).
 template <class A>
 ALWAYS_INLINE inline void log_one_plus(const VectorOf<A>& z, VectorOf<A>& out) {
   const VectorOf<A> square = z * z;
@@ -101,7 +102,8 @@ struct Sums {
   double loss = 0, pairs = 0;
 };
 
-// Adds to `sums` the slopes (or with v the Hessian times v) by rank, but for sigma; of every parts-th block of rows.
+// Adds the slopes, or with v the Hessian times v, to `sums` by rank, without the factors of sigma. A part takes every
+// parts-th block of rows.
 template <class Form, bool kHessian, bool kWide, class A>
 ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t parts, double* sums) {
   using V = VectorOf<A>;
@@ -125,7 +127,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
           x.template ratio<kWide>(i, j, u);
           x.template weights<Form>(i, j, inside, first, last);
-          // Infinite scores of no weight change nothing, though their difference may be NaN.
+          // Infinite scores with weight 0 change nothing, though their difference may be NaN.
           if constexpr (kWide) u = (first == V{}) & (last == V{}) ? V{} : u;
           const V next = A(1) + u, other = A(2) + u, inverse = A(1) / (next * other), r = inverse * other;
           if constexpr (kHessian) {
@@ -158,7 +160,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
 struct LambdaLoss {
   PairWeighting weighting;
   int64_t k;  // at most INT32_MAX
-  bool both;  // both items of a pair are among the first k, or else at least one of them
+  bool both;  // both items of a pair are among the first k; otherwise at least one is
   bool exponential;
   double sigma, mu, scale;
   bool normalize;
@@ -189,13 +191,13 @@ struct LambdaLoss {
       const Ratios<A> ratios(gather(list.s, x.order, n, scratch), n, length, sigma, range, scratch);
       x.up = ratios.up, x.down = ratios.down;
     }
-    // Which lists count doesn't depend on the scores.
+    // Whether a list is active doesn't depend on the scores.
     const bool unequal = weighting == PairWeighting::NDCG1 ? n > 1 : !std::equal(list.y + 1, list.y + n, list.y);
     list.active = weights(list, x, length) && unequal;
     if (!list.active) x.rows = 0;
     Sums total, counted;
     const double* sums = run(x, list.v != nullptr, scratch, total);
-    if (normalize && list.v) run(x, false, scratch, counted);  // the Hessian isn't asked for its pairs
+    if (normalize && list.v) run(x, false, scratch, counted);  // the Hessian kernel doesn't count pairs
     const double pairs = list.v ? counted.pairs : total.pairs;
     const double factor = normalize && pairs > 0 ? scale / pairs : scale;
     const double slope = factor * (list.v ? sigma * sigma : sigma);
@@ -204,7 +206,7 @@ struct LambdaLoss {
   }
 
  private:
-  // What pairs weigh; false if there is nothing to gain.
+  // Computes the gains and discounts of the weights; returns false if no item has a gain.
   template <class A>
   bool weights(const List<A>& list, Ranked<A>& x, int64_t length) const {
     Scratch& scratch = list.scratch;
@@ -216,7 +218,7 @@ struct LambdaLoss {
     };
     x.gain = zeros(length);
     x.discount = zeros(length);
-    x.by_distance = zeros(length + kWidth<A>) + kWidth<A>;  // a vector may begin before the distance 0
+    x.by_distance = zeros(length + kWidth<A>) + kWidth<A>;  // a vector may begin before distance 0
     if (weighting == PairWeighting::RANKNET) return std::fill(x.gain, x.gain + n, A(1)), true;
     if (weighting == PairWeighting::LABEL_DIFF) {
       std::copy(x.y, x.y + n, x.gain);
@@ -234,7 +236,8 @@ struct LambdaLoss {
       if (i < x.rows) most += own * discount_at(i);
     }
     if (most <= 0) return false;
-    // |1 / log2(1 + a) - 1 / log2(2 + a)| for ranks that differ by a, times mu beside the discounts.
+    // For a distance of a, the difference of discounts is |1 / log2(1 + a) - 1 / log2(2 + a)|; NDCG2PP multiplies it by
+    // mu and adds it to the discounts.
     const double distances = weighting == PairWeighting::NDCG2 ? 1 : weighting == PairWeighting::NDCG2PP ? mu : 0;
     for (int64_t i = 0; i < n; ++i) {
       const A gain = static_cast<A>(gains[x.order[i]] / most), discount = static_cast<A>(discount_at(i));
@@ -245,7 +248,7 @@ struct LambdaLoss {
     return true;
   }
 
-  // What all parts of the list add up to, by rank, and their total.
+  // Returns the sums of all parts of the list by rank, and adds up their total.
   template <class A>
   double* run(const Ranked<A>& x, bool hessian, Scratch& scratch, Sums& total) const {
     const int64_t parts = parts_of(static_cast<double>(x.rows) * static_cast<double>(x.columns));
@@ -273,14 +276,15 @@ struct LambdaLoss {
       }
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
-    for (int64_t i = 0; weighting == PairWeighting::NDCG1 && i < x.rows; ++i) {  // each item with itself
+    // adds the pair of each item with itself
+    for (int64_t i = 0; weighting == PairWeighting::NDCG1 && i < x.rows; ++i) {
       total.loss += std::log(2.0) * static_cast<double>(x.gain[i]);
       total.pairs += 1;
     }
     return sums;
   }
 
-  // Second derivatives, and scores without a common range.
+  // Computes second derivatives, and slopes of scores without a common range.
   template <class Form, class A>
   static ALWAYS_INLINE inline Sums sum_rare(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
                                             bool hessian) {

@@ -1,4 +1,4 @@
-// Elements and their bits in vector registers, past which they are stored as `Streaming` says if `stream`.
+// Elements and their bits in vector registers. They are stored past the caches if `stream`, which is `Streaming::at`.
 #pragma once
 
 #include "bits.h"
@@ -11,8 +11,8 @@
 
 namespace custom_ops {
 
-// The integer of a float's width, as which floats are moved and tested. Memory is read through Word,
-// which may alias any type.
+// The integer with a float's width, in which form floats are moved and tested. Memory is read through Word, which may
+// alias any type.
 template <size_t kWidth>
 struct Bits {
   using Integer = std::conditional_t<kWidth == 2, int16_t, std::conditional_t<kWidth == 4, int32_t, int64_t>>;
@@ -33,8 +33,8 @@ TARGET_AVX2 inline void store(void* p, __m128i v, bool stream) {
   else _mm_storeu_si128(static_cast<__m128i*>(p), v);
 }
 
-// The lanes of x from bit `first` of `bits` on, 0 where the lane's bit isn't set. Each bit of `bits` is
-// moved to its lane's sign, by which wide lanes are selected.
+// Returns the lanes of x whose bit is set, from bit `first` of `bits` on, and 0 in the others. Each bit is moved to its
+// lane's sign, by which wide lanes are selected.
 template <size_t kWidth>
 TARGET_AVX2 inline __m256i select(__m256i x, uint32_t bits, int first) {
   if constexpr (kWidth == 2) {
@@ -55,7 +55,7 @@ TARGET_AVX2 inline __m256i select(__m256i x, uint32_t bits, int first) {
   }
 }
 
-// One bit for each lane: its sign.
+// Returns one bit for each lane: its sign.
 template <size_t kWidth>
 TARGET_AVX2 inline uint32_t gather(__m256i lanes) {
   if constexpr (kWidth == 2) {
@@ -68,7 +68,7 @@ TARGET_AVX2 inline uint32_t gather(__m256i lanes) {
   }
 }
 
-// Elements handled at a time: the bits of one 4-byte access of the mask.
+// elements per step: the bits of one 4-byte access to the mask
 constexpr int64_t kStep = 32;
 template <size_t kWidth>
 constexpr int64_t kLanes = 32 / kWidth;
@@ -88,7 +88,7 @@ TARGET_AVX2 int64_t select_bits(const Word* x, const uint8_t* mask, Word* out, i
 }  // namespace avx2
 #endif
 
-// out[i] = bit i of mask ? x[i] : 0, for n elements of kWidth bytes; `stream` as `Streaming` says at `to`.
+// Stores out[i] = bit i of mask ? x[i] : 0 for n elements of kWidth bytes; `stream` is `Streaming::at(to)`.
 template <size_t kWidth>
 void select_bits(const void* from, const uint8_t* mask, void* to, int64_t n, [[maybe_unused]] bool stream) {
   using Word = typename Bits<kWidth>::Word;
@@ -102,8 +102,8 @@ void select_bits(const void* from, const uint8_t* mask, void* to, int64_t n, [[m
 }
 
 #ifdef CUSTOM_OPS_AVX2
-// Vectors of floats: 8 lanes of float for the 16- and 32-bit types, 4 of double for the 64-bit one, and how elements
-// lie in them.
+// Vectors of floats: 8 lanes of float for the 16- and 32-bit types, 4 lanes of double for the 64-bit type. Lanes maps
+// elements to them.
 template <class A>
 struct Vector;
 
@@ -125,24 +125,24 @@ struct Vector<float> {
   TARGET_AVX2 Vector operator-(Vector o) const { return {_mm256_sub_ps(v, o.v)}; }
   TARGET_AVX2 Vector operator*(Vector o) const { return {_mm256_mul_ps(v, o.v)}; }
   TARGET_AVX2 Vector operator&(Vector o) const { return {_mm256_and_ps(v, o.v)}; }
-  TARGET_AVX2 Vector and_not(Vector o) const { return {_mm256_andnot_ps(o.v, v)}; }  // this where not o
-  // All ones or zeros; a comparison with a NaN is false.
+  TARGET_AVX2 Vector and_not(Vector o) const { return {_mm256_andnot_ps(o.v, v)}; }  // this & ~o
+  // Comparisons give all ones or zeros, and false for a NaN.
   TARGET_AVX2 Vector operator>(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_GT_OQ)}; }
   TARGET_AVX2 Vector operator>=(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_GE_OQ)}; }
   TARGET_AVX2 Vector operator<=(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_LE_OQ)}; }
-  TARGET_AVX2 Vector not_at_most(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_NLE_UQ)}; }  // true of a NaN
+  TARGET_AVX2 Vector not_at_most(Vector o) const { return {_mm256_cmp_ps(v, o.v, _CMP_NLE_UQ)}; }  // true for a NaN
   TARGET_AVX2 Vector is_nan() const { return {_mm256_cmp_ps(v, v, _CMP_UNORD_Q)}; }
   TARGET_AVX2 static uint32_t signs(const Vector (&x)[4]) {
     const auto pair = [&](int i) TARGET_AVX2 {
       return _mm256_packs_epi32(_mm256_castps_si256(x[i].v), _mm256_castps_si256(x[i + 1].v));
     };
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works on each half of a vector
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works within each half of a vector
     const __m256i bytes = _mm256_packs_epi16(pair(0), pair(2));
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order)));
   }
-  // `yes` where the lane's sign is set, else this.
+  // Returns `yes` where the sign of `where` is set, else this.
   TARGET_AVX2 Vector replaced(Vector yes, Vector where) const { return {_mm256_blendv_ps(v, yes.v, where.v)}; }
-  // Every kApart-th bit from `first` on, as the sign of its lane.
+  // Returns every kApart-th bit from `first` on, as the sign of its lane.
   template <int kApart = 1>
   TARGET_AVX2 static Vector signs_of(uint32_t bits, int first) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -182,7 +182,7 @@ struct Vector<double> {
   }
 };
 
-// Two vectors of consecutive elements of T: one half in each.
+// Two vectors hold consecutive elements of T, half of them each.
 template <class T>
 struct Lanes {
   using V = Vector<Accumulator<T>>;
@@ -195,26 +195,26 @@ struct Lanes {
   TARGET_AVX2 static void store(const V (&v)[2], To* p, bool stream) {
     v[0].store(p, stream), v[1].store(p + V::kLanes, stream);
   }
-  // Of numbers that a T holds.
+  // The numbers must be representable in T.
   TARGET_AVX2 static void store_exact(const V (&v)[2], T* p, bool stream) { store(v, p, stream); }
-  // The bits of vector `which` of those whose first element is the one of bit `first`.
+  // Returns the bits of vector `which`, where bit `first` belongs to the first element of the pair.
   TARGET_AVX2 static V signs_of(uint32_t bits, int64_t first, int64_t which) {
     return V::signs_of(bits, static_cast<int>(first + which * V::kLanes));
   }
   TARGET_AVX2 static uint32_t signs(const V (&v)[avx2::kStep / V::kLanes]) { return V::signs(v); }
 };
 
-// The elements of even places, and those of odd ones: the low and the high half of each word of 32 bits.
+// Two vectors hold the elements at even and at odd places, which are the low and the high halves of 32-bit words.
 template <>
 struct Lanes<BFloat16> {
   using V = Vector<float>;
 
   TARGET_AVX2 static __m256i bits_of(V x) { return _mm256_castps_si256(x.v); }
-  // The high half of each word, in place of its low one and in its own.
+  // Moves the high half of each word of `even` to its low half, and merges it with the high half of `odd`.
   TARGET_AVX2 static __m256i merged(__m256i even, __m256i odd) {
     return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xAA);
   }
-  // To nearest, ties to even. The NaNs here carry 16 bits, so that rounding can't make an infinity of one.
+  // Rounds to nearest, ties to even. A NaN here has a 16-bit payload, so rounding can't turn it into an infinity.
   TARGET_AVX2 static __m256i rounded(V x) {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits_of(x), 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(bits_of(x), _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));

@@ -1,5 +1,5 @@
-// What the shared library itself provides: fresh memory, the choice of an instruction set and the tables of signatures
-// and enums.
+// The parts of the library that aren't kernels: fresh memory, the choice of an instruction set, and the tables of
+// signatures and enums.
 #include "isa.h"
 
 #include <algorithm>
@@ -18,11 +18,11 @@ namespace {
 void advise_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr size_t kThreshold = size_t{2} << 20;   // smaller blocks mostly reuse mapped memory
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // the advice covers the huge pages that the block lies in
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // the advice covers all huge pages that overlap the block
   if (bytes < kThreshold) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(kHuge - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kHuge - 1) & ~(kHuge - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a failure changes nothing
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: a failure changes nothing
 #else
   (void)data, (void)bytes;
 #endif
@@ -63,7 +63,7 @@ bool use_avx2 = false;
 
 namespace {
 
-// What this processor can run, from the least to the best.
+// Returns the instruction sets of this processor, from the least to the best.
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> out{"portable"};
 #ifdef CUSTOM_OPS_AVX2
@@ -74,7 +74,7 @@ std::vector<std::string> instruction_sets() {
 
 std::string chosen, refusal;
 
-// The one named, or of none the best; why not, if it can't be.
+// Selects the named instruction set, or the best for an empty name. Returns why it can't be selected, else "".
 const std::string& choose(const char* name) {
   const std::vector<std::string> all = instruction_sets();
   const std::string wanted = name == nullptr || *name == 0 ? all.back() : name;
@@ -97,10 +97,10 @@ const std::string& choose(const char* name) {
 }  // namespace
 
 Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  check(refusal.empty(), refusal);  // by every op, before it starts: a program without Python hears of it here
+  check(refusal.empty(), refusal);  // every op calls `fresh` first, so a program without Python gets the error here
   Shape strides(shape.size(), 1);
   for (size_t d = shape.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * std::max<int64_t>(shape[d - 1], 1);
-  // Not by new_empty of the stable ABI, which looks the operator up by name: of a small call that is a tenth.
+  // The stable ABI's new_empty looks the operator up by name, which takes a tenth of a small call.
   Tensor out = allocated(product(shape), [&] {
     AtenTensorHandle handle = nullptr;
     const auto code = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),

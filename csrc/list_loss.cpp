@@ -1,10 +1,10 @@
-// The bodies of a list loss's two ops, around its kernel.
+// The bodies of a list loss's two ops, which call its kernel.
 #include "list_loss.h"
 
 namespace custom_ops {
 namespace {
 
-// Calls kernel(list), but that a list with a NaN among its labels has no loss.
+// Calls kernel(list), except for a list with a NaN label, whose loss is NaN.
 template <class A>
 void run_list(List<A>& list, const ListKernel& kernel) {
   bool defined = true;
@@ -18,7 +18,7 @@ void run_list(List<A>& list, const ListKernel& kernel) {
   list.fill_nan();
 }
 
-// Runs each list with a valid item, then calls put(index of the list, list).
+// Runs the kernel on each list with a valid item, then calls put(index, list) for every list.
 template <class A, class Put>
 void for_each_list(const ListInputs& in, const A* v, A* slope, const ListKernel& kernel, const Put& put) {
   const A* s = data<A>(in.scores);

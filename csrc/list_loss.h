@@ -1,6 +1,6 @@
-// A list loss has two ops: NAME gives its loss, slope and whether each list is active, and NAME_slope the slope again
-// or the Hessian times a vector. Both run one kernel over the lists of a batch, and all that a loss defines is that
-// kernel: a struct whose fields are the loss's own arguments, and whose operator() reads one List and fills it.
+// A list loss has two ops. NAME returns its loss, its slope and whether each list is active; NAME_slope returns the
+// slope again or the Hessian times a vector. Both run one kernel over the lists of a batch. A loss only defines that
+// kernel: a struct whose fields are the loss's own arguments and whose operator() reads one List and fills it.
 #pragma once
 
 #include "lists.h"
@@ -9,22 +9,22 @@ namespace custom_ops {
 
 CUSTOM_OPS_ENUM(Reduction, NONE, MEAN, SUM)
 
-// The scores of a list lie between these. A NaN isn't any; if all are, `low` is above `high`.
+// The smallest and largest score of a list. NaNs are ignored; if all scores are NaN, `low` is above `high`.
 struct Range {
   double low = std::numeric_limits<double>::infinity(), high = -low;
   double middle() const { return low <= high ? low + (high - low) / 2 : 0; }
 };
 
-// The valid items of one list, n >= 1 of them, and what a kernel finds out about it.
+// The n >= 1 valid items of one list, and the results of the kernel.
 template <class A>
 struct List {
   int64_t n;
   const A* s;  // scores
   const A* y;  // labels
-  const A* v;  // what to multiply the Hessian with, or null if the slope is wanted
-  A* slope;    // to be filled: the slope, or the Hessian times v
+  const A* v;  // the factor of the Hessian, or null if the slope is wanted
+  A* slope;    // output: the slope, or the Hessian times v
   Scratch& scratch;
-  A loss = 0;  // neither is asked for where only the slope is
+  A loss = 0;  // these two aren't read if only the slope is wanted
   bool active = false;
 
   void fill_slope(A value) { std::fill(slope, slope + n, value); }
@@ -44,7 +44,8 @@ struct List {
   }
 };
 
-// Refers to a kernel that takes a List<float>& or a List<double>&, so that what is around it is compiled once for all.
+// Refers to a kernel that takes a List<float>& or a List<double>&, so that its callers are compiled once for all
+// kernels.
 class ListKernel {
  public:
   template <class Kernel>
@@ -66,7 +67,7 @@ class ListKernel {
   void (*double_)(const void*, List<double>&);
 };
 
-// The inputs that both ops share: dense, checked, and cut into lists.
+// The inputs of both ops: dense, checked, and divided into lists.
 struct ListInputs {
   Tensor scores, labels;
   Lists lists;
@@ -76,8 +77,8 @@ struct ListInputs {
   Tensor alike(const char* name, const Tensor& t) const;
 };
 
-// The body of the first op. Unless the reduction is none, the loss is that of all the lists of each example of the
-// first `batch_dims` dimensions, and the slope its derivative.
+// The body of the first op. Unless the reduction is none, the loss is that of all lists in each example of the first
+// `batch_dims` dimensions, and the slope is its derivative.
 std::tuple<Tensor, Tensor, Tensor> list_loss(const ListInputs& in, Reduction reduction, int64_t batch_dims,
                                              const ListKernel& kernel);
 

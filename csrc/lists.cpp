@@ -1,5 +1,5 @@
-// The lists of a batch, and the ops that every list loss needs beside its own: scaling each list, the sum over lists,
-// and their adjoints.
+// The lists of a batch, and the ops that all list losses share: scaling each list, the sum over lists, and their
+// adjoints.
 #include "lists.h"
 
 namespace custom_ops {
@@ -46,7 +46,7 @@ Tensor list_scale(const Tensor& weight_in, const Tensor& x_in, const std::option
     lists.clear_outside(op);
     lists.parallel(1, [&](int64_t index, int64_t begin, int64_t end, Scratch&) {
       const A w = wp[index];
-      if (w == 0) return std::fill(op + begin, op + end, A(0));  // whatever x is
+      if (w == 0) return std::fill(op + begin, op + end, A(0));  // even if x is infinite or NaN
       multiversion([&]() ALWAYS_INLINE {
         if (!keep)
           for (int64_t i = begin; i < end; ++i) op[i] = w * xp[i];

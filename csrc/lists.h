@@ -1,4 +1,4 @@
-// The lists of a batch: where they lie, a loop over them, and the memory, sums and orders that their kernels need.
+// The lists of a batch: their positions, a loop over them, and the memory, sums and orders that their kernels need.
 #pragma once
 
 #include "elementary.h"
@@ -9,7 +9,7 @@
 
 namespace custom_ops {
 
-// Uninitialised memory for one list, used again for the next one on the same thread.
+// Uninitialised memory for one list, which the next list on the same thread reuses.
 class Scratch {
  public:
   template <class T>
@@ -26,7 +26,7 @@ class Scratch {
     return reinterpret_cast<T*>(at);
   }
 
-  // Gives all of it back.
+  // Gives all memory back.
   void reset() {
     if (blocks_.size() > 1) blocks_.erase(blocks_.begin(), blocks_.end() - 1);
     used_ = 0;
@@ -48,7 +48,7 @@ void dispatch_accumulator(const Tensor& t, const char* argument, const F& f) {
   }
 }
 
-// Where the lists lie: `examples` rows of `items`, each of `lists` lists between the same bounds.
+// The positions of the lists: `examples` rows of `items`, each with `lists` lists between the same bounds.
 struct Lists {
   Shape batch;
   int64_t examples, items, lists;
@@ -58,11 +58,11 @@ struct Lists {
   Lists(const Tensor& x, const std::optional<Tensor>& valid_in, const std::optional<Tensor>& offsets);
 
   Shape per_list() const { return append(batch, {lists}); }
-  int64_t row_of(int64_t index) const { return index / lists * items; }  // where the row of a list begins
+  int64_t row_of(int64_t index) const { return index / lists * items; }  // the offset of the row that a list is in
   const bool* valid_data() const { return valid ? data<bool>(*valid) : nullptr; }
 
-  // Calls f(index, begin, end, scratch) for each list, in parallel, where begin and end are positions in the
-  // whole tensor. `cost` is that of an item.
+  // Calls f(index, begin, end, scratch) for each list, in parallel. begin and end are positions in the whole tensor,
+  // and `cost` is the cost of an item.
   template <class F>
   void parallel(int64_t cost, const F& f) const {
     const int64_t total = examples * lists;
@@ -76,11 +76,11 @@ struct Lists {
         f(i, at + bounds[l], at + bounds[l + 1], scratch);
       }
     };
-    if (total == 1) return run(0, 1);  // outside of parallel_for, so that the list may use it for its own parts
+    if (total == 1) return run(0, 1);  // not in parallel_for, so the list may run its own parts in parallel
     torch::stable::parallel_for(0, total, grain, run);
   }
 
-  // Puts `value` in the items of x that lie in no list.
+  // Stores `value` in the items of x that are in no list.
   template <class A>
   void clear_outside(A* x, A value = A(0)) const {
     for (int64_t e = 0; e < examples; ++e) {
@@ -90,7 +90,7 @@ struct Lists {
   }
 };
 
-// What the sum over n lists is divided by.
+// Returns the divisor of the sum over n lists.
 inline int64_t count_active(const bool* active, int64_t n, bool mean) {
   return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
 }
@@ -99,11 +99,12 @@ inline int64_t count_active(const bool* active, int64_t n, bool mean) {
 
 constexpr int64_t kParts = 8;
 
-// Into how many parts a list with so many pairs is divided; by its size only, so that no sum depends on the threads.
+// Returns the number of parts of a list with so many pairs. It depends on the size only, so no sum depends on the
+// threads.
 inline int64_t parts_of(double pairs) { return pairs < (1 << 20) ? 1 : kParts; }
 
-// Calls run(part, sums) for each, in parallel where the list is the only one; the sums of a part are n zeros that it
-// adds to. Returns what all parts added, in scratch memory.
+// Calls run(part, sums) for each part, in parallel if there is only one list. `sums` are n zeros to which the part
+// adds. Returns the total of all parts, in scratch memory.
 template <class Run>
 double* sum_parts(int64_t n, int64_t parts, Scratch& scratch, const Run& run) {
   double* sums = scratch.get<double>(parts * n);
@@ -118,7 +119,7 @@ double* sum_parts(int64_t n, int64_t parts, Scratch& scratch, const Run& run) {
 
 // ---------------------------------------------------------------- discounts and orders
 
-// 1 / log2(1 + rank) of the ranks 1, 2, ..., here counted from 0.
+// Returns 1 / log2(1 + r) for the rank r = 1, 2, ..., where `rank` is r - 1.
 inline double discount_at(int64_t rank) {
   constexpr int64_t kTable = 1024;
   const auto compute = [](int64_t i) { return 1 / std::log2(static_cast<double>(i + 2)); };
@@ -130,14 +131,15 @@ inline double discount_at(int64_t rank) {
   return rank < kTable ? table[static_cast<size_t>(rank)] : compute(rank);
 }
 
-// 2^label - 1 over 2^highest, or label over highest, so that nothing overflows; a label of at most 0 has no gain.
+// Returns 2^label - 1 over 2^highest, or label over highest, so nothing overflows; a label of at most 0 has no gain.
 inline double relative_gain(double label, double highest, bool exponential) {
   if (label <= 0) return 0;
   if (!exponential) return label / highest;
-  return -std::expm1(-0.693147180559945309 * label) * std::exp2(label - highest);  // of tiny labels too
+  // expm1 is accurate for tiny labels too
+  return -std::expm1(-0.693147180559945309 * label) * std::exp2(label - highest);
 }
 
-// An integer that is the greater the greater the float is; -0 as 0, NaN greater than all.
+// Maps a float to an integer with the same order; -0 equals 0, and NaN is the largest.
 inline uint32_t rank_bits(float x) {
   x += 0.0f;
   uint32_t bits;
@@ -155,7 +157,8 @@ inline uint64_t rank_bits(double x) {
 
 constexpr int64_t kGrades = 16;
 
-// The positions 0..n-1 in the order of descending x, ties by position, if all x are integers from 0 to 15; are they?
+// Computes the positions 0..n-1 in the order of descending x, ties by position. Returns false unless all x are integers
+// from 0 to 15.
 template <class A>
 ALWAYS_INLINE inline bool order_of_grades(const A* __restrict x, int64_t n, int32_t* __restrict grade,
                                           int32_t* __restrict order) {
@@ -175,8 +178,8 @@ ALWAYS_INLINE inline bool order_of_grades(const A* __restrict x, int64_t n, int3
   return true;
 }
 
-// The positions 0..n-1 in the order of descending x, ties by position, in scratch memory. But for small integers it
-// is a radix sort, which skips the digits that all keys share.
+// Returns the positions 0..n-1 in the order of descending x, ties by position, in scratch memory. Except for small
+// integers it is a radix sort, which skips the digits that all keys share.
 template <class A>
 const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
   using Key = decltype(rank_bits(A()));
@@ -211,7 +214,7 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
   return order;
 }
 
-// out[i] = x[order[i]], in scratch memory.
+// Returns out[i] = x[order[i]], in scratch memory.
 template <class A>
 A* gather(const A* x, const int32_t* order, int64_t n, Scratch& scratch) {
   A* out = scratch.get<A>(n);

@@ -1,5 +1,5 @@
-// Listwise losses: softmax cross entropies, and scans over the items in the order of their labels. All O(n)
-// but for the sort; only differences of scores are exponentiated, none above 0, so that no range is too wide.
+// Listwise losses: softmax cross entropies, and scans over the items in the order of their labels. Everything but the
+// sort takes O(n) time. Only non-positive differences of scores are exponentiated, so no range is too wide.
 #include "list_loss.h"
 
 #include <cmath>
@@ -13,9 +13,9 @@ CUSTOM_OPS_ENUM(PositionWeights, UNIFORM, EXPONENTIAL, DISCOUNT)
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kExponents = 600;  // the range of scores whose exponentials are normal numbers
+constexpr double kExponents = 600;  // a range of scores within which exponentials are normal numbers
 
-// A list with a single distinct label has nothing to rank.
+// Returns whether all labels are equal, so that there is nothing to rank.
 template <class A>
 bool tied(const A* y, int64_t n) {
   return std::all_of(y, y + n, [&](A label) { return label == y[0]; });
@@ -23,24 +23,24 @@ bool tied(const A* y, int64_t n) {
 
 // ---------------------------------------------------------------- softmax cross entropy
 
-// Of e^(x - top) summed up: NaN where several x are at the infinite top, as of their differences.
+// Returns the sum of e^(x - top). It is NaN if several x equal an infinite top, since their difference is NaN.
 double defined(double sum, double top) {
   return sum > 1 && std::isinf(top) ? std::numeric_limits<double>::quiet_NaN() : sum;
 }
 
-// e^(x - the largest x): in `out` each, and their sum.
+// Stores e^(x - the largest x) in `out` and returns the sum.
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
   const A largest = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return x[i]; });
   for (int64_t i = 0; i < n; ++i) {
     const A e = exp_nonpositive(x[i] - largest);
-    out[i] = x[i] == largest ? A(1) : e;  // at infinity, too
+    out[i] = x[i] == largest ? A(1) : e;  // exact even if the largest is infinite
   }
   top = largest;
   return defined(sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; }), static_cast<double>(largest));
 }
 
-// The sum of p_i (log sum e^s - s_i), for p the labels or their softmax.
+// The sum of p_i (log sum e^s - s_i), where p is the labels or their softmax.
 struct ListSoftmax {
   bool softmax_labels;
 
@@ -70,7 +70,7 @@ struct ListSoftmax {
     const double total = softmax_labels ? 1 : sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return p[i]; });
     const A share = static_cast<A>(total / sum);
     if (!list.v) {
-      const double behind = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {  // by halves, whose difference is no overflow
+      const double behind = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {  // the difference of halves can't overflow
         const A term = p[i] * (top / 2 - s[i] / 2);
         return (p[i] == 0) | (s[i] == top) ? A(0) : term;
       });
@@ -86,26 +86,26 @@ struct ListSoftmax {
 
 // ---------------------------------------------------------------- scans in label order
 
-// log(1 + e^x), and its derivative.
+// Returns log(1 + e^x); `sigmoid` is its derivative.
 double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
 double sigmoid(double x) {
   const double e = std::exp(-std::abs(x));
   return (x >= 0 ? 1 : e) / (1 + e);
 }
 
-// A list's items in groups, or each alone, each of which competes with all items from itself on. L is the logarithm
-// of the sum of e^(scale s) over a group and those after it.
+// A scan over the items of a list, in groups or one by one. Each item competes with all items from its group on. L of a
+// group is the logarithm of the sum of e^(scale s) over the group and all later ones.
 template <bool kGrouped>
 struct Scan {
   int64_t n, groups;
-  const int64_t* first;  // of each group: its first item; and the end. Of items alone it isn't read
-  const double* s;       // of each item: its score,
+  const int64_t* first;  // first item of each group, and n; unused without groups
+  const double* s;       // score of each item
   double scale;
-  double* share;  // and e^(scale s - L) for its group's L
-  double* later;  // of each group: the shares of all later ones in its L,
-  double* whole;  // and of its own items, if grouped;
-  double* top;    // a score near the highest,
-  double* log;    // and L - scale top
+  double* share;  // e^(scale s - L) of each item, with its group's L
+  double* later;  // per group: the share of all later groups in its L
+  double* whole;  // per group: the share of its own items in its L, if grouped
+  double* top;    // per group: a score near the highest
+  double* log;    // per group: L - scale top
 
   Scan(const double* s, int64_t n, const int64_t* first, int64_t groups, double scale, Scratch& scratch)
       : n(n),
@@ -129,7 +129,7 @@ struct Scan {
   }
 
  private:
-  // From the end, of the exponentials below the highest score.
+  // Sums from the end, with exponentials relative to the highest score.
   ALWAYS_INLINE void sum_narrow(double highest) {
     for (int64_t i = 0; i < n; ++i) share[i] = exp_nonpositive(scale * (s[i] - highest));
     double sum = 0;
@@ -149,7 +149,7 @@ struct Scan {
     }
   }
 
-  // From the end, of the exponentials below the highest score so far.
+  // Sums from the end, with exponentials relative to the highest score so far.
   void sum_wide() {
     double highest = -kInfinity, sum = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
@@ -173,22 +173,22 @@ struct Scan {
  public:
   ALWAYS_INLINE int64_t begin(int64_t group) const { return kGrouped ? first[group] : group; }
 
-  // By how much the L of a group is above a score, times the scale; -inf for the group at the end, of no items.
+  // Returns L - scale * score for a group's L; the empty group at the end has L = -inf.
   double above(int64_t group, double score) const {
     return group == groups ? -kInfinity : scale * (top[group] - score) + log[group];
   }
 
-  // What of a group's L isn't item i's: 1 - share, exact for an item alone.
+  // Returns 1 - the share of item i in its group's L, which is exact for an item alone.
   double miss(int64_t i, int64_t group) const { return later[group] + (kGrouped ? whole[group] - share[i] : 0); }
 
-  // f(item, group) for all, in order.
+  // Calls f(item, group) for all items in order.
   template <class F>
   ALWAYS_INLINE void each(const F& f) const {
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t i = begin(g); i < begin(g + 1); ++i) f(i, g);
   }
 
-  // Of each group: the mean of v, weighted with e^s, over it and those after it; and 0 at the end.
+  // Returns for each group the mean of v, weighted by e^s, over it and all later ones, and 0 at the end.
   double* means(const double* v, Scratch& scratch) const {
     double* mean = scratch.get<double>(groups + 1);
     mean[groups] = 0;
@@ -200,15 +200,15 @@ struct Scan {
   }
 };
 
-// A list in label order, highest first, in double.
+// The items of a list in double, by descending label.
 struct Ordered {
   const int32_t* order;
-  double *s, *y, *v;  // the labels if grouped; v is null where the slope is wanted
+  double *s, *y, *v;  // y is set if grouped, and v is null if the slope is wanted
   int64_t groups = 0;
   int64_t* first = nullptr;
 
-  // Of equal labels the higher score comes first if by_score. A group for each label if `grouped`, else
-  // for each item.
+  // Items with equal labels are in the order of descending score if by_score. There is a group per label if `grouped`,
+  // else one per item.
   template <class A>
   Ordered(const List<A>& list, bool by_score, bool grouped) {
     Scratch& scratch = list.scratch;
@@ -241,7 +241,7 @@ struct Ordered {
   }
 };
 
-// Puts run(ordered, n, scratch, out) -> loss in place, if the list is to contribute.
+// Calls run(ordered, n, scratch, out), which returns the loss, and stores the results if the list is active.
 template <class A, class Run>
 void in_label_order(List<A>& list, bool by_score, bool grouped, const Run& run) {
   if (tied(list.y, list.n)) return list.fill_slope(0);
@@ -252,13 +252,13 @@ void in_label_order(List<A>& list, bool by_score, bool grouped, const Run& run) 
   for (int64_t i = 0; i < list.n; ++i) list.slope[ordered.order[i]] = static_cast<A>(out[i]);
 }
 
-// The sum of w_i (L - s_i), of the first k items in label order.
+// The sum of w_i (L - s_i) over the first k items in label order.
 struct ListMle {
   Ties ties;
   PositionWeights weights;
   int64_t k;
 
-  // Of the places of a list of n items.
+  // Returns the weight of each position in a list of n items.
   double* place_weights(int64_t n, Scratch& scratch) const {
     double* w = scratch.get<double>(n);
     const int64_t last = std::min(k, n);
@@ -283,7 +283,8 @@ struct ListMle {
         list, ties == Ties::SCORE, kGrouped, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
           const Scan<kGrouped> scan(o.s, n, o.first, o.groups, 1, scratch);
           double* w = place_weights(n, scratch);
-          for (int64_t g = 0; kGrouped && g < o.groups; ++g) {  // the items share those of their places
+          // items with equal labels share the weights of their positions
+          for (int64_t g = 0; kGrouped && g < o.groups; ++g) {
             const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
             std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
           }
@@ -295,7 +296,8 @@ struct ListMle {
 
   template <bool kGrouped>
   static double slope(const Scan<kGrouped>& scan, const double* w, double* out) {
-    double loss = 0, carry = 0;  // the earlier groups' weights, each times the share of this L in its own
+    // `carry`: the earlier groups' weights, each times the share of this group's L in that group's
+    double loss = 0, carry = 0;
     for (int64_t g = 0; g < scan.groups; ++g) {
       double total = 0;
       for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) total += w[i];
@@ -320,7 +322,7 @@ struct ListMle {
   }
 };
 
-// The sum of w_i softplus(L - s_i), L of the next lower label; w: gains over the largest one.
+// The sum of w_i softplus(L - s_i), with L of the next lower label; the w_i are the gains relative to the largest.
 struct UniqueSoftmax {
   bool exponential;
 
@@ -370,7 +372,7 @@ struct UniqueSoftmax {
   }
 };
 
-// a - b, as `high` and what its rounding leaves out: of differences of numbers of any size, differences stay exact.
+// a - b as the rounded difference `high` and its rounding error `low`, so that differences of differences are exact.
 struct Difference {
   double high, low = 0;
 
@@ -390,7 +392,7 @@ struct Cosent {
   void operator()(List<A>& list) const {
     in_label_order(list, false, true, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
       const int64_t groups = o.groups;
-      // Over the lower labels of e^s, and, all reversed, over the higher ones of e^-s.
+      // `down` sums e^s over lower labels; `up`, on the reversed list, sums e^-s over higher labels.
       const Scan<true> down(o.s, n, o.first, groups, scale, scratch);
       double* reversed = scratch.get<double>(n);
       int64_t* first = scratch.get<int64_t>(groups + 1);
@@ -398,7 +400,7 @@ struct Cosent {
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
       const Scan<true> up(reversed, n, first, groups, scale, scratch);
 
-      // The largest term, of a difference and a logarithm; 1 has 0 for both. Then each term over it.
+      // The largest term is kept as a difference and a logarithm, both 0 for the term 1. All terms are relative to it.
       Difference most(0, 0);
       double log = 0;
       const auto exponent = [&](double worse, double better, double logarithm) {
@@ -412,7 +414,7 @@ struct Cosent {
           most = Difference(down.top[g + 1], o.s[i]), log = down.log[g + 1];
       });
       const double top = scale * most.high + log;
-      // The terms of an item's pairs with those of lower and of higher labels.
+      // `below` and `over` sum the terms of an item's pairs with lower and with higher labels.
       const auto below = [&](int64_t i, int64_t g) {
         return g + 1 == groups ? 0 : term(down.top[g + 1], o.s[i], down.log[g + 1]);
       };

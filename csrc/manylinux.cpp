@@ -1,11 +1,11 @@
-// Own definitions of what newer compilers' headers ask of a libstdc++ or glibc newer than manylinux_2_28's. Nothing
-// outside this library sees them: exports.map keeps them local.
+// Definitions that newer compilers' headers expect from a libstdc++ or glibc newer than that of manylinux_2_28.
+// exports.map keeps them local, so nothing outside of this library sees them.
 #include <new>
 #include <sstream>
 
 #ifdef __GLIBCXX__
 
-// Tells libstdc++ whether reference counts may skip atomics. Always 0 here: they never do.
+// libstdc++ reads this to decide whether reference counts may skip atomics. It stays 0, so they never do.
 extern "C" char __libc_single_threaded;
 char __libc_single_threaded = 0;
 

@@ -1,4 +1,4 @@
-// Margin ranking loss.
+// The margin ranking loss.
 #include "activation.h"
 
 #include <utility>
@@ -6,16 +6,16 @@
 namespace custom_ops {
 namespace {
 
-// A NaN is no less than 0 and stays.
+// A NaN isn't below 0 and stays.
 template <class A>
 A hinge(A v) {
   return v < 0 ? A(0) : v;
 }
 
-constexpr int64_t kLanes = 32;  // elements whose bits are one word of the mask
+constexpr int64_t kLanes = 32;  // elements whose bits fill one word of the mask
 
-// The sum of a span's n elements: of each tile those that are kLanes apart are added up first. The last ones, with
-// which no kLanes are full, are added one by one.
+// The sum of a span's n elements. Within a tile, elements that are kLanes apart are summed first. The last elements,
+// which don't fill kLanes, are added one by one.
 template <class A>
 class LaneSum {
  public:
@@ -46,8 +46,8 @@ TARGET_AVX2 V hinge_vector(V v) {
   return v.and_not(V::all(0) > v);
 }
 
-// The hinges, stored in `loss` or, without one, added to `sum`, in the order of LaneSum; mask: which arguments are at
-// least 0.
+// Stores the hinges in `loss` or, if that is null, adds them to `sum` in the order of LaneSum; `mask` tells which
+// arguments are at least 0.
 template <class T>
 TARGET_AVX2 int64_t hinge_vectors(const T* x1, const T* x2, const T* y, Accumulator<T> margin, T* loss, uint8_t* mask,
                                   double& sum, int64_t n, bool stream) {

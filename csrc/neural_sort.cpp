@@ -1,9 +1,9 @@
-// NDCG of a list sorted softly by NeuralSort: row i of the relaxed permutation is the softmax over j of
-// z_ij = a_i x_j - b_j, with a_i = n + 1 - 2 i (i from 1), x the scores over the temperature and b_j the sum of
-// |x_j - x_k| over k. Along the items by descending score z_ij rises up to j = i and falls from there on, so that
-// a row is summed over the items around its own whose term isn't 0: one row at a time, in O(n) memory. Where two
-// neighbours are so far apart that no row has terms on both sides, the list is cut in segments. z_ij - z_ii doesn't
-// depend on items outside of the segment of i and j, so that each has distances, slopes and an origin of its own.
+// NDCG of a list that NeuralSort has sorted softly. Row i of the relaxed permutation is the softmax over j of z_ij =
+// a_i x_j - b_j, with a_i = n + 1 - 2 i (i from 1), x the scores over the temperature, and b_j the sum of |x_j - x_k|
+// over k. In the order of descending scores, z_ij rises up to j = i and falls after it. A row is therefore summed over
+// the items around its own whose term isn't 0, one row at a time, in O(n) memory. Where two neighbours are so far apart
+// that no row has terms on both sides, the list is divided into segments. z_ij - z_ii doesn't depend on items outside
+// of the segment of i and j, so each segment has distances, slopes and an origin of its own.
 #include "list_loss.h"
 
 #include <cmath>
@@ -12,18 +12,18 @@
 namespace custom_ops {
 namespace {
 
-constexpr int64_t kPartRows = 4096;  // rows that one thread takes at least
+constexpr int64_t kPartRows = 4096;  // the least number of rows per thread
 
 template <class A>
-constexpr double kVanishes = std::is_same_v<A, double> ? -745.0 : -86.0;  // the exponential is 0 below
+constexpr double kVanishes = std::is_same_v<A, double> ? -745.0 : -86.0;  // exponentials below this are 0
 
-// The items of a list by descending score, in double.
+// The items of a list in double, by descending score.
 struct Sorted {
   int64_t n;
   const int32_t* order;
-  int64_t *first, *last;  // of each item's segment
-  int64_t *start, *end;   // of the items with the same score as this one
-  double* lead;           // by how many more items of its segment each one is above than below
+  int64_t *first, *last;  // bounds of each item's segment
+  int64_t *start, *end;   // bounds of the items with the same score
+  double* lead;           // per item: the items below it minus the items above it, within its segment
   double *x, *b;
 
   template <class A>
@@ -37,7 +37,7 @@ struct Sorted {
     lead = scratch.get<double>(n);
     x = scratch.get<double>(n);
     b = scratch.get<double>(n);
-    const auto ahead = [&](int64_t i, int64_t j) {  // by how much item i is above item j
+    const auto ahead = [&](int64_t i, int64_t j) {  // the distance from item j up to item i
       const double high = static_cast<double>(list.s[order[i]]), low = static_cast<double>(list.s[order[j]]);
       return high == low ? 0 : (high - low) / temperature;
     };
@@ -56,7 +56,7 @@ struct Sorted {
     for (int64_t i = 0; i < n; ++i) b[i] = lead[i] * x[i] - b[i];
   }
 
-  // Of each item: the sum of t over the items of its segment below it, less that over those above.
+  // Stores, for each item, the sum of t over the items below it in its segment minus the sum over those above it.
   void opposed(const double* t, double* out, Scratch& scratch) const {
     double* before = scratch.get<double>(n + 1);
     before[0] = 0;
@@ -65,10 +65,10 @@ struct Sorted {
   }
 
   double slope_of_row(int64_t i) const { return static_cast<double>(last[i] + first[i] - 1 - 2 * i); }
-  // z_ij less the greatest of its row, which is z_ii.
+  // Returns z_ij - z_ii, where z_ii is the largest of the row.
   ALWAYS_INLINE double logit(int64_t i, int64_t j) const { return slope_of_row(i) * (x[j] - x[i]) - (b[j] - b[i]); }
 
-  // From and to which item the terms of row i don't vanish.
+  // Finds the items between which the terms of row i don't vanish.
   template <class A>
   void reach(int64_t i, int64_t& begin, int64_t& stop) const {
     int64_t low = first[i], high = i;
@@ -88,8 +88,8 @@ struct Sorted {
   }
 };
 
-// What the rows of one part add up to of each column: the sum of its w_ij, and of w_ij times what the column's lead is
-// above the row's slope; w_ij is minus the derivative of the loss in z_ij, or its tangent.
+// A part's sums over its rows, for each column: the sum of w_ij, and the sum of w_ij (lead of the column - slope of the
+// row). w_ij is minus the derivative of the loss with respect to z_ij, or its tangent.
 struct Totals {
   double *own, *ahead;
 };
@@ -99,10 +99,10 @@ struct NeuralSortRows {
   const Sorted& items;
   const double* discount;
   const A* gain;
-  const double* u;  // the tangent of x, or null if the slope is wanted,
-  const double* q;  // and of each item the part of its logits' tangent that isn't u's
+  const double* u;  // the tangent of x, or null if the slope is wanted
+  const double* q;  // per item, the part of its logits' tangent that comes from other items
 
-  // Returns the metric that the rows add up to.
+  // Returns these rows' share of the metric.
   double run(int64_t begin, int64_t end, const Totals& totals) const {
     Scratch scratch;
     A* e = scratch.get<A>(items.n);
@@ -128,7 +128,7 @@ struct NeuralSortRows {
     const double found = sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j] * g[j]; }) / sum;
     const A share = static_cast<A>(discount[i] / sum), mean = static_cast<A>(found);
     if constexpr (kTangent) {
-      const double own = (slope - items.lead[i]) * u[i] + q[i];  // less this the tangents are near 0
+      const double own = (slope - items.lead[i]) * u[i] + q[i];  // relative to this, the tangents are near 0
       for (int64_t j = 0; j < m; ++j) t[j] = static_cast<A>((slope - lead[j]) * u[begin + j] + (q[begin + j] - own));
       const double moved = sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j] * t[j]; }) / sum;
       const A centre = static_cast<A>(moved);
@@ -146,13 +146,15 @@ struct NeuralSortRows {
       of_ahead[j] += w * (lead[j] - slope);
       return w;
     });
-    of_own[i - begin] -= rounded;  // a row adds up to 0: otherwise the items far from it would get the difference
+    // the row sums to 0, so its rounding error goes to its own item rather than to items far away
+    of_own[i - begin] -= rounded;
     of_ahead[i - begin] -= rounded * (items.lead[i] - slope);
     return discount[i] * found;
   }
 };
 
-// Whether a score is NaN, or items with different labels are at the same infinity: there is no limit of their order.
+// Returns whether a score is NaN, or two items with different labels are at the same infinity, so their order has no
+// limit.
 template <class A>
 bool undefined(const List<A>& list) {
   A label[2];
@@ -208,7 +210,8 @@ struct NeuralSort {
     });
     const double* ahead = own + n;
 
-    double* others = scratch.get<double>(n);  // through the distances of the others from this item
+    // the part of the gradient that comes from other items' distances to this item
+    double* others = scratch.get<double>(n);
     items.opposed(own, others, scratch);
     for (int64_t i = 0; i < n; ++i) list.slope[items.order[i]] = static_cast<A>((ahead[i] + others[i]) / temperature);
     list.loss = static_cast<A>(1 - std::accumulate(found, found + parts, 0.0));

@@ -1,8 +1,8 @@
 // Sums over the pairs of items of a list with different labels, in vectors of 32 bytes.
 //
-// The items lie in the order of descending label, so that those that an item should score above are the
-// ones from the end of its level on. Each pair is met once: it gives to its row (the better item) and,
-// with the other sign, to its column.
+// The items are in the order of descending label, so the items that an item should be above are those after the end of
+// its level. Each pair is visited once: it adds to its row (the better item) and, with the opposite sign, to its
+// column.
 #pragma once
 
 #include "list_loss.h"
@@ -22,7 +22,7 @@ struct Vector<float> {
   typedef float V __attribute__((vector_size(32)));
   typedef int32_t I __attribute__((vector_size(32)));
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kLogMax = 87;  // exp of it is finite
+  static constexpr float kLogMax = 87;  // exp(kLogMax) is finite
 };
 template <>
 struct Vector<double> {
@@ -57,8 +57,8 @@ struct ByLabel {
   int64_t n;
   const int32_t* order;
   const A* s;            // the scores
-  const A* v;            // or null
-  const int64_t* below;  // from which item on the labels are lower than this one's
+  const A* v;            // null if the slope is wanted
+  const int64_t* below;  // per item, the first item with a lower label
   double pairs = 0;
 
   explicit ByLabel(List<A>& list) : n(list.n), order(order_descending(list.y, n, list.scratch)) {
@@ -73,7 +73,7 @@ struct ByLabel {
     below = end;
   }
 
-  // Puts `scale` times `sums`, which are in this order, into the list's.
+  // Stores `scale` times `sums`, which are in label order, as the list's slope.
   void finish(List<A>& list, const double* sums, double scale) const {
     for (int64_t i = 0; i < n; ++i) list.slope[order[i]] = static_cast<A>(scale * sums[i]);
   }
@@ -81,17 +81,17 @@ struct ByLabel {
 
 // ---------------------------------------------------------------- an exponential for each item
 
-// Whether exp(d) and its inverse are finite and normal for all differences d of a list, which are up to `width`.
+// Returns whether exp(d) and its inverse are finite and normal for all differences d up to `width`.
 template <class A>
 bool has_ratios(double width) {
   return !(width > Vector<A>::kLogMax - 7);
 }
 
-// exp(sigma (s_j - s_i)) is up[j] * down[i].
+// Factors of exp(sigma (s_j - s_i)) = up[j] * down[i].
 template <class A>
 struct Ratios {
-  A* up;    // exp(sigma (s - middle)), 0 from n to `length`
-  A* down;  // its inverse
+  A* up;    // exp(sigma (s - middle)), and 0 from n to `length`
+  A* down;  // 1 / up
 
   Ratios(const A* s, int64_t n, int64_t length, double sigma, const Range& range, Scratch& scratch)
       : up(scratch.get<A>(length)),
@@ -109,7 +109,7 @@ struct Ratios {
 
 // ---------------------------------------------------------------- one pair
 
-// With d = sigma (s_i - s_j), of which item i should be above j.
+// The exponentials of a pair with d = sigma (s_i - s_j), in which item i should be above j.
 template <class V>
 struct Pair {
   V q;  // exp(-d)
@@ -117,8 +117,8 @@ struct Pair {
   V r;  // 1 - p
 };
 
-// Each function of a pair says its value, and its first and second derivative in d; where its value is
-// log(1 + q), only that; and whether it reads q, which has no bound.
+// A function of a pair defines its value and its first and second derivatives with respect to d. If the value is log(1
+// + q), it isn't defined but kLog is set. kUnbounded says that the function reads q, which has no bound.
 struct Logistic {
   static constexpr bool kLog = true, kUnbounded = false;
   template <class V>
@@ -131,8 +131,8 @@ struct Logistic {
   }
 };
 
-// The sum of log(1 + q) as the logarithm of a product, with the exponents taken out in time; what 1 + q
-// rounds off is added to first order, so that small q count in full.
+// The sum of log(1 + q) as the logarithm of a product whose exponent is extracted before it overflows. The rounding
+// error of 1 + q is added to first order, so small q count in full.
 template <class A>
 struct LogSum {
   using V = VectorOf<A>;
@@ -145,7 +145,7 @@ struct LogSum {
     product *= t;
     rounded += (x.q - (t - A(1))) * x.r;
   }
-  // At the latest when the product could leave the range.
+  // This must be called before the product can leave the range.
   ALWAYS_INLINE void normalise(I& exponents) {
     constexpr int kMantissa = Vector<A>::kMantissa;
     constexpr Integer kBias = Vector<A>::kBias;
@@ -170,14 +170,14 @@ struct LogSum {
 
 // ---------------------------------------------------------------- all pairs
 
-// Pairs from an exponential for each item.
+// Computes pairs with one exponential per item.
 template <class A>
 struct FromItems {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   static constexpr bool kProduct = true;
   const A *up, *down;
-  int64_t chunk;  // so many factors stay in the range
+  int64_t chunk;  // a product of so many factors stays in the range
 
   ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
     V e;
@@ -189,18 +189,18 @@ struct FromItems {
   }
 };
 
-// Pairs from an exponential for each, where those of the items would leave the range.
+// Computes pairs with one exponential per pair, for scores whose own exponentials would leave the range.
 template <class A, bool kUnbounded>
 struct FromPairs {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   static constexpr bool kProduct = false;
-  const A* s;  // s / 2, of which no difference overflows
+  const A* s;  // s / 2, whose differences can't overflow
   A twice;     // 2 sigma
   int64_t n;
   int64_t chunk = INT64_MAX;
 
-  // t is log(1 + q) itself.
+  // Here t is log(1 + q) itself.
   ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
     for (int64_t l = 0; l < kWidth<A>; ++l) {
       const A d = inside[l] && j + l < n ? (s[i] - s[j + l]) * twice : std::numeric_limits<A>::infinity();
@@ -213,11 +213,11 @@ struct FromPairs {
   }
 };
 
-constexpr int64_t kPairColumns = 512;  // columns whose sums are kept in the accumulator's dtype,
-constexpr int64_t kPairRows = 64;      // for so many rows
+constexpr int64_t kPairColumns = 512;  // columns whose sums stay in the accumulator's dtype ...
+constexpr int64_t kPairRows = 64;      // ... for this many rows
 
-// Adds to each item's sum its terms' slopes, or with v curvatures times v_i - v_j; gives the sum of the
-// values, without v. Of every parts-th block of rows.
+// Adds the slopes of an item's pairs to its sum or, with v, the curvatures times v_i - v_j. Returns the sum of the
+// values if v is null. A part takes every parts-th block of rows.
 template <class Phi, bool kHessian, class A, class Terms>
 ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const Terms& terms, int64_t part,
                                       int64_t parts, double* sums) {
@@ -291,8 +291,8 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const
   return values + product.total();
 }
 
-// The same for d = sigma (s_i - s_j), by the way that the range of the scores allows; then the slopes are
-// put in place, and the list's loss is the sum.
+// Computes the loss of a list and its slopes for d = sigma (s_i - s_j), by the method that the range of the scores
+// allows.
 template <class Phi, class A>
 void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scale) {
   const int64_t n = items.n, length = padded(n, kWidth<A>);

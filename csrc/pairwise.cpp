@@ -60,12 +60,12 @@ struct Pairwise {
 
 // ---------------------------------------------------------------- hinge
 
-// Of the pairs of an item whose score is `at` with some others, all of which violate the margin: how many they are,
-// by how much, the sum and the sum of squares, and the others' sum of v.
+// The pairs of an item with score `at` that violate the margin: their number, the sum of the violations, the sum of
+// their squares, and the sum of v over the other items.
 struct Violations {
   double count = 0, sum = 0, squares = 0, v = 0, at = 0;
 
-  // Moves the item away from the others. Each term is positive, so that none cancels, however far the scores are apart.
+  // Moves the item away from the others. Every term is positive, so nothing cancels, however far apart the scores are.
   void move(double to) {
     if (count > 0 && to != at) {
       const double step = std::abs(to - at), more = count * step;
@@ -78,7 +78,7 @@ struct Violations {
   void operator+=(const Violations& o) { count += o.count, sum += o.sum, squares += o.squares, v += o.v; }
 };
 
-// Of the items added so far, by label.
+// Violations of the items added so far, by label.
 class Counters {
  public:
   Counters(int64_t levels, Scratch& scratch) : levels_(levels), tree_(scratch.get<Violations>(levels + 1)) {
@@ -87,7 +87,7 @@ class Counters {
   void add(int64_t level, double violation, double v, double at) {
     for (int64_t k = level + 1; k <= levels_; k += k & -k) tree_[k].move(at), tree_[k].add(violation, v);
   }
-  // Of the levels before this one.
+  // Returns the violations of all levels before `level`.
   Violations before(int64_t level, double at) {
     Violations all;
     for (int64_t k = level; k > 0; k -= k & -k) tree_[k].move(at), all += tree_[k];
@@ -99,10 +99,10 @@ class Counters {
   Violations* tree_;  // a Fenwick tree
 };
 
-// The same of few levels, all in one vector: in a lane those of the levels up to its own.
+// The same for few levels in one vector, in which a lane holds the sums of the levels up to its own.
 class FewCounters {
  public:
-  static constexpr int64_t kLevels = 5;  // nothing is asked of the last one
+  static constexpr int64_t kLevels = 5;  // the sums up to the last level are never read
 
   FewCounters(int64_t, Scratch&) {}
   ALWAYS_INLINE void add(int64_t level, double violation, double v, double at) {
@@ -137,8 +137,8 @@ class FewCounters {
   }
 };
 
-// In O(n log n): for each item, the pairs within the margin are counted while the items are swept in the
-// order of their scores.
+// The hinge loss in O(n log n): a sweep over the items in the order of their scores counts, for each item, the pairs
+// within the margin.
 struct PairwiseHinge {
   double margin;
   bool squared, normalize;
@@ -149,7 +149,7 @@ struct PairwiseHinge {
     const int64_t n = list.n;
     const int32_t* by_label = order_descending(list.y, n, scratch);
     const int32_t* by_score = order_descending(list.s, n, scratch);
-    int32_t* level = scratch.get<int32_t>(n);  // 0 is the highest label
+    int32_t* level = scratch.get<int32_t>(n);  // level 0 has the highest label
     int32_t levels = 0;
     double pairs = 0;
     for (int64_t k = 0, start = 0; k < n; ++k) {
@@ -162,7 +162,8 @@ struct PairwiseHinge {
     const double scale = normalize && pairs > 0 ? 1 / pairs : 1;
 
     bool nan = false;
-    int32_t infinite[2] = {-1, -1};  // the level of an item at -inf, and at inf: two levels there make inf - inf
+    // the level of an item at -inf and at inf; items of two levels at the same infinity make inf - inf
+    int32_t infinite[2] = {-1, -1};
     for (int64_t i = 0; i < n; ++i) {
       nan |= list.s[i] != list.s[i];
       if (!std::isinf(list.s[i])) continue;
@@ -182,8 +183,8 @@ struct PairwiseHinge {
   }
 
  private:
-  // Adds each item's pairs with those of lower labels, by descending score, or else with those of higher ones, by
-  // ascending score, to its own sum; the former to the loss, too.
+  // Adds an item's pairs to its sum: those with lower labels, by descending score, or those with higher labels, by
+  // ascending score. The former are also added to the loss.
   template <class CountersOf, class A>
   ALWAYS_INLINE void sweep(const List<A>& list, const int32_t* by_score, const int32_t* level, int32_t levels,
                            bool lower, double* sums, double& loss) const {
@@ -198,7 +199,7 @@ struct PairwiseHinge {
       const double s = static_cast<double>(list.s[i]);
       for (; next < n; ++next) {
         const int32_t j = item(next);
-        const double lead = sign * (s - static_cast<double>(list.s[j]));  // of the better one of the two
+        const double lead = sign * (s - static_cast<double>(list.s[j]));  // the lead of the better item of the two
         if (!(lead < margin)) break;
         counters.add(place_of_level(j), margin - lead, v(j), s);
       }
@@ -212,7 +213,7 @@ struct PairwiseHinge {
 
 // ---------------------------------------------------------------- squared error
 
-// With x = s - y, or x = v for the Hessian: the sum of (x_i - x_j)^2 over the ordered pairs, 2 n sum (x - mean)^2.
+// The sum of (x_i - x_j)^2 over the ordered pairs is 2 n sum (x - mean)^2, with x = s - y, or x = v for the Hessian.
 struct PairwiseMse {
   bool normalize;
 
@@ -224,7 +225,8 @@ struct PairwiseMse {
     const auto x = [&](int64_t i) ALWAYS_INLINE {
       const auto apart = [&](const A* x)
                              ALWAYS_INLINE { return static_cast<double>(x[i]) - static_cast<double>(x[0]); };
-      return list.v ? apart(list.v) : apart(list.s) - apart(list.y);  // above the first item, which changes nothing
+      // relative to the first item, which doesn't change the result
+      return list.v ? apart(list.v) : apart(list.s) - apart(list.y);
     };
     double sum = 0, squares = 0;
     for (int64_t i = 0; i < list.n; ++i) sum += x(i);

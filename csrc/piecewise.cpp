@@ -1,4 +1,4 @@
-// Piecewise-linear activations: what backward needs of one is one bit per element.
+// Piecewise-linear activations, whose backward needs one bit per element.
 #include "activation.h"
 #include "elementary.h"
 
@@ -8,11 +8,11 @@
 namespace custom_ops {
 namespace {
 
-// Keeps v between `low` and, if kBounded, `high`; elsewhere it is slope * v if kSloped, else `below` and `above`.
-// What a rule doesn't need, it doesn't compute: at a few instructions per element each one counts.
+// Keeps v between `low` and, if kBounded, `high`. Elsewhere the result is slope * v if kSloped, else `below` and
+// `above`. An instance computes only what its rule needs, since each of its few instructions per element counts.
 template <class A, bool kSloped, bool kBounded, bool kNanPasses>
 struct Piecewise {
-  static constexpr bool kExact = !kSloped;  // the result is v or a constant that T holds
+  static constexpr bool kExact = !kSloped;  // the result is v or a constant, both representable in T
   A low, high, below, above, slope;
 
   bool apply(A v, bool, A& y) const {
@@ -46,7 +46,7 @@ void with_constant(bool value, const F& f) {
   else f(std::false_type{});
 }
 
-// Whether examples of that layout are made of such channels.
+// Returns whether the examples of the layout consist of whole channels.
 bool divides(int64_t channels, int64_t inner, const MaskLayout& layout) {
   if (channels <= 0 || inner <= 0) return channels == 0 && inner > 0 && layout.elements == 0;
   return layout.elements % channels == 0 && layout.elements / channels % inner == 0;
@@ -102,7 +102,7 @@ TARGET_AVX2 int64_t apply_mask_vectors(const T* x, const uint8_t* mask, T* out, 
 }
 #endif
 
-// `values`, the results before they are rounded, may be null; `stream` as `Streaming` says at `out`.
+// `values`, the results before rounding, may be null; `stream` is `Streaming::at(out)`.
 template <class T>
 void apply_mask_span(const T* x, const uint8_t* mask, T* out, Accumulator<T>* values, int64_t n, Accumulator<T> on,
                      Accumulator<T> off, bool stream) {
@@ -119,8 +119,8 @@ void apply_mask_span(const T* x, const uint8_t* mask, T* out, Accumulator<T>* va
   }
 }
 
-// Adds up consecutive elements from the one numbered `first` on: each `inner` of them, a run, belong to the next of
-// `slots` sums, and after the last one again to the first.
+// Adds up consecutive elements, starting with element `first`. Runs of `inner` elements belong to the `slots` sums in
+// turn, and the first sum follows the last.
 class RunSums {
  public:
   RunSums(int64_t first, int64_t inner, double* sums, int64_t slots)
@@ -217,9 +217,9 @@ std::tuple<Tensor, Tensor> apply_mask_and_sum(const Tensor& x_in, const Tensor& 
   check(divides(channels, inner, layout), "channels, inner: expected divisors of ", elements, " elements, got ",
         channels, " and ", inner);
   Tensor out = fresh(x, sizes(x)), sums = fresh(x, append(layout.batch, {channels}));
-  // Each example is summed up in pieces, and these in turn; the number of pieces is that of no threads, so that any
-  // gives the same bits. A piece has a sum for each channel, or for each run if it has fewer. Few channels are taken
-  // several times over, for loops of some length; with many, pieces are few, for their sums to be less than x.
+  // Each example is summed in pieces, whose number doesn't depend on the threads, so the bits don't either. A piece has
+  // a sum for each channel, or for each run if it has fewer runs. A few channels get several sums each, so that the
+  // loops over sums are long enough. With many channels there are few pieces, so that the sums take less memory than x.
   constexpr int64_t kPieces = 128, kLeast = 1 << 16, kSlots = 64;
   const int64_t run = channels == 1 ? std::max<int64_t>(elements, 1) : inner;
   const int64_t pieces = std::clamp<int64_t>(elements / std::max(kLeast, 8 * channels), 1, kPieces);

@@ -1,4 +1,4 @@
-// Losses of one margin per pair: which of two was preferred. Elementwise, perhaps reduced.
+// Losses of one margin per pair of a preferred and a rejected item, elementwise or reduced.
 #include "bits.h"
 #include "elementary.h"
 
@@ -9,13 +9,13 @@ CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE)
 namespace {
 
 constexpr int64_t kSpan = 1 << 14;
-constexpr int64_t kTile = 512;  // elements whose intermediate values stay in the first-level cache
+constexpr int64_t kTile = 512;  // elements whose intermediate values fit into the first-level cache
 
 struct Parameters {
   double beta, p, q;
 };
 
-// sigmoid(z) and its complement, and softplus(-z) and softplus(z), from one exponential.
+// Computes sigmoid(z), its complement, softplus(-z) and softplus(z) from one exponential.
 template <class A>
 struct Logistic {
   A up, down, low, high;
@@ -30,9 +30,9 @@ struct Logistic {
   }
 };
 
-// Each loss: its derivative of order kOrder at the difference d.
+// Each loss has a function that returns its derivative of order kOrder at the difference d.
 
-// p softplus(-z) + q softplus(z), z = beta d.
+// p softplus(-z) + q softplus(z), with z = beta d
 struct LogisticLoss {
   template <int kOrder, class A>
   ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
@@ -44,7 +44,7 @@ struct LogisticLoss {
   }
 };
 
-// max(0, 1 - z); the gradient stops at the kink.
+// max(0, 1 - z); the gradient at the kink is 0
 struct HingeLoss {
   template <int kOrder, class A>
   ALWAYS_INLINE static A at(A d, A beta, A, A) {
@@ -65,7 +65,7 @@ struct SquaredLoss {
   }
 };
 
-// KL(sigmoid(z) || exp(-p)) of two outcomes, z = beta d: the other outcome has probability exp(-q).
+// KL(sigmoid(z) || exp(-p)) of two outcomes, with z = beta d; the other outcome has the probability exp(-q)
 struct DivergenceLoss {
   template <int kOrder, class A>
   ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
@@ -79,7 +79,7 @@ struct DivergenceLoss {
   }
 };
 
-// Of a tile: the derivative of that order at each of its differences, in their place.
+// Replaces the differences of a tile by the loss's derivatives of that order.
 template <class A>
 void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
   const auto run = [=](auto loss, auto constant) {
@@ -103,8 +103,8 @@ void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, 
   }
 }
 
-// chosen - rejected - chosen_offset + rejected_offset - margin, elementwise; an offset may be missing. Whichever two of
-// them are large and cancel, nothing of the others is lost: what each sum rounds off is kept and added at the end.
+// The differences chosen - rejected - chosen_offset + rejected_offset - margin, elementwise; an offset may be missing.
+// The rounding error of each sum is kept and added at the end, so cancelling large terms don't lose the others.
 struct Differences {
   Tensor chosen, rejected;
   std::optional<Tensor> chosen_offset, rejected_offset;
@@ -131,7 +131,7 @@ struct Differences {
     for (int64_t i = 0; i < n; ++i) {
       add(-m, out[i], rest[i]);
       const A whole = out[i] + rest[i];
-      out[i] = (whole == whole ? whole : out[i]) / kQuarter<A>;  // beside infinity the rest is NaN
+      out[i] = (whole == whole ? whole : out[i]) / kQuarter<A>;  // `rest` is NaN if a term is infinite
     }
   }
 

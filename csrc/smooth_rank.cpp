@@ -1,6 +1,5 @@
-// Losses of smooth ranks, r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature): a metric with
-// the ranks of its relevant items replaced by these. Only the rows of relevant items are computed, in O(n)
-// memory.
+// Losses of smooth ranks, r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature). A loss is a metric in
+// which these replace the ranks of the relevant items. Only the rows of relevant items are computed, in O(n) memory.
 #include "list_loss.h"
 
 #include <cmath>
@@ -12,16 +11,18 @@ CUSTOM_OPS_ENUM(SmoothMetric, NDCG, NDCG_LINEAR, MRR, AVERAGE_PRECISION)
 
 namespace {
 
-constexpr int64_t kColumns = 512;  // items whose values stay in the first-level cache
-constexpr int64_t kRows = 64;      // rows summed in A before their sum goes on in double
+constexpr int64_t kColumns = 512;  // items whose values fit into the first-level cache
+constexpr int64_t kRows = 64;      // rows summed in A before the sum goes on in double
 
 // ---------------------------------------------------------------- pairs
 
-// p = sigmoid(scale (other - own)), and q = 1 - p without cancellation, from what is kept of each score.
+// A pair type keeps one number per score, and computes from two of them p = sigmoid(scale (other - own)) and q = 1 - p
+// without cancellation.
 template <class A>
-struct Ratio {  // keeps e^(scale (s - middle)): a quotient for each pair, an exponential only for each item
-  static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;  // of that exponent, so that nothing overflows
-  static constexpr A kNone = 0;                                           // kept where there is no item
+struct Ratio {  // keeps e^(scale (s - middle)), so a pair takes a quotient and only an item an exponential
+  // the range of the exponent within which nothing overflows
+  static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;
+  static constexpr A kNone = 0;  // the number kept in a gap
   double scale, middle;
   ALWAYS_INLINE A keep(A s) const { return static_cast<A>(exp_nonpositive(scale * (static_cast<double>(s) - middle))); }
   ALWAYS_INLINE void compare(A own, A other, A& p, A& q) const {
@@ -30,7 +31,7 @@ struct Ratio {  // keeps e^(scale (s - middle)): a quotient for each pair, an ex
   }
 };
 template <class A>
-struct Difference {  // keeps s / 2, of which no difference overflows, and beyond them all an infinite s: for any range
+struct Difference {  // keeps s / 2, whose differences can't overflow, for any range; an infinite s is larger than all
   static constexpr A kNone = -std::numeric_limits<A>::infinity(), kMost = std::numeric_limits<A>::max();
   A twice;  // 2 scale
   ALWAYS_INLINE A keep(A s) const {
@@ -62,7 +63,7 @@ ALWAYS_INLINE inline double sum_moves(const Pair& pair, A own, const A* __restri
   });
 }
 
-// What a row gives to each column, and in sum takes from its own item.
+// Adds a row's slope with respect to each column to `out`, and returns the sum, which is subtracted from its own item.
 template <class A, class Pair>
 ALWAYS_INLINE inline double give_slope(const Pair& pair, A own, const A* __restrict other, A weight, A* __restrict out,
                                        int64_t n) {
@@ -89,17 +90,17 @@ ALWAYS_INLINE inline double give_product(const Pair& pair, A own, const A* __res
 
 // ---------------------------------------------------------------- metrics
 
-// A rank and the rank among the relevant, or their tangents, or the derivatives of the loss in them.
+// A rank and the rank among the relevant items, or their tangents, or the loss's derivatives with respect to them.
 struct Ranks {
   double all, relevant;
 };
 
-// An item's share of the metric as a function of its ranks. gain: its own over that of the ideal ranking.
+// An item's share of the metric as a function of its ranks; `gain` is its gain over the gain of the ideal ranking.
 struct Share {
   SmoothMetric metric;
   double gain;
 
-  // And the derivative of the loss, which is 1 less the metric.
+  // Returns the share, and the derivative of the loss, which is 1 - the metric.
   ALWAYS_INLINE double value(Ranks r, Ranks& derivative) const {
     double value = gain / r.all;
     switch (metric) {
@@ -116,7 +117,7 @@ struct Share {
     }
     return value;
   }
-  // The derivative's tangent along t.
+  // Returns the tangent of the derivative along t.
   Ranks second(Ranks r, Ranks t) const {
     const double square = r.all * r.all;
     switch (metric) {
@@ -131,8 +132,8 @@ struct Share {
   }
 };
 
-// The gain of each item, the relevant ones first, over the total of the ideal ranking; how many are
-// relevant. y: labels in descending order.
+// Stores each relevant item's gain over the total of the ideal ranking, and returns the number of relevant items. The
+// labels y are in descending order.
 template <class A>
 int64_t relative_gains(SmoothMetric metric, const A* y, int64_t n, double* gain) {
   const bool exponential = metric == SmoothMetric::NDCG,
@@ -153,11 +154,11 @@ int64_t relative_gains(SmoothMetric metric, const A* y, int64_t n, double* gain)
 
 // ---------------------------------------------------------------- one list
 
-// The columns are the relevant items, which are the rows too, and from a whole number of lanes on the others, up to
-// such a number n: no sum has a rest. In the gaps there is no item, and what adds nothing to any sum.
+// The columns are the relevant items, then, from a whole number of lanes on, the others; n is their padded number, so
+// no sum has a rest. Gaps hold no item and add nothing to a sum.
 int64_t padded(int64_t n) { return (n + kSumLanes - 1) / kSumLanes * kSumLanes; }
 
-// Calls f(whether the columns are relevant, first column, columns) over every parts-th tile of columns.
+// Calls f(whether the columns are relevant, first column, columns) for every parts-th tile of columns.
 template <class F>
 void each_tile(int64_t relevant, int64_t n, int64_t part, int64_t parts, const F& f) {
   const int64_t others = padded(relevant);
@@ -172,7 +173,7 @@ int64_t parts_of_rows(int64_t relevant, int64_t n) {
   return parts_of(static_cast<double>(relevant) * static_cast<double>(n));
 }
 
-// The sums over the columns of each row: row(i, first column, columns).
+// Returns the sums of row(i, first column, columns) over all columns, for each row.
 template <class A, class Row>
 Ranks* sum_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
   Ranks* sums = scratch.get<Ranks>(relevant);
@@ -192,7 +193,8 @@ Ranks* sum_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
   return sums;
 }
 
-// What the rows give to the columns: row(i, whether the columns are relevant, first column, columns, out).
+// Returns the sums of all rows for each column; row(i, whether the columns are relevant, first column, columns, out)
+// adds a row.
 template <class A, class Row>
 double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
   const int64_t parts = parts_of_rows(relevant, n);
@@ -210,7 +212,7 @@ double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row)
   });
 }
 
-// item: that of each of n columns, -1 in the gaps.
+// `item` has the item of each of the n columns, or -1 in a gap.
 template <class A, class Pair>
 void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& pair, double scale, SmoothMetric metric,
                     const double* gain, int64_t relevant) {
@@ -223,12 +225,12 @@ void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& p
     return sum_ranks<A>(pair, kept[i], kept + begin, columns);
   });
   struct Weights {
-    A weight[2], moved[2];  // for irrelevant columns, and for relevant ones
+    A weight[2], moved[2];  // [0] for irrelevant columns, [1] for relevant ones
   };
   Weights* weights = scratch.get<Weights>(relevant);
   double metric_value = 0;
   for (int64_t i = 0; i < relevant; ++i) {
-    rank[i] = {rank[i].all + 0.5, rank[i].relevant + 0.5};  // of the item itself sigmoid(0) was counted for 1
+    rank[i] = {rank[i].all + 0.5, rank[i].relevant + 0.5};  // the item itself counts as 1, not as sigmoid(0)
     Ranks w;
     metric_value += Share{metric, gain[i]}.value(rank[i], w);
     weights[i].weight[0] = static_cast<A>(scale * w.all);
@@ -265,7 +267,7 @@ void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& p
     if (item[j] >= 0) list.slope[item[j]] = static_cast<A>(out[j]);
 }
 
-// Whether a relevant item and another one are at the same infinity: there is no limit of their order.
+// Returns whether a relevant item and another one are at the same infinity, so their order has no limit.
 template <class A>
 bool undefined(const List<A>& list, const int32_t* item, int64_t relevant, int64_t columns) {
   for (const A end : {std::numeric_limits<A>::infinity(), -std::numeric_limits<A>::infinity()}) {

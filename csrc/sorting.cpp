@@ -1,8 +1,8 @@
-// Soft ranks and soft sorting: projections onto the permutahedron, which are isotonic regressions of the
-// sorted values, by pooling adjacent violators in double.
+// Soft ranks and soft sorting: projections onto the permutahedron, which are isotonic regressions of the sorted values.
+// They are computed by pooling adjacent violators in double.
 //
-// The result is constant or linear within groups of adjacent items of the order. `groups` says for each place in
-// the order of a list which item of the row it holds: i, or ~i where a group begins; n, the row's length, where none.
+// The result is constant or linear within groups of adjacent items in the order. `groups` has, for each place in the
+// order of a list, the item of the row that it holds: i, or ~i where a group begins, or n, the row's length, for none.
 #include "lists.h"
 
 #include <cmath>
@@ -13,11 +13,12 @@ CUSTOM_OPS_ENUM(GroupValue, SUM, MEAN, CENTRED)
 
 namespace {
 
-// a - b, and 0 where both are the same infinity.
+// Returns a - b, or 0 if both are the same infinity.
 double difference(double a, double b) { return a == b ? 0 : a - b; }
 
-// The two sequences to be matched, of m items: the values, descending, times `alpha`, and the places, descending,
-// times `beta`. Only differences between items are ever taken of them, so that it doesn't matter how large others are.
+// The two sequences to be matched, of m items: the values in descending order times `alpha`, and the places in
+// descending order times `beta`. Only differences between items are used, so large other items don't affect the
+// accuracy.
 struct Sequences {
   const double* value;
   double alpha, beta;
@@ -26,11 +27,11 @@ struct Sequences {
   double places(int64_t from, int64_t to) const { return static_cast<double>(to - from) * beta; }
 };
 
-// A pool of adjacent items, and the constant it is fitted by: of least squares, or of least divergence. The pools are
-// of what the values are above the places for ranks, and of the reverse for `sort`; sums and constant are those above
-// the first item's own.
+// A pool of adjacent items and the constant that fits it by least squares or, in the other two types, by least
+// divergence. For ranks the pools fit values minus places, for `sort` places minus values; sums and constant are
+// relative to the pool's first item.
 struct MeanPool {
-  double a, b;  // the sum of its items, and their number
+  double a, b;  // the sum of its items and their number
   int64_t begin;
   double fit = 0;
 
@@ -51,11 +52,11 @@ double logaddexp(double x, double y) {
 }
 
 struct LogPool {
-  double a, b;  // the logarithms of the sums of exponentials, of what is fitted and of what to
+  double a, b;  // the logarithms of the sums of exponentials of the fitted sequence and of its target
   int64_t begin;
   double fit = a - b;
 
-  // For ranks the weights, logarithms of places, aren't above the first one's but themselves.
+  // For ranks the target's weights, the logarithms of the places, are absolute and not relative to the first item.
   static LogPool of(int64_t place, double weight) { return {0, weight, place}; }
   static double above(const Sequences& s, bool sort, int64_t from, int64_t to) {
     return sort ? s.places(from, to) - s.values(from, to) : s.values(from, to);
@@ -67,9 +68,9 @@ struct LogPool {
   }
 };
 
-// Of exponentials of values that differ by no more than `kExponents`.
+// The pool of exponentials of values that differ by at most `kExponents`.
 struct ExponentialPool {
-  double a, b;  // the sums of both
+  double a, b;  // the sums of both exponentials
   int64_t begin;
   double fit = a / b;
 
@@ -82,8 +83,8 @@ struct ExponentialPool {
 
 constexpr double kExponents = 600;
 
-// The non-increasing sequence nearest to one of m items, pool(place) each alone: its pools. Returns their number.
-// not_above(pool, next): whether the constant of a pool isn't above that of the next one.
+// Computes the pools of the non-increasing sequence nearest to m items and returns their number; one(place) is a pool
+// of one item. not_above(pool, next) tells whether the constant of a pool isn't above that of the next one.
 template <class Pool, class One, class NotAbove, class Merge>
 int64_t pool_adjacent_violators(int64_t m, Pool* pools, const One& one, const NotAbove& not_above, const Merge& merge) {
   int64_t count = 0;
@@ -106,17 +107,18 @@ void store(double value, A& to) {
   to = static_cast<A>(value);
 }
 
-// A run of places of a row, from `first` to before `last`, which hold the items of one group.
+// A run of places of a row, [first, last), which hold the items of one group.
 struct Group {
-  int64_t row;             // where the row begins
-  const int32_t* entries;  // of its places
-  int64_t list, count;     // where the group's list begins in it, and how many of its places hold an item
+  int64_t row;             // the offset of the row
+  const int32_t* entries;  // the row's entries of `groups`
+  int64_t list, count;     // the offset of the group's list in the row, and the number of its places that hold an item
   int64_t first, last;
 
   int32_t item(int64_t place) const { return item_of(entries[place]); }
 };
 
-// Fills a tensor like x, 0 where there is no item, by f(x, group, out) for each group; both point to the row.
+// Returns a tensor like x, filled by f(x, group, out) for each group, and 0 where there is no item; both pointers point
+// to the row.
 template <class F>
 Tensor of_groups(const Tensor& x_in, const Tensor& groups_in, const std::optional<Tensor>& offsets, int64_t cost,
                  const F& f) {
@@ -192,7 +194,7 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         group[p] = items[order[p]];
       }
       const Sequences sequences{s, sort ? 1 : 1 / strength, sort ? 1 / strength : 1};
-      // value(place, its pool)
+      // value(p, pool) is the result at place p of a pool.
       const auto put = [&](const auto* pools, int64_t count, const auto& value) {
         for (int64_t k = 0; k < count; ++k) {
           const int64_t last = k + 1 < count ? pools[k + 1].begin : m;
@@ -235,13 +237,14 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         ExponentialPool* pools = scratch.get<ExponentialPool>(m);
         const int64_t count = pool_adjacent_violators(
             m, pools, [&](int64_t p) { return ExponentialPool{a[p], b[p], p}; },
-            [](const ExponentialPool& pool, const ExponentialPool& next) {  // the same but for rounding is no more
+            // constants that are equal up to rounding are merged
+            [](const ExponentialPool& pool, const ExponentialPool& next) {
               return pool.fit <= next.fit * (1 + 0x1p-48);
             },
             [](ExponentialPool& pool, const ExponentialPool& next) { pool.merge(next); });
         return put(pools, count, [&](int64_t p, const ExponentialPool& pool) {
           if (!sort) return a[p] / pool.fit;
-          const int64_t first = pool.begin;  // above which the rest is small where the pool is one item
+          const int64_t first = pool.begin;  // relative to `first` the rest is small if the pool has one item
           return -s[first] + (std::log(pool.fit * (b[first] / a[first])) + sequences.places(first, p));
         });
       }
@@ -277,7 +280,7 @@ Tensor group_share(const Tensor& v, const Tensor& ranks_in, const Tensor& groups
   const void* all_ranks = ranks.const_data_ptr();
   return of_groups(v, groups, offsets, 4, [&](const auto* from, const Group& group, auto* to) {
     const auto* rank = static_cast<decltype(from)>(all_ranks) + group.row;
-    const double base = static_cast<double>(from[group.item(group.first)]);  // so that an item alone gets 0
+    const double base = static_cast<double>(from[group.item(group.first)]);  // makes the result of an item alone 0
     double whole = 0, moved = 0;
     for (int64_t p = group.first; p < group.last; ++p) {
       const double r = static_cast<double>(rank[group.item(p)]);
@@ -302,7 +305,7 @@ Tensor group_softmax(const Tensor& x, const Tensor& groups, const std::optional<
       if (scale > 0 ? value(p) > top : value(p) < top) top = value(p);
     const auto exponential = [&](int64_t p) { return std::exp(scale * difference(value(p), top)); };
     for (int64_t p = group.first; p < group.last; ++p) sum += exponential(p);
-    // The ranks of the group's places add up to this.
+    // `whole` is the sum of the ranks of the group's places.
     const double whole = weighted ? static_cast<double>((last - first) * (2 * group.count - first - last + 1)) / 2 : 1;
     for (int64_t p = group.first; p < group.last; ++p) store(whole * (exponential(p) / sum), to[group.item(p)]);
   });

@@ -1,4 +1,4 @@
-// Gradient shaping: a spike, and the slope of the smooth step as which it is differentiated.
+// Gradient shaping: a spike, and the slope of the smooth step whose derivative it gets.
 #include "elementary.h"
 
 namespace custom_ops {
@@ -7,7 +7,7 @@ CUSTOM_OPS_ENUM(SurrogateShape, SIGMOID, ATAN, TRIANGLE, BOXCAR)
 
 namespace {
 
-// Slopes at u, each of integral 1; NaN stays NaN where the slope isn't constant.
+// The slopes at u have the integral 1; NaN stays NaN where the slope isn't constant.
 struct Sigmoid {
   template <class A>
   ALWAYS_INLINE static A slope(A u) {

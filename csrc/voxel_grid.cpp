@@ -1,4 +1,4 @@
-// Which voxel a point lies in, and which points lie in a voxel.
+// The voxel of each point, and the points of each voxel.
 #include "isa.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace custom_ops {
 namespace {
 
-// Chunks that together cover n; the same ones on any number of threads.
+// Chunks that together cover n elements; they don't depend on the number of threads.
 struct Chunks {
   int64_t n, size, count;
 
@@ -24,7 +24,7 @@ struct Chunks {
   }
 };
 
-// NaN is in no voxel: it fails both comparisons.
+// NaN fails both comparisons, so it is in no voxel.
 template <class A>
 ALWAYS_INLINE inline bool cell(A position, bool truncate, int64_t cells, int64_t& out) {
   const A at = truncate ? std::trunc(position) : std::floor(position);
@@ -35,11 +35,11 @@ ALWAYS_INLINE inline bool cell(A position, bool truncate, int64_t cells, int64_t
 
 template <class I>
 void counting_sort(const I* rank, int64_t n, int64_t voxels, int64_t* perm, int64_t* indptr) {
-  // Every chunk counts for itself, so as many as pays against the n points.
+  // Every chunk has counters of its own, which pays only if n is large against the number of voxels.
   const int64_t parts = std::clamp<int64_t>(n / (voxels + 1), 1, 8);
   const Chunks chunks(n, std::max<int64_t>((n + parts - 1) / parts, 1 << 14));
-  // places[k * (voxels + 1) + v]: points of voxel v in chunk k, then where the next of them goes; the
-  // dropped points come after all voxels.
+  // places[k * (voxels + 1) + v] is first the number of points of voxel v in chunk k, then the place of the next of
+  // them; the dropped points come after all voxels.
   const int64_t row = voxels + 1;
   std::vector<int64_t> places(chunks.count * row, 0);
   const auto voxel = [&](int64_t i) { return rank[i] < 0 ? voxels : static_cast<int64_t>(rank[i]); };
@@ -62,7 +62,7 @@ void counting_sort(const I* rank, int64_t n, int64_t voxels, int64_t* perm, int6
   });
 }
 
-// Ranks that some projects keep as floats.
+// Ranks may also be floats, as some projects keep them.
 template <class F>
 void dispatch_ranks(const Tensor& ranks, const F& f) {
   switch (ranks.scalar_type()) {
@@ -72,18 +72,18 @@ void dispatch_ranks(const Tensor& ranks, const F& f) {
   }
 }
 
-// Not of what is so large that numbers beside it are rounded to it.
+// Returns false for numbers so large that neighbouring integers are rounded to them.
 template <class R>
 ALWAYS_INLINE inline bool is_whole(R rank) {
   return (rank < static_cast<R>(int64_t{1} << std::numeric_limits<R>::digits)) & (std::trunc(rank) == rank);
 }
 
-// Whether the positions [begin, end) hold what a stable sort puts there, and the boundaries that fall there are right;
-// those are copied to `out`. Position n is that of a point outside behind all others, so that each boundary falls on
-// one. Points, ordered by voxel and within it strictly, are all different ones, hence a permutation. Where a voxel's
-// points begin, its boundary and the first one behind the voxel before must lie, and those between don't decrease.
-// Differences whose signs are gathered take the place of branches, because one mispredicted costs more than all the
-// rest of a point.
+// Returns whether the positions [begin, end) hold the points that a stable sort puts there, with the right boundaries,
+// and copies these to `out`. Position n stands for a point outside, after all others, so every boundary is at the
+// position of some point. Points that are sorted by voxel, and strictly within a voxel, are all different, hence a
+// permutation. Where a voxel's points begin, its boundary and the one after the previous voxel must be; those between
+// must not decrease. Signs of differences are collected instead of branching, because one misprediction takes longer
+// than the rest of a point.
 template <class I>
 bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t* out, int64_t n, int64_t voxels,
              int64_t begin, int64_t end) {
@@ -92,9 +92,9 @@ bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t* out
   for (int64_t first = begin; first < end && !wrong; first += kBlock) {
     multiversion([=, &wrong, voxel = block + 1, run = static_cast<int64_t*>(runs)]() ALWAYS_INLINE {
       const int64_t count = std::min(kBlock, end - first), points = std::min(count, n - first);
-      const int64_t from = first > 0 ? -1 : 0;  // the position before is looked at again
+      const int64_t from = first > 0 ? -1 : 0;  // reads the previous position again
       const int64_t* point = perm + first;
-      int64_t found = 0;  // negative where something is wrong
+      int64_t found = 0;  // negative if there is an error
       for (int64_t k = from; k < points; ++k) found |= -static_cast<int64_t>((point[k] < 0) | (point[k] >= n));
       if ((wrong = found < 0)) return;
       for (int64_t k = from; k < points; ++k) {
@@ -136,12 +136,13 @@ std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorte
   const int64_t n = ranks.numel();
   const Chunks chunks(n, 1 << 15);
   std::vector<int64_t> first(chunks.count + 1, 0);  // runs that begin before each chunk
-  std::atomic<int64_t> inside{0}, blocks{0};        // points of a voxel, and how often they begin anew
+  std::atomic<int64_t> inside{0}, blocks{0};        // points in voxels, and how often such points follow others
   std::atomic<bool> whole{true}, sorted{true};
   Tensor bounds, last;
   dispatch_ranks(ranks, [&](auto type) {
     using R = typename decltype(type)::type;
-    using Count = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;  // as wide, so that the loop vectorises
+    // as wide as the ranks, so that the loop vectorises
+    using Count = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
     const R* r = data<R>(ranks);
     chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {
       multiversion([&, r]() ALWAYS_INLINE {
@@ -248,7 +249,7 @@ std::tuple<Tensor, Tensor> voxel_sort(const Tensor& rank_in, int64_t voxels) {
     if (!inside)
       check(false, "rank: expected values below num_voxels=", voxels, ", got ",
             *std::max_element(rp, rp + rank.numel()));
-    // Several examples go to one thread each; one alone is split.
+    // Several examples go to one thread each; a single one is divided.
     const int64_t examples = product(batch);
     torch::stable::parallel_for(0, examples, examples > 1 ? 1 : 2, [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e) counting_sort(rp + e * n, n, voxels, pp + e * n, ip + e * (voxels + 1));

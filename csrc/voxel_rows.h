@@ -1,4 +1,4 @@
-// Rows of features in vector registers, and on their way to and from memory.
+// Rows of features in vector registers, and their loads and stores.
 #pragma once
 
 #include "bits.h"
@@ -13,7 +13,7 @@ namespace custom_ops {
 
 // ---------------------------------------------------------------- registers
 
-// kLanes numbers; a vector, written out because loops over an array of sums were left scalar by GCC 12.
+// A vector of kLanes numbers. It is written out because GCC 12 doesn't vectorise loops over an array of sums.
 template <class A, int kLanes>
 struct Lanes {
   typedef A V __attribute__((vector_size(kLanes * sizeof(A))));
@@ -37,7 +37,7 @@ struct Lanes {
     return v;
   }
   static ALWAYS_INLINE inline V load(const BFloat16* p) { return as_floats(load_words(p) << 16); }
-  // Not by a product with 2^112, which is 0 for subnormal numbers where the processor is told to flush those.
+  // A product with 2^112 would be 0 for subnormal numbers if the processor flushes those.
   static ALWAYS_INLINE inline V load(const Half* p) {
     const Words h = load_words(p), magnitude = (h & 0x7FFF) << 13, rebased = magnitude + (112u << 23);
     const Words subnormal = float_bits(as_floats(rebased + (1u << 23)) - as_floats(Words{} + (113u << 23)));
@@ -91,14 +91,14 @@ struct Lanes<A, 1> {
   }
 };
 
-// kVectors of them side by side: a block of columns.
+// kVectors vectors side by side: a block of columns.
 template <class A, int kLanes, int kVectors>
 struct Block {
   using L = Lanes<A, kLanes>;
   static constexpr int lanes = kLanes, vectors = kVectors;
 };
 
-// f(block, first) for blocks of columns that fit into the registers and together make up all.
+// Calls f(block, first) for blocks that fit into the registers and together cover all columns.
 template <class A, class F>
 ALWAYS_INLINE inline void for_columns(int64_t columns, const F& f) {
   constexpr int kLanes = 32 / sizeof(A), kHalf = kLanes / 2;
@@ -111,12 +111,12 @@ ALWAYS_INLINE inline void for_columns(int64_t columns, const F& f) {
 
 // ---------------------------------------------------------------- memory
 
-// Inlined by force: GCC 12 takes a function that only fetches ahead for one without effects and drops its calls.
+// Inlining is forced: GCC 12 takes a function that only prefetches for one without effects and drops its calls.
 ALWAYS_INLINE inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
 }
 
-// Writes whole rows of one tensor, past the caches as `Streaming` says.
+// Writes whole rows of one tensor, past the caches if `Streaming` says so.
 class RowWriter {
  public:
   RowWriter(const Tensor& out, int64_t columns)

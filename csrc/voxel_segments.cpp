@@ -1,8 +1,8 @@
 // Sums over segments of points, and their adjoints.
 //
-// Point p of P has the weight w[p], the row q(p) of x and the segment r(p) of sums. Everything here is
-// a form of T = sum of w[p] <sums[r(p)], x[q(p)]> over the points: segment_reduce is its derivative in
-// sums, segment_spread those in x and w.
+// Point p of P has the weight w[p], the row q(p) of x and the segment r(p) of sums. Every op here is a derivative of
+// T = sum of w[p] <sums[r(p)], x[q(p)]> over the points: segment_reduce that with respect to sums, segment_spread those
+// with respect to x and w.
 #include "voxel_rows.h"
 
 #include <algorithm>
@@ -13,16 +13,16 @@
 
 namespace custom_ops {
 
-std::tuple<Tensor, Tensor> voxel_sort(const Tensor& rank, int64_t voxels);  // voxel_grid.cpp
+std::tuple<Tensor, Tensor> voxel_sort(const Tensor& rank, int64_t voxels);  // defined in voxel_grid.cpp
 
 namespace {
 
-constexpr int64_t kTask = 1024;  // points, or segments, that one task takes at most
-constexpr int64_t kPart = 256;   // longer segments are summed in parts of as many points
-constexpr int64_t kAhead = 16;   // rows that are fetched before they are needed
+constexpr int64_t kTask = 1024;  // points or segments per task
+constexpr int64_t kPart = 256;   // longer segments are summed in parts of so many points
+constexpr int64_t kAhead = 16;   // rows that are fetched ahead of their use
 constexpr int64_t kGrain = 1 << 15;
 
-// Division by a constant, of numbers below 2^52.
+// Divides numbers below 2^52 by a constant.
 struct Divider {
   int64_t by;
   double inverse;
@@ -34,12 +34,12 @@ struct Divider {
   }
 };
 
-// The row of each point: `bins` points share one, and lie `plane` apart; or what an index says.
+// The row of each point: `bins` points that are `plane` apart share one, or an index gives it.
 struct Rows {
   int64_t bins, plane, points, rows;
   Divider group, lane;
   const int64_t* index = nullptr;
-  int64_t indexed = 0;  // points of each example in the index, 0 if all have the same
+  int64_t indexed = 0;  // points per example in the index, or 0 if all examples share it
 
   Rows(int64_t bins, int64_t plane, int64_t points)
       : bins(bins),
@@ -58,13 +58,13 @@ struct Rows {
   int64_t first_point(int64_t row) const { return bins == 1 ? row : lane(row) * (bins - 1) * plane + row; }
 };
 
-// The geometry of a batch, checked once, so that no kernel below can reach memory it doesn't own: the
-// points of each segment are perm[at[s]] to perm[at[s + 1]].
+// The geometry of a batch, checked once so that no kernel can reach foreign memory. The points of segment s are
+// perm[at[s]] to perm[at[s + 1]].
 struct Segments {
   Tensor indptr;
   std::optional<Tensor> perm;
   int64_t examples, count, points;
-  bool shared;  // one geometry for all examples
+  bool shared;  // all examples have one geometry
 
   Segments(const Tensor& indptr_in, const std::optional<Tensor>& perm_in, const Shape& batch, int64_t points)
       : indptr(dense(indptr_in)),
@@ -82,7 +82,7 @@ struct Segments {
     torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / length), [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e) {
         const int64_t* at = ip + e * length;
-        int64_t drops = 0;  // as wide as what is compared, so that the loop vectorises
+        int64_t drops = 0;  // as wide as the compared numbers, so that the loop vectorises
         multiversion([&]() ALWAYS_INLINE {
           int64_t found = 0;
           for (int64_t s = 0; s < count; ++s) found |= at[s] > at[s + 1];
@@ -116,7 +116,7 @@ struct Segments {
     return perm ? data<int64_t>(*perm) + (shared ? 0 : example * points) : nullptr;
   }
 
-  // All entries are points, and as many as there are points: if none is missing, none is there twice.
+  // All entries are known to be points, as many as there are. If no point is missing, none is there twice.
   void check_permutation() const {
     if (!perm) return;
     const int64_t n = geometries() * points;
@@ -133,7 +133,7 @@ struct Segments {
     check(all, "perm: expected a permutation of the points, got some of them twice");
   }
 
-  // The segment of each point, -1 for none.
+  // Returns the segment of each point, or -1 for none.
   std::unique_ptr<int64_t[]> ranks() const {
     std::unique_ptr<int64_t[]> rank(new int64_t[std::max<int64_t>(geometries() * points, 1)]);
     check_permutation();
@@ -154,10 +154,10 @@ struct Segments {
   }
 };
 
-// Work for one thread: whole segments, or a part of a long one. Tasks are alike on any number of threads.
+// The work of one thread: whole segments, or a part of a long one. Tasks don't depend on the number of threads.
 struct Task {
   int64_t example, segment, end, begin, stop;  // segments [segment, end), positions [begin, stop)
-  int64_t part;                                // the partial result it makes, -1 for whole segments
+  int64_t part;                                // the partial result that it computes, or -1 for whole segments
 };
 
 struct Long {
@@ -187,7 +187,7 @@ struct Plan {
     parts *= segments.examples;
   }
 
-  // Tasks with segment -1 for the points in no segment.
+  // Adds tasks with segment -1 for the points in no segment.
   void add_outside(const Segments& segments) {
     const auto add_range = [this](int64_t e, int64_t begin, int64_t end) {
       for (; begin < end; begin += kTask) tasks.push_back({e, -1, -1, begin, std::min(begin + kTask, end), -1});
@@ -201,7 +201,7 @@ struct Plan {
   void add(const int64_t* at, int64_t count, int64_t e) {
     const auto is_long = [at](int64_t s) { return at[s + 1] - at[s] > kPart; };
     for (int64_t s = 0; s < count;) {
-      // As many segments as fit, up to the first long one.
+      // A task takes as many segments as fit, up to the first long one.
       int64_t end = std::upper_bound(at + s + 1, at + std::min(s + kTask, count) + 1, at[s] + kTask) - at - 1;
       int64_t longs_inside = 0;
       multiversion([&]() ALWAYS_INLINE {
@@ -224,7 +224,7 @@ struct Plan {
   }
 };
 
-// f(task) for all tasks; a thread that is done with one takes the next.
+// Calls f(task) for all tasks; a thread that has finished one takes the next.
 template <class T, class F>
 void for_each_task(const std::vector<T>& tasks, int64_t grain, const F& f) {
   const int64_t n = static_cast<int64_t>(tasks.size());
@@ -236,11 +236,11 @@ void for_each_task(const std::vector<T>& tasks, int64_t grain, const F& f) {
 
 // ---------------------------------------------------------------- reductions
 
-// What a reduction reads: n > 0 rows of x, their weights if any, and their points.
+// The input of a reduction: n > 0 rows of x, their weights if there are any, and their points.
 template <class T>
 struct Input {
   const T* x;
-  const int64_t* offsets;  // of the rows in x, or null: one after the other
+  const int64_t* offsets;  // offsets of the rows in x, or null if they are consecutive
   const Accumulator<T>* weights;
   const int64_t* points;
   int64_t n;
@@ -248,13 +248,13 @@ struct Input {
   ALWAYS_INLINE inline const T* row(int64_t i, int64_t columns) const {
     return x + (offsets ? offsets[i] : i * columns);
   }
-  // What comes kAhead rows later; of rows in order the processor does so by itself.
+  // Prefetches the row that is used kAhead rows later; the processor itself prefetches consecutive rows.
   ALWAYS_INLINE inline void fetch_ahead(int64_t i, int64_t columns) const {
     if (offsets) prefetch(x + offsets[i + kAhead], columns * static_cast<int64_t>(sizeof(T)));
   }
 };
 
-// value[c] = sum of the rows; the parts of a long segment are added in double.
+// value[c] is the sum of the rows; the parts of a long segment are added in double.
 template <class T, bool kWeighted>
 struct Sum {
   using A = Accumulator<T>;
@@ -287,7 +287,7 @@ struct Sum {
   }
 };
 
-// value[c] = the largest of the rows, a NaN above all; at[c] = the first point that has it, -1 for none.
+// value[c] is the largest of the rows, where a NaN is above all; at[c] is the first point that has it, or -1.
 template <class T>
 struct Max {
   using A = Accumulator<T>;
@@ -337,9 +337,9 @@ struct Max {
 template <class T>
 struct Reduced {
   const T* x;
-  const T* weight;  // or null
+  const T* weight;  // may be null
   T* out;
-  int64_t* argmax;  // or null
+  int64_t* argmax;  // may be null
   int64_t columns;
   bool mean;
   RowWriter writer;
@@ -364,7 +364,8 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
   const auto argmax = [&](int64_t e, int64_t s) ALWAYS_INLINE {
     return Reduction::kIndexed ? io.argmax + (e * count + s) * columns : nullptr;
   };
-  const bool as_summed = !io.mean && !io.writer.streams();  // a row of the output is what a reduction gives
+  // a reduction can write its sums directly into a row of the output
+  const bool as_summed = !io.mean && !io.writer.streams();
   const int64_t grain = std::max<int64_t>(1, kGrain / kTask * 8 / std::max<int64_t>(columns, 1));
   for_each_task(plan.tasks, grain, [&](const Task& task) {
     int64_t offsets[kTask + kAhead], points[kTask];
@@ -422,18 +423,18 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
 
 // ---------------------------------------------------------------- adjoints
 
-// Row q of the gradient of x, and the gradients of the weights of its points.
+// Computes row q of the gradient of x, and the gradients of the weights of its points.
 template <class T>
 struct Spread {
   using A = Accumulator<T>;
   const T* sums;
-  const T* x;       // or null: no gradient of the weights
-  const T* weight;  // or null: ones
-  T* of_x;          // or null
+  const T* x;       // null if the weights need no gradient
+  const T* weight;  // null if all weights are 1
+  T* of_x;          // may be null
   T* of_weight;
   int64_t columns;
 
-  // For the n points of one row: the offsets of their segments' sums, their factors, and dots to fill.
+  // Computes one row from its n points: `offsets` of their segments' sums, their `factors`, and `dots` to fill.
   template <bool kRows, bool kDots>
   ALWAYS_INLINE inline void row(const T* base, const int64_t* offsets, const A* factors, int64_t n, const T* x_row,
                                 T* to, A* dots) const {
@@ -460,7 +461,8 @@ struct Spread {
   }
 };
 
-// Rows of their own, all with the same weight: a copy of each segment's sum, or mean, for each of its points.
+// Computes the gradient if each point has a row of its own and all weights are equal: every point gets a copy of its
+// segment's sum or mean.
 template <class T>
 void spread_copies(const Segments& segments, const T* sums, T* of_x, int64_t columns, bool mean,
                    const RowWriter& writer) {
@@ -562,7 +564,7 @@ void check_like(const char* name, const Tensor& t, const Tensor& like, const Sha
         ": expected a tensor that fits the others in shape and dtype");
 }
 
-// The number of pairs of a row of x and a rank, one of which is negative where a pair counts nowhere.
+// Returns the number of pairs of a row of x and a rank; a pair is unused if one of them is negative.
 int64_t check_pairs(const Tensor& index, const Tensor& ranks, const Shapes& x, int64_t count) {
   const int64_t dims = index.dim() - 1;
   check(dims >= 0 && sizes(index) == sizes(ranks) && index.scalar_type() == ScalarType::Long &&

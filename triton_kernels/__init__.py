@@ -1,1 +1,1 @@
-"""Triton kernels: one module per op family, each with a launcher per op, named as the op."""
+"""Triton kernels: one module per engine, with a launcher for each op, named as the op."""

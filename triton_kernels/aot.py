@@ -1,7 +1,7 @@
-"""Compile every kernel ahead of time, without a GPU: ``python -m custom_ops.triton_kernels.aot [PART OF A NAME]``.
+"""``python -m custom_ops.triton_kernels.aot [PART OF A NAME]``: compile every kernel ahead of time, without a GPU.
 
-Prints the registers and memory of each, and how long it took. Exits with 1 if one spills, uses local memory, or loads
-less than 16 bytes at a time and doesn't say why.
+It prints the registers and memory of each kernel and the time that its compilation took. It exits with 1 if a kernel
+spills, uses local memory, or loads less than 16 bytes at a time without a reason.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MAIN = "sm_90"  # the target that every variant is compiled for, and that `occupancy` knows
+MAIN = "sm_90"  # every variant is compiled for this target, which `occupancy` describes
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread and one program of a compiled kernel take."""
+    """The resources of one thread and one program of a compiled kernel."""
 
     registers: int
     spilled: int  # registers; NVIDIA's tools report a spill as local memory
@@ -58,7 +58,7 @@ class Report:
     warps: int
     resources: Resources
     seconds: float = 0.0  # of one core, to compile it; none if Triton's cache had it
-    wide: bool = False  # whether it has to load 16 bytes at a time
+    wide: bool = False  # whether it must load 16 bytes at a time
 
     @property
     def spills(self) -> bool:
@@ -83,13 +83,13 @@ HEADING = f"{'target':7} {'kernel':76} registers spilled local shared seconds"
 
 
 def parse_cuobjdump(text: str) -> Resources:
-    """The resources in the output of ``cuobjdump --dump-resource-usage`` for one kernel."""
+    """Return the resources in the output of ``cuobjdump --dump-resource-usage`` for one kernel."""
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     return Resources(found["REG"], 0, found["STACK"] + found["LOCAL"], found["SHARED"])
 
 
 def parse_amdgcn(text: str) -> Resources:
-    """The resources in the metadata at the end of the AMD assembly of one kernel."""
+    """Return the resources in the metadata at the end of the AMD assembly of one kernel."""
     found = {name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
     spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
     return Resources(
@@ -103,19 +103,19 @@ def parse_amdgcn(text: str) -> Resources:
 
 
 def widest(ptx: str, instruction: str) -> int:
-    """Bytes of the widest of these instructions on global memory, ld or st, in NVIDIA's PTX."""
+    """Return the bytes of the widest of these instructions on global memory, ld or st, in NVIDIA's PTX."""
     found = re.findall(rf"\b{instruction}\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[a-z]+(\d+)\b", ptx)
     return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
 
 
 def widest_of_amd(assembly: str, instruction: str) -> int:
-    """The same in AMD's assembly, of load or store."""
+    """Return the bytes of the widest of these instructions, load or store, in AMD's assembly."""
     found = re.findall(rf"\b(?:global|buffer|flat)_{instruction}_[us]?(byte|short|dword)(?:x(\d))?", assembly)
     return max(({"byte": 1, "short": 2, "dword": 4}[unit] * int(count or 1) for unit, count in found), default=0)
 
 
 def kernels() -> list[Kernel]:
-    """Every kernel of the package."""
+    """Return every kernel of the package."""
     for module in pkgutil.iter_modules(package.__path__):
         if module.name != "aot":
             importlib.import_module(f"{package.__name__}.{module.name}")
@@ -123,7 +123,7 @@ def kernels() -> list[Kernel]:
 
 
 def sources(kernel: Kernel) -> Iterator[tuple[str, str, ASTSource]]:
-    """What ``kernel`` is compiled from, for each dtype and variant."""
+    """Yield the source that ``kernel`` is compiled from, for each dtype and variant."""
     params = kernel.fn.params
     for dtype in kernel.dtypes:
         accumulator = "fp64" if dtype == "fp64" else "fp32"
@@ -132,7 +132,7 @@ def sources(kernel: Kernel) -> Iterator[tuple[str, str, ASTSource]]:
             names = kernel.fn.arg_names
             assert set(names[len(types) :]) == set(variant), f"{kernel.name}: {names} against {types}, {variant}"
             signature = dict(zip(names, types)) | dict.fromkeys(variant, "constexpr")
-            # As for a call with aligned tensors and sizes: the widest accesses, the most registers.
+            # Tensors and sizes are declared aligned, which gives the widest accesses and the most registers.
             aligned = {
                 (i,): [["tt.divisibility", 16]]
                 for i, t in enumerate(types)
@@ -164,7 +164,7 @@ def compile_one(kernel: Kernel, target: str, dtype: str, variant: str, source: A
 
 
 def _core_seconds() -> float:
-    """Of this process and of those that it has waited for, such as the assembler."""
+    """Return the CPU time of this process and of its finished children, such as the assembler."""
     return sum(os.times()[:4])
 
 
@@ -183,8 +183,9 @@ def compile_kernel(index: int, quick: bool) -> list[Report]:
 def compile_all(name: str = "", quick: bool = False) -> list[Report]:
     """Compile every kernel whose name contains ``name``, in as many processes as there are cores.
 
-    With ``quick`` for one dtype, in turn the first and the last, and for one of the other targets, in turn too, only
-    what takes most registers on sm_90. Raises ``RuntimeError`` where Triton interprets instead of compiling.
+    ``quick`` compiles for one dtype, in turn the first and the last. For the other targets, in turn too, it compiles
+    only the variant with the most registers on sm_90. Raises ``RuntimeError`` if Triton interprets instead of
+    compiling.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("custom_ops.triton_kernels.aot: unset TRITON_INTERPRET, under it nothing is compiled")
@@ -196,15 +197,15 @@ def compile_all(name: str = "", quick: bool = False) -> list[Report]:
 
 
 def occupancy(report: Report) -> float:
-    """The share of an sm_90 multiprocessor's 64 warps that can be resident: 64 K registers, 227 KiB, 32 programs."""
-    of_warp = -(-report.resources.registers * 32 // 256) * 256  # registers are handed out by 256
-    by_registers = 4 * (65536 // 4 // of_warp) // report.warps  # each quarter has its own
+    """Return the share of an sm_90 multiprocessor's 64 warps that fit into 64 K registers, 227 KiB and 32 programs."""
+    of_warp = -(-report.resources.registers * 32 // 256) * 256  # registers are allocated in units of 256
+    by_registers = 4 * (65536 // 4 // of_warp) // report.warps  # each quarter of a multiprocessor has its own registers
     by_shared = 227 * 1024 // (report.resources.shared + 1024)
     return min(32, by_registers, by_shared, 64 // report.warps) * report.warps / 64
 
 
 def show(reports: list[Report]) -> int:
-    """Print the reports and return the exit status: 1 if one of them isn't ok."""
+    """Print the reports and return the exit status, which is 1 if one of them isn't ok."""
     print(HEADING, *reports, sep="\n")
     spilling, slowest = sum(report.spills for report in reports), max(report.seconds for report in reports)
     print(f"{len(reports)} compiled, {spilling} with spills or local memory, in {slowest:.1f} s each or less")

@@ -1,7 +1,7 @@
-"""What every kernel file shares: declared kernels, packed masks, accumulators.
+"""The code that every kernel file shares: declared kernels, packed masks, accumulators.
 
-`FLOATING` and `INDEX` are the types that kernels are compiled for, as Triton writes them; `BLOCK` is the number of
-elements of a pointwise kernel's program, `LANES` that of a warp's threads.
+`FLOATING` and `INDEX` are the types that kernels are compiled for, in Triton's notation. `BLOCK` is the number of
+elements per program of a pointwise kernel, and `LANES` the number of threads per warp.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ NAMES = {
 FLOATING = ("fp32", "bf16", "fp16", "fp64")
 INDEX = ("i32", "i64")
 
-BLOCK = 1024  # elements of a pointwise kernel's program
+BLOCK = 1024  # elements per program of a pointwise kernel
 LANES = 64 if torch.version.hip else 32
-ACCESS = 16  # bytes of the widest access to memory that a thread has
+ACCESS = 16  # bytes of a thread's widest memory access
 _BYTES = {name: dtype.itemsize for dtype, name in NAMES.items()}
 
 KERNELS: list[Kernel] = []
 
 
 class Kernel:
-    """A ``@triton.jit`` function with everything it is compiled with.
+    """A ``@triton.jit`` function with everything that it is compiled with.
 
-    Launching it and compiling it ahead of time (``aot``) read the same variants and options. `kernel` makes it.
+    Launches and the compilation ahead of time (``aot``) use the same variants and options. `kernel` makes it.
 
     Example:
         >>> from custom_ops.triton_kernels.squared import squared_relu_forward_kernel
@@ -91,12 +91,12 @@ class Kernel:
         KERNELS.append(self)
 
     def options(self, dtype: str, lanes: int = LANES) -> dict[str, Any]:
-        """What Triton compiles it with, for elements of ``dtype`` and warps of ``lanes`` threads."""
+        """Return the options that Triton compiles it with, for elements of ``dtype`` and warps of ``lanes`` threads."""
         warps = self._streams * _BYTES[dtype] // (ACCESS * lanes) if self._streams else self._num_warps
         return {"num_warps": warps, "enable_fp_fusion": self._enable_fp_fusion}
 
     def _checked_dtype(self, args: Sequence[Any]) -> str:
-        """T; the tensors are of the declared types: what is compiled ahead of time is what is launched."""
+        """Return T after checking that the tensors have the declared types, which were compiled ahead of time."""
         given = [_triton_name(a) for a in args]
         common = next((g[1:] for g, declared in zip(given, self.arguments) if declared == "*T"), "")
         wide = "fp64" if common == "fp64" else "fp32"
@@ -129,10 +129,10 @@ def kernel(
 ) -> Callable[[Any], Kernel]:
     """Declare the decorated ``@triton.jit`` function as a kernel.
 
-    ``arguments`` are the types of its arguments before the compile-time ones, as Triton writes them:
-    T stands for each of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time ones. A program that
-    ``streams`` so many elements has as many warps that each thread has 16 bytes of them, whatever the dtype, and
-    otherwise ``num_warps``. ``narrow`` says why no load is that wide.
+    ``arguments`` are the types of its arguments before the compile-time ones, in Triton's notation: T stands for each
+    of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time arguments. If a program ``streams`` a number
+    of elements, it has as many warps as give each thread 16 bytes of them, whatever the dtype; otherwise it has
+    ``num_warps``. ``narrow`` is the reason why no load is that wide.
 
     Example:
         >>> import torch, triton
@@ -153,7 +153,7 @@ def kernel(
 
 
 def constant(member: IntEnum) -> tl.constexpr:
-    """An enum's member as kernels read it; a Triton kernel reads no other global value than a ``tl.constexpr``.
+    """Return an enum's member as a ``tl.constexpr``, the only global value that a Triton kernel may read.
 
     Example:
         >>> from custom_ops._enums import Reduction
@@ -168,7 +168,7 @@ def constant(member: IntEnum) -> tl.constexpr:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of ``dtype`` are computed in.
+    """Return the dtype in which numbers of ``dtype`` are computed.
 
     Example:
         >>> import torch
@@ -181,7 +181,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 @triton.jit
 def widen(x):
-    """x in its accumulator's dtype."""
+    """Return x in its accumulator's dtype."""
     if x.dtype == tl.float64:
         return x
     else:
@@ -190,7 +190,7 @@ def widen(x):
 
 @triton.jit
 def divide(x, y):
-    """x / y rounded as the CPU rounds it; Triton's own division is approximate in single precision."""
+    """Return x / y rounded as on the CPU; Triton's own division is approximate in single precision."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -201,7 +201,7 @@ def divide(x, y):
 
 
 class MaskLayout(NamedTuple):
-    """``examples`` masks of ``elements`` bits in ``bytes`` bytes each, as in csrc/bits.h.
+    """The layout of ``examples`` masks of ``elements`` bits in ``bytes`` bytes each, as in csrc/bits.h.
 
     Example:
         >>> import torch
@@ -222,7 +222,7 @@ class MaskLayout(NamedTuple):
         return MaskLayout(math.prod(x.shape[:batch_dims]), elements, (elements + 7) // 8)
 
     def flat(self) -> MaskLayout:
-        """One example with the same bits, where no example has padding."""
+        """Return the layout of one example with the same bits, unless examples have padding."""
         if self.elements % 8 == 0:
             return MaskLayout(1, self.examples * self.elements, self.examples * self.bytes)
         return self
@@ -234,14 +234,14 @@ class MaskLayout(NamedTuple):
 
 @triton.jit
 def locate(blocks):
-    """The example of this program, and its block of that example."""
+    """Return the example of this program, and the program's block in that example."""
     program = tl.program_id(0)
     return (program // blocks).to(tl.int64), (program % blocks).to(tl.int64)
 
 
 @triton.jit
 def tile(first, BLOCK: tl.constexpr):
-    """BLOCK consecutive indices from ``first``, one row for each byte of a mask."""
+    """Return BLOCK consecutive indices from ``first``, with one row for each byte of a mask."""
     return first + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
@@ -255,7 +255,7 @@ def store_bits(mask_ptr, first, bytes, keep, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_bits(mask_ptr, first, bytes, BLOCK: tl.constexpr):
-    """The inverse of `store_bits`."""
+    """Unpack what `store_bits` has packed."""
     at = first + tl.arange(0, BLOCK // 8)
     packed = tl.load(mask_ptr + at, mask=at < bytes, other=0).to(tl.int32)
     return (packed[:, None] >> tl.arange(0, 8)[None, :]) & 1 != 0

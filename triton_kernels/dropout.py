@@ -1,4 +1,4 @@
-"""Dropout of ReLU, both masks merged into one bit per element."""
+"""Dropout of ReLU, with both masks merged into one bit per element."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from custom_ops.triton_kernels.common import BLOCK, FLOATING, MaskLayout, kernel
 
 @triton.jit
 def _draws(seed, first, BLOCK: tl.constexpr):
-    """The draws of a `tile` of elements: each Philox counter gives those of four."""
+    """Return the draws of a `tile` of elements; each Philox counter gives those of four elements."""
     counter = first // 4 + tl.arange(0, BLOCK // 4)
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = low * 0

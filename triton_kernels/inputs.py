@@ -1,4 +1,4 @@
-"""What list losses are given, in the form that their kernels read: lengths as a mask, labels in the scores' dtype."""
+"""The inputs of list losses in the form that the kernels read: lengths as a mask, labels in the scores' dtype."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_va
 _BLOCK, _ROWS, _COLUMNS = 512, 128, 16
 _DIFFERENCE = constant(LabelUse.DIFFERENCE)
 _VALUE = constant(LabelUse.VALUE)
-_HIGHEST = tl.constexpr(2048.0)  # as in csrc/inputs.cpp
+_HIGHEST = tl.constexpr(2048.0)  # keep in step with csrc/inputs.cpp
 
 
 @triton.jit
 def _double(label, FROM_DOUBLE: tl.constexpr):
-    """The label as a double; one FROM_DOUBLE comes as the integer that is ordered as it is."""
+    """Return the label as a double; FROM_DOUBLE labels come as integers with the same order."""
     if FROM_DOUBLE:
         return _in_order(label, 63).to(tl.float64, bitcast=True)
     else:
@@ -29,7 +29,7 @@ def _double(label, FROM_DOUBLE: tl.constexpr):
 
 @triton.jit
 def _in_order(bits, SIGN: tl.constexpr):
-    """From the bits of a float to an integer that is ordered as it is, and back."""
+    """Map a float's bits to an integer with the same order; the map is its own inverse."""
     return tl.where(bits < 0, bits ^ ((1 << SIGN) - 1), bits)
 
 
@@ -67,7 +67,7 @@ def list_labels_test_kernel(
     FROM_DOUBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each list: how many of its labels the output's dtype doesn't hold, and the highest label."""
+    """Store, for each list, the number of labels that the output's dtype doesn't hold, and the highest label."""
     program = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
     base = program // lists * items
@@ -222,7 +222,7 @@ def list_labels(labels: Tensor, valid: Tensor | None, offsets: Tensor | None, wi
     out = torch.empty(labels.shape, dtype=torch.float64 if wide else torch.float32, device=labels.device)
     labels = labels.contiguous()
     if from_double:
-        bits = (labels + 0.0).view(torch.int64)  # -0 as 0
+        bits = (labels + 0.0).view(torch.int64)  # adding 0 turns -0 into 0
         labels = torch.where(bits < 0, bits ^ (2**63 - 1), bits)
     lists = Lists(labels, valid, offsets)
     owners, stride = lists.owners()

@@ -15,7 +15,9 @@ def interval_ranks(
     pixels: int,
     voxels: int,
 ) -> Tensor:
-    """In PyTorch's own ops; what the C++ kernel raises for is a rank past the grid, so that nothing is waited for."""
+    """Compute the ranks by PyTorch's own ops. Where the C++ kernel raises, the rank is past the grid, so nothing
+    waits.
+    """
     listed = ranks_bev.numel()
     right = (interval_starts >= 0) & (interval_lengths >= 0) & (interval_lengths <= listed - interval_starts)
     used = right & (interval_lengths > 0)
@@ -23,7 +25,7 @@ def interval_ranks(
     ends = (interval_starts + interval_lengths).where(used, listed)
     ones = begins.new_ones(begins.shape)
     steps = begins.new_zeros(listed + 1).scatter_add(0, begins, ones).scatter_add(0, ends, -ones)
-    cover = steps.cumsum(0)[:listed]  # the number of intervals that each point is in
+    cover = steps.cumsum(0)[:listed]  # the number of intervals that contain each point
     begin = begins.new_full((listed + 1,), -1).scatter(0, begins, begins)[:listed].cummax(0).values.clamp_min(0)
     voxel = ranks_bev[begin]
     inside = (ranks_depth >= 0) & (ranks_depth < points) & (ranks_feat >= 0) & (ranks_feat < pixels)

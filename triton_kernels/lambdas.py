@@ -1,4 +1,4 @@
-"""LambdaLoss: pairs weighted by what swapping them would do to the ranking."""
+"""LambdaLoss: pairs weighted by the change of a ranking metric if the two items were swapped."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def lambda_pairs_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Per item: its slope, the sum of its pairs' values over those it should be above, and their number."""
+    """Store each item's slope, and the number and total value of its pairs with items that it should be above."""
     program = tl.program_id(0).to(tl.int64)
     example = program // blocks * items
     owner_ptr += program // blocks * stride
     i = program % blocks * ROWS + tl.arange(0, ROWS)
     owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
     valid_i = owner_i >= 0
-    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0) * 0.5  # of halves no difference overflows
+    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0) * 0.5  # differences of halves can't overflow
     y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
     rank_i = tl.load(rank_ptr + example + i, mask=valid_i, other=0)
     gain_i = tl.load(gain_ptr + example + i, mask=valid_i, other=0)
@@ -115,7 +115,7 @@ def lambda_pairs_kernel(
         else:
             lead = tl.where(below, -difference, difference) * twice
         count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
-        above &= w != 0  # infinite scores of no weight change nothing
+        above &= w != 0  # infinite scores with weight 0 change nothing
         below &= w != 0
         if HESSIAN:
             v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
@@ -161,14 +161,14 @@ def _pairs(
     by_item = by_item.expand(lists.examples, lists.items).reshape(scores.shape)
     owned = by_item >= 0
     rank = lists.ranks(scores)
-    if both:  # the items below the top are left out, as if they were masked
+    if both:  # items below the top are left out like masked ones
         owners, stride = torch.where(rank < k, by_item, -1), lists.items
-    gain, discount = scores, scores  # not read
+    gain, discount = scores, scores  # a placeholder that isn't read
     distance = discount_of(torch.arange(-1, lists.items, device=scores.device))
     distance = (distance[:-1] - distance[1:]) * (mu if weighting == PairWeighting.NDCG2PP else 1.0)
-    distance = distance.to(scores.dtype)  # by how far the ranks are apart; that of 0 isn't read
+    distance = distance.to(scores.dtype)  # by distance of the ranks; distance 0 isn't read
     some = active = None
-    if both:  # whether there is a pair at all, be it in the top or below
+    if both:  # whether the list has a pair at all, in the top or below
         if weighting == PairWeighting.NDCG1:
             active = lists.sum(owned.to(scores.dtype)) > 1
         else:
@@ -186,7 +186,7 @@ def _pairs(
         discount = discount_of(rank).to(scores.dtype)
     slope, value, count = (torch.empty_like(scores) for _ in range(3))
     blocks = triton.cdiv(lists.items, _ROWS)
-    vector = scores if v is None else v.contiguous()  # not read
+    vector = scores if v is None else v.contiguous()  # a placeholder that isn't read
     from_top = (rank - min(k, lists.items)).to(torch.int32)  # negative in the top k
     lambda_pairs_kernel(
         lists.examples * blocks,
@@ -204,7 +204,7 @@ def _pairs(
 
 
 def discount_of(rank: Tensor) -> Tensor:
-    """1 / log2(1 + r) of ranks r counted from 1, here given from 0; in double."""
+    """Return 1 / log2(1 + r) in float64, where ``rank`` is r - 1."""
     return 1 / torch.log2(rank.double() + 2)
 
 

@@ -1,7 +1,7 @@
-"""The ground of the list losses: where the lists lie, sums over each, and the two ops that scale them.
+"""The code that the list losses share: the positions of the lists, sums over each, and the two ops that scale them.
 
-A kernel of pairs has a program for each block of items of an example (see `rows`) and loops over the
-columns of the lists that the block touches (`columns`); it need not know which form the lists came in.
+A kernel of pairs has a program for each block of items of an example (see `rows`) and loops over the columns of the
+lists that the block overlaps (`columns`). It doesn't depend on the form in which the lists came.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from custom_ops.triton_kernels.common import kernel
 
 WIDE = ("fp32", "fp64")  # the dtypes of list losses
 _BLOCK = 512
-# Why some kernels have no wide loads (see `kernel`).
+# These are the reasons why some kernels have no wide loads (see `kernel`).
 PAIRS = "computes on pairs: reads n numbers, which caches hold, for n² of them"
 _ANYWHERE = "a list begins at any place, on which its sums may not depend"
 
 
 class Lists:
-    """``examples`` rows of ``items``, each of ``lists`` lists between the same ``bounds``.
+    """``examples`` rows of ``items``, each with ``lists`` lists between the same ``bounds``.
 
-    Bounds out of order or range are an error, which doesn't wait for the device; no kernel leaves its memory for them.
+    Bounds out of order or range raise without waiting for the device, and no kernel reads foreign memory for them.
     """
 
     def __init__(self, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> None:
@@ -38,7 +38,7 @@ class Lists:
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape):
             raise RuntimeError("mask: expected bool of the shape of the scores")
         self.masked = valid is not None
-        # Without a mask or several lists these aren't read.
+        # These aren't read without a mask or with a single list.
         self.valid = x.new_ones(1, dtype=torch.uint8) if valid is None else valid.contiguous().view(torch.uint8)
         if offsets is None:
             self.bounds = torch.arange(2, device=x.device) * self.items
@@ -51,7 +51,7 @@ class Lists:
             expected = f"cu_lengths: expected non-decreasing values from 0 to {self.items}"
             assert_async((self.bounds == offsets).all(), expected)
             at = torch.arange(self.items, device=x.device)
-            self.places = torch.searchsorted(self.bounds, at, right=True) - 1  # -1 before, L behind all lists
+            self.places = torch.searchsorted(self.bounds, at, right=True) - 1  # -1 before all lists, L after them
             self.lists, self.several = offsets.shape[0] - 1, True
             self.ids = torch.where(self.places < self.lists, self.places, -1).to(torch.int32)
 
@@ -60,14 +60,16 @@ class Lists:
         return self.masked, self.several
 
     def owners(self) -> tuple[Tensor, int]:
-        """The list of each item, -1 if it isn't valid or in none, and how far the examples lie apart."""
+        """Return each item's list (-1 if it isn't valid or in no list), and the distance between examples in that
+        tensor.
+        """
         ids = self.ids if self.several else self.ids.expand(self.items)
         if self.masked:
             ids = torch.where(self.valid != 0, ids, -1)
         return ids.contiguous(), self.items if self.masked else 0
 
     def ranks(self, key: Tensor) -> Tensor:
-        """The place [..., T] of each item in its list by descending key, from 0, ties by position."""
+        """Return the place [..., T] of each item in its list by descending key, from 0, ties by position."""
         order = self.sort(key)
         at = torch.arange(self.items, device=key.device)
         if self.several:
@@ -78,7 +80,9 @@ class Lists:
         return x.new_empty((*self.batch, self.lists))
 
     def to_items(self, x: Tensor) -> Tensor:
-        """For each item [..., T] what x [..., L] says of its list; outside of all lists anything."""
+        """Return for each item [..., T] the value that x [..., L] has for its list; an item in no list gets an
+        arbitrary value.
+        """
         if not self.several:
             return x.expand(*x.shape[:-1], self.items)
         if self.lists == 0:
@@ -86,30 +90,32 @@ class Lists:
         return x[..., self.places.clamp(0, self.lists - 1)]
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sums [..., L] of x [..., T] over the lists, masked items and all."""
+        """Return the sums [..., L] of x [..., T] over the lists, masked items included."""
         out = self.per_list(x)
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
     def largest(self, x: Tensor, least: float = 0) -> Tensor:
-        """The largest [..., L] of ``least`` and x [..., T] over each list, masked items and all."""
+        """Return the largest [..., L] of ``least`` and x [..., T] over each list, masked items included."""
         if not self.several:
             return torch.nn.functional.pad(x, (0, 1), value=least).amax(-1, keepdim=True)
         top = x.new_full((*self.batch, self.lists + 2), least)
         return top.scatter_reduce(-1, (self.places + 1).expand(x.shape), x, "amax")[..., 1:-1]
 
     def scan(self, x: Tensor) -> Tensor:
-        """The running sums of x [..., T] along each list, in double; 0 outside of all.
+        """Return the running sums of x [..., T] along each list, in float64, and 0 outside of all lists.
 
-        Not by `torch.cumsum`, which on a GPU may add in another order each time, and in which a NaN passes on from list
-        to list.
+        `torch.cumsum` isn't used: on a GPU it may add in another order each time, and in it a NaN spreads from list to
+        list.
         """
         out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         list_scan_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
     def sort(self, key: Tensor, then: Tensor | None = None) -> Tensor:
-        """The order [..., T] of each list by descending key, ties by ``then`` and position, its masked items last."""
+        """Return the order [..., T] of each list by descending key, ties by ``then`` and position, masked items
+        last.
+        """
         if then is None:
             order = key.sort(dim=-1, descending=True, stable=True).indices
         else:
@@ -120,13 +126,13 @@ class Lists:
             later.append(1 - self.valid)
         if self.several:
             later.append(self.places.expand(key.shape))
-        for place in later:  # each sort is stable: the last one decides first
+        for place in later:  # every sort is stable, so the last one takes precedence
             order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
         return order
 
 
 def relative_gains(labels: Tensor, highest: Tensor, exponential: bool) -> Tensor:
-    """2^label - 1 over 2^highest, or label over highest, in double; a label of at most 0 has no gain."""
+    """Return 2^label - 1 over 2^highest, or label over highest, in float64; a label of at most 0 has no gain."""
     labels, highest = labels.double(), highest.double()
     gains = -torch.expm1(-math.log(2) * labels) * torch.exp2(labels - highest) if exponential else labels / highest
     return gains.masked_fill(labels <= 0, 0)
@@ -139,7 +145,7 @@ VARIANTS: dict[Any, dict[str, Any]] = {
 
 @triton.jit
 def load_valid(valid_ptr, at, inside, MASKED: tl.constexpr):
-    """Whether the items at ``at`` are valid; not where not ``inside``."""
+    """Return whether the items at ``at`` are valid; items that aren't ``inside`` are not."""
     if MASKED:
         return inside & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
     else:
@@ -148,7 +154,7 @@ def load_valid(valid_ptr, at, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def load_list(ids_ptr, item, inside, SEVERAL: tl.constexpr):
-    """The list of each item, -1 outside of all."""
+    """Return the list of each item, or -1 outside of all lists."""
     if SEVERAL:
         return tl.load(ids_ptr + item, mask=inside, other=-1)
     else:
@@ -157,7 +163,7 @@ def load_list(ids_ptr, item, inside, SEVERAL: tl.constexpr):
 
 @triton.jit
 def columns(bounds_ptr, ids, items, lists, SEVERAL: tl.constexpr):
-    """From and to which item the lists of the items with these ``ids`` reach."""
+    """Return the first and the last item of the lists with these ``ids``."""
     if SEVERAL:
         first = tl.min(tl.where(ids < 0, lists, ids))
         last = tl.max(ids)
@@ -230,7 +236,7 @@ def list_dot_kernel(
 def list_undefined_kernel(
     label_ptr, valid_ptr, bounds_ptr, loss_ptr, active_ptr, items, lists, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The loss of a list with a NaN among its labels is NaN."""
+    """Store NaN as the loss of a list with a NaN label."""
     program = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
     base = program // lists * items
@@ -273,7 +279,8 @@ def list_scale_kernel(
     at = example * items + item
     valid = load_valid(valid_ptr, at, inside, MASKED) & (ids >= 0)
     weight = tl.load(weight_ptr + example * lists + ids, mask=valid, other=0)
-    x = tl.load(x_ptr + at, mask=inside, other=0)  # what isn't valid too: a mask of single elements forbids wide loads
+    # reads invalid items too, as a mask of single elements would forbid wide loads
+    x = tl.load(x_ptr + at, mask=inside, other=0)
     tl.store(out_ptr + at, tl.where(valid & (weight != 0), weight * x, 0.0), mask=inside)
 
 
@@ -317,7 +324,7 @@ def _over_active(x: Tensor, active: Tensor, mean: bool, dims: tuple[int, ...]) -
 
 
 def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The launcher of a list loss, from one that gives the loss of each list."""
+    """Return the launcher of a list loss, made of one that returns the loss of each list."""
 
     def run(
         scores: Tensor,

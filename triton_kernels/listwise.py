@@ -37,9 +37,10 @@ def exponential_scan_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The running sums of a e^(scale (x - top)) and of b along a list, or from its end, for the running largest x.
+    """Store the running sums of a e^(scale (x - top)) and b e^(scale (x - top)) along a list, with top the running
+    largest x.
 
-    At an infinite top the difference of x is 0.
+    They run from the first item or from the last. At an infinite top the difference of x is 0.
     """
     program = tl.program_id(0).to(tl.int64)
     start = tl.load(bounds_ptr + program % lists)
@@ -73,12 +74,12 @@ def exponential_scan_kernel(
 
 
 def _weigh(weight: Tensor, value: Tensor) -> Tensor:
-    """0 for a weight of 0, whatever the value."""
+    """Return weight * value, but 0 for a weight of 0 whatever the value is."""
     return torch.where(weight == 0, 0, weight * value)
 
 
 class _Sums(NamedTuple):
-    """Sums of a e^(scale x) and b e^(scale x), each over e^(scale top)."""
+    """The sums of a e^(scale x) and b e^(scale x), both divided by e^(scale top)."""
 
     top: Tensor
     a: Tensor
@@ -86,24 +87,26 @@ class _Sums(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """Of b / a, weighted with a e^x; 0 over nothing."""
+        """Return the mean of b / a, weighted by a e^x, or 0 over no item."""
         return torch.where(self.a == 0, 0, self.b / self.a)
 
     def defined(self) -> _Sums:
-        """NaN where several items, each of a = 1, are at the infinite top, as of their differences."""
+        """Return the sums with NaN where several items, each with a = 1, are at an infinite top and have no
+        difference.
+        """
         return self._replace(a=self.a.masked_fill(self.top.isinf() & (self.a > 1), torch.nan))
 
     def above(self, score: Tensor, scale: float = 1.0) -> Tensor:
-        """By how much the logarithm of the first sum is above that of a score; -inf over nothing."""
+        """Return the logarithm of the first sum minus that of a score's exponential, or -inf over no item."""
         return torch.where(self.a == 0, -torch.inf, scale * (self.top - score) + self.a.log())
 
     def share(self, score: Tensor, scale: float = 1.0) -> Tensor:
-        """Of e^(scale score) in the first sum."""
+        """Return the share of e^(scale score) in the first sum."""
         return torch.where(score == self.top, 1, (scale * (score - self.top)).exp()) / self.a
 
 
 class _Ordered:
-    """The lists in float64 with their items, masked ones last, in descending order of the labels."""
+    """The lists in float64, with their items in descending order of the labels, masked ones last."""
 
     def __init__(
         self,
@@ -143,14 +146,14 @@ class _Ordered:
         self.active = (count > 1) & ~(top == bottom)
 
     def per_list(self, x: Tensor, at: Tensor) -> Tensor:
-        """For each list the item at a place of the example."""
+        """Return, for each list, the item at a place of the example."""
         return x.gather(-1, at.clamp(0, self.lists.items - 1).expand((*self.lists.batch, self.lists.lists)))
 
     def sorted(self, v: Tensor) -> Tensor:
         return v.double().gather(-1, self.order).masked_fill(~self.exists, 0)
 
     def scan(self, x: Tensor, a: Tensor, b: Tensor, where: Tensor, scale: float = 1.0, reverse: bool = False) -> _Sums:
-        """At each item the sums over all up to it, or from it on."""
+        """Return, at each item, the sums over all items up to it, or from it on if ``reverse``."""
         x = torch.where(where, x, -torch.inf).contiguous()
         a, b = (t.masked_fill(~where, 0).contiguous() for t in (a, b))
         out = _Sums(*(torch.zeros_like(x) for _ in range(3)))
@@ -160,7 +163,7 @@ class _Ordered:
         return out
 
     def at(self, sums: _Sums, place: Tensor, none: Tensor) -> _Sums:
-        """The sums at places; empty ones where ``none``."""
+        """Return the sums at places, and empty sums where ``none``."""
         place = place.clamp(0, self.lists.items - 1)
         top, a, b = (t.gather(-1, place).masked_fill(none, 0) for t in sums)
         return _Sums(top, a, b)
@@ -192,13 +195,13 @@ class _ListSoftmax(_Ordered):
         self.q = self.sums.share(self.s)
 
     def _total(self, x: Tensor) -> _Sums:
-        """Of e^x over the whole list, at each of its items."""
+        """Return the sums of e^x over the whole list, at each of its items."""
         ones = torch.ones_like(x)
         sums = self.scan(x, ones, ones, self.exists)
         return self.at(sums, (self.stop - 1).expand(x.shape), ~self.exists).defined()
 
     def loss(self) -> Tensor:
-        below = torch.where(self.s == self.sums.top, 0, self.sums.top / 2 - self.s / 2)  # halves don't overflow
+        below = torch.where(self.s == self.sums.top, 0, self.sums.top / 2 - self.s / 2)  # halves can't overflow
         return self.sum(2 * _weigh(self.p, below) + self.p * self.sums.a.log())
 
     def slope(self) -> Tensor:
@@ -213,7 +216,7 @@ class _ListSoftmax(_Ordered):
 
 
 class _Competing(_Ordered):
-    """Each group competes with all items from itself on: L is the logarithm of their sum of e^(scale s)."""
+    """Groups that each compete with all items from itself on; L is the logarithm of the sum of their e^(scale s)."""
 
     scale = 1.0
 
@@ -229,7 +232,7 @@ class _Competing(_Ordered):
         self.share = self.own.share(self.s, self.scale)
 
     def earlier(self, of: _Sums, a: Tensor, b: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of a and b over the earlier groups, each times e^(L - log of its sum)."""
+        """Return the sums of a and b over the earlier groups, each times e^(L - logarithm of the group's sum)."""
         sums = self.scan(-of.top, _weigh(a, 1 / of.a), _weigh(b, 1 / of.a), where)
         sums = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
         factor = torch.where(sums.top == -self.own.top, 1, (sums.top + self.own.top).exp())
@@ -335,7 +338,7 @@ class _Cosent(_Competing):
         term = _term(self.lower.top, self.s, self.lower.a)
         some = self.exists & (self.lower.a != 0)
         place = torch.arange(self.lists.items, device=scores.device)
-        for _ in range(2):  # the first finds the largest of what is rounded, hence one near the largest
+        for _ in range(2):  # the first pass finds the largest rounded exponent, which is near the largest
             exponent = torch.where(some, self._exponent(term), -torch.inf)
             most = self.lists.to_items(self.lists.largest(exponent))
             largest = self.lists.largest(torch.where(exponent == most, place, -1), -1)
@@ -347,12 +350,12 @@ class _Cosent(_Competing):
         self.whole = (-self.top).exp() + self.rest
 
     def _exponent(self, term: _Term) -> Tensor:
-        """Of a term over the largest."""
+        """Return the exponent of a term relative to the largest."""
         high, low, log = (t - self.lists.to_items(most) for t, most in zip(term, self.most))
         return self.scale * (high + low) + log
 
     def _over(self, sums: _Sums, term: _Term) -> Tensor:
-        """A term of these sums over the largest, 0 of no item."""
+        """Return the term of these sums relative to the largest, or 0 for no item."""
         return torch.where(sums.a == 0, 0, self._exponent(term).exp())
 
     def reach(self, v: Tensor) -> None:
@@ -361,7 +364,7 @@ class _Cosent(_Competing):
         self.higher = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
 
     def _shares(self) -> tuple[Tensor, Tensor]:
-        """Of an item's pairs with those of lower and of higher labels."""
+        """Return the shares of an item's pairs with items of lower and of higher labels."""
         whole = self.lists.to_items(self.whole)
         lower, higher = _term(self.lower.top, self.s, self.lower.a), _term(self.s, -self.higher.top, self.higher.a)
         return self._over(self.lower, lower) / whole, self._over(self.higher, higher) / whole

@@ -1,4 +1,4 @@
-"""Margin ranking loss: pairs of scores, element by element."""
+"""Margin ranking loss of pairs of scores, elementwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from custom_ops.triton_kernels.common import (
 )
 
 
-# Without fusion v is rounded as in the C++ kernel and in torch: a fused multiply-add moves the kink.
+# Fusion is off, so v is rounded as in the C++ kernel and in torch; a fused multiply-add would move the kink.
 @kernel(
     "*T *T *T *T *A *u8 fp64 i32 i32 i32",
     FLOATING,
@@ -118,7 +118,8 @@ def margin_ranking_backward_kernel(
     else:
         g = widen(tl.load(grad_ptr + at, mask=inside, other=0))
     slope = tl.where(keep, t * g, 0.0)
-    tl.store(grad1_ptr + at, tl.where(keep, slope * -1.0, 0.0), mask=inside)  # -slope can be 0 - slope: no -0
+    # Triton may write -slope as 0 - slope, which gives 0 instead of -0
+    tl.store(grad1_ptr + at, tl.where(keep, slope * -1.0, 0.0), mask=inside)
     tl.store(grad2_ptr + at, slope, mask=inside)
     if OF_TARGET:
         x1 = widen(tl.load(input1_ptr + at, mask=inside, other=0))
@@ -162,7 +163,7 @@ def margin_ranking_backward(
     if of_target != (input2 is not None):
         raise RuntimeError("input1, input2: expected both or neither")
     if input1 is None or input2 is None:
-        input1 = input2 = target  # not read
+        input1 = input2 = target  # a placeholder that isn't read
     _check_alike(input1, input2, target)
     grad, input1, input2, target, mask = (t.contiguous() for t in (grad, input1, input2, target, mask))
     layout = MaskLayout.of(target, mask.dim() - 1)

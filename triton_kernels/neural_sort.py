@@ -24,7 +24,7 @@ _VARIANTS: dict[Any, dict[str, Any]] = {
 
 @triton.jit
 def _places(ids_ptr, items, blocks, SEVERAL: tl.constexpr, ROWS: tl.constexpr):
-    """This program's places: the example's first one, the places in it, and their lists."""
+    """Return the program's places: the example's first one, the places within the example, and their lists."""
     program = tl.program_id(0).to(tl.int64)
     place = program % blocks * ROWS + tl.arange(0, ROWS)
     return program // blocks * items, place, load_list(ids_ptr, place, place < items, SEVERAL)
@@ -32,13 +32,15 @@ def _places(ids_ptr, items, blocks, SEVERAL: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _terms(x, b, slope, other_x, other_b, like):
-    """exp(z_ij - z_ii) of rows [:, None] or [None, :]; the differences in double, the exponential not."""
+    """Return exp(z_ij - z_ii) for rows [:, None] or [None, :]; the differences are in float64, the exponential
+    isn't.
+    """
     return tl.exp((slope * (other_x - x) - (other_b - b)).to(like.dtype))
 
 
 @triton.jit
 def _tangents(slope, lead, u, q, other_lead, other_u, other_q, like):
-    """The tangent of z_ij - z_ii."""
+    """Return the tangent of z_ij - z_ii."""
     return ((slope - other_lead) * other_u - (slope - lead) * u + (other_q - q)).to(like.dtype)
 
 
@@ -67,7 +69,7 @@ def neural_sort_rows_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of each row: the sum of its terms, the mean gain, and with TANGENT the mean tangent and the mean gain's."""
+    """Store each row's sum of terms and mean gain and, with TANGENT, the mean tangent and the mean gain's tangent."""
     base, row, ids = _places(ids_ptr, items, blocks, SEVERAL, ROWS)
     segment = tl.load(segment_ptr + base + row, mask=ids >= 0, other=-1)
     kept = segment >= 0
@@ -142,10 +144,10 @@ def neural_sort_columns_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of each column j the sums of w_ij, and of w_ij times what j's lead is above row i's slope.
+    """Store, for each column j, the sums over rows i of w_ij and of w_ij (lead of j - slope of row i).
 
-    w_ij is minus the derivative of the loss in z_ij, with TANGENT its tangent. share: a row's discount over the sum
-    of its terms.
+    w_ij is minus the derivative of the loss with respect to z_ij or, with TANGENT, its tangent. The share of a row is
+    its discount over the sum of its terms.
     """
     base, column, ids = _places(ids_ptr, items, blocks, SEVERAL, ROWS)
     segment = tl.load(segment_ptr + base + column, mask=ids >= 0, other=-1)
@@ -190,7 +192,7 @@ def neural_sort_columns_kernel(
 
 
 class _NeuralSort:
-    """The lists by descending score, their masked items last, and the launches, as in csrc/neural_sort.cpp."""
+    """The lists by descending score, masked items last, and the launches, as in csrc/neural_sort.cpp."""
 
     def __init__(
         self,
@@ -214,7 +216,7 @@ class _NeuralSort:
         labels = labels.double().masked_fill(~exists, 0)
         self.count = lists.sum(exists.double())
         place = torch.arange(lists.items, device=scores.device) - first
-        self.kept = place < lists.to_items(self.count)  # of sorted lists
+        self.kept = place < lists.to_items(self.count)  # in sorted lists
         if lists.several:
             self.kept &= lists.ids >= 0
 
@@ -243,8 +245,8 @@ class _NeuralSort:
         start = ~self._like_before(ordered, place)
         apart = -ordered.diff(dim=-1, prepend=ordered[..., :1]) / temperature
         first = (place == 0) | ~self.kept | (apart > _VANISHES[self.dtype])
-        self.start, self.end = self._runs(start, at)  # of the items with the same score,
-        self.first, self.last = self._runs(first, at)  # and of the segments, as in csrc/neural_sort.cpp
+        self.start, self.end = self._runs(start, at)  # of the items with the same score
+        self.first, self.last = self._runs(first, at)  # of the segments, as in csrc/neural_sort.cpp
         self.segment = torch.where(self.kept, self.first, -1).to(torch.int32)
         top = ordered.gather(-1, self.first)
         self.x = torch.where(self.kept & (ordered != top), (ordered - top) / temperature, 0)
@@ -253,26 +255,28 @@ class _NeuralSort:
         self.b = self.lead * self.x - self.opposed(self.x)
 
     def _like_before(self, ordered: Tensor, place: Tensor) -> Tensor:
-        """Whether an item has the same score as the one before it in its list."""
+        """Return whether an item has the same score as the one before it in its list."""
         same = self.kept & (place > 0)
         same[..., 1:] &= ordered[..., 1:] == ordered[..., :-1]
         return same
 
     def _runs(self, begins: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """The first item of each one's run, and the end of it."""
+        """Return the first item of each item's run, and the end of the run."""
         ends = torch.nn.functional.pad(begins[..., 1:], (0, 1), value=True)
         end = torch.where(ends, at + 1, self.lists.items).flip(-1).cummin(-1).values.flip(-1)
         return torch.where(begins, at, 0).cummax(-1).values, end
 
     def opposed(self, t: Tensor) -> Tensor:
-        """Of each item: the sum of t over the items of its segment below it, less that over those above."""
+        """Return, for each item, the sum of t over the items below it in its segment minus the sum over those above
+        it.
+        """
         through = self.lists.scan(t)
         before = through - t
         below = through.gather(-1, self.last - 1) - through.gather(-1, self.end - 1)
         return below - (before.gather(-1, self.start) - before.gather(-1, self.first))
 
     def rows(self, u: Tensor, q: Tensor, tangent: bool) -> tuple[Tensor, ...]:
-        """The sum of each row's terms, its mean gain, and the tangents' means."""
+        """Return each row's sum of terms and mean gain, and the means of the tangents."""
         total, found = torch.empty_like(self.gain), torch.empty_like(self.gain)
         moved, of_found = (torch.empty_like(self.gain) if tangent else total for _ in range(2))
         self._launch(neural_sort_rows_kernel, tangent, u, q, total, found, moved, of_found)

@@ -13,7 +13,8 @@ from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_sc
 
 _ROWS, _COLUMNS = 32, 32
 
-# The functions of a pair's difference d: those of `pairwise`, and of `pairwise_hinge`, whose d is less the margin.
+# These are the functions of a pair's difference d, in `pairwise` and in `pairwise_hinge`, whose d has the margin
+# subtracted.
 LOGISTIC = constant(PairFunction.LOGISTIC)
 SOFT_ZERO_ONE = constant(PairFunction.SOFT_ZERO_ONE)
 EXPONENTIAL = constant(PairFunction.EXPONENTIAL)
@@ -23,7 +24,7 @@ SQUARED_HINGE = tl.constexpr(len(PairFunction) + 1)
 
 @triton.jit
 def pair_value(d, PHI: tl.constexpr):
-    if PHI == LOGISTIC:  # log(1 + exp(-d)); what 1 + u rounds off is added to first order
+    if PHI == LOGISTIC:  # log(1 + exp(-d)); the rounding error of 1 + u is added to first order
         u = tl.exp(-tl.abs(d))
         t = 1.0 + u
         return tl.log(t) + (u - (t - 1.0)) / t + tl.where(d < 0, -d, 0.0)
@@ -69,7 +70,7 @@ def pair_curvature(d, PHI: tl.constexpr):
 
 @triton.jit
 def wrong_order(d):
-    """1 / (1 + exp(d)), without overflow."""
+    """Return 1 / (1 + exp(d)) without overflow."""
     u = tl.exp(-tl.abs(d))
     return tl.where(d < 0, 1.0, u) / (1.0 + u)
 
@@ -82,7 +83,7 @@ def wrong_order(d):
         for phi in range(len(PairFunction) + 2)
         for hessian in (False, True)
     },
-    num_warps=8,  # with 4 some variants spill
+    num_warps=8,  # some variants spill with 4 warps
     narrow=PAIRS,
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
@@ -106,16 +107,16 @@ def pairwise_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Per item: its slope, the sum of its pairs' values over those it should be above, and their number."""
+    """Store each item's slope, and the number and total value of its pairs with items that it should be above."""
     program = tl.program_id(0).to(tl.int64)
     example = program // blocks * items
     owner_ptr += program // blocks * stride
     i = program % blocks * ROWS + tl.arange(0, ROWS)
     owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
     valid_i = owner_i >= 0
-    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0) * 0.5  # of halves no difference overflows
+    s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0) * 0.5  # differences of halves can't overflow
     y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
-    slope = tl.minimum(tl.abs(s_i), 0.0)  # 0, which as a constant makes a kernel spill
+    slope = tl.minimum(tl.abs(s_i), 0.0)  # 0, which would make a kernel spill as a constant
     value, count = tl.full([ROWS], 0.0, s_i.dtype), tl.full([ROWS], 0.0, s_i.dtype)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
@@ -158,14 +159,14 @@ def _pairs(
     shift: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sum phi(factor (s_i - s_j) + shift): the loss, the slope (or Hessian times v), the number of pairs."""
+    """Return loss, slope (or Hessian times v) and number of pairs of the sum of phi(factor (s_i - s_j) + shift)."""
     scores, labels = scores.contiguous(), labels.contiguous()
     lists = Lists(scores, valid, offsets)
     if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
         raise RuntimeError("labels, v: expected the shape and dtype of the scores")
     slope, value, count = (torch.empty_like(scores) for _ in range(3))
     blocks = triton.cdiv(lists.items, _ROWS)
-    vector = scores if v is None else v.contiguous()  # not read
+    vector = scores if v is None else v.contiguous()  # a placeholder that isn't read
     owners, stride = lists.owners()
     pointers = (scores, labels, vector, owners, lists.bounds, slope, value, count)
     sizes = (lists.items, stride, lists.lists, blocks)
@@ -240,7 +241,7 @@ def pairwise_hinge_slope(
 
 
 def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x minus the mean of its list, 0 where it isn't valid; and the number of valid items of each list."""
+    """Return x minus the mean of its list (0 for invalid items), and the number of valid items of each list."""
     ones = torch.ones_like(x)
     count = lists.sum(ones if valid is None else valid.to(x.dtype))
     mean = lists.sum(x if valid is None else x.masked_fill(~valid, 0)) / count.clamp_min(1)
@@ -249,7 +250,7 @@ def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | No
 
 
 def _above_first(x: Tensor, lists: Lists, valid: Tensor | None) -> Tensor:
-    """x less a valid item of its list, in double: of items far from 0 no digit that matters is lost."""
+    """Return x minus a valid item of its list, in float64, which keeps the digits of items far from 0."""
     x = x.double()
     if x.numel() == 0:
         return x

@@ -1,4 +1,4 @@
-"""Piecewise-linear activations, one bit per element for backward."""
+"""Piecewise-linear activations, whose backward needs one bit per element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of one margin per pair: which of two was preferred."""
+"""Losses of one margin per pair of a preferred and a rejected item."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SQUARED = constant(PreferenceLoss.SQUARED)
 
 @triton.jit
 def log1p_unit(u):
-    """log(1 + u) for 0 <= u <= 1, to the last digits of small u too: 2 artanh(u / (2 + u))."""
+    """Return log(1 + u) for 0 <= u <= 1 as 2 artanh(u / (2 + u)), which is accurate for small u too."""
     TERMS: tl.constexpr = 17 if u.dtype == tl.float64 else 8
     s = u / (2 + u)
     q = s * s
@@ -31,13 +31,13 @@ def log1p_unit(u):
 
 @triton.jit
 def weigh(weight, value):
-    """0 for a weight of 0, whatever the value."""
+    """Return weight * value, but 0 for a weight of 0 whatever the value is."""
     return tl.where(weight == 0, 0.0, weight * value)
 
 
 @triton.jit
 def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
-    """The derivative of a loss in the difference d, as csrc/preference.cpp has them."""
+    """Return the derivative of a loss with respect to d, as in csrc/preference.cpp."""
     z = beta * d
     if KIND == HINGE:
         if ORDER == 0:
@@ -89,7 +89,7 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
 
 @triton.jit
 def add_exactly(total, x, rest):
-    """Their sum, and the rest with what it rounds off."""
+    """Return total + x, and ``rest`` plus the rounding error of that sum."""
     sum = total + x
     added = sum - total
     return sum, rest + ((total - (sum - added)) + (x - added))
@@ -112,9 +112,9 @@ def value_at(
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """The derivative at chosen - rejected - chosen_offset + rejected_offset - margin, of offsets that there are.
+    """Return the derivative at chosen - rejected - chosen_offset + rejected_offset - margin; an offset may be missing.
 
-    What each sum rounds off is added at the end, and of quarters none overflows.
+    The rounding error of each sum is added at the end, and sums of quarters can't overflow.
     """
     c = widen(tl.load(chosen_ptr + at, mask=inside, other=0))
     r = widen(tl.load(rejected_ptr + at, mask=inside, other=0))
@@ -125,12 +125,12 @@ def value_at(
     total, rest = add_exactly(total, 0.25 * ro, rest)
     total, rest = add_exactly(total, tl.full([1], -0.25 * margin, c.dtype), rest)
     whole = total + rest
-    d = 4 * tl.where(whole == whole, whole, total)  # beside infinity the rest is NaN
+    d = 4 * tl.where(whole == whole, whole, total)  # `rest` is NaN if a term is infinite
     beta, p, q = tl.full([1], beta, c.dtype), tl.full([1], p, c.dtype), tl.full([1], q, c.dtype)
     return derivative(d, beta, p, q, KIND, ORDER)
 
 
-# Without fusion 1 - beta d is rounded as in the C++ kernel: a fused multiply-add moves the hinge's kink.
+# Fusion is off, so 1 - beta d is rounded as in the C++ kernel; a fused multiply-add would move the hinge's kink.
 @kernel(
     "*T *T *T *T *T *A fp64 fp64 fp64 fp64 i32 i32 i32 i32",
     FLOATING,
@@ -223,7 +223,7 @@ def preference_slope_kernel(
 def _prepared(
     chosen: Tensor, rejected: Tensor, chosen_offset: Tensor | None, rejected_offset: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The four as the kernels take them; one that is missing is not read."""
+    """Return the four tensors as the kernels take them; a missing one isn't read."""
     given = [chosen if t is None else t for t in (chosen, rejected, chosen_offset, rejected_offset)]
     if any(t.shape != chosen.shape or t.dtype != chosen.dtype for t in given):
         raise RuntimeError("chosen, rejected and their offsets: expected the same shape and dtype")

@@ -1,4 +1,4 @@
-"""Losses of smooth ranks: sums over each item's pairs, twice, and the metrics between them."""
+"""Losses of smooth ranks: two passes of sums over each item's pairs, and the metrics between them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _variants(flag: str) -> dict[Any, dict[str, Any]]:
 
 @triton.jit
 def _rows(valid_ptr, ids_ptr, items, blocks, MASKED: tl.constexpr, SEVERAL: tl.constexpr, ROWS: tl.constexpr):
-    """This program's items: the example's first one, their places in it, lists, and which are valid."""
+    """Return the program's items: the example's first one, places in the example, lists, and which are valid."""
     program = tl.program_id(0).to(tl.int64)
     base = program // blocks * items
     row = program % blocks * ROWS + tl.arange(0, ROWS)
@@ -47,7 +47,7 @@ def _rows(valid_ptr, ids_ptr, items, blocks, MASKED: tl.constexpr, SEVERAL: tl.c
 
 @triton.jit
 def _compare(own, other, scale):
-    """sigmoid((other - own) * scale), and 1 minus that, for all pairs of scores given by their halves."""
+    """Return sigmoid((other - own) * scale) and 1 minus that, for all pairs of scores given as halves."""
     d = (other[None, :] - own[:, None]) * scale
     d += d
     e = tl.exp(-tl.abs(d))
@@ -76,9 +76,9 @@ def smooth_rank_sum_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Each item's sums over the items of its list, and over the relevant ones.
+    """Store, for each item, the sums over the items of its list and over the relevant ones.
 
-    Of sigmoid((s_j - s_i) scale), or with MOVES of its derivative times v_j - v_i.
+    The terms are sigmoid((s_j - s_i) scale) or, with MOVES, its derivative times v_j - v_i.
     """
     base, row, ids, valid = _rows(valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
     s = tl.load(halves_ptr + base + row, mask=valid, other=0)
@@ -127,10 +127,10 @@ def smooth_rank_give_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """What each item gets from the ranks of all others, less what it gives to them through its own.
+    """Store each item's slope: the contributions of all other items' ranks minus that of its own rank.
 
-    of_all and of_relevant are the derivatives of the loss in the ranks. With PRODUCT, the result's tangent
-    along v, for which the tangents of those derivatives are given as well.
+    of_all and of_relevant are the loss's derivatives with respect to the ranks. With PRODUCT the result is the tangent
+    of the slope along v, which also needs the tangents of those derivatives.
     """
     base, row, ids, valid = _rows(valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
     s = tl.load(halves_ptr + base + row, mask=valid, other=0)
@@ -151,7 +151,7 @@ def smooth_rank_give_kernel(
         other_relevant = tl.load(gain_ptr + base + column, mask=exists, other=0) != 0
         other_all = tl.load(of_all_ptr + base + column, mask=exists, other=0)
         other_among = tl.load(of_relevant_ptr + base + column, mask=exists, other=0)
-        q, p = _compare(s, other, factor)  # p: how far this item counts in the rank of the other
+        q, p = _compare(s, other, factor)  # p: this item's share in the rank of the other
         got = other_all[None, :] + tl.where(relevant[:, None], other_among[None, :], 0.0)
         given = w_all[:, None] + tl.where(other_relevant[None, :], w_relevant[:, None], 0.0)
         net = got - given
@@ -168,14 +168,16 @@ def smooth_rank_give_kernel(
 
 
 class _Ranks(NamedTuple):
-    """Ranks among all and among the relevant, or their tangents, or the derivatives of the loss in them."""
+    """Ranks among all and among the relevant items, or their tangents, or the loss's derivatives with respect to
+    them.
+    """
 
     all: Tensor
     relevant: Tensor
 
 
 class _SmoothRank:
-    """The metric's formulas, and the launches, as in csrc/smooth_rank.cpp."""
+    """The metric's formulas and the launches, as in csrc/smooth_rank.cpp."""
 
     def __init__(
         self,
@@ -190,7 +192,7 @@ class _SmoothRank:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
         self.metric, self.scale = SmoothMetric(metric), 1 / temperature
         most = torch.finfo(scores.dtype).max
-        # Of halves no difference overflows, and beyond them all lie the infinite scores.
+        # Differences of halves can't overflow, and infinite scores are larger than all others.
         self.halves = (scores / 2).clamp(-most, most).contiguous()
         self.lists = lists = Lists(self.halves, valid, offsets)
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
@@ -220,12 +222,13 @@ class _SmoothRank:
         gain = lists.to_items(per_gain) * gain_of(labels)
         self.gain = gain.masked_fill(~exists, 0).to(scores.dtype).contiguous()
         self.undefined = torch.zeros_like(self.active)
-        for infinite in (scores == math.inf, scores == -math.inf):  # a relevant item and another have no order there
+        # a relevant item and another one at the same infinity have no order
+        for infinite in (scores == math.inf, scores == -math.inf):
             there = infinite & exists
             both = (lists.sum((there & (self.gain != 0)).double()) > 0) & (lists.sum(there.double()) > 1)
             self.undefined |= both & self.active
         sums = self._sum(self.halves, moves=False)
-        # Of the item itself sigmoid(0) was counted for 1.
+        # The item itself counts as 1, not as sigmoid(0).
         self.rank = _Ranks(sums.all + 0.5, sums.relevant + 0.5)
 
     def _launch(self, kernel: Any, variant: bool, *pointers: Tensor) -> None:
@@ -267,7 +270,7 @@ class _SmoothRank:
         return _Ranks(of_rank, torch.zeros_like(rank))
 
     def _second(self, moves: _Ranks) -> _Ranks:
-        """The derivative's tangent along the ranks' tangent."""
+        """Return the tangent of the derivative along the ranks' tangent."""
         rank, relevant_rank = self.rank
         if self.metric == SmoothMetric.AVERAGE_PRECISION:
             of_rank = self.gain * (moves.relevant - 2 * relevant_rank / rank * moves.all) / rank.square()

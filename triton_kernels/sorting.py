@@ -21,7 +21,7 @@ def _logaddexp(x, y):
     return tl.maximum(x, y) + tl.log(1 + tl.exp(-tl.abs(x - y)))
 
 
-# Within a list it is sequential: a program, of one warp, for each.
+# The regression of a list is sequential, so a list has one program of one warp.
 @kernel(
     "*fp64 *fp64 *i64 *i64 *fp64 *fp64 *i32 *fp64 *u8 fp64 fp64 i32 i32",
     ("fp64",),
@@ -47,7 +47,7 @@ def pool_adjacent_violators_kernel(
     KL: tl.constexpr,
     SORT: tl.constexpr,
 ):
-    """The pools of each list's first ``count`` values, and where each begins its fit; see csrc/sorting.cpp."""
+    """Store the pools of each list's first ``count`` values, and where each pool begins; see csrc/sorting.cpp."""
     program = tl.program_id(0).to(tl.int64)
     at = program // lists * items + tl.load(bounds_ptr + program % lists)
     m = tl.load(count_ptr + program).to(tl.int32)
@@ -84,7 +84,7 @@ def pool_adjacent_violators_kernel(
             value = tl.where(merging, before_value, value)
             count = tl.where(merging, count - 1, count)
             merging = merging & (count > 0)
-        tl.debug_barrier()  # one thread stores, and what it overwrites all have loaded
+        tl.debug_barrier()  # one thread stores, after all threads have loaded what it overwrites
         tl.store(pool_a_ptr + at + count, a)
         tl.store(pool_b_ptr + at + count, b)
         tl.store(pool_begin_ptr + at + count, begin)
@@ -110,7 +110,7 @@ def pool_adjacent_violators_kernel(
 )
 @triton.jit(do_not_specialize=["n", "blocks"])
 def group_sum_kernel(x_ptr, start_ptr, end_ptr, sum_ptr, n, blocks, BLOCK: tl.constexpr):
-    """The sum of x over the places from ``start`` to ``end`` of each place."""
+    """Store, for each place, the sum of x over the places from the place's ``start`` to its ``end``."""
     program = tl.program_id(0)
     at = (program // blocks).to(tl.int64) * n
     place = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +133,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _Order(NamedTuple):
-    """The groups of rows [rows, n]: of each place, the item, whether it holds one, and the bounds of its group."""
+    """The groups of rows [rows, n]: for each place its item, whether it holds one, and the bounds of its group."""
 
     item: Tensor
     holds: Tensor
@@ -157,17 +157,17 @@ class _Order(NamedTuple):
         return _Order(item, holds, place, start, end)
 
     def read(self, x: Tensor) -> Tensor:
-        """The items of x in order, 0 behind the last one."""
+        """Return the items of x in order, and 0 after the last one."""
         found = x.reshape(self.item.shape).gather(-1, self.item.clamp(max=x.shape[-1] - 1))
         return torch.where(self.holds, found, 0)
 
     def write(self, x: Tensor) -> Tensor:
-        """The inverse of `read`; what is in no place is 0."""
+        """Invert `read`; an item in no place gets 0."""
         rows, n = x.shape
         return x.new_zeros(rows, n + 1).scatter_(-1, self.item.clamp(max=n), x)[:, :n]
 
     def sum(self, x: Tensor) -> Tensor:
-        """Of each place, the sum over its group."""
+        """Return, for each place, the sum over its group."""
         rows, n = x.shape
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         blocks = triton.cdiv(n, _BLOCK)
@@ -190,7 +190,7 @@ def isotonic(
     count = lists.sum(torch.ones_like(wide) if valid is None else valid.double()).long()
     start = lists.to_items(lists.bounds[:-1].clamp_max(n - 1))
     place = torch.arange(n, device=x.device)
-    left = lists.to_items(count) - (place - start)  # so many of the list from this place on
+    left = lists.to_items(count) - (place - start)  # the number of the list's items from this place on
     holds = (left > 0) & (lists.ids >= 0)
     s = torch.where(holds, key.gather(-1, order), 0).contiguous()
     alpha, beta = (1.0, 1 / strength) if sort else (1 / strength, 1.0)
@@ -240,7 +240,7 @@ def group_share(v: Tensor, ranks: Tensor, groups: Tensor, offsets: Tensor | None
         return out
     order = _Order.of(groups, v)
     values, weights = order.read(_wide(v)), order.read(_wide(ranks))
-    values = values - values.gather(-1, order.start)  # so that an item alone gets 0
+    values = values - values.gather(-1, order.start)  # makes the result of an item alone 0
     mean = order.sum(weights * values) / order.sum(weights)
     share = torch.where(order.holds, scale * weights * (values - mean), 0)
     return out.copy_(order.write(share).view(v.shape))
@@ -254,7 +254,7 @@ def group_softmax(x: Tensor, groups: Tensor, offsets: Tensor | None, scale: floa
         return out
     order = _Order.of(groups, x)
     values = order.read(wide)
-    top = values.gather(-1, order.start)  # in the order of `isotonic` the first of a group is the one
+    top = values.gather(-1, order.start)  # in the order of `isotonic` a group's first item is the top
     exponential = torch.where(order.holds, (scale * torch.where(values == top, 0, values - top)).exp(), 0)
     softmax = exponential / order.sum(exponential)
     if weighted:

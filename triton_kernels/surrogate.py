@@ -1,4 +1,4 @@
-"""The spike that is differentiated as a smooth step."""
+"""A spike, and the slope of the smooth step whose derivative it gets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def surrogate_slope_kernel(
     inside = at < elements
     x = widen(tl.load(x_ptr + at, mask=inside, other=0))
     wide = tl.full([1], width, x.dtype)
-    u = divide(x, wide)  # 1 at x = width, where triangle and boxcar end
+    u = divide(x, wide)  # exactly 1 at x = width, where triangle and boxcar end
     if SHAPE == SIGMOID:
         e = tl.exp(-tl.abs(u))
         slope = e / ((1 + e) * (1 + e))

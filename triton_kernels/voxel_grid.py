@@ -1,4 +1,4 @@
-"""Which voxel a point lies in, and which points lie in a voxel."""
+"""The voxel of each point, and the points of each voxel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COUNTED = tl.constexpr(2 * BLOCK)
 
 @triton.jit
 def _runs(ranks_ptr, points, BLOCK: tl.constexpr):
-    """Where this program's points lie, their ranks and those before, and which begin a run of a voxel's."""
+    """Return the program's points, their ranks and the preceding ranks, and which points begin a voxel's run."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.load(ranks_ptr + at, mask=at < points, other=-1)
     previous = tl.load(ranks_ptr + at - 1, mask=(at < points) & (at > 0), other=-1)
@@ -48,7 +48,7 @@ def voxel_bounds_place_kernel(ranks_ptr, through_ptr, bounds_ptr, points, blocks
     at, _, _, begins = _runs(ranks_ptr, points, BLOCK)
     block = tl.program_id(0)
     count = begins.to(tl.int32)
-    through = tl.load(through_ptr + block)  # bounds in the blocks up to and with this one
+    through = tl.load(through_ptr + block)  # bounds in the blocks up to and including this one
     place = through - tl.sum(count) + tl.cumsum(count) - 1
     tl.store(bounds_ptr + place, at, mask=begins)
 
@@ -88,7 +88,7 @@ def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _cell(points_ptr, frame_ptr, at, inside, axis: tl.constexpr, cells, TRUNCATE: tl.constexpr):
-    """The cell of each point along an axis, and whether it is in the grid; a NaN isn't."""
+    """Return the cell of each point along an axis, and whether it is in the grid; a NaN isn't."""
     x = widen(tl.load(points_ptr + at * 3 + axis, mask=inside, other=0))
     position = divide(x - tl.load(frame_ptr + axis), tl.load(frame_ptr + 3 + axis))
     whole = tl.floor(position)
@@ -150,12 +150,12 @@ def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cel
 
 
 def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
-    """By a stable radix sort, which needs no atomics; points in no voxel come last.
+    """Sort by a stable radix sort, which needs no atomics; points in no voxel come last.
 
-    The boundaries of an example with a rank past the grid are -1, of which every reduction is NaN.
+    The boundaries of an example with a rank past the grid are -1, so every reduction over them is NaN.
     """
     rank = rank.contiguous()
-    narrow = torch.int32 if voxels < 2**31 - 1 else torch.int64  # half as many passes
+    narrow = torch.int32 if voxels < 2**31 - 1 else torch.int64  # takes half as many passes
     past = rank >= voxels
     ordered, perm = torch.where((rank < 0) | past, voxels, rank).to(narrow).sort(dim=-1, stable=True)
     edges = torch.arange(voxels + 1, dtype=narrow, device=rank.device).expand(*rank.shape[:-1], voxels + 1)
@@ -165,7 +165,7 @@ def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
 @kernel("*T *i64 *i64 *i32 i32 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
 @triton.jit(do_not_specialize=["voxels", "blocks"])
 def voxel_match_kernel(rank_ptr, perm_ptr, indptr_ptr, wrong_ptr, points, voxels, blocks, BLOCK: tl.constexpr):
-    """How many positions of a block hold another point than a stable sort puts there."""
+    """Store how many positions of a block hold another point than a stable sort puts there."""
     example, block = locate(blocks)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < points
@@ -183,7 +183,7 @@ def voxel_match_kernel(rank_ptr, perm_ptr, indptr_ptr, wrong_ptr, points, voxels
 
 
 def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
-    """Boundaries of -1 for an example that doesn't match, since an error would have to be waited for."""
+    """Return boundaries of -1 for an example that doesn't match, since an error would have to be waited for."""
     if perm.shape != rank.shape or indptr.dim() != rank.dim() or indptr.shape[:-1] != rank.shape[:-1]:
         raise RuntimeError("csr: expected (perm, indptr), int64, of the shapes that voxel_csr gives for rank")
     rank, perm, indptr = rank.contiguous(), perm.contiguous(), indptr.contiguous()

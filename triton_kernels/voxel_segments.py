@@ -12,16 +12,16 @@ from torch import Tensor
 from custom_ops.triton_kernels.common import FLOATING, accumulator, kernel, widen
 from custom_ops.triton_kernels.voxel_grid import voxel_sort
 
-# A row of features is read in pieces of one of these widths, by tiles of _TILE elements.
+# A row of features is read in pieces of one of these widths, in tiles of _TILE elements.
 _WIDTHS = (16, 64)
 _TILE = 512
 
-# Longer segments are reduced in chunks of as many points, so that no program is long.
+# Longer segments are reduced in chunks of so many points, so no program takes long.
 _CHUNK = 128
 
-_NOWHERE = tl.constexpr(2**31 - 1)  # behind all rows
+_NOWHERE = tl.constexpr(2**31 - 1)  # an index after all rows
 
-# The segment of a point that perm lacks, or of all where the boundaries descend: its gradient is NaN.
+# This is the segment of a point that perm lacks, or of all points if the boundaries descend; its gradient is NaN.
 _UNKNOWN = tl.constexpr(-2)
 
 
@@ -34,7 +34,7 @@ def _width(columns: int) -> int:
 
 @triton.jit
 def _boundaries(indptr_ptr, segment, points):
-    """Where a segment begins and ends, and whether the points are so. If not, it is empty: no other memory is read."""
+    """Return a segment's bounds and whether they are valid; invalid bounds become empty, so no other memory is read."""
     start = tl.load(indptr_ptr + segment).to(tl.int64)
     stop = tl.load(indptr_ptr + segment + 1).to(tl.int64)
     right = (start >= 0) & (start <= stop) & (stop <= points)
@@ -43,7 +43,7 @@ def _boundaries(indptr_ptr, segment, points):
 
 @triton.jit
 def _segment_of(indptr_ptr, boundaries, steps, position):
-    """The last segment that starts at or before ``position``, by binary search; -1 before all of them."""
+    """Return the last segment that starts at or before ``position``, by binary search, or -1 before all of them."""
     low = position * 0
     high = low + boundaries
     for _ in range(steps):
@@ -57,7 +57,7 @@ def _segment_of(indptr_ptr, boundaries, steps, position):
 
 @triton.jit
 def _point(perm_ptr, position, inside, points, PERM: tl.constexpr):
-    """The point at a position, kept within the points, and whether it had to be."""
+    """Return the point at a position, moved into range, and whether it was out of range."""
     if PERM:
         listed = tl.load(perm_ptr + position, mask=inside, other=0)
         point = tl.minimum(tl.maximum(listed, 0), points - 1)
@@ -89,7 +89,7 @@ def _sum_rows(
     WEIGHT: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """The sums over the points at start to stop, for WIDTH columns, in the accumulator's dtype."""
+    """Return the sums over the points from start to stop, for WIDTH columns, in the accumulator's dtype."""
     first = tl.arange(0, ROWS)
     total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty))
     for begin in range(0, stop - start, ROWS):
@@ -126,13 +126,15 @@ def _max_rows(
     WIDTH: tl.constexpr,
     PERM: tl.constexpr,
 ):
-    """The largest value at start to stop, for WIDTH columns, and the first position that has it, -1 for none.
+    """Return the largest value from start to stop, for WIDTH columns, and the first position that has it, or -1 for
+    none.
 
     A NaN is larger than all numbers.
     """
     first = tl.arange(0, ROWS)
     best = widen(tl.full([ROWS, WIDTH], float("-inf"), x_ptr.dtype.element_ty))
-    # Counted from start, since 64 bits take twice the registers; each row's first, in case all are -inf.
+    # Positions count from start, since 64 bits take twice the registers. A row starts at its first one, in case all
+    # values are -inf.
     where = tl.broadcast_to(first[:, None], [ROWS, WIDTH])
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
@@ -155,7 +157,7 @@ def _max_rows(
     return tl.where(has_nan, float("nan"), largest), tl.where(start < stop, start + first, -1)
 
 
-# Each reduction with the order, weights and rows it may have: (PERM, WEIGHT, INDEX, MAX).
+# Each reduction is listed with the order, weights and rows that it may have: (PERM, WEIGHT, INDEX, MAX).
 _MODES = [
     (False, False, False, False),
     (True, False, False, False),
@@ -178,8 +180,8 @@ _REDUCE_VARIANTS = {
 }
 
 
-# A segment of more than CHUNK points starts in one chunk and reaches into the next. So a chunk has
-# at most one that started before it and at most one that starts in it: parts 0 and 1 of partial.
+# A segment of more than CHUNK points starts in one chunk and reaches into the next. A chunk therefore has at most one
+# such segment that started before it and at most one that starts in it: parts 0 and 1 of partial.
 @kernel(
     "*T *T *i64 *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
@@ -303,7 +305,7 @@ def segment_reduce_kernel(
     x_ptr += example * rows * columns
     weight_ptr += example * points
     start, stop, right = _boundaries(indptr_ptr, segment, points)
-    # Parts of a long segment: where it starts, then row by row where it goes on.
+    # The parts of a long segment are the one where it starts, then, row by row, those where it continues.
     before = example * 2 * chunks * columns
     starting = before + (chunks + start // CHUNK) * columns + column
     begin, end = start // CHUNK + 1, (stop - 1) // CHUNK + 1
@@ -319,7 +321,7 @@ def segment_reduce_kernel(
             total = tl.where(earlier, first, total)
             at = tl.where(earlier, starting, before + chunk * columns + column)
             where = tl.load(partial_at_ptr + at, mask=exists, other=-1)
-        filled = (where >= 0) & (where < points)  # of a corrupted indptr it may be anything
+        filled = (where >= 0) & (where < points)  # a corrupted indptr may give any place
         point, _ = _point(perm_ptr, where, filled, points, PERM)
         tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
         total = tl.where(filled, total, 0)
@@ -400,7 +402,7 @@ def segment_rank_kernel(
 
 @triton.jit
 def _points_of(program, blocks, rows, bins, plane, POINTS: tl.constexpr):
-    """This program's example and its rows of x, which of them exist, and the first point of each."""
+    """Return the program's example and rows of x, which of them exist, and the first point of each."""
     example = (program // blocks).to(tl.int64)
     row = (program % blocks).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     return example, row, row < rows, row // plane * (bins - 1) * plane + row
@@ -408,7 +410,7 @@ def _points_of(program, blocks, rows, bins, plane, POINTS: tl.constexpr):
 
 @triton.jit
 def _share(indptr_ptr, segment, found, T: tl.constexpr):
-    """One over the number of the segment's points."""
+    """Return one over the number of the segment's points."""
     first = tl.load(indptr_ptr + segment, mask=found, other=0)
     last = tl.load(indptr_ptr + segment + 1, mask=found, other=1)
     count = tl.maximum(last - first, 1).to(T)
@@ -465,7 +467,7 @@ def segment_spread_rows_kernel(
         if WEIGHT:
             sums *= widen(tl.load(weight_ptr + point, mask=found, other=0))[:, None]
         if mean != 0:
-            # Not in sums.dtype, nor in total's below: ptxas would use local memory.
+            # The shares here and below are in float64, as ptxas would use local memory for sums.dtype.
             sums = sums * _share(indptr_ptr, segment, found, tl.float64).to(sums.dtype)[:, None]
         total += tl.where((segment == _UNKNOWN)[:, None], float("nan"), sums)
     at = (example * rows + row)[:, None] * columns + column[None, :]
@@ -553,7 +555,7 @@ def pair_dots_kernel(
 
 
 class _Segments:
-    """The geometry of a batch, as the kernels take it."""
+    """The geometry of a batch, in the form that the kernels take."""
 
     def __init__(self, indptr: Tensor, perm: Tensor | None, batch: torch.Size, points: int) -> None:
         if indptr.dim() < 1 or indptr.shape[-1] < 1 or indptr.dtype != torch.int64:
@@ -567,13 +569,13 @@ class _Segments:
         self.indptr = indptr.contiguous()
         self.ordered = perm is not None
         self.perm = self.indptr if perm is None else perm.contiguous()
-        self.own = int(indptr.dim() > 1)  # whether each example has one of its own
+        self.own = int(indptr.dim() > 1)  # whether each example has its own geometry
         self.geometries = math.prod(batch) if self.own else 1
         self.count, self.points = indptr.shape[-1] - 1, points
         self.steps = indptr.shape[-1].bit_length()
 
     def ranks(self) -> Tensor:
-        """The segment of each point, -1 for none."""
+        """Return the segment of each point, or -1 for none."""
         rank = self.indptr.new_full((self.geometries, self.points), _UNKNOWN.value)
         blocks = triton.cdiv(self.points, 256)
         segment_rank_kernel(
@@ -639,7 +641,7 @@ def segment_reduce(
     _rows(points, bins, plane)
     if weight is not None:
         weight = _check_like("weight", weight, x, *batch, points)
-    elif bins > 1:  # the kernels share rows only among weighted points
+    elif bins > 1:  # the kernels share rows among weighted points only
         weight = x.new_ones((*batch, points))
     return _reduce(x, weight, _Segments(indptr, perm, x.shape[:-2], points), mean, bins, plane, False)[0]
 
@@ -695,7 +697,7 @@ def segment_spread(
 
 
 def pair_reduce(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments: int) -> Tensor:
-    """An example with a rank or row past the end is NaN."""
+    """Reduce the pairs; an example with a rank or row past the end is NaN."""
     x, rows = x.contiguous(), rows.contiguous()
     past = (rows >= x.shape[-2]) | (ranks >= segments)
     perm, indptr = voxel_sort(ranks.where(rows >= 0, -1).masked_fill(past, segments), segments)

@@ -39,7 +39,8 @@ from custom_ops.ranking.smooth_rank import (
 )
 from custom_ops.ranking.sorting import SpearmanLoss, soft_rank, soft_sort, spearman_loss
 
-# Spelled out: mypy can't follow `__all__ += module.__all__` through two levels, and shows none of these.
+# The names are spelled out, as mypy can't follow `__all__ += module.__all__` through two levels and would see none of
+# them.
 __all__ = [
     "ApproxMRRLoss",
     "ApproxNDCGLoss",

@@ -1,4 +1,4 @@
-"""The seven arguments that all list losses share: their documentation, their checks, and what is made of them."""
+"""The arguments that all list losses share: their documentation, their checks, and the reduction over lists."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NO_LIMIT = 2**31 - 1
 
 _ARGUMENTS = """
     scores: ``[..., n]``; float16, bfloat16, float32 or float64. 16-bit scores are computed in float32.
-    labels: ``[..., n]``, of any real dtype, the higher the better. Labels that require a gradient are an error.
-    mask: bool ``[..., n]``, True for the items that count. The others are never read, NaN or not; their gradient is 0.
-    lengths: int ``[...]``: only the first so many items of each list count.
-    cu_lengths: int ``[L + 1]``, non-decreasing: the last dimension holds L lists, of which list l is the items from
+    labels: ``[..., n]``, of any real dtype; higher is better. Labels that require a gradient are an error.
+    mask: bool ``[..., n]``, True for the items that count. The others are never read, and their gradient is 0.
+    lengths: int ``[...]``, the number of items at the start of each list that count.
+    cu_lengths: int ``[L + 1]``, non-decreasing: the last dimension holds L lists, and list l has the items from
         ``cu_lengths[l]`` to before ``cu_lengths[l + 1]``.
     weights: floating ``[...]``, with ``cu_lengths`` ``[..., L]``: one for each list.
     reduction: "mean" over the lists that contribute (weighted by ``weights``; 0 if there is none), "sum" or "none".
@@ -54,17 +54,17 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 
 
 def _entries(arguments: str) -> dict[str, str]:
-    """The arguments that lines describe, by their names."""
+    """Return {name: description} of the arguments that the lines describe."""
     return {entry.split()[0].strip(":,"): entry.strip("\n") for entry in _ENTRY.split(arguments) if entry.strip()}
 
 
 def documented(function: F) -> F:
-    """Complete the docstring of a function of lists with what it shares with the others.
+    """Complete the docstring of a function of lists with the parts that all of them share.
 
-    In the source, ``Args`` has the function's own arguments, and those shared ones that mean something else there.
+    In the source, ``Args`` has the function's own arguments, and those shared ones that have another meaning there.
     ``Returns`` and ``Raises`` are those of all list losses, unless the source has such a section.
     """
-    if function.__doc__ is None:  # python -OO
+    if function.__doc__ is None:  # under python -OO there is no docstring
         return function
     description, *sections = (part.strip() for part in _SECTION.split(inspect.cleandoc(function.__doc__)))
     own = {section.partition(":")[0]: section for section in sections}
@@ -76,7 +76,7 @@ def documented(function: F) -> F:
 
 
 def limit(k: int | None) -> int:
-    """``k``, checked, as ops take it: the number of ranks that count."""
+    """Check ``k`` and return it as ops take it: the number of ranks that count."""
     k = _checks.as_limit("k", k)
     return _NO_LIMIT if k is None else min(k, _NO_LIMIT)
 
@@ -98,13 +98,13 @@ def list_loss(
 ) -> Tensor:
     """Check the arguments of all list losses, call ``op`` on them and its own ``params``, and reduce over the lists.
 
-    ``use`` says how the loss uses its labels: see `custom_ops.ranking._inputs`. float64 labels of which it needs more
-    than the order are computed with in float64, whatever the scores are.
+    ``use`` says how the loss uses its labels; see `custom_ops.ranking._inputs`. If it needs more than their order,
+    float64 labels are computed in float64, whatever the scores' dtype is.
     """
     valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
     wide = torch.promote_types(scores.dtype, torch.float32)
     dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
-    # A DTensor is left sharded until only the losses of its lists are to be communicated.
+    # A DTensor stays sharded until only the losses of its lists need to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
     by_op = _REDUCTIONS[reduction] if whole else Reduction.NONE
     labels = in_dtype(labels, dtype, valid, offsets, use)
@@ -117,7 +117,9 @@ def list_loss(
 
 
 def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loss in ``dtype``; a sum over pairs that float16 can't hold is told of, where no device has to be awaited."""
+    """Return the loss in ``dtype``; warn of a sum over pairs that float16 can't hold, unless that would wait for a
+    device.
+    """
     out = loss.to(dtype)
     eager = type(out) is Tensor and not (torch.compiler.is_compiling() or transforms_are_active())
     if dtype == torch.float16 and out.device.type == "cpu" and eager and bool(out.isinf().any()):
@@ -139,7 +141,7 @@ def checked(
     reduction: str,
     dtypes: Sequence[torch.dtype] = _checks.FLOATING,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What `valid_items` gives, once all arguments are checked."""
+    """Check all arguments and return the result of `valid_items`."""
     not_nested("scores", scores)
     _checks.has_dtype("scores", scores, dtypes)
     if scores.dim() == 0:
@@ -168,7 +170,7 @@ def not_nested(name: str, x: Tensor) -> None:
 def valid_items(
     name: str, x: Tensor, mask: Tensor | None, lengths: Tensor | None, cu_lengths: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which items of ``x``, called ``name``, are valid, None if all are; and the bounds of its lists, if several.
+    """Return which items of ``x``, called ``name``, are valid (None for all), and the bounds of several lists.
 
     All arguments are checked.
     """
@@ -193,7 +195,7 @@ def valid_items(
 
 
 def _integers(name: str, value: Any, x: Tensor) -> Tensor:
-    """A tensor of int64, of one of integers, or of what else makes one: a list, an array of numpy's."""
+    """Return an int64 tensor from integers in a tensor, a list, a NumPy array or the like."""
     if not isinstance(value, Tensor):
         try:
             value = torch.as_tensor(value, device=x.device)
@@ -212,7 +214,7 @@ def _has_shape(name: str, tensor: Tensor, beside: Tensor, shape: torch.Size, cal
 
 
 def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    """The mean is over the lists that contribute; of none it is 0."""
+    """Reduce over the lists; the mean is over the lists that contribute, or 0 if none does."""
     if weights is not None or reduction == "none" or shards.is_sharded(loss):
         return reduce_by_torch(loss, active, weights, reduction)
     total: Tensor = list_total(loss, active, reduction == "mean", 0)
@@ -225,7 +227,7 @@ def reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduct
         loss = torch.where((weights == 0) & ~loss.isfinite(), 0, loss) * weights
     if reduction == "none":
         return loss
-    # In double, as torch's sums depend on the number of threads.
+    # The sum is in float64, as torch's sums depend on the number of threads.
     total = loss.sum(dtype=torch.float64)
     if reduction == "mean":
         count = active.sum() if weights is None else (weights * active).sum(dtype=torch.float64)
@@ -236,7 +238,7 @@ def reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduct
 
 
 class ListLossModule(torch.nn.Module):
-    """A list loss as a layer: subclasses name the ``function`` and pass its own arguments on."""
+    """A list loss as a layer; subclasses name the ``function`` and pass its own arguments on."""
 
     function: Callable[..., Tensor]
 
@@ -245,7 +247,7 @@ class ListLossModule(torch.nn.Module):
         self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in own.items()}
         with torch.no_grad():
             nothing = torch.empty(0, device="cpu")
-            self(nothing, nothing)  # the function checks them
+            self(nothing, nothing)  # the function checks the arguments
 
     def forward(
         self,

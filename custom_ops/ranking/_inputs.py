@@ -1,17 +1,18 @@
-"""What list losses are given, in the form that their kernels read: lengths as a mask, labels in the scores' dtype.
+"""The inputs of list losses in the form that the kernels read: lengths as a mask, labels in the scores' dtype.
 
-The kernels of a list loss read labels as float32, or float64 with float64 scores. That holds small integers, and of
-others not even the order: 1700000001 and 1700000000, two time stamps, are one number in float32. So the labels of a
-list that it doesn't hold exactly are replaced by others, by what the loss makes of labels (``use``):
+The kernels of a list loss read labels as float32, or as float64 with float64 scores. These hold small integers exactly,
+but don't even keep the order of large ones: the time stamps 1700000001 and 1700000000 are one number in float32. The
+labels of a list that the dtype doesn't hold exactly are therefore replaced, depending on how the loss uses labels
+(``use``):
 
-- ORDER, only compares them: by how many of the list's labels are higher, negated
-- DIFFERENCE, takes differences: by the difference from the highest one
-- EXPONENTIAL, gains of 2^y - 1 over the highest: by that difference plus the highest label, or 2048 if that is less,
-  beside which neither the 1 nor labels near 0 count
+- ORDER, the loss only compares labels: by minus the number of higher labels in the list
+- DIFFERENCE, it takes differences: by the difference from the highest label
+- EXPONENTIAL, it takes gains 2^y - 1 relative to the highest: by that difference plus the highest label, or plus
+  2048 if that is less, beside which neither the 1 nor labels near 0 count
 - VALUE: by the labels themselves
 
-in each case rounded, and then moved down by the few steps of the dtype that keep different labels different and in
-their order. A list that is held exactly is read as it is, and no sort is made for it.
+The result is rounded, and then lowered by the few steps of the dtype that keep different labels different and in order.
+A list that the dtype holds exactly is read as it is, and isn't sorted.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from custom_ops._native import define
 
 @define
 def list_valid(lengths: Tensor, n: int) -> Tensor:
-    """Of lists of n items [..., n] whether each is among the first ``lengths`` [...], which are checked."""
+    """Return whether each item is among the first ``lengths`` [...] of its list [..., n]; ``lengths`` are checked."""
     return lengths.new_empty((*lengths.shape, n), dtype=torch.bool)
 
 
 @define
 def list_labels(labels: Tensor, valid: Tensor | None, offsets: Tensor | None, wide: bool, use: int) -> Tensor:
-    """int64 or float64 labels [..., T] in float64 if ``wide``, else in float32, in their exact order."""
+    """Return int64 or float64 labels [..., T] in float64 if ``wide``, else in float32, in their exact order."""
     return labels.new_empty(labels.shape, dtype=torch.float64 if wide else torch.float32)
 
 
@@ -50,7 +51,7 @@ def _(lengths: Any, n: int) -> Any:
 
 
 def in_dtype(labels: Tensor, dtype: torch.dtype, valid: Tensor | None, offsets: Tensor | None, use: int) -> Tensor:
-    """The labels in float32 or float64; integers of any size and doubles in their exact order."""
+    """Return the labels in float32 or float64, with integers of any size and doubles in their exact order."""
     if labels.dtype in (torch.int32, torch.uint32):
         labels = labels.to(torch.int64)
     elif labels.dtype == torch.uint64:

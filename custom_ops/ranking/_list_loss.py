@@ -1,19 +1,19 @@
 """The two ops of a list loss, and their derivatives.
 
-They are here called ``op`` and ``slope_op``, over ``scores [..., T]`` whose last dimension holds L lists::
+The ops are called ``op`` and ``slope_op`` here. The last dimension of ``scores [..., T]`` holds L lists::
 
     op(scores, labels, valid, offsets, reduction, batch_dims, *params) -> (loss, slope [..., T], active [..., L])
     slope_op(scores, labels, valid, offsets, v, *params) -> [..., T]
 
-`list_op` declares both, given the parameters.
+`list_op` declares both for given parameters.
 
-The loss is that of each list [..., L], or by ``reduction`` the mean over those that contribute, which ``active``
-tells, or the sum over all, of each example of the first ``batch_dims`` dimensions (0 but under ``vmap``). The slope
-is its derivative in the scores. It comes with the loss because one pass gives both, and serves the plain backward;
-whenever that backward is itself differentiated, ``slope_op`` with ``v`` None gives the slope of each list's own
-loss, with a derivative of its own: ``slope_op`` with ``v`` is the Hessian times v.
+The loss is that of each list [..., L] or, by ``reduction``, a mean or sum for each example of the first ``batch_dims``
+dimensions (0 except under ``vmap``). The mean is over the lists that contribute, which ``active`` marks. The slope is
+the loss's derivative with respect to the scores. One pass computes both, and the plain backward uses this slope. If
+that backward is itself differentiated, it calls ``slope_op`` with ``v`` None, which returns the slope of each list's
+own loss and has a derivative of its own: ``slope_op`` with ``v`` is the Hessian times v.
 
-The ops see float32 or float64 only. An item that isn't ``valid`` is never read, and its slope is 0.
+The ops take float32 or float64 only. An item that isn't ``valid`` is never read, and its slope is 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from custom_ops.ranking._lists import batch, list_dot, list_scale, list_share, l
 
 
 def is_differentiated() -> bool:
-    """Whether derivatives may be taken of what a backward computes."""
+    """Return whether the result of a backward may be differentiated."""
     return torch.is_grad_enabled() or forward_level() >= 0
 
 
@@ -58,10 +58,10 @@ def _slope(
 
 
 def list_op(third_is_zero: bool = False) -> Callable[[Callable[..., None]], OpOverload]:
-    """Define the two ops of a list loss, ``name`` and ``name_slope``, with all their rules; gives the first.
+    """Define the two ops of a list loss, ``name`` and ``name_slope``, with all their rules, and return the first.
 
-    What is decorated has the name, what the loss is of each list, and the parameters that come after the
-    arguments common to all. For ``third_is_zero`` see `_attach`.
+    The decorated function has the name, the formula for each list, and the parameters that follow the common arguments.
+    For ``third_is_zero`` see `_attach`.
     """
 
     def decorate(declared: Callable[..., None]) -> OpOverload:
@@ -73,7 +73,7 @@ def list_op(third_is_zero: bool = False) -> Callable[[Callable[..., None]], OpOv
 
 
 def _fake(common: Callable[..., Any], declared: Callable[..., None], name: str) -> Callable[..., Any]:
-    """The fake kernel of that name, with the arguments of ``common`` and then those of ``declared``."""
+    """Return the fake kernel of that name, with the arguments of ``common`` and then those of ``declared``."""
 
     def fake(*args: Any) -> Any:
         return common(*args)
@@ -87,16 +87,15 @@ def _fake(common: Callable[..., Any], declared: Callable[..., None], name: str) 
 
 
 def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -> None:
-    """Give a list loss its derivatives up to the second, batching rules and sharding rules.
+    """Give a list loss its first and second derivatives, batching rules and sharding rules.
 
-    A third derivative raises, unless ``third_is_zero`` says that it vanishes: of a loss that is a
-    quadratic function of the scores, piece by piece.
+    A third derivative raises, unless ``third_is_zero`` says that it vanishes because the loss is piecewise quadratic.
     """
 
     class ListLoss(Function, op=op):
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            no_gradient(ctx.needs_input_grad[1])  # of an outer transform
+            no_gradient(ctx.needs_input_grad[1])  # requested by an outer transform
             *tensors, ctx.reduction, ctx.batch_dims = inputs[:6]
             ctx.params = inputs[6:]
             _, slope, active = output
@@ -114,11 +113,11 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
                 of_scores = list_scale(of_lists, slope, valid, offsets)
             elif not whole:
                 of_scores = list_scale(grad, slope, valid, offsets)
-            else:  # the share of each list is in the slope
+            else:  # the slope already contains the share of each list
                 of_lists = grad.reshape(*grad.shape, *[1] * (slope.dim() - ctx.batch_dims)) if grad.dim() else grad
                 if valid is None and offsets is None:
                     of_scores = of_lists * slope
-                else:  # what is in no list gets 0, whatever the gradient
+                else:  # items in no list get 0, whatever the gradient is
                     of_scores = list_scale(of_lists.expand(active.shape), slope, valid, offsets)
             return of_scores, *[None] * (5 + len(ctx.params))
 

@@ -1,7 +1,7 @@
-"""The ops that every list loss needs beside its own: each list scaled, sums over each and over all, their adjoints.
+"""The ops that all list losses share: scaling each list, sums over each list and over all lists, and their adjoints.
 
-The last dimension of ``x [..., T]`` holds one list (``offsets`` None, L = 1), or L lists one after the other
-(``offsets [L + 1]``). An item that isn't ``valid`` is never read.
+The last dimension of ``x [..., T]`` holds one list (``offsets`` None, L = 1), or L lists one after the other (``offsets
+[L + 1]``). An item that isn't ``valid`` is never read.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def per_list(x: Tensor, offsets: Tensor | None) -> Tensor:
 
 @define
 def list_scale(weight: Tensor, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
-    """Each valid item of x [..., T] times the weight [..., L] of its list; 0 elsewhere."""
+    """Return each valid item of x [..., T] times the weight [..., L] of its list, and 0 elsewhere."""
     return x.new_empty(x.shape)
 
 
 @define
 def list_dot(x: Tensor, y: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
-    """The sum of x times y [..., T] over the valid items of each list [..., L]."""
+    """Return the sum of x times y [..., T] over the valid items of each list [..., L]."""
     return per_list(x, offsets)
 
 
@@ -65,13 +65,13 @@ class ListDot(Function, op=list_dot):
 
 @define
 def list_total(loss: Tensor, active: Tensor, mean: bool, batch_dims: int) -> Tensor:
-    """The sum of each example's losses, over the number of the active ones if ``mean``; of none it is 0."""
+    """Return the sum of each example's losses, divided by the number of active lists (at least 1) if ``mean``."""
     return loss.new_empty(loss.shape[:batch_dims])
 
 
 @define
 def list_share(grad: Tensor, active: Tensor, mean: bool) -> Tensor:
-    """The adjoint of `list_total`: the gradient [...] of an example for each of its lists, or its share of it."""
+    """Return the adjoint of `list_total`: the gradient [...] of an example, or its share, for each of its lists."""
     return grad.new_empty(active.shape)
 
 
@@ -126,7 +126,7 @@ def _(info: Any, in_dims: Any, grad: Tensor, active: Tensor, mean: bool) -> Any:
 
 
 def batch(op: OpOverload) -> None:
-    """Every tensor but the offsets may be vmapped."""
+    """Register a rule that lets every tensor but the offsets be vmapped."""
     names = [argument.name for argument in schema(op).arguments]
     outputs = len(schema(op).returns)
 
@@ -145,7 +145,9 @@ def batch(op: OpOverload) -> None:
 
 
 def shard(op: OpOverload) -> None:
-    """Sharded alike in any dimension but the items'; not at all if the op reduces over the lists."""
+    """Register a rule that shards all tensors alike in any dimension but the items', unless ``op`` reduces over
+    lists.
+    """
     names = [argument.name for argument in schema(op).arguments]
     outputs = len(schema(op).returns)
 

@@ -1,4 +1,4 @@
-"""LambdaLoss: pairs weighted by what swapping them would do to a ranking metric."""
+"""LambdaLoss: pairs weighted by the change of a ranking metric if the two items were swapped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOPK_MODES = ("or", "and")
 def lambda_pairs(
     weighting: int, k: int, both: bool, exponential: bool, sigma: float, mu: float, scale: float, normalize: bool
 ) -> None:
-    """``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over the pairs of each list in the top k."""
+    """Return ``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over each list's pairs in the top k."""
 
 
 @documented
@@ -43,36 +43,37 @@ def lambda_loss(
     log_base: float = 2.0,
     normalize: bool = False,
 ) -> Tensor:
-    """The sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over pairs of items of each list.
+    """Return the sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over pairs of items of each list.
 
-    The pairs are those with ``y_i > y_j``; for "ndcg1" all i and j, each item with itself too (a constant).
+    The pairs are those with ``y_i > y_j``. For "ndcg1" they are all i and j, including each item with itself (a
+    constant).
 
-    With r an item's rank by score from 1 (ties by position), ``D(r) = log2(1 + r)``, and G its gain over
-    the best DCG@k that an order of the list can have, the weight of a pair is, for ``weighting``
+    Let r be an item's rank by score from 1 (ties by position), ``D(r) = log2(1 + r)``, and G the item's gain over the
+    best DCG@k of any order of the list. The weight of a pair depends on ``weighting``:
 
     - "ranknet": 1
     - "lambdarank": ``|G_i - G_j| |1 / D(r_i) - 1 / D(r_j)|``, the change of NDCG if the two were swapped
     - "ndcg1": ``G_i / D(r_i)``
     - "ndcg2": ``|G_i - G_j| |1 / D(a) - 1 / D(a + 1)|`` with ``a = |r_i - r_j|``
-    - "ndcg2pp": ``mu`` times that of "ndcg2" plus that of "lambdarank"
+    - "ndcg2pp": ``mu`` times the weight of "ndcg2" plus that of "lambdarank"
     - "label_diff": ``y_i - y_j``
 
-    The weights are constants in the derivatives, of which there are two. Gains are taken relative to that
-    of the highest label, so no label is too large; a label below 0 has gain 0. A list without a pair (empty, of
-    one item, all masked; but for "ndcg1" all labels tied) or, where the weight has gains in it, without a positive
-    gain doesn't contribute; which lists do depends on the labels only, not on the top k.
-    Nothing of size n^2 is kept.
+    The weights are constants in the derivatives, of which there are two. Gains are relative to the gain of the highest
+    label, so no label is too large; a label below 0 has gain 0. A list doesn't contribute if it has no pair (it is
+    empty, has one item, is all masked or, except for "ndcg1", all its labels are tied), or if its weights need gains
+    and no gain is positive. Whether a list contributes depends on its labels only, not on the top k. Nothing of size
+    n^2 is stored.
 
-    O(n log n + n min(k, n)) time on the CPU, O(n) memory.
+    The loss takes O(n log n + n min(k, n)) time on the CPU and O(n) memory.
 
     Args:
         weighting: one of the above.
-        k: only pairs in the top k of the current ranking count, and DCG is cut there; None for all.
-        topk_mode: in the top k is "or" one of the two (the paper's), "and" both (allRank's).
+        k: only pairs in the top k of the current ranking count, and DCG stops there; None for all.
+        topk_mode: "or": one item of a pair is in the top k (the paper); "and": both are (allRank).
         gain: "exponential", ``2^y - 1``, or "linear", ``y``; 0 for labels below 0.
         sigma: the steepness, a positive number.
-        mu: the share of "ndcg2" in "ndcg2pp".
-        log_base: of the loss; more than 1.
+        mu: the factor of "ndcg2" in "ndcg2pp".
+        log_base: the base of the loss's logarithm, more than 1.
         normalize: divide each list's loss by its number of pairs in the top k.
 
     Source: Wang et al., "The LambdaLoss Framework for Ranking Metric Optimization", CIKM 2018; Burges,
@@ -112,7 +113,7 @@ def lambda_loss(
 
 
 class LambdaLoss(ListLossModule):
-    """`lambda_loss` as a layer.
+    """Apply `lambda_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

@@ -1,4 +1,4 @@
-"""Listwise losses: cross entropies and likelihoods of whole rankings, in O(n) but for one sort."""
+"""Listwise losses: cross entropies and likelihoods of whole rankings, in O(n) time plus one sort."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _TIES, _POSITION_WEIGHTS = Ties.options(), PositionWeights.options()
 
 @list_op()
 def list_softmax(softmax_labels: bool) -> None:
-    """The sum of p_i (logsumexp(s) - s_i) for each list, p the labels or their softmax."""
+    """Return the sum of p_i (logsumexp(s) - s_i) for each list, where p is the labels or their softmax."""
 
 
 @list_op()
 def list_mle(ties: int, weighting: int, k: int) -> None:
-    """The sum of w_i (logsumexp of s from the i-th item on - s_i), over the first k items in label order."""
+    """Return the sum of w_i (logsumexp_{j >= i} s_j - s_i) over the first k items in label order."""
 
 
 @list_op()
 def unique_softmax(exponential: bool) -> None:
-    """The sum of gain_i softplus(logsumexp of s at lower labels - s_i) for each list."""
+    """Return the sum of gain_i softplus(logsumexp of s at lower labels - s_i) for each list."""
 
 
 @list_op()
 def cosent(scale: float) -> None:
-    """log(1 + sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j) for each list."""
+    """Return log(1 + sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j) for each list."""
 
 
 # ---------------------------------------------------------------- public functions
@@ -50,10 +50,11 @@ def list_net_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """ListNet: the cross entropy of the scores' softmax relative to the labels'.
+    """Return ListNet's loss: the cross entropy of the scores' softmax relative to the labels'.
 
-    ``sum_i softmax(y)_i (logsumexp(s) - s_i)``, convex in the scores. A list whose labels are all equal, or of less
-    than two items, doesn't contribute. Differentiable twice and in forward mode. O(n) time and memory.
+    It is ``sum_i softmax(y)_i (logsumexp(s) - s_i)``, which is convex in the scores. A list whose labels are all equal,
+    or with fewer than two items, doesn't contribute. The loss is differentiable twice and in forward mode, and takes
+    O(n) time and memory.
 
     Source: Cao, Qin, Liu, Tsai, Li, "Learning to rank: from pairwise approach to listwise approach", ICML 2007.
 
@@ -80,10 +81,10 @@ def softmax_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Softmax cross entropy with the labels as weights: ``sum_i y_i (logsumexp(s) - s_i)``.
+    """Return the softmax cross entropy with the labels as weights: ``sum_i y_i (logsumexp(s) - s_i)``.
 
-    With one label of 1 and the others 0 it is the negative log-likelihood of that item. The lists that contribute, and
-    costs, are those of `list_net_loss`.
+    With one label of 1 and the others 0 it is the negative log-likelihood of that item. The costs and the lists that
+    contribute are those of `list_net_loss`.
 
     Source: Bruch, Wang, Bendersky, Najork, "An analysis of the softmax cross entropy loss for
     learning-to-rank with binary relevance", ICTIR 2019.
@@ -114,17 +115,18 @@ def list_mle_loss(
     position_weights: str = "uniform",
     ties: str = "index",
 ) -> Tensor:
-    """ListMLE: the negative log-likelihood of the labels' ranking under the Plackett-Luce model.
+    """Return ListMLE's loss: the negative log-likelihood of the labels' ranking under the Plackett-Luce model.
 
-    ``sum_i w_i (logsumexp_{j >= i} s_j - s_i)`` over the items in descending order of their labels; convex in the
-    scores. The lists that contribute are those of `list_net_loss`. O(n) time but for the sort, O(n) memory.
+    It is ``sum_i w_i (logsumexp_{j >= i} s_j - s_i)`` over the items in descending order of their labels, which is
+    convex in the scores. The lists that contribute are those of `list_net_loss`. The loss takes O(n) time plus the
+    sort, and O(n) memory.
 
     Args:
-        k: the likelihood of the first k places only.
-        position_weights: w of place i of n: "uniform" 1, "exponential" (2^(n-i) - 1) / (2^(n-1) - 1),
-            which is p-ListMLE's relative to the first place, "discount" 1 / log2(1 + i).
-        ties: the order of equal labels: "index" as they come, "score" the higher score first (the ranking
-            that is then most likely), "breslow" none: each competes with all the others of its label
+        k: only the likelihood of the first k places counts; None for all.
+        position_weights: the weight w of place i of n: "uniform" 1, "exponential" (2^(n-i) - 1) / (2^(n-1) - 1),
+            which is p-ListMLE's relative to the first place, or "discount" 1 / log2(1 + i).
+        ties: the order of equal labels: "index" by position, "score" by descending score (the ranking
+            that is then most likely), or "breslow" none: each competes with all others of its label
             and below, as in Breslow's partial likelihood, and they share their places' weights.
 
     Source: Xia, Liu, Wang, Zhang, Li, "Listwise approach to learning to rank", ICML 2008; Lan, Zhu, Guo,
@@ -157,11 +159,12 @@ def unique_softmax_loss(
     reduction: str = "mean",
     gain: str = "exponential",
 ) -> Tensor:
-    """Unique softmax: each item against those of lower label, weighted with its gain.
+    """Return the unique softmax loss: each item competes with those of lower label, weighted by its gain.
 
-    ``sum_i G_i softplus(logsumexp_{y_j < y_i} s_j - s_i)``, with the gains ``2^y - 1`` or ``y`` relative to the
-    list's largest one; convex in the scores. An item whose label isn't above 0 has no gain of its own. A list whose
-    labels are all equal, or none above 0, doesn't contribute. O(n) time but for the sort, O(n) memory.
+    It is ``sum_i G_i softplus(logsumexp_{y_j < y_i} s_j - s_i)`` with the gains ``2^y - 1`` or ``y`` relative to the
+    largest gain of the list, and it is convex in the scores. An item whose label isn't above 0 has no gain. A list
+    whose labels are all equal, or none of them above 0, doesn't contribute. The loss takes O(n) time plus the sort, and
+    O(n) memory.
 
     Args:
         gain: "exponential" or "linear".
@@ -194,14 +197,14 @@ def cosent_loss(
     reduction: str = "mean",
     scale: float = 20.0,
 ) -> Tensor:
-    """CoSENT: a smooth maximum over all pairs of how far they are misordered.
+    """Return CoSENT's loss: a smooth maximum, over all pairs, of how far each is misordered.
 
-    ``log(1 + sum_{y_i > y_j} exp(scale (s_j - s_i)))``, convex in the scores, for similarities as scores: the
-    batch of pairs of sentences is one list. The lists that contribute are those of `list_net_loss`. O(n) time but for
-    the sort, O(n) memory.
+    It is ``log(1 + sum_{y_i > y_j} exp(scale (s_j - s_i)))``, which is convex in the scores. The scores are
+    similarities, and the batch of pairs of sentences is one list. The lists that contribute are those of
+    `list_net_loss`. The loss takes O(n) time plus the sort, and O(n) memory.
 
     Args:
-        scale: how sharp the maximum is, a positive number.
+        scale: the sharpness of the maximum, a positive number.
 
     Source: Su, "CoSENT", 2022; the CoSENTLoss of Sentence Transformers.
 
@@ -222,7 +225,7 @@ def cosent_loss(
 
 
 class ListNetLoss(ListLossModule):
-    """`list_net_loss` as a layer.
+    """Apply `list_net_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -237,7 +240,7 @@ class ListNetLoss(ListLossModule):
 
 
 class SoftmaxLoss(ListLossModule):
-    """`softmax_loss` as a layer.
+    """Apply `softmax_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -252,7 +255,7 @@ class SoftmaxLoss(ListLossModule):
 
 
 class ListMLELoss(ListLossModule):
-    """`list_mle_loss` as a layer.
+    """Apply `list_mle_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -269,7 +272,7 @@ class ListMLELoss(ListLossModule):
 
 
 class UniqueSoftmaxLoss(ListLossModule):
-    """`unique_softmax_loss` as a layer.
+    """Apply `unique_softmax_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -284,7 +287,7 @@ class UniqueSoftmaxLoss(ListLossModule):
 
 
 class CoSENTLoss(ListLossModule):
-    """`cosent_loss` as a layer.
+    """Apply `cosent_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

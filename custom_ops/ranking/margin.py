@@ -1,4 +1,4 @@
-"""Margin ranking loss: pairs of scores, element by element."""
+"""Margin ranking loss of pairs of scores, elementwise."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from custom_ops.library.function import untraced
 def margin_ranking(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float, divisor: int, reduce: bool, batch_dims: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each of a batch of problems, and one bit per element: whether its gradient passes.
+    """Return the loss of each problem in a batch, and one bit per element that tells whether its gradient passes.
 
-    The first ``batch_dims`` dimensions are a batch; ``reduce`` sums over the others and divides by
-    ``divisor``, which is given because the elements may be spread over processes. The mask has shape
-    ``[*batch, ceil(n / 8)]`` for n elements each.
+    The first ``batch_dims`` dimensions are the batch. ``reduce`` sums over the others and divides by ``divisor``, which
+    the caller gives because the elements may be sharded. The mask has shape ``[*batch, ceil(n / 8)]`` for n elements
+    per problem.
     """
     mask = empty_mask(target, batch_dims)
     return target.new_empty(mask.shape[:-1] if reduce else target.shape), mask
@@ -35,17 +35,17 @@ def margin_ranking(
 def margin_ranking_backward(
     grad: Tensor, input1: Tensor | None, input2: Tensor | None, target: Tensor, mask: Tensor, divisor: int, reduce: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``grad`` times the loss's derivatives in input1, input2 and target (empty without the inputs).
+    """Return ``grad`` times the loss's derivatives in input1, input2 and target (empty without the inputs).
 
-    With b the mask's bit, and grad divided by ``divisor`` where the loss was reduced, they are
-    -b t grad, b t grad and -b (x1 - x2) grad.
+    Let b be the mask's bit, and divide grad by ``divisor`` if the loss was reduced. The derivatives are then -b t grad,
+    b t grad and -b (x1 - x2) grad.
     """
     of_target = target.new_empty(target.shape if input1 is not None else (0,))
     return target.new_empty(target.shape), target.new_empty(target.shape), of_target
 
 
 def _contract(moves: Sequence[Tensor | None], slopes: Sequence[Tensor], reduce: bool, batch_dims: int) -> Tensor:
-    """The sum of move times slope, over all but the batch dimensions if ``reduce``."""
+    """Return the sum of move times slope, over all but the batch dimensions if ``reduce``."""
     total = sum(wide(move) * slope for move, slope in zip(moves, slopes) if move is not None)
     assert isinstance(total, Tensor)
     dims = tuple(range(batch_dims, total.dim()))
@@ -53,7 +53,7 @@ def _contract(moves: Sequence[Tensor | None], slopes: Sequence[Tensor], reduce: 
 
 
 class MarginRanking(Function, op=margin_ranking):
-    """``MarginRanking.apply`` is `margin_ranking_loss`, in the idiom of ``torch.autograd.Function``.
+    """``MarginRanking.apply`` is `margin_ranking_loss`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
@@ -66,7 +66,7 @@ class MarginRanking(Function, op=margin_ranking):
         input1, input2, target, _, ctx.divisor, ctx.reduce, ctx.batch_dims = inputs
         mask = output[1]
         ctx.mark_non_differentiable(mask)
-        # The inputs are needed only for the target's gradient.
+        # Only the target's gradient needs the inputs.
         scores = (input1, input2) if ctx.needs_input_grad[2] else (None, None)
         ctx.save_for_backward(*scores, target, mask)
         ctx.save_for_forward(input1, input2, target, mask)
@@ -90,7 +90,7 @@ class MarginRanking(Function, op=margin_ranking):
 
 
 class MarginRankingBackward(Function, op=margin_ranking_backward):
-    """Linear in grad, and linear and self-adjoint in (input1, input2, target)."""
+    """The op is linear in grad, and linear and self-adjoint in (input1, input2, target)."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,7 +101,7 @@ class MarginRankingBackward(Function, op=margin_ranking_backward):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, input1, input2, target, mask = ctx.saved_tensors
-        if input1 is None:  # then the third output is empty
+        if input1 is None:  # the third output is empty then
             cotangents = (*cotangents[:2], None)
         ones = torch.ones_like(wide(grad))
         slopes = margin_ranking_backward(ones, *map(wide, (input1, input2, target)), mask, ctx.divisor, ctx.reduce)
@@ -148,28 +148,28 @@ library.autocast(margin_ranking, torch.float32)
 def margin_ranking_loss(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    """``max(0, -target (input1 - input2) + margin)``: input1 should score higher where target is 1.
+    """Return ``max(0, -target (input1 - input2) + margin)``: input1 should score higher where target is 1.
 
-    An exact drop-in for ``torch.nn.functional.margin_ranking_loss`` in one pass without temporaries,
-    keeping ``target`` and one bit per element for backward: at the kink the gradient passes, the target
-    has a gradient too, the mean over no element is NaN; only an unsigned target isn't wrapped around.
-    Differentiable to any order and in forward mode. 16-bit inputs are computed in float32 and rounded
-    once; under autocast the loss is float32.
+    It is an exact drop-in for ``torch.nn.functional.margin_ranking_loss`` in one pass without temporaries, which keeps
+    ``target`` and one bit per element for backward. As in torch, the gradient passes at the kink, the target has a
+    gradient too, and the mean over no element is NaN. Unlike in torch, an unsigned target isn't wrapped around. The
+    loss is differentiable to any order and in forward mode. 16-bit inputs are computed in float32 and rounded once;
+    under autocast the loss is float32.
 
     Args:
         input1, input2: scores; float16, bfloat16, float32 or float64.
-        target: 1 or -1 (any number: it scales), floating or integer. The three shapes broadcast.
-        margin: by how much the right one should lead, in units of the scores.
+        target: 1 or -1 (another number scales the loss), floating or integer. The three shapes broadcast.
+        margin: the wanted lead of the right one, in units of the scores.
         reduction: "mean", "sum" or "none".
 
     Returns:
         A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
 
     Raises:
-        TypeError: no tensor, a wrong dtype, ``margin`` no number.
+        TypeError: not a tensor, a wrong dtype, or ``margin`` isn't a number.
         ValueError: shapes that don't broadcast, several devices, an unknown ``reduction``.
 
-    O(n) time and memory. An expanded input is copied in full.
+    The loss takes O(n) time and memory. An expanded input is copied in full.
 
     Source: torch.nn.MarginRankingLoss.
 
@@ -197,7 +197,7 @@ def margin_ranking_loss(
 
 
 def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Tensor:
-    """Broadcast in each process, so that the gradient of what is smaller is summed up before it is exchanged."""
+    """Broadcast within each process, so a smaller tensor's gradient is summed before it is exchanged."""
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     divisor = math.prod(shape) if reduction == "mean" else 1
 
@@ -214,7 +214,7 @@ def _in_shards(tensors: tuple[Tensor, ...], margin: float, reduction: str) -> Te
 
 
 class MarginRankingLoss(torch.nn.Module):
-    """`margin_ranking_loss` as a layer.
+    """Apply `margin_ranking_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

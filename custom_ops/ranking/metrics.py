@@ -1,8 +1,8 @@
-"""Metrics of a ranking: plain PyTorch on batches of lists, in double, without a gradient.
+"""Ranking metrics: plain PyTorch on batches of lists, in float64, without a gradient.
 
-Items tied in score have no order of their own. ``ties="average"`` is the mean over all orders of the tied
-items, in closed form (McSherry and Najork, 2008); "index" keeps them in the order they came in; "together"
-retrieves the tied items at once, at the rank of the last of them.
+Items with tied scores have no order. ``ties="average"`` is the mean over all orders of the tied items, in closed form
+(McSherry and Najork, 2008); "index" keeps them in their given order; "together" retrieves the tied items at once, at
+the rank of the last of them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _REAL = (*_checks.FLOATING, torch.uint8, torch.int8, torch.int16, *_checks.INDEX
 
 
 class _Ranked:
-    """The items of all lists in the order of their scores, those that aren't valid last, and what a metric needs.
+    """The items of all lists in the order of their scores, invalid items last, with the quantities that metrics need.
 
-    The items of a list stay between its bounds, and of a place, `start` and `end` are counted from the list's begin. A
-    group is a run of tied items, which under ``ties="index"`` is one item. All takes O(T log T) time and O(T) memory
-    for T items, however they are spread over lists.
+    The items of a list stay between its bounds. `place`, `start` and `end` count from the beginning of the list. A
+    group is a run of tied items, or one item under ``ties="index"``. Everything takes O(T log T) time and O(T) memory
+    for T items, however they are distributed over lists.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class _Ranked:
         self.list: Tensor | None = None
         if offsets is not None:
             self.bounds = offsets.clamp(0, n).cummax(0).values
-            self.list = torch.searchsorted(self.bounds, place, right=True) - 1  # -1 before, L behind all lists
+            self.list = torch.searchsorted(self.bounds, place, right=True) - 1  # -1 before all lists, L after them
             place = place - self.bounds[self.list.clamp(min=0)]
         self.place = place.expand(scores.shape)
         self.valid = valid
         undefined = labels.isnan() | scores.isnan()
-        self.undefined = self.total(undefined.double(), valid) > 0  # checks the offsets too
+        self.undefined = self.total(undefined.double(), valid) > 0  # this also checks the offsets
 
         order = self.order(scores)
         self.labels = labels.gather(-1, order)
@@ -77,7 +77,7 @@ class _Ranked:
         self.begin, self.start, self.end = begin, self.place - (at - begin), self.place + (end - at)
 
     def order(self, key: Tensor) -> Tensor:
-        """Of the items of each list by descending key, ties by position, those that aren't valid last."""
+        """Return the order of each list's items by descending key, ties by position, invalid items last."""
         order = key.argsort(dim=-1, descending=True, stable=True)
         later = torch.zeros_like(order) if self.valid is None else (~self.valid).long()
         if self.list is not None:
@@ -87,45 +87,45 @@ class _Ranked:
         return order.gather(-1, later.gather(-1, order).argsort(dim=-1, stable=True))
 
     def total(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """The sum of x over each list's valid items, [..., L]."""
+        """Return the sum of x over each list's valid items, [..., L]."""
         total: Tensor = list_dot(x, torch.ones_like(x), valid, self.offsets)
         return total
 
     def sum(self, x: Tensor) -> Tensor:
-        """The same of what is in the order of the scores."""
+        """Return the sum over each list's valid items of x, which is in the order of the scores."""
         return self.total(x, self.ranked)
 
     def of_items(self, x: Tensor) -> Tensor:
-        """For each item what x [..., L] says of its list; outside of all lists anything."""
+        """Return for each item the value that x [..., L] has for its list; items in no list get an arbitrary value."""
         if self.list is None or x.shape[-1] == 0:
             return x[..., :1].expand(self.place.shape) if x.shape[-1] else x.new_zeros(self.place.shape)
         return x[..., self.list.clamp(0, x.shape[-1] - 1)]
 
     def relevant(self) -> Tensor:
-        """1 for the valid items with a label above 0, by score, else 0."""
+        """Return 1 for the valid items with a label above 0, else 0, in the order of the scores."""
         relevant = self.labels > 0
         return (relevant if self.ranked is None else relevant & self.ranked).double()
 
     def over_group(self, count: Tensor) -> Tensor:
-        """The sum of whole numbers over each item's group."""
+        """Return the sum of whole numbers over each item's group."""
         ends = self.begin + (self.end - self.start)
         return self.before(count, ends) - self.before(count, self.begin)
 
     def before_group(self, count: Tensor) -> Tensor:
-        """The sum of whole numbers over the items of the list that come before each item's group."""
+        """Return the sum of whole numbers over the items of the list that come before each item's group."""
         return self.before(count, self.begin) - self.before(count, self.begin - self.start)
 
     @staticmethod
     def before(count: Tensor, at: Tensor) -> Tensor:
-        """The sum of whole numbers over all items before those ``at``."""
+        """Return the sum of whole numbers over all items before those ``at``."""
         return torch.nn.functional.pad(count.cumsum(-1), (1, 0)).gather(-1, at)
 
     def within(self, place: Tensor) -> Tensor:
-        """Whether places, counted from 0, are in the top k."""
+        """Return whether places, counted from 0, are in the top k."""
         return torch.ones_like(place, dtype=torch.bool) if self.k is None else place < self.k
 
     def reduce(self, metric: Tensor, counts: Tensor) -> Tensor:
-        """``metric`` where ``counts``, 0 for other lists; NaN for a list with a NaN among its scores or labels."""
+        """Reduce ``metric``, which is 0 for lists outside of ``counts`` and NaN for lists with a NaN score or label."""
         metric = torch.where(counts, metric, 0).masked_fill(self.undefined, torch.nan)
         counts = counts | self.undefined
         if self.is_one:
@@ -150,19 +150,19 @@ def ndcg(
     ties: str = "average",
     reduction: str = "mean",
 ) -> Tensor:
-    """Normalised discounted cumulative gain: the sum of gain / log2(1 + rank), over that of the ideal order.
+    """Return normalised discounted cumulative gain: the sum of gain / log2(1 + rank), over that of the ideal order.
 
-    Equal to ``sklearn.metrics.ndcg_score`` for ``gain="linear"``; its ``ignore_ties`` is ``ties="index"``,
-    but for the order that it gives tied items.
+    For ``gain="linear"`` it equals ``sklearn.metrics.ndcg_score``, whose ``ignore_ties`` is ``ties="index"`` up to the
+    order that it gives tied items.
 
-    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+    The metric takes O(n log n) time and O(n) memory for n items in total, in lists of any lengths.
 
     Args:
         scores: ``[..., n]``, of any real dtype. They get no gradient.
         labels: ``[..., n]``, of any real dtype; one below 0 has gain 0.
         k: only the first k ranks count; None for all.
         gain: "exponential", 2^label - 1 (for labels of any size), or "linear", the label.
-        ties: "average" over the orders of items tied in score, or "index", in the order they came in.
+        ties: "average" over the orders of items tied in score, or "index" for their given order.
         reduction: "mean" over the lists that have a gain (0 if none does), "sum", or "none" for one number for
             each list, 0 where it has no gain.
 
@@ -205,19 +205,19 @@ def mrr(
     ties: str = "average",
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean reciprocal rank: 1 over the rank of the first relevant item, of label > 0.
+    """Return the mean reciprocal rank: 1 over the rank of the first relevant item, whose label is above 0.
 
-    With ``ties="together"`` and one relevant item in each list equal to
+    With ``ties="together"`` and one relevant item per list it equals
     ``sklearn.metrics.label_ranking_average_precision_score``.
 
-    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+    The metric takes O(n log n) time and O(n) memory for n items in total, in lists of any lengths.
 
     Args:
         scores: ``[..., n]``, of any real dtype. They get no gradient.
         labels: ``[..., n]``, of any real dtype.
-        k: 0 for a list whose first relevant item has a rank beyond k; None for no such limit.
-        ties: "average" over the orders of items tied in score; "index", in the order they came in; or
-            "together", each at the last rank of the tied.
+        k: a list whose first relevant item has a rank beyond k counts 0; None for no limit.
+        ties: "average" over the orders of items tied in score; "index" for their given order; or
+            "together", with each at the last rank of the tied items.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
             number for each list, 0 where it has none.
 
@@ -240,8 +240,8 @@ def mrr(
         share = (ranked.place == ranked.start) & ranked.within(ranked.end - 1)
         reciprocal = ranked.sum(torch.where(is_first & share, 1 / ranked.end.double(), 0))
     else:
-        # The first of `hits` among `size` tied ones comes j places after the start: with the chance that none came
-        # before times that of one there, hits / (size - j).
+        # The first of `hits` among `size` tied items is j places after the start with the probability that none came
+        # before, times that of a hit there, hits / (size - j).
         size, j = (ranked.end - ranked.start).double(), (ranked.place - ranked.start).double()
         misses = size - hits
         none_before = torch.exp(_log_falling(misses, j) - _log_falling(size, j))
@@ -252,7 +252,7 @@ def mrr(
 
 
 def _log_falling(n: Tensor, j: Tensor) -> Tensor:
-    """The logarithm of n (n - 1) ... (n - j + 1), for j up to n."""
+    """Return the logarithm of n (n - 1) ... (n - j + 1), for j up to n."""
     return torch.lgamma(n + 1) - torch.lgamma((n - j).clamp(min=0) + 1)
 
 
@@ -268,19 +268,19 @@ def average_precision(
     ties: str = "average",
     reduction: str = "mean",
 ) -> Tensor:
-    """The mean, over the relevant items (label > 0), of the precision at each one's rank.
+    """Return the mean, over the relevant items (label above 0), of the precision at each one's rank.
 
-    With ``ties="together"`` equal to ``sklearn.metrics.average_precision_score`` of each list.
+    With ``ties="together"`` it equals ``sklearn.metrics.average_precision_score`` of each list.
 
-    O(n log n) time, O(n) memory for n items in all, in lists of any lengths.
+    The metric takes O(n log n) time and O(n) memory for n items in total, in lists of any lengths.
 
     Args:
         scores: ``[..., n]``, of any real dtype. They get no gradient.
         labels: ``[..., n]``, of any real dtype.
         k: only the first k ranks count, and the sum is divided by the number of relevant items or by k, whichever
             is less, so that a perfect order has 1; None for all.
-        ties: "average" over the orders of items tied in score; "index", in the order they came in; or
-            "together", each at the last rank of the tied.
+        ties: "average" over the orders of items tied in score; "index" for their given order; or
+            "together", with each at the last rank of the tied items.
         reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
             number for each list, 0 where it has none.
 
@@ -303,7 +303,8 @@ def average_precision(
         precision = (before + hits) / ranked.end
         share = torch.where(ranked.within(ranked.end - 1), relevant, 0)
     else:
-        # At each place of the group: the chance of a relevant item there, and how many come before it if it is one.
+        # For each place of the group, `share` is the probability of a relevant item there, and `others` the expected
+        # number before it.
         size = ranked.end - ranked.start
         others = (ranked.place - ranked.start) * (hits - 1) / (size - 1).clamp(min=1)
         precision = (before + others + 1) / (ranked.place + 1)

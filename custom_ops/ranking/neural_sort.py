@@ -1,4 +1,4 @@
-"""NeuralNDCG: the NDCG of a list that is sorted softly."""
+"""NeuralNDCG: the NDCG of a softly sorted list."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from custom_ops.ranking._list_loss import list_op
 
 @list_op()
 def neural_sort(temperature: float, k: int, exponential: bool) -> None:
-    """1 less the NDCG of each list, with the gain at each rank a mean by a row of NeuralSort's matrix."""
+    """Return 1 - the NDCG of each list, where the gain at a rank is a mean weighted by a row of NeuralSort's matrix."""
 
 
 @documented
@@ -29,25 +29,25 @@ def neural_sort_ndcg_loss(
     temperature: float = 1.0,
     gain: str = "exponential",
 ) -> Tensor:
-    """NeuralNDCG: 1 - NDCG@k of the list sorted softly by NeuralSort.
+    """Return NeuralNDCG: 1 - NDCG@k of the list, sorted softly by NeuralSort.
 
     ``1 - sum_{i <= k} g_i / log2(1 + i) / ideal`` with the gain at rank i ``g_i = sum_j P_ij G_j``, gains
     ``G = 2^y - 1`` or ``y``, the rows ``P_i = softmax_j(((n + 1 - 2 i) s_j - sum_k |s_j - s_k|) / temperature)``
     of a relaxed permutation matrix, and the ideal DCG@k. A label below 0 has no gain.
 
-    This is the loss without Sinkhorn's scaling of the columns: each row is a distribution over the items, but the
-    gain of an item may be counted more or less than once. allRank scales the columns by default.
+    The loss leaves out Sinkhorn's scaling of the columns: each row is a distribution over the items, but an item's gain
+    may be counted more or less than once. allRank scales the columns by default.
 
-    Differentiable twice and in forward mode; among tied scores the derivative of \\|s_j - s_k\\| is 0. 16-bit scores
-    are computed in float32.
+    The loss is differentiable twice and in forward mode; for tied scores the derivative of \\|s_j - s_k\\| is 0. 16-bit
+    scores are computed in float32.
+
+    The loss takes at most O(n min(k, n)) time and O(n) memory. On the CPU a row is summed only where its terms don't
+    vanish; for evenly spread scores the number of these items grows with the square root of n.
 
     Args:
         k: only the first k ranks count; None for all.
-        temperature: in units of the scores: the smaller, the closer to sorting and the steeper.
+        temperature: in units of the scores. A smaller one is closer to sorting and steeper.
         gain: "exponential" or "linear".
-
-    O(n min(k, n)) time at most, O(n) memory. On the CPU a row is summed only where its terms don't vanish, in a
-    number of items that grows with the square root of n for scores spread alike.
 
     Source: Pobrotyn, Białobrzeski, "NeuralNDCG: Direct Optimisation of a Ranking Metric via Differentiable Relaxation
     of Sorting", 2021; Grover et al., "Stochastic Optimization of Sorting Networks via Continuous Relaxations",
@@ -69,7 +69,7 @@ def neural_sort_ndcg_loss(
 
 
 class NeuralSortNDCGLoss(ListLossModule):
-    """`neural_sort_ndcg_loss` as a layer.
+    """Apply `neural_sort_ndcg_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

@@ -1,8 +1,7 @@
 """Pairwise losses: sums of a function of the score difference over the pairs of a list.
 
-A pair is two items i and j of one list with labels y_i > y_j. A new function ``phi`` of their scores'
-difference is its value, slope and curvature in csrc/pairwise.cpp and triton_kernels/pairwise.py, and a
-public function here.
+A pair is two items i and j of one list with labels y_i > y_j. To add a function ``phi`` of their scores' difference,
+define its value, slope and curvature in csrc/pairwise.cpp and triton_kernels/pairwise.py, and a public function here.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from custom_ops.ranking._list_loss import list_op
 
 @list_op()
 def pairwise(phi: int, sigma: float, normalize: bool) -> None:
-    """The sum of phi(sigma (s_i - s_j)) over the pairs of each list, or its mean if ``normalize``."""
+    """Return the sum of phi(sigma (s_i - s_j)) over the pairs of each list, or its mean if ``normalize``."""
 
 
 @list_op(third_is_zero=True)
 def pairwise_hinge(margin: float, squared: bool, normalize: bool) -> None:
-    """The sum of max(0, margin - (s_i - s_j)), or its square, over the pairs of each list."""
+    """Return the sum of max(0, margin - (s_i - s_j)), or of its square, over the pairs of each list."""
 
 
 @list_op(third_is_zero=True)
 def pairwise_mse(normalize: bool) -> None:
-    """The sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
+    """Return the sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
 
 
 @documented
@@ -43,12 +42,13 @@ def pairwise_logistic_loss(
     sigma: float = 1.0,
     normalize: bool = False,
 ) -> Tensor:
-    """RankNet: the sum of ``log(1 + exp(-sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
+    """Return RankNet's loss: the sum of ``log(1 + exp(-sigma (s_i - s_j)))`` over each list's pairs with ``y_i > y_j``.
 
-    Nothing of size n^2 is kept, and a pair misordered by any amount has its gradient. Differentiable
-    twice. A list without a pair (empty, of one item, all masked, all labels tied) doesn't contribute.
+    Nothing of size n^2 is stored, and a pair has a gradient however far it is misordered. The loss is differentiable
+    twice. A list without a pair (it is empty, has one item, is all masked, or all its labels are tied) doesn't
+    contribute.
 
-    O(n^2) time without an exponential per pair, O(n) memory.
+    The loss takes O(n^2) time, without an exponential per pair, and O(n) memory.
 
     Args:
         sigma: the steepness, a positive number.
@@ -83,10 +83,10 @@ def pairwise_soft_zero_one_loss(
     sigma: float = 1.0,
     normalize: bool = False,
 ) -> Tensor:
-    """The sum of ``1 / (1 + exp(sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
+    """Return the sum of ``1 / (1 + exp(sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
 
-    A smooth count of the misordered pairs: bounded, so robust to wrong labels, and not convex. Lists that contribute
-    and cost are those of `pairwise_logistic_loss`.
+    It is a smooth count of the misordered pairs: bounded, hence robust to wrong labels, and not convex. The cost and
+    the lists that contribute are those of `pairwise_logistic_loss`.
 
     Args:
         sigma: the steepness, a positive number.
@@ -118,10 +118,10 @@ def pairwise_exponential_loss(
     sigma: float = 1.0,
     normalize: bool = False,
 ) -> Tensor:
-    """RankBoost: the sum of ``exp(-sigma (s_i - s_j))`` over the pairs with ``y_i > y_j`` of each list.
+    """Return RankBoost's loss: the sum of ``exp(-sigma (s_i - s_j))`` over each list's pairs with ``y_i > y_j``.
 
-    It overflows to inf where a pair is misordered by more than its dtype's exponential can hold. Lists that contribute
-    and cost are those of `pairwise_logistic_loss`.
+    It overflows to inf if a pair is misordered by more than the dtype's exponential can hold. The cost and the lists
+    that contribute are those of `pairwise_logistic_loss`.
 
     Args:
         sigma: the steepness, a positive number.
@@ -154,14 +154,15 @@ def pairwise_hinge_loss(
     squared: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    """The sum of ``max(0, margin - (s_i - s_j))`` over the pairs with ``y_i > y_j`` of each list.
+    """Return the sum of ``max(0, margin - (s_i - s_j))`` over the pairs with ``y_i > y_j`` of each list.
 
-    With ``squared`` of its square. In O(n log n) time on the CPU: the pairs are counted, not visited. At
-    the kink the gradient is 0. Twice differentiable almost everywhere: the Hessian is 0, with ``squared``
-    the matrix of the pairs within the margin. A NaN among a list's scores makes its loss and gradient NaN.
+    With ``squared`` the terms are squared. The loss takes O(n log n) time on the CPU, where the pairs are counted
+    rather than visited. At the kink the gradient is 0. The loss is twice differentiable almost everywhere: the Hessian
+    is 0 or, with ``squared``, the matrix of the pairs within the margin. A NaN among a list's scores makes its loss and
+    gradient NaN.
 
     Args:
-        margin: by how much the better item should lead, in units of the scores.
+        margin: the wanted lead of the better item, in units of the scores.
         squared: square each pair's term.
         normalize: divide each list's loss by its number of pairs.
 
@@ -195,10 +196,10 @@ def pairwise_mse_loss(
     reduction: str = "mean",
     normalize: bool = False,
 ) -> Tensor:
-    """The sum of ``((s_i - s_j) - (y_i - y_j))^2`` over all ordered pairs of each list.
+    """Return the sum of ``((s_i - s_j) - (y_i - y_j))^2`` over all ordered pairs of each list.
 
-    Pairs of tied labels count too: their scores should be equal. In O(n) time, as it is ``2 n`` times the
-    sum of the squares of ``s - y`` about their mean. A list of fewer than two items doesn't count.
+    Pairs with tied labels count too: their scores should be equal. The loss takes O(n) time, since it is ``2 n`` times
+    the sum of the squares of ``s - y`` about their mean. A list of fewer than two items doesn't count.
 
     Args:
         normalize: divide each list's loss by its number of ordered pairs, n (n - 1).
@@ -219,7 +220,7 @@ def pairwise_mse_loss(
 
 
 class PairwiseLogisticLoss(ListLossModule):
-    """`pairwise_logistic_loss` as a layer.
+    """Apply `pairwise_logistic_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -234,7 +235,7 @@ class PairwiseLogisticLoss(ListLossModule):
 
 
 class PairwiseSoftZeroOneLoss(ListLossModule):
-    """`pairwise_soft_zero_one_loss` as a layer.
+    """Apply `pairwise_soft_zero_one_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -249,7 +250,7 @@ class PairwiseSoftZeroOneLoss(ListLossModule):
 
 
 class PairwiseExponentialLoss(ListLossModule):
-    """`pairwise_exponential_loss` as a layer.
+    """Apply `pairwise_exponential_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -264,7 +265,7 @@ class PairwiseExponentialLoss(ListLossModule):
 
 
 class PairwiseHingeLoss(ListLossModule):
-    """`pairwise_hinge_loss` as a layer.
+    """Apply `pairwise_hinge_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -281,7 +282,7 @@ class PairwiseHingeLoss(ListLossModule):
 
 
 class PairwiseMSELoss(ListLossModule):
-    """`pairwise_mse_loss` as a layer.
+    """Apply `pairwise_mse_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

@@ -1,4 +1,4 @@
-"""Losses of one margin per pair: which of two was preferred."""
+"""Losses of one margin per pair of a preferred and a rejected item."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
 
-_SIGNS = (1, -1, -1, 1)  # of chosen, rejected, chosen_offset, rejected_offset in the difference
+_SIGNS = (1, -1, -1, 1)  # the signs of chosen, rejected, chosen_offset and rejected_offset in the difference
 
 
 @define
@@ -34,14 +34,14 @@ def preference(
     reduce: bool,
     batch_dims: int,
 ) -> Tensor:
-    """The loss of ``d = (chosen - chosen_offset) - (rejected - rejected_offset) - margin``, exact in any order.
+    """Return the loss of ``d = (chosen - chosen_offset) - (rejected - rejected_offset) - margin``, exact in any order.
 
     Without a ``rejected_offset`` it is ``(chosen - rejected) - chosen_offset - margin``.
 
-    With z = beta d, by ``kind``: p softplus(-z) + q softplus(z); max(0, 1 - z); (d - p)^2;
-    sigmoid(z) (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q). The first ``batch_dims``
-    dimensions are a batch; ``reduce`` sums over the others and divides by ``divisor``, if that isn't 0,
-    which is given because the elements may be spread over processes.
+    ``kind`` selects the loss, with z = beta d: p softplus(-z) + q softplus(z); max(0, 1 - z); (d - p)^2; or sigmoid(z)
+    (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q). The first ``batch_dims`` dimensions are the batch.
+    ``reduce`` sums over the others and, if ``divisor`` isn't 0, divides by it; the caller gives ``divisor`` because the
+    elements may be sharded.
     """
     return chosen.new_empty(chosen.shape[:batch_dims] if reduce else chosen.shape)
 
@@ -62,7 +62,7 @@ def preference_slope(
     divisor: int,
     reduce: bool,
 ) -> Tensor:
-    """``weight`` times the derivative of that loss in d, of order 1, 2 or 3, for each element."""
+    """Return ``weight`` times the loss's derivative of order 1, 2 or 3 with respect to d, for each element."""
     return chosen.new_empty(chosen.shape)
 
 
@@ -72,7 +72,7 @@ def _along(moves: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _back(slope: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the four tensors for that of d."""
+    """Return the gradients of the four tensors for the gradient of d."""
     return [
         (slope if sign > 0 else -slope) if needs and slope is not None else None for needs, sign in zip(needed, _SIGNS)
     ]
@@ -137,7 +137,7 @@ def _after(order: int) -> int:
 
 
 def _summed(x: Tensor, like: Tensor) -> Tensor:
-    """Sums over the dimensions beyond those of ``like``."""
+    """Sum over the dimensions that x has beyond those of ``like``."""
     dims = tuple(range(like.dim(), x.dim()))
     return x.sum(dims) if dims else x
 
@@ -197,7 +197,7 @@ def _loss(
     p: float = 1.0,
     q: float = 0.0,
 ) -> Tensor:
-    """The loss of chosen, rejected and their offsets, checked under the names that the caller gave them."""
+    """Return the loss of chosen, rejected and their offsets, which are checked under the caller's names."""
     given: dict[str, Any] = {name: t for i, (name, t) in enumerate(tensors.items()) if i < 2 or t is not None}
     for name, t in given.items():
         _checks.has_dtype(name, t, _checks.FLOATING)
@@ -218,11 +218,11 @@ def _smoothing(value: Any, limit: float) -> float:
 
 
 def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
-    """``-log sigmoid(positive - negative)``: an item that the user chose should score above one that they didn't.
+    """Return ``-log sigmoid(positive - negative)``: a chosen item should score above one that the user didn't choose.
 
     It is `bradley_terry_loss` without a margin, at ``beta = 1``.
 
-    Exact at any difference: it neither saturates nor overflows. Differentiable to third order and in
+    The loss is exact at any difference: it neither saturates nor overflows. It is differentiable to third order and in
     forward mode. 16-bit scores are computed in float32 and rounded once; under autocast the loss is float32.
 
     Args:
@@ -234,10 +234,11 @@ def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Ten
         A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
 
     Raises:
-        TypeError: no tensor, a wrong dtype.
+        TypeError: not a tensor, or a wrong dtype.
         ValueError: shapes that don't broadcast, several devices, an unknown ``reduction``.
 
-    O(n) time, no temporaries; keeps its arguments for backward. An expanded input is copied in full.
+    The loss takes O(n) time without temporaries and keeps its arguments for backward. An expanded input is copied in
+    full.
 
     Source: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", UAI 2009.
 
@@ -263,16 +264,16 @@ def bradley_terry_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """``(1 - e) softplus(-b d) + e softplus(b d)``, ``d = chosen - rejected - margin``: a reward model's loss.
+    """Return a reward model's loss: ``(1 - e) softplus(-b d) + e softplus(b d)``, ``d = chosen - rejected - margin``.
 
-    The negative log likelihood of the Bradley-Terry model, in which ``chosen`` wins with probability
-    sigmoid(b (chosen - rejected)); b is ``beta``, e is ``label_smoothing``. Exact at any difference.
-    Differentiable to third order, in ``margin`` too, and in forward mode. 16-bit rewards are computed in
+    It is the negative log-likelihood of the Bradley-Terry model, in which ``chosen`` wins with probability sigmoid(b
+    (chosen - rejected)); b is ``beta``, and e is ``label_smoothing``. The loss is exact at any difference. It is
+    differentiable to third order, also with respect to ``margin``, and in forward mode. 16-bit rewards are computed in
     float32 and rounded once; under autocast the loss is float32.
 
     Args:
         chosen, rejected: rewards; float16, bfloat16, float32 or float64. The shapes broadcast.
-        margin: by how much the chosen one should lead: a number, or a tensor with one for each pair.
+        margin: the wanted lead of the chosen one: a number, or a tensor with one number for each pair.
         beta: the scale of the rewards, > 0.
         label_smoothing: the probability that a label is wrong, in [0, 1).
         reduction: "mean", "sum" or "none"; the mean over no pair is 0.
@@ -281,11 +282,12 @@ def bradley_terry_loss(
         A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
 
     Raises:
-        TypeError: no tensor, a wrong dtype, a parameter that is no number.
+        TypeError: not a tensor, a wrong dtype, or a parameter that isn't a number.
         ValueError: shapes that don't broadcast, several devices, a parameter out of its range, an
             unknown ``reduction``.
 
-    O(n) time, no temporaries; keeps its arguments for backward. An expanded input is copied in full.
+    The loss takes O(n) time without temporaries and keeps its arguments for backward. An expanded input is copied in
+    full.
 
     Source: Bradley and Terry, "Rank Analysis of Incomplete Block Designs", 1952; with a margin in Touvron
     et al., "Llama 2", 2023.
@@ -317,10 +319,10 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Direct preference optimisation: a policy should prefer the chosen completion more than a reference does.
+    """Return the loss of direct preference optimisation, by which a policy learns to prefer the chosen completion.
 
-    With ``d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``, b = ``beta``,
-    e = ``label_smoothing`` and s(z) = -log sigmoid(z), by ``loss_type``:
+    Let ``d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``, b = ``beta``, e =
+    ``label_smoothing`` and s(z) = -log sigmoid(z). The loss depends on ``loss_type``:
 
     * "sigmoid": (1 - e) s(b d) + e s(-b d); with e > 0 this is conservative DPO
     * "robust": ((1 - e) s(b d) - e s(-b d)) / (1 - 2 e), unbiased under labels wrong with probability e < 1/2
@@ -328,15 +330,15 @@ def dpo_loss(
     * "ipo": (d - 1 / (2 b))^2; meant for log probabilities averaged over a completion's tokens
     * "exo_pair": KL of (sigmoid(b d), sigmoid(-b d)) from (1 - e, e); needs e > 0
 
-    Exact at any difference. Differentiable to third order and in forward mode; hinge's gradient at its kink
-    is 0. 16-bit inputs are computed in float32 and rounded once; under autocast the loss is float32.
+    The loss is exact at any difference. It is differentiable to third order and in forward mode; hinge's gradient at
+    its kink is 0. 16-bit inputs are computed in float32 and rounded once; under autocast the loss is float32.
 
     Args:
         chosen_logps, rejected_logps: the policy's log probability of each pair's completions; float16,
             bfloat16, float32 or float64. All shapes broadcast.
-        ref_chosen_logps, ref_rejected_logps: the reference's; without them it is uniform. They get a
-            gradient if they require one, which a frozen reference doesn't.
-        beta: how strongly the policy is held to the reference, > 0.
+        ref_chosen_logps, ref_rejected_logps: the reference's; without them the reference is uniform. They get a
+            gradient if they require one; those of a frozen reference don't.
+        beta: the strength of the pull towards the reference, > 0.
         label_smoothing: the probability that a label is wrong, in [0, 1), for "robust" in [0, 1/2).
         reduction: "mean", "sum" or "none"; the mean over no pair is 0.
 
@@ -344,11 +346,12 @@ def dpo_loss(
         A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
 
     Raises:
-        TypeError: no tensor, a wrong dtype, a parameter that is no number.
+        TypeError: not a tensor, a wrong dtype, or a parameter that isn't a number.
         ValueError: only one of the references, shapes that don't broadcast, several devices, a parameter out
             of its range or without effect, an unknown ``loss_type`` or ``reduction``.
 
-    O(n) time, no temporaries; keeps its arguments for backward. An expanded input is copied in full.
+    The loss takes O(n) time without temporaries and keeps its arguments for backward. An expanded input is copied in
+    full.
 
     Source: Rafailov et al., "Direct Preference Optimization", 2023; robust: Chowdhury et al., 2024; hinge:
     Zhao et al., "SLiC-HF", 2023; ipo: Azar et al., 2023; exo_pair: Ji et al., 2024, Eq. 16. The names are
@@ -394,7 +397,7 @@ def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict
 
 
 class BPRLoss(torch.nn.Module):
-    """`bpr_loss` as a layer.
+    """Apply `bpr_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -415,7 +418,7 @@ class BPRLoss(torch.nn.Module):
 
 
 class BradleyTerryLoss(torch.nn.Module):
-    """`bradley_terry_loss` as a layer; the margin is given with the rewards.
+    """Apply `bradley_terry_loss` as a layer; the margin is given with the rewards.
 
     Example:
         >>> import torch, custom_ops
@@ -438,7 +441,7 @@ class BradleyTerryLoss(torch.nn.Module):
 
 
 class DPOLoss(torch.nn.Module):
-    """`dpo_loss` as a layer.
+    """Apply `dpo_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

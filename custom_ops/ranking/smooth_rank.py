@@ -1,4 +1,4 @@
-"""Losses of smooth ranks: a ranking metric with each rank replaced by a sum of sigmoids."""
+"""Losses of smooth ranks: a ranking metric in which a sum of sigmoids replaces each rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NDCG = {"exponential": SmoothMetric.NDCG, "linear": SmoothMetric.NDCG_LINEAR}
 
 @list_op()
 def smooth_rank(temperature: float, metric: int) -> None:
-    """1 less the metric of each list, at r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature)."""
+    """Return 1 - the metric of each list at r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature)."""
 
 
 @documented
@@ -32,15 +32,16 @@ def approx_ndcg_loss(
     temperature: float = 0.1,
     gain: str = "exponential",
 ) -> Tensor:
-    """ApproxNDCG: 1 - NDCG at smooth ranks.
+    """Return ApproxNDCG's loss: 1 - NDCG at smooth ranks.
 
-    ``1 - sum_i G_i / log2(1 + r_i) / ideal`` with ``r_i = 1 + sum_{j != i} sigmoid((s_j - s_i) / temperature)``,
-    gains ``G = 2^y - 1`` or ``y``, and the ideal DCG: the sum of the sorted gains over ``log2(1 + rank)``.
-    A label below 0 has no gain. The loss is between 0 and 1. A list without a relevant item, or whose labels are all
-    equal, doesn't contribute. Differentiable twice and in forward mode. O(relevant items x n) time and O(n) memory.
+    It is ``1 - sum_i G_i / log2(1 + r_i) / ideal`` with ``r_i = 1 + sum_{j != i} sigmoid((s_j - s_i) / temperature)``,
+    gains ``G = 2^y - 1`` or ``y``, and the ideal DCG, which is the sum of the sorted gains over ``log2(1 + rank)``. A
+    label below 0 has no gain. The loss is between 0 and 1. A list without a relevant item, or whose labels are all
+    equal, doesn't contribute. The loss is differentiable twice and in forward mode, and takes O(relevant items x n)
+    time and O(n) memory.
 
     Args:
-        temperature: of the sigmoids, in units of the scores: the smaller, the closer to NDCG and the
+        temperature: the temperature of the sigmoids, in units of the scores. A smaller one is closer to NDCG and
             steeper. 1 is allRank's default, 0.1 TensorFlow Ranking's.
         gain: "exponential" or "linear".
 
@@ -72,13 +73,13 @@ def approx_mrr_loss(
     reduction: str = "mean",
     temperature: float = 0.1,
 ) -> Tensor:
-    """ApproxMRR: 1 - the mean of the relevant items' reciprocal smooth ranks, weighted with their labels.
+    """Return ApproxMRR's loss: 1 - the mean of the relevant items' reciprocal smooth ranks, weighted by their labels.
 
-    ``1 - sum_i y_i / r_i / sum_i y_i`` over the items with a label above 0, with the ranks of `approx_ndcg_loss`; the
-    lists that contribute and costs are that function's too.
+    It is ``1 - sum_i y_i / r_i / sum_i y_i`` over the items with a label above 0, with the ranks of `approx_ndcg_loss`;
+    the cost and the lists that contribute are also those of that function.
 
     Args:
-        temperature: of the sigmoids, in units of the scores.
+        temperature: the temperature of the sigmoids, in units of the scores.
 
     Source: the loss of TensorFlow Ranking, in the framework of Qin, Liu, Li, Information Retrieval 2010.
 
@@ -106,14 +107,15 @@ def smooth_ap_loss(
     reduction: str = "mean",
     temperature: float = 0.01,
 ) -> Tensor:
-    """Smooth-AP: 1 - average precision at smooth ranks.
+    """Return Smooth-AP's loss: 1 - average precision at smooth ranks.
 
-    ``1 - mean_i r+_i / r_i`` over the relevant items, those with a label above 0, with the ranks of
-    `approx_ndcg_loss` among all items (r) and among the relevant ones (r+); costs are that function's too. A list
-    without a relevant item, or of relevant items only, doesn't contribute.
+    It is ``1 - mean_i r+_i / r_i`` over the relevant items, those with a label above 0. r and r+ are the ranks of
+    `approx_ndcg_loss` among all items and among the relevant ones; the cost is that of that function. A list without a
+    relevant item, or of relevant items only, doesn't contribute.
 
     Args:
-        temperature: of the sigmoids, in units of the scores. The default is the paper's, for cosine similarities.
+        temperature: the temperature of the sigmoids, in units of the scores. The default is the paper's, for cosine
+            similarities.
 
     Source: Brown, Xie, Kalogeiton, Zisserman, "Smooth-AP", ECCV 2020.
 
@@ -135,7 +137,7 @@ def _smooth_rank(metric: int, temperature: float, *given: Any) -> Tensor:
 
 
 class ApproxNDCGLoss(ListLossModule):
-    """`approx_ndcg_loss` as a layer.
+    """Apply `approx_ndcg_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -150,7 +152,7 @@ class ApproxNDCGLoss(ListLossModule):
 
 
 class ApproxMRRLoss(ListLossModule):
-    """`approx_mrr_loss` as a layer.
+    """Apply `approx_mrr_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -165,7 +167,7 @@ class ApproxMRRLoss(ListLossModule):
 
 
 class SmoothAPLoss(ListLossModule):
-    """`smooth_ap_loss` as a layer.
+    """Apply `smooth_ap_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

@@ -24,11 +24,11 @@ _REGULARIZATIONS = ("l2", "kl")
 def isotonic(
     x: Tensor, valid: Tensor | None, offsets: Tensor | None, strength: float, kl: bool, sort: bool
 ) -> tuple[Tensor, Tensor]:
-    """The soft ranks of each list's items, or if ``sort`` the soft sort, and the groups in which they are pooled.
+    """Return the soft ranks (or, if ``sort``, the soft sort) of each list's items, and the groups that are pooled.
 
-    ``groups`` says for each place in a list's order (descending for ranks, ascending for ``sort``) which item of
-    the row it holds: i, or ~i where a group begins; n, the row's length, behind the last valid item and outside
-    of all lists. There ``sort`` gives 0, as a rank is for an item that isn't valid. float32 or float64.
+    ``groups`` has, for each place in a list's order (descending for ranks, ascending for ``sort``), the item of the row
+    that it holds: i, or ~i where a group begins, or n, the row's length, after the last valid item and outside of all
+    lists. At those places ``sort`` gives 0, as ranks do for invalid items. The results are float32 or float64.
     """
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int32)
 
@@ -37,34 +37,34 @@ def isotonic(
 def group_reduce(
     x: Tensor, groups: Tensor, offsets: Tensor | None, value: int, from_order: bool, to_order: bool, scale: float
 ) -> Tensor:
-    """``scale`` times each group's sum, its mean, or x less its mean, by ``value``, at all members of the group.
+    """Return ``scale`` times each group's sum, its mean, or x minus its mean (``value``), for all members of the group.
 
-    x is given by place in the order if ``from_order``, else by item, and so is the result if ``to_order``.
+    x is given by place in the order if ``from_order``, else by item, and likewise the result by ``to_order``.
     """
     return x.new_empty(x.shape)
 
 
 @define
 def group_share(v: Tensor, ranks: Tensor, groups: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
-    """``scale`` times the ranks times what v is above its mean over the group, weighted with the ranks; by item.
+    """Return ``scale`` times the ranks times (v minus its mean over the group, weighted by the ranks), by item.
 
-    That is the derivative of the "kl" ranks, of which it needs no exponential; it has none itself.
+    This is the derivative of the "kl" ranks without an exponential; the op has no derivative itself.
     """
     return v.new_empty(v.shape)
 
 
 @define
 def group_softmax(x: Tensor, groups: Tensor, offsets: Tensor | None, scale: float, weighted: bool) -> Tensor:
-    """The softmax of scale x within each group, times the sum of the group's ranks if ``weighted``; by item."""
+    """Return the softmax of scale x within each group, times the sum of the group's ranks if ``weighted``, by item."""
     return x.new_empty(x.shape)
 
 
 def _softmax_derivative(
     v: Tensor, scale: float, weighted: bool, x: Tensor, groups: Tensor, offsets: Tensor | None
 ) -> Tensor:
-    """The Jacobian of `group_softmax`, which is symmetric, times v."""
+    """Return the Jacobian of `group_softmax`, which is symmetric, times v."""
     softmax = group_softmax(x, groups, offsets, scale, False)
-    v = torch.where(softmax == 0, 0, v)  # where an item isn't valid v may be NaN
+    v = torch.where(softmax == 0, 0, v)  # v may be NaN for an invalid item
     moved = v * (group_softmax(x, groups, offsets, scale, True) if weighted else softmax)
     return scale * (moved - softmax * group_reduce(moved, groups, offsets, GroupValue.SUM, False, False, 1.0))
 
@@ -104,14 +104,14 @@ class Isotonic(Function, op=isotonic):
 
 
 def _rank_derivative(ctx: Any, v: Tensor, x: Tensor, groups: Tensor, offsets: Tensor | None) -> Tensor:
-    """The Jacobian of the ranks, which is symmetric, times v."""
+    """Return the Jacobian of the ranks, which is symmetric, times v."""
     if ctx.kl:
         return _softmax_derivative(v, 1 / ctx.strength, True, x, groups, offsets)
     return group_reduce(v, groups, offsets, GroupValue.CENTRED, False, False, 1 / ctx.strength)
 
 
 class GroupReduce(Function, op=group_reduce):
-    """Linear; the adjoint reads where it writes."""
+    """The op is linear; its adjoint exchanges the orders of input and output."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,7 +152,7 @@ for _op in (isotonic, group_reduce, group_share, group_softmax):
 
 
 def _regularization(regularization: str, strength: float) -> tuple[float, bool]:
-    """The strength, and whether it is "kl"."""
+    """Return the strength and whether the regularization is "kl"."""
     _checks.is_one_of("regularization", regularization, _REGULARIZATIONS)
     return _checks.as_positive("regularization_strength", strength), regularization == "kl"
 
@@ -180,7 +180,7 @@ def _fitted(x: Tensor, valid: Tensor | None, offsets: Tensor | None, *options: A
 
 
 def _by_lists(run: Callable[..., Tensor], x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
-    """``run(x, valid, offsets)``, which takes lists one by one; of DTensors each process takes its own."""
+    """Return ``run(x, valid, offsets)``; with DTensors each process runs its own lists."""
     if not shards.is_sharded(x):
         return run(x, valid, offsets)
     lists = shards.batch_labels(x.dim() - 1) + "N"
@@ -197,15 +197,15 @@ def soft_rank(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Ranks from 1, the least value's, to n, the greatest's, as a continuous function of the values.
+    """Return ranks from 1 (the least value) to n (the greatest) as a continuous function of the values.
 
-    The projection of values / e, in the Euclidean norm or for "kl" in relative entropy, onto the convex hull
-    of the permutations of 1..n, where e is ``regularization_strength``. The smaller e, the nearer to the hard
-    ranks, which the result equals where neighbouring values are at least e apart; where they are nearer they
-    share their ranks, tied ones equally. For "l2" piecewise linear: its second derivative is 0 but at the
-    kinks; "kl" is differentiable to any order between them. In forward mode too.
+    They are the projection of values / e, in the Euclidean norm or for "kl" in relative entropy, onto the convex hull
+    of the permutations of 1..n, where e is ``regularization_strength``. A smaller e gives results closer to the hard
+    ranks. Values that are at least e apart from their neighbours have their hard ranks, closer ones share theirs, and
+    tied ones share them equally. For "l2" the ranks are piecewise linear, with second derivative 0 except at the kinks;
+    for "kl" they are differentiable to any order between the kinks. Both work in forward mode too.
 
-    O(n log n) time, O(n) memory; on a GPU the regression of each list is sequential.
+    The op takes O(n log n) time and O(n) memory; on a GPU the regression of each list is sequential.
 
     Args:
         values: ``[..., n]``; float16, bfloat16, float32 or float64.
@@ -240,12 +240,12 @@ def soft_sort(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
 ) -> Tensor:
-    """The values in ascending order, as a function that is continuous with its gradient's blocks.
+    """Return the values in ascending order, as a function that is continuous and almost everywhere differentiable.
 
-    The projection of (1..n) / e onto the convex hull of the permutations of the values, where e is
-    ``regularization_strength``: for e near 0 the sorted values, for larger ones sorted values that are drawn
-    towards their mean. For "l2" piecewise linear: its second derivative is 0 but at the kinks; "kl" is
-    differentiable to any order between them. In forward mode too. Costs are those of `soft_rank`.
+    The result is the projection of (1..n) / e onto the convex hull of the permutations of the values, where e is
+    ``regularization_strength``. For e near 0 it is the sorted values; a larger e draws them towards their mean. For
+    "l2" it is piecewise linear, with second derivative 0 except at the kinks; for "kl" it is differentiable to any
+    order between the kinks. Both work in forward mode too. The costs are those of `soft_rank`.
 
     Args:
         values: ``[..., n]``; float16, bfloat16, float32 or float64.
@@ -254,7 +254,7 @@ def soft_sort(
 
     Returns:
         ``[..., n]`` in the values' dtype, computed in double and rounded once. With ``cu_lengths`` each list is sorted
-        in its own place. The values that count come first, then 0.
+        within its own bounds. The values that count come first, then 0.
 
     Source: Blondel et al., "Fast Differentiable Sorting and Ranking", ICML 2020; torchsort.
 
@@ -279,12 +279,12 @@ def spearman_loss(
     regularization: str = "l2",
     regularization_strength: float = 1.0,
 ) -> Tensor:
-    """1 - Spearman's rank correlation, of the soft ranks of the scores with the ranks of the labels.
+    """Return 1 - Spearman's rank correlation, of the soft ranks of the scores with the ranks of the labels.
 
-    The Pearson correlation of `soft_rank` with the labels' ranks, tied labels sharing theirs; from 0, the same
-    order, to 2, the reverse. A list whose labels are all tied, or of less than two items, doesn't contribute; where all
-    scores are tied the correlation counts as 0, without a gradient. Its derivatives are those of `soft_rank`.
-    O(n log n) time, O(n) memory.
+    It is 1 - the Pearson correlation of `soft_rank` with the labels' ranks, where tied labels share theirs. It is 0 for
+    the same order and 2 for the reverse. A list whose labels are all tied, or with fewer than two items, doesn't
+    contribute; if all scores are tied, the correlation counts as 0, without a gradient. The derivatives are those of
+    `soft_rank`. The loss takes O(n log n) time and O(n) memory.
 
     Args:
         regularization, regularization_strength: those of `soft_rank`.
@@ -302,11 +302,11 @@ def spearman_loss(
     wanted = _by_lists(_ranks, labels.detach(), *where).masked_fill(labels.isnan(), torch.nan)
     ones = torch.ones_like(wanted)
     count = list_dot(ones, ones, *where)
-    mean = list_scale((count + 1) / 2, ones, *where)  # of both, whatever the scores
+    mean = list_scale((count + 1) / 2, ones, *where)  # the mean of both kinds of ranks
     ours, theirs = ranks - mean, wanted - mean
     spread, of_labels = list_dot(ours, ours, *where), list_dot(theirs, theirs, *where)
     active = of_labels != 0
-    defined = active & ~(_tied(spread, count) & (of_labels > 0))  # of NaN labels NaN, whatever the scores
+    defined = active & ~(_tied(spread, count) & (of_labels > 0))  # NaN labels give NaN even if the scores are tied
     scale = torch.where(defined, spread * of_labels, 1).rsqrt()
     loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, theirs, *where) * scale, 0), 0)
     if cu_lengths is None:
@@ -316,16 +316,18 @@ def spearman_loss(
 
 
 def _tied(spread: Tensor, n: int | Tensor) -> Tensor:
-    """Whether n soft ranks, whose squared distances from their mean sum up to ``spread``, differ by rounding only."""
+    """Return whether n soft ranks, whose squared distances from the mean sum to ``spread``, are equal up to
+    rounding.
+    """
     rounding = 64 * torch.finfo(torch.float64).eps * n
     return spread <= n * rounding * rounding
 
 
 def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
-    """Ranks from 1 of each list's valid items, ascending, those of tied ones averaged; in double."""
+    """Return ascending ranks from 1 of each list's valid items, with those of ties averaged, in float64."""
 
     def places(x: Tensor) -> tuple[Tensor, Tensor]:
-        """How many items of the row are less than each, and how many aren't greater."""
+        """Return how many items of the row are less than each, and how many aren't greater."""
         x = x.contiguous()
         ordered = x.sort(dim=-1).values
         below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
@@ -335,7 +337,7 @@ def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
     start: Any = 0
     n = x.shape[-1]
     if valid is not None:
-        below = below.masked_fill(~valid, n)  # last
+        below = below.masked_fill(~valid, n)  # invalid items come last
     if offsets is not None:
         item = torch.arange(n, device=x.device)
         place = torch.searchsorted(offsets, item, right=True) - 1
@@ -346,7 +348,7 @@ def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
 
 
 class SpearmanLoss(ListLossModule):
-    """`spearman_loss` as a layer.
+    """Apply `spearman_loss` as a layer.
 
     Example:
         >>> import torch, custom_ops

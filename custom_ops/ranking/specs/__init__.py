@@ -1,1 +1,1 @@
-"""The specs of the ops of `custom_ops.ranking`, one module beside each of theirs; read by `custom_ops.registry`."""
+"""Specs of the ops of `custom_ops.ranking`, one module for each of theirs; `custom_ops.registry` loads them."""

@@ -16,17 +16,17 @@ from custom_ops.registry import BadCall, Sample
 
 
 def rounded_off(a: Tensor, b: Tensor) -> Tensor:
-    """What the rounding of a - b leaves out."""
+    """Return the rounding error of a - b."""
     difference = a - b
     subtracted = a - difference
     return torch.where(difference.isfinite(), (a - (difference + subtracted)) + (subtracted - b), 0)
 
 
 def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Callable[..., Tensor]:
-    """A reference from ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
+    """Return a reference made of ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
 
-    The items that aren't valid are dropped first, and the loss of a list that doesn't contribute is
-    replaced by 0; that of a list with a NaN among its labels by NaN. ``one_list`` is vmapped over whole lists.
+    Invalid items are dropped first. The loss of a list that doesn't contribute is replaced by 0, and that of a list
+    with a NaN label by NaN. ``one_list`` is vmapped over whole lists.
     """
 
     def loss_of(s: Tensor, y: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
@@ -76,10 +76,10 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
 
 
 def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = False, **own: Any) -> list[Sample]:
-    """Calls that cover the arguments all list losses share; small, with distinct scores and some tied labels.
+    """Return small calls that cover the arguments of all list losses, with distinct scores and some tied labels.
 
-    The battery makes the first call larger by longer lists if ``grow_items``, else by more lists: a
-    reference that takes O(n^2) memory can't follow long ones.
+    The battery enlarges the first call by longer lists if ``grow_items``, else by more lists, since a reference with
+    O(n^2) memory can't handle long ones.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -102,7 +102,7 @@ def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = Fa
 
 
 def list_bad_calls() -> list[BadCall]:
-    """Wrong calls of the arguments all list losses share."""
+    """Return wrong calls for the arguments that all list losses share."""
     x, y, two = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([1, 2])
     return [
         BadCall((None, y), "scores: expected a tensor, got NoneType"),

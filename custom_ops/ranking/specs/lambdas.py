@@ -51,7 +51,7 @@ def _lambda_loss_of_one_list(
     paired = torch.ones_like(swap, dtype=torch.bool) if weighting == "ndcg1" else y[:, None] > y
     pairs = paired & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
     others = at[:, None] != at
-    if weighting == "ndcg1":  # each item with itself only if it is in the top
+    if weighting == "ndcg1":  # each item with itself counts only if it is in the top
         pairs = pairs & (top[:, None] | others)
     apart = torch.where(pairs & others & (weight != 0), s[:, None] - s, 0)
     values = torch.where(pairs, weight * softplus(-sigma * apart, threshold=60), 0).sum() / math.log(log_base)

@@ -39,9 +39,10 @@ def _softmax_of_one_list(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logsumexp_among(s: Tensor, among: Tensor) -> Tensor:
-    """logsumexp of s over the items of each row that are ``among``, less the row's own s; a row must have one.
+    """Return logsumexp of s over the items ``among`` in each row, minus the row's own s; a row must have one item.
 
-    Not torch's, whose derivative loses what equal large numbers add; and only of differences of similar scores.
+    It isn't torch's logsumexp, whose derivative loses the terms that equal large numbers add, and it subtracts only
+    similar scores from each other.
     """
     top = torch.where(among, s.detach(), -torch.inf).amax(-1, keepdim=True)
     below = torch.where(among & (s.detach() != top), s - top, s - s.detach())
@@ -89,7 +90,7 @@ def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tens
     high = s - s.unsqueeze(-1)
     low = rounded_off(fixed, fixed.unsqueeze(-1))
     first = torch.where(lower, high.detach(), 0).amax()
-    # Of those that round to the same largest difference, the largest one.
+    # `then` is the largest rounding error among the differences that round to the largest.
     then = torch.where(lower & (high == first), low, -torch.inf).amax()
     then = torch.where(then.isfinite(), then, 0)
     terms = torch.where(lower, scale * ((high - first) + (low - then)), -torch.inf).exp().sum()
@@ -107,9 +108,9 @@ def _listwise(
     not_fuzzed: dict[str, str] | None = None,
     variants: tuple[OpInfo, ...] = (),
 ) -> OpInfo:
-    """Each of ``owns`` are a sample's own arguments, ``base`` those of the samples common to all losses.
+    """Register a loss; each of ``owns`` has a sample's own arguments, and ``base`` those of the common samples.
 
-    The first of ``owns`` also makes the module. ``bad``: messages, and values of the argument they name.
+    The first of ``owns`` also makes the module. ``bad`` has messages with values of the arguments that they name.
     """
     x = torch.ones(2)
     base, own = base or {}, owns[0] if owns else {}

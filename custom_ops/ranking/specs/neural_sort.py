@@ -14,7 +14,7 @@ from custom_ops.registry import BadCall, OpInfo, register
 
 
 def neural_sort_matrix(s: Tensor, temperature: float) -> Tensor:
-    """NeuralSort's relaxed permutation matrix of scores [..., n]: row i is the item of rank i."""
+    """Return NeuralSort's relaxed permutation matrix of scores [..., n]; row i selects the item of rank i."""
     n = s.shape[-1]
     distances = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
     slopes = torch.arange(n - 1, -n, -2, device=s.device).to(s.dtype)
@@ -22,11 +22,12 @@ def neural_sort_matrix(s: Tensor, temperature: float) -> Tensor:
 
 
 def _nearer(s: Tensor, gap: float) -> Tensor:
-    """The scores with the same differences within ``gap``, but nowhere farther apart than that from the next one."""
+    """Return scores with the same differences up to ``gap``, in which no neighbours are farther apart than ``gap``."""
     ordered, order = s.detach().sort(stable=True)
     steps = torch.where(ordered[1:] == ordered[:-1], 0, ordered.diff())
     begins = torch.nn.functional.pad(steps > gap, (1, 0), value=True)
-    first = torch.where(begins, torch.arange(len(s), device=s.device), 0).cummax(0).values  # of those within the gap
+    # the first item of each run without a larger gap
+    first = torch.where(begins, torch.arange(len(s), device=s.device), 0).cummax(0).values
     moved = torch.nn.functional.pad(steps.clamp(max=gap), (1, 0)).cumsum(0)
     from_first = s - ordered.gather(0, first.gather(0, order.argsort()))
     return torch.where(s.isinf(), 0, from_first) + moved.gather(0, first).gather(0, order.argsort())

@@ -27,7 +27,7 @@ from custom_ops.registry import BadCall, OpInfo, register
 
 
 def reference_of_pairs(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The reference of the sum of ``phi(s_i - s_j, **own)`` over the pairs."""
+    """Return the reference of the sum of ``phi(s_i - s_j, **own)`` over the pairs."""
 
     def one_list(s: Tensor, y: Tensor, normalize: bool = False, **own: float) -> tuple[Tensor, Tensor]:
         pairs = y[:, None] > y
@@ -57,7 +57,7 @@ def _of_scaled(
     summary: str,
     *variants: OpInfo,
 ) -> OpInfo:
-    """The entry of a loss of sigma times the difference."""
+    """Return the entry of a loss of sigma times the difference."""
     return OpInfo(
         name=function.__name__,
         summary=summary,

@@ -35,7 +35,7 @@ def bradley_terry_loss_reference(
 
 
 def _sum(*terms: Tensor) -> Tensor:
-    """Of which nothing is lost where some are large and cancel."""
+    """Return the sum of the terms, without losing the small ones where large ones cancel."""
     total, rest = terms[0], terms[0].new_zeros(())
     for term in terms[1:]:
         rest = rest + rounded_off(total.detach(), -term.detach())
@@ -79,7 +79,7 @@ def dpo_loss_reference(
 
 
 class _Draw:
-    """Tensors to differentiate in, each of other values."""
+    """A source of leaves with fresh random values."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype

@@ -23,7 +23,7 @@ from custom_ops.registry import BadCall, OpInfo, register
 
 
 def _smooth_ranks(s: Tensor, y: Tensor, among: Tensor, temperature: float) -> Tensor:
-    """Of each relevant item its smooth rank in the items ``among`` which it is counted."""
+    """Return the smooth rank of each relevant item, counted among the items ``among``."""
     others = (y > 0).unsqueeze(-1) & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     apart = torch.where(others, s - s.unsqueeze(-1), 0)
     return 1 + (torch.sigmoid(apart / temperature) * (others & among)).sum(-1)
@@ -51,7 +51,7 @@ def _approx_mrr_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.1) -> t
 
 def _smooth_ap_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.01) -> tuple[Tensor, Tensor]:
     all_ranks, ranks = (_smooth_ranks(s, y, among, temperature) for among in (y == y, y > 0))
-    relevant = (y > 0).to(s.dtype)  # all that counts: with every item relevant there is nothing to rank
+    relevant = (y > 0).to(s.dtype)  # only this counts, so a list of relevant items only has nothing to rank
     return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(relevant)
 
 

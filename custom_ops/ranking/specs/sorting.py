@@ -17,8 +17,9 @@ from custom_ops.registry import BadCall, OpInfo, Sample, register
 
 
 def _pools(values: list[float], alpha: float, beta: float, kl: bool, sort: bool) -> list[int]:
-    """Where the pools begin: by definition, one violation at a time, of the values times alpha, descending, and the
-    places times beta. Sums are those above the first item of a pool, so that nothing cancels."""
+    """Return where the pools begin, found by definition, one violation at a time. The values, descending, are
+    multiplied by alpha and the places by beta. Sums are relative to the first item of a pool, so nothing cancels.
+    """
     n = len(values)
 
     def log_total(terms: list[float]) -> float:
@@ -28,7 +29,7 @@ def _pools(values: list[float], alpha: float, beta: float, kl: bool, sort: bool)
         return 0.0 if values[p] == values[q] else (values[p] - values[q]) * alpha, (q - p) * beta
 
     def fit(first: int, end: int) -> float:
-        """Of the items from first to end, above the first one's."""
+        """Return the fit of the items from first to end, relative to the first one."""
         below = [up(first, p) for p in range(first, end)]
         if kl and sort:
             return log_total([-w for _, w in below]) - log_total([-s for s, _ in below])
@@ -49,7 +50,7 @@ def _pools(values: list[float], alpha: float, beta: float, kl: bool, sort: bool)
 
 
 def _soft_row(x: Tensor, strength: float, kl: bool, sort: bool) -> Tensor:
-    """The soft ranks, or the soft sort, of one list: given the pools, a formula in torch's own ops."""
+    """Return the soft ranks or the soft sort of one list; given the pools, it is a formula in torch's own ops."""
     n = len(x)
     values, order = (-x if sort else x).sort(descending=True, stable=True)
     alpha, beta = (1.0, 1 / strength) if sort else (1 / strength, 1.0)
@@ -121,13 +122,13 @@ def _spearman_of_one_list(
 
 
 def spearman_loss_reference(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """Always with a mask, as pools can't be found under ``vmap``."""
+    """Compute with a mask in any case, as the pools can't be found under ``vmap``."""
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     return reference_of(_spearman_of_one_list)(scores, labels, mask=mask, **options)
 
 
 def _draw(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Values of which some lie near each other and some far, away from the kinks of the samples below."""
+    """Return values of which some are close together and some far apart, away from the kinks of the samples below."""
     generator = torch.Generator().manual_seed(len(shape))
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     return x.to(device, dtype).requires_grad_()
