@@ -12,6 +12,14 @@ from custom_ops.ranking import *  # noqa: F403
 from custom_ops.shaping import *  # noqa: F403
 from custom_ops.voxel import *  # noqa: F403
 
+# Former names.
+MarginRanking = ranking.MarginRanking
+GradientClipping = shaping.GradientClipping
+GradientNormClipping = shaping.GradientNormClipping
+GradientScaling = shaping.GradientScaling
+StraightThroughEstimator = shaping.StraightThroughEstimator
+SurrogateStep = shaping.SurrogateStep
+
 __version__ = "0.1.0"
 
 __all__: list[str] = []

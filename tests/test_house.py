@@ -23,6 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # These patterns match modules, paths and commands that only a checkout has.
 CHECKOUT = re.compile(r"\b(benchmarks|examples|docs)(\.\w|/)|(-m|import|from) (benchmarks|examples|docs)\b")
 FAMILIES = (activation, ranking, shaping, voxel)
+# Names that users of the originals know, and classes that stand for no function.
+KNOWN = {"CustomReLU", "VoxelsSumming", "VoxelsSummingLayer"}
+ALONE = {"LiftSplat", "Conversion", "ConvertedActivation"}
+FORMER = {
+    "MarginRanking": "MarginRankingLossFunction",
+    "GradientClipping": "ClipGradientFunction",
+    "GradientNormClipping": "ClipGradientNormFunction",
+    "GradientScaling": "ScaleGradientFunction",
+    "StraightThroughEstimator": "StraightThroughFunction",
+    "SurrogateStep": "SurrogateGradientFunction",
+}
 
 
 @pytest.mark.parametrize("folder", ["custom_ops", "triton_kernels", "csrc"])
@@ -40,6 +51,25 @@ def test_each_public_name_is_listed_once() -> None:
         for path in Path(str(family.__file__)).parent.glob("*.py"):
             assert path.name == "__init__.py" or "__all__" not in path.read_text(), path
     assert sorted(custom_ops.__all__) == sorted(name for family in FAMILIES for name in family.__all__)
+
+
+def test_names_can_be_guessed() -> None:
+    """A function is called foo_bar, its layer FooBar, and its autograd Function FooBarFunction."""
+    functions = {name for name in custom_ops.__all__ if not isinstance(getattr(custom_ops, name), type)}
+    assert all(re.fullmatch(r"[a-z]+[0-9]*(_[a-z0-9]+)*", name) for name in functions)
+    guessed = {name.replace("_", "") for name in functions}
+    for name in set(custom_ops.__all__) - functions - KNOWN - ALONE:
+        of = getattr(custom_ops, name)
+        assert issubclass(of, (torch.nn.Module, torch.autograd.Function)), name
+        assert name.endswith("Function") == issubclass(of, torch.autograd.Function), name
+        assert re.fullmatch(r"([A-Z][A-Za-z0-9]*)", name) and name.removesuffix("Function").lower() in guessed, name
+    assert functions | KNOWN | ALONE <= {*custom_ops.__all__}
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER.items())
+def test_former_names_are_kept(former: str, name: str) -> None:
+    assert former not in custom_ops.__all__
+    assert getattr(custom_ops, former) is getattr(custom_ops, name)
 
 
 def test_evidence_is_imported_by_who_asks_for_it() -> None:

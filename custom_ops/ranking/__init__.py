@@ -13,7 +13,7 @@ from custom_ops.ranking.listwise import (
     softmax_loss,
     unique_softmax_loss,
 )
-from custom_ops.ranking.margin import MarginRanking, MarginRankingLoss, margin_ranking_loss
+from custom_ops.ranking.margin import MarginRankingLoss, MarginRankingLossFunction, margin_ranking_loss
 from custom_ops.ranking.metrics import average_precision, mrr, ndcg
 from custom_ops.ranking.neural_sort import NeuralSortNDCGLoss, neural_sort_ndcg_loss
 from custom_ops.ranking.pairwise import (
@@ -51,8 +51,8 @@ __all__ = [
     "LambdaLoss",
     "ListMLELoss",
     "ListNetLoss",
-    "MarginRanking",
     "MarginRankingLoss",
+    "MarginRankingLossFunction",
     "NeuralSortNDCGLoss",
     "PairwiseExponentialLoss",
     "PairwiseHingeLoss",
@@ -89,3 +89,5 @@ __all__ = [
     "spearman_loss",
     "unique_softmax_loss",
 ]
+
+MarginRanking = MarginRankingLossFunction  # its former name

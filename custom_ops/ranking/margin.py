@@ -52,12 +52,12 @@ def _contract(moves: Sequence[Tensor | None], slopes: Sequence[Tensor], reduce: 
     return total.sum(dims) if reduce and dims else total
 
 
-class MarginRanking(Function, op=margin_ranking):
-    """``MarginRanking.apply`` is `margin_ranking_loss`, called like a ``torch.autograd.Function``.
+class MarginRankingLossFunction(Function, op=margin_ranking):
+    """``MarginRankingLossFunction.apply`` is `margin_ranking_loss`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
-        >>> custom_ops.MarginRanking.apply(torch.tensor([1.0]), torch.tensor([1.5]), torch.ones(1), 0.25)
+        >>> custom_ops.MarginRankingLossFunction.apply(torch.tensor([1.0]), torch.tensor([1.5]), torch.ones(1), 0.25)
         tensor(0.7500)
     """
 
@@ -179,7 +179,7 @@ def margin_ranking_loss(
         >>> loss = custom_ops.margin_ranking_loss(better, torch.tensor([0.5, 0.1]), torch.ones(2), margin=0.1)
         >>> loss.backward()
         >>> loss, better.grad
-        (tensor(0.2000, grad_fn=<MarginRankingBackward>), tensor([-0.5000,  0.0000]))
+        (tensor(0.2000, grad_fn=<MarginRankingLossFunctionBackward>), tensor([-0.5000,  0.0000]))
     """
     _checks.has_dtype("input1", input1, _checks.FLOATING)
     _checks.has_dtype("input2", input2, _checks.FLOATING)

@@ -11,42 +11,42 @@ Four of the ops are the identity and return a view, so the forward pass copies n
 
 from custom_ops.shaping.clipping import (
     ClipGradient,
+    ClipGradientFunction,
     ClipGradientNorm,
-    GradientClipping,
-    GradientNormClipping,
+    ClipGradientNormFunction,
     clip_gradient,
     clip_gradient_norm,
 )
 from custom_ops.shaping.estimator import (
     StraightThrough,
-    StraightThroughEstimator,
+    StraightThroughFunction,
     straight_through,
 )
 from custom_ops.shaping.scaling import (
-    GradientScaling,
     ReverseGradient,
     ScaleGradient,
+    ScaleGradientFunction,
     reverse_gradient,
     scale_gradient,
 )
 from custom_ops.shaping.surrogate import (
     SurrogateGradient,
-    SurrogateStep,
+    SurrogateGradientFunction,
     surrogate_gradient,
 )
 
 __all__ = [
     "ClipGradient",
+    "ClipGradientFunction",
     "ClipGradientNorm",
-    "GradientClipping",
-    "GradientNormClipping",
-    "GradientScaling",
+    "ClipGradientNormFunction",
     "ReverseGradient",
     "ScaleGradient",
+    "ScaleGradientFunction",
     "StraightThrough",
-    "StraightThroughEstimator",
+    "StraightThroughFunction",
     "SurrogateGradient",
-    "SurrogateStep",
+    "SurrogateGradientFunction",
     "clip_gradient",
     "clip_gradient_norm",
     "reverse_gradient",
@@ -54,3 +54,10 @@ __all__ = [
     "straight_through",
     "surrogate_gradient",
 ]
+
+# Former names.
+GradientClipping = ClipGradientFunction
+GradientNormClipping = ClipGradientNormFunction
+GradientScaling = ScaleGradientFunction
+StraightThroughEstimator = StraightThroughFunction
+SurrogateStep = SurrogateGradientFunction

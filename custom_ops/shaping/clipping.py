@@ -39,13 +39,13 @@ class _Clipping(Function):
         return tangent.clone()  # without a copy, in-place ops on the output would write to the tangent
 
 
-class GradientClipping(_Clipping, op=gradient_clipping):
-    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, called like a ``torch.autograd.Function``.
+class ClipGradientFunction(_Clipping, op=gradient_clipping):
+    """``ClipGradientFunction.apply(x, min, max)`` is `clip_gradient`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
         >>> x = torch.zeros(2, requires_grad=True)
-        >>> (3 * custom_ops.GradientClipping.apply(x, None, 1.0)).sum().backward()
+        >>> (3 * custom_ops.ClipGradientFunction.apply(x, None, 1.0)).sum().backward()
         >>> x.grad
         tensor([1., 1.])
     """
@@ -67,13 +67,13 @@ class GradientClipping(_Clipping, op=gradient_clipping):
         return clip_gradient(*args, **kwargs)
 
 
-class GradientNormClipping(_Clipping, op=gradient_norm_clipping):
-    """``GradientNormClipping.apply(x, max_norm, dim)`` is `clip_gradient_norm`, as a ``torch.autograd.Function``.
+class ClipGradientNormFunction(_Clipping, op=gradient_norm_clipping):
+    """``ClipGradientNormFunction.apply(x, max_norm, dim)`` is `clip_gradient_norm`, as a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
         >>> x = torch.zeros(2, requires_grad=True)
-        >>> (custom_ops.GradientNormClipping.apply(x, 1.0, None) * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> (custom_ops.ClipGradientNormFunction.apply(x, 1.0, None) * torch.tensor([3.0, 4.0])).sum().backward()
         >>> x.grad
         tensor([0.6000, 0.8000])
     """

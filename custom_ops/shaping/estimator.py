@@ -17,13 +17,13 @@ def straight_through_estimator(value: Tensor, x: Tensor) -> Tensor:
     return value
 
 
-class StraightThroughEstimator(Function, op=straight_through_estimator):
-    """``StraightThroughEstimator.apply(forward_value, x)`` is `straight_through`, as a ``torch.autograd.Function``.
+class StraightThroughFunction(Function, op=straight_through_estimator):
+    """``StraightThroughFunction.apply(forward_value, x)`` is `straight_through`, as a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
         >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
-        >>> custom_ops.StraightThroughEstimator.apply(x.round(), x).sum().backward()
+        >>> custom_ops.StraightThroughFunction.apply(x.round(), x).sum().backward()
         >>> x.grad
         tensor([1., 1.])
     """

@@ -19,13 +19,13 @@ def gradient_scaling(x: Tensor, factor: float, scale: Tensor | None) -> Tensor:
     return x
 
 
-class GradientScaling(Function, op=gradient_scaling):
-    """``GradientScaling.apply(x, scale)`` is `scale_gradient`, called like a ``torch.autograd.Function``.
+class ScaleGradientFunction(Function, op=gradient_scaling):
+    """``ScaleGradientFunction.apply(x, scale)`` is `scale_gradient`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
         >>> x = torch.zeros(2, requires_grad=True)
-        >>> custom_ops.GradientScaling.apply(x, 0.5).sum().backward()
+        >>> custom_ops.ScaleGradientFunction.apply(x, 0.5).sum().backward()
         >>> x.grad
         tensor([0.5000, 0.5000])
     """

@@ -31,13 +31,13 @@ def surrogate_step(x: Tensor, shape: int, width: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-class SurrogateStep(Function, op=surrogate_step):
-    """``SurrogateStep.apply(x, shape, width)`` is `surrogate_gradient`, called like a ``torch.autograd.Function``.
+class SurrogateGradientFunction(Function, op=surrogate_step):
+    """``SurrogateGradientFunction.apply(x, shape, width)`` is `surrogate_gradient`, as a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
         >>> x = torch.tensor([-0.5, 0.0], requires_grad=True)
-        >>> custom_ops.SurrogateStep.apply(x, "triangle", 1.0).sum().backward()
+        >>> custom_ops.SurrogateGradientFunction.apply(x, "triangle", 1.0).sum().backward()
         >>> x.grad
         tensor([0.5000, 1.0000])
     """

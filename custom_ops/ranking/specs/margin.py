@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from custom_ops.ranking.margin import MarginRanking, MarginRankingLoss, margin_ranking_loss
+from custom_ops.ranking.margin import MarginRankingLoss, MarginRankingLossFunction, margin_ranking_loss
 from custom_ops.registry import BadCall, OpInfo, Sample, register
 
 
@@ -48,7 +48,7 @@ register(
         summary="Margin ranking loss, fused",
         function=margin_ranking_loss,
         reference=margin_ranking_loss_reference,
-        apply=MarginRanking.apply,
+        apply=MarginRankingLossFunction.apply,
         samples=_samples,
         modules=lambda: [
             (MarginRankingLoss(), {}),

@@ -12,9 +12,9 @@ from torch import Tensor
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 from custom_ops.shaping.clipping import (
     ClipGradient,
+    ClipGradientFunction,
     ClipGradientNorm,
-    GradientClipping,
-    GradientNormClipping,
+    ClipGradientNormFunction,
     clip_gradient,
     clip_gradient_norm,
 )
@@ -87,7 +87,7 @@ register(
         summary="The identity, whose gradient is clamped",
         function=clip_gradient,
         reference=clip_gradient_reference,
-        apply=GradientClipping.apply,
+        apply=ClipGradientFunction.apply,
         samples=_clip_samples,
         modules=lambda: [(ClipGradient(-1, 0.5), {"min": -1, "max": 0.5}), (ClipGradient(max=1.0), {"max": 1.0})],
         bad_calls=lambda: [
@@ -108,7 +108,7 @@ register(
         summary="The identity, whose gradient's norms are clipped",
         function=clip_gradient_norm,
         reference=clip_gradient_norm_reference,
-        apply=GradientNormClipping.apply,
+        apply=ClipGradientNormFunction.apply,
         samples=_norm_samples,
         shardings=lambda: [
             Sharding("rows", Sample((torch.randn(5, 3, requires_grad=True), 1.0, 1)), {0: 0}, 0),

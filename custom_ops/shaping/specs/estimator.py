@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample, register
-from custom_ops.shaping.estimator import StraightThrough, StraightThroughEstimator, straight_through
+from custom_ops.shaping.estimator import StraightThrough, StraightThroughFunction, straight_through
 from custom_ops.shaping.specs._common import NOT_FUZZED, OF_SHAPING, VIEW, integers, leaf, two
 
 
@@ -30,7 +30,7 @@ register(
         function=straight_through,
         not_fuzzed=NOT_FUZZED,
         reference=straight_through_reference,
-        apply=StraightThroughEstimator.apply,
+        apply=StraightThroughFunction.apply,
         samples=_straight_through_samples,
         modules=lambda: [(StraightThrough(), {})],
         bad_calls=lambda: [

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample, register
-from custom_ops.shaping.scaling import GradientScaling, ReverseGradient, ScaleGradient, reverse_gradient, scale_gradient
+from custom_ops.shaping.scaling import (
+    ReverseGradient,
+    ScaleGradient,
+    ScaleGradientFunction,
+    reverse_gradient,
+    scale_gradient,
+)
 from custom_ops.shaping.specs._common import NOT_FUZZED, OF_SHAPING, VIEW, integers, leaf, two
 
 
@@ -60,7 +66,7 @@ register(
         function=scale_gradient,
         not_fuzzed=NOT_FUZZED,
         reference=scale_gradient_reference,
-        apply=GradientScaling.apply,
+        apply=ScaleGradientFunction.apply,
         samples=_scale_samples,
         modules=lambda: [(ScaleGradient(2.0), {"scale": 2.0})],
         bad_calls=lambda: [

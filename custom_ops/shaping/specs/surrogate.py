@@ -9,7 +9,7 @@ from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample, register
 from custom_ops.shaping.specs._common import NOT_FUZZED, OF_SHAPING, integers, leaf, two
-from custom_ops.shaping.surrogate import _SHAPES, SurrogateGradient, SurrogateStep, surrogate_gradient
+from custom_ops.shaping.surrogate import _SHAPES, SurrogateGradient, SurrogateGradientFunction, surrogate_gradient
 
 
 def surrogate_gradient_reference(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
@@ -40,7 +40,7 @@ register(
         function=surrogate_gradient,
         not_fuzzed=NOT_FUZZED,
         reference=surrogate_gradient_reference,
-        apply=SurrogateStep.apply,
+        apply=SurrogateGradientFunction.apply,
         samples=_surrogate_samples,
         modules=lambda: [
             (SurrogateGradient(), {}),
