@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from custom_ops._enums import Reduction
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = Reduction.options()
 
 
 def is_tensor(name: str, value: Any) -> None:

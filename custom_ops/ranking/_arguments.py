@@ -20,7 +20,6 @@ from custom_ops.ranking._inputs import in_dtype, list_valid
 from custom_ops.ranking._list_loss import no_gradient
 from custom_ops.ranking._lists import list_total
 
-_REDUCTIONS = Reduction.options()
 _NO_LIMIT = 2**31 - 1
 
 # ---------------------------------------------------------------- documentation
@@ -106,7 +105,7 @@ def list_loss(
     dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
     # A DTensor stays sharded until only the losses of its lists need to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
-    by_op = _REDUCTIONS[reduction] if whole else Reduction.NONE
+    by_op = _checks.REDUCTIONS[reduction] if whole else Reduction.NONE
     labels = in_dtype(labels, dtype, valid, offsets, use)
     loss, _, active = op(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
     if by_op == Reduction.NONE:
@@ -156,7 +155,7 @@ def checked(
         _checks.has_dtype("weights", weights, _checks.FLOATING)
         per_list = scores.shape[:-1] if offsets is None else (*scores.shape[:-1], offsets.shape[0] - 1)
         _has_shape("weights", weights, scores, torch.Size(per_list))
-    _checks.is_one_of("reduction", reduction, _REDUCTIONS)
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     return valid, offsets
 
 
