@@ -276,8 +276,18 @@ def test_jagged_metrics_compile_to_one_graph(name):
 # ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("k", [np.int64(2), np.uint8(2), T(2), T(2, dtype=torch.int32), np.array(2)])
-@pytest.mark.parametrize("two", [np.float32(2), np.float64(2), np.int32(2), T(2.0), T(2), Fraction(2), 2])
+@pytest.mark.parametrize(
+    ("k", "two"),
+    [
+        (np.int64(2), np.float32(2)),
+        (np.uint8(2), np.float64(2)),
+        (T(2), np.int32(2)),
+        (T(2, dtype=torch.int32), T(2.0)),
+        (np.array(2), T(2)),
+        (2, Fraction(2)),
+        (2, 2),
+    ],
+)
 def test_numbers_of_any_kind(k, two):
     options = {"k": k, "sigma": two, "mu": two, "log_base": two, "normalize": np.bool_(True)}
     expected = co.lambda_loss(SCORES, LABELS, k=2, sigma=2.0, mu=2.0, log_base=2.0, normalize=True)
