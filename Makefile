@@ -27,9 +27,10 @@ STARTED := $(shell date +%s)
 help:
 	@echo 'make demo       runs the demo: python -m examples.demo'
 	@echo 'make test       runs the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
-	@echo 'make test-full  runs all tests and the whole capability matrix, and compares with one more peer: hours'
+	@echo 'make test-full  runs all tests and the whole capability matrix, beside one more peer: about an hour on two cores'
 	@echo 'make machines   runs the demo on variants of this machine: instructions, threads, seeds, torch versions;'
-	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and adds another torch'
+	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and adds another torch;'
+	@echo '                MACHINES_ARGS="--tests=-n2" runs the tests instead of the demo'
 	@echo 'make fuzz       compares random calls of every op with its reference; FUZZ_ARGS="--seconds 600 --op relu"'
 	@echo 'make sanitize   runs the C++ kernels under address, undefined-behaviour and thread sanitizers'
 	@echo 'make dist       builds sdist and manylinux_2_28 wheel in dist/, audits the wheel and tests it beside torch alone;'

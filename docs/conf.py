@@ -46,7 +46,8 @@ copybutton_prompt_is_regexp = True
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|contextlib|numpy)\..*|[a-z]\w*(\[.*)?|Any|Tensor|OpOverload|None|.*Exception")
+    ("py:.*", r"(torch|collections|typing|contextlib|numpy|enum|triton)\..*|[a-z]\w*(\[.*)?"),
+    ("py:.*", r"Any|Tensor|OpOverload|None|.*Exception"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

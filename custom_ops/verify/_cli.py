@@ -64,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
 
 QUICK = """capture with aot_eager mostly, no AOTInductor; on the triton backend also two samples in most rows (value,
 gradient, second derivative and the dtypes have all), three memory layouts, Jacobians and Hessians along two random
-directions of each input, finite differences without undefined gradients, batches of two; smaller large inputs on every
-backend"""
+directions of each input, finite differences without undefined gradients, batches of two over all tensors and over those
+differentiated in; smaller large inputs on every backend"""
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

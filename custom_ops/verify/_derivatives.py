@@ -316,7 +316,7 @@ def vmap(case: Case) -> str | None:
     for call in case.calls():
         if call.is_empty or not call.keys:
             continue
-        for keys in _choices(call):
+        for keys in _choices(call)[: 2 if case.sparing else None]:
             try:
                 batch, expected = _batch(call, keys, size=2 if case.sparing else 3)
             except NotApplicable as reason:

@@ -61,9 +61,9 @@ def verify(
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
             rows (values, gradients, second derivatives and dtypes have all), three memory layouts, Jacobians and
             Hessians along two random directions of each input, finite differences without undefined gradients, fake
-            kernels in float64 alone, batches of two, and of opcheck what runs a kernel; on every backend large inputs
-            are smaller. Numbers of threads aren't compared under
-            the interpreter.
+            kernels in float64 alone, batches of two over all tensors and over those differentiated in, and of opcheck
+            what runs a kernel; on every backend large inputs are smaller. Numbers of threads aren't compared under the
+            interpreter.
         only: the capabilities to check; all by default (`capabilities` lists them).
         on_cell: called with each `Cell` as it is done.
 
