@@ -34,8 +34,8 @@ An op is defined in a handful of lines, each of which says one thing once::
 ``scale(x, 2.0)`` and ``Scale.apply(x, 2.0)`` now work eagerly, under ``torch.compile``, ``torch.export`` and
 ``torch.func``, in forward mode and to any order of differentiation.
 
-``torch.library.register_autograd`` would attach a plain ``autograd.Function``: ``torch.func`` transforms of it raise, and
-forward-mode AD silently returns zeros. The bridge applies the Function one level at a time on the op's ``Autograd``
+``torch.library.register_autograd`` would attach a plain ``autograd.Function``, of which ``torch.func`` transforms raise
+and forward-mode AD silently returns zeros. The bridge applies the Function one level at a time on the op's ``Autograd``
 dispatch key, where functorch unwraps every level; this also saves the re-dispatch and signature binding of each call.
 """
 
