@@ -191,7 +191,7 @@ struct LambdaLoss {
       const Ratios<A> ratios(gather(list.s, x.order, n, scratch), n, length, sigma, range, scratch);
       x.up = ratios.up, x.down = ratios.down;
     }
-    // Whether a list is active doesn't depend on the scores.
+    // The scores don't decide whether a list is active.
     const bool unequal = weighting == PairWeighting::NDCG1 ? n > 1 : !std::equal(list.y + 1, list.y + n, list.y);
     list.active = weights(list, x, length) && unequal;
     if (!list.active) x.rows = 0;
