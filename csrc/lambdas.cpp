@@ -276,7 +276,7 @@ struct LambdaLoss {
       }
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
-    // adds the pair of each item with itself
+    // This adds the pair of each item with itself.
     for (int64_t i = 0; weighting == PairWeighting::NDCG1 && i < x.rows; ++i) {
       total.loss += std::log(2.0) * static_cast<double>(x.gain[i]);
       total.pairs += 1;

@@ -25,7 +25,7 @@ def register_waiting() -> None:
     Each op calls this from its Autograd kernel and from its fake kernel or body. DTensor runs the latter to learn the
     shapes of a result before it looks for a rule, so a call below autograd finds its rule too.
     """
-    # the attribute exists once the import has finished, in any thread
+    # The attribute exists once the import has finished, in any thread.
     if _waiting and hasattr(torch.distributed, "tensor"):
         with _lock:  # another thread waits until its op has a rule
             from torch.distributed.tensor.experimental import register_sharding

@@ -136,7 +136,7 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
         run = with_defaults(op, composition)
 
         def in_its_place(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            # such as a DTensor, which comes first
+            # Another subclass, such as a DTensor, comes first.
             foreign = any(not issubclass(cls, FunctionalTensor) for cls in types)
             if foreign or (torch.compiler.is_exporting() and not is_packaging()):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
