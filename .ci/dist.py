@@ -145,7 +145,7 @@ def page(wheel: Path, rows: list[dict[str, Any]], whole: bool) -> str:
             f"| {row['python']} | {row['torch']} | {row['glibc']}, {row['machine']} | {row['ops']} | {row['pass']} | "
             f"{row['inapplicable']} | {len(row['fail'])} |"
         )
-    lines += ["", f"Built against the torch of the first row. {LIMITS}"]
+    lines += ["", f"The wheel was built against the torch of the first row. {LIMITS}"]
     for row in rows:
         if row["fail"]:
             lines += ["", f"These cells fail on torch {row['torch']}:", ""]

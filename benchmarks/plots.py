@@ -77,7 +77,7 @@ def _roofline(axes: Any, rows: list[Row], direction: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    # plain numbers on an axis that spans less than a decade
+    # An axis that spans less than a decade gets plain numbers.
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     moved = sorted({r.bytes for r in rows})
     _ticks(axes, moved, list(map(_bytes, moved)))

@@ -35,7 +35,7 @@ def scaled(info: TimedOp) -> TimedOp:
 
 def _scaled(table: Benchmark) -> Benchmark:
     sizes = table.scaling or SIZES
-    # a table's own sizes may count something large, and then the smallest is checked
+    # A table's own sizes may count something large, and then the smallest is checked.
     most = CHECKED if sizes[-1] > CHECKED else sizes[0]
 
     def checked_at(n: int) -> Any:

@@ -25,7 +25,8 @@ class Streaming {
 #endif
   }
 
-  // Whether lines from `p` on are written past the caches. A line that is written in part must be fetched in any case.
+  // Returns whether lines from `p` on are written past the caches. A line that is written in part must be fetched in
+  // any case.
   bool at(const void* p) const { return on_ && reinterpret_cast<uintptr_t>(p) % kLine == 0; }
 
   void flush() const {

@@ -16,7 +16,7 @@ ALWAYS_INLINE inline double exp_nonpositive(double x) {
   constexpr double kRound = 6755399441055744;  // 1.5 * 2^52; adding it leaves the nearest integer in the low bits
   const double shifted = x * 1.4426950408889634 + kRound, n = shifted - kRound;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
-  // unrolled, because GCC 12 doesn't vectorise a loop around another one
+  // The polynomial is unrolled, because GCC 12 doesn't vectorise a loop around another one.
   double y = 1 / 6227020800. * r + 1 / 479001600.;
   y = (y * r + 1 / 39916800.) * r + 1 / 3628800.;
   y = (y * r + 1 / 362880.) * r + 1 / 40320.;

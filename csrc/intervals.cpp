@@ -25,7 +25,7 @@ Tensor interval_ranks(const Tensor& ranks_depth, const Tensor& ranks_feat, const
           starts[i]);
     check(lengths[i] >= 0 && lengths[i] <= listed - starts[i], "interval_lengths: expected 0 to the ",
           listed - starts[i], " points that are left for interval ", i, ", got ", lengths[i]);
-    // any total above `listed` is too large, so the sum may stop there
+    // Any total above `listed` is too large, so the sum may stop there.
     total = std::min(total + lengths[i], listed + 1);
   }
 

@@ -191,7 +191,7 @@ struct LambdaLoss {
       const Ratios<A> ratios(gather(list.s, x.order, n, scratch), n, length, sigma, range, scratch);
       x.up = ratios.up, x.down = ratios.down;
     }
-    // Whether a list is active doesn't depend on the scores.
+    // The scores don't decide whether a list is active.
     const bool unequal = weighting == PairWeighting::NDCG1 ? n > 1 : !std::equal(list.y + 1, list.y + n, list.y);
     list.active = weights(list, x, length) && unequal;
     if (!list.active) x.rows = 0;
@@ -276,7 +276,7 @@ struct LambdaLoss {
       }
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
-    // adds the pair of each item with itself
+    // This adds the pair of each item with itself.
     for (int64_t i = 0; weighting == PairWeighting::NDCG1 && i < x.rows; ++i) {
       total.loss += std::log(2.0) * static_cast<double>(x.gain[i]);
       total.pairs += 1;

@@ -68,7 +68,7 @@ TARGET_AVX2 inline uint32_t gather(__m256i lanes) {
   }
 }
 
-// elements per step: the bits of one 4-byte access to the mask
+// A step handles the elements whose bits are one 4-byte access to the mask.
 constexpr int64_t kStep = 32;
 template <size_t kWidth>
 constexpr int64_t kLanes = 32 / kWidth;

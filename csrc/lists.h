@@ -135,7 +135,7 @@ inline double discount_at(int64_t rank) {
 inline double relative_gain(double label, double highest, bool exponential) {
   if (label <= 0) return 0;
   if (!exponential) return label / highest;
-  // expm1 is accurate for tiny labels too
+  // expm1 is accurate for tiny labels too.
   return -std::expm1(-0.693147180559945309 * label) * std::exp2(label - highest);
 }
 

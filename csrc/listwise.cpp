@@ -283,7 +283,7 @@ struct ListMle {
         list, ties == Ties::SCORE, kGrouped, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
           const Scan<kGrouped> scan(o.s, n, o.first, o.groups, 1, scratch);
           double* w = place_weights(n, scratch);
-          // items with equal labels share the weights of their positions
+          // Items with equal labels share the weights of their positions.
           for (int64_t g = 0; kGrouped && g < o.groups; ++g) {
             const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
             std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));

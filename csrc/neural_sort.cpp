@@ -146,7 +146,7 @@ struct NeuralSortRows {
       of_ahead[j] += w * (lead[j] - slope);
       return w;
     });
-    // the row sums to 0, so its rounding error goes to its own item rather than to items far away
+    // The row sums to 0, so its rounding error goes to its own item rather than to items far away.
     of_own[i - begin] -= rounded;
     of_ahead[i - begin] -= rounded * (items.lead[i] - slope);
     return discount[i] * found;
@@ -210,7 +210,7 @@ struct NeuralSort {
     });
     const double* ahead = own + n;
 
-    // the part of the gradient that comes from other items' distances to this item
+    // `others` is the part of the gradient that comes from other items' distances to this item.
     double* others = scratch.get<double>(n);
     items.opposed(own, others, scratch);
     for (int64_t i = 0; i < n; ++i) list.slope[items.order[i]] = static_cast<A>((ahead[i] + others[i]) / temperature);

@@ -162,7 +162,8 @@ struct PairwiseHinge {
     const double scale = normalize && pairs > 0 ? 1 / pairs : 1;
 
     bool nan = false;
-    // the level of an item at -inf and at inf; items of two levels at the same infinity make inf - inf
+    // These are the levels of an item at -inf and of one at inf. Items of two levels at the same infinity make inf -
+    // inf.
     int32_t infinite[2] = {-1, -1};
     for (int64_t i = 0; i < n; ++i) {
       nan |= list.s[i] != list.s[i];
@@ -225,7 +226,7 @@ struct PairwiseMse {
     const auto x = [&](int64_t i) ALWAYS_INLINE {
       const auto apart = [&](const A* x)
                              ALWAYS_INLINE { return static_cast<double>(x[i]) - static_cast<double>(x[0]); };
-      // relative to the first item, which doesn't change the result
+      // Differences from the first item give the same result.
       return list.v ? apart(list.v) : apart(list.s) - apart(list.y);
     };
     double sum = 0, squares = 0;

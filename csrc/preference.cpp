@@ -137,7 +137,7 @@ struct Differences {
 
  private:
   template <class A>
-  static constexpr A kQuarter = 0.25;  // of quarters no sum overflows
+  static constexpr A kQuarter = 0.25;  // sums of quarters can't overflow
 
   template <class A>
   ALWAYS_INLINE static void add(A x, A& sum, A& rest) {

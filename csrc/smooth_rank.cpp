@@ -20,7 +20,7 @@ constexpr int64_t kRows = 64;      // rows summed in A before the sum goes on in
 // without cancellation.
 template <class A>
 struct Ratio {  // keeps e^(scale (s - middle)), so a pair takes a quotient and only an item an exponential
-  // the range of the exponent within which nothing overflows
+  // Within this range of the exponent nothing overflows.
   static constexpr double kRange = std::is_same_v<A, double> ? 700 : 80;
   static constexpr A kNone = 0;  // the number kept in a gap
   double scale, middle;

@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         ExponentialPool* pools = scratch.get<ExponentialPool>(m);
         const int64_t count = pool_adjacent_violators(
             m, pools, [&](int64_t p) { return ExponentialPool{a[p], b[p], p}; },
-            // constants that are equal up to rounding are merged
+            // Constants that are equal up to rounding are merged.
             [](const ExponentialPool& pool, const ExponentialPool& next) {
               return pool.fit <= next.fit * (1 + 0x1p-48);
             },

@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> voxel_bounds(const Tensor& ranks_in, bool check_sorte
   Tensor bounds, last;
   dispatch_ranks(ranks, [&](auto type) {
     using R = typename decltype(type)::type;
-    // as wide as the ranks, so that the loop vectorises
+    // Counters are as wide as the ranks, so that the loop vectorises.
     using Count = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
     const R* r = data<R>(ranks);
     chunks.parallel([&](int64_t k, int64_t begin, int64_t end) {

@@ -364,7 +364,7 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
   const auto argmax = [&](int64_t e, int64_t s) ALWAYS_INLINE {
     return Reduction::kIndexed ? io.argmax + (e * count + s) * columns : nullptr;
   };
-  // a reduction can write its sums directly into a row of the output
+  // A reduction can write its sums directly into a row of the output.
   const bool as_summed = !io.mean && !io.writer.streams();
   const int64_t grain = std::max<int64_t>(1, kGrain / kTask * 8 / std::max<int64_t>(columns, 1));
   for_each_task(plan.tasks, grain, [&](const Task& task) {

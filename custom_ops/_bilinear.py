@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def add(*parts: Tensor | None) -> Tensor | None:
-    """The sum of those that aren't None, None if all are."""
+    """Return the sum of the parts that aren't None, or None if all are."""
     given = [part for part in parts if part is not None]
     return sum(given[1:], given[0]) if given else None
 
 
 def bilinear(op: Callable[..., Any]) -> tuple[Any, Any]:
-    """``setup_context`` and ``jvp`` of an op that is linear in its first and in its second tensor.
+    """Return ``setup_context`` and ``jvp`` of an op that is linear in its first and in its second tensor.
 
-    Its other arguments are tensors without a derivative, or None.
+    The op's other arguments are tensors without a derivative, or None.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

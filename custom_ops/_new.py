@@ -1,6 +1,6 @@
-"""``python -m custom_ops new NAME``: the files of a small package with an op of its own, and tests that pass.
+"""``python -m custom_ops new NAME``: write a small package with an op of its own and tests that pass.
 
-The op is ``softsign``, with a kernel in C++, one in Triton, derivatives of any order and a batching rule. It is there
+The op is ``softsign``, with a kernel in C++, one in Triton, derivatives of any order and a batching rule. It is meant
 to be replaced, a file at a time.
 """
 

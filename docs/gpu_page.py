@@ -23,7 +23,7 @@ def markdown(reports: Iterable[aot.Report]) -> str:
     lines = [
         "# The Triton kernels on paper",
         "",
-        f"Written by `make docs` with Triton {triton.__version__} from `python -m custom_ops.triton_kernels.aot`, "
+        f"Written by `make docs` with Triton {triton.__version__}, from `python -m custom_ops.triton_kernels.aot`, "
         f"which compiles for {', '.join(aot.TARGETS)}. No kernel spills or uses local memory. The table shows the "
         f"worst variant of each kernel on {aot.MAIN}: registers per thread, shared bytes per program, the share of a "
         "multiprocessor's warps for which these leave room, and the bytes of a thread's widest access to global "

@@ -60,7 +60,7 @@ class SpikingNetwork(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(LAYERS))
         self.readout = nn.Linear(LAYERS[-1], 10)
         for layer in self.layers:
-            # hardly any neuron fires at first with the default
+            # With the default hardly any neuron fires at first.
             nn.init.normal_(layer.weight, std=1.5 / layer.in_features**0.5)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class Row:
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
-    arguments: list[str] = field(default_factory=list)  # of the demo
+    arguments: list[str] = field(default_factory=list)  # the demo's
     python: str = sys.executable
     torch: str = ""
     statuses: dict[str, int] = field(default_factory=dict)

@@ -44,7 +44,7 @@ def test_torchs_values_and_gradients_at_special_values(dtype, name):
     grad = torch.arange(1, len(a) + 1).to(dtype)
     y.backward(grad)
     expected.backward(grad)
-    # torch's vectorised and scalar hardtanh disagree with each other on NaN
+    # torch's vectorised and scalar hardtanh disagree with each other on NaN.
     compared = ~a.isnan() if name in ("relu6", "hardtanh") else torch.ones_like(a, dtype=torch.bool)
     assert torch.equal(a.grad[compared], b.grad[compared])
     if name not in ("relu", "relu6"):  # these two give 0.0 for -0.0, as documented

@@ -383,7 +383,7 @@ def test_scaling_at_a_table_s_own_sizes():
     cells = scaling.Scaling([op(scaling=(20, 40, 4_000_000))]).cells
     assert [cell.size for cell in cells] == [20, 40, 4_000_000]
     assert [cell.benchmark.checked_at(cell.size) for cell in cells] == [20, 40, scaling.CHECKED]
-    # where the size counts something large, the first size is enough
+    # Where the size counts something large, the first size is enough.
     (table,) = scaling.scaled(op(scaling=(1, 90))).benchmarks
     assert table.checked_at(90) == 1
 

@@ -47,7 +47,7 @@ PUBLIC = {
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_of_docstrings(module, monkeypatch):
-    # an example's kernel must not stay in the list of kernels that other tests compile
+    # An example's kernel must not stay in the list of kernels that other tests compile.
     monkeypatch.setattr("custom_ops.triton_kernels.common.KERNELS", [])
     assert doctest.testmod(importlib.import_module(module)).failed == 0
 

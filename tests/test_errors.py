@@ -105,7 +105,7 @@ def _corrupted(saved, place, wrong):
     return spoiled
 
 
-# these two have no gradient
+# These two have no gradient.
 @pytest.mark.parametrize("op", [op for op in FUNCTIONS if op not in ("voxel_rank", "voxel_csr")])
 @pytest.mark.parametrize("wrong", [2**40, -(2**40)])
 def test_indices_corrupted_between_the_passes_reach_no_foreign_memory(op, wrong):

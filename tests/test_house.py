@@ -1,4 +1,4 @@
-"""The laws of the house: the names that the package may use, and the effects that importing it may have."""
+"""The laws of the house: the names that the package may use, the effects of importing it, and what is an op."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ assert len(REGISTRY) > 30 and [name for name in sys.modules if ".specs" in name]
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
-# Some special cases are calls of their op.
+# These special cases are calls of their op.
 ALIASES: dict[str, Callable[..., Any]] = {
     "relu6": lambda x, inplace=False: custom_ops.hardtanh(x, 0.0, 6.0, inplace),
     "reverse_gradient": lambda x, lambda_=1.0: custom_ops.scale_gradient(x, -lambda_),
@@ -95,7 +95,7 @@ VARIANTS = [(info, variant) for info in REGISTRY.values() for variant in info.va
 
 @pytest.mark.parametrize(("info", "variant"), VARIANTS, ids=lambda info: info.name)
 def test_a_special_case_has_no_kernel_of_its_own(info: OpInfo, variant: OpInfo) -> None:
-    """An alias gives the bits of the call that it stands for; any other reaches registered ops of its op only."""
+    """An alias gives the bits of the call that it stands for; any other special case reaches only its op's own ops."""
     cpu = torch.device("cpu")
     if variant.name in ALIASES:
         for dtype in variant.dtypes:

@@ -1,4 +1,4 @@
-"""What ``import custom_ops`` costs and changes, and that what it puts off happens in time, each in its own process."""
+"""``import custom_ops`` costs and changes little, and what it postpones happens in time, each in its own process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(program: str, folder: Path | None = None) -> str:
 
 
 def test_an_import_does_little():
-    """Counted, not timed: where a second of it went before was in modules, in schemas and in classes made ahead."""
+    """An import loads few modules, infers few schemas and builds few classes, which once took it a second."""
     run("""
 import collections, inspect, sys
 import torch
@@ -106,7 +106,7 @@ BEFORE = {
 
 @pytest.mark.parametrize("before", BEFORE)
 def test_a_compiler_is_given_the_composition(before):
-    """Whatever came first: of an op of the package, and of one that is defined after a program was compiled."""
+    """A compiler gets the composition of an op, even if the op is defined after a program was compiled."""
     run(f"""
 {BEFORE[before]}
 import custom_ops
@@ -144,7 +144,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 
 
 def test_a_program_that_another_process_exported_is_packaged_with_the_composition(tmp_path):
-    """`torch.export` keeps the op; AOTInductor is given its composition, though no op has run here before."""
+    """`torch.export` keeps the op, and AOTInductor gets its composition though no op has run in this process."""
     run(
         """
 import torch, custom_ops

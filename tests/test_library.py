@@ -1,4 +1,4 @@
-"""The bridge: what it promises to users' own ops, and the private names of torch that it leans on."""
+"""The bridge keeps its promises to users' own ops."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _(info, in_dims, x, times):
 
 @library.compose("custom_ops_test::softplus")
 def softplus(x: Tensor) -> Tensor:
-    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))  # whose gradient at 0 would be 0 or NaN
+    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))  # torch would give a gradient of 0 or NaN at 0
 
 
 class Softplus(library.Function, op=softplus):
@@ -345,7 +345,7 @@ def test_a_name_that_is_taken(name):
                 return torch.empty_like(x)
 
     x = torch.tensor([2.0], requires_grad=True)
-    assert torch.autograd.grad(cube(x, 1.0), x)[0].item() == 12  # is what it was
+    assert torch.autograd.grad(cube(x, 1.0), x)[0].item() == 12  # the op is unchanged
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_a_kernel_can_be_overridden_for_a_while():
 
 
 def test_dynamo_still_knows_functions_by_their_exact_metaclass():
-    """If it began to accept subclasses of FunctionMeta, our `apply` would be bypassed under compile."""
+    """If Dynamo accepted subclasses of FunctionMeta too, it would bypass our `apply` under compile."""
     x = torch.tensor([2.0], requires_grad=True)
     calls = []
 
@@ -537,7 +537,7 @@ def test_a_body_that_returns_its_input_is_refused():
 
 
 def test_a_view_of_an_inference_tensor_has_a_gradient():
-    """Autograd doesn't see what is made of an inference tensor alone, and a view of one is one."""
+    """Autograd doesn't see what is computed from an inference tensor, and a view of one is an inference tensor too."""
     with torch.inference_mode():
         value = torch.zeros(2, 3)
     for forward_value in value, value[0]:

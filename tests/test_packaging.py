@@ -1,5 +1,4 @@
-"""The package as it is shipped: sdist, wheel and editable install, what the library imports, and what a
-broken set-up is told. All builds are of a copy."""
+"""The shipped package: sdist, wheel and editable install, the library's imports, and the errors of a broken set-up."""
 
 from __future__ import annotations
 
@@ -56,14 +55,14 @@ def succeed(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 def closure(*names: str) -> Iterator[importlib.metadata.Distribution]:
-    """Installed distributions and all that they require, extras aside."""
+    """Yield the installed distributions and their requirements, without extras."""
     todo, seen = list(names), set()
     while todo:
         name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # required on another platform or Python
+            continue  # it is required on another platform or Python
         if name not in seen:
             seen.add(name)
             yield found
@@ -71,7 +70,7 @@ def closure(*names: str) -> Iterator[importlib.metadata.Distribution]:
 
 
 def link(folder: Path, *names: str) -> Path:
-    """A folder that holds these distributions and their requirements, by links, and nothing else."""
+    """Make a folder with links to these distributions and their requirements, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     for distribution in closure(*names):
         for top in {Path(file).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
@@ -82,26 +81,26 @@ def link(folder: Path, *names: str) -> Path:
 
 
 def environment(folder: Path, *names: str) -> Path:
-    """The interpreter of a new virtual environment with only these."""
+    """Return the interpreter of a new virtual environment with only these distributions."""
     succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     link(folder / "lib" / version / "site-packages", *names)
     if "ninja" in names:
-        # The one that setup.py finds here: another doesn't read its log, and compiles everything again.
+        # This is the ninja that setup.py finds here; another one doesn't read its log and compiles everything again.
         found = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
         (folder / "bin" / "ninja").symlink_to(str(found))
     return folder / "bin" / "python"
 
 
 def pip_install(python: Path, *what: str | Path) -> None:
-    # Without an index: whatever the metadata requires beyond what is there fails the installation.
+    # pip has no index, so a requirement that isn't installed makes the installation fail.
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-build-isolation")
     succeed(*pip, *what, cwd=python.parent)
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked source distribution."""
+    """Unpack the source distribution."""
     tmp = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, tmp / "copy", ignore=NOT_SOURCE)
     build = "import setuptools.build_meta as b; b.build_sdist('dist')"
@@ -114,7 +113,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, full: bool) -> Path:
-    """Built from the source distribution.
+    """Build the wheel from the source distribution.
 
     What `make build` compiled from the same sources with the same flags is kept: ninja decides.
     """
@@ -151,7 +150,7 @@ def test_wheel_passes_abi3audit(wheel: Path) -> None:
 
 
 def test_library_loads_wherever_torch_does(wheel: Path) -> None:
-    """It needs no newer glibc or libstdc++ than manylinux_2_28 has, and others see only what Python calls."""
+    """The library needs no newer glibc or libstdc++ than manylinux_2_28, and exports only what Python calls."""
     newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
     with zipfile.ZipFile(wheel) as archive, archive.open("custom_ops/_C.abi3.so") as file:
         elf = ELFFile(file)
@@ -179,7 +178,7 @@ def test_library_imports_only_the_stable_abi(wheel: Path) -> None:
     assert needed <= {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"} | {
         n for n in needed if n.startswith("ld-linux")
     }
-    # In a mangled name "3c10" is the namespace c10 unless it ends a longer number.
+    # In a mangled name "3c10" is the namespace c10, unless it ends a longer number.
     assert not [name for name in imports if re.search(r"^_?Py|^_Z.*?(?<!\d)(2at|3c10|5torch)[A-Z\d]", name)]
 
 
@@ -192,7 +191,7 @@ def test_wheel_works_with_only_torch(wheel: Path, tmp_path: Path) -> None:
 
 def test_editable_install_works_from_anywhere(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv", "torch", "setuptools", "ninja")
-    pip_install(python, "-e", sdist)  # compiled already, for `wheel`
+    pip_install(python, "-e", sdist)  # compiled already for `wheel`
     for cwd in (tmp_path, sdist):
         lines = succeed(python, "-W", "ignore", "-c", USE, cwd=cwd).splitlines()
         assert [Path(line) for line in lines] == [sdist / f / "__init__.py" for f in ("triton_kernels", "custom_ops")]
@@ -233,7 +232,7 @@ def test_import_without_the_library(sdist: Path, tmp_path: Path) -> None:
     assert "pip install --no-build-isolation -e ." in error
 
 
-@pytest.mark.parametrize("command", ["build_ext", "dist_info"])  # dist_info is the first that an installation runs
+@pytest.mark.parametrize("command", ["build_ext", "dist_info"])  # an installation runs dist_info first
 @pytest.mark.parametrize("torch", ["missing", "old"])
 def test_build_without_a_fitting_torch(torch: str, command: str, sdist: Path, tmp_path: Path) -> None:
     path = [link(tmp_path / "tools", "setuptools")] + ([old_torch(tmp_path / "old")] if torch == "old" else [])
@@ -288,7 +287,9 @@ def test_build_of_code_that_does_not_compile(sdist: Path, tmp_path: Path) -> Non
 
 
 def test_the_example_of_contributing_is_an_op(wheel: Path, sdist: Path) -> None:
-    """It is added to the sources that `wheel` was built from, built and verified. The last test: it leaves them so."""
+    """The example is added to the sources of `wheel`, built and verified. This test is last, as it leaves them
+    changed.
+    """
     page = (ROOT / "CONTRIBUTING.md").read_text()
     files = re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", page, re.DOTALL)
     assert [Path(name).suffix for name, _ in files] == [".cpp", ".py", ".py", ".py"]

@@ -1,4 +1,4 @@
-"""The battery catches what it says it catches: for every row of the matrix there is a faulty op that fails it.
+"""The battery catches what it claims to catch: for every row of the matrix there is a faulty op that fails it.
 
 All are variations of one healthy op, the elementwise product, which is closed under differentiation.
 """
@@ -31,7 +31,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def flat_storage(t: Tensor) -> Tensor:
-    """What a kernel sees that takes the pointer and never looks at the strides."""
+    """Return what a kernel reads if it takes the pointer and ignores the strides."""
     missing = max(t.numel() - (t.untyped_storage().nbytes() // t.itemsize - t.storage_offset()), 0)
     memory = torch.cat([t.as_strided((t.numel() - missing,), (1,)), t.new_full((missing,), 7.0)])
     return memory.view(t.shape)
@@ -52,7 +52,7 @@ def product(
     jvp: Callable[..., Any] | None = None,
     vmap: Callable[[Any], Any] | None = pair_rule,
 ) -> Any:
-    """The elementwise product as an op, any of its parts replaced; backward and jvp are given the op first."""
+    """Return the elementwise product as an op with some parts replaced; backward and jvp get the op first."""
     op = library.define(f"planted::{next(_names)}")(fake)
     library.kernel(op, "cpu", "cuda")(kernel)
     if vmap is not None:
@@ -104,7 +104,7 @@ class Layer(torch.nn.Module):
 
 @dataclass
 class Fault:
-    """``make`` gives the faulty function; ``rows`` must fail; ``options`` go to `verify`."""
+    """A faulty function, which ``make`` returns, and the ``rows`` that must fail; ``options`` go to `verify`."""
 
     make: Callable[[], Callable[..., Any]]
     rows: list[str]
@@ -120,7 +120,7 @@ def wrong_second_derivative() -> Any:
 
 
 def tangents_of_register_autograd() -> Any:
-    """What torch.library alone gives: torch.func.jvp returns zeros without a word."""
+    """Return an op by torch.library alone, whose torch.func.jvp silently returns zeros."""
 
     @torch.library.custom_op(f"planted::{next(_names)}", mutates_args=())
     def op(a: Tensor, b: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def refuses_half(a: Tensor, b: Tensor) -> Tensor:
 
 
 def old_style_function() -> Any:
-    """forward with ctx, as most of the world writes it."""
+    """Return a Function whose forward takes ctx, the common style."""
 
     class Old(torch.autograd.Function):
         @staticmethod
@@ -254,7 +254,7 @@ def once_differentiable() -> Any:
 
 
 def own_function(save: Callable[..., None], backward: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> Any:
-    """The product as a plain Function, ``save`` called with ctx and the inputs."""
+    """Return the product as a plain Function that calls ``save`` with ctx and the inputs."""
 
     class Own(torch.autograd.Function):
         @staticmethod
@@ -312,7 +312,7 @@ def wrong_where_the_other_needs_no_gradient() -> Any:
 
 
 def refusing() -> Any:
-    """A second derivative that doesn't exist, and says so."""
+    """Return an op whose second derivative doesn't exist and raises."""
 
     def refuse(*_: Any) -> Any:
         raise NotImplementedError("no second derivative")

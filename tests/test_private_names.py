@@ -1,6 +1,6 @@
-"""The private names of torch that the package leans on: all in one file, each there, each with its reason.
+"""The private names of torch that the package uses are all in one file, exist, and have a reason each.
 
-Nothing here imports the package, which a missing name may keep from being imported.
+This file doesn't import the package, which a missing name may make impossible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "custom_ops" / "library" / "_torch.py"
 PRIVATE = re.compile(r"torch\.(?:.*\.)?_(?!_)")
-# Attributes of objects, each with one that has it.
+# These are attributes of objects, each with an object that has it.
 ATTRIBUTES = {
     "_op": torch.ops.aten.relu.default,
     "_schema": torch.ops.aten.relu.default,
@@ -28,7 +28,7 @@ ATTRIBUTES = {
 
 
 def names_of_torch(path: Path) -> dict[str, int]:
-    """The dotted names of torch in a file and their lines: what is imported, and attributes of what is."""
+    """Return the dotted names of torch in a file with their lines: imports, and attributes of what is imported."""
     found: dict[str, int] = {}
     imported: dict[str, str] = {"torch": "torch"}
     tree = ast.parse(path.read_text())
@@ -97,7 +97,7 @@ def test_no_other_file_uses_a_private_name(path):
 
 
 def test_each_private_name_has_its_reason():
-    """An import has it in the comment above, a function in its docstring."""
+    """An import has its reason in the comment above it, a function in its docstring."""
     lines = FILE.read_text().splitlines()
     for name, number in names_of_torch(FILE).items():
         if PRIVATE.match(name) and not lines[number - 1].startswith(" "):

@@ -79,7 +79,7 @@ def test_a_failure_prints_a_script_that_repeats_it(monkeypatch, capsys, tmp_path
     with pytest.raises(AssertionError, match="output 0 of relu"):  # the planted fault is found again
         exec(program, {})
     times = itertools.count()
-    # a hundred readings of the clock, whatever time they take
+    # The clock is read a hundred times, whatever time that takes.
     monkeypatch.setattr("fuzz.time.monotonic", lambda: next(times))
     assert main(["--op", "relu", "--seconds", "100"]) == 1
     assert "check(FUNCTIONS['relu']" in capsys.readouterr().out

@@ -20,7 +20,7 @@ LIST_LOSSES = [name for name, info in FUNCTIONS.items() if "labels" in inspect.s
 
 # The numbers e^s are 1, 2, 4, so item 0 is the best and ranked last. Its pairs are (0, 1), (0, 2) and (2, 1).
 SCORES, LABELS = [0.0, log(2), log(4)], [2, 0, 1]
-DISCOUNT = [1.0, 1 / log2(3), 1 / 2]  # of ranks 1, 2, 3
+DISCOUNT = [1.0, 1 / log2(3), 1 / 2]  # for the ranks 1, 2, 3
 IDEAL = 3 * DISCOUNT[0] + 1 * DISCOUNT[1]  # the gains are 3 and 1
 PHI = [log2(1 + 2), log2(1 + 4), log2(1 + 1 / 2)]  # the pairs' losses
 STEP = [2 / 3, 4 / 5, 1 / 3]  # the negative slopes of ln 2 times PHI, e^-d / (1 + e^-d)

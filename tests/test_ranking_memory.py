@@ -14,7 +14,7 @@ from benchmarks.memory import peak_bytes
 from custom_ops.verify._backends import backend
 
 CPU = torch.device("cpu")
-# their time grows with the relevant items' rows
+# Their time grows with the rows of relevant items.
 FEW_RELEVANT = ("approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")
 OPTIONS = {**{name: {"temperature": 1.0} for name in FEW_RELEVANT}, "cosent_loss": {"scale": 1.0}}
 

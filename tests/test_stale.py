@@ -1,4 +1,4 @@
-"""A compiled program runs the Python of today and the numbers of this call, whatever a cache remembers."""
+"""A compiled program runs the current Python code on the current numbers, whatever a cache holds."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ assert compiled == eager, (compiled, eager)
 
 
 def test_a_compiled_program_runs_the_python_of_today(tmp_path):
-    """A derivative, a helper of one, a body and an Inductor composition change between processes that share a cache."""
+    """A derivative, its helper, a body and an Inductor composition are up to date in processes that share a cache."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -153,7 +153,7 @@ FOLLOWS_A_SCHEDULE = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FOLLOWS_A_SCHEDULE)
 def test_a_schedule_of_numbers_is_compiled_twice(name, dtype):
-    """Once for the first number, once more when it turns out to vary."""
+    """A number compiles the program once, and once more when it turns out to vary."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

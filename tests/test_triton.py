@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted against the C++ kernels, and compiled ahead of time."""
+"""The Triton kernels without a GPU: interpreted and compared with the C++ kernels, and compiled ahead of time."""
 
 import ast
 import importlib
@@ -24,15 +24,17 @@ GPU_PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 ops = torch.ops.custom_ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SPECIAL = (float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0)
-# Each of the first dims is a batch: none, whole bytes, padded bytes, more than one block.
+# The dimensions before the given number are a batch. The examples have no element, whole bytes, padded bytes, or more
+# than one block.
 SHAPES = [((), 0), ((0,), 0), ((1,), 0), ((7,), 0), ((8,), 0), ((9,), 0), ((1025,), 0)]
 SHAPES += [((3, 9), 1), ((2, 2, 2, 4), 2), ((2, 1025), 1), ((3, 0), 1), ((0, 3), 1)]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+# NumPy warns while it interprets a kernel
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
 def draw(shape, dtype, seed=0, special=False):
-    """Every second element of transposed memory; with NaN, infinities and zeros if ``special``."""
+    """Draw every second element of transposed memory, with NaN, infinities and zeros if ``special``."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(math.prod(shape), generator=generator, dtype=torch.float64).to(dtype)
     if special and len(values) > len(SPECIAL):
@@ -42,27 +44,27 @@ def draw(shape, dtype, seed=0, special=False):
 
 
 def same(got, expected):
-    """Equal, NaN for NaN."""
+    """Check for equality, where NaN equals NaN."""
     assert got.is_contiguous()
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def rounded(got, expected):
-    """The same before rounding to 16 bits: the interpreter truncates to bfloat16, a GPU does not."""
+    """Check for equality before rounding to 16 bits: the interpreter truncates to bfloat16, a GPU rounds."""
     assert got.is_contiguous()
     ulp = 2**-7 if got.dtype == torch.bfloat16 else 0
     torch.testing.assert_close(got, expected, rtol=ulp, atol=0, equal_nan=True)
 
 
 def close(got, expected):
-    """Sums in another order: a few roundings of the accumulator apart, then rounded."""
+    """Check sums in another order: a few roundings of the accumulator apart, and then rounded."""
     assert got.is_contiguous()
     roundings = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[got.dtype]
     largest = max(expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0, 1)
     torch.testing.assert_close(got, expected, rtol=roundings, atol=roundings * largest, equal_nan=True)
 
 
-# low, high, below, above, slope, nan_passes
+# These are low, high, below, above, slope and nan_passes.
 ACTIVATIONS = {
     "relu": (0.0, None, 0.0, 0.0, 0.0, True),
     "leaky_relu": (0.0, None, 0.0, 0.0, 0.3, False),
@@ -148,7 +150,7 @@ def test_margin_ranking(dtype, reduce, divisor):
 
 
 def test_margin_in_double():
-    """Triton passes a plain float in single precision."""
+    """The margin is exact in float64, though Triton passes a plain float in single precision."""
     x = torch.zeros(1, dtype=torch.float64)
     assert margin.margin_ranking(x, x, x, 0.1, 1, False, 0)[0].item() == 0.1
 
@@ -167,7 +169,7 @@ def test_voxel_bounds(dtype):
 
 def test_voxel_bounds_of_unsorted_ranks():
     ranks = torch.zeros(1025, dtype=torch.int64)
-    ranks[1024] = -1  # descends from one block to the next
+    ranks[1024] = -1  # the ranks descend from one block to the next
     with pytest.raises(RuntimeError, match="ranks: expected non-decreasing values, ") as interpreted:
         voxel_grid.voxel_bounds(ranks, True)
     with pytest.raises(RuntimeError) as compiled:
@@ -194,7 +196,7 @@ INDPTRS = {
 
 
 def reduce_alike(x, weight, indptr, perm, mean, bins=1, plane=1):
-    """The sums, and as their adjoints what a third operand of the same kind gives."""
+    """Compare the sums with the C++ kernel's, and the adjoints for a third operand of the same kind."""
     arguments = (weight, indptr, perm, mean, bins, plane)
     sums = ops.segment_reduce.default(x, *arguments)
     close(voxel_segments.segment_reduce(x, *arguments), sums)
@@ -262,12 +264,12 @@ def test_no_segment_reaches_another():
 
 @pytest.mark.parametrize("bounds", [[-1000, 50], [10**12, -(10**12)], [0, 10**12], [5, 3, 1, 7], [900, 0, 900]])
 def test_corrupted_boundaries_reach_no_other_memory(bounds):
-    """The interpreter reads real memory: what lies around x must show nowhere; what is wrong is NaN."""
+    """A wrong boundary gives NaN and never shows the memory around x, which the interpreter would really read."""
     points, indptr = 2 * CHUNK, torch.tensor(bounds)
     around = torch.full((3 * points, 2), 1e30)
     x = around[points : 2 * points]
     x[:] = 1
-    long = (indptr.diff() > CHUNK)[:, None]  # their partial sums may be missing
+    long = (indptr.diff() > CHUNK)[:, None]  # its partial sums may be missing
     for perm in (None, torch.arange(points) * 7 - points):
         sums = voxel_segments.segment_reduce(x, None, indptr, perm, False, 1, 1)
         assert (sums.isnan() | (sums <= points) | long).all()
@@ -286,7 +288,7 @@ def test_voxel_sort(dtype):
         rank = torch.randint(-2, 30, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         for got, want in zip(voxel_grid.voxel_sort(rank, 30), ops.voxel_sort.default(rank, 30), strict=True):
             same(got, want)
-    rank = torch.tensor([5, 0, 3])  # out of range: no boundaries, where C++ raises
+    rank = torch.tensor([5, 0, 3])  # a rank out of range gives no boundaries, where C++ raises
     assert [t.tolist() for t in voxel_grid.voxel_sort(rank, 3)] == [[1, 0, 2], [-1, -1, -1, -1]]
 
 
@@ -350,7 +352,7 @@ def run_compiling(*arguments):
 
 
 def test_every_kernel_compiles_without_spills(tmp_path, full):
-    """In `make test` one dtype for sm_90, and of each kernel the largest form for one of the other targets."""
+    """`make test` compiles one dtype for sm_90, and each kernel's largest variant for one other target."""
     options = [str(tmp_path / "gpu.md"), *([] if full else ["--quick"])]
     run = run_compiling(str(GPU_PAGE.with_name("gpu_page.py")), *options)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
@@ -362,7 +364,7 @@ def test_every_kernel_compiles_without_spills(tmp_path, full):
         assert {target for target, *_ in compiled} == set(aot.TARGETS)
         assert {name for target, name, _ in compiled if target == aot.MAIN} == {k.name for k in aot.kernels()}
     page, written = (path.read_text().splitlines() for path in (GPU_PAGE, tmp_path / "gpu.md"))
-    if f"with Triton {triton.__version__}," in page[2]:  # registers vary with the compiler
+    if f"with Triton {triton.__version__}," in page[2]:  # the registers depend on the compiler
         assert written == page if full else set(written) <= set(page), "run `make docs`"
 
 
@@ -384,7 +386,7 @@ def test_streaming_kernels_have_room_for_half_of_the_warps():
         assert int(share) >= 50 or why, (kernel, dtype)
 
 
-# The kernels in which the CPU's rounding decides on which side of a kink a value lies.
+# In these kernels the CPU's rounding decides on which side of a kink a value lies.
 KINKED = """
 import subprocess, tempfile, triton
 from custom_ops.triton_kernels import aot, margin, preference, surrogate
@@ -408,7 +410,7 @@ for kernel, variant in [
 
 
 def test_kinks_are_where_the_cpu_has_them():
-    """No multiply-add is fused before a comparison, and a quotient that is compared is rounded to nearest."""
+    """No multiply-add is fused before a comparison, and a compared quotient is rounded to nearest."""
     run = run_compiling("-c", KINKED)
     assert run.returncode == 0, run.stderr[-4000:]
     code = dict(part.split("\n", 1) for part in ("\n" + run.stdout).split("\nkernel ")[1:])
@@ -420,7 +422,9 @@ def test_kinks_are_where_the_cpu_has_them():
 
 
 def test_sizes_of_one_and_of_64_bits():
-    """Triton takes an argument of 1 for a constant, and one past 32 bits in 64: each kernel must allow both."""
+    """Every kernel compiles with a size of 1, which Triton takes for a constant, and with sizes of more than 32
+    bits.
+    """
     script = """
 from triton._C.libtriton import ir
 from triton.compiler import ASTSource, make_backend
@@ -455,7 +459,7 @@ def test_aot_refuses_the_interpreter():
 
 
 def test_every_jitted_function_is_declared():
-    """It is a declared kernel or called by another jitted function, and only a Kernel launches."""
+    """Every jitted function is a declared kernel or called by another jitted function, and only a Kernel launches."""
     jitted, declared, called = set(), set(), set()
     for path in Path(common.__file__).parent.glob("*.py"):
         tree = ast.parse(path.read_text())
@@ -539,7 +543,7 @@ def test_a_list_with_nan_counts_in_the_mean(op):
 
 
 def on_both_backends(loss):
-    """The loss, the gradient, and the Hessian times a vector with a NaN in the first list."""
+    """Compare the loss, the gradient, and the Hessian times a vector with a NaN in the first list on both backends."""
     results = []
     for name in ("cpp", "triton"):
         scores = torch.tensor([0.3, 0.5, 0.25, 1.0, 0.2, 0.1, 0.7], dtype=torch.float64, requires_grad=True)
@@ -554,10 +558,10 @@ def on_both_backends(loss):
 
 
 def test_no_list_reaches_another():
-    """Neither does a NaN, through running sums or the pairs of a program that works on several lists."""
+    """A NaN doesn't reach another list through running sums, or through a program that works on several lists."""
     lists = {"cu_lengths": torch.tensor([0, 2, 5, 7]), "reduction": "none"}
     on_both_backends(lambda s, y: custom_ops.neural_sort_ndcg_loss(s, y, **lists))
-    lists["cu_lengths"] = torch.tensor([0, 1, 5, 7])  # one item has no exponential weights
+    lists["cu_lengths"] = torch.tensor([0, 1, 5, 7])  # a list of one item has no exponential weights
     on_both_backends(
         lambda s, y: custom_ops.list_mle_loss(s, y, ties="breslow", position_weights="exponential", **lists)
     )

@@ -279,7 +279,7 @@ def test_offsets_past_2_to_the_31_in_the_triton_kernels():
     from custom_ops.triton_kernels import voxel_segments as kernels
 
     rows, width = POINTS, COLUMNS
-    # pages that nothing reads take no memory
+    # Pages that nothing reads take no memory.
     x = torch.from_numpy(np.zeros((rows, width), np.int16)).view(torch.float16)
     x[-2:] = torch.tensor([[3.0], [5.0]])
     indptr, nothing = torch.tensor([rows - 2, rows]), torch.empty(0)

@@ -57,8 +57,8 @@ class Report:
     target: str
     warps: int
     resources: Resources
-    seconds: float = 0.0  # of one core, to compile it; none if Triton's cache had it
-    wide: bool = False  # whether it must load 16 bytes at a time
+    seconds: float = 0.0  # CPU time of the compilation, 0 if Triton's cache had the kernel
+    wide: bool = False  # it must load 16 bytes at a time
 
     @property
     def spills(self) -> bool:

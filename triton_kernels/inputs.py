@@ -86,7 +86,7 @@ def list_labels_test_kernel(
 
 @triton.jit
 def _rows(others_ptr, owner_ptr, bounds_ptr, items, stride, lists, blocks, ROWS: tl.constexpr):
-    """A program's items and their lists, and the columns of those lists; no column where all labels are held."""
+    """Return a program's items, their lists and the columns of those lists, or no column if all labels are held."""
     program = tl.program_id(0).to(tl.int64)
     batch = program // blocks
     owner_ptr += batch * stride
@@ -119,7 +119,7 @@ def list_labels_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Each label, or less the number of those above it in lists that the output's dtype doesn't hold."""
+    """Store each label or, in lists that the output's dtype doesn't hold, minus the number of higher labels."""
     batch, owner_ptr, i, owner_i, others, start, stop = _rows(
         others_ptr, owner_ptr, bounds_ptr, items, stride, lists, blocks, ROWS
     )
@@ -176,7 +176,7 @@ def list_labels_round_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """In lists that the output's dtype doesn't hold: rounded, and moved down by the least that keeps the order."""
+    """Store rounded labels in lists that the output's dtype doesn't hold, lowered by as little as keeps their order."""
     batch, owner_ptr, i, owner_i, others, start, stop = _rows(
         others_ptr, owner_ptr, bounds_ptr, items, stride, lists, blocks, ROWS
     )

@@ -168,7 +168,7 @@ def _pairs(
     distance = (distance[:-1] - distance[1:]) * (mu if weighting == PairWeighting.NDCG2PP else 1.0)
     distance = distance.to(scores.dtype)  # by distance of the ranks; distance 0 isn't read
     some = active = None
-    if both:  # whether the list has a pair at all, in the top or below
+    if both:  # True for a list with a pair, be it in the top or below
         if weighting == PairWeighting.NDCG1:
             active = lists.sum(owned.to(scores.dtype)) > 1
         else:

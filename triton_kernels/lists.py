@@ -279,7 +279,7 @@ def list_scale_kernel(
     at = example * items + item
     valid = load_valid(valid_ptr, at, inside, MASKED) & (ids >= 0)
     weight = tl.load(weight_ptr + example * lists + ids, mask=valid, other=0)
-    # reads invalid items too, as a mask of single elements would forbid wide loads
+    # This reads invalid items too, as a mask of single elements would forbid wide loads.
     x = tl.load(x_ptr + at, mask=inside, other=0)
     tl.store(out_ptr + at, tl.where(valid & (weight != 0), weight * x, 0.0), mask=inside)
 

@@ -131,7 +131,7 @@ class _Ordered:
         self.order = lists.sort(labels, scores if by_score else None).contiguous()
         self.s, self.y, self.exists = (t.gather(-1, self.order) for t in (scores, labels, exists))
         count = lists.sum(self.exists.double()).long()
-        end = self.start + lists.to_items(count)  # of the valid ones
+        end = self.start + lists.to_items(count)  # the end of the valid items
         begins = self.exists.clone()
         if grouped:
             begins[..., 1:] &= (self.y[..., 1:] != self.y[..., :-1]) | (self.start == place)[1:]

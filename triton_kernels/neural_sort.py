@@ -245,8 +245,8 @@ class _NeuralSort:
         start = ~self._like_before(ordered, place)
         apart = -ordered.diff(dim=-1, prepend=ordered[..., :1]) / temperature
         first = (place == 0) | ~self.kept | (apart > _VANISHES[self.dtype])
-        self.start, self.end = self._runs(start, at)  # of the items with the same score
-        self.first, self.last = self._runs(first, at)  # of the segments, as in csrc/neural_sort.cpp
+        self.start, self.end = self._runs(start, at)  # bounds of the items with the same score
+        self.first, self.last = self._runs(first, at)  # bounds of the segments, as in csrc/neural_sort.cpp
         self.segment = torch.where(self.kept, self.first, -1).to(torch.int32)
         top = ordered.gather(-1, self.first)
         self.x = torch.where(self.kept & (ordered != top), (ordered - top) / temperature, 0)

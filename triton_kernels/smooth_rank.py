@@ -222,7 +222,7 @@ class _SmoothRank:
         gain = lists.to_items(per_gain) * gain_of(labels)
         self.gain = gain.masked_fill(~exists, 0).to(scores.dtype).contiguous()
         self.undefined = torch.zeros_like(self.active)
-        # a relevant item and another one at the same infinity have no order
+        # A relevant item and another one at the same infinity have no order.
         for infinite in (scores == math.inf, scores == -math.inf):
             there = infinite & exists
             both = (lists.sum((there & (self.gain != 0)).double()) > 0) & (lists.sum(there.double()) > 1)

@@ -569,7 +569,7 @@ class _Segments:
         self.indptr = indptr.contiguous()
         self.ordered = perm is not None
         self.perm = self.indptr if perm is None else perm.contiguous()
-        self.own = int(indptr.dim() > 1)  # whether each example has its own geometry
+        self.own = int(indptr.dim() > 1)  # 1 if each example has its own geometry
         self.geometries = math.prod(batch) if self.own else 1
         self.count, self.points = indptr.shape[-1] - 1, points
         self.steps = indptr.shape[-1].bit_length()

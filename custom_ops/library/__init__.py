@@ -1,6 +1,6 @@
 """The bridge: attach an ``autograd.Function`` to an operator so that it composes with all of PyTorch.
 
-An op is defined in a handful of lines, each saying one thing once::
+An op is defined in a handful of lines, each of which says one thing once::
 
     import torch
     from torch import Tensor
@@ -31,13 +31,12 @@ An op is defined in a handful of lines, each saying one thing once::
     def _(info, in_dims, x, factor):
         return scale(x, factor), in_dims[0]
 
-``scale(x, 2.0)`` and ``Scale.apply(x, 2.0)`` now work eagerly, under ``torch.compile``,
-``torch.export`` and ``torch.func``, in forward mode and to any order of differentiation.
+``scale(x, 2.0)`` and ``Scale.apply(x, 2.0)`` now work eagerly, under ``torch.compile``, ``torch.export`` and
+``torch.func``, in forward mode and to any order of differentiation.
 
-Why not ``torch.library.register_autograd``: it attaches a plain ``autograd.Function``, so
-``torch.func`` transforms raise, and forward-mode AD returns zeros without a word. Here the
-Function is applied one level at a time on the op's ``Autograd`` dispatch key, where functorch
-unwraps every level for us; this also saves the re-dispatch and signature binding of each call.
+``torch.library.register_autograd`` would attach a plain ``autograd.Function``, of which ``torch.func`` transforms raise
+and forward-mode AD silently returns zeros. The bridge applies the Function one level at a time on the op's ``Autograd``
+dispatch key, where functorch unwraps every level; this also saves the re-dispatch and signature binding of each call.
 """
 
 from custom_ops.library.definition import compose, define, kernel, override_kernel

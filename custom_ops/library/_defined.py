@@ -1,4 +1,4 @@
-"""What the bridge knows of each operator that it has made."""
+"""The bridge's records of the operators that it has made."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from custom_ops.library._torch import OpOverload, fill_defaults, schema
 class Defined:
     """An operator's registrations.
 
-    ``body`` runs in place of a kernel below autograd, if the op is composed; ``apply`` runs the op at one level of
-    autograd with the derivatives of ``function``, if one is attached.
+    ``body`` runs in place of a kernel below autograd, if the op is composed. ``apply`` runs the op at one level of
+    autograd, with the derivatives of ``function`` if one is attached.
     """
 
     library: torch.library.Library
@@ -29,14 +29,14 @@ DEFINED: dict[OpOverload, Defined] = {}
 
 
 def defined(op: OpOverload) -> Defined:
-    """What is known of ``op``; a ``TypeError`` if the bridge hasn't made it."""
+    """Return the record of ``op``; raise ``TypeError`` if the bridge hasn't made the op."""
     if not isinstance(op, OpOverload) or op not in DEFINED:
         raise TypeError(f"op: expected an operator made by custom_ops.library.define, got {op!r}")
     return DEFINED[op]
 
 
 def with_defaults(op: OpOverload, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` called with all of ``op``'s arguments: the dispatcher drops those equal to a default."""
+    """Wrap ``fn`` so that it gets all of ``op``'s arguments, since the dispatcher drops those equal to a default."""
     if not any(argument.has_default_value() for argument in schema(op).arguments):
         return fn
     return lambda *args: fn(*fill_defaults(schema(op), args, {})[0])

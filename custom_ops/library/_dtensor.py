@@ -1,4 +1,4 @@
-"""Sharding rules, kept until DTensor is there: it takes long to import, and most programs do without."""
+"""Sharding rules, kept until DTensor is imported: its import takes long, and most programs don't need it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ _lock = threading.RLock()
 
 
 def register_later(op: OpOverload, rule: Callable[..., Any]) -> None:
-    """Register ``rule`` when an op of the bridge next runs with DTensor imported."""
+    """Register ``rule`` as soon as an op of the bridge runs with DTensor imported."""
     _waiting[op] = rule
 
 
 def register_waiting() -> None:
-    """Register what is waiting, if someone has imported DTensor.
+    """Register the waiting rules if DTensor has been imported.
 
-    Each op calls this from its Autograd kernel and from its fake kernel or body. DTensor runs the latter to learn
-    the shapes of a result before it looks for a rule, so that a call below autograd is prepared for as well.
+    Each op calls this from its Autograd kernel and from its fake kernel or body. DTensor runs the latter to learn the
+    shapes of a result before it looks for a rule, so a call below autograd finds its rule too.
     """
-    if _waiting and hasattr(torch.distributed, "tensor"):  # which it has once the import is over, in any thread
-        with _lock:  # no other thread goes on before its op has a rule
+    # The attribute exists once the import has finished, in any thread.
+    if _waiting and hasattr(torch.distributed, "tensor"):
+        with _lock:  # another thread waits until its op has a rule
             from torch.distributed.tensor.experimental import register_sharding
 
             for op, rule in list(_waiting.items()):

@@ -1,7 +1,7 @@
-"""Every private name of torch that this package uses, each with the reason.
+"""The private names of torch that this package uses, each with the reason.
 
-tests/test_private_names.py reads this file. It fails where torch no longer has a name, and where another file of the
-package uses a private one.
+tests/test_private_names.py reads this file. It fails if torch no longer has a name, and if another file of the package
+uses a private one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# This tells without a loop in Python whether a graph is to be built at all.
+# This finds out, without a Python loop, whether a graph is to be built at all.
 from torch._C import _any_requires_grad as any_requires_grad
 
 # While a transform of torch.func is active, the Function has to be applied at one level of it.
@@ -25,13 +25,13 @@ from torch._C import _AutoDispatchBelowAutograd as below_autograd
 # Library.impl takes a dispatch key, where `kernel` takes a device.
 from torch._C import _dispatch_key_for_device as dispatch_key_for_device
 
-# Two tensors can share memory where they have no address to compare, as fake ones.
+# Fake tensors have no address to compare, but they can share memory.
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 
-# Within this context functorch lets a Function through that is applied at a single level.
+# Functorch refuses a Function that is applied at a single level, except within this context.
 from torch._functorch.utils import enable_single_level_autograd_function as single_level
 
-# The context that Dynamo compiles in is the only sign that it is Dynamo who traces a call.
+# Only this context, in which Dynamo compiles, shows that Dynamo is tracing a call.
 from torch._guards import CompileContext
 
 # The dispatcher drops arguments that equal their default, and kernels, rules and Functions want all of them.
@@ -40,22 +40,23 @@ from torch._library.utils import fill_defaults
 # This is the type of what `define` returns, which has no public name.
 from torch._ops import OpOverload
 
-# The battery runs ops under a mode without data, to see what a fake kernel says of shapes.
+# The battery runs ops under a mode without data, to read the shapes that a fake kernel gives.
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-# AOTAutograd traces within this mode, in which a compiler's composition takes the place of an op.
+# AOTAutograd traces within this mode, in which a compiler's composition replaces an op.
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-# The forward mode of autograd has no public state, though a dual tensor carries its tangent where gradients are off.
+# The forward mode of autograd has no public state, but a dual tensor carries its tangent even where gradients are off.
 from torch.autograd import forward_ad
 
-# Dynamo knows a plain Function by this metaclass; ours is another, so that it inlines `apply`. See `Function`.
+# Dynamo recognises a plain Function by this metaclass. Ours has another one, so that Dynamo inlines `apply`. See
+# `Function`.
 from torch.autograd.function import FunctionMeta
 
-# This is a Function without functorch's dispatch to its levels, which the dispatcher does for an op already.
+# This Function skips functorch's dispatch to its levels, since the dispatcher already does that for an op.
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
-# The battery looks at each op that is called; this mode is documented, under a private name.
+# The battery records each op that is called; this mode is documented under a private name.
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # A layer's geometry is a tuple of tensors that move together.
@@ -97,64 +98,65 @@ __all__ = [
     "without_autograd_cache",
 ]
 
-# Only this one checks values on a GPU without waiting for them.
+# No other check looks at values on a GPU without waiting for them.
 assert_async = torch._assert_async
 
-# torch.export documents this check, which also holds for sizes that aren't known yet.
+# torch.export documents this check, which also works for sizes that aren't known yet.
 check = torch._check
 
-# Autograd looks this up on a Function that compiled autograd traces, and finds it on torch.autograd.Function only.
+# Compiled autograd looks this up on a Function that it traces, but only torch.autograd.Function has it.
 compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
-# This turns the forward mode of autograd on again where it is off; torch.autograd.forward_ad has nothing for it.
+# This turns forward mode on again where it is off; torch.autograd.forward_ad has no function for that.
 forward_mode = forward_ad._set_fwd_grad_enabled
 
 
 def opname(op: OpOverload) -> str:
-    """``op``'s name without its namespace."""
+    """Return ``op``'s name without its namespace."""
     return op.name().partition("::")[2]
 
 
 def schema(op: OpOverload) -> Any:
-    """``op``'s schema, which torch.library only takes, and gives back nowhere."""
+    """Return ``op``'s schema, which torch.library takes but never returns."""
     return op._schema
 
 
 def call_of(op: OpOverload) -> Any:
-    """``op`` without the Python frame of its ``__call__``."""
+    """Return ``op`` without the Python frame of its ``__call__``."""
     return op._op
 
 
 def forward_level() -> int:
-    """The level of forward-mode AD, below 0 outside of it; there is no public way to ask."""
+    """Return the level of forward-mode AD, below 0 outside of it, for which there is no public function."""
     return forward_ad._current_level
 
 
 def destroy(library: torch.library.Library) -> None:
-    """End what ``library`` has registered, which otherwise lasts as long as the object."""
+    """End the registrations of ``library``, which otherwise last as long as the object."""
     library._destroy()
 
 
 def version(tensor: Tensor) -> int:
-    """How often ``tensor`` was written to, by which the battery tells a write that changes no value."""
+    """Return how often ``tensor`` was written to, which shows the battery even a write that changes no value."""
     return tensor._version
 
 
-# AOTAutograd's settings before a compilation turned them off
+# This keeps AOTAutograd's settings from before they were turned off for a compilation.
 _settings: dict[str, bool] = {}
 
 
 def without_autograd_cache() -> None:
-    """Turn AOTAutograd's cache off until the compilation that is running has ended.
+    """Turn AOTAutograd's cache off until the running compilation has ended.
 
-    There is no public way to see whether one is running that will call back; exporting doesn't, nor use the cache.
+    There is no public way to see whether a compilation is running that will call back. An export doesn't, but it
+    doesn't use the cache either.
     """
     from torch._dynamo.callback import callback_handler
 
     running = callback_handler._CompilationCallbackHandler__pending_callbacks_counter  # type: ignore[attr-defined]
     if not running or _settings:
         return
-    if _restore_autograd_cache not in callback_handler.end_callbacks:  # torch.compiler.reset() clears them
+    if _restore_autograd_cache not in callback_handler.end_callbacks:  # torch.compiler.reset() clears the callbacks
         callback_handler.register_end_callback(_restore_autograd_cache)
     for name in ("enable_autograd_cache", "enable_remote_autograd_cache"):
         _settings[name] = getattr(torch._functorch.config, name)
@@ -169,7 +171,7 @@ def _restore_autograd_cache(_: Any) -> None:
 
 @contextmanager
 def compiled_afresh() -> Iterator[None]:
-    """Nothing compiled comes from a cache that an earlier process left, which may not know what an op does now."""
+    """Compile within the context without caches of earlier processes, which may hold an older version of an op."""
     import torch._functorch.config
     import torch._inductor.config
 
@@ -182,14 +184,14 @@ def compiled_afresh() -> Iterator[None]:
 
 
 def is_packaging() -> bool:
-    """Whether AOTInductor is compiling, of which ``torch.compiler.is_exporting`` says that it exports."""
+    """Return whether AOTInductor is compiling, which ``torch.compiler.is_exporting`` doesn't tell from an export."""
     import torch._inductor.virtualized
 
     return torch._inductor.virtualized.V.aot_compilation is True
 
 
 def no_recompiles(refused: bool) -> AbstractContextManager[None]:
-    """Compiling once more is an error if it is ``refused``, of which there is otherwise only a log."""
+    """Raise within the context on a second compilation if ``refused``; torch itself only logs it."""
     import torch._dynamo.config
 
     return torch._dynamo.config.patch(error_on_recompile=refused)
@@ -197,7 +199,9 @@ def no_recompiles(refused: bool) -> AbstractContextManager[None]:
 
 @contextmanager
 def no_vmap_fallback() -> Iterator[None]:
-    """Make an error of vmap's slow loop, of which torch only warns, and that past Python's warnings."""
+    """Raise within the context where vmap falls back to a slow loop, for which torch only warns, past Python's
+    warnings.
+    """
     functorch: Any = torch._C._functorch
     enabled = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
@@ -208,7 +212,7 @@ def no_vmap_fallback() -> Iterator[None]:
 
 
 def aot_inductor_package(program: torch.export.ExportedProgram, path: str) -> Any:
-    """``program`` compiled to a package at ``path`` and loaded; torch documents these functions under this name."""
+    """Compile ``program`` to a package at ``path`` and load it, by functions that torch documents under this name."""
     import torch._inductor
 
     torch._inductor.aoti_compile_and_package(program, package_path=path)

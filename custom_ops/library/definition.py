@@ -1,4 +1,4 @@
-"""Operators and their kernels."""
+"""The definition of operators and their kernels."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ __all__ = ["compose", "define", "kernel", "override_kernel"]
 def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
     """Define the operator ``name`` ("namespace::op") from an annotated Python function.
 
-    The annotations give the schema (``Tensor``, ``int``, ``float``, ``bool``, ``str``,
-    ``torch.dtype``, their ``Optional``, sequences of them; a tuple of ``Tensor`` for several
-    outputs). The body is the fake kernel: it returns empty tensors of the right shape, dtype, stride and
-    device and never reads data; for a data-dependent size use
+    The annotations give the schema (``Tensor``, ``int``, ``float``, ``bool``, ``str``, ``torch.dtype``, their
+    ``Optional``, sequences of them; a tuple of ``Tensor`` for several outputs). The body is the fake kernel: it returns
+    empty tensors of the right shape, dtype, stride and device and never reads data. For a data-dependent size use
     ``torch.library.get_ctx().new_dynamic_size()``.
 
-    Ops are functional: they neither mutate nor alias their inputs. Until a `Function` is attached, a
-    derivative of the op raises.
+    Ops are functional: they neither mutate nor alias their inputs. A derivative of the op raises until a `Function` is
+    attached.
 
     Returns the operator itself, ``torch.ops.namespace.op.default``.
 
@@ -66,16 +65,16 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
 
 
 def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Define the operator ``name`` from an annotated Python function that is its kernel everywhere.
+    """Define the operator ``name`` from an annotated Python function that is its kernel on every device.
 
-    For a composition of torch's ops, or of ours, that is to have a derivative of its own: attach a
-    `Function`, and a `vmap` rule. Derivatives are taken of the whole op; below autograd only its body
-    is left. So ``torch.compile`` fuses it with its neighbours, and there is no kernel to write and no
-    opaque call. ``torch.export`` keeps the op in the program, and with it the derivative.
+    Use it for a composition of torch's or our ops that needs a derivative of its own: attach a `Function` and a `vmap`
+    rule. The whole op is differentiated; below autograd only its body remains. ``torch.compile`` therefore fuses it
+    with its neighbours, and there is no kernel to write and no opaque call. ``torch.export`` keeps the op, and thereby
+    the derivative, in the program.
 
-    With ``view=True`` the body returns its first argument as it is, of which the op gives a view: a gradient is
-    changed on its way at no cost to the forward pass. As to any view that a Function returns, autograd refuses
-    in-place writes to the output and to its base; in forward mode it isn't a view but a copy.
+    With ``view=True`` the body returns its first argument as it is, and the op returns a view of it, so an op that only
+    changes a gradient costs nothing in forward. As with any view from a Function, autograd refuses in-place writes to
+    the output and to its base. In forward mode the op returns a copy instead of a view.
 
     Returns the operator itself, ``torch.ops.namespace.op.default``.
 
@@ -116,7 +115,7 @@ def _split(name: str) -> tuple[str, str]:
 def _declare(
     name: str, like: Callable[..., Any], body: Callable[..., Any] | None = None, view: bool = False
 ) -> OpOverload:
-    """The operator with the schema of ``like``'s annotations and its Autograd kernel, but nothing below that."""
+    """Return an operator with the schema of ``like``'s annotations and its Autograd kernel, but nothing below that."""
     namespace, short = _split(name)
     for parameter in inspect.signature(like).parameters.values():
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
@@ -144,14 +143,16 @@ def _library(namespace: str) -> torch.library.Library:
 
 
 def _schema(short: str, like: Callable[..., Any]) -> str:
-    """``torch.library.infer_schema``, asked for each annotation once and not for each op: importing waits for it."""
+    """Return the schema by ``torch.library.infer_schema``, called once per annotation rather than per op to import
+    fast.
+    """
     try:
         signature = inspect.signature(like, eval_str=True)
         parameters = signature.parameters.values()
         if all(parameter.default is parameter.empty for parameter in parameters):
             arguments = ", ".join(f"{_type_of(p.annotation, False)} {p.name}" for p in parameters)
             return f"{short}({arguments}) -> {_type_of(signature.return_annotation, True)}"
-    except (NameError, TypeError, ValueError):  # torch says below what is wrong
+    except (NameError, TypeError, ValueError):  # torch names the error below
         pass
     return torch.library.infer_schema(like, mutates_args=(), op_name=short)
 
@@ -168,8 +169,8 @@ def _type_of(annotation: Any, returned: bool) -> str:
 def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
     """Register the decorated callable as ``op``'s kernel on ``devices`` ("cpu", "cuda", ...).
 
-    ``kernel(op, "cuda")("package.module:function")`` takes the kernel from there on its first
-    call, so that defining the op imports nothing.
+    ``kernel(op, "cuda")("package.module:function")`` imports the kernel on its first call, so defining the op imports
+    nothing.
 
     Example:
         >>> import torch
@@ -200,7 +201,7 @@ def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
 
 @contextmanager
 def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iterator[None]:
-    """Within the context ``fn`` stands in for ``op``'s kernel on ``device``.
+    """Replace ``op``'s kernel on ``device`` by ``fn`` within the context.
 
     Example:
         >>> import torch
@@ -228,15 +229,15 @@ def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iter
 
 
 def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
-    """A view of what ``body`` returns; a copy in forward mode, where a view's tangent must be a view of the tangent.
+    """Return a view of what ``body`` returns, or a copy in forward mode, where the tangent would have to be a view too.
 
-    It is the plainest view there is: with others, of sizes, compiled in-place writes went unnoticed.
+    ``alias`` is the plainest view there is. With views that take sizes, compiled in-place writes went unnoticed.
     """
 
     def run(*args: Any) -> Any:
         if body(*args) is not args[0]:
             raise TypeError(f"{body.__name__}: expected the first argument back, as the op is a view")
-        # Of an inference tensor a view is one too, and autograd doesn't see all that is made of it.
+        # A view of an inference tensor is an inference tensor too, and autograd doesn't see what is computed from it.
         unseen = args[0].is_inference() and not torch.is_inference_mode_enabled()
         copied = unseen or forward_level() >= 0
         return args[0].clone() if copied else torch.ops.aten.alias.default(args[0])
@@ -245,7 +246,9 @@ def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked_fake(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """One argument on the meta device is enough for the dispatcher to call ``fake`` and nothing else."""
+    """Check the devices of ``fake``'s arguments; the dispatcher calls it as soon as one of them is on the meta
+    device.
+    """
 
     def run(*args: Any) -> Any:
         devices = {a.device for a in args if isinstance(a, Tensor)}
@@ -264,7 +267,9 @@ def _checked_fake(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _functional(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel``, refused where it returns memory of an argument, which autograd and the compiler take for fresh."""
+    """Wrap ``kernel`` to raise if it returns memory of an argument, which autograd and the compiler would take for
+    fresh.
+    """
 
     def run(*args: Any) -> Any:
         result = kernel(*args)
@@ -279,7 +284,7 @@ def _functional(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    """The tensors among ``values``, and in the lists among them."""
+    """Return the tensors among ``values`` and in the lists among them."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -290,11 +295,11 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 
 
 def _traced(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel``, the fake one or a body: a graph that Dynamo traces it into isn't cached by AOTAutograd.
+    """Wrap ``kernel``, a fake kernel or a body, so that AOTAutograd doesn't cache a graph that Dynamo traces it into.
 
-    That cache knows an op by its name only. From an earlier process it would bring a derivative, a body or a
-    composition that has been changed since, and from an earlier call the value that a float had then
-    (pytorch#144344, #197889). The cache of compiled graphs below it knows what they are made of and stays.
+    That cache identifies an op by its name only. From an earlier process it would return a derivative, a body or a
+    composition that has changed since, and from an earlier call the value that a float had then (pytorch#144344,
+    #197889). The cache of compiled graphs below it is keyed by their contents and stays on.
     """
 
     def run(*args: Any) -> Any:

@@ -31,11 +31,11 @@ __all__ = ["Function", "function_of"]
 
 
 class _FunctionMeta(FunctionMeta):
-    """Keeps Dynamo from special-casing these classes by their metaclass.
+    """A metaclass that keeps Dynamo from special-casing these classes.
 
-    Dynamo traces ``X.apply`` of a plain ``autograd.Function`` by inlining forward and backward,
-    which refuses a class with a ``jvp``. It knows such a class by ``type(X) is FunctionMeta``; for
-    any other metaclass it inlines ``apply`` itself, here a call of the registered op.
+    Dynamo traces ``X.apply`` of a plain ``autograd.Function`` by inlining forward and backward, but refuses a class
+    with a ``jvp``. It recognises a plain Function by ``type(X) is FunctionMeta``. With any other metaclass it inlines
+    ``apply`` itself, which calls the registered op here.
     """
 
     def __init__(cls, name: str, bases: tuple[type, ...], attrs: dict[str, Any], **kwargs: Any) -> None:
@@ -49,17 +49,16 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
     documents them for a Function with a separate ``setup_context``; ``forward`` is the op's kernel
     and isn't written again. ``apply`` calls the op; override it to shape inputs or outputs.
 
-    For a list of tensors, ``inputs``, ``needs_input_grad`` and tangents have a list, and ``backward`` returns one, or
-    None; an op that returns a list gives a tuple, and takes a gradient for each tensor.
+    A list of tensors is a list in ``inputs``, in ``needs_input_grad`` and in the tangents, and ``backward`` returns a
+    list or None for it. An op that returns a list returns a tuple to the Function, which takes a gradient for each
+    tensor.
 
-    Undefined gradients arrive as ``None`` (there is no ``set_materialize_grads`` to call), at
-    least one of them isn't. Derivatives are taken of whatever ``backward`` and ``jvp`` compute, so
-    anything they save besides inputs must be an integer or bit mask, or carry its own derivative. Save
-    tensors with ``save_for_backward`` and ``save_for_forward``, never as attributes of ``ctx``. A
-    missing ``jvp`` or ``backward`` raises where it is needed.
+    Undefined gradients arrive as ``None`` (there is no ``set_materialize_grads`` to call), but at least one of them is
+    defined. Whatever ``backward`` and ``jvp`` compute may be differentiated again, so anything that they save besides
+    inputs must be an integer or bit mask, or carry its own derivative. Save tensors with ``save_for_backward`` and
+    ``save_for_forward``, never as attributes of ``ctx``. A missing ``jvp`` or ``backward`` raises where it is needed.
 
-    Raises ``TypeError`` if ``op`` wasn't made by `define`, or has a
-    Function already.
+    Raises ``TypeError`` if ``op`` wasn't made by `define` or already has a Function.
 
     Example:
         >>> import torch
@@ -89,7 +88,7 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
 
 
 def function_of(op: OpOverload) -> type[Function] | None:
-    """The Function attached to ``op``, if any.
+    """Return the Function attached to ``op``, or None.
 
     Example:
         >>> import torch
@@ -109,7 +108,7 @@ def function_of(op: OpOverload) -> type[Function] | None:
 
 def _attach(function: type[Function], op: OpOverload) -> None:
     known = defined(op)
-    for name, instead in (("forward", "kernel"), ("vmap", "vmap")):  # they would never be called
+    for name, instead in (("forward", "kernel"), ("vmap", "vmap")):  # torch would never call them
         if getattr(function, name) is not getattr(torch.autograd.Function, name):
             raise TypeError(f"{function.__name__}: expected no {name}, which is what library.{instead}({op}) is for")
     if known.function is not None:
@@ -121,7 +120,7 @@ def _attach(function: type[Function], op: OpOverload) -> None:
 
 
 def untraced(op: OpOverload, *args: Any) -> tuple[Any, ...]:
-    """``args``, refused where ``torch.jit.trace`` has a tensor for a size and would keep the size of its example."""
+    """Return ``args``; raise if ``torch.jit.trace`` passes a tensor for a size, as it would keep the example's size."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         for argument, value in zip(schema(op).arguments, args):
             if isinstance(value, Tensor) and "Tensor" not in str(argument.type):
@@ -133,7 +132,7 @@ def untraced(op: OpOverload, *args: Any) -> tuple[Any, ...]:
 
 
 def _build_later(op: OpOverload, known: Defined) -> None:
-    """Importing a package of ops builds no class for each of them: the first call that needs it does."""
+    """Build ``op``'s twin class on the first call that needs it, so that importing many ops stays fast."""
 
     def build(*args: Any) -> Any:
         known.apply = _twin(op, known.function).apply
@@ -143,10 +142,10 @@ def _build_later(op: OpOverload, known: Defined) -> None:
 
 
 def _twin(op: OpOverload, function: type[Function] | None) -> Any:
-    """``function`` at a single autograd level; one whose derivatives raise if it is None.
+    """Return the class that runs ``function`` at a single autograd level, or one whose derivatives raise if it is None.
 
-    This is what functorch itself builds for each level of a Function, without binding a signature at
-    every call.
+    Functorch itself builds such a class for each level of a Function, but this one doesn't bind a signature at every
+    call.
     """
 
     def own(name: str) -> Any:
@@ -162,7 +161,7 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
         if lists:
             ctx, args = _Nested(ctx, args[0]), _nested(*args)
         if transforms_are_active():
-            # autograd turns gradients off in here, but the outer transforms still want theirs.
+            # autograd turns gradients off here, but the outer transforms still need theirs.
             with torch.enable_grad(), forward_mode(True), below_autograd():
                 output = call(*args)
         else:
@@ -170,7 +169,7 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
                 output = below(*args)
         ctx.materialize_grads = False
         if isinstance(output, list):
-            output = tuple(output)  # of a list autograd would take no element for an output
+            output = tuple(output)  # autograd wouldn't take the elements of a list for outputs
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output
@@ -192,7 +191,7 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
             ctx, tangents = _Nested(ctx, ctx.lengths), _nested(ctx.lengths, *tangents[1:])
         if not transforms_are_active():
             return jvp(ctx, *tangents)
-        # As in forward; and at this level the saved tensors are constants.
+        # Forward mode is on for the outer transforms, as in forward; at this level the saved tensors are constants.
         with forward_mode(True):
             return jvp(_Primals(ctx), *tangents)
 
@@ -205,12 +204,12 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
     }
     name = opname(op) if function is None else function.__name__
     twin: Any = type(name, (SingleLevelFunction,), members)
-    twin._backward_cls.apply = backward_of_defined  # the engine's call, without looking it up again
+    twin._backward_cls.apply = backward_of_defined  # lets the engine call it without a lookup
     return twin
 
 
 class _Primals:
-    """A Function's ctx, with the tangents of the current level taken off the saved tensors."""
+    """A Function's ctx whose saved tensors don't have the tangents of the current level."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx
@@ -227,15 +226,15 @@ class _Primals:
 
 
 def _lists_of_tensors(op: OpOverload) -> list[bool]:
-    """Whether each argument is a list of tensors, which autograd takes and gives singly; empty if none is."""
+    """Return whether each argument is a list of tensors, which autograd handles singly; empty if none is."""
     found = [re.search(r"List\[(Optional\[)?Tensor", str(argument.type)) for argument in schema(op).arguments]
     return [match is not None for match in found] if any(found) else []
 
 
 def _flat(lengths: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
-    """``values`` with those of each list in its place: ``lengths`` has how many, or None for what is no list.
+    """Return ``values`` with each list replaced by its elements; ``lengths`` has the lists' lengths, else None.
 
-    What is None for a whole list is None for each of its tensors.
+    A None for a whole list becomes a None for each of its tensors.
     """
     found: list[Any] = []
     for length, value in zip(lengths, values, strict=True):
@@ -253,13 +252,13 @@ def _flat(lengths: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
 
 
 def _nested(lengths: Sequence[int | None], *flat: Any) -> tuple[Any, ...]:
-    """The values of which `_flat` makes these."""
+    """Invert `_flat`."""
     values = iter(flat)
     return tuple(next(values) if length is None else [next(values) for _ in range(length)] for length in lengths)
 
 
 class _Nested:
-    """A Function's ctx that speaks of lists of tensors as the op has them."""
+    """A Function's ctx that shows lists of tensors as the op's arguments have them."""
 
     def __init__(self, ctx: Any, lengths: Sequence[int | None]) -> None:
         ctx.lengths = lengths
@@ -277,7 +276,9 @@ class _Nested:
 
 
 def autograd_kernel(op: OpOverload) -> Callable[..., Any]:
-    """What ``op`` does on the Autograd key: apply its Function at one level, or none where there is no derivative."""
+    """Return ``op``'s Autograd kernel, which applies its Function at one level, or at none if no derivative is
+    needed.
+    """
     known = DEFINED[op]
     _build_later(op, known)
     below = known.body or call_of(op)

@@ -1,4 +1,4 @@
-"""What an operator does under vmap, autocast, DTensor and compilers."""
+"""An operator's rules for vmap, autocast, DTensor and compilers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def to_front(x: Tensor, in_dim: int | None, batch: int) -> Tensor:
-    """``x`` with its vmapped dimension first; expanded to ``batch`` if it isn't vmapped.
+    """Return ``x`` with its vmapped dimension first, expanded to ``batch`` if it isn't vmapped.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ def to_front(x: Tensor, in_dim: int | None, batch: int) -> Tensor:
 
 
 def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu", "cuda")) -> None:
-    """Under autocast compute ``op`` in ``dtype``; an op without this keeps its inputs' dtypes.
+    """Compute ``op`` in ``dtype`` under autocast; an op without this rule keeps its inputs' dtypes.
 
     Example:
         >>> import torch
@@ -82,12 +82,12 @@ def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu"
 def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as ``op``'s DTensor sharding rule.
 
-    The rule takes the op's arguments (specs in place of tensors) and returns the acceptable
-    shardings, as for ``torch.distributed.tensor.experimental.register_sharding``. It is handed
-    over when an op first runs with ``torch.distributed.tensor`` imported, as that import takes long.
+    The rule takes the op's arguments (specs in place of tensors) and returns the acceptable shardings, as for
+    ``torch.distributed.tensor.experimental.register_sharding``. It is registered when an op first runs with
+    ``torch.distributed.tensor`` imported, as that import takes long.
 
-    DTensor caches a rule's answer by the tensors and by the arguments from the op's first ``int`` on:
-    arguments that a rule depends on must not come before that.
+    DTensor caches a rule's answer by the tensors and by the arguments from the op's first ``int`` on, so an argument
+    that the rule depends on must not come before that.
 
     Example:
         >>> import torch
@@ -112,12 +112,12 @@ def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated composition of PyTorch ops as what a compiler is given in place of ``op``.
+    """Register the decorated composition of PyTorch ops as what a compiler gets in place of ``op``.
 
-    For pointwise ops, which Inductor then fuses with their neighbours; the kernels of ``op`` stay what runs
-    everywhere else, and ``torch.export`` keeps the op. The derivatives are those of ``op`` too: AOTAutograd takes
-    the composition only below them, so that what backward needs is still what the Function saves. It must return
-    what the kernels return, contiguous, bit for bit where it is packed: a graph may hand it to a kernel.
+    Use it for pointwise ops, which Inductor then fuses with their neighbours. The kernels of ``op`` still run
+    everywhere else, and ``torch.export`` keeps the op. The derivatives are still those of ``op``: AOTAutograd takes the
+    composition only below them, so backward needs what the Function saves. The composition must return what the kernels
+    return, contiguous, and bit for bit where it is packed, since a graph may pass it to a kernel.
 
     Example:
         >>> import torch
@@ -136,7 +136,8 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
         run = with_defaults(op, composition)
 
         def in_its_place(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            foreign = any(not issubclass(cls, FunctionalTensor) for cls in types)  # as a DTensor, which comes first
+            # Another subclass, such as a DTensor, comes first.
+            foreign = any(not issubclass(cls, FunctionalTensor) for cls in types)
             if foreign or (torch.compiler.is_exporting() and not is_packaging()):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
             with mode:

@@ -70,7 +70,7 @@ class _Ranked:
         if self.ranked is not None:
             first = first | ~self.ranked
         at = torch.arange(n, device=scores.device)
-        begin = torch.where(first, at, 0).cummax(-1).values  # of each item's group
+        begin = torch.where(first, at, 0).cummax(-1).values  # the beginning of each item's group
         last = torch.ones_like(first)
         last[..., :-1] = first[..., 1:]
         end = torch.where(last, at + 1, n).flip(-1).cummin(-1).values.flip(-1)
@@ -303,8 +303,8 @@ def average_precision(
         precision = (before + hits) / ranked.end
         share = torch.where(ranked.within(ranked.end - 1), relevant, 0)
     else:
-        # For each place of the group, `share` is the probability of a relevant item there, and `others` the expected
-        # number before it.
+        # Here `share` is the probability that a relevant item is at a place of the group, and `others` the expected
+        # number of relevant items before it.
         size = ranked.end - ranked.start
         others = (ranked.place - ranked.start) * (hits - 1) / (size - 1).clamp(min=1)
         precision = (before + others + 1) / (ranked.place + 1)

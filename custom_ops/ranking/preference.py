@@ -67,7 +67,7 @@ def preference_slope(
 
 
 def _along(moves: Sequence[Tensor | None]) -> Tensor | None:
-    """How far d moves with its four tensors."""
+    """Return the tangent of d for the tangents of its four tensors."""
     return add(*(move if move is None or sign > 0 else -move for move, sign in zip(moves, _SIGNS)))
 
 

@@ -34,7 +34,7 @@ class StraightThroughFunction(Function, op=straight_through_estimator):
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor | None) -> Tensor | None:
-        # without a copy, in-place ops on the output would write to the tangent
+        # Without a copy, in-place ops on the output would write to the tangent.
         return None if tangent is None else tangent.clone()
 
     @staticmethod

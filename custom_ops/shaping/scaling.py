@@ -170,7 +170,7 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
     _checks.has_dtype("x", x, _checks.FLOATING)
     lambda_ = _scale("lambda_", lambda_)
     if torch.compiler.is_compiling() and not isinstance(lambda_, Tensor):
-        # as_tensor gets lambda_ and not -lambda_, for which torch 2.10 compiles each value anew
+        # as_tensor gets lambda_ and not -lambda_, for which torch 2.10 compiles each value anew.
         lambda_ = as_tensor(lambda_, x)
     return scale_gradient(x, -1.0 * lambda_)
 

@@ -1,4 +1,4 @@
-// A fault of each kind. A sanitizer that doesn't report its own isn't at work.
+// One fault of each kind; a sanitizer that doesn't report its fault isn't working.
 #include <thread>
 
 extern "C" int overflow(int n) {

@@ -1,5 +1,5 @@
-// Included before all else where a thread sanitizer watches: parallel loops run on threads that it knows, since the
-// OpenMP runtime that torch brings isn't instrumented, so that its barriers would go unseen.
+// With a thread sanitizer this is included first. It runs parallel loops on threads that the sanitizer knows; it
+// wouldn't see the barriers of torch's OpenMP runtime, which isn't instrumented.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,7 +11,7 @@
 
 namespace torch::stable {
 
-// As many threads as there is work for, four at most; chunks are taken in turns, so that neighbours meet.
+// There are as many threads as chunks, at most four. Threads take chunks in turns, so neighbouring chunks run at once.
 template <class F>
 void parallel_for_on_threads(int64_t begin, int64_t end, int64_t grain, const F& f) {
   const int64_t step = std::max<int64_t>(grain, 1), chunks = end > begin ? (end - begin + step - 1) / step : 0;

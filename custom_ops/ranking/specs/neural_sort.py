@@ -26,7 +26,7 @@ def _nearer(s: Tensor, gap: float) -> Tensor:
     ordered, order = s.detach().sort(stable=True)
     steps = torch.where(ordered[1:] == ordered[:-1], 0, ordered.diff())
     begins = torch.nn.functional.pad(steps > gap, (1, 0), value=True)
-    # the first item of each run without a larger gap
+    # `first` is the first item of each run without a larger gap.
     first = torch.where(begins, torch.arange(len(s), device=s.device), 0).cummax(0).values
     moved = torch.nn.functional.pad(steps.clamp(max=gap), (1, 0)).cumsum(0)
     from_first = s - ordered.gather(0, first.gather(0, order.argsort()))

@@ -69,7 +69,7 @@ def _norm_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     x = leaf(device, dtype, 3, 7)
     return [
         Sample((x, 1.25, 1), dynamic={0: 0}),
-        # a vector parallel to the gradient has derivative 0, which the varied elements avoid
+        # A vector parallel to the gradient has derivative 0, which the varied elements avoid.
         Sample((x, 3.5), dynamic={0: 0}),
         Sample((leaf(device, dtype, 2, 3, 4), 1.5, (0, -1))),
         Sample((leaf(device, dtype), 1.25)),
