@@ -669,15 +669,16 @@ def test_fault_is_caught(name: str) -> None:
 OF_VARIANTS = [row.name for row in CAPABILITIES.values() if row.of_variants]
 
 
-def entry(name: str, function: Callable[..., Any], **options: Any) -> OpInfo:
-    return OpInfo(name, function, torch.mul, _converter(samples()), "", **options)
+def entry(name: str, function: Callable[..., Any], made: Callable[[], Any] = samples, **options: Any) -> OpInfo:
+    return OpInfo(name, function, torch.mul, _converter(function, made()), "", **options)
 
 
 @pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if {*fault.rows} & {*OF_VARIANTS}])
 def test_fault_of_a_variant_is_caught_in_the_cell_of_its_op(name: str) -> None:
     fault = FAULTS[name]
     rows = [row for row in fault.rows if row in OF_VARIANTS]
-    info = entry("product", product(), variants=(entry("faulty", fault.make(), **fault.options),), **healthy_options())
+    faulty = entry("faulty", fault.make(), fault.samples, **fault.options)
+    info = entry("product", product(), variants=(faulty,), **healthy_options())
     report = verify(info, quick=True, only=rows)
     assert {(cell.op, cell.status) for cell in report.cells} == {("product", "fail")}
     assert all(cell.detail.startswith("faulty: ") for cell in report.cells)

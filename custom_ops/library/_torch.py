@@ -79,7 +79,6 @@ __all__ = [
     "check",
     "compiled_afresh",
     "compiled_autograd_key",
-    "current_compositions",
     "destroy",
     "dispatch_key_for_device",
     "fill_defaults",
@@ -219,17 +218,10 @@ def aot_inductor_package(program: torch.export.ExportedProgram, path: str) -> An
 
 
 def is_composed(op: OpOverload) -> bool:
-    """Whether Inductor compiles a composition in place of ``op``."""
-    from torch._inductor.decomposition import decompositions
+    """Whether a compiler is given a composition in place of ``op``, which torch.library doesn't tell again."""
+    from torch._library.simple_registry import singleton
 
-    return op in decompositions
-
-
-def current_compositions() -> AbstractContextManager[None]:
-    """Inductor reads its table of compositions anew, where it otherwise keeps a copy from its first compilation."""
-    import torch._inductor.config
-
-    return torch._inductor.config.patch(fallback_random=True)
+    return singleton.find(op.name()).torch_dispatch_rules.find(FunctionalTensorMode) is not None
 
 
 @contextmanager

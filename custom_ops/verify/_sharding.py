@@ -95,6 +95,8 @@ def _together(work: Callable[[Any], None]) -> None:
         except Exception as error:
             failures.append(error)
             end_waiting(error)
+        except SystemExit:
+            pass  # the error of another thread has ended this one
         finally:
             dist.destroy_process_group()
 
