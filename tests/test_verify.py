@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from custom_ops.verify import Cell, Report, Sample, backend, capabilities, main, verify
+from custom_ops.verify._report import CAUSES
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -24,6 +27,21 @@ def test_a_torch_function_passes() -> None:
     assert report["opcheck"].detail == "reaches no registered op"
 
 
+FINE = {
+    "softmax": (lambda x: x.softmax(-1), [(4, 3)]),
+    "matmul": (torch.matmul, [(4, 3), (3, 2)]),
+    "cumsum": (lambda x: x.cumsum(1), [(4, 3)]),  # not -1: on DTensors sharded there torch 2.13 gives wrong sums
+    "logsumexp": (lambda x: x.logsumexp(-1), [(4, 3)]),
+}
+
+
+@pytest.mark.parametrize("name", ["softmax", *(pytest.param(name, marks=pytest.mark.full) for name in list(FINE)[1:])])
+def test_no_false_alarm(name: str) -> None:
+    function, shapes = FINE[name]
+    report = verify(function, [tuple(leaf(*shape) for shape in shapes)], reference=function, quick=True)
+    report.raise_on_failure()
+
+
 def test_samples_may_be_tuples_and_have_tensors_in_kwargs() -> None:
     def scaled(x: torch.Tensor, *, by: torch.Tensor) -> torch.Tensor:
         return x * by
@@ -35,23 +53,67 @@ def test_samples_may_be_tuples_and_have_tensors_in_kwargs() -> None:
 
 
 def test_what_does_not_apply_says_why() -> None:
-    rows = ["value", "gradcheck", "export", "modules", "apply"]
-    report = verify(torch.sin, [(torch.ones(2),)], quick=True, only=rows)
+    rows = ["value", "gradcheck", "modules", "apply"]
+    report = verify(torch.sin, [(torch.ones(2),)], quick=True, only=rows, differentiable=False)
     assert {cell.capability: cell.detail for cell in report.cells} == {
         "value": "no reference given",
-        "gradcheck": "no sample has an input that requires grad",
-        "export": "no sample names a dynamic dimension",
+        "gradcheck": "not differentiable",
         "modules": "no module",
         "apply": "no Function.apply given",
     }
     assert report.ok
 
 
+def test_what_the_samples_do_not_reach_is_not_ok() -> None:
+    """A backward that is wrong, and samples that take no gradient."""
+    report = verify(torch.sin, [(torch.ones(2),)], quick=True, only=["gradcheck", "vmap", "forward AD"])
+    assert [cell.capability for cell in report.unchecked] == ["gradcheck", "forward AD"]
+    assert not report.ok and not report.failures
+    assert report.summary == "1 pass, 0 fail, 0 not applicable, 2 of 3 not checked"
+    with pytest.raises(
+        AssertionError, match="not checked: gradcheck, forward AD: no sample has an input that requires"
+    ):
+        report.raise_on_failure()
+
+
+def test_dynamic_dimensions_are_found() -> None:
+    def third(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] == 3
+        return x @ w
+
+    rows = ["compile dynamic", "export", "zero size", "large"]
+    assert verify(third, [(leaf(4, 3), leaf(3, 2))], reference=third, quick=True, only=rows).ok
+
+    def scalar(x: torch.Tensor) -> torch.Tensor:
+        assert x.shape == (2,)
+        return x.sin()
+
+    report = verify(scalar, [(leaf(2),)], reference=scalar, quick=True, only=rows)
+    assert {cell.status for cell in report.cells} == {"not checked"}
+    declared = dict.fromkeys(rows, "a point of the plane")
+    assert verify(scalar, [(leaf(2),)], reference=scalar, quick=True, only=rows, not_applicable=declared).ok
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([torch.ones(2)], r"sample 0 is a Tensor, expected a Sample or a tuple of arguments: \[\(x,\)\], not \[x\]"),
+        ([Sample((torch.ones(2),), dynamic={1: 0})], r"sample 0 has dynamic=\{1: 0\}, expected dimensions of its"),
+        ([Sample((torch.ones(2),), dynamic={0: 1})], r"shapes are \{0: \[2\]\}"),
+        ([Sample((torch.ones(2),), {"by": 2.0}, dynamic={"by": 0})], "sample 0 has dynamic"),
+    ],
+)
+def test_wrong_samples_are_refused(samples: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        verify(torch.sin, samples)
+
+
 def test_samples_without_gradient() -> None:
     def twice(a: torch.Tensor) -> torch.Tensor:
         return a * 2
 
-    report = verify(twice, [Sample((torch.randn(3, 2),), dynamic={0: 0})], reference=twice, quick=True)
+    samples = [Sample((torch.randn(3, 2),), dynamic={0: 0})]
+    report = verify(twice, samples, reference=twice, quick=True, differentiable=False)
     report.raise_on_failure()
     assert report["vmap"].status == "pass"
 
@@ -135,6 +197,78 @@ def test_report() -> None:
     ]
 
 
+def test_the_cause_comes_first() -> None:
+    names = ["gradcheck", "func.grad", "vmap(grad)", "gradient", "vmap", "fake kernel"]
+    status = dict.fromkeys(names, "fail") | {"vmap": "pass"}
+    report = Report([Cell("f", "cpp", name, status[name], f"<{name}> is wrong") for name in names])
+    found = [(cell.capability, [other.capability for other in others]) for cell, others in report.causes]
+    assert found == [("gradient", ["gradcheck", "func.grad", "vmap(grad)"]), ("fake kernel", [])]
+    assert report.summary == "1 pass, 5 fail by 2 likely causes, 0 not applicable, 0 of 6 not checked"
+    lines = list(report.lines())
+    assert lines[0] == "f (cpp), gradient: <gradient> is wrong"
+    assert lines[1] == "  likely for that reason also: gradcheck, func.grad, vmap(grad)"
+    page = report.to_html()
+    assert page.index("&lt;gradient&gt; is wrong") < page.index("&lt;gradcheck&gt; is wrong")
+
+
+def test_causes_are_rows_and_no_row_is_its_own() -> None:
+    def above(row: str) -> set[str]:
+        return {row} | {name for cause in CAUSES.get(row, ()) for name in above(cause)}
+
+    assert {*CAUSES, *(cause for causes in CAUSES.values() for cause in causes)} <= set(capabilities())
+    for row, causes in CAUSES.items():
+        assert row not in {name for cause in causes for name in above(cause)}, row
+
+
+def test_junit() -> None:
+    statuses = ["pass", "fail", "not applicable", "not checked"]
+    cells = [Cell("f", "cpp", f"row {i}", status, "a < b\x00") for i, status in enumerate(statuses)]
+    (suite,) = ElementTree.fromstring(Report(cells).to_junit().split("\n", 1)[1])
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "2", "1")
+    assert [[child.tag for child in case] for case in suite] == [[], ["failure"], ["skipped"], ["failure"]]
+    assert [child.get("message") for case in suite for child in case] == ["a < b", "a < b", "not checked: a < b"]
+
+
+def test_any_function_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_function.py").write_text(
+        "import torch\n"
+        "samples = [(torch.randn(3, dtype=torch.float64, requires_grad=True),)]\n"
+        "def twice(x): return 2 * x\n"
+        "def thrice(x): return 3 * x\n"
+        "def made(): return samples\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = ["own_function:twice", "--only", "value", "gradient", "--reference"]
+    assert main([*own, "own_function:twice", "--samples", "own_function:samples"]) == 0
+    assert "2 pass, 0 fail" in capsys.readouterr().out
+    files = ["--html", "report.html", "--junit", "report.xml"]
+    assert main([*own, "own_function:thrice", "--samples", "own_function:made", *files]) == 1
+    assert "likely for that reason also: gradient" in capsys.readouterr().out
+    assert Path("report.html").read_text().startswith("<!doctype html>")
+    assert 'failures="2"' in Path("report.xml").read_text()
+    for wrong in (
+        [*own, "own_function:twice"],
+        ["own_function", "--samples", "x"],
+        ["own_function:no", "--samples", "x"],
+    ):
+        assert main(wrong) == 2
+
+
+def test_one_line_gives_pytest_the_matrix(tmp_path: Path) -> None:
+    (tmp_path / "test_own.py").write_text(
+        "import torch\n"
+        "from custom_ops.verify import matrix\n"
+        "x = torch.randn(3, dtype=torch.float64, requires_grad=True)\n"
+        'test_sine = matrix(torch.sin, [(x,)], reference=torch.cos, only=["value", "vmap", "modules"])\n'
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "test_own.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "1 failed, 1 passed, 1 skipped" in done.stdout, done.stdout
+    assert "test_sine[value]" in done.stdout and "no module" in done.stdout
+
+
 def test_every_capability_says_what_it_means() -> None:
     assert all(len(meaning) > 10 for meaning in capabilities().values())
     assert set(capabilities()) - set(capabilities(quick=True)) == {"AOTInductor"}
@@ -175,7 +309,8 @@ def test_nothing_compiled_comes_from_a_cache():
         settings.append((torch._functorch.config.enable_autograd_cache, torch._inductor.config.fx_graph_cache))
         return x.sin()
 
-    assert verify(f, [(torch.randn(3, dtype=torch.float64, requires_grad=True),)], only=["vmap"]).ok
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert verify(f, [Sample((x,), dynamic={0: 0})], only=["vmap"]).ok
     assert set(settings) == {(False, False)}
 
 

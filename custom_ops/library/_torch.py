@@ -6,7 +6,7 @@ uses a private one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -86,10 +86,12 @@ __all__ = [
     "forward_level",
     "forward_mode",
     "is_alias_of",
+    "is_composed",
     "is_packaging",
     "no_recompiles",
     "no_vmap_fallback",
     "opname",
+    "processes_as_threads",
     "schema",
     "single_level",
     "transforms_are_active",
@@ -217,3 +219,29 @@ def aot_inductor_package(program: torch.export.ExportedProgram, path: str) -> An
 
     torch._inductor.aoti_compile_and_package(program, package_path=path)
     return torch._inductor.aoti_load_package(path)
+
+
+def is_composed(op: OpOverload) -> bool:
+    """Whether a compiler is given a composition in place of ``op``, which torch.library doesn't tell again."""
+    from torch._library.simple_registry import singleton
+
+    return singleton.find(op.name()).torch_dispatch_rules.find(FunctionalTensorMode) is not None
+
+
+@contextmanager
+def processes_as_threads() -> Iterator[Callable[[Exception], None]]:
+    """Threads may join a process group by the backend "threaded", each as a process of its own.
+
+    It gives what a thread calls with its error, so that those which wait for it end. torch tests itself with this.
+    """
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    threaded._install_threaded_pg()
+    isolate(True)
+    try:
+        yield threaded.ProcessLocalGroup.exception_handle
+    finally:
+        isolate(False)
+        threaded._uninstall_threaded_pg()
+        threaded.ProcessLocalGroup.reset()

@@ -8,19 +8,22 @@ For a user's own op, call `verify`:
     >>> report = verify(torch.sin, [Sample((x,), dynamic={0: 0})], reference=torch.sin, only=["value", "vmap"])
     >>> report.raise_on_failure()
 
-For the ops of this package, run ``python -m custom_ops verify``. `capabilities` lists the checks, `BACKENDS` the
-backends, and `VALUES` the kinds of values that `random_sample` draws from. A new check is one function decorated with
-``capability`` in a module of this folder.
+``test_sine = matrix(torch.sin, samples)`` makes tests of it for pytest. On the command line there are
+``python -m custom_ops verify module:function --samples module:samples`` and, for the ops of this package,
+``python -m custom_ops verify``. `capabilities` lists what is checked, `BACKENDS` on what, and `VALUES` the kinds of
+values that `random_sample` draws from. A new check is one function decorated with ``capability`` in a module of this
+folder.
 """
 
 from custom_ops.registry import BadCall, OpInfo, Sample
 
 # Importing these modules adds their rows to the matrix, in this order.
-from custom_ops.verify import _values, _derivatives, _tracing, _objects  # noqa: F401 isort: skip
+from custom_ops.verify import _values, _derivatives, _effects, _tracing, _objects, _sharding  # noqa: F401 isort: skip
 from custom_ops.verify._backends import BACKENDS, backend
 from custom_ops.verify._case import NotApplicable
 from custom_ops.verify._cli import main
 from custom_ops.verify._fuzz import VALUES, check, random_sample, script
+from custom_ops.verify._pytest import matrix
 from custom_ops.verify._report import Cell, Report
 from custom_ops.verify._run import capabilities, verify
 
@@ -37,6 +40,7 @@ __all__ = [
     "capabilities",
     "check",
     "main",
+    "matrix",
     "random_sample",
     "script",
     "verify",

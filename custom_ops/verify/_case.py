@@ -13,6 +13,7 @@ from torch import Tensor
 from custom_ops.registry import OpInfo, Sample
 
 Key = int | str
+TORCH_NAMESPACES = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional", "inductor", "profiler"}
 
 
 class NotApplicable(Exception):
@@ -31,6 +32,10 @@ class NotApplicable(Exception):
         ...     print(reason)
         no sample of dtype float64
     """
+
+
+class NotChecked(NotApplicable):
+    """Raised by a check that has nothing to look at in these samples, though the op may well have it."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Case:
             samples = self.info.samples(self.device, dtype)
         if not samples:
             raise NotApplicable(f"no sample of dtype {short(dtype)}")
-        refuse_nested(samples)
+        refuse_wrong(samples)
         return samples[:2] if self.sparing and not self.every_sample else samples
 
     def calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
@@ -187,8 +192,10 @@ class Case:
         calls = [c for c in self.calls(dtype) if c.input_keys and not c.is_empty]
         for i, call in enumerate(calls):
             call.differentiable_like(self.keep(("outputs", dtype, i), call.find_differentiable))
+        if not calls and self.info.differentiable:
+            raise NotChecked("no sample has an input that requires grad; differentiable=False says that none can")
         if not calls:
-            raise NotApplicable("no sample has an input that requires grad")
+            raise NotApplicable("not differentiable")
         return calls
 
     def low_dimensional_calls(self) -> Iterator[tuple[str, Call, Call]]:
@@ -212,7 +219,7 @@ class Case:
     def dynamic_calls(self, dtype: torch.dtype = torch.float64) -> list[Call]:
         calls = [c for c in self.calls(dtype) if c.sample.dynamic]
         if not calls:
-            raise NotApplicable("no sample names a dynamic dimension")
+            raise NotChecked("no sample names a dynamic dimension, and none was found by trying")
         return calls[: 1 if self.quick else 3]
 
     def reference(self, call: Call) -> Call:
@@ -230,16 +237,24 @@ class Case:
         return "aot_eager" if self.quick else "inductor"
 
 
-def refuse_nested(samples: Sequence[Sample]) -> None:
+def refuse_wrong(samples: Sequence[Sample]) -> None:
     """Raise if tensors are nested in an argument, as only arguments that are tensors are moved, batched and
-    differentiated.
+    differentiated; or if a dynamic dimension isn't one of a tensor.
     """
     for i, sample in enumerate(samples):
+        tensors = dict(_tensors(sample))
         for key, value in [*enumerate(sample.args), *sample.kwargs.items()]:
             if not isinstance(value, Tensor) and flatten(value):
                 raise ValueError(
                     f"sample_inputs: argument {key!r} of sample {i} is a {type(value).__name__} with tensors in it, "
                     "expected each tensor as an argument of its own: give a function that takes them so"
+                )
+        for key, dim in sample.dynamic.items():
+            if key not in tensors or not -tensors[key].dim() <= dim < tensors[key].dim():
+                shapes = {k: list(t.shape) for k, t in tensors.items()}
+                raise ValueError(
+                    f"sample_inputs: sample {i} has dynamic={sample.dynamic}, expected dimensions of its tensors, "
+                    f"whose shapes are {shapes}"
                 )
 
 

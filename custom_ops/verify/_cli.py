@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import operator
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from custom_ops.verify._backends import BACKENDS
-from custom_ops.verify._report import PASS, Cell, Report
+from custom_ops.verify._report import NOT_APPLICABLE, PASS, Cell, Report
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         0
     """
     options = _parse(argv)
-    from custom_ops.verify._run import capabilities, verify
+    from custom_ops.verify._run import capabilities
 
     if options.list:
         for name, meaning in capabilities(options.quick).items():
@@ -35,24 +40,21 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if "triton" in options.backend and "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
-    import custom_ops  # noqa: F401 (registers the ops)
-    from custom_ops.registry import FUNCTIONS, REGISTRY
-
-    unknown = [name for name in options.op if name not in FUNCTIONS]
-    if unknown:
-        print(f"--op: expected some of {', '.join(FUNCTIONS)}, got {', '.join(unknown)}", file=sys.stderr)
-        return 2
-    columns = [(FUNCTIONS[name], backend) for backend in options.backend for name in options.op or REGISTRY]
-    rows = options.only or list(capabilities(options.quick))
-    report = Report()
-    plain = options.json or options.markdown  # machine-readable output has no progress bar and doesn't need rich
     try:
+        functions = _functions(options)
+        columns = [(function, backend) for backend in options.backend for function in functions]
+        rows = options.only or list(capabilities(options.quick))
+        report = Report()
+        plain = options.json or options.markdown  # machine-readable output has no progress bar and doesn't need rich
         with nullcontext() if plain else _Progress(len(columns) * len(rows)) as progress:
-            for info, backend in columns:
-                report.cells += verify(info, backend=backend, quick=options.quick, only=rows, on_cell=progress).cells
+            for function, backend in columns:
+                report.cells += function(backend=backend, quick=options.quick, only=rows, on_cell=progress).cells
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    for path, text in ((options.html, report.to_html), (options.junit, report.to_junit)):
+        if path:
+            Path(path).write_text(text())
     if options.json:
         print(report.to_json())
     elif options.markdown:
@@ -60,6 +62,43 @@ def main(argv: Sequence[str]) -> int:
     else:
         _print_table(report, options.verbose)
     return 0 if report.ok else 1
+
+
+def _functions(options: argparse.Namespace) -> list[Callable[..., Report]]:
+    """`verify` of the callable that is named, or of ops of this package."""
+    from custom_ops.verify._run import verify
+
+    if options.function:
+        if options.op:
+            raise ValueError(f"--op: expected no op beside the function {options.function}")
+        if not options.samples:
+            raise ValueError("--samples: expected module:name of the calls to make, or of what makes them")
+        function, reference, samples = map(_named, (options.function, options.reference, options.samples))
+        if callable(samples) and not inspect.signature(samples).parameters:
+            samples = samples()
+        return [partial(verify, function, samples, reference=reference, name=options.function.partition(":")[2])]
+    import custom_ops  # noqa: F401 (registers the ops)
+    from custom_ops.registry import FUNCTIONS, REGISTRY
+
+    unknown = [name for name in options.op if name not in FUNCTIONS]
+    if unknown:
+        raise ValueError(f"--op: expected some of {', '.join(FUNCTIONS)}, got {', '.join(unknown)}")
+    return [partial(verify, FUNCTIONS[name]) for name in options.op or REGISTRY]
+
+
+def _named(name: str | None) -> Any:
+    """What "module:name" says, from the working directory too."""
+    if name is None:
+        return None
+    module, _, attributes = name.partition(":")
+    if not attributes:
+        raise ValueError(f"expected module:name, got {name!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return operator.attrgetter(attributes)(importlib.import_module(module))
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 QUICK = """capture with aot_eager mostly, no AOTInductor; on the triton backend also two samples in most rows (value,
@@ -70,8 +109,15 @@ differentiated in; smaller large inputs on every backend"""
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m custom_ops verify", description="Check every op against the capability matrix."
+        prog="python -m custom_ops verify",
+        description="Check every op of this package, or any function of tensors, against the capability matrix.",
     )
+    parser.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="one of your own, with --samples")
+    named = "MODULE:NAME"
+    parser.add_argument(
+        "--samples", metavar=named, help="its calls, as `verify` takes them, or a function that gives them"
+    )
+    parser.add_argument("--reference", metavar=named, help="the same function in plain PyTorch")
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
     parser.add_argument("--op", **several, default=[], metavar="NAME", help="only these ops")
     parser.add_argument("--backend", **several, choices=BACKENDS, help="by default cpp")
@@ -79,6 +125,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--markdown", action="store_true", help="print the matrix as a Markdown table")
+    parser.add_argument("--html", metavar="FILE", help="write a page that shows the report")
+    parser.add_argument("--junit", metavar="FILE", help="write JUnit's XML, for CI")
     parser.add_argument("--list", action="store_true", help="list the capabilities and what they mean")
     parser.add_argument("--verbose", action="store_true", help="print remarks and times of passes, too")
     options = parser.parse_args(argv)
@@ -116,7 +164,7 @@ def _print_table(report: Report, verbose: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    colours = {"pass": "green", "fail": "bold red", "not applicable": "yellow"}
+    colours = {"pass": "green", "fail": "bold red", "not applicable": "yellow", "not checked": "bold yellow"}
     console = Console()
     for first in range(0, len(report.columns), _COLUMNS):
         columns = report.columns[first : first + _COLUMNS]
@@ -128,13 +176,10 @@ def _print_table(report: Report, verbose: bool) -> None:
             table.add_row(capability, *(f"[{colours[c.status]}]{c.mark}[/]" if c else "" for c in shown))
         console.print(table)
     for cell in report.cells:
-        if cell.status != PASS or verbose:
+        if cell.status == NOT_APPLICABLE or (cell.status == PASS and verbose):
             seconds = f" ({cell.seconds:.1f} s)" if verbose else ""
             head = f"{cell.column}, {cell.capability}: {cell.status}{seconds}"
             console.print(f"[{colours[cell.status]}]{escape(head)}[/]  {escape(cell.detail)}")
-    passed = sum(cell.status == PASS for cell in report.cells)
-    total = sum(cell.seconds for cell in report.cells)
-    console.print(
-        f"{passed} pass, {len(report.failures)} fail, "
-        f"{len(report.cells) - passed - len(report.failures)} not applicable, {total:.0f} s"
-    )
+    for line in report.lines():
+        console.print(f"[bold red]{escape(line)}[/]")
+    console.print(f"{report.summary}, {sum(cell.seconds for cell in report.cells):.0f} s")

@@ -310,7 +310,7 @@ def _tangent(function: Callable[..., Any], direction: tuple[Tensor, ...], *input
 
 @capability("vmap")
 def vmap(case: Case) -> str | None:
-    """Without its fallback, vmap equals a Python loop: over each tensor and all, first and last dimension, nested."""
+    """Without its fallback, vmap equals a Python loop: over each tensor and all, in any dimension, nested, of one."""
     remarks = set()
     checked = False
     for call in case.calls():
@@ -380,9 +380,11 @@ def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expect
 
     what = f"{describe(call)} over arguments {list(keys)}"
     with no_vmap_fallback():
-        for dim in (0, -1):
-            actual = torch.vmap(function, in_dims=dim)(*(b.movedim(0, dim) for b in batch))
-            check_close(actual, expected, f"vmap(in_dims={dim}) of {what}")
+        for dims in _in_dims(batch):
+            actual = torch.vmap(function, in_dims=dims)(*(b.movedim(0, d) for b, d in zip(batch, dims)))
+            check_close(actual, expected, f"vmap(in_dims={dims}) of {what}")
+        one = torch.vmap(function)(*(b[:1] for b in batch))
+        check_close(one, [e[:1] for e in expected], f"vmap of a batch of one of {what}")
         if call.input_keys and set(call.input_keys) <= set(
             keys
         ):  # torch's own out_dims fails for an output that isn't batched
@@ -393,6 +395,14 @@ def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expect
         twice = [torch.stack([b, b.flip(0)]).movedim(1, -1) for b in batch]
         nested = torch.vmap(torch.vmap(function, in_dims=-1))(*twice)
         check_close(nested, [torch.stack([e, e.flip(0)]) for e in expected], f"vmap(vmap) of {what}")
+
+
+def _in_dims(batch: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """First, last and between for all tensors, and another for each."""
+    places = [range(b.dim()) for b in batch]
+    chosen = [tuple(dims) for dims in ([0] * len(batch), [-1] * len(batch), [len(p) // 2 for p in places])]
+    chosen.append(tuple((i + 1) % len(p) for i, p in enumerate(places)))
+    return list(dict.fromkeys(chosen))
 
 
 def _refused_by_reference(case: Case, call: Call, keys: Sequence[Any], batch: Sequence[Tensor]) -> bool:

@@ -1,19 +1,74 @@
-"""The matrix as data, as JSON and as Markdown."""
+"""The matrix as data: what failed and why first, and as JSON, Markdown, HTML and JUnit's XML."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from html import escape
+from xml.etree import ElementTree
 
 __all__ = ["Cell", "Report"]
 
-PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
-_MARKS = {PASS: "✓", FAIL: "✗", NOT_APPLICABLE: "–"}
+PASS, FAIL, NOT_APPLICABLE, NOT_CHECKED = "pass", "fail", "not applicable", "not checked"
+_MARKS = {PASS: "✓", FAIL: "✗", NOT_APPLICABLE: "–", NOT_CHECKED: "?"}
+
+_NUMBERS = ("no uninitialised memory", "deterministic", "inputs unmutated", "value")
+_TRACED = ("fake kernel", "compile")
+# The rows whose failure is likely to be why this one fails, the likeliest first.
+CAUSES: dict[str, tuple[str, ...]] = {
+    "deterministic": ("no uninitialised memory",),
+    "inputs unmutated": ("ops functional",),
+    "outputs own memory": ("ops functional",),
+    "value": _NUMBERS[:3],
+    "gradient": _NUMBERS,
+    "float32": (*_NUMBERS, "gradient"),
+    "bfloat16": (*_NUMBERS, "gradient", "float32"),
+    "float16": (*_NUMBERS, "gradient", "float32", "bfloat16"),
+    "autocast": ("value", "gradient", "float32"),
+    "input layouts": _NUMBERS,
+    "gradient layouts": ("input layouts", "gradient", "second derivative", "forward AD"),
+    "zero size": _NUMBERS,
+    "large": (*_NUMBERS, "gradient", "float32"),
+    "special values": (*_NUMBERS, "gradient"),
+    "threads": ("deterministic", "inputs unmutated", "global state"),
+    "forward AD": _NUMBERS,
+    "second derivative": (*_NUMBERS, "gradient"),
+    "gradcheck": (*_NUMBERS, "gradient", "forward AD", "vmap"),
+    "gradgradcheck": ("gradient", "second derivative", "gradcheck", "forward AD", "vmap"),
+    "batched grad": ("vmap", "gradient", "gradcheck"),
+    "each input alone": ("gradient", "gradcheck"),
+    "checkpoint": ("inputs unmutated", "gradient", "gradcheck"),
+    "version check": ("inputs unmutated", "gradient", "gradcheck"),
+    "func.grad": ("gradient", "gradcheck"),
+    "func.vjp": ("gradient", "func.grad", "gradcheck"),
+    "func.jvp": ("forward AD",),
+    "func.jacrev": ("gradient", "func.grad", "vmap", "gradcheck"),
+    "func.jacfwd": ("forward AD", "func.jvp", "vmap"),
+    "func.hessian": ("gradient", "second derivative", "func.jacrev", "func.jacfwd", "gradgradcheck"),
+    "forward over forward": ("forward AD", "func.jvp", "func.jacfwd", "gradient", "second derivative", "func.hessian"),
+    "vmap(grad)": ("gradient", "vmap", "func.grad", "gradcheck"),
+    "opcheck": ("ops functional", "inputs unmutated", "fake kernel"),
+    "meta device": ("fake kernel",),
+    "compile": ("fake kernel", "compiled composition", "ops functional"),
+    "compiled composition": ("fake kernel",),
+    "compile dynamic": _TRACED,
+    "compile(grad)": ("func.grad", *_TRACED),
+    "compile(vmap(grad))": ("func.grad", "vmap(grad)", "vmap", *_TRACED, "compile(grad)"),
+    "compile(jvp)": ("forward AD", "func.jvp", *_TRACED),
+    "export": (*_TRACED, "compile dynamic"),
+    "AOTInductor": (*_TRACED, "export"),
+    "modules": ("value",),
+    "apply": ("func.grad", *_TRACED),
+    "sharding": ("value", "gradient"),
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: ``status`` is "pass", "fail" or "not applicable"; ``detail`` is the remark, the failure or the reason.
+    """One cell: ``detail`` is the remark of one that passes, or the failure, or the reason.
+
+    ``status`` is "pass", "fail", "not applicable", or "not checked" where the samples gave nothing to look at.
 
     Example:
         >>> import torch
@@ -51,6 +106,8 @@ class Report:
         >>> report = verify(torch.sin, [(x,)], name="sine", only=["vmap", "modules"])
         >>> report.ok, report["modules"].detail
         (True, 'no module')
+        >>> print(report.summary)
+        1 pass, 0 fail, 1 not applicable, 0 of 2 not checked
         >>> print(report.to_markdown())
         | | sine (cpp) |
         |---|:-:|
@@ -64,12 +121,46 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Return whether no cell failed."""
-        return not self.failures
+        """Whether no cell failed, and none was left unchecked that isn't declared to be."""
+        return not self.failures and not self.unchecked
 
     @property
     def failures(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.status == FAIL]
+
+    @property
+    def unchecked(self) -> list[Cell]:
+        """Those for which the samples gave nothing to look at."""
+        return [cell for cell in self.cells if cell.status == NOT_CHECKED]
+
+    @property
+    def causes(self) -> list[tuple[Cell, list[Cell]]]:
+        """The failures that no other explains, each with those that are likely to follow from it."""
+        failed = {(cell.column, cell.capability): cell for cell in self.failures}
+
+        def cause(cell: Cell) -> Cell:
+            for row in CAUSES.get(cell.capability, ()):
+                if (cell.column, row) in failed:
+                    return cause(failed[cell.column, row])
+            return cell
+
+        groups: dict[tuple[str, str], tuple[Cell, list[Cell]]] = {}
+        for cell in self.failures:
+            root = cause(cell)
+            followers = groups.setdefault((root.column, root.capability), (root, []))[1]
+            if cell is not root:
+                followers.append(cell)
+        return list(groups.values())
+
+    @property
+    def summary(self) -> str:
+        """How many cells have each status, in one line."""
+        count = {status: sum(cell.status == status for cell in self.cells) for status in _MARKS}
+        by = f" by {len(self.causes)} likely causes" if len(self.causes) not in (0, count[FAIL]) else ""
+        return (
+            f"{count[PASS]} pass, {count[FAIL]} fail{by}, {count[NOT_APPLICABLE]} not applicable, "
+            f"{count[NOT_CHECKED]} of {len(self.cells)} not checked"
+        )
 
     @property
     def columns(self) -> list[str]:
@@ -88,9 +179,21 @@ class Report:
         return next(cell for cell in self.cells if cell.capability == capability)
 
     def raise_on_failure(self) -> None:
-        """Raise ``AssertionError`` with every failure's detail."""
+        """Raise ``AssertionError`` with every failure's detail, causes first, or with what isn't checked."""
         if not self.ok:
-            raise AssertionError("\n".join(f"{c.column}, {c.capability}: {c.detail}" for c in self.failures))
+            raise AssertionError("\n".join(self.lines()))
+
+    def lines(self) -> Iterator[str]:
+        """What is wrong, in words: each cause with what follows from it, then what isn't checked, by reason."""
+        for cell, followers in self.causes:
+            yield f"{cell.column}, {cell.capability}: {cell.detail}"
+            if followers:
+                yield f"  likely for that reason also: {', '.join(other.capability for other in followers)}"
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for cell in self.unchecked:
+            reasons.setdefault((cell.column, cell.detail), []).append(cell.capability)
+        for (column, reason), names in reasons.items():
+            yield f"{column}, not checked: {', '.join(names)}: {reason}"
 
     def to_json(self) -> str:
         return json.dumps({"ok": self.ok, "cells": [asdict(cell) for cell in self.cells]}, indent=2)
@@ -112,3 +215,76 @@ class Report:
                 shown.append(f"{cell.mark} ({notes.index(note) + 1})")
             lines.append(f"| {capability} | {' | '.join(shown)} |")
         return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
+
+    def to_junit(self) -> str:
+        """The cells as test cases of JUnit's XML: what isn't checked has failed, what isn't applicable is skipped."""
+        suites = ElementTree.Element("testsuites")
+        for column in self.columns:
+            cells = [cell for cell in self.cells if cell.column == column]
+            count = {status: sum(cell.status == status for cell in cells) for status in _MARKS}
+            suite = ElementTree.SubElement(suites, "testsuite", name=column, tests=str(len(cells)))
+            suite.set("failures", str(count[FAIL] + count[NOT_CHECKED]))
+            suite.set("skipped", str(count[NOT_APPLICABLE]))
+            suite.set("time", f"{sum(cell.seconds for cell in cells):.3f}")
+            for cell in cells:
+                case = ElementTree.SubElement(
+                    suite, "testcase", classname=column, name=cell.capability, time=f"{cell.seconds:.3f}"
+                )
+                if cell.status in (FAIL, NOT_CHECKED):
+                    first = _printable(cell.detail).splitlines() or [""]
+                    message = first[0] if cell.status == FAIL else f"not checked: {first[0]}"
+                    ElementTree.SubElement(case, "failure", message=message).text = _printable(cell.detail)
+                elif cell.status == NOT_APPLICABLE:
+                    ElementTree.SubElement(case, "skipped", message=_printable(cell.detail))
+        ElementTree.indent(suites)
+        return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+
+    def to_html(self) -> str:
+        """A page of its own: the causes first, then the table, where each cell shows its remark or reason."""
+        from custom_ops.verify._run import capabilities
+
+        meanings = capabilities()
+        causes = "".join(
+            f"<details open><summary><b>{escape(cell.capability)}</b> of {escape(cell.column)}"
+            + (f", and likely for that reason {', '.join(escape(c.capability) for c in others)}" if others else "")
+            + f"</summary><pre>{escape(cell.detail)}</pre></details>"
+            for cell, others in self.causes
+        )
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        body = "".join(
+            f"<tr><th title='{escape(meanings.get(row, ''), quote=True)}'>{escape(row)}</th>"
+            + "".join(_html_cell(cells.get(column)) for column in self.columns)
+            + "</tr>"
+            for row, cells in self.rows.items()
+        )
+        state = "pass" if self.ok else "fail"
+        return (
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>custom_ops verify</title>"
+            f"<style>{_STYLE}</style><h1>What composes, and what doesn't</h1><p class='{state}'>{self.summary}</p>"
+            f"{causes}<table><thead><tr><th>capability</th>{head}</tr></thead><tbody>{body}</tbody></table></html>\n"
+        )
+
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
+h1{font-size:1.6rem}table{border-collapse:collapse;width:100%}pre{white-space:pre-wrap;background:#f4f5f7;padding:.8rem}
+th,td{padding:.3rem .7rem;border-bottom:1px solid #dde1e7;text-align:left;vertical-align:top}
+td small{display:block;color:#5b6675;overflow-wrap:anywhere}details{margin:1rem 0}
+thead th{position:sticky;top:0;background:#fff}.pass{color:#14713d}.fail,.not-checked{color:#b3261e;font-weight:600}
+.not-applicable{color:#5b6675}
+@media(prefers-color-scheme:dark){body,thead th{background:#14181f;color:#e4e8ee}pre{background:#1f2630}
+th,td{border-color:#313a47}td small,.not-applicable{color:#9aa6b5}.pass{color:#5fd38d}.fail,.not-checked{color:#ff8a80}}
+"""
+
+
+def _html_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "<td></td>"
+    name = cell.status.replace(" ", "-")
+    detail = f"<small>{escape(cell.detail[:400])}</small>" if cell.detail else ""
+    return f"<td><span class='{name}'>{cell.mark} {cell.status}</span>{detail}</td>"
+
+
+def _printable(text: str) -> str:
+    """Without what XML can't hold."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())

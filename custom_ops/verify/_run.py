@@ -6,6 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from custom_ops.library._torch import compiled_afresh
 from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import backend as on_backend
-from custom_ops.verify._case import CAPABILITIES, Capability, Case, NotApplicable, refuse_nested
-from custom_ops.verify._report import FAIL, NOT_APPLICABLE, PASS, Cell, Report
+from custom_ops.verify._case import CAPABILITIES, Call, Capability, Case, NotApplicable, NotChecked, refuse_wrong
+from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, Cell, Report
+from custom_ops.verify._values import dynamic_dimensions
 
 Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
 
@@ -30,6 +32,8 @@ def verify(
     modules: Callable[[], list[tuple[torch.nn.Module, dict[str, Any]]]] = list,
     bad_calls: Callable[[], list[BadCall]] = list,
     dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    differentiable: bool = True,
+    autocast: torch.dtype | None = None,
     not_applicable: dict[str, str] | None = None,
     not_comparable: dict[str, str] | None = None,
     name: str | None = None,
@@ -46,14 +50,16 @@ def verify(
         sample_inputs: the calls to make: a list of `Sample` or of tuples of arguments, with float64 tensors,
             ``requires_grad`` where they are differentiated; or ``(device, dtype) -> list of Sample``.
             Small tensors, away from kinks (finite differences are taken), covering the edge cases.
-            A `Sample` also names its dynamic dimensions, without which the rows on dynamic shapes
-            don't apply.
+            A `Sample` also names its dynamic dimensions; where none does, those are tried out that can vary.
         reference: the same function in plain PyTorch. Without it derivatives are compared
             with finite differences and with each other only.
         apply: the ``autograd.Function.apply`` idiom of the same function.
         modules: returns pairs of a module and the keyword arguments of ``op`` that it stands for.
         bad_calls: returns wrong calls with the messages that they must raise.
         dtypes: the floating dtypes supported.
+        differentiable: False says that no sample requires grad; else the rows on derivatives aren't checked then.
+        autocast: the dtype that it promises its outputs in under autocast: float32, or a 16-bit one for whichever is
+            chosen there.
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
         not_comparable: {capability: reason} of rows that don't run, as finite differences can't see a shaped gradient.
         name: the op's name in the report; by default the function's name.
@@ -71,7 +77,8 @@ def verify(
         A `Report`; ``verify(...).raise_on_failure()`` in a test.
 
     Raises:
-        ValueError: an unknown capability or backend, no samples, tensors within a sample's lists or dicts.
+        ValueError: an unknown capability or backend, no samples, tensors within a sample's lists or dicts, a sample
+            that is neither a `Sample` nor a tuple, a dynamic dimension that no tensor has.
         RuntimeError: the backend can't run here.
 
     Example:
@@ -90,12 +97,14 @@ def verify(
             name=name or getattr(op, "__name__", None) or str(op),
             function=op,
             reference=reference,
-            samples=sample_inputs if callable(sample_inputs) else _converter(sample_inputs),
+            samples=sample_inputs if callable(sample_inputs) else _converter(op, sample_inputs),
             summary="",
             apply=apply,
             modules=modules,
             bad_calls=bad_calls,
             dtypes=tuple(dtypes),
+            differentiable=differentiable,
+            autocast=autocast,
             not_applicable=not_applicable or {},
             not_comparable=not_comparable or {},
         )
@@ -134,7 +143,7 @@ def capabilities(quick: bool = False) -> dict[str, str]:
     Example:
         >>> from custom_ops.verify import capabilities
         >>> capabilities()["vmap"]
-        'Without its fallback, vmap equals a Python loop: over each tensor and all, first and last dimension, nested.'
+        'Without its fallback, vmap equals a Python loop: over each tensor and all, in any dimension, nested, of one.'
     """
     return {row.name: row.meaning for row in _chosen(None, quick)}
 
@@ -157,8 +166,8 @@ def _cell(row: Capability, cases: Sequence[Case], backend: str) -> Cell:
     for variant in variants if row.of_variants else ():
         if status != FAIL:
             found, why = _outcome(row, variant)
-            if found == FAIL:
-                status, detail = FAIL, f"{variant.info.name}: {why}"
+            if found in (FAIL, NOT_CHECKED):
+                status, detail = found, f"{variant.info.name}: {why}"
     return Cell(op.info.name, backend, row.name, status, detail, time.perf_counter() - start)
 
 
@@ -168,17 +177,22 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     reason = case.info.not_applicable.get(row.name)
     if reason is not None and not row.may_be_refused:
         return NOT_APPLICABLE, reason
+    default = torch.get_default_dtype()
     try:
         with warnings.catch_warnings(), compiled_afresh():
             warnings.simplefilter("ignore")
             case.every_sample = row.every_sample
             remark = row.check(case)
+    except NotChecked as unchecked:
+        return NOT_CHECKED, str(unchecked)
     except NotApplicable as inapplicable:
         return NOT_APPLICABLE, str(inapplicable)
     except Exception as error:
         if reason is not None and not isinstance(error, AssertionError):
             return NOT_APPLICABLE, f"{reason} (raises {type(error).__name__})"
         return FAIL, _explain(error)
+    finally:
+        torch.set_default_dtype(default)  # whatever the op did to it
     if reason is not None:
         return FAIL, f"declared not applicable ({reason}), yet it raises nothing"
     return PASS, remark or ""
@@ -192,10 +206,16 @@ def _explain(error: Exception) -> str:
 
 
 def _converter(
-    sample_inputs: Sequence[Sample | tuple[Any, ...]],
+    function: Callable[..., Any], sample_inputs: Sequence[Sample | tuple[Any, ...]]
 ) -> Callable[[torch.device, torch.dtype], list[Sample]]:
-    samples = [s if isinstance(s, Sample) else Sample(tuple(s)) for s in sample_inputs]
-    refuse_nested(samples)
+    for i, s in enumerate(sample_inputs):
+        if not isinstance(s, (Sample, tuple)):
+            expected = "expected a Sample or a tuple of arguments: [(x,)], not [x]"
+            raise ValueError(f"sample_inputs: sample {i} is a {type(s).__name__}, {expected}")
+    samples = [s if isinstance(s, Sample) else Sample(s) for s in sample_inputs]
+    refuse_wrong(samples)
+    if not any(s.dynamic for s in samples):
+        samples = [replace(s, dynamic=dynamic_dimensions(Call(function, s))) for s in samples]
 
     def convert(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if not isinstance(value, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ from custom_ops.library._torch import (
     OpOverload,
     TorchDispatchMode,
     aot_inductor_package,
+    is_composed,
     no_recompiles,
     opname,
 )
 from custom_ops.verify._case import (
+    TORCH_NAMESPACES,
     Call,
     Case,
     NotApplicable,
@@ -38,12 +40,12 @@ from custom_ops.verify._case import (
     short,
     squares,
 )
+from custom_ops.verify._fuzz import VALUES
 from custom_ops.verify._values import LAYOUTS, resized
 
 # These are the tests of torch's opcheck; the first two run a kernel, and the rest are the same on every backend.
 OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 OF_KERNELS = OPCHECKS[:2]
-TORCH_NAMESPACES = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional", "inductor", "profiler"}
 
 
 @dataclass
@@ -111,12 +113,26 @@ def records(case: Case, dtypes: Sequence[torch.dtype], layouts: Sequence[str] = 
 def _recorded(case: Case, dtype: torch.dtype, layout: str) -> dict[tuple[Any, ...], Record]:
     recorder = _Recorder()
     for call in case.calls(dtype):
-        if layout:
+        if layout == "of size one":
+            if not call.sample.dynamic or call.is_empty:
+                continue
+            call = _of_size_one(call)
+        elif layout:
             moved = [LAYOUTS[layout](t.detach()).requires_grad_(t.requires_grad) for t in call.tensors]
             call = call.with_tensors(moved)
-        with recorder:
+        with recorder, suppress(Exception) if layout == "of size one" else nullcontext():
             _exercise(call)
     return recorder.records
+
+
+def _of_size_one(call: Call) -> Call:
+    """The first of each dynamic dimension; not every op has such a call."""
+    dynamic = call.sample.dynamic
+    tensors = [
+        t.detach().narrow(dynamic[k], 0, 1).clone().requires_grad_(t.requires_grad) if k in dynamic else t
+        for k, t in zip(call.keys, call.tensors)
+    ]
+    return call.with_tensors(tensors)
 
 
 def _exercise(call: Call) -> None:
@@ -178,7 +194,8 @@ def _varied(calls: Sequence[Record]) -> list[Record]:
 def fake_kernel(case: Case) -> str | None:
     """Under ``FakeTensorMode`` every registered op gives its real shape, dtype, strides and device."""
     dtypes = [d for d in (torch.float64, torch.bfloat16) if d in case.info.dtypes][: 1 if case.sparing else 2]
-    for record in records(case, dtypes, ["transposed"]):
+    layouts = ["transposed"] if case.sparing else ["transposed", "inner transposed", "channels last", "of size one"]
+    for record in records(case, dtypes, layouts):
         record = record.map(lambda t: t.detach())
         _check_metadata(_faked(record), record.outputs, f"fake kernel of {record}")
     return None
@@ -305,6 +322,34 @@ def compiled(case: Case) -> str:
         actual = _forward_backward(call, _compile(function, "inductor", dynamic=False))
         check_close(actual, _forward_backward(call, function), f"compiled {describe(call)}", rtol=1e-5)
     return "inductor"
+
+
+@capability("compiled composition", of_dispatch=True)
+def compiled_composition(case: Case) -> None:
+    """What a compiler is given in place of a registered op equals eager in every dtype, and for NaN and infinities."""
+    if not _composed(case):
+        raise NotApplicable("a compiler is given the registered ops as they are")
+    kinds = ["as given", *(kind for kind in ("NaN", "infinite") if kind not in case.info.not_fuzzed)]
+    for dtype in case.info.dtypes:
+        tolerance = (4 if dtype.itemsize == 2 else 64) * torch.finfo(dtype).eps
+        for call in case.compiled_calls(dtype):
+            program = _compile(_outputs(call), "aot_eager", dynamic=False)
+            for kind in kinds:
+                moved = call if kind == "as given" else _special(call, kind)
+                what = f"what is compiled for {describe(moved)} with values {kind}"
+                actual, expected = _forward_backward(moved, program), _forward_backward(moved, _outputs(call))
+                check_close(actual, expected, what, rtol=tolerance)
+
+
+def _composed(case: Case) -> bool:
+    return any(is_composed(record.op) for record in records(case, [torch.float64]))
+
+
+def _special(call: Call, kind: str) -> Call:
+    """With such values in what it is differentiated in."""
+    generator = torch.Generator().manual_seed(7)
+    new = [VALUES[kind](x.shape, x.dtype, generator).to(x).requires_grad_() for x in call.inputs]
+    return call.with_tensors(new, call.input_keys)
 
 
 @capability("compile dynamic", of_dispatch=True, of_function=True)

@@ -75,6 +75,7 @@ _one = (1, 1, 1)
 register(
     OpInfo(
         name="voxel_rank",
+        differentiable=False,
         summary="The number of the voxel that each point lies in",
         function=voxel_rank,
         reference=voxel_rank_reference,
@@ -110,6 +111,7 @@ register(
 register(
     OpInfo(
         name="voxel_csr",
+        differentiable=False,
         summary="Points sorted by voxel, reusable where the geometry is",
         function=voxel_csr,
         reference=voxel_csr_reference,
