@@ -81,7 +81,7 @@ def make_calls(ops: list[str], count: int, start: int, interpreted: bool, consol
     found = 0
     for name in ops:
         begin, before = time.process_time(), found
-        for text in misses(REGISTRY[name], range(count), start, interpreted):
+        for text in misses(FUNCTIONS[name], range(count), start, interpreted):
             print(f"# {name}, {text}", flush=True)
             found += 1
         seconds = time.process_time() - begin
