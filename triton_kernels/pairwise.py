@@ -77,7 +77,7 @@ def wrong_order(d):
 
 @triton.jit
 def sum_of_rows(x):
-    """In double, because a mean over pairs can be finite where their sum isn't; of shares, whose sums are finite too."""
+    """In double, because a mean over pairs can be finite where their sum isn't; of shares, whose sum is finite too."""
     share: tl.constexpr = 1 / x.shape[1]
     return tl.sum(x * share, axis=1).to(tl.float64) * x.shape[1]
 
