@@ -86,8 +86,7 @@ struct ListSoftmax {
 
 // ---------------------------------------------------------------- scans in label order
 
-// Returns log(1 + e^x); `sigmoid` is its derivative.
-double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+// Returns the derivative of log(1 + e^x).
 double sigmoid(double x) {
   const double e = std::exp(-std::abs(x));
   return (x >= 0 ? 1 : e) / (1 + e);
@@ -334,22 +333,35 @@ struct UniqueSoftmax {
       const Scan<true> scan(o.s, n, o.first, o.groups, 1, scratch);
       double* w = o.y;
       const double highest = o.y[0], most = relative_gain(highest, highest, exponential);
-      for (int64_t i = 0; i < n; ++i) w[i] = relative_gain(o.y[i], highest, exponential) / most;
-      if (!o.v) return slope(scan, w, out);
+      for (int64_t g = 0; g < o.groups; ++g) {
+        const double gain = relative_gain(o.y[o.first[g]], highest, exponential) / most;
+        std::fill(w + o.first[g], w + o.first[g + 1], gain);
+      }
+      if (!o.v) return slope(scan, w, out, scratch);
       product(scan, w, o.v, scan.means(o.v, scratch), out);
       return 0.0;
     });
   }
 
-  static double slope(const Scan<true>& scan, const double* w, double* out) {
-    double loss = 0, carry = 0;
+  static double slope(const Scan<true>& scan, const double* w, double* out, Scratch& scratch) {
+    const int64_t gaining = std::find(w, w + scan.n, 0.0) - w;  // items, which come first
+    double *p = scratch.get<double>(scan.n), *term = scratch.get<double>(gaining);
+    scan.each([&](int64_t i, int64_t g) { p[i] = i < gaining ? scan.above(g + 1, scan.s[i]) : 0; });
+    double loss;
+    multiversion([&]() ALWAYS_INLINE {
+      for (int64_t i = 0; i < gaining; ++i) {
+        const double x = p[i], e = exp_nonpositive(x < 0 ? x : -x), t = 1 + e;
+        p[i] = w[i] * ((x < 0 ? e : 1) / t);
+        term[i] = w[i] * ((x < 0 ? 0 : x) + (log_normal(t) + (e - (t - 1)) / t));
+      }
+      loss = sum_of<double>(gaining, [&](int64_t i) ALWAYS_INLINE { return term[i]; });
+    });
+    double carry = 0;  // the earlier groups' p, each times the share of this L in its own
     for (int64_t g = 0; g < scan.groups; ++g) {
       double pushed = 0;
       for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
-        const double x = scan.above(g + 1, scan.s[i]), p = weigh(w[i], sigmoid(x));
-        loss += weigh(w[i], softplus(x));
-        out[i] = weigh(carry, scan.share[i]) - p;
-        pushed += p;
+        out[i] = weigh(carry, scan.share[i]) - p[i];
+        pushed += p[i];
       }
       carry = weigh(carry, scan.later[g]) + pushed;
     }
@@ -406,41 +418,37 @@ struct Cosent {
       const auto exponent = [&](double worse, double better, double logarithm) {
         return scale * Difference(worse, better).over(most) + (logarithm - log);
       };
-      const auto term = [&](double worse, double better, double logarithm) {
-        return std::exp(exponent(worse, better, logarithm));
-      };
       down.each([&](int64_t i, int64_t g) {
         if (g + 1 < groups && exponent(down.top[g + 1], o.s[i], down.log[g + 1]) > 0)
           most = Difference(down.top[g + 1], o.s[i]), log = down.log[g + 1];
       });
       const double top = scale * most.high + log;
-      // `below` and `over` sum the terms of an item's pairs with lower and with higher labels.
-      const auto below = [&](int64_t i, int64_t g) {
-        return g + 1 == groups ? 0 : term(down.top[g + 1], o.s[i], down.log[g + 1]);
-      };
-      const auto over = [&](int64_t i, int64_t g) {
-        return g == 0 ? 0 : term(o.s[i], -up.top[groups - g], up.log[groups - g]);
-      };
-      double sum = 0;
-      down.each([&](int64_t i, int64_t g) { sum += below(i, g); });
-      const double whole = std::exp(-top) + sum;
-      const double total = std::isinf(top) ? top : top > 0 ? top + std::log(whole) : std::log1p(sum);
-      const auto lower = [&](int64_t i, int64_t g) { return below(i, g) / whole; };
-      const auto higher = [&](int64_t i, int64_t g) { return over(i, g) / whole; };
-
+      // `lower` and `higher` sum the terms of an item's pairs with lower and with higher labels, over all terms.
+      double *lower = scratch.get<double>(n), *higher = scratch.get<double>(n);
+      down.each([&](int64_t i, int64_t g) {
+        lower[i] = g + 1 == groups ? -kInfinity : exponent(down.top[g + 1], o.s[i], down.log[g + 1]);
+        higher[i] = g == 0 ? -kInfinity : exponent(o.s[i], -up.top[groups - g], up.log[groups - g]);
+      });
+      double sum, whole;
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t i = 0; i < n; ++i) lower[i] = exp_nonpositive(lower[i]), higher[i] = exp_nonpositive(higher[i]);
+        sum = sum_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return lower[i]; });
+        whole = std::exp(-top) + sum;
+        for (int64_t i = 0; i < n; ++i) lower[i] /= whole, higher[i] /= whole;
+      });
       if (!o.v) {
-        down.each([&](int64_t i, int64_t g) { out[i] = scale * (higher(i, g) - lower(i, g)); });
-        return total;
+        for (int64_t i = 0; i < n; ++i) out[i] = scale * (higher[i] - lower[i]);
+        return std::isinf(top) ? top : top > 0 ? top + std::log(whole) : std::log1p(sum);
       }
       const double* v = o.v;
       for (int64_t i = 0; i < n; ++i) reversed[i] = v[n - 1 - i];
       const double* mean_lower = down.means(v, scratch);
       const double* mean_higher = up.means(reversed, scratch);
       double mean = 0;
-      down.each([&](int64_t i, int64_t g) { mean += (higher(i, g) - lower(i, g)) * v[i]; });
+      for (int64_t i = 0; i < n; ++i) mean += (higher[i] - lower[i]) * v[i];
       down.each([&](int64_t i, int64_t g) {
-        out[i] = weigh(higher(i, g), v[i] - mean_higher[groups - g] - mean) -
-                 weigh(lower(i, g), mean_lower[g + 1] - v[i] - mean);
+        out[i] =
+            weigh(higher[i], v[i] - mean_higher[groups - g] - mean) - weigh(lower[i], mean_lower[g + 1] - v[i] - mean);
         out[i] *= scale * scale;
       });
       return 0.0;

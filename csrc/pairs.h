@@ -197,6 +197,7 @@ struct FromPairs {
   static constexpr bool kProduct = false;
   const A* s;  // s / 2, whose differences can't overflow
   A twice;     // 2 sigma
+  A share;     // of q, whose sums may leave the range, where it is read
   int64_t n;
   int64_t chunk = INT64_MAX;
 
@@ -205,7 +206,7 @@ struct FromPairs {
     for (int64_t l = 0; l < kWidth<A>; ++l) {
       const A d = inside[l] && j + l < n ? (s[i] - s[j + l]) * twice : std::numeric_limits<A>::infinity();
       const A z = exp_nonpositive(-std::abs(d)), r = 1 / (1 + z);
-      if constexpr (kUnbounded) x.q[l] = d < 0 ? std::exp(-d) : z;
+      if constexpr (kUnbounded) x.q[l] = share * (d < 0 ? std::exp(-d) : z);
       x.p[l] = d < 0 ? r : z * r;
       x.r[l] = d < 0 ? z * r : r;
       t[l] = log1p_unit(z) + (d < 0 ? -d : A(0));
@@ -257,8 +258,8 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const
           }
           if constexpr (kProduct) {
             product.add(x, t);
-          } else if constexpr (kLog) {
-            value += t;
+          } else if constexpr (kLog) {  // a mean of them can be finite where a sum in A isn't
+            for (int64_t l = 0; l < W; ++l) values += static_cast<double>(t[l]);
           } else if constexpr (!kHessian) {
             value += Phi::value(x);
           }
@@ -306,6 +307,7 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     std::fill(padded_v + n, padded_v + length, A(0));
     v = padded_v;
   }
+  const A share = static_cast<A>(Phi::kUnbounded ? std::exchange(scale, 1) : 1);
   const int64_t parts = parts_of(items.pairs);
   double losses[kParts] = {};
   const double* sums;
@@ -320,12 +322,14 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
   if (has_ratios<A>(width)) {
     const Ratios<A> ratios(items.s, n, length, sigma, range, scratch);
     const int64_t chunk = width >= 0 ? static_cast<int64_t>((Vector<A>::kLogMax - 1) / (width + 0.7)) : 1;
-    run(FromItems<A>{ratios.up, ratios.down, std::max<int64_t>(chunk, 1)});
+    A* down = scratch.get<A>(n);
+    for (int64_t i = 0; i < n; ++i) down[i] = share * ratios.down[i];
+    run(FromItems<A>{ratios.up, down, std::max<int64_t>(chunk, 1)});
   } else {
     A* halves = scratch.get<A>(length);
     for (int64_t i = 0; i < n; ++i) halves[i] = items.s[i] / 2;
     std::fill(halves + n, halves + length, A(0));
-    run(FromPairs<A, Phi::kUnbounded>{halves, static_cast<A>(2 * sigma), n});
+    run(FromPairs<A, Phi::kUnbounded>{halves, static_cast<A>(2 * sigma), share, n});
   }
   items.finish(list, sums, scale * (v ? sigma * sigma : sigma));
   list.loss = static_cast<A>(scale * std::accumulate(losses, losses + parts, 0.0));

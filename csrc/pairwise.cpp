@@ -60,61 +60,73 @@ struct Pairwise {
 
 // ---------------------------------------------------------------- hinge
 
-// The pairs of an item with score `at` that violate the margin: their number, the sum of the violations, the sum of
-// their squares, and the sum of v over the other items.
+// The pairs of an item with score `at` that violate the margin: their number, and where the template arguments ask for
+// them the sum of the violations, the sum of their squares, and the sum of v over the other items.
+template <bool kSum, bool kSquares, bool kV>
 struct Violations {
   double count = 0, sum = 0, squares = 0, v = 0, at = 0;
 
   // Moves the item away from the others. Every term is positive, so nothing cancels, however far apart the scores are.
   void move(double to) {
+    if constexpr (!kSum) return;
     if (count > 0 && to != at) {
       const double step = std::abs(to - at), more = count * step;
-      squares += step * (2 * sum + more);
+      if constexpr (kSquares) squares += step * (2 * sum + more);
       sum += more;
     }
     at = to;
   }
-  void add(double violation, double of_v) { count += 1, sum += violation, squares += violation * violation, v += of_v; }
+  void add(double violation, double of_v) {
+    count += 1;
+    if constexpr (kSum) sum += violation;
+    if constexpr (kSquares) squares += violation * violation;
+    if constexpr (kV) v += of_v;
+  }
   void operator+=(const Violations& o) { count += o.count, sum += o.sum, squares += o.squares, v += o.v; }
 };
 
 // Violations of the items added so far, by label.
+template <bool... kWanted>
 class Counters {
  public:
-  Counters(int64_t levels, Scratch& scratch) : levels_(levels), tree_(scratch.get<Violations>(levels + 1)) {
-    std::fill(tree_, tree_ + levels + 1, Violations());
+  using Of = Violations<kWanted...>;
+
+  Counters(int64_t levels, Scratch& scratch) : levels_(levels), tree_(scratch.get<Of>(levels + 1)) {
+    std::fill(tree_, tree_ + levels + 1, Of());
   }
   void add(int64_t level, double violation, double v, double at) {
     for (int64_t k = level + 1; k <= levels_; k += k & -k) tree_[k].move(at), tree_[k].add(violation, v);
   }
   // Returns the violations of all levels before `level`.
-  Violations before(int64_t level, double at) {
-    Violations all;
+  Of before(int64_t level, double at) {
+    Of all;
     for (int64_t k = level; k > 0; k -= k & -k) tree_[k].move(at), all += tree_[k];
     return all;
   }
 
  private:
   int64_t levels_;
-  Violations* tree_;  // a Fenwick tree
+  Of* tree_;  // a Fenwick tree
 };
 
+constexpr int64_t kFewLevels = 5;  // the sums up to the last level are never read
+
 // The same for few levels in one vector, in which a lane holds the sums of the levels up to its own.
+template <bool kSum, bool kSquares, bool kV>
 class FewCounters {
  public:
-  static constexpr int64_t kLevels = 5;  // the sums up to the last level are never read
+  using Of = Violations<kSum, kSquares, kV>;
 
-  FewCounters(int64_t, Scratch&) {}
   ALWAYS_INLINE void add(int64_t level, double violation, double v, double at) {
     move(at);
     const V one = {};
     const I counted = I{0, 1, 2, 3} >= level;
     count_ += counted ? one + 1 : one;
-    sum_ += counted ? one + violation : one;
-    squares_ += counted ? one + violation * violation : one;
-    v_ += counted ? one + v : one;
+    if constexpr (kSum) sum_ += counted ? one + violation : one;
+    if constexpr (kSquares) squares_ += counted ? one + violation * violation : one;
+    if constexpr (kV) v_ += counted ? one + v : one;
   }
-  ALWAYS_INLINE Violations before(int64_t level, double at) {
+  ALWAYS_INLINE Of before(int64_t level, double at) {
     if (level == 0) return {};
     move(at);
     const int64_t lane = level - 1;
@@ -128,10 +140,11 @@ class FewCounters {
   double at_ = 0;
 
   ALWAYS_INLINE void move(double to) {
+    if constexpr (!kSum) return;
     if (to == at_) return;
     const double step = std::abs(to - at_);
     const V none = {}, more = count_ > 0 ? count_ * step : none;
-    squares_ += count_ > 0 ? step * (2 * sum_ + more) : none;
+    if constexpr (kSquares) squares_ += count_ > 0 ? step * (2 * sum_ + more) : none;
     sum_ += more;
     at_ = to;
   }
@@ -171,43 +184,65 @@ struct PairwiseHinge {
       const int32_t other = std::exchange(infinite[list.s[i] > 0], level[i]);
       nan |= other >= 0 && other != level[i];
     }
-    if (nan && list.active) return list.fill_nan();
+    if (nan && list.active) {
+      list.loss = std::numeric_limits<A>::quiet_NaN();
+      return std::fill(list.slope, list.slope + n, list.loss);
+    }
+    const Swept<A> items{gather(list.s, by_score, n, scratch), gather(level, by_score, n, scratch),
+                         list.v ? gather(list.v, by_score, n, scratch) : nullptr, n, levels};
     double* sums = scratch.get<double>(n);
     std::fill(sums, sums + n, 0.0);
     double loss = 0;
-    for (const bool lower : {true, false}) {
-      if (levels > FewCounters::kLevels) sweep<Counters>(list, by_score, level, levels, lower, sums, loss);
-      else multiversion([&]() ALWAYS_INLINE { sweep<FewCounters>(list, by_score, level, levels, lower, sums, loss); });
-    }
-    for (int64_t i = 0; i < n; ++i) list.slope[i] = static_cast<A>(scale * sums[i]);
+    const auto run = [&](auto lower, auto sum, auto squares, auto of_v) {
+      constexpr bool kSum = decltype(sum)::value, kSquares = decltype(squares)::value, kV = decltype(of_v)::value;
+      const auto in = [&](auto counters) ALWAYS_INLINE { sweep<decltype(lower)::value>(items, counters, sums, loss); };
+      if (levels > kFewLevels) in(Counters<kSum, kSquares, kV>(levels, scratch));
+      else multiversion([&]() ALWAYS_INLINE { in(FewCounters<kSum, kSquares, kV>()); });
+    };
+    const std::true_type yes;
+    const std::false_type no;
+    if (!list.v && !squared) run(yes, yes, no, no), run(no, no, no, no);
+    else if (!list.v) run(yes, yes, yes, no), run(no, yes, no, no);
+    else if (squared) run(yes, no, no, yes), run(no, no, no, yes);
+    for (int64_t k = 0; k < n; ++k) list.slope[by_score[k]] = static_cast<A>(scale * sums[k]);
     list.loss = static_cast<A>(scale * loss);
   }
 
  private:
+  // A list's items in the order of descending score.
+  template <class A>
+  struct Swept {
+    const A* s;
+    const int32_t* level;
+    const A* v;  // or null
+    int64_t n;
+    int32_t levels;
+  };
+
   // Adds an item's pairs to its sum: those with lower labels, by descending score, or those with higher labels, by
   // ascending score. The former are also added to the loss.
-  template <class CountersOf, class A>
-  ALWAYS_INLINE void sweep(const List<A>& list, const int32_t* by_score, const int32_t* level, int32_t levels,
-                           bool lower, double* sums, double& loss) const {
-    const int64_t n = list.n;
-    const double sign = lower ? 1 : -1;
-    const auto item = [&](int64_t place) ALWAYS_INLINE { return by_score[lower ? place : n - 1 - place]; };
-    const auto place_of_level = [&](int32_t i) ALWAYS_INLINE { return lower ? levels - 1 - level[i] : level[i]; };
-    const auto v = [&](int32_t i) ALWAYS_INLINE { return list.v ? static_cast<double>(list.v[i]) : 0; };
-    CountersOf counters(levels, list.scratch);
-    for (int64_t k = 0, next = 0; k < n; ++k) {
-      const int32_t i = item(k);
-      const double s = static_cast<double>(list.s[i]);
+  template <bool kLower, class CountersOf, class A>
+  ALWAYS_INLINE void sweep(const Swept<A>& items, CountersOf& counters, double* sums, double& loss) const {
+    const int64_t n = items.n;
+    const double sign = kLower ? 1 : -1;
+    const auto at = [n](int64_t turn) ALWAYS_INLINE { return kLower ? turn : n - 1 - turn; };
+    const auto place_of_level = [&](int64_t k) ALWAYS_INLINE {
+      return kLower ? items.levels - 1 - items.level[k] : items.level[k];
+    };
+    const auto v = [&](int64_t k) ALWAYS_INLINE { return items.v ? static_cast<double>(items.v[k]) : 0; };
+    for (int64_t turn = 0, next = 0; turn < n; ++turn) {
+      const int64_t i = at(turn);
+      const double s = static_cast<double>(items.s[i]);
       for (; next < n; ++next) {
-        const int32_t j = item(next);
-        const double lead = sign * (s - static_cast<double>(list.s[j]));  // the lead of the better item of the two
+        const int64_t j = at(next);
+        const double lead = sign * (s - static_cast<double>(items.s[j]));  // the lead of the better item of the two
         if (!(lead < margin)) break;
         counters.add(place_of_level(j), margin - lead, v(j), s);
       }
-      const Violations c = counters.before(place_of_level(i), s);
-      if (lower) loss += squared ? c.squares : c.sum;
-      if (!list.v) sums[i] -= sign * (squared ? 2 * c.sum : c.count);
-      else if (squared) sums[i] += 2 * (c.count * v(i) - c.v);
+      const auto c = counters.before(place_of_level(i), s);
+      if (kLower) loss += squared ? c.squares : c.sum;
+      if (!items.v) sums[i] -= sign * (squared ? 2 * c.sum : c.count);
+      else sums[i] += 2 * (c.count * v(i) - c.v);
     }
   }
 };

@@ -11,11 +11,13 @@ A failing call is shrunk and printed as a script that repeats it.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,9 +64,36 @@ def _tiny(value: Any) -> bool:
     return bool(((value != 0) & (value.abs() < 1e-35)).any())
 
 
+def misses(info: OpInfo, calls: range, start: int, interpreted: bool = False) -> Iterator[str]:
+    """The failures among these calls of the op."""
+    kept = replace(info, samples=functools.cache(info.samples))
+    for number in calls:
+        sample = random_sample(kept, random.Random(f"{info.name} {start} {number}").choice)
+        if interpreted and any(_tiny(a) for a in (*sample.args, *sample.kwargs.values())):
+            continue
+        try:
+            check(info, sample)
+        except Exception as error:
+            yield f"call {number}: {type(error).__name__}: {error}\n\n{script(info, sample)}"
+
+
+def make_calls(ops: list[str], count: int, start: int, interpreted: bool, console: Console) -> int:
+    found = 0
+    for name in ops:
+        begin, before = time.process_time(), found
+        for text in misses(FUNCTIONS[name], range(count), start, interpreted):
+            print(f"# {name}, {text}", flush=True)
+            found += 1
+        seconds = time.process_time() - begin
+        console.print(f"{name}: {count} calls, {found - before} failures, {seconds:.1f} s", highlight=False)
+    console.print(f"{count} calls of each of {len(ops)} ops, {found} failures")
+    return 1 if found else 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="how long, in all; 300 by default")
+    parser.add_argument("--calls", type=int, help="how many of each op, instead")
     parser.add_argument("--op", action="append", choices=FUNCTIONS, help="only this op (may be repeated)")
     parser.add_argument("--backend", choices=BACKENDS, default="cpp")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats a run")
@@ -77,6 +106,9 @@ def main(argv: list[str]) -> int:
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     begin, batch, calls = time.monotonic(), 25, 0
     console.print(f"--seed {options.seed}")
+    if options.calls is not None:
+        with backend(options.backend):
+            return make_calls(ops, options.calls, options.seed, options.backend == "triton", console)
     with backend(options.backend), Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=options.seconds)
         while time.monotonic() - begin < options.seconds and len(failures) < len(ops):

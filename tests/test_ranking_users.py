@@ -482,3 +482,22 @@ def test_preferences_without_bound(loss):
     (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), x)
     assert value.sum().item() == 0 and gradient.tolist() == [0, 0, 0] and second.tolist() == [0, 0, 0]
+
+
+# ---------------------------------------------------------------- means of large terms
+
+
+@pytest.mark.parametrize("name", ["logistic", "hinge", "exponential", "lambda"])
+def test_a_mean_over_pairs_is_finite_where_their_sum_is_not(name):
+    largest = torch.finfo(torch.float32).max
+    function, _, _ = LOSSES[name]
+    lead = {"exponential": math.log(largest) - 1, "lambda": largest / 4}.get(name, largest / 2)
+    scores = (tensor([-0.5] * 40 + [0.5] * 40) * lead).requires_grad_()
+    options = {"weighting": "ranknet", "log_base": math.e} if name == "lambda" else {}
+    loss = function(scores, tensor([1] * 40 + [0] * 40), normalize=True, **options)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    value = math.exp(lead) if name == "exponential" else lead
+    close(loss / largest, tensor(value / largest), 1e-4, 0, f"{name}")
+    slope = (value if name == "exponential" else 1) / 40
+    signs = tensor([-1.0] * 40 + [1.0] * 40)
+    close(gradient / slope, signs, 1e-4, 0, f"gradient of {name}")

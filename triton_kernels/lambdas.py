@@ -12,7 +12,7 @@ from torch import Tensor
 from custom_ops._enums import PairWeighting
 from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing, relative_gains
-from custom_ops.triton_kernels.pairwise import LOGISTIC, pair_value, wrong_order
+from custom_ops.triton_kernels.pairwise import LOGISTIC, pair_value, sum_of_rows, wrong_order
 
 _ROWS, _COLUMNS = 32, 16
 _RANKNET = constant(PairWeighting.RANKNET)
@@ -23,7 +23,7 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
 
 
 @kernel(
-    "*T *T *T *i32 *T *T *T *i32 *i64 *T *T *T fp64 i32 i32 i32 i32",
+    "*T *T *T *i32 *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32",
     WIDE,
     {
         (weighting, hessian): {"WEIGHTING": weighting, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
@@ -68,11 +68,11 @@ def lambda_pairs_kernel(
     rank_i = tl.load(rank_ptr + example + i, mask=valid_i, other=0)
     gain_i = tl.load(gain_ptr + example + i, mask=valid_i, other=0)
     discount_i = tl.load(discount_ptr + example + i, mask=valid_i, other=0)
-    slope = tl.full([ROWS], 0.0, s_i.dtype)
-    value, count = slope, slope
+    slope, value = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    count = tl.full([ROWS], 0.0, s_i.dtype)
     if WEIGHTING == _NDCG1:  # each item with itself
         self_i = valid_i & (rank_i < 0)
-        value = tl.where(self_i, gain_i * discount_i * 0.6931471805599453, 0.0).to(s_i.dtype)
+        value = tl.where(self_i, gain_i * discount_i * 0.6931471805599453, 0.0).to(tl.float64)
         count = tl.where(self_i, 1.0, 0.0).to(s_i.dtype)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
@@ -120,18 +120,18 @@ def lambda_pairs_kernel(
         if HESSIAN:
             v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
             move = w * wrong_order(lead) * wrong_order(-lead) * (v_i[:, None] - v_j[None, :])
-            slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
+            slope += sum_of_rows(tl.where(above | below, move, 0.0))
         else:
             if WEIGHTING == _NDCG1:
                 g = w_i * wrong_order(lead) - w_j * wrong_order(-lead)
-                slope -= tl.sum(tl.where(above, g, 0.0), axis=1)
+                slope -= sum_of_rows(tl.where(above, g, 0.0))
                 w = w_i
                 above &= w != 0
             else:
                 g = w * wrong_order(lead)
-                slope += tl.sum(tl.where(above, -g, tl.where(below, g, 0.0)), axis=1)
+                slope += sum_of_rows(tl.where(above, -g, tl.where(below, g, 0.0)))
             wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
-            value += tl.sum(tl.where(above, w * pair_value(tl.abs(lead), LOGISTIC) + wrong, 0.0), axis=1)
+            value += sum_of_rows(tl.where(above, w * pair_value(tl.abs(lead), LOGISTIC) + wrong, 0.0))
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)
     tl.store(count_ptr + example + i, count, mask=i < items)
@@ -184,7 +184,8 @@ def _pairs(
         some = ~(most <= 0)
         gain = list_scale(torch.where(some, ones / most, 0), gains, valid, offsets).to(scores.dtype)
         discount = discount_of(rank).to(scores.dtype)
-    slope, value, count = (torch.empty_like(scores) for _ in range(3))
+    slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
+    count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
     vector = scores if v is None else v.contiguous()  # a placeholder that isn't read
     from_top = (rank - min(k, lists.items)).to(torch.int32)  # negative in the top k
@@ -198,9 +199,12 @@ def _pairs(
     active = pairs > (1 if weighting == PairWeighting.NDCG1 else 0) if active is None else active
     if some is not None:
         pairs, active = torch.where(some, pairs, 0), active & some
-    factor = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)
+    factor = torch.full_like(pairs, scale, dtype=torch.float64)
+    if normalize:
+        factor = factor / pairs.clamp_min(1)
     moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
-    return torch.where(active, lists.sum(value) * factor, 0), moved, active
+    loss = torch.where(active, lists.sum(value) * factor, 0)
+    return loss.to(scores.dtype), moved.to(scores.dtype), active
 
 
 def discount_of(rank: Tensor) -> Tensor:

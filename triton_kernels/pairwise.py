@@ -75,8 +75,15 @@ def wrong_order(d):
     return tl.where(d < 0, 1.0, u) / (1.0 + u)
 
 
+@triton.jit
+def sum_of_rows(x):
+    """In double, because a mean over pairs can be finite where their sum isn't; of shares, whose sum is finite too."""
+    share: tl.constexpr = 1 / x.shape[1]
+    return tl.sum(x * share, axis=1).to(tl.float64) * x.shape[1]
+
+
 @kernel(
-    "*T *T *T *i32 *i64 *T *T *T fp64 fp64 i32 i32 i32 i32",
+    "*T *T *T *i32 *i64 *fp64 *fp64 *T fp64 fp64 i32 i32 i32 i32",
     WIDE,
     {
         (phi, hessian): {"PHI": phi, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
@@ -116,8 +123,8 @@ def pairwise_kernel(
     valid_i = owner_i >= 0
     s_i = tl.load(s_ptr + example + i, mask=valid_i, other=0) * 0.5  # differences of halves can't overflow
     y_i = tl.load(y_ptr + example + i, mask=valid_i, other=0)
-    slope = tl.minimum(tl.abs(s_i), 0.0)  # 0, which would make a kernel spill as a constant
-    value, count = tl.full([ROWS], 0.0, s_i.dtype), tl.full([ROWS], 0.0, s_i.dtype)
+    slope, value = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    count = tl.full([ROWS], 0.0, s_i.dtype)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     twice = tl.full([1, 1], 2.0 * factor, s_i.dtype)
@@ -137,11 +144,11 @@ def pairwise_kernel(
         if HESSIAN:
             v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
             move = pair_curvature(d, PHI) * (v_i[:, None] - v_j[None, :])
-            slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
+            slope += sum_of_rows(tl.where(above | below, move, 0.0))
         else:
             g = pair_slope(d, PHI)
-            slope += tl.sum(tl.where(above, g, tl.where(below, -g, 0.0)), axis=1)
-            value += tl.sum(tl.where(above, pair_value(d, PHI), 0.0), axis=1)
+            slope += sum_of_rows(tl.where(above, g, tl.where(below, -g, 0.0)))
+            value += sum_of_rows(tl.where(above, pair_value(d, PHI), 0.0))
         count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)
@@ -164,7 +171,8 @@ def _pairs(
     lists = Lists(scores, valid, offsets)
     if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
         raise RuntimeError("labels, v: expected the shape and dtype of the scores")
-    slope, value, count = (torch.empty_like(scores) for _ in range(3))
+    slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
+    count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
     vector = scores if v is None else v.contiguous()  # a placeholder that isn't read
     owners, stride = lists.owners()
@@ -172,10 +180,11 @@ def _pairs(
     sizes = (lists.items, stride, lists.lists, blocks)
     pairwise_kernel(lists.examples * blocks, *pointers, factor, shift, *sizes, variant=(phi, v is not None))
     pairs = lists.sum(count)
-    scale = factor if v is None else factor * factor
-    weight = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)
-    loss = lists.sum(value)
-    return loss / pairs.clamp_min(1) if normalize else loss, list_scale(weight, slope, valid, offsets), pairs
+    loss, weight = lists.sum(value), torch.ones_like(pairs, dtype=torch.float64)
+    if normalize:
+        weight = weight / pairs.clamp_min(1)
+    slope = list_scale((factor if v is None else factor * factor) * weight, slope, valid, offsets)
+    return (loss * weight).to(scores.dtype), slope.to(scores.dtype), pairs
 
 
 @reducing

@@ -171,7 +171,7 @@ def check(info: OpInfo, sample: Sample) -> None:
 
     Where the reference is NaN, infinite or beyond the dtype, the op must be too. A gradient is compared where the input
     and the reference's gradient are finite, since equivalent formulas may differ in 0 * inf; it may also be NaN if an
-    output is NaN.
+    output is NaN or beyond the dtype.
 
     Example:
         >>> import torch, custom_ops
@@ -197,12 +197,18 @@ def check(info: OpInfo, sample: Sample) -> None:
     inputs = [t.detach() for t in call.tensors if t.requires_grad]
     outputs = len(actual) - len(inputs)
     # A result that cancels to 0 has the rounding error of numbers of this size.
-    size = min(1.0, max((t.nan_to_num(0, 0, 0).abs().max().item() for t in wide.inputs if t.numel()), default=0.0))
-    undefined = any(bool(y.isnan().any()) for y in expected[:outputs])
+    numbers = [t for t in (*wide.inputs, *_named("labels", info, wide)) if t.numel()]
+    size = min(1.0, max((t.double().nan_to_num(0, 0, 0).abs().max().item() for t in numbers), default=0.0))
+    undefined = any(_leaves(e, a.dtype) for a, e in zip(actual[:outputs], expected))
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         what = f"output {i}" if i < outputs else f"gradient {i - outputs}"
         x = inputs[i - outputs] if i >= outputs else None
         _compare(a, e, x, undefined, size, f"{what} of {info.name}{describe(call)}")
+
+
+def _leaves(expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is a NaN or what the dtype doesn't hold."""
+    return expected.is_floating_point() and not bool((expected.abs() < torch.finfo(dtype).max).all())
 
 
 def _compare(
