@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+if os.environ["TRITON_INTERPRET"] == "1":
+    collect_ignore = ["ptx"]  # run by test_ptx.py
 # Nor torch: threads that wait for work sleep, for their spinning takes the cores from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Inductor would start processes to compile in, which import torch and then have a kernel or two each.
