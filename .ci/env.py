@@ -1,4 +1,4 @@
-"""What the Makefile asks of an interpreter: prints the answer, nothing for no."""
+"""The Makefile's questions to an interpreter; a question is answered by what is printed, and nothing means no."""
 
 import sys
 
@@ -16,7 +16,7 @@ import sysconfig
 
 
 def active():
-    """The interpreter, if its environment has torch >= 2.10 and may be installed into."""
+    """Return the interpreter if its environment has torch >= 2.10 and accepts installations."""
     marker = pathlib.Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")  # PEP 668
     managed = sys.prefix == sys.base_prefix and marker.exists()
     try:
@@ -28,7 +28,7 @@ def active():
 
 
 def installed():
-    """Whether its custom_ops is an editable install of this very folder."""
+    """Return whether its custom_ops is an editable install of this folder."""
     try:
         url = importlib.metadata.distribution("custom_ops").read_text("direct_url.json") or "{}"
     except importlib.metadata.PackageNotFoundError:

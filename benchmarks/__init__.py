@@ -1,6 +1,6 @@
-"""Every op beside its peers, in one process; ``python -m custom_ops bench``.
+"""Benchmarks of every op beside its peers, in one process: ``python -m benchmarks``.
 
-`plan` says what is measured and for how long, `measure` does one op at one size: `answers` are checked,
-then `timing`, `floor` and `memory` measure; `report`, `plots` and `compare` are what comes out. On CUDA,
-where time is taken by events and memory by the allocator's own peak, none of it has been run yet.
+`plan` decides what is measured and for how long. `measure` runs one op at one size: it checks the answers (`answers`),
+then takes the times (`timing`, `floor`) and the memory (`memory`). `report`, `plots` and `compare` present the results.
+On CUDA, events take the time and the allocator reports the peak memory; none of that has run on a device yet.
 """

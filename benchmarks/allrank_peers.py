@@ -8,7 +8,8 @@ import types
 import torch
 from torch import Tensor
 
-# The losses take one name each from modules that need torchvision, scikit-learn and gcsfs.
+# allRank's loss modules import one name each from modules that need torchvision, scikit-learn and gcsfs. Stubs stand in
+# for those modules.
 for _name, _member in (
     ("allrank.data.dataset_loading", {"PADDED_Y_VALUE": -1}),
     ("allrank.models.model_utils", {"get_torch_device": lambda: torch.device("cpu")}),
@@ -33,7 +34,7 @@ def ndcg2pp(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def rank_net(scores: Tensor, labels: Tensor) -> Tensor:
-    """The mean over the pairs of all lists, where ours sums those of each."""
+    """Return allRank's RankNet loss: a mean over the pairs of all lists, where ours sums the pairs of each list."""
     loss: Tensor = losses.rankNet(scores, labels.to(scores.dtype))
     return loss
 
@@ -44,7 +45,7 @@ def approx_ndcg(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def neural_ndcg(scores: Tensor, labels: Tensor) -> Tensor:
-    """With the scaling of columns, which ours is without."""
+    """Return allRank's NeuralNDCG, which scales the columns of the permutation matrix; ours doesn't."""
     loss: Tensor = 1 + losses.neuralNDCG(scores, labels.to(scores.dtype))
     return loss
 

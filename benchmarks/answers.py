@@ -1,4 +1,4 @@
-"""Whether an answer, and its gradients, are those of the reference in float64."""
+"""The comparison of an op's answer and gradients with those of the reference in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from custom_ops.registry import leaves
 
-# Of the largest element: rounding of the inputs' dtype, with room for the order of summation.
+# A tolerance is relative to the largest element: the rounding of the inputs' dtype, with room for the order of
+# summation.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
@@ -28,7 +29,7 @@ class Answer:
 
 
 def first(values: Any) -> Tensor:
-    """The output that is differentiated: the first with a gradient, of several."""
+    """Return the output to differentiate: the first that requires a gradient, else the first."""
     tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
     return next((t for t in tensors if t.requires_grad), tensors[0])
 
@@ -45,7 +46,9 @@ def tolerance(args: tuple[Any, ...]) -> float:
 
 
 def difference(got: Answer, truth: Answer, tolerance: float, main_only: bool = False) -> str:
-    """In words, empty if there is none; of a peer only the main output counts, and the gradients."""
+    """Return how two answers differ, in words ("" if they agree); ``main_only`` compares one output and the
+    gradients.
+    """
     values = [(first(got.values), first(truth.values))] if main_only else list(zip(got.values, truth.values))
     if not main_only and len(got.values) != len(truth.values):
         return f"{len(got.values)} outputs, not {len(truth.values)}"
@@ -68,7 +71,7 @@ def _difference(got: Tensor, truth: Tensor, tolerance: float) -> str:
     scale = float(truth.nan_to_num(0, 0, 0).abs().max()) if truth.numel() else 0.0
     close = torch.isclose(got, truth, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
     wrong = got.numel() - int(close.sum())
-    # Within rounding of a kink either slope is right: about one in ten million random elements is there.
+    # Within rounding of a kink, either slope is right. About one in ten million random elements lies there.
     if wrong <= got.numel() // 1_000_000:
         return ""
     worst = float((got - truth).abs().nan_to_num(float("inf")).max())

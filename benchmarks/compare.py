@@ -1,7 +1,8 @@
-"""``bench --against RESULT.json``: what got slower, in ratios to the peers and to the bandwidth floor.
+"""``python -m benchmarks --against RESULT.json``: find what got slower, relative to the peers and to the bandwidth
+floor.
 
-Times don't travel, not even between two runs on one machine; ratios to what ran beside ours do. Of each
-op at each size and direction, the change is the median over all that were measured beside it both times.
+Absolute times don't compare between two runs, not even on one machine; ratios to what ran in the same process do. For
+each op, size and direction, the change is the median of its ratios to every contender measured in both runs.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from custom_ops.benchmarks.measure import OURS, Row, label
-from custom_ops.benchmarks.report import Report
+from benchmarks.measure import OURS, Row, label
+from benchmarks.report import Report
 
 Place = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
 class Change:
-    """The time of ours in units of its neighbours', now over then; ``doubt`` is what chance may explain."""
+    """The ratio of our relative time now to that then; noise may explain a ratio of up to ``doubt``."""
 
     place: Place
     factor: float
@@ -38,7 +39,7 @@ class Change:
 
 
 def changes(now: Report, then: Report, noise: float) -> list[Change]:
-    """Of all places measured in both; ``noise`` is the least relative change that counts."""
+    """Return the change at every place that both reports measured; a relative change below ``noise`` doesn't count."""
     before, after = _by_place(then), _by_place(now)
     return [_change(place, after[place], before[place], noise) for place in after if place in before]
 
@@ -61,5 +62,7 @@ def _change(place: Place, now: dict[str, Row], then: dict[str, Row], noise: floa
 
 
 def _error_of_median(row: Row) -> float:
-    """Relative standard error, were the times normal: 1.253 σ / √n, and the interquartile range is 1.349 σ."""
+    """Return a median's relative standard error for normal times: 1.253 σ / √n, with σ = interquartile range /
+    1.349.
+    """
     return 1.253 / 1.349 * row.spread / math.sqrt(row.rounds)

@@ -1,4 +1,4 @@
-"""Conch's pooling of sorted points, Triton kernels for a GPU; called as the op it stands beside."""
+"""Conch's Triton kernels for pooling sorted points on a GPU, called as the op they are compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import kept_bags, once
+from benchmarks.peers import kept_bags, once
 
 if not torch.cuda.is_available():
     raise ImportError("conch needs a GPU")
@@ -28,7 +28,9 @@ class _Pool(torch.autograd.Function):
 
 @once
 def _intervals(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, ...]:
-    """The points in the order of their voxels; the place of each (x, y, z, example), and each voxel's run of them."""
+    """Return the points sorted by voxel, each point's place (x, y, z, example), and the start and length of each
+    voxel's run.
+    """
     points, offsets = kept_bags(rank, batch, num_voxels)
     lengths = offsets.diff()
     voxel, filled = torch.arange(len(lengths), device=rank.device).repeat_interleave(lengths), lengths > 0
@@ -38,7 +40,7 @@ def _intervals(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, ...]:
 
 
 def cached_bev_pool_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    """What follows from the ranks is kept for each of them."""
+    """Sum the points of each voxel with Conch's kernel, whose indices are computed once for each ``rank``."""
     batch = x.shape[:-2]
     points, *geometry = _intervals(rank, batch.numel(), num_voxels)
     sums = _Pool.apply(x.flatten(0, -2)[points], *geometry, batch.numel(), 1, num_voxels, 1)

@@ -1,4 +1,4 @@
-"""docs/cost.md, from runs of ``bench --scaling``: how cost grows with size and shrinks with threads."""
+"""The writer of docs/cost.md from runs of ``python -m benchmarks --scaling``: cost against size and threads."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
-from custom_ops.benchmarks.report import Report
+from benchmarks.measure import FLOOR, OURS, Row, label
+from benchmarks.report import Report
 
-LEAST_GAIN = 1.8  # of two threads against one
-LARGE = 1_000_000  # bytes to be moved, from which on that is expected
+LEAST_GAIN = 1.8  # the speedup expected of two threads over one
+LARGE = 1_000_000  # the bytes moved, from which on LEAST_GAIN is expected
 
 Place = tuple[str, str]  # an op and one of its tables
 
 
 @dataclass
 class Run:
-    """All that was measured with one number of threads, in one process or in several."""
+    """The measurements taken with one number of threads, in one process or in several."""
 
     rows: dict[tuple[str, Place], dict[int, Row]] = field(default_factory=dict)  # {(contender, place): {size: row}}
 
     def add(self, rows: Iterable[Row]) -> None:
         for row in rows:
-            if row.direction != "backward":  # forward+backward comes after forward
+            if row.direction != "backward":  # a forward row comes first, and a forward+backward row replaces it
                 self.rows.setdefault((row.contender, (row.op, row.table)), {})[row.size] = row
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much faster the most threads are than the fewest, at the largest size that both were measured at."""
+    """The speedup from the fewest threads to the most, at the largest size that was measured with both."""
 
     ours: float
     floor: float
@@ -39,14 +39,14 @@ class Gain:
 
     @property
     def mark(self) -> str:
-        """* where that is too little, as it is for memory itself; † where memory gains more."""
+        """Return "*" for a speedup that is too low because memory gains no more, and "†" where memory gains more."""
         if self.bytes < LARGE or self.ours >= LEAST_GAIN:
             return ""
         return "\\*" if self.ours >= 0.9 * self.floor else "†"
 
 
 def write_page(reports: Sequence[Report], page: Path) -> None:
-    """From one run or several for each number of threads; the pictures go beside the page."""
+    """Write the page from one or more reports per number of threads; the pictures go into the same folder."""
     if not reports:
         return
     reports = sorted(reports, key=lambda report: (report.machine["threads"], report.command))

@@ -1,4 +1,4 @@
-"""Versions and hardware, for every result file."""
+"""The versions and the hardware that every result file records."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def machine() -> dict[str, Any]:
 
 
 def versions(modules: Iterable[str]) -> dict[str, str]:
-    """Of the distributions that these top-level modules belong to."""
+    """Return the version of each distribution that provides one of these top-level modules."""
     owners = importlib.metadata.packages_distributions()
     names = {name for module in modules for name in owners.get(module, ())} - {"custom_ops", "torch"}
     return {name: version for name in sorted(names) if (version := _version(name))}
 
 
 def describe(machine: dict[str, Any], device: str, memory: str) -> str:
-    """Where and how it was measured, in one line."""
+    """Return one line that says where and how a run was measured."""
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     cpu = f"{machine['cpu']}, {threads}, {machine['isa']}"
     return f"{cpu}, {memory} memory" if device == "cpu" else f"{machine['device']} (host: {cpu})"
 
 
 def trouble(machine: dict[str, Any]) -> str:
-    """Why timings of this run deserve no trust; empty if nothing speaks against them."""
+    """Return why the timings of this run are not to be trusted, or "" if nothing speaks against them."""
     if machine["load"] <= 0.5 * machine["cores"]:
         return ""
     return f"the load was {machine['load']} on {machine['cores']} cores when the run began: don't rely on its timings"
@@ -71,5 +71,5 @@ def _line(path: Path, key: str) -> str | None:
 
 
 def _selected(path: Path) -> str | None:
-    """The [bracketed] one of a kernel setting's choices."""
+    """Return the selected choice, in [brackets], of a kernel setting."""
     return path.read_text().partition("[")[2].partition("]")[0] if path.exists() else None

@@ -1,8 +1,9 @@
-"""``python -m custom_ops.benchmarks.exchange``: what a training step over several processes exchanges, and how long.
+"""``python -m benchmarks.exchange``: measure what a training step over several processes exchanges, and how long it
+takes.
 
-Runs each case over 1, 2 and 4 processes (gloo, one thread each), counts the bytes of every collective that is called,
-and prints the tables of docs/scaling.md: those counts beside the times, then a model of both on up to 1,000 GPUs.
-``--write docs/scaling.md`` puts them there.
+It runs each case over 1, 2 and 4 processes (gloo, one thread each), counts the bytes of every collective, and prints
+the tables of docs/scaling.md: the counts beside the times, then a model of both on up to 1,000 GPUs. ``--write
+docs/scaling.md`` writes them into that page.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.benchmarks.environment import machine
+from benchmarks.environment import machine
 
 POINTS, COLUMNS, VOXELS = 172_824, 64, 40_000
 LISTS, ITEMS = 1024, 128
@@ -37,13 +38,15 @@ PROCESSES = (1, 2, 4)
 
 @dataclass
 class Case:
-    """A step: the tensors of a call, the dimensions they are cut in (None: whole), and what follows the call."""
+    """A training step: a call's tensors, the dimension that each is sharded in (None: replicated), and the following
+    step.
+    """
 
     op: str
     over: str
     make: Callable[[], tuple[Callable[..., Any], list[Tensor]]]
     dims: tuple[int | None, ...]
-    then: str = ""  # "whole": the result is summed up on every process; "columns": each process gets some of them
+    then: str = ""  # "whole": the result is all-reduced; "columns": it is reduce-scattered over the columns
 
 
 def _points() -> tuple[Callable[..., Any], list[Tensor]]:
@@ -100,17 +103,19 @@ class Measured:
     over: str
     processes: int
     milliseconds: float
-    moved: int = 0  # bytes of what the op takes and gives, forward and backward, over all processes
-    exchanged: dict[str, int] = field(default_factory=dict)  # collective: bytes of the whole tensor
+    moved: int = 0  # bytes that the op reads and writes, forward and backward, over all processes
+    exchanged: dict[str, int] = field(default_factory=dict)  # {collective: bytes of the whole tensor}
 
     @property
     def sent(self) -> float:
-        """Bytes that each process sends, if all collectives go around a ring."""
+        """Return the bytes that each process sends if every collective is a ring."""
         return sum(ring_bytes(name, size, self.processes) for name, size in self.exchanged.items())
 
 
 def ring_bytes(collective: str, size: float, processes: int) -> float:
-    """Each of P processes sends (P - 1) of the tensor's P parts; twice, to add up and to tell the sums."""
+    """Return the bytes a process sends: (P - 1) / P of the tensor, twice for an all-reduce (reduce-scatter,
+    all-gather).
+    """
     passes = 2 if collective == "all_reduce" else 1
     return passes * size * (processes - 1) / processes
 
@@ -119,7 +124,7 @@ def ring_bytes(collective: str, size: float, processes: int) -> float:
 
 
 def count(step: Callable[[], Any]) -> dict[str, int]:
-    """The bytes of the tensors that go into all-reduces and reduce-scatters and come out of all-gathers."""
+    """Return, for each collective, the bytes of the whole tensors that it reduces or gathers."""
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.utils._pytree import tree_leaves
 
@@ -164,7 +169,7 @@ def run_case(case: Case, mesh: Any) -> Measured:
 
 
 def run_model(task: str, parallel: str, mesh: Any) -> Measured:
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     torch.manual_seed(0)
     model, batches, loss_of, size = distributed.rank() if task == "rank" else distributed.lift()
@@ -208,7 +213,7 @@ def measure(processes: Sequence[int]) -> list[Measured]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.json"
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-            command = [*torchrun, "-m", "custom_ops.benchmarks.exchange", "--worker", str(out)]
+            command = [*torchrun, "-m", "benchmarks.exchange", "--worker", str(out)]
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             results += [Measured(**row) for row in json.loads(out.read_text())]
     return results
@@ -219,16 +224,18 @@ def measure(processes: Sequence[int]) -> list[Measured]:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Round numbers of a node of 8 GPUs with a network card each; of their bandwidths 70% are taken to be reached."""
+    """Round numbers for a node of 8 GPUs with one network card each; 70% of each bandwidth is assumed to be reached."""
 
     memory: float = 0.7 * 3.35e12  # bytes per second of one GPU
-    inside: float = 0.7 * 450e9  # bytes per second that a GPU sends to another of its node
-    between: float = 0.7 * 50e9  # and to another node
-    latency: float = 10e-6  # seconds from one process to the next
+    inside: float = 0.7 * 450e9  # bytes per second that a GPU sends to another GPU of its node
+    between: float = 0.7 * 50e9  # bytes per second that a GPU sends to another node
+    latency: float = 10e-6  # seconds of one message from a process to the next
     node: int = 8
 
     def exchange(self, collective: str, size: float, processes: int) -> float:
-        """Seconds of a collective, the bytes of which a ring sends in P - 1 hops and halving and doubling in log2 P."""
+        """Return a collective's seconds: the bytes of a ring, with the hops of recursive halving and doubling (log2
+        P).
+        """
         if processes == 1:
             return 0.0
         bandwidth = self.inside if processes <= self.node else self.between
@@ -239,13 +246,13 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Workload:
-    """Bytes of a step in all, which are spread evenly, and on each process, however many there are."""
+    """The bytes of a step: ``spread`` is divided among the processes, and ``fixed`` falls on each of them."""
 
     title: str
     spread: float
     fixed: float
     exchanged: Sequence[tuple[str, float]]
-    weak: bool = False  # `spread` is that of one process
+    weak: bool = False  # True: `spread` is per process, so the work grows with the processes
 
     def seconds(self, processes: int, on: Hardware) -> tuple[float, float]:
         share = self.spread if self.weak else self.spread / processes
@@ -253,10 +260,11 @@ class Workload:
 
 
 def _sum(points: float, voxels: float, columns: int = COLUMNS) -> tuple[float, float, float]:
-    """Of `voxel_sum`: bytes in all for the points, on each process for the grid, and of the grid itself.
+    """Return the bytes of `voxel_sum`: those of all points, those of the grid on each process, and those of the grid
+    itself.
 
-    Forward: read features and the geometry (8 bytes a rank, 8 of perm, written and read), write the grid. Backward:
-    read the geometry and a grid row for each point, write the gradient.
+    Forward reads the features and the geometry (8 bytes per rank, and 8 bytes of perm, written and read) and writes the
+    grid. Backward reads the geometry and a grid row for each point and writes the gradient.
     """
     grid = 4 * voxels * columns
     return points * (3 * 4 * columns + 5 * 8), 2 * grid, grid
@@ -335,7 +343,7 @@ def tables(results: Sequence[Measured]) -> dict[str, str]:
 
 
 def write(page: Path, parts: dict[str, str]) -> None:
-    """Each part between its marks."""
+    """Write each part between its marks in the page."""
     text = page.read_text()
     for name, part in parts.items():
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -345,13 +353,13 @@ def write(page: Path, parts: dict[str, str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.exchange", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exchange", description=__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
     parser.add_argument("--write", type=Path, metavar="PAGE")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
-        from custom_ops.examples import distributed
+        from examples import distributed
 
         worker(options.worker)
         distributed.leave(0)

@@ -1,4 +1,4 @@
-"""FBGEMM's embedding tables on the CPU, pooled: called as the op they stand beside."""
+"""FBGEMM's pooled embedding tables on the CPU, called as the op they are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # type: ig
 )
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import all_points, bags_of_pixels
+from benchmarks.peers import all_points, bags_of_pixels
 
 
 @functools.lru_cache(maxsize=1)
@@ -21,7 +21,7 @@ def _table(rows: int, columns: int) -> Any:
 
 
 def _pooled(x: Tensor, points: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Of a table whose rows are x's."""
+    """Return the pooled rows of an embedding table whose rows are those of x."""
     return torch.func.functional_call(_table(*x.shape), {"weights": x.flatten()}, (points, offsets, weights))
 
 
@@ -30,7 +30,7 @@ def table_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
 
 
 def table_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
-    """A weighted bag of pixels for each voxel; the indices are kept for each ``rank``."""
+    """Pool the pixels of each voxel as a weighted embedding bag; the indices are computed once for each ``rank``."""
     points, pixels, offsets = bags_of_pixels(rank, len(depth), num_voxels)
     bev = _pooled(feat.movedim(2, -1).flatten(0, -2), pixels, offsets, depth.flatten()[points])
     return bev.view(len(depth), num_voxels, -1)

@@ -1,8 +1,8 @@
-"""The bandwidth floor: moving the bytes that an op must move, and computing nothing.
+"""The bandwidth floor: the time to move the bytes that an op must move, without computing anything.
 
-In each pass so many bytes are copied as are both read and written, and the rest is summed or filled: an
-op that mostly reads is not excused by the price of fresh pages, which only writing pays. The floor is
-timed in turns with the contenders, at the same size and on the same kind of memory.
+Each pass copies as many bytes as are both read and written, and sums or fills the rest. An op that mostly reads is
+therefore not compared with the cost of fresh pages, which only writes pay. The floor takes turns with the contenders,
+at the same size and on the same kind of memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from custom_ops.benchmarks.answers import first
+from benchmarks.answers import first
 
 HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14
@@ -24,7 +24,7 @@ Pass = tuple[int, int]  # bytes read and written
 
 
 class Floor:
-    """A call does each of ``passes`` with float32 elements; what is written is fresh, as an op's outputs are."""
+    """A call that makes each of ``passes`` over float32 elements, with fresh outputs like those of an op."""
 
     def __init__(self, passes: Sequence[Pass], device: torch.device) -> None:
         self.bytes = sum(map(sum, passes))
@@ -48,20 +48,20 @@ class Floor:
 
 
 def least_traffic(args: tuple[Any, ...], outputs: Any, inputs: list[Tensor]) -> tuple[Pass, Pass]:
-    """Of forward and backward, where each argument, result and gradient is met once."""
+    """Return the traffic of forward and backward if each argument, result and gradient is moved once."""
     forward = (_bytes(tree_leaves(args)), _bytes(tree_leaves(outputs)))
     backward = (_bytes([first(outputs)]), _bytes(inputs)) if inputs else (0, 0)
     return forward, backward
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    """Of the memory behind them: an expanded tensor is as large as what it was expanded from."""
+    """Return the bytes of the memory that holds the values: an expanded tensor is as small as its source."""
     tensors = [t for t in values if isinstance(t, Tensor)]
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
 def _fresh(elements: int, device: torch.device) -> Tensor:
-    """As our kernels allocate: large outputs ask for huge pages."""
+    """Allocate as our kernels do: large outputs ask for huge pages."""
     out = torch.empty(elements, device=device)
     if device.type == "cpu" and 4 * elements >= HUGE_PAGE:
         begin = out.data_ptr() // HUGE_PAGE * HUGE_PAGE

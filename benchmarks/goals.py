@@ -1,19 +1,19 @@
-"""What the ops are to reach on an H200. None of it has been measured yet: there was no device."""
+"""The ops' goals on an H200. None has been measured yet, for want of a device."""
 
 from __future__ import annotations
 
-from custom_ops.registry import Target
+from benchmarks.table import Target
 
 FLOOR = "bandwidth floor"
 INTERVALS = "BEVFusion's intervals, in Triton"
 PLAIN = "plain PyTorch, compiled"
 
-# {op: {beside: the most time it may take, in units of that one's}}, forward+backward at the largest size of each
-# table; beside the floor, the inverse of the share of the bandwidth that copying the same bytes reaches.
+# {op: {contender: limit}}: forward+backward at the largest size of each table may take at most ``limit`` times as long
+# as the contender. The limit beside the floor is the inverse of the share of the bandwidth that a plain copy reaches.
 GOALS: dict[str, dict[str, float]] = {
     **{op: {FLOOR: 1 / 0.85} for op in ("relu", "leaky_relu", "hardtanh", "relu6", "threshold", "bias_relu")},
     **{op: {FLOOR: 1 / 0.85} for op in ("relu_dropout", "surrogate_gradient")},
-    # Their backward also reads an input once more, which the floor leaves out.
+    # The backward of these ops reads one input twice, but the floor counts one read.
     "squared_relu": {FLOOR: 1.25 / 0.85},
     "margin_ranking_loss": {FLOOR: 1.2 / 0.85},
     "pairwise_logistic_loss": {PLAIN: 1 / 20},
@@ -23,5 +23,5 @@ GOALS: dict[str, dict[str, float]] = {
 
 
 def targets(op: str, size: object) -> list[Target]:
-    """At ``size``, for `bench --device cuda`."""
+    """Return the op's targets at ``size`` for ``python -m benchmarks --device cuda``."""
     return [Target(size, peer, ratio, memory="cuda") for peer, ratio in GOALS.get(op, {}).items()]

@@ -1,4 +1,4 @@
-"""The peers that only a GPU can time: BEVFusion's kernel of intervals, restated in Triton."""
+"""Peers that need a GPU: BEVFusion's interval kernel, rewritten in Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from custom_ops.benchmarks.peers import _bags, _outer
+from benchmarks.peers import _bags, _outer
 
 if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     raise ImportError("it needs a CUDA device")
@@ -36,7 +36,7 @@ def _spread_kernel(grad_ptr, starts_ptr, lengths_ptr, rows_ptr, out_ptr, channel
 
 
 class IntervalSum(torch.autograd.Function):
-    """Of rows in order: a program for each interval, which walks through its rows."""
+    """The sum over each interval of sorted rows; one program walks through the rows of one interval."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, starts: Tensor, lengths: Tensor, rows: Tensor, voxels: int) -> Tensor:
@@ -67,7 +67,7 @@ def _intervals(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tenso
 
 
 def _sums(x: Tensor, rank: Tensor, flat: Tensor, num_voxels: int) -> Tensor:
-    """The intervals are kept for each ``rank``; the points are put in order each time, as BEVFusion does."""
+    """Sum each voxel's points. As in BEVFusion, the intervals are kept per ``rank``, and each call sorts the points."""
     batch, kept = x.shape[:-2].numel(), _kept.setdefault(rank, {})
     if (batch, num_voxels) not in kept:
         kept[batch, num_voxels] = _intervals(flat, batch, num_voxels)

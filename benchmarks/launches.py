@@ -1,8 +1,8 @@
-"""docs/launches.md, what each op does on a GPU as far as a CPU can tell: ``python -m custom_ops.benchmarks.launches``.
+"""``python -m benchmarks.launches``: write docs/launches.md, what a CPU can tell of each op's work on a GPU.
 
-The Triton kernels run under the interpreter, and each launch is looked at: how many there are, which of them Triton
-would compile anew, and how many bytes their arguments hold; and each of torch's own ops that would wait for the
-device, so that no CUDA graph could hold the call. ``--write PAGE`` writes the page.
+The Triton kernels run under the interpreter. The page counts the launches, the variants that Triton would compile and
+the bytes of the arguments, and lists the torch ops that would wait for the device, since a call with one can't be
+captured in a CUDA graph. ``--write PAGE`` writes the page.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from custom_ops.benchmarks.floor import least_traffic
-from custom_ops.benchmarks.goals import GOALS
+from benchmarks.floor import least_traffic
+from benchmarks.goals import GOALS
 from custom_ops.registry import REGISTRY, OpInfo, Sample, leaves
 from custom_ops.verify._case import flatten
 
-SIZES = (1, 2, 3, 5)  # times a sample's own
-ELEMENTS = 1024  # about so many in the largest tensor, where bytes are counted
+SIZES = (1, 2, 3, 5)  # the factors by which a sample's dynamic dimensions grow
+ELEMENTS = 1024  # the approximate size of the largest tensor where bytes are counted
 
 HEAD = [
     "# Launches",
     "",
-    "Written by `make docs` from `python -m custom_ops.benchmarks.launches`, which runs the Triton kernels under the "
+    "Written by `make docs` from `python -m benchmarks.launches`, which runs the Triton kernels under the "
     "interpreter; nothing here was measured on a GPU. Of each op's first sample with a dynamic size, in float32 and "
     f"grown to about {ELEMENTS:,} elements: the launches of our kernels in forward and in backward; for how many of "
     "them Triton compiles on the first call (other sizes add at most two for each kernel: multiples of 16, and all "
@@ -49,14 +49,14 @@ AIMS = [
     "## Goals on an H200",
     "",
     "At the largest size of each table, forward+backward: how long an op may take at most, in units of what runs "
-    "beside it; 1.18 times the floor is 85% of the bandwidth of a copy. `python -m custom_ops bench --device cuda` "
+    "beside it; 1.18 times the floor is 85% of the bandwidth of a copy. `python -m benchmarks --device cuda` "
     "says which are met. None has been measured yet.",
     "",
     "| op | beside | at most | |",
     "|---|---|--:|---|",
 ]
 
-# What needs the device's answer before it can go on, or what only the host has.
+# These ops wait for the device, as their output's size or value is needed on the host.
 WAITS = {
     "_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave",
     "unique_consecutive", "unique_dim", "_unique", "_unique2",
@@ -66,14 +66,16 @@ COPIES: dict[str, Any] = {"tensor": torch, "as_tensor": torch, "new_tensor": Ten
 
 @dataclass(frozen=True)
 class Launch:
-    """``compiled`` is what Triton compiles for: kernel, compile-time arguments, and what it sees in the others."""
+    """One launch; ``compiled`` is the key of Triton's compilation: the kernel, its constants and each argument's
+    properties.
+    """
 
     compiled: tuple[Any, ...]
     bytes: int
 
 
 class Trace(TorchDispatchMode):
-    """What is launched and waited for within the context."""
+    """A mode that records the kernels launched and the ops waited for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class Trace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def copying(self, name: str, copy: Callable[..., Any]) -> Callable[..., Any]:
-        """``copy``, noted under its name where it isn't the interpreter that calls it."""
+        """Wrap ``copy`` so that calls from outside of the interpreter are recorded under ``name``."""
 
         def noted(value: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.launching and (name == "tolist" or not isinstance(value, Tensor)):
@@ -121,7 +123,7 @@ class Trace(TorchDispatchMode):
 
 @contextmanager
 def tracing() -> Iterator[Trace]:
-    """Within the context, on the Triton backend, what runs is traced."""
+    """Record what runs within the context, on the Triton backend."""
     from custom_ops.triton_kernels.common import Kernel
     from custom_ops.verify import backend
 
@@ -139,7 +141,7 @@ def tracing() -> Iterator[Trace]:
 
 
 def call(info: OpInfo, sample: Sample) -> tuple[Any, Callable[[], Any]]:
-    """The op's output on a sample, and its backward."""
+    """Return the op's output on a sample, and a function that runs its backward."""
     output = info.function(*sample.args, **sample.kwargs)
     inputs = leaves([*sample.args, *sample.kwargs.values()])
     differentiable = [y for y in flatten(output) if y.requires_grad]
@@ -152,7 +154,7 @@ def call(info: OpInfo, sample: Sample) -> tuple[Any, Callable[[], Any]]:
 
 
 def trace_of(info: OpInfo, sample: Sample) -> tuple[Trace, Trace]:
-    """Of forward and of backward."""
+    """Return the trace of forward and that of backward."""
     with tracing() as forward:
         _, run = call(info, sample)
     with tracing() as backward:
@@ -161,7 +163,7 @@ def trace_of(info: OpInfo, sample: Sample) -> tuple[Trace, Trace]:
 
 
 def resized(sample: Sample, times: int) -> Sample:
-    """Its dynamic dimensions ``times`` as long."""
+    """Return the sample with its dynamic dimensions ``times`` as long."""
 
     def longer(key: int | str, value: Any) -> Any:
         if key not in sample.dynamic:
@@ -179,7 +181,7 @@ def samples(info: OpInfo) -> list[Sample]:
 
 
 def row(info: OpInfo) -> str | None:
-    """Of the page; None for an op that launches nothing."""
+    """Return the op's row of the page, or None if it launches nothing."""
     sample = next((s for s in samples(info) if s.dynamic), samples(info)[0])
     given = [*sample.args, *sample.kwargs.values()]
     sample = resized(sample, max(1, ELEMENTS // max(a.numel() for a in given if isinstance(a, Tensor))))
@@ -206,7 +208,7 @@ def page() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.launches", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
     parser.add_argument("--write", type=Path, metavar="PAGE")
     options = parser.parse_args(argv)
     text = page()
@@ -217,5 +219,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
     raise SystemExit(main())

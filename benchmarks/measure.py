@@ -1,4 +1,4 @@
-"""One cell of the benchmark: an op at one size of one of its tables, beside its peers."""
+"""The measurement of one cell: an op at one size of one of its tables, beside its peers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from custom_ops.benchmarks import goals, timing
-from custom_ops.benchmarks.answers import Answer, difference, first, in_double, tolerance
-from custom_ops.benchmarks.floor import Floor, least_traffic
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.timing import Call, interleave, median, seconds_of, spread
-from custom_ops.registry import Benchmark, OpInfo, Unavailable, leaves
+from benchmarks import goals, timing
+from benchmarks.answers import Answer, difference, first, in_double, tolerance
+from benchmarks.floor import Floor, least_traffic
+from benchmarks.memory import peak_bytes
+from benchmarks.table import Benchmark, TimedOp, Unavailable
+from benchmarks.timing import Call, interleave, median, seconds_of, spread
+from custom_ops.registry import leaves
 
 OURS, FLOOR = "custom_ops", goals.FLOOR
 
@@ -24,7 +25,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Cell:
-    info: OpInfo
+    info: TimedOp
     benchmark: Benchmark
     size: Any
 
@@ -44,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one direction; what doesn't apply is None."""
+    """The measurement of one contender in one direction; None marks what doesn't apply."""
 
     op: str
     family: str
@@ -56,10 +57,10 @@ class Row:
     spread: float  # interquartile range over median
     rounds: int
     ours_over_this: float
-    floors: float  # multiple of the bandwidth floor
-    bytes: int  # the least that must be moved
-    gigabytes_per_second: float  # of these
-    peak_bytes: int | None = None  # extra memory at its highest; none for backward alone
+    floors: float  # multiples of the bandwidth floor
+    bytes: int  # the least traffic of any implementation
+    gigabytes_per_second: float  # the bandwidth at which those bytes were moved
+    peak_bytes: int | None = None  # peak of the extra memory; None for backward alone
     target: float | None = None
     note: str = ""
 
@@ -68,22 +69,24 @@ class Row:
 class Result:
     rows: list[Row] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    wrong: str = ""  # what is wrong with our answer: nothing was timed
+    wrong: str = ""  # the error in our answer, in which case nothing was timed
     preparation: float = 0.0  # seconds before the timing
 
 
 @dataclass(frozen=True)
 class Effort:
-    """At least ``rounds`` of each contender and ``seconds`` of all, per direction; in all no more than ``limit``."""
+    """How long to measure: at least ``rounds`` of each contender and ``seconds`` per direction, and ``limit`` in
+    total.
+    """
 
     seconds: float = 3.0
     rounds: int = 7
     warm_ups: int = 3
     limit: float = math.inf
-    whole: bool = False  # forward+backward only, where there is a backward
+    whole: bool = False  # measure forward+backward alone, if there is a backward
 
     def affordable(self, once: dict[str, float], left: float) -> list[str]:
-        """The contenders, given the seconds of one call of each, that can be measured in time; ours or none."""
+        """Return the contenders that fit into ``left`` seconds, given the seconds of one call of each, ours first."""
         chosen: list[str] = []
         for name in sorted(once, key=lambda name: (name != OURS, once[name])):
             left -= once[name] * 3 * (self.warm_ups + 2 * self.rounds)
@@ -94,7 +97,9 @@ class Effort:
 
 
 class Problem:
-    """The arguments of one cell, and the calls that are timed on them; ``function`` gives the output's shape."""
+    """The arguments of one cell and the calls that are timed on them; ``function`` serves to find the output's
+    shape.
+    """
 
     def __init__(self, cell: Cell, size: Any, device: torch.device, function: Function) -> None:
         torch.manual_seed(0)
@@ -120,7 +125,9 @@ class Problem:
         return Call(forward if direction == "forward" else lambda _: backward(forward()))
 
     def seconds(self, function: Function, device: torch.device) -> float:
-        """Of one call in all directions, about: the shorter of two, since either may have been disturbed."""
+        """Estimate the seconds of one call in all directions: the shorter of two, since other work may disturb
+        either.
+        """
         call = self.call(function, self.directions[-1])
         return min(seconds_of(call, device) for _ in range(2))
 
@@ -130,7 +137,7 @@ class Problem:
 
 
 def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory: str, effort: Effort) -> Result:
-    """Check the answers; then time the contenders, in turns, in each direction."""
+    """Check the answers, then time the contenders in turns in each direction."""
     begin = timing.clock()
     result = Result()
     contenders = {OURS: cell.ours} | peers
@@ -189,7 +196,7 @@ def label(size: Any) -> str:
 
 
 def _check(cell: Cell, contenders: dict[str, Function], device: torch.device) -> dict[str, str]:
-    """What is wrong with each contender's answer: nothing, a difference, or "raised ..."."""
+    """Return the error in each contender's answer: "" for none, a difference, or "raised ..."."""
     problem = Problem(cell, cell.benchmark.checked_at(cell.size), device, cell.reference)
     grad = problem.grad
     truth = Answer(cell.reference, in_double(problem.args), None if grad is None else grad.double())
@@ -198,7 +205,7 @@ def _check(cell: Cell, contenders: dict[str, Function], device: torch.device) ->
         try:
             answer = Answer(function, problem.args, grad)
             wrong[name] = difference(answer, truth, tolerance(problem.args), main_only=name != OURS)
-        except Exception as error:  # whatever a contender raises
+        except Exception as error:  # a peer may raise anything
             wrong[name] = f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return wrong
 

@@ -1,7 +1,7 @@
-"""Peak extra memory of a call: what torch's allocator has handed out and not got back, at its highest.
+"""The peak extra memory of a call: the most that torch's allocator has handed out and not got back.
 
-On the CPU the profiler records each allocation and release, so that the number is exact and the same
-on every run. Memory taken behind the allocator's back (scratch in a C++ kernel, NumPy arrays) isn't seen.
+On the CPU the profiler records each allocation and release, so the number is exact and the same on every run. It
+doesn't see memory that bypasses the allocator (scratch of a C++ kernel, NumPy arrays).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    run()  # what is allocated once and kept is no part of a call
+    run()  # allocates what is kept between calls, which isn't counted
     return _peak_on_cuda(run, device) if device.type == "cuda" else _peak_on_cpu(run)
 
 
@@ -29,10 +29,10 @@ def _peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def _peak_on_cpu(run: Callable[[], Any]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints two lines to stderr for each profile
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler prints two lines to stderr otherwise
     gc.collect()
     collecting = gc.isenabled()
-    gc.disable()  # or tensors of others, collected meanwhile, would count as given back
+    gc.disable()  # the collector would free unrelated tensors during the profile
     try:
         with torch.autograd.profiler.profile(profile_memory=True) as profile:
             run()

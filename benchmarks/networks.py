@@ -1,8 +1,8 @@
-"""What one-bit activations save in whole networks, and what they cost in a compiled chain.
+"""The memory that one-bit activations save in whole networks, and their cost in a compiled chain.
 
-``python -m custom_ops.benchmarks.networks [--quick] [--only PART ...] [--json FILE]``: the peak memory of a training
-step of three networks, eager and compiled, with torch's activations out of place, with ours and with torch's in
-place; then the time of a compiled ``linear -> bias -> activation -> residual``.
+``python -m benchmarks.networks [--quick] [--only PART ...] [--json FILE]`` measures the peak memory of a training step
+of three networks, eager and compiled, with torch's activations out of place, with ours and with torch's in place. Then
+it times a compiled ``linear -> bias -> activation -> residual``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import custom_ops
-from custom_ops.benchmarks.environment import machine
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.timing import Call, interleave, median
+from benchmarks.environment import machine
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import Call, interleave, median
 
 LEAST_SAVED = {"MobileNetV2-shaped, ReLU6": 0.2, "Darknet-shaped, LeakyReLU": 0.2}
-# Compiles in half the time, to slower code.
+# These options halve the compile time and make slower code, which doesn't matter where only memory is measured.
 MEMORY_ONLY: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.simdlen": 1, "aot_inductor.debug_compile": True}
 CHAINED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -55,7 +55,7 @@ class _Residual(nn.Module):
 
 
 def _mobilenet() -> nn.Module:
-    """Inverted residuals: widen by 6, a depthwise convolution, narrow again."""
+    """Return a stack of inverted residuals: widen by 6, depthwise convolution, narrow again."""
     layers: list[nn.Module] = [*_conv(3, 16, 3, 2), nn.ReLU6()]
     for inputs, outputs, stride in ((16, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)):
         wide = 6 * inputs
@@ -104,7 +104,7 @@ PARTS = [*map(_part, NETWORKS), "chains"]
 
 
 def _variants(network: Callable[[], nn.Module]) -> dict[str, nn.Module]:
-    """The same network, weights and all, with each kind of activation."""
+    """Return copies of one network, with the same weights, each with another kind of activation."""
     torch.manual_seed(0)
     theirs = network()
     ours, inplace = copy.deepcopy(theirs), copy.deepcopy(theirs)
@@ -118,14 +118,14 @@ def _variants(network: Callable[[], nn.Module]) -> dict[str, nn.Module]:
 def step_memory(
     batch: int, size: int, device: torch.device, compiled: bool, networks: Sequence[str] = tuple(NETWORKS)
 ) -> list[dict[str, Any]]:
-    """Peak memory and loss of one training step of each of the networks with each kind of activation."""
+    """Return the peak memory and the loss of one training step of each network with each kind of activation."""
     rows = []
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
     target = torch.arange(batch, device=device) % 10
     for name in networks:
         for variant, model in _variants(NETWORKS[name]).items():
             model = model.to(device).train()
-            torch._dynamo.reset()  # or the last of many models would run uncompiled
+            torch._dynamo.reset()  # Dynamo stops compiling after a number of models otherwise
             forward = torch.compile(model, options=MEMORY_ONLY) if compiled else model
             losses: list[float] = []
 
@@ -144,7 +144,7 @@ def step_memory(
 
 
 def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds of the compiled chain, forward and backward, with ours and with torch's activation."""
+    """Return the milliseconds of the compiled chain, forward and backward, with our activation and with torch's."""
     inputs = [
         torch.randn(s, device=device, requires_grad=True)
         for s in ((rows, columns), (columns, columns), (columns,), (rows, columns))
@@ -168,7 +168,7 @@ def chain_times(rows: int, columns: int, device: torch.device, seconds: float) -
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m custom_ops.benchmarks.networks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller images, eager only, shorter timings")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; all by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
         chains = chain_times(*((512, 512) if options.quick else (65536, 256)), device, 1.0 if options.quick else 3.0)
         _print_chains(chains)
     if options.json:
-        command = f"python -m custom_ops.benchmarks.networks {' '.join(argv)}"
+        command = f"python -m benchmarks.networks {' '.join(argv)}"
         inputs = {"device": options.device, "batch": batch, "size": size}
         results = {"command": command, "machine": machine(), **inputs, "steps": steps, "chains": chains}
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,7 +1,8 @@
-"""What a call costs before there is any work: of the bridge on 16 elements, of each op on its first sample.
+"""The fixed cost of a call: that of the bridge on 16 elements, and that of each op on its first sample.
 
-The bridge is measured on an op that saves its input, and whose backward is an op with a backward of its
-own: ours, ``torch.library``'s and native torch. The factor 2 is left out of the derivative of the square.
+The bridge is measured on an op that saves its input and whose backward is an op with a derivative of its own. It is
+compared with the same op built with ``torch.library`` and with native torch ops. The factor 2 is left out of the
+derivative of the square in all three.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.answers import first
+from benchmarks.measure import OURS
+from benchmarks.table import TimedOp
+from benchmarks.timing import Call, interleave, median
 from custom_ops import library
-from custom_ops.benchmarks.answers import first
-from custom_ops.benchmarks.measure import OURS
-from custom_ops.benchmarks.timing import Call, interleave, median
-from custom_ops.registry import OpInfo, leaves
+from custom_ops.registry import leaves
 
-TARGETS = {"forward": 0.5, "forward+backward": 0.65}  # of PEER's time
+TARGETS = {"forward": 0.5, "forward+backward": 0.65}  # the allowed share of PEER's time
 PEER = "torch.library.custom_op + register_autograd"
-OP_TARGET = 2.5  # of native torch's time
-CALLS = 20  # per measurement: one is too short to be timed
+OP_TARGET = 2.5  # the allowed multiple of native torch's time
+CALLS = 20  # calls per measurement; one is too short for the clock
 
 
 def square(x: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def _peer() -> Callable[[Tensor], Tensor]:
 
 
 def of_library(seconds: float, device: torch.device) -> dict[str, dict[str, float]]:
-    """Microseconds per call of each contender, for forward with gradient and for forward+backward."""
+    """Return each contender's microseconds per call, for forward with gradient and for forward+backward."""
     x = torch.randn(16, device=device, requires_grad=True)
     grad = torch.ones_like(x)
     ops = {"custom_ops.library": _ours(), PEER: _peer(), "torch.square (native)": torch.square}
@@ -100,8 +102,8 @@ def of_library(seconds: float, device: torch.device) -> dict[str, dict[str, floa
     return {direction: _microseconds(contenders, seconds, device) for direction, contenders in runs.items()}
 
 
-def of_op(info: OpInfo, seconds: float, device: torch.device) -> dict[str, float]:
-    """Microseconds of forward+backward, or forward where there is no backward, on the first sample."""
+def of_op(info: TimedOp, seconds: float, device: torch.device) -> dict[str, float]:
+    """Return the microseconds of forward+backward (forward, if there is no backward) on the first sample."""
     sample = info.samples(device, torch.float32)[0]
     inputs = leaves([*sample.args, *sample.kwargs.values()])
     grad = torch.ones_like(first(info.function(*sample.args, **sample.kwargs)))

@@ -1,4 +1,4 @@
-"""Peers that no installable package provides, written from their published formula."""
+"""Peers that no installable package provides, written from their published formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from custom_ops.ranking.neural_sort import neural_sort_matrix
+from custom_ops.ranking.specs.neural_sort import neural_sort_matrix
 from custom_ops.voxel import VoxelSum, segment_sum, voxel_csr, voxel_sum
 
 
@@ -40,13 +40,13 @@ def cumulative_voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor) -> tup
 
 
 def index_add_voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """What one would write with PyTorch's own ops: number the runs, then scatter."""
+    """Sum the points of each voxel with PyTorch's own ops: number the runs, then scatter."""
     _, voxel, counts = torch.unique_consecutive(ranks, return_inverse=True, return_counts=True)
     return x.new_zeros(len(counts), x.shape[1]).index_add(0, voxel, x), geometry[counts.cumsum(0) - 1]
 
 
 class SigmoidSurrogate(torch.autograd.Function):
-    """A spike with the slope of a sigmoid, as libraries for spiking networks write it."""
+    """A spike with the gradient of a sigmoid, written as in libraries for spiking networks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ compiled_bpr_loss = torch.compile(logsigmoid_bpr_loss)
 compiled_margin_ranking_loss = torch.compile(F.margin_ranking_loss)
 
 
-# Pooling onto a dense grid. These are called as the op they stand beside: `segment_sum(x, indptr)`,
-# `voxel_sum(x, rank, num_voxels)`, `bev_pool(depth, feat, rank, num_voxels, csr)`. Those of `segment_sum` and
-# the "cached" ones keep what depends on the indices alone, as one does while the geometry stays the same.
+# The peers below pool points onto a dense grid. Each is called as the op it is compared with: `segment_sum(x, indptr)`,
+# `voxel_sum(x, rank, num_voxels)`, `bev_pool(depth, feat, rank, num_voxels, csr)`. The peers of `segment_sum` and those
+# called "cached" keep what depends on the indices alone, as a user with a fixed geometry does.
 
 
 def once(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """``compute(indices, ...)``, called once for each tensor of indices and other arguments."""
+    """Cache ``compute(indices, ...)`` for each tensor of indices and each set of other arguments."""
     known: Any = WeakTensorKeyDictionary()
 
     def get(indices: Tensor, *args: Any) -> Any:
@@ -126,13 +126,13 @@ def segment_reduce_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
 
 
 def flat_rank(rank: Tensor, batch: int, num_voxels: int, outside: int) -> Tensor:
-    """The ranks ``[batch, N]`` or ``[N]`` as rows of the whole batch's ``batch * num_voxels``."""
+    """Return the ranks ``[batch, N]`` or ``[N]`` as rows of the whole batch's ``batch * num_voxels``."""
     first = torch.arange(0, batch * num_voxels, max(num_voxels, 1), device=rank.device)[:, None]
     return torch.where(rank < 0, outside, rank + first).flatten()
 
 
 def lss_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    """The whole pipeline of Lift-Splat-Shoot and FIERY: drop, sort, cumulative sum, write into a dense grid."""
+    """Sum with the pipeline of Lift-Splat-Shoot and FIERY: drop, sort, cumulative sum, write into a dense grid."""
     batch = x.shape[:-2]
     rank = flat_rank(rank, batch.numel(), num_voxels, outside=-1)
     x, inside = x.reshape(-1, x.shape[-1]), rank >= 0
@@ -145,7 +145,7 @@ def lss_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
 
 
 def trash_row_index_add(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    """One index_add; points outside of the grid go to a row that is cut off."""
+    """Sum with one index_add; points outside of the grid go to an extra row that is cut off."""
     batch = x.shape[:-2]
     rows = batch.numel() * num_voxels
     rank = flat_rank(rank, batch.numel(), num_voxels, outside=rows)
@@ -160,7 +160,7 @@ def trash_row_scatter_add(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
 
 
 def _bags(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, Tensor]:
-    """The points inside of the grid, sorted by voxel, and where each voxel's begin."""
+    """Return the points inside of the grid, sorted by voxel, and the offset at which each voxel begins."""
     rows = batch * num_voxels
     rank, points = flat_rank(rank, batch, num_voxels, outside=rows).sort(stable=True)
     offsets = torch.searchsorted(rank, torch.arange(rows + 1, device=rank.device))
@@ -185,7 +185,7 @@ _kept_csr = once(voxel_csr)
 
 
 def cached_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    """Ours, of points sorted before."""
+    """Sum with our op, given points that were sorted before."""
     return voxel_sum(x, rank, num_voxels, csr=_kept_csr(rank, num_voxels))
 
 
@@ -193,19 +193,19 @@ _kept_layer = once(lambda rank, num_voxels: VoxelSum(num_voxels))
 
 
 def layer_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    """Ours, as a layer that compares the ranks with those that it keeps."""
+    """Sum with our layer, which compares the ranks with those it sorted last."""
     out: Tensor = _kept_layer(rank, num_voxels)(x, rank)
     return out
 
 
 def unchecked_voxel_sum(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    """Both without finding out whose the sorted points are: what that costs is the difference."""
+    """Sum with our op without the layer's comparison of the ranks, to measure what that comparison costs."""
     perm, indptr = _kept_csr(rank, num_voxels)
     return segment_sum(x, indptr, perm)
 
 
 def _outer(depth: Tensor, feat: Tensor) -> Tensor:
-    """The features of all points ``[B, N D H W, C]``, as Lift-Splat-Shoot materialises them."""
+    """Return the features of all points ``[B, N D H W, C]``, which Lift-Splat-Shoot stores in memory."""
     return (depth[:, :, None] * feat[:, :, :, None]).movedim(2, -1).flatten(1, -2)
 
 
@@ -226,7 +226,7 @@ def bags_of_pixels(rank: Tensor, batch: int, num_voxels: int) -> tuple[Tensor, T
 
 
 def cached_embedding_bag_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, *_: Any) -> Tensor:
-    """A weighted bag of pixels for each voxel; the indices are kept for each ``rank``."""
+    """Pool the pixels of each voxel as a weighted embedding bag; the indices are computed once for each ``rank``."""
     points, pixels, offsets = bags_of_pixels(rank, len(depth), num_voxels)
     rows = feat.movedim(2, -1).flatten(0, -2)
     weights = depth.flatten()[points]
@@ -255,7 +255,7 @@ def compiled_index_add_bev_pool(depth: Tensor, feat: Tensor, rank: Tensor, num_v
 
 
 def eager_voxel_rank(points: Tensor, origin: Any, voxel_size: Any, grid_size: Any) -> Tensor:
-    """As one writes it: floor, compare, number."""
+    """Compute the ranks with PyTorch's own ops: floor, compare, number."""
     cell = ((points - points.new_tensor(origin)) / points.new_tensor(voxel_size)).floor().long()
     grid = torch.tensor(grid_size, device=points.device)
     inside = ((cell >= 0) & (cell < grid)).all(-1)
@@ -283,7 +283,9 @@ def index_add_bev_pool_v2(
     bev_feat_shape: tuple[int, ...],
     *_: Tensor,
 ) -> Tensor:
-    """What BEVDet's arrays say, without its kernel: the features of all points, then one index_add."""
+    """Compute BEVDet's bev_pool_v2 without its kernel: write out the features of all points, then call index_add
+    once.
+    """
     points = depth.flatten()[ranks_depth, None] * feat.flatten(0, 3)[ranks_feat]
     bev = feat.new_zeros(math.prod(bev_feat_shape[:4]), feat.shape[4]).index_add(0, ranks_bev, points)
     return bev.view(bev_feat_shape).permute(0, 4, 1, 2, 3)
@@ -294,7 +296,7 @@ def _pairs_of(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pairwise_logistic_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """What one would write with PyTorch's own ops: the matrix of all pairs."""
+    """Compute the loss with PyTorch's own ops, from the matrix of all pairs."""
     difference, pairs = _pairs_of(scores, labels)
     return torch.where(pairs, torch.nn.functional.softplus(-difference), 0).sum((-1, -2)).mean()
 
@@ -305,7 +307,7 @@ def pairwise_hinge_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def neural_sort_ndcg_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """NeuralNDCG without the scaling of columns, from the whole matrix; every list needs a relevant item."""
+    """Compute NeuralNDCG without column scaling from the whole matrix; every list needs a relevant item."""
     gains = 2 ** labels.to(scores.dtype) - 1
     discounts = 1 / (torch.arange(gains.shape[-1], device=gains.device) + 2.0).log2()
     ideal = (gains.sort(descending=True).values * discounts).sum(-1)

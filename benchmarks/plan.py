@@ -1,4 +1,4 @@
-"""What a run measures, in which order, and how long it may take over each cell."""
+"""The plan of a run: what is measured, in which order, and for how long."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from custom_ops.benchmarks import timing
-from custom_ops.benchmarks.measure import Cell, Effort, Result
-from custom_ops.registry import Benchmark, OpInfo
+from benchmarks import timing
+from benchmarks.measure import Cell, Effort, Result
+from benchmarks.table import Benchmark, TimedOp
 
 FULL = Effort()
 QUICK = Effort(seconds=0.5, rounds=3, warm_ups=1)
 
 
 class Plan:
-    """The cells in order. A quick run takes the small sizes of all tables first, and divides its seconds.
+    """The cells in order. A quick run takes the small sizes of all tables first and divides its seconds among the
+    cells.
 
-    Each cell may take its share of what is left; one whose answers alone would take an eighth of all that is
-    left, judging by the elements of the size before it, is skipped: a reference that holds all pairs of a list
-    takes more. So a run ends in time whatever the number of ops.
+    Each cell may take its share of the time left. A cell is skipped if its answers alone are expected to take an eighth
+    of that time, judging by the number of elements and the previous size. (References that hold all pairs of a list
+    take even longer.) A run therefore ends in time whatever the number of ops.
     """
 
-    def __init__(self, infos: Iterable[OpInfo], seconds: float = math.inf) -> None:
+    def __init__(self, infos: Iterable[TimedOp], seconds: float = math.inf) -> None:
         self.quick = math.isfinite(seconds)
         self.end = timing.clock() + seconds
         cells = [
@@ -38,12 +39,12 @@ class Plan:
         self._last: dict[int, tuple[Cell, float]] = {}
 
     def keep(self, sizes: list[str]) -> None:
-        """Only the cells of these sizes, written as "16x1024"."""
+        """Keep only the cells of these sizes, written as "16x1024"."""
         self.cells = [cell for cell in self.cells if _written(cell.size) in sizes]
         self.left = len(self.cells)
 
     def effort(self, cell: Cell) -> Effort | None:
-        """For the next cell; None to skip it."""
+        """Return the effort for the next cell, or None to skip it."""
         remaining, cells = self.end - timing.clock(), self.left
         self.left -= 1
         if not self.quick:
@@ -57,7 +58,7 @@ class Plan:
 
 
 def elements(size: Any) -> float:
-    """How large a size is, to guess at the time it takes: the product of the numbers in it."""
+    """Return the product of the numbers in a size, from which the time is estimated."""
     if isinstance(size, (tuple, list)):
         return math.prod(map(elements, size))
     return max(float(size), 1.0) if isinstance(size, (int, float)) else 1.0
@@ -68,9 +69,9 @@ def _written(size: Any) -> str:
 
 
 class Peers:
-    """The peers of each table that are wanted and installed; ``missing`` collects those that aren't.
+    """The wanted and installed peers of each table; ``missing`` collects the others.
 
-    All are looked up at once: a misspelt one is an error before anything is measured, not an hour later.
+    All peers are looked up before anything is measured, so a misspelt name raises at once.
     """
 
     def __init__(self, tables: Iterable[Benchmark], wanted: list[str] | None, quick: bool) -> None:

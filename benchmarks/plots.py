@@ -1,4 +1,4 @@
-"""One picture per table: time and memory against size, and throughput under the bandwidth roof."""
+"""The pictures, one per table: time and memory against size, and throughput under the bandwidth roof."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator
 
-from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label
-from custom_ops.benchmarks.report import Report
+from benchmarks.measure import FLOOR, OURS, Row, label
+from benchmarks.report import Report
 
 MARKERS = "osv^Ddp*"
 
@@ -67,7 +67,7 @@ def _against_size(axes: Any, rows: list[Row], direction: str, quantity: str, tit
 
 
 def _roofline(axes: Any, rows: list[Row], direction: str) -> None:
-    """The roof is what moving these bytes takes without computing; who touches it can't be faster."""
+    """Draw the throughput below the roof, which is the speed of moving these bytes without computing."""
     if not any(r.bytes for r in rows):
         axes.axis("off")
         return
@@ -77,7 +77,8 @@ def _roofline(axes: Any, rows: list[Row], direction: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # within a decade, as plain numbers
+    # plain numbers on an axis that spans less than a decade
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     moved = sorted({r.bytes for r in rows})
     _ticks(axes, moved, list(map(_bytes, moved)))
     axes.set_title(f"{direction}, GB/s of the least bytes to be moved", fontsize=10)
@@ -91,7 +92,7 @@ def _ticks(axes: Any, at: list[Any], labels: list[str]) -> None:
 
 
 def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """Ours thick, the floor dashed and grey, the peers each in a colour and marker of their own."""
+    """Return the line styles: ours is thick, the floor dashed and grey, and each peer has its own colour and marker."""
     styles: dict[str, dict[str, Any]] = {}
     names = list(dict.fromkeys(row.contender for row in rows))
     for i, name in enumerate(name for name in names if name not in (OURS, FLOOR)):

@@ -1,4 +1,4 @@
-"""pytorchltr's losses as peers (its 0.2.1: the folders loss and utils, and __init__.py, on the path)."""
+"""pytorchltr's losses as peers (put the folders loss and utils and __init__.py of its 0.2.1 on the path)."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def hinge(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def logistic(scores: Tensor, labels: Tensor) -> Tensor:
-    """Its logarithm is to base 2."""
+    """Return pytorchltr's logistic loss, whose logarithm is to base 2, in nats."""
     return _of_whole_lists(PairwiseLogisticLoss(), scores, labels) * math.log(2)

@@ -1,4 +1,4 @@
-"""What was measured, as tables on the terminal, as JSON and as CSV."""
+"""A run's measurements, as tables on the terminal, as JSON and as CSV."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from custom_ops.benchmarks import overhead
-from custom_ops.benchmarks.environment import describe
-from custom_ops.benchmarks.measure import OURS, Row, label
+from benchmarks import overhead
+from benchmarks.environment import describe
+from benchmarks.measure import OURS, Row, label
 
 
 @dataclass
 class Report:
-    """A whole run. A row's ``size`` is a list where the registry has a tuple once it was read from a file."""
+    """A whole run. A row's ``size`` is a tuple in the registry and a list once it was read from a file."""
 
     command: str
     device: str
     memory: str
     machine: dict[str, Any]
-    packages: dict[str, str] = field(default_factory=dict)  # of the peers
-    missing: dict[str, str] = field(default_factory=dict)  # peer: why it isn't there
-    overhead: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # µs, of the "library" and "ops"
+    packages: dict[str, str] = field(default_factory=dict)  # {package of a peer: version}
+    missing: dict[str, str] = field(default_factory=dict)  # {peer: the reason why it is missing}
+    overhead: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # {"library" or "ops": microseconds}
     rows: list[Row] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -39,14 +39,14 @@ class Report:
 
     @property
     def tables(self) -> dict[tuple[str, str], list[Row]]:
-        """{(op, table): rows}"""
+        """Return {(op, table): rows}."""
         tables: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             tables.setdefault((row.op, row.table), []).append(row)
         return tables
 
     def write_json(self, path: Path) -> None:
-        """One line for each field, and in "rows" one for each size of a table; times to four digits."""
+        """Write one line for each field and, in "rows", one for each size of a table, with times to four digits."""
         fields_of_report = [f'"{f.name}": {_json(getattr(self, f.name))}' for f in fields(self) if f.name != "rows"]
         sizes: dict[str, list[Row]] = {}
         for row in self.rows:
@@ -56,7 +56,7 @@ class Report:
         path.write_text("{\n" + ",\n".join([*fields_of_report, rows]) + "\n}\n")
 
     def write_csv(self, path: Path) -> None:
-        """One line per row, with the machine repeated on each."""
+        """Write one line per row and repeat the machine on each."""
         machine = {"device": self.device, "memory": self.memory}
         machine |= {f"machine.{name}": value for name, value in self.machine.items()}
         with path.open("w", newline="") as file:
@@ -100,7 +100,7 @@ def print_overhead(console: Console, report: Report) -> None:
 
 
 def print_rows(console: Console, rows: list[Row], where: str) -> None:
-    """One of the report's tables."""
+    """Print one of the report's tables."""
     table = _table(
         f"{rows[0].op}, by {rows[0].table} ({where})",
         ("size", "", "contender"),

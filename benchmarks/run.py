@@ -1,4 +1,4 @@
-"""``python -m custom_ops bench``: every registered op beside its peers, on answers checked first."""
+"""``python -m benchmarks``: check every registered op's answers, then time it beside its peers."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from custom_ops.benchmarks import overhead
-from custom_ops.benchmarks.compare import changes
-from custom_ops.benchmarks.environment import machine, trouble, versions
-from custom_ops.benchmarks.measure import measure
-from custom_ops.benchmarks.plan import Peers, Plan
-from custom_ops.benchmarks.report import Report, print_overhead, print_remarks, print_rows, read_json
-from custom_ops.benchmarks.scaling import Scaling
-from custom_ops.registry import REGISTRY, OpInfo
+from benchmarks import overhead
+from benchmarks.compare import changes
+from benchmarks.environment import machine, trouble, versions
+from benchmarks.measure import measure
+from benchmarks.plan import Peers, Plan
+from benchmarks.report import Report, print_overhead, print_remarks, print_rows, read_json
+from benchmarks.scaling import Scaling
+from benchmarks.table import TimedOp
+from benchmarks.tables import TIMED
 
-# With these the C library keeps what is freed, so that outputs land on memory already mapped.
+# These make the C library keep freed memory, so that outputs land on pages that are already mapped.
 WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "200000000000"}
-QUICK_SECONDS = 130.0  # for the cells of a quick run, however many
+QUICK_SECONDS = 130.0  # for all cells of a quick run together
 
 
 def main(argv: list[str]) -> int:
-    """0, or 1 if one of our answers was wrong or, with ``--against``, something got slower."""
+    """Return 1 if one of our answers was wrong or, with ``--against``, something got slower, else 0."""
     parser = _parser()
     options = parser.parse_args(argv)
-    infos = [info for info in REGISTRY.values() if _is_chosen(info, options)]
+    infos = [info for info in TIMED.values() if _is_chosen(info, options)]
     if not infos:
         parser.error("--op, --family: no op is both")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: there is no CUDA device")
     if options.device == "cpu" and options.memory == "warm" and any(os.environ.get(k) != v for k, v in WARM.items()):
-        return subprocess.call([sys.executable, "-m", "custom_ops", "bench", *argv], env=os.environ | WARM)
-    try:  # now, not after minutes of timing
+        return subprocess.call([sys.executable, "-m", "benchmarks", *argv], env=os.environ | WARM)
+    try:  # checks the name before minutes of timing
         for path in filter(None, (options.json, options.csv)):
             path.open("a").close()
         if options.plots:
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         if not plan.cells:
             parser.error("--sizes: no table has any of these")
 
-    command = " ".join(["python -m custom_ops bench", *argv])
+    command = " ".join(["python -m benchmarks", *argv])
     report = Report(command, options.device, options.memory, machine())
     report.remarks += filter(None, [trouble(report.machine)])
     _run(report, infos, plan, options)
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
     if options.csv:
         report.write_csv(options.csv)
     if options.plots:
-        from custom_ops.benchmarks.plots import write_plots
+        from benchmarks.plots import write_plots
 
         for path in write_plots(report, options.plots):
             console.print(f"plot: {escape(str(path))}")
@@ -89,10 +90,10 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    families = sorted({info.family for info in REGISTRY.values()})
-    parser = argparse.ArgumentParser(prog="python -m custom_ops bench", description=__doc__)
+    families = sorted({info.family for info in TIMED.values()})
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
-    parser.add_argument("--op", **several, choices=sorted(REGISTRY), metavar="NAME", help="only these ops")
+    parser.add_argument("--op", **several, choices=sorted(TIMED), metavar="NAME", help="only these ops")
     parser.add_argument(
         "--family", **several, choices=families, metavar="NAME", help=f"only these of {', '.join(families)}"
     )
@@ -111,11 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_chosen(info: OpInfo, options: argparse.Namespace) -> bool:
+def _is_chosen(info: TimedOp, options: argparse.Namespace) -> bool:
     return (not options.op or info.name in options.op) and (not options.family or info.family in options.family)
 
 
-def _run(report: Report, infos: list[OpInfo], plan: Plan, options: argparse.Namespace) -> None:
+def _run(report: Report, infos: list[TimedOp], plan: Plan, options: argparse.Namespace) -> None:
     tables = [cell.benchmark for cell in plan.cells]
     peers = Peers(tables, [] if options.scaling else options.peers, options.quick)
     device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0
@@ -140,7 +141,7 @@ def _run(report: Report, infos: list[OpInfo], plan: Plan, options: argparse.Name
             report.remarks += result.remarks
             report.wrong += [result.wrong] if result.wrong else []
             if options.json:
-                report.write_json(options.json)  # what was measured survives what comes next
+                report.write_json(options.json)  # saves the measurements before anything later can fail
     report.missing, report.packages = peers.missing, versions(peers.modules)
 
 

@@ -1,8 +1,8 @@
-"""``bench --scaling``: each op alone, from small to large, as far as memory and time allow.
+"""``python -m benchmarks --scaling``: time each op alone, from small to large, as far as memory and time allow.
 
-A loss of lists is scaled in the length of one list instead, from 32 to 100,000 items.
+For a list loss the length of one list grows instead, from 32 to 100,000 items.
 
-Against threads: run it again with ``--threads 1`` and divide.
+To see how an op scales with threads, run it again with ``--threads 1`` and divide.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from custom_ops.benchmarks.measure import OURS, Cell, Effort, Result
-from custom_ops.benchmarks.plan import Plan
-from custom_ops.registry import Benchmark, OpInfo
+from benchmarks.measure import OURS, Cell, Effort, Result
+from benchmarks.plan import Plan
+from benchmarks.table import Benchmark, TimedOp
 
 SIZES = tuple(10**k for k in range(2, 9))
-LENGTHS = (32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000)  # of one list
-CHECKED = 100_000  # beyond, the answers are those of this size: a reference may need a hundred times the memory
-CHECKED_LENGTH = 3200  # as their references hold all pairs
-SECONDS = 10.0  # one call that is expected to take longer is not made
+LENGTHS = (32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000)  # the lengths of one list
+CHECKED = 100_000  # larger sizes are checked at this one, as a reference may need a hundred times the memory
+CHECKED_LENGTH = 3200  # the reference of a list loss holds all pairs
+SECONDS = 10.0  # a longer call isn't made
 BRIEF = Effort(seconds=0.1, rounds=3, warm_ups=1, whole=True)
-BRIEFEST = Effort(seconds=0.0, rounds=2, warm_ups=0, whole=True)  # of calls so long that little disturbs them
-LONG = 0.3  # seconds
+BRIEFEST = Effort(seconds=0.0, rounds=2, warm_ups=0, whole=True)  # for calls that are too long for noise to matter
+LONG = 0.3  # seconds of a long call
 
 
-def scaled(info: OpInfo) -> OpInfo:
-    """The op's tables by one number, at the same sizes for all ops or the table's own, and those by lists and items."""
+def scaled(info: TimedOp) -> TimedOp:
+    """Return the op with its tables over one number, at common sizes or the table's own, and its tables over lists."""
     by_number = [_scaled(table) for table in info.benchmarks if all(isinstance(size, int) for size in table.sizes)]
     by_lists = [_of_one_list(table) for table in info.benchmarks if info.family == "ranking" and _by_lists(table)]
     return replace(info, benchmarks=by_number + by_lists)
@@ -35,7 +35,8 @@ def scaled(info: OpInfo) -> OpInfo:
 
 def _scaled(table: Benchmark) -> Benchmark:
     sizes = table.scaling or SIZES
-    most = CHECKED if sizes[-1] > CHECKED else sizes[0]  # the smallest, where the size counts something large
+    # a table's own sizes may count something large, and then the smallest is checked
+    most = CHECKED if sizes[-1] > CHECKED else sizes[0]
 
     def checked_at(n: int) -> Any:
         return table.checked_at(min(n, most))
@@ -60,12 +61,12 @@ def _of_one_list(table: Benchmark) -> Benchmark:
 
 
 class Scaling(Plan):
-    """Goes on to the next size until a call would take too long or move a quarter of the machine's memory.
+    """A plan that takes the next size until a call would take too long or move a quarter of the machine's memory.
 
-    Both are foreseen from the two sizes before: time grows at least as it last did.
+    Both are estimated from the two previous sizes: time grows at least as fast as it did between them.
     """
 
-    def __init__(self, infos: Iterable[OpInfo]) -> None:
+    def __init__(self, infos: Iterable[TimedOp]) -> None:
         super().__init__(map(scaled, infos))
         self._costs: dict[int, list[tuple[float, int, int]]] = {}
 

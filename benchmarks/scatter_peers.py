@@ -1,11 +1,11 @@
-"""PyTorch Scatter's sums, called as the op they stand beside."""
+"""PyTorch Scatter's sums, called as the op they are compared with."""
 
 from __future__ import annotations
 
 import torch_scatter  # type: ignore[import-not-found]
 from torch import Tensor
 
-from custom_ops.benchmarks.peers import flat_rank, segment_of_point
+from benchmarks.peers import flat_rank, segment_of_point
 
 
 def segment_csr_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def scatter_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
 
 
 def trash_row_scatter(x: Tensor, rank: Tensor, num_voxels: int) -> Tensor:
-    """Points outside of the grid go to a row that is cut off."""
+    """Sum with ``scatter``; points outside of the grid go to an extra row that is cut off."""
     batch, columns = x.shape[:-2], x.shape[-1]
     rows = batch.numel() * num_voxels
     rank = flat_rank(rank, batch.numel(), num_voxels, outside=rows)

@@ -1,7 +1,7 @@
-"""Interleaved timing: the contenders take turns within one process, medians are compared.
+"""Interleaved timing: the contenders take turns within one process, and their medians are compared.
 
-Each turn begins with an untimed call, so that every contender meets its own caches and heap and not
-what the one before it left there.
+Each turn begins with an untimed call, so that every contender meets its own caches and heap rather than those of the
+contender before it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 
 def clock() -> float:
-    """Seconds; all of the harness reads this one, so that a test can tell it the time."""
+    """Return the time in seconds. The whole harness calls this function, so a test can replace the clock."""
     return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed, ``run(prepare())``, less what comes before it."""
+    """The timed call ``run(prepare())``; ``prepare`` isn't timed."""
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
@@ -32,7 +32,7 @@ class Call:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """One call: by the clock on the CPU, between two events on the stream of a CUDA device."""
+    """Time one call: with the clock on the CPU, between two events on the stream of a CUDA device."""
     state = call.prepare()
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -46,17 +46,17 @@ def seconds_of(call: Call, device: torch.device) -> float:
         begin = clock()
         result = call.run(state)
         elapsed = clock() - begin
-    del result, state  # the memory goes back before the next call, untimed
+    del result, state  # frees the memory, untimed, before the next call
     return elapsed
 
 
 def interleave(
     contenders: dict[str, Call], seconds: float, device: torch.device, rounds: int = 7, warm_ups: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each call, taking turns for about ``seconds`` in all but at least ``rounds`` times.
+    """Time the contenders in turns, for about ``seconds`` in total and for at least ``rounds`` turns.
 
-    A few rounds come before, untimed: on a virtual machine the first use of memory costs many times
-    what all later uses do.
+    A few untimed rounds come first: on a virtual machine the first use of memory costs many times as much as any later
+    use.
     """
     for call in [*contenders.values()] * warm_ups:
         call()
@@ -76,6 +76,6 @@ def median(values: list[float]) -> float:
 
 
 def spread(values: list[float]) -> float:
-    """The interquartile range over the median."""
+    """Return the interquartile range over the median."""
     quartiles = statistics.quantiles(values, n=4)
     return (quartiles[2] - quartiles[0]) / median(values)

@@ -43,7 +43,7 @@ inline bool bit(const uint8_t* mask, int64_t i) { return (mask[i >> 3] >> (i & 7
 // `bias`, one value for each element, and `random`, one bit for each, may be null; `stream` as `Streaming` says at `y`.
 template <class T, class Rule>
 void activate_span(const Rule& rule, const T* x, const Accumulator<T>* bias, const uint8_t* random, T* y, uint8_t* mask,
-                   int64_t n, bool stream) {
+                   int64_t n, [[maybe_unused]] bool stream) {
   using A = Accumulator<T>;
   int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2

@@ -18,7 +18,7 @@ class Streaming {
  public:
   static constexpr int64_t kLarge = 8 << 20, kLine = 64;
 
-  explicit Streaming(const Tensor& out) {
+  explicit Streaming([[maybe_unused]] const Tensor& out) {
 #ifdef __SSE2__
     on_ = out.numel() * static_cast<int64_t>(out.element_size()) >= kLarge;
 #endif

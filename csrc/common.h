@@ -1,5 +1,5 @@
-// What every kernel file shares: types, checks, dtype dispatch, fresh outputs, and the table of
-// C++ signatures that Python compares with each op's schema when the library is loaded.
+// What every kernel file shares: types, checks, dtype dispatch, fresh outputs, and the tables of C++ signatures and
+// enums that Python compares with each op's schema and with its own enums when the library is loaded.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,6 +16,20 @@
 #include <tuple>
 #include <type_traits>
 #include <vector>
+
+// The library loads on glibc 2.28: the versions of these functions from 2.29 on differ only in how they report errors.
+#if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
+#ifdef __x86_64__
+#define CUSTOM_OPS_FIRST_GLIBC "GLIBC_2.2.5"
+#else
+#define CUSTOM_OPS_FIRST_GLIBC "GLIBC_2.17"
+#endif
+__asm__(".symver exp, exp@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver exp2, exp2@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver log, log@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver log2, log2@" CUSTOM_OPS_FIRST_GLIBC);
+__asm__(".symver pow, pow@" CUSTOM_OPS_FIRST_GLIBC);
+#endif
 
 namespace custom_ops {
 
@@ -134,9 +148,40 @@ void dispatch_index(const Tensor& t, const char* argument, const F& f) {
   }
 }
 
+// ---------------------------------------------------------------- enums
+
+bool record_enum(const char* name, const char* enumerators);
+
+constexpr int64_t count_names(const char* enumerators) {
+  int64_t count = 1;
+  for (; *enumerators; ++enumerators) count += *enumerators == ',';
+  return count;
+}
+
+// An op receives an enum as the integer that the enum has in custom_ops/_enums.py. Every kernel is registered with this
+// check of its arguments.
+template <class T>
+void check_enum(const T& argument) {
+  if constexpr (std::is_enum_v<T>) {
+    constexpr int64_t count = count_names(enumerators_of(T{}));
+    const int64_t value = static_cast<int64_t>(argument);
+    check(value >= 0 && value < count, name_of(T{}), ": expected 0 to ", count - 1, ", got ", value);
+  }
+}
+
+template <auto fn>
+struct Checked;
+template <class R, class... A, R (*fn)(A...)>
+struct Checked<fn> {
+  static R run(A... arguments) {
+    (check_enum(arguments), ...);
+    return fn(static_cast<A>(arguments)...);
+  }
+};
+
 // ---------------------------------------------------------------- signatures
 
-// What a schema calls a type of C++.
+// The name that a schema has for a type of C++.
 struct TypeName {
   const char* name;
   bool optional = false;
@@ -145,6 +190,10 @@ constexpr TypeName type_name(Type<Tensor>) { return {"Tensor"}; }
 constexpr TypeName type_name(Type<int64_t>) { return {"int"}; }
 constexpr TypeName type_name(Type<double>) { return {"float"}; }
 constexpr TypeName type_name(Type<bool>) { return {"bool"}; }
+template <class T, class = std::enable_if_t<std::is_enum_v<T>>>
+constexpr TypeName type_name(Type<T>) {
+  return {"int"};
+}
 template <class T>
 constexpr TypeName type_name(Type<std::optional<T>>) {
   return {type_name(Type<T>{}).name, true};
@@ -164,9 +213,20 @@ void record_signature(const char* op, R (*)(A...)) {
 
 }  // namespace custom_ops
 
-// Registers `fn` as the CPU kernel of the op of the same name.
-#define CUSTOM_OPS_CPU_KERNEL(fn)                       \
-  STABLE_TORCH_LIBRARY_IMPL(custom_ops, CPU, m) {       \
-    m.impl(#fn, TORCH_BOX(&custom_ops::fn));            \
-    custom_ops::record_signature(#fn, &custom_ops::fn); \
+// Defines an enum of namespace custom_ops whose enumerators count from 0. Python has one of the same name with the
+// same enumerators.
+#define CUSTOM_OPS_ENUM(Name, ...)                                    \
+  enum class Name : int64_t { __VA_ARGS__ };                          \
+  constexpr const char* name_of(Name) { return #Name; }               \
+  constexpr const char* enumerators_of(Name) { return #__VA_ARGS__; } \
+  [[maybe_unused]] const bool recorded_##Name = record_enum(#Name, #__VA_ARGS__);
+
+// Registers `fn` as the CPU kernel of the op `name`.
+#define CUSTOM_OPS_CPU_KERNEL_OF(name, fn)                     \
+  STABLE_TORCH_LIBRARY_IMPL(custom_ops, CPU, m) {              \
+    m.impl(#name, TORCH_BOX(&custom_ops::Checked<(fn)>::run)); \
+    custom_ops::record_signature(#name, fn);                   \
   }
+
+// Registers `fn` as the CPU kernel of the op of the same name.
+#define CUSTOM_OPS_CPU_KERNEL(fn) CUSTOM_OPS_CPU_KERNEL_OF(fn, &custom_ops::fn)

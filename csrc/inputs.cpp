@@ -4,10 +4,10 @@
 #include <cmath>
 
 namespace custom_ops {
-namespace {
 
-// As numbered in custom_ops/ranking/_inputs.py.
-enum Purpose : int64_t { kOrder, kDifference, kExponential, kValue };
+CUSTOM_OPS_ENUM(LabelUse, ORDER, DIFFERENCE, EXPONENTIAL, VALUE)
+
+namespace {
 
 constexpr double kHighest =
     2048;  // beside labels so high no other number counts in 2^y: see custom_ops/ranking/_inputs.py
@@ -36,7 +36,7 @@ Bits in_order(Bits bits) {
 
 // The labels of one list where A doesn't hold them all: rounded, and moved down by the least that keeps their order.
 template <class A, class L>
-void ordered(const L* label, const bool* keep, int64_t n, Purpose purpose, A* out, Scratch& scratch) {
+void ordered(const L* label, const bool* keep, int64_t n, LabelUse use, A* out, Scratch& scratch) {
   using Bits = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
   int64_t* at = scratch.get<int64_t>(n);
   int64_t count = 0;
@@ -49,16 +49,16 @@ void ordered(const L* label, const bool* keep, int64_t n, Purpose purpose, A* ou
   while (first < count && label[at[first]] != label[at[first]]) out[at[first++]] = std::numeric_limits<A>::quiet_NaN();
   if (first == count) return;
   const L top = label[at[first]];
-  const double highest = purpose == kDifference ? 0 : std::min(static_cast<double>(top), kHighest);
+  const double highest = use == LabelUse::DIFFERENCE ? 0 : std::min(static_cast<double>(top), kHighest);
   Bits least = std::numeric_limits<Bits>::max();
   A rounded = 0;
   for (int64_t k = first, above = 0; k < count; ++k) {
     const L own = label[at[k]];
     if (k == first || own != label[at[k - 1]]) {
       above = k - first;
-      rounded = purpose == kOrder   ? -static_cast<A>(above)
-                : purpose == kValue ? static_cast<A>(static_cast<double>(own))
-                                    : static_cast<A>(highest - below(top, own));
+      rounded = use == LabelUse::ORDER   ? -static_cast<A>(above)
+                : use == LabelUse::VALUE ? static_cast<A>(static_cast<double>(own))
+                                         : static_cast<A>(highest - below(top, own));
       Bits bits;
       std::memcpy(&bits, &rounded, sizeof(bits));
       least = std::min(least, static_cast<Bits>(in_order(bits) + static_cast<Bits>(above)));
@@ -70,7 +70,7 @@ void ordered(const L* label, const bool* keep, int64_t n, Purpose purpose, A* ou
 }
 
 template <class A, class L>
-void read(const Lists& lists, const Tensor& labels, Purpose purpose, Tensor& out) {
+void read(const Lists& lists, const Tensor& labels, LabelUse use, Tensor& out) {
   const L* lp = data<L>(labels);
   A* op = mutable_data<A>(out);
   const bool* keep = lists.valid_data();
@@ -83,7 +83,7 @@ void read(const Lists& lists, const Tensor& labels, Purpose purpose, Tensor& out
         others += (!keep || keep[i]) & !is_held<A>(lp[i]);
       }
     });
-    if (others) ordered(lp + begin, keep ? keep + begin : nullptr, end - begin, purpose, op + begin, scratch);
+    if (others) ordered(lp + begin, keep ? keep + begin : nullptr, end - begin, use, op + begin, scratch);
   });
 }
 
@@ -104,18 +104,17 @@ Tensor list_valid(const Tensor& lengths_in, int64_t n) {
 }
 
 Tensor list_labels(const Tensor& labels_in, const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                   bool wide, int64_t purpose) {
+                   bool wide, LabelUse use) {
   const Tensor labels = dense(labels_in);
   const Lists lists(labels, valid, offsets);
-  check(purpose >= kOrder && purpose <= kValue, "purpose: out of range");
   Tensor out = fresh(labels, sizes(labels), wide ? ScalarType::Double : ScalarType::Float);
   const auto from = [&](auto type) {
     using L = typename decltype(type)::type;
-    if (wide) read<double, L>(lists, labels, static_cast<Purpose>(purpose), out);
-    else read<float, L>(lists, labels, static_cast<Purpose>(purpose), out);
+    if (wide) read<double, L>(lists, labels, use, out);
+    else read<float, L>(lists, labels, use, out);
   };
   const bool integers = labels.scalar_type() == ScalarType::Long;
-  check(integers || (labels.scalar_type() == ScalarType::Double && purpose == kOrder),
+  check(integers || (labels.scalar_type() == ScalarType::Double && use == LabelUse::ORDER),
         "labels: expected int64, or float64 for their order only");
   if (integers) from(Type<int64_t>{});
   else from(Type<double>{});

@@ -2,10 +2,10 @@
 #include "pairs.h"
 
 namespace custom_ops {
-namespace {
 
-// The positions in WEIGHTINGS, in custom_ops/ranking/lambdas.py.
-enum Weighting : int64_t { kRanknet, kLambdarank, kNdcg1, kNdcg2, kNdcg2pp, kLabelDiff };
+CUSTOM_OPS_ENUM(PairWeighting, RANKNET, LAMBDARANK, NDCG1, NDCG2, NDCG2PP, LABEL_DIFF)
+
+namespace {
 
 // The items of a list by rank. All arrays go on for a vector's width behind the end.
 template <class A>
@@ -16,10 +16,9 @@ struct Ranked {
   // Item i above j weighs the difference of their gains times (that of their discounts + `by_distance` of their ranks),
   // or only the gain of i; the Form below says which.
   A *gain, *discount, *by_distance;
-  A* up;  // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
-  A* down;
-  A* s;     // s / 2, of which no difference overflows, from which it is taken where `wide`
-  A twice;  // 2 sigma
+  const A *up, *down;  // u = exp(-sigma (s_i - s_j)) is up[j] * down[i],
+  A* s;                // s / 2, of which no difference overflows, from which it is taken where `wide`
+  A twice;             // 2 sigma
   bool wide;
   A* v;
 
@@ -157,8 +156,10 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
 }
 
 struct LambdaLoss {
-  int64_t weighting, k;  // k at most INT32_MAX
-  bool both, exponential;
+  PairWeighting weighting;
+  int64_t k;  // at most INT32_MAX
+  bool both;  // both items of a pair are among the first k, or else at least one of them
+  bool exponential;
   double sigma, mu, scale;
   bool normalize;
 
@@ -182,9 +183,14 @@ struct LambdaLoss {
     x.twice = static_cast<A>(2 * sigma);
     x.v = list.v ? scratch.get<A>(length) : nullptr;
     for (int64_t i = 0; list.v && i < length; ++i) x.v[i] = i < n ? list.v[x.order[i]] : A(0);
-    exponentials(list, x, length);
+    const Range range = list.range();
+    x.wide = !has_ratios<A>(sigma * (range.high - range.low));
+    if (!x.wide) {
+      const Ratios<A> ratios(gather(list.s, x.order, n, scratch), n, length, sigma, range, scratch);
+      x.up = ratios.up, x.down = ratios.down;
+    }
     // Which lists count doesn't depend on the scores.
-    const bool unequal = weighting == kNdcg1 ? n > 1 : !std::equal(list.y + 1, list.y + n, list.y);
+    const bool unequal = weighting == PairWeighting::NDCG1 ? n > 1 : !std::equal(list.y + 1, list.y + n, list.y);
     list.active = weights(list, x, length) && unequal;
     if (!list.active) x.rows = 0;
     Sums total, counted;
@@ -198,25 +204,6 @@ struct LambdaLoss {
   }
 
  private:
-  template <class A>
-  void exponentials(const List<A>& list, Ranked<A>& x, int64_t length) const {
-    double low = std::numeric_limits<double>::infinity(), high = -low;
-    for (int64_t i = 0; i < x.n; ++i) {
-      low = std::min(low, static_cast<double>(list.s[i]));
-      high = std::max(high, static_cast<double>(list.s[i]));
-    }
-    x.wide = sigma * (high - low) > Vector<A>::kLogMax - 7;
-    if (x.wide) return;
-    const double middle = low <= high ? low + (high - low) / 2 : 0;
-    x.up = list.scratch.template get<A>(length);
-    x.down = list.scratch.template get<A>(x.n);
-    std::fill(x.up + x.n, x.up + length, A(0));
-    for (int64_t i = 0; i < x.n; ++i) {
-      x.up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(list.s[x.order[i]]) - middle)));
-      x.down[i] = 1 / x.up[i];
-    }
-  }
-
   // What pairs weigh; false if there is nothing to gain.
   template <class A>
   bool weights(const List<A>& list, Ranked<A>& x, int64_t length) const {
@@ -230,8 +217,8 @@ struct LambdaLoss {
     x.gain = zeros(length);
     x.discount = zeros(length);
     x.by_distance = zeros(length + kWidth<A>) + kWidth<A>;  // a vector may begin before the distance 0
-    if (weighting == kRanknet) return std::fill(x.gain, x.gain + n, A(1)), true;
-    if (weighting == kLabelDiff) {
+    if (weighting == PairWeighting::RANKNET) return std::fill(x.gain, x.gain + n, A(1)), true;
+    if (weighting == PairWeighting::LABEL_DIFF) {
       std::copy(x.y, x.y + n, x.gain);
       return std::fill(x.by_distance, x.by_distance + n, A(1)), true;
     }
@@ -248,11 +235,11 @@ struct LambdaLoss {
     }
     if (most <= 0) return false;
     // |1 / log2(1 + a) - 1 / log2(2 + a)| for ranks that differ by a, times mu beside the discounts.
-    const double distances = weighting == kNdcg2 ? 1 : weighting == kNdcg2pp ? mu : 0;
+    const double distances = weighting == PairWeighting::NDCG2 ? 1 : weighting == PairWeighting::NDCG2PP ? mu : 0;
     for (int64_t i = 0; i < n; ++i) {
       const A gain = static_cast<A>(gains[x.order[i]] / most), discount = static_cast<A>(discount_at(i));
-      x.gain[i] = weighting == kNdcg1 ? gain * discount : gain;
-      if (weighting == kLambdarank || weighting == kNdcg2pp) x.discount[i] = discount;
+      x.gain[i] = weighting == PairWeighting::NDCG1 ? gain * discount : gain;
+      if (weighting == PairWeighting::LAMBDARANK || weighting == PairWeighting::NDCG2PP) x.discount[i] = discount;
       if (i > 0 && distances != 0) x.by_distance[i] = static_cast<A>(distances * (discount_at(i - 1) - discount_at(i)));
     }
     return true;
@@ -272,19 +259,21 @@ struct LambdaLoss {
         multiversion([&]() ALWAYS_INLINE { of_parts[part] = sum_rare<decltype(form)>(x, part, parts, own, hessian); });
       };
       if (x.wide || hessian) {
-        return weighting == kNdcg1 ? rare(EveryGain{}) : weighting == kRanknet ? rare(OneGain{}) : rare(Differences{});
+        return weighting == PairWeighting::NDCG1     ? rare(EveryGain{})
+               : weighting == PairWeighting::RANKNET ? rare(OneGain{})
+                                                     : rare(Differences{});
       }
       switch (weighting) {
-        case kRanknet: return in(Ones{});
-        case kLambdarank: return in(OnlyDiscounts{});
-        case kNdcg1: return in(EveryGain{});
-        case kNdcg2: return in(OnlyDistances{});
-        case kNdcg2pp: return in(Differences{});
+        case PairWeighting::RANKNET: return in(Ones{});
+        case PairWeighting::LAMBDARANK: return in(OnlyDiscounts{});
+        case PairWeighting::NDCG1: return in(EveryGain{});
+        case PairWeighting::NDCG2: return in(OnlyDistances{});
+        case PairWeighting::NDCG2PP: return in(Differences{});
         default: return in(OnlyGains{});
       }
     });
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
-    for (int64_t i = 0; weighting == kNdcg1 && i < x.rows; ++i) {  // each item with itself
+    for (int64_t i = 0; weighting == PairWeighting::NDCG1 && i < x.rows; ++i) {  // each item with itself
       total.loss += std::log(2.0) * static_cast<double>(x.gain[i]);
       total.pairs += 1;
     }
@@ -303,25 +292,6 @@ struct LambdaLoss {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> lambda_pairs(const Tensor& scores, const Tensor& labels,
-                                                const std::optional<Tensor>& valid,
-                                                const std::optional<Tensor>& offsets, int64_t reduction,
-                                                int64_t batch_dims, int64_t weighting, int64_t k, bool both,
-                                                bool exponential, double sigma, double mu, double scale,
-                                                bool normalize) {
-  const LambdaLoss kernel{weighting, k, both, exponential, sigma, mu, scale, normalize};
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, kernel);
-}
-
-Tensor lambda_pairs_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-                          const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, int64_t weighting,
-                          int64_t k, bool both, bool exponential, double sigma, double mu, double scale,
-                          bool normalize) {
-  const LambdaLoss kernel{weighting, k, both, exponential, sigma, mu, scale, normalize};
-  return list_slope(scores, labels, valid, offsets, v, kernel);
-}
-
 }  // namespace custom_ops
 
-CUSTOM_OPS_CPU_KERNEL(lambda_pairs)
-CUSTOM_OPS_CPU_KERNEL(lambda_pairs_slope)
+CUSTOM_OPS_LIST_LOSS(lambda_pairs, LambdaLoss, PairWeighting, int64_t, bool, bool, double, double, double, bool)

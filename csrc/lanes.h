@@ -90,7 +90,7 @@ TARGET_AVX2 int64_t select_bits(const Word* x, const uint8_t* mask, Word* out, i
 
 // out[i] = bit i of mask ? x[i] : 0, for n elements of kWidth bytes; `stream` as `Streaming` says at `to`.
 template <size_t kWidth>
-void select_bits(const void* from, const uint8_t* mask, void* to, int64_t n, bool stream) {
+void select_bits(const void* from, const uint8_t* mask, void* to, int64_t n, [[maybe_unused]] bool stream) {
   using Word = typename Bits<kWidth>::Word;
   const Word* x = static_cast<const Word*>(from);
   Word* out = static_cast<Word*>(to);

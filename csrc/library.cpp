@@ -1,4 +1,5 @@
-// What the shared library itself provides: fresh memory, the choice of an instruction set and the signature table.
+// What the shared library itself provides: fresh memory, the choice of an instruction set and the tables of signatures
+// and enums.
 #include "isa.h"
 
 #include <algorithm>
@@ -27,9 +28,21 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-std::map<std::string, std::string>& signatures() {
-  static std::map<std::string, std::string> table;
+using Table = std::map<std::string, std::string>;
+
+Table& signatures() {
+  static Table table;
   return table;
+}
+
+Table& enums() {
+  static Table table;
+  return table;
+}
+
+const char* find(const Table& table, const char* name) {
+  const auto found = table.find(name);
+  return found == table.end() ? "" : found->second.c_str();
 }
 
 }  // namespace
@@ -116,11 +129,19 @@ void record_signature(const char* op, std::initializer_list<TypeName> arguments,
   add(results);
 }
 
+bool record_enum(const char* name, const char* enumerators) {
+  enums()[name] = enumerators;
+  return true;
+}
+
 }  // namespace custom_ops
 
 extern "C" __attribute__((visibility("default"))) const char* custom_ops_signature(const char* name) {
-  const auto found = custom_ops::signatures().find(name);
-  return found == custom_ops::signatures().end() ? "" : found->second.c_str();
+  return custom_ops::find(custom_ops::signatures(), name);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* custom_ops_enum(const char* name) {
+  return custom_ops::find(custom_ops::enums(), name);
 }
 
 extern "C" __attribute__((visibility("default"))) const char* custom_ops_choose_isa(const char* name) {

@@ -1,66 +1,8 @@
-// What every list loss does around its kernel, and the ops that each needs: scaling each list, the sum over lists,
+// The lists of a batch, and the ops that every list loss needs beside its own: scaling each list, the sum over lists,
 // and their adjoints.
 #include "lists.h"
 
 namespace custom_ops {
-namespace {
-
-// Calls kernel(list), but that a list with a NaN among its labels has no loss.
-template <class A>
-void run_list(List<A>& list, const ListKernel& kernel) {
-  bool defined = true;
-  multiversion([&]() ALWAYS_INLINE {
-    int32_t other = 0;
-    for (int64_t i = 0; i < list.n; ++i) other |= list.y[i] != list.y[i];
-    defined = !other;
-  });
-  if (defined) return kernel(list);
-  list.loss = std::numeric_limits<A>::quiet_NaN();
-  list.active = true;
-  std::fill(list.slope, list.slope + list.n, list.loss);
-}
-
-// Runs each list with a valid item, then calls put(index of the list, list).
-template <class A, class Put>
-void for_each_list(const Lists& lists, const Tensor& scores, const Tensor& labels, const A* v, A* slope,
-                   const ListKernel& kernel, const Put& put) {
-  const A* s = data<A>(scores);
-  const A* y = data<A>(labels);
-  const bool* valid = lists.valid_data();
-  lists.clear_outside(slope);
-  lists.parallel(16, [&](int64_t index, int64_t begin, int64_t end, Scratch& scratch) {
-    const int64_t items = end - begin;
-    if (!valid) {
-      List<A> list{items, s + begin, y + begin, v ? v + begin : nullptr, slope + begin, scratch};
-      if (items) run_list(list, kernel);
-      return put(index, list);
-    }
-    A* compact_s = scratch.get<A>(items);
-    A* compact_y = scratch.get<A>(items);
-    A* compact_v = scratch.get<A>(v ? items : 0);
-    A* compact_slope = scratch.get<A>(items);
-    int64_t n = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if (!valid[i]) continue;
-      compact_s[n] = s[i];
-      compact_y[n] = y[i];
-      if (v) compact_v[n] = v[i];
-      ++n;
-    }
-    List<A> list{n, compact_s, compact_y, v ? compact_v : nullptr, compact_slope, scratch};
-    if (n) run_list(list, kernel);
-    for (int64_t i = begin, k = 0; i < end; ++i) slope[i] = valid[i] ? compact_slope[k++] : A(0);
-    put(index, list);
-  });
-}
-
-// What the sum over n lists is divided by.
-int64_t count_active(const bool* active, int64_t n, bool mean) {
-  return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
-}
-
-}  // namespace
-
 Lists::Lists(const Tensor& x, const std::optional<Tensor>& valid_in, const std::optional<Tensor>& offsets) {
   check(x.dim() >= 1, "scores: expected at least one dimension");
   batch = sizes(x, 0, x.dim() - 1);
@@ -86,63 +28,6 @@ Lists::Lists(const Tensor& x, const std::optional<Tensor>& valid_in, const std::
     }
   }
   lists = static_cast<int64_t>(bounds.size()) - 1;
-}
-
-std::tuple<Tensor, Tensor, Tensor> list_loss(const Tensor& scores_in, const Tensor& labels_in,
-                                             const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                             int64_t reduction, int64_t batch_dims, const ListKernel& kernel) {
-  const Tensor scores = dense(scores_in), labels = dense(labels_in);
-  const Lists lists(scores, valid, offsets);
-  check(sizes(labels) == sizes(scores) && labels.scalar_type() == scores.scalar_type(),
-        "labels: expected the shape and dtype of the scores");
-  check(batch_dims >= 0 && batch_dims < scores.dim(), "batch_dims: expected 0 to ", scores.dim() - 1, ", got ",
-        batch_dims);
-  const bool reduced = reduction != kNone;
-  const Shape examples = sizes(scores, 0, batch_dims);
-  Tensor loss = fresh(scores, reduced ? examples : lists.per_list());
-  Tensor slope = fresh(scores, sizes(scores));
-  Tensor active = fresh(scores, lists.per_list(), ScalarType::Bool);
-  bool* ap = mutable_data<bool>(active);
-  dispatch_accumulator(scores, "scores", [&](auto type) {
-    using A = typename decltype(type)::type;
-    std::vector<A> each(static_cast<size_t>(reduced ? lists.examples * lists.lists : 0));
-    A* lp = reduced ? each.data() : mutable_data<A>(loss);
-    A* sp = mutable_data<A>(slope);
-    const A* none = nullptr;
-    for_each_list(lists, scores, labels, none, sp, kernel, [&](int64_t l, const List<A>& list) {
-      lp[l] = list.loss;
-      ap[l] = list.active;
-    });
-    for (int64_t e = 0, of = reduced ? product(examples) : 0; e < of; ++e) {
-      const int64_t n = lists.examples * lists.lists / of, items = lists.examples * lists.items / of;
-      const int64_t count = count_active(ap + e * n, n, reduction == kMean);
-      const double sum = std::accumulate(lp + e * n, lp + (e + 1) * n, 0.0);
-      mutable_data<A>(loss)[e] = static_cast<A>(sum / static_cast<double>(count));
-      if (count == 1) continue;
-      const A share = static_cast<A>(1 / static_cast<double>(count));
-      torch::stable::parallel_for(e * items, (e + 1) * items, 32768, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sp[i] *= share;
-      });
-    }
-  });
-  return {loss, slope, active};
-}
-
-Tensor list_slope(const Tensor& scores_in, const Tensor& labels_in, const std::optional<Tensor>& valid,
-                  const std::optional<Tensor>& offsets, const std::optional<Tensor>& v_in, const ListKernel& kernel) {
-  const Tensor scores = dense(scores_in), labels = dense(labels_in);
-  const Lists lists(scores, valid, offsets);
-  const Tensor v = v_in ? dense(*v_in) : scores;
-  for (const Tensor& t : {labels, v})
-    check(sizes(t) == sizes(scores) && t.scalar_type() == scores.scalar_type(),
-          "labels, v: expected the shape and dtype of the scores");
-  Tensor slope = fresh(scores, sizes(scores));
-  dispatch_accumulator(scores, "scores", [&](auto type) {
-    using A = typename decltype(type)::type;
-    const A* vp = v_in ? data<A>(v) : nullptr;
-    for_each_list(lists, scores, labels, vp, mutable_data<A>(slope), kernel, [](int64_t, const List<A>&) {});
-  });
-  return slope;
 }
 
 Tensor list_scale(const Tensor& weight_in, const Tensor& x_in, const std::optional<Tensor>& valid,

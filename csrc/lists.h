@@ -1,5 +1,4 @@
-// What every list loss does around its formula: reads the lists of a batch, hands each one's valid
-// items to a kernel, and puts the results in place.
+// The lists of a batch: where they lie, a loop over them, and the memory, sums and orders that their kernels need.
 #pragma once
 
 #include "elementary.h"
@@ -37,19 +36,6 @@ class Scratch {
   static constexpr size_t kAlign = 64;
   std::vector<std::unique_ptr<char[]>> blocks_;
   size_t size_ = 0, used_ = 0;
-};
-
-// The valid items of one list, n >= 1 of them, and what a kernel finds out about it.
-template <class A>
-struct List {
-  int64_t n;
-  const A* s;  // scores
-  const A* y;  // labels
-  const A* v;  // what to multiply the Hessian with, or null if the slope is wanted
-  A* slope;    // to be filled: the slope, or the Hessian times v
-  Scratch& scratch;
-  A loss = 0;  // neither is asked for where only the slope is
-  bool active = false;
 };
 
 template <class F>
@@ -104,39 +90,10 @@ struct Lists {
   }
 };
 
-enum Reduction : int64_t { kNone, kMean, kSum };  // as numbered in custom_ops/ranking/_lists.py
-
-// Refers to a kernel that takes a List<float>& or a List<double>&, so that what is around it is compiled once for all.
-class ListKernel {
- public:
-  template <class Kernel>
-  ListKernel(const Kernel& kernel) : kernel_(&kernel),
-                                     float_(run<Kernel, float>),
-                                     double_(run<Kernel, double>) {}
-
-  void operator()(List<float>& list) const { float_(kernel_, list); }
-  void operator()(List<double>& list) const { double_(kernel_, list); }
-
- private:
-  template <class Kernel, class A>
-  static void run(const void* kernel, List<A>& list) {
-    (*static_cast<const Kernel*>(kernel))(list);
-  }
-
-  const void* kernel_;
-  void (*float_)(const void*, List<float>&);
-  void (*double_)(const void*, List<double>&);
-};
-
-// The op of a list loss. Unless the reduction is none, the loss is that of all the lists of each example of the first
-// `batch_dims` dimensions, and the slope its derivative.
-std::tuple<Tensor, Tensor, Tensor> list_loss(const Tensor& scores_in, const Tensor& labels_in,
-                                             const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                             int64_t reduction, int64_t batch_dims, const ListKernel& kernel);
-
-// Its slope op, from the same kernel.
-Tensor list_slope(const Tensor& scores_in, const Tensor& labels_in, const std::optional<Tensor>& valid,
-                  const std::optional<Tensor>& offsets, const std::optional<Tensor>& v_in, const ListKernel& kernel);
+// What the sum over n lists is divided by.
+inline int64_t count_active(const bool* active, int64_t n, bool mean) {
+  return mean ? std::max<int64_t>(1, std::count(active, active + n, true)) : 1;
+}
 
 // ---------------------------------------------------------------- long lists
 

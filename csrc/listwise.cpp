@@ -1,12 +1,15 @@
 // Listwise losses: softmax cross entropies, and scans over the items in the order of their labels. All O(n)
 // but for the sort; only differences of scores are exponentiated, none above 0, so that no range is too wide.
-#include "elementary.h"
-#include "lists.h"
+#include "list_loss.h"
 
 #include <cmath>
 #include <limits>
 
 namespace custom_ops {
+
+CUSTOM_OPS_ENUM(Ties, INDEX, SCORE, BRESLOW)
+CUSTOM_OPS_ENUM(PositionWeights, UNIFORM, EXPONENTIAL, DISCOUNT)
+
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -16,11 +19,6 @@ constexpr double kExponents = 600;  // the range of scores whose exponentials ar
 template <class A>
 bool tied(const A* y, int64_t n) {
   return std::all_of(y, y + n, [&](A label) { return label == y[0]; });
-}
-
-template <class A>
-void clear_slope(List<A>& list) {
-  std::fill(list.slope, list.slope + list.n, A(0));
 }
 
 // ---------------------------------------------------------------- softmax cross entropy
@@ -48,7 +46,7 @@ struct ListSoftmax {
 
   template <class A>
   void operator()(List<A>& list) const {
-    if (tied(list.y, list.n)) return clear_slope(list);
+    if (tied(list.y, list.n)) return list.fill_slope(0);
     list.active = true;
     multiversion([&]() ALWAYS_INLINE { run(list); });
   }
@@ -246,7 +244,7 @@ struct Ordered {
 // Puts run(ordered, n, scratch, out) -> loss in place, if the list is to contribute.
 template <class A, class Run>
 void in_label_order(List<A>& list, bool by_score, bool grouped, const Run& run) {
-  if (tied(list.y, list.n)) return clear_slope(list);
+  if (tied(list.y, list.n)) return list.fill_slope(0);
   list.active = true;
   const Ordered ordered(list, by_score, grouped);
   double* out = list.scratch.template get<double>(list.n);
@@ -254,21 +252,11 @@ void in_label_order(List<A>& list, bool by_score, bool grouped, const Run& run) 
   for (int64_t i = 0; i < list.n; ++i) list.slope[ordered.order[i]] = static_cast<A>(out[i]);
 }
 
-enum Ties : int64_t { kByIndex, kByScore, kBreslow, kTies };
-enum Weighting : int64_t { kUniform, kExponential, kDiscount, kWeightings };
-
 // The sum of w_i (L - s_i), of the first k items in label order.
 struct ListMle {
   Ties ties;
-  Weighting weighting;
-  int64_t k;
-
-  ListMle(int64_t ties, int64_t weighting, int64_t k)
-      : ties(static_cast<Ties>(ties)),
-        weighting(static_cast<Weighting>(weighting)),
-        k(k) {
-    check(ties >= 0 && ties < kTies && weighting >= 0 && weighting < kWeightings, "ties, weighting: out of range");
-  }
+  PositionWeights weights;
+  int64_t k;  // 0 for all
 
   // Of the places of a list of n items.
   double* place_weights(int64_t n, Scratch& scratch) const {
@@ -276,32 +264,33 @@ struct ListMle {
     const int64_t last = k > 0 ? std::min(k, n) : n;
     const double least = std::exp2(static_cast<double>(1 - n));
     for (int64_t i = 0; i < last; ++i)  // (2^(n-1-i) - 1) / (2^(n-1) - 1), 1 / log2(2 + i) or 1
-      w[i] = weighting == kExponential ? (std::exp2(-static_cast<double>(i)) - least) / (1 - least)
-             : weighting == kDiscount  ? discount_at(i)
-                                       : 1;
+      w[i] = weights == PositionWeights::EXPONENTIAL ? (std::exp2(-static_cast<double>(i)) - least) / (1 - least)
+             : weights == PositionWeights::DISCOUNT  ? discount_at(i)
+                                                     : 1;
     std::fill(w + last, w + n, 0.0);
     return w;
   }
 
   template <class A>
   void operator()(List<A>& list) const {
-    if (ties == kBreslow) run<true>(list);
+    if (ties == Ties::BRESLOW) run<true>(list);
     else run<false>(list);
   }
 
   template <bool kGrouped, class A>
   void run(List<A>& list) const {
-    in_label_order(list, ties == kByScore, kGrouped, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
-      const Scan<kGrouped> scan(o.s, n, o.first, o.groups, 1, scratch);
-      double* w = place_weights(n, scratch);
-      for (int64_t g = 0; kGrouped && g < o.groups; ++g) {  // the items share those of their places
-        const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
-        std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
-      }
-      if (!o.v) return slope(scan, w, out);
-      product(scan, w, o.v, scan.means(o.v, scratch), out);
-      return 0.0;
-    });
+    in_label_order(
+        list, ties == Ties::SCORE, kGrouped, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
+          const Scan<kGrouped> scan(o.s, n, o.first, o.groups, 1, scratch);
+          double* w = place_weights(n, scratch);
+          for (int64_t g = 0; kGrouped && g < o.groups; ++g) {  // the items share those of their places
+            const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
+            std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
+          }
+          if (!o.v) return slope(scan, w, out);
+          product(scan, w, o.v, scan.means(o.v, scratch), out);
+          return 0.0;
+        });
   }
 
   template <bool kGrouped>
@@ -338,7 +327,7 @@ struct UniqueSoftmax {
   template <class A>
   void operator()(List<A>& list) const {
     const A top = *std::max_element(list.y, list.y + list.n);
-    if (top <= 0) return clear_slope(list);
+    if (top <= 0) return list.fill_slope(0);
     in_label_order(list, false, true, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
       const Scan<true> scan(o.s, n, o.first, o.groups, 1, scratch);
       double* w = o.y;
@@ -381,6 +370,18 @@ struct UniqueSoftmax {
   }
 };
 
+// a - b, as `high` and what its rounding leaves out: of differences of numbers of any size, differences stay exact.
+struct Difference {
+  double high, low = 0;
+
+  Difference(double a, double b) : high(a - b) {
+    if (!std::isfinite(high)) return;
+    const double subtracted = a - high;
+    low = (a - (high + subtracted)) + (subtracted - b);
+  }
+  double over(const Difference& other) const { return (high - other.high) + (low - other.low); }
+};
+
 // log(1 + the sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j).
 struct Cosent {
   double scale;
@@ -397,16 +398,20 @@ struct Cosent {
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
       const Scan<true> up(reversed, n, first, groups, scale, scratch);
 
-      // The largest term, of two scores and a logarithm; 1 has 0 for all three.
-      double top = 0, worst = 0, best = 0, log = 0;
-      down.each([&](int64_t i, int64_t g) {
-        const double x = down.above(g + 1, o.s[i]);
-        if (x > top) top = x, worst = down.top[g + 1], best = o.s[i], log = down.log[g + 1];
-      });
-      // Another one over it, of which only differences of similar scores are taken.
-      const auto term = [&](double worse, double better, double logarithm) {
-        return std::exp(scale * ((worse - worst) - (better - best)) + (logarithm - log));
+      // The largest term, of a difference and a logarithm; 1 has 0 for both. Then each term over it.
+      Difference most(0, 0);
+      double log = 0;
+      const auto exponent = [&](double worse, double better, double logarithm) {
+        return scale * Difference(worse, better).over(most) + (logarithm - log);
       };
+      const auto term = [&](double worse, double better, double logarithm) {
+        return std::exp(exponent(worse, better, logarithm));
+      };
+      down.each([&](int64_t i, int64_t g) {
+        if (g + 1 < groups && exponent(down.top[g + 1], o.s[i], down.log[g + 1]) > 0)
+          most = Difference(down.top[g + 1], o.s[i]), log = down.log[g + 1];
+      });
+      const double top = scale * most.high + log;
       // The terms of an item's pairs with those of lower and of higher labels.
       const auto below = [&](int64_t i, int64_t g) {
         return g + 1 == groups ? 0 : term(down.top[g + 1], o.s[i], down.log[g + 1]);
@@ -443,61 +448,9 @@ struct Cosent {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> list_softmax(const Tensor& scores, const Tensor& labels,
-                                                const std::optional<Tensor>& valid,
-                                                const std::optional<Tensor>& offsets, int64_t reduction,
-                                                int64_t batch_dims, bool softmax_labels) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, ListSoftmax{softmax_labels});
-}
-
-Tensor list_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-                          const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, bool softmax_labels) {
-  return list_slope(scores, labels, valid, offsets, v, ListSoftmax{softmax_labels});
-}
-
-std::tuple<Tensor, Tensor, Tensor> list_mle(const Tensor& scores, const Tensor& labels,
-                                            const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                            int64_t reduction, int64_t batch_dims, int64_t ties, int64_t weighting,
-                                            int64_t k) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, ListMle(ties, weighting, k));
-}
-
-Tensor list_mle_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-                      const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, int64_t ties,
-                      int64_t weighting, int64_t k) {
-  return list_slope(scores, labels, valid, offsets, v, ListMle(ties, weighting, k));
-}
-
-std::tuple<Tensor, Tensor, Tensor> unique_softmax(const Tensor& scores, const Tensor& labels,
-                                                  const std::optional<Tensor>& valid,
-                                                  const std::optional<Tensor>& offsets, int64_t reduction,
-                                                  int64_t batch_dims, bool exponential) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, UniqueSoftmax{exponential});
-}
-
-Tensor unique_softmax_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-                            const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, bool exponential) {
-  return list_slope(scores, labels, valid, offsets, v, UniqueSoftmax{exponential});
-}
-
-std::tuple<Tensor, Tensor, Tensor> cosent(const Tensor& scores, const Tensor& labels,
-                                          const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                          int64_t reduction, int64_t batch_dims, double scale) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, Cosent{scale});
-}
-
-Tensor cosent_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-                    const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, double scale) {
-  return list_slope(scores, labels, valid, offsets, v, Cosent{scale});
-}
-
 }  // namespace custom_ops
 
-CUSTOM_OPS_CPU_KERNEL(list_softmax)
-CUSTOM_OPS_CPU_KERNEL(list_softmax_slope)
-CUSTOM_OPS_CPU_KERNEL(list_mle)
-CUSTOM_OPS_CPU_KERNEL(list_mle_slope)
-CUSTOM_OPS_CPU_KERNEL(unique_softmax)
-CUSTOM_OPS_CPU_KERNEL(unique_softmax_slope)
-CUSTOM_OPS_CPU_KERNEL(cosent)
-CUSTOM_OPS_CPU_KERNEL(cosent_slope)
+CUSTOM_OPS_LIST_LOSS(list_softmax, ListSoftmax, bool)
+CUSTOM_OPS_LIST_LOSS(list_mle, ListMle, Ties, PositionWeights, int64_t)
+CUSTOM_OPS_LIST_LOSS(unique_softmax, UniqueSoftmax, bool)
+CUSTOM_OPS_LIST_LOSS(cosent, Cosent, double)

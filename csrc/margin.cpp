@@ -209,7 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> margin_ranking_backward(const Tensor& grad_in
       const uint8_t* bits = mp + example * layout.bytes + begin / 8;
       const T* grads = reduce ? nullptr : gp + at;
       const A mean_grad = reduce ? static_cast<A>(gp[example]) * scale : A(0);
-      const bool stream = streaming.at(o1 + at) && streaming.at(o2 + at) && (!with_target || streaming.at(oy + at));
+      [[maybe_unused]] const bool stream =
+          streaming.at(o1 + at) && streaming.at(o2 + at) && (!with_target || streaming.at(oy + at));
       int64_t i = 0;
 #ifdef CUSTOM_OPS_AVX2
       if (use_avx2)

@@ -4,8 +4,7 @@
 // a row is summed over the items around its own whose term isn't 0: one row at a time, in O(n) memory. Where two
 // neighbours are so far apart that no row has terms on both sides, the list is cut in segments. z_ij - z_ii doesn't
 // depend on items outside of the segment of i and j, so that each has distances, slopes and an origin of its own.
-#include "elementary.h"
-#include "lists.h"
+#include "list_loss.h"
 
 #include <cmath>
 #include <limits>
@@ -13,8 +12,7 @@
 namespace custom_ops {
 namespace {
 
-constexpr int64_t kPartRows = 4096;  // rows that one thread takes at least,
-constexpr int64_t kParts = 8;        // and into how many parts a list is cut at most, each with sums of its own
+constexpr int64_t kPartRows = 4096;  // rows that one thread takes at least
 
 template <class A>
 constexpr double kVanishes = std::is_same_v<A, double> ? -745.0 : -86.0;  // the exponential is 0 below
@@ -90,10 +88,9 @@ struct Sorted {
   }
 };
 
-// What the rows of one part add up to: the metric, and of each column the sum of its w_ij, and of w_ij times what
-// the column's lead is above the row's slope; w_ij is minus the derivative of the loss in z_ij, or its tangent.
+// What the rows of one part add up to of each column: the sum of its w_ij, and of w_ij times what the column's lead is
+// above the row's slope; w_ij is minus the derivative of the loss in z_ij, or its tangent.
 struct Totals {
-  double found = 0;
   double *own, *ahead;
 };
 
@@ -105,19 +102,20 @@ struct NeuralSortRows {
   const double* u;  // the tangent of x, or null if the slope is wanted,
   const double* q;  // and of each item the part of its logits' tangent that isn't u's
 
-  void run(int64_t begin, int64_t end, Totals& totals, Scratch& scratch) const {
+  // Returns the metric that the rows add up to.
+  double run(int64_t begin, int64_t end, const Totals& totals) const {
+    Scratch scratch;
     A* e = scratch.get<A>(items.n);
     A* t = scratch.get<A>(items.n);
+    double found = 0;
     for (int64_t i = begin; i < end; ++i)
-      multiversion([&]() ALWAYS_INLINE {
-        if (u) row<true>(i, totals, e, t);
-        else row<false>(i, totals, e, t);
-      });
+      multiversion([&]() ALWAYS_INLINE { found += u ? row<true>(i, totals, e, t) : row<false>(i, totals, e, t); });
+    return found;
   }
 
  private:
   template <bool kTangent>
-  ALWAYS_INLINE inline void row(int64_t i, Totals& totals, A* __restrict e, A* __restrict t) const {
+  ALWAYS_INLINE inline double row(int64_t i, const Totals& totals, A* __restrict e, A* __restrict t) const {
     int64_t begin, stop;
     items.reach<A>(i, begin, stop);
     const int64_t m = stop - begin;
@@ -128,7 +126,6 @@ struct NeuralSortRows {
     for (int64_t j = 0; j < m; ++j) e[j] = exp_nonpositive(t[j]);
     const double sum = sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j]; });
     const double found = sum_of<A>(m, [&](int64_t j) ALWAYS_INLINE { return e[j] * g[j]; }) / sum;
-    totals.found += discount[i] * found;
     const A share = static_cast<A>(discount[i] / sum), mean = static_cast<A>(found);
     if constexpr (kTangent) {
       const double own = (slope - items.lead[i]) * u[i] + q[i];  // less this the tangents are near 0
@@ -151,6 +148,7 @@ struct NeuralSortRows {
     });
     of_own[i - begin] -= rounded;  // a row adds up to 0: otherwise the items far from it would get the difference
     of_ahead[i - begin] -= rounded * (items.lead[i] - slope);
+    return discount[i] * found;
   }
 };
 
@@ -181,11 +179,8 @@ struct NeuralSort {
     const int32_t* ideal = order_descending(list.y, n, scratch);
     const double highest = static_cast<double>(list.y[ideal[0]]);
     list.active = highest > 0 && list.y[ideal[0]] != list.y[ideal[n - 1]];
-    if (!list.active) return std::fill(list.slope, list.slope + n, A(0));
-    if (undefined(list)) {
-      list.loss = std::numeric_limits<A>::quiet_NaN();
-      return std::fill(list.slope, list.slope + n, list.loss);
-    }
+    if (!list.active) return list.fill_slope(0);
+    if (undefined(list)) return list.fill_nan();
     double* discount = scratch.get<double>(rows);
     double best = 0;
     for (int64_t i = 0; i < rows; ++i) {
@@ -206,49 +201,22 @@ struct NeuralSort {
     }
 
     const NeuralSortRows<A> kernel{items, discount, gains, u, q};
-    Totals totals[kParts];
     const int64_t parts = std::clamp<int64_t>(rows / kPartRows, 1, kParts);
-    for (int64_t p = 0; p < parts; ++p) {
-      totals[p].own = scratch.get<double>(2 * n);
-      totals[p].ahead = totals[p].own + n;
-      std::fill(totals[p].own, totals[p].own + 2 * n, 0.0);
-    }
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      Scratch own;
-      for (int64_t p = first; p < last; ++p) {
-        own.reset();
-        kernel.run(rows * p / parts, rows * (p + 1) / parts, totals[p], own);
-      }
+    double found[kParts] = {};
+    double* own = sum_parts(2 * n, parts, scratch, [&](int64_t part, double* sums) {
+      found[part] = kernel.run(rows * part / parts, rows * (part + 1) / parts, {sums, sums + n});
     });
-    for (int64_t p = 1; p < parts; ++p) {
-      totals[0].found += totals[p].found;
-      for (int64_t i = 0; i < 2 * n; ++i) totals[0].own[i] += totals[p].own[i];
-    }
+    const double* ahead = own + n;
 
     double* others = scratch.get<double>(n);  // through the distances of the others from this item
-    items.opposed(totals[0].own, others, scratch);
-    for (int64_t i = 0; i < n; ++i)
-      list.slope[items.order[i]] = static_cast<A>((totals[0].ahead[i] + others[i]) / temperature);
-    list.loss = static_cast<A>(1 - totals[0].found);
+    items.opposed(own, others, scratch);
+    for (int64_t i = 0; i < n; ++i) list.slope[items.order[i]] = static_cast<A>((ahead[i] + others[i]) / temperature);
+    list.loss = static_cast<A>(1 - std::accumulate(found, found + parts, 0.0));
   }
 };
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> neural_sort(const Tensor& scores, const Tensor& labels,
-                                               const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                               int64_t reduction, int64_t batch_dims, double temperature, int64_t k,
-                                               bool exponential) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, NeuralSort{temperature, k, exponential});
-}
-
-Tensor neural_sort_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-                         const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, double temperature,
-                         int64_t k, bool exponential) {
-  return list_slope(scores, labels, valid, offsets, v, NeuralSort{temperature, k, exponential});
-}
-
 }  // namespace custom_ops
 
-CUSTOM_OPS_CPU_KERNEL(neural_sort)
-CUSTOM_OPS_CPU_KERNEL(neural_sort_slope)
+CUSTOM_OPS_LIST_LOSS(neural_sort, NeuralSort, double, int64_t, bool)

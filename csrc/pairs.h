@@ -5,7 +5,7 @@
 // with the other sign, to its column.
 #pragma once
 
-#include "lists.h"
+#include "list_loss.h"
 
 #include <cmath>
 
@@ -79,6 +79,34 @@ struct ByLabel {
   }
 };
 
+// ---------------------------------------------------------------- an exponential for each item
+
+// Whether exp(d) and its inverse are finite and normal for all differences d of a list, which are up to `width`.
+template <class A>
+bool has_ratios(double width) {
+  return !(width > Vector<A>::kLogMax - 7);
+}
+
+// exp(sigma (s_j - s_i)) is up[j] * down[i].
+template <class A>
+struct Ratios {
+  A* up;    // exp(sigma (s - middle)), 0 from n to `length`
+  A* down;  // its inverse
+
+  Ratios(const A* s, int64_t n, int64_t length, double sigma, const Range& range, Scratch& scratch)
+      : up(scratch.get<A>(length)),
+        down(scratch.get<A>(n)) {
+    const double middle = range.middle();
+    multiversion([&, up = up, down = down]() ALWAYS_INLINE {
+      for (int64_t i = 0; i < n; ++i) {
+        up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(s[i]) - middle)));
+        down[i] = 1 / up[i];
+      }
+    });
+    std::fill(up + n, up + length, A(0));
+  }
+};
+
 // ---------------------------------------------------------------- one pair
 
 // With d = sigma (s_i - s_j), of which item i should be above j.
@@ -142,14 +170,13 @@ struct LogSum {
 
 // ---------------------------------------------------------------- all pairs
 
-// Pairs from an exponential for each item: q = exp(sigma s_j) / exp(sigma s_i).
+// Pairs from an exponential for each item.
 template <class A>
 struct FromItems {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   static constexpr bool kProduct = true;
-  const A* up;    // exp(sigma (s - middle)), 0 behind the end
-  const A* down;  // its inverse
+  const A *up, *down;
   int64_t chunk;  // so many factors stay in the range
 
   ALWAYS_INLINE void operator()(int64_t i, int64_t j, const I& inside, Pair<V>& x, V& t) const {
@@ -270,12 +297,8 @@ template <class Phi, class A>
 void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scale) {
   const int64_t n = items.n, length = padded(n, kWidth<A>);
   Scratch& scratch = list.scratch;
-  double low = std::numeric_limits<double>::infinity(), high = -low;
-  for (int64_t i = 0; i < n; ++i) {
-    low = std::min(low, static_cast<double>(items.s[i]));
-    high = std::max(high, static_cast<double>(items.s[i]));
-  }
-  const double range = sigma * (high - low);  // not of NaN
+  const Range range = list.range();
+  const double width = sigma * (range.high - range.low);
   const A* v = nullptr;
   if (items.v) {
     A* padded_v = scratch.get<A>(length);
@@ -294,20 +317,10 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
       });
     });
   };
-  constexpr double kLogMax = Vector<A>::kLogMax;
-  if (!(range > kLogMax - 7)) {
-    A* up = scratch.get<A>(length);
-    A* down = scratch.get<A>(n);
-    const double middle = low <= high ? low + (high - low) / 2 : 0;
-    multiversion([&]() ALWAYS_INLINE {
-      for (int64_t i = 0; i < n; ++i) {
-        up[i] = static_cast<A>(exp_nonpositive(sigma * (static_cast<double>(items.s[i]) - middle)));
-        down[i] = 1 / up[i];
-      }
-    });
-    std::fill(up + n, up + length, A(0));
-    const int64_t chunk = low <= high ? static_cast<int64_t>((kLogMax - 1) / (range + 0.7)) : 1;
-    run(FromItems<A>{up, down, std::max<int64_t>(chunk, 1)});
+  if (has_ratios<A>(width)) {
+    const Ratios<A> ratios(items.s, n, length, sigma, range, scratch);
+    const int64_t chunk = width >= 0 ? static_cast<int64_t>((Vector<A>::kLogMax - 1) / (width + 0.7)) : 1;
+    run(FromItems<A>{ratios.up, ratios.down, std::max<int64_t>(chunk, 1)});
   } else {
     A* halves = scratch.get<A>(length);
     for (int64_t i = 0; i < n; ++i) halves[i] = items.s[i] / 2;

@@ -2,6 +2,9 @@
 #include "pairs.h"
 
 namespace custom_ops {
+
+CUSTOM_OPS_ENUM(PairFunction, LOGISTIC, SOFT_ZERO_ONE, EXPONENTIAL)
+
 namespace {
 
 // ---------------------------------------------------------------- functions of sigmoids
@@ -39,7 +42,7 @@ struct Exponential {
 };
 
 struct Pairwise {
-  int64_t phi;  // the position in PHI, in custom_ops/ranking/pairwise.py
+  PairFunction phi;
   double sigma;
   bool normalize;
 
@@ -47,9 +50,11 @@ struct Pairwise {
   void operator()(List<A>& list) const {
     const ByLabel<A> items(list);
     const double scale = normalize && items.pairs > 0 ? 1 / items.pairs : 1;
-    if (phi == 0) pair_loss<Logistic>(list, items, sigma, scale);
-    else if (phi == 1) pair_loss<SoftZeroOne>(list, items, sigma, scale);
-    else pair_loss<Exponential>(list, items, sigma, scale);
+    switch (phi) {
+      case PairFunction::LOGISTIC: return pair_loss<Logistic>(list, items, sigma, scale);
+      case PairFunction::SOFT_ZERO_ONE: return pair_loss<SoftZeroOne>(list, items, sigma, scale);
+      case PairFunction::EXPONENTIAL: return pair_loss<Exponential>(list, items, sigma, scale);
+    }
   }
 };
 
@@ -164,10 +169,7 @@ struct PairwiseHinge {
       const int32_t other = std::exchange(infinite[list.s[i] > 0], level[i]);
       nan |= other >= 0 && other != level[i];
     }
-    if (nan && list.active) {
-      list.loss = std::numeric_limits<A>::quiet_NaN();
-      return std::fill(list.slope, list.slope + n, list.loss);
-    }
+    if (nan && list.active) return list.fill_nan();
     double* sums = scratch.get<double>(n);
     std::fill(sums, sums + n, 0.0);
     double loss = 0;
@@ -218,7 +220,7 @@ struct PairwiseMse {
   void operator()(List<A>& list) const {
     const double n = static_cast<double>(list.n);
     const double scale = normalize ? 1 / (n - 1) : n;
-    if (list.n < 2) return std::fill(list.slope, list.slope + list.n, A(0));
+    if (list.n < 2) return list.fill_slope(0);
     const auto x = [&](int64_t i) ALWAYS_INLINE {
       const auto apart = [&](const A* x)
                              ALWAYS_INLINE { return static_cast<double>(x[i]) - static_cast<double>(x[0]); };
@@ -238,45 +240,8 @@ struct PairwiseMse {
 
 }  // namespace
 
-using MaybeTensor = std::optional<Tensor>;
-using Losses = std::tuple<Tensor, Tensor, Tensor>;
-
-Losses pairwise(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
-                int64_t reduction, int64_t batch_dims, int64_t phi, double sigma, bool normalize) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, Pairwise{phi, sigma, normalize});
-}
-
-Tensor pairwise_slope(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
-                      const MaybeTensor& v, int64_t phi, double sigma, bool normalize) {
-  return list_slope(scores, labels, valid, offsets, v, Pairwise{phi, sigma, normalize});
-}
-
-Losses pairwise_hinge(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
-                      int64_t reduction, int64_t batch_dims, double margin, bool squared, bool normalize) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, PairwiseHinge{margin, squared, normalize});
-}
-
-Tensor pairwise_hinge_slope(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid,
-                            const MaybeTensor& offsets, const MaybeTensor& v, double margin, bool squared,
-                            bool normalize) {
-  return list_slope(scores, labels, valid, offsets, v, PairwiseHinge{margin, squared, normalize});
-}
-
-Losses pairwise_mse(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid, const MaybeTensor& offsets,
-                    int64_t reduction, int64_t batch_dims, bool normalize) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, PairwiseMse{normalize});
-}
-
-Tensor pairwise_mse_slope(const Tensor& scores, const Tensor& labels, const MaybeTensor& valid,
-                          const MaybeTensor& offsets, const MaybeTensor& v, bool normalize) {
-  return list_slope(scores, labels, valid, offsets, v, PairwiseMse{normalize});
-}
-
 }  // namespace custom_ops
 
-CUSTOM_OPS_CPU_KERNEL(pairwise)
-CUSTOM_OPS_CPU_KERNEL(pairwise_slope)
-CUSTOM_OPS_CPU_KERNEL(pairwise_hinge)
-CUSTOM_OPS_CPU_KERNEL(pairwise_hinge_slope)
-CUSTOM_OPS_CPU_KERNEL(pairwise_mse)
-CUSTOM_OPS_CPU_KERNEL(pairwise_mse_slope)
+CUSTOM_OPS_LIST_LOSS(pairwise, Pairwise, PairFunction, double, bool)
+CUSTOM_OPS_LIST_LOSS(pairwise_hinge, PairwiseHinge, double, bool, bool)
+CUSTOM_OPS_LIST_LOSS(pairwise_mse, PairwiseMse, bool)

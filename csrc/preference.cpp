@@ -3,6 +3,9 @@
 #include "elementary.h"
 
 namespace custom_ops {
+
+CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE)
+
 namespace {
 
 constexpr int64_t kSpan = 1 << 14;
@@ -76,11 +79,9 @@ struct DivergenceLoss {
   }
 };
 
-constexpr int64_t kKinds = 4;  // in the order of the kinds of custom_ops/ranking/preference.py
-
 // Of a tile: the derivative of that order at each of its differences, in their place.
 template <class A>
-void differentiate(int64_t kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
+void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
   const auto run = [=](auto loss, auto constant) {
     multiversion([=]() ALWAYS_INLINE {
       for (int64_t k = 0; k < n; ++k) v[k] = loss.template at<decltype(constant)::value>(v[k], beta, p, q);
@@ -95,10 +96,10 @@ void differentiate(int64_t kind, int64_t order, A* v, int64_t n, A beta, A p, A 
     }
   };
   switch (kind) {
-    case 0: return with_order(LogisticLoss{});
-    case 1: return with_order(HingeLoss{});
-    case 2: return with_order(SquaredLoss{});
-    default: return with_order(DivergenceLoss{});
+    case PreferenceLoss::LOGISTIC: return with_order(LogisticLoss{});
+    case PreferenceLoss::HINGE: return with_order(HingeLoss{});
+    case PreferenceLoss::SQUARED: return with_order(SquaredLoss{});
+    case PreferenceLoss::DIVERGENCE: return with_order(DivergenceLoss{});
   }
 }
 
@@ -161,14 +162,13 @@ ALWAYS_INLINE inline double sum(const A* __restrict v, int64_t n) {
 }  // namespace
 
 Tensor preference(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& chosen_offset,
-                  const std::optional<Tensor>& rejected_offset, int64_t kind, double margin, double beta, double p,
-                  double q, int64_t divisor, bool reduce, int64_t batch_dims) {
+                  const std::optional<Tensor>& rejected_offset, PreferenceLoss kind, double margin, double beta,
+                  double p, double q, int64_t divisor, bool reduce, int64_t batch_dims) {
   const Differences differences(chosen, rejected, chosen_offset, rejected_offset, margin);
   const MaskLayout layout(chosen, batch_dims);
   Tensor loss = fresh(differences.chosen, reduce ? layout.batch : sizes(chosen));
   const int64_t spans = (layout.elements + kSpan - 1) / kSpan;
   std::vector<double> partial(reduce ? layout.examples * spans : 0);
-  check(kind >= 0 && kind < kKinds, "kind: expected 0 to ", kKinds - 1, ", got ", kind);
   dispatch_floating(chosen, "chosen", [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Accumulator<T>;
@@ -201,15 +201,14 @@ Tensor preference(const Tensor& chosen, const Tensor& rejected, const std::optio
 
 Tensor preference_slope(const Tensor& weight_in, const Tensor& chosen, const Tensor& rejected,
                         const std::optional<Tensor>& chosen_offset, const std::optional<Tensor>& rejected_offset,
-                        int64_t order, int64_t kind, double margin, double beta, double p, double q, int64_t divisor,
-                        bool reduce) {
+                        int64_t order, PreferenceLoss kind, double margin, double beta, double p, double q,
+                        int64_t divisor, bool reduce) {
   const Tensor weight = dense(weight_in);
   const Differences differences(chosen, rejected, chosen_offset, rejected_offset, margin);
   const MaskLayout layout(chosen, reduce ? weight.dim() : 0);
   check(sizes(weight) == (reduce ? layout.batch : sizes(chosen)) && weight.scalar_type() == chosen.scalar_type(),
         "weight: expected the shape and dtype of the loss");
   Tensor slope = fresh(differences.chosen, sizes(chosen));
-  check(kind >= 0 && kind < kKinds, "kind: expected 0 to ", kKinds - 1, ", got ", kind);
   check(order >= 1 && order <= 3, "order: expected 1 to 3, got ", order);
   dispatch_floating(chosen, "chosen", [&](auto type) {
     using T = typename decltype(type)::type;

@@ -1,12 +1,15 @@
 // Losses of smooth ranks, r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature): a metric with
 // the ranks of its relevant items replaced by these. Only the rows of relevant items are computed, in O(n)
 // memory.
-#include "lists.h"
+#include "list_loss.h"
 
 #include <cmath>
 #include <limits>
 
 namespace custom_ops {
+
+CUSTOM_OPS_ENUM(SmoothMetric, NDCG, NDCG_LINEAR, MRR, AVERAGE_PRECISION)
+
 namespace {
 
 constexpr int64_t kColumns = 512;  // items whose values stay in the first-level cache
@@ -91,19 +94,17 @@ struct Ranks {
   double all, relevant;
 };
 
-enum Metric : int64_t { kNdcg, kNdcgLinear, kMrr, kAveragePrecision, kMetrics };
-
 // An item's share of the metric as a function of its ranks. gain: its own over that of the ideal ranking.
 struct Share {
-  Metric metric;
+  SmoothMetric metric;
   double gain;
 
   // And the derivative of the loss, which is 1 less the metric.
   ALWAYS_INLINE double value(Ranks r, Ranks& derivative) const {
     double value = gain / r.all;
     switch (metric) {
-      case kMrr: derivative = {value / r.all, 0}; break;
-      case kAveragePrecision:
+      case SmoothMetric::MRR: derivative = {value / r.all, 0}; break;
+      case SmoothMetric::AVERAGE_PRECISION:
         derivative = {value * r.relevant / r.all, -value};
         value *= r.relevant;
         break;
@@ -119,8 +120,8 @@ struct Share {
   Ranks second(Ranks r, Ranks t) const {
     const double square = r.all * r.all;
     switch (metric) {
-      case kMrr: return {-2 * gain / (square * r.all) * t.all, 0};
-      case kAveragePrecision:
+      case SmoothMetric::MRR: return {-2 * gain / (square * r.all) * t.all, 0};
+      case SmoothMetric::AVERAGE_PRECISION:
         return {gain * (t.relevant - 2 * r.relevant / r.all * t.all) / square, gain * t.all / square};
       default: {
         const double log = log_normal(1 + r.all);
@@ -133,14 +134,15 @@ struct Share {
 // The gain of each item, the relevant ones first, over the total of the ideal ranking; how many are
 // relevant. y: labels in descending order.
 template <class A>
-int64_t relative_gains(Metric metric, const A* y, int64_t n, double* gain) {
-  const bool exponential = metric == kNdcg, discounted = exponential || metric == kNdcgLinear;
+int64_t relative_gains(SmoothMetric metric, const A* y, int64_t n, double* gain) {
+  const bool exponential = metric == SmoothMetric::NDCG,
+             discounted = exponential || metric == SmoothMetric::NDCG_LINEAR;
   double total = 0;
   int64_t relevant = 0;
   for (; relevant < n && !(y[relevant] <= 0); ++relevant) {
     double g = 1;
     if (relevant > 0 && y[relevant] == y[relevant - 1]) g = gain[relevant - 1];
-    else if (metric != kAveragePrecision)
+    else if (metric != SmoothMetric::AVERAGE_PRECISION)
       g = relative_gain(static_cast<double>(y[relevant]), static_cast<double>(y[0]), exponential);
     gain[relevant] = g;
     total += discounted ? g * discount_at(relevant) : g;
@@ -210,7 +212,7 @@ double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row)
 
 // item: that of each of n columns, -1 in the gaps.
 template <class A, class Pair>
-void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& pair, double scale, Metric metric,
+void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& pair, double scale, SmoothMetric metric,
                     const double* gain, int64_t relevant) {
   Scratch& scratch = list.scratch;
   A* kept = scratch.get<A>(n);
@@ -274,12 +276,8 @@ bool undefined(const List<A>& list, const int32_t* item, int64_t relevant, int64
 }
 
 struct SmoothRank {
-  double scale;
-  Metric metric;
-
-  SmoothRank(double temperature, int64_t metric) : scale(1 / temperature), metric(static_cast<Metric>(metric)) {
-    check(metric >= 0 && metric < kMetrics, "metric: expected 0 to ", kMetrics - 1, ", got ", metric);
-  }
+  double temperature;
+  SmoothMetric metric;
 
   template <class A>
   void operator()(List<A>& list) const {
@@ -288,27 +286,19 @@ struct SmoothRank {
     const A* y = gather(list.y, order, n, list.scratch);
     double* gain = list.scratch.template get<double>(n);
     const int64_t relevant = relative_gains(metric, y, n, gain);
-    const bool tied = metric == kAveragePrecision ? relevant == n : y[0] == y[n - 1];
+    const bool tied = metric == SmoothMetric::AVERAGE_PRECISION ? relevant == n : y[0] == y[n - 1];
     list.active = relevant > 0 && !tied;
-    if (!list.active) return std::fill(list.slope, list.slope + n, A(0));
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    double low = kInfinity, high = -kInfinity;
-    for (int64_t i = 0; i < n; ++i) {
-      low = std::min(low, static_cast<double>(list.s[i]));
-      high = std::max(high, static_cast<double>(list.s[i]));
-    }
+    if (!list.active) return list.fill_slope(0);
+    const Range range = list.range();
+    const double scale = 1 / temperature;
     const int64_t others = padded(relevant), columns = others + padded(n - relevant);
     int32_t* item = list.scratch.template get<int32_t>(columns);
     std::fill(item, item + columns, -1);
     std::copy(order, order + relevant, item);
     std::copy(order + relevant, order + n, item + others);
-    if (scale * (high - low) <= 2 * Ratio<A>::kRange)
-      return smooth_rank_of<A>(list, item, columns, Ratio<A>{scale, low + (high - low) / 2}, scale, metric, gain,
-                               relevant);
-    if (undefined(list, item, relevant, columns)) {
-      list.loss = std::numeric_limits<A>::quiet_NaN();
-      return std::fill(list.slope, list.slope + n, list.loss);
-    }
+    if (scale * (range.high - range.low) <= 2 * Ratio<A>::kRange)
+      return smooth_rank_of<A>(list, item, columns, Ratio<A>{scale, range.middle()}, scale, metric, gain, relevant);
+    if (undefined(list, item, relevant, columns)) return list.fill_nan();
     const Difference<A> pair{static_cast<A>(2 * scale)};
     smooth_rank_of<A>(list, item, columns, pair, scale, metric, gain, relevant);
   }
@@ -316,20 +306,6 @@ struct SmoothRank {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> smooth_rank(const Tensor& scores, const Tensor& labels,
-                                               const std::optional<Tensor>& valid, const std::optional<Tensor>& offsets,
-                                               int64_t reduction, int64_t batch_dims, double temperature,
-                                               int64_t metric) {
-  return list_loss(scores, labels, valid, offsets, reduction, batch_dims, SmoothRank(temperature, metric));
-}
-
-Tensor smooth_rank_slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-                         const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, double temperature,
-                         int64_t metric) {
-  return list_slope(scores, labels, valid, offsets, v, SmoothRank(temperature, metric));
-}
-
 }  // namespace custom_ops
 
-CUSTOM_OPS_CPU_KERNEL(smooth_rank)
-CUSTOM_OPS_CPU_KERNEL(smooth_rank_slope)
+CUSTOM_OPS_LIST_LOSS(smooth_rank, SmoothRank, double, SmoothMetric)

@@ -8,6 +8,9 @@
 #include <cmath>
 
 namespace custom_ops {
+
+CUSTOM_OPS_ENUM(GroupValue, SUM, MEAN, CENTRED)
+
 namespace {
 
 // a - b, and 0 where both are the same infinity.
@@ -253,15 +256,15 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
   return {out, groups};
 }
 
-Tensor group_reduce(const Tensor& x, const Tensor& groups, const std::optional<Tensor>& offsets, int64_t mode,
+Tensor group_reduce(const Tensor& x, const Tensor& groups, const std::optional<Tensor>& offsets, GroupValue value,
                     bool from_order, bool to_order, double scale) {
-  check(mode >= 0 && mode <= 2, "mode: expected 0 to 2, got ", mode);
   return of_groups(x, groups, offsets, 4, [&](const auto* from, const Group& group, auto* to) {
     double sum = 0;
     for (int64_t p = group.first; p < group.last; ++p) sum += from[from_order ? p : group.item(p)];
-    const double shared = mode == 0 ? sum : sum / static_cast<double>(group.last - group.first);
+    const double shared = value == GroupValue::SUM ? sum : sum / static_cast<double>(group.last - group.first);
     for (int64_t p = group.first; p < group.last; ++p) {
-      const double own = mode == 2 ? static_cast<double>(from[from_order ? p : group.item(p)]) - shared : shared;
+      const double x = static_cast<double>(from[from_order ? p : group.item(p)]);
+      const double own = value == GroupValue::CENTRED ? x - shared : shared;
       store(scale * own, to[to_order ? p : group.item(p)]);
     }
   });

@@ -2,6 +2,9 @@
 #include "elementary.h"
 
 namespace custom_ops {
+
+CUSTOM_OPS_ENUM(SurrogateShape, SIGMOID, ATAN, TRIANGLE, BOXCAR)
+
 namespace {
 
 // Slopes at u, each of integral 1; NaN stays NaN where the slope isn't constant.
@@ -44,7 +47,7 @@ void slopes(const T* grad, const T* x, T* out, int64_t n, double wide) {
 
 }  // namespace
 
-Tensor surrogate_step(const Tensor& x_in, int64_t, double) {
+Tensor surrogate_step(const Tensor& x_in, SurrogateShape, double) {
   const Tensor x = dense(x_in);
   Tensor y = fresh(x, sizes(x));
   dispatch_floating(x, "x", [&](auto type) {
@@ -57,7 +60,7 @@ Tensor surrogate_step(const Tensor& x_in, int64_t, double) {
   return y;
 }
 
-Tensor surrogate_slope(const Tensor& grad_in, const Tensor& x_in, int64_t shape, double width) {
+Tensor surrogate_slope(const Tensor& grad_in, const Tensor& x_in, SurrogateShape shape, double width) {
   check(sizes(grad_in) == sizes(x_in), "grad: expected the shape of x");
   check(grad_in.scalar_type() == x_in.scalar_type(), "grad: expected the dtype of x");
   const Tensor grad = dense(grad_in), x = dense(x_in);
@@ -68,11 +71,10 @@ Tensor surrogate_slope(const Tensor& grad_in, const Tensor& x_in, int64_t shape,
       slopes<decltype(step)>(data<T>(grad), data<T>(x), mutable_data<T>(out), x.numel(), width);
     };
     switch (shape) {
-      case 0: return run(Sigmoid{});
-      case 1: return run(Atan{});
-      case 2: return run(Triangle{});
-      case 3: return run(Boxcar{});
-      default: check(false, "shape: expected 0 to 3, got ", shape);
+      case SurrogateShape::SIGMOID: return run(Sigmoid{});
+      case SurrogateShape::ATAN: return run(Atan{});
+      case SurrogateShape::TRIANGLE: return run(Triangle{});
+      case SurrogateShape::BOXCAR: return run(Boxcar{});
     }
   });
   return out;

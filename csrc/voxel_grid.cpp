@@ -80,16 +80,17 @@ ALWAYS_INLINE inline bool is_whole(R rank) {
 
 // Whether the positions [begin, end) hold what a stable sort puts there, and the boundaries that fall there are right;
 // those are copied to `out`. Position n is that of a point outside behind all others, so that each boundary falls on
-// one. Points, ordered by voxel and within it strictly, are all different ones, hence a permutation. Boundary v lies
-// where the voxels reach v. Differences whose signs are gathered take the place of branches, because one mispredicted
-// costs more than all the rest of a point.
+// one. Points, ordered by voxel and within it strictly, are all different ones, hence a permutation. Where a voxel's
+// points begin, its boundary and the first one behind the voxel before must lie, and those between don't decrease.
+// Differences whose signs are gathered take the place of branches, because one mispredicted costs more than all the
+// rest of a point.
 template <class I>
 bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t* out, int64_t n, int64_t voxels,
              int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 1024;
-  int64_t block[kBlock + 1], wrong = 0;
+  int64_t block[kBlock + 1], runs[kBlock + 1], wrong = 0;
   for (int64_t first = begin; first < end && !wrong; first += kBlock) {
-    multiversion([=, &wrong, voxel = block + 1]() ALWAYS_INLINE {
+    multiversion([=, &wrong, voxel = block + 1, run = static_cast<int64_t*>(runs)]() ALWAYS_INLINE {
       const int64_t count = std::min(kBlock, end - first), points = std::min(count, n - first);
       const int64_t from = first > 0 ? -1 : 0;  // the position before is looked at again
       const int64_t* point = perm + first;
@@ -108,13 +109,20 @@ bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t* out
       if ((wrong = found < 0)) return;
       if (first == 0) voxel[-1] = -1;
       if (points < count) voxel[points] = voxels;
+      int64_t starts = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        run[starts] = k;
+        starts += voxel[k] != voxel[k - 1];
+      }
+      for (int64_t i = 0; i < starts; ++i) {
+        const int64_t k = run[i], begins = first + k;
+        found |= -static_cast<int64_t>((at[voxel[k - 1] + 1] != begins) | (at[voxel[k]] != begins));
+      }
       const int64_t v0 = voxel[-1] + 1, v1 = voxel[count - 1] + 1;
       for (int64_t v = v0; v < v1; ++v) {
-        const uint64_t i = static_cast<uint64_t>(at[v]) - first, last = count - 1;
-        const int64_t k = std::min(i, last);
-        found |= -static_cast<int64_t>(i > last) | (v - 1 - voxel[k - 1]) | (voxel[k] - v);
+        found |= -static_cast<int64_t>(v > 0 && at[v] < at[v - 1]);
+        out[v] = at[v];
       }
-      std::copy(at + v0, at + v1, out + v0);
       wrong = found < 0;
     });
   }

@@ -12,6 +12,8 @@ from custom_ops.ranking import *  # noqa: F403
 from custom_ops.shaping import *  # noqa: F403
 from custom_ops.voxel import *  # noqa: F403
 
+__version__ = "0.1.0"
+
 __all__: list[str] = []
 __all__ += activation.__all__
 __all__ += ranking.__all__

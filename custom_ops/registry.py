@@ -1,30 +1,22 @@
-"""The registry: one entry per public op gives it the battery, its benchmark and its row in the docs.
+"""The registry: one entry per public op gives it the battery, its timings and its row in the docs.
 
-`REGISTRY` holds the entries by name, in the order of their registration.
+`REGISTRY` holds the entries by name. They come from the specs beside the ops (``custom_ops/FAMILY/specs/MODULE.py``),
+which are imported when `REGISTRY` is first asked for, and not by ``import custom_ops``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["REGISTRY", "BadCall", "Benchmark", "OpInfo", "Sample", "Sharding", "Target", "Unavailable", "register"]
-
-
-class Unavailable(RuntimeError):
-    """Raised by a benchmark's ``make`` where its data can't be had: the table is skipped, and says so.
-
-    Example:
-        >>> from custom_ops.registry import Unavailable
-        >>> raise Unavailable("no network")
-        Traceback (most recent call last):
-            ...
-        custom_ops.registry.Unavailable: no network
-    """
+__all__ = ["REGISTRY", "BadCall", "OpInfo", "Sample", "Sharding", "register"]
 
 
 @dataclass(frozen=True)
@@ -91,65 +83,6 @@ class BadCall:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The ratio of our time to ``peer``'s that must not be exceeded at ``size``.
-
-    Example:
-        >>> from custom_ops.registry import Target
-        >>> Target(size=1 << 24, peer="F.relu", ratio=0.5)
-        Target(size=16777216, peer='F.relu', ratio=0.5, direction='forward+backward', memory='fresh')
-    """
-
-    size: Any
-    peer: str
-    ratio: float
-    direction: str = "forward+backward"  # or "forward"
-    memory: str = "fresh"  # or "warm", on the CPU; or "cuda"
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One table of timings: inputs of each size (a number, or a tuple such as a shape), and the op beside its peers.
-
-    ``make(size, device)`` returns the arguments; tensors with ``requires_grad`` get a gradient. The
-    peers, callables or "module:name" of one, are called with the same arguments; a module that can't be
-    imported is listed as not installed, and one with "compile" in its name is left out by
-    ``--quick``. ``kwargs`` go to the op and its reference, not to the peers.
-
-    ``traffic(size)`` gives the least bytes ((read, written) in forward, (read, written) in backward) that
-    any implementation must move. Without it each argument is read once and each result written once,
-    which is wrong for an op that may leave most of an argument unread. ``checked_at(size)`` is the size
-    to check the answers at, where the reference would need too much memory or time at ``size`` itself.
-    ``scaling`` are the sizes of ``--scaling``, if they aren't the powers of ten.
-
-    Example:
-        >>> import torch
-        >>> from custom_ops.registry import Benchmark
-        >>> Benchmark(
-        ...     unit="elements",
-        ...     sizes=(1 << 16, 1 << 20),
-        ...     make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
-        ...     peers={"F.relu": torch.relu},
-        ... ).title
-        'elements'
-    """
-
-    sizes: Sequence[Any]
-    make: Callable[[Any, torch.device], tuple[Any, ...]]
-    peers: dict[str, Callable[..., Any] | str]
-    unit: str
-    targets: Sequence[Target] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    traffic: Callable[[Any], tuple[tuple[int, int], tuple[int, int]]] | None = None
-    checked_at: Callable[[Any], Any] = lambda size: size
-    scaling: Sequence[int] = ()
-
-    @property
-    def title(self) -> str:
-        return ", ".join([self.unit, *(f"{name}={value}" for name, value in self.kwargs.items())])
-
-
-@dataclass(frozen=True)
 class OpInfo:
     """A public op and all that the tools need to know of it.
 
@@ -157,8 +90,6 @@ class OpInfo:
     float64. ``samples(device, dtype)`` returns small calls that cover the op's arguments and edge
     cases. ``apply`` is the ``Function.apply`` idiom. ``modules`` maps a description to a module and
     the keyword arguments of ``function`` it stands for. ``dtypes`` are the floating dtypes supported.
-    ``native`` is the nearest op of torch itself, called with the first sample's arguments: what one call
-    of ours on a few elements is compared with.
 
     A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run: there the
     op gives something, by design other than what they compare with. ``not_fuzzed`` are kinds of values of
@@ -185,12 +116,10 @@ class OpInfo:
     apply: Callable[..., Any] | None = None
     modules: Callable[[], list[tuple[torch.nn.Module, dict[str, Any]]]] = list
     bad_calls: Callable[[], list[BadCall]] = list
-    benchmarks: Sequence[Benchmark] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
     not_comparable: dict[str, str] = field(default_factory=dict)  # capability: reason, of an op that shapes gradients
     not_fuzzed: dict[str, str] = field(default_factory=dict)  # kind of values: reason
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    native: Callable[..., Any] | None = None
     shardings: Callable[[], list[Sharding]] | None = None
     not_sharded: str = ""
 
@@ -200,7 +129,24 @@ class OpInfo:
         return self.function.__module__.split(".")[1]
 
 
-REGISTRY: dict[str, OpInfo] = {}
+FAMILIES = ("activation", "ranking", "shaping", "voxel")
+REGISTRY: dict[str, OpInfo]  # made by __getattr__
+_registered: dict[str, OpInfo] = {}
+
+
+@cache
+def _load_specs() -> None:
+    for family in FAMILIES:
+        specs = importlib.import_module(f"custom_ops.{family}.specs")
+        for module in pkgutil.iter_modules(specs.__path__, f"{specs.__name__}."):
+            importlib.import_module(module.name)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "REGISTRY":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load_specs()
+    return _registered
 
 
 def register(info: OpInfo) -> None:
@@ -214,9 +160,9 @@ def register(info: OpInfo) -> None:
             ...
         ValueError: name: 'relu' is registered already
     """
-    if info.name in REGISTRY:
+    if info.name in _registered:
         raise ValueError(f"name: {info.name!r} is registered already")
-    REGISTRY[info.name] = info
+    _registered[info.name] = info
 
 
 def leaves(args: Any) -> list[Tensor]:

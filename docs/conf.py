@@ -18,7 +18,7 @@ import generated  # noqa: E402
 
 import custom_ops  # noqa: E402
 
-# Formulas are MathML, which browsers typeset themselves; not every system has a font for it.
+# Browsers typeset the formulas as MathML themselves, but not every system has a font for it.
 MATH_FONT = str(
     Path(importlib.util.find_spec("ziamath").submodule_search_locations[0], "fonts", "STIXTwoMath-Regular.ttf")
 )
@@ -39,10 +39,10 @@ pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-copybutton_prompt_text = r">>> |\.\.\. |\$ "  # outputs aren't copied, nor prompts
+copybutton_prompt_text = r">>> |\.\.\. |\$ "  # outputs and prompts aren't copied
 copybutton_prompt_is_regexp = True
 
-# A name in single backticks in a docstring is a reference, and one to nothing is an error.
+# A name in single backticks in a docstring is a reference. A reference without a target is an error.
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
@@ -59,8 +59,8 @@ def _fill(app: Any, docname: str, source: list[str]) -> None:
 
 
 def _link_names(app: Any, doctree: nodes.document) -> None:
-    """A public name in the running text of a page leads to its place in the API."""
-    theirs = set()  # of another library, though they may be called as ours are
+    """Link each public name in the running text of a page to its place in the API."""
+    theirs = set()  # names of another library, even if one of ours is spelled alike
     for table in doctree.findall(nodes.table):
         rows = list(table.findall(nodes.row))
         if rows[0][0].astext() == "theirs":
@@ -75,7 +75,7 @@ def _link_names(app: Any, doctree: nodes.document) -> None:
 
 
 def _public_name(app: Any, env: Any, node: addnodes.pending_xref, content: nodes.Element) -> nodes.Element | None:
-    """A reference from one module to the public name of another, by its last part."""
+    """Resolve a reference from one module to another's public name by its last part."""
     if node.get("refdomain") != "py":
         return None
     domain = env.domains.python_domain

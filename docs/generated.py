@@ -1,6 +1,6 @@
-"""What the site's build makes itself, so that it isn't committed: the API, the tables of timings, and the pictures.
+"""The parts that the site's build generates, and git doesn't hold: the API, the tables of timings, and the pictures.
 
-A page asks for a block with ``<!-- generated: name argument -->``; `BLOCKS` has the names.
+A page asks for a block with ``<!-- generated: name argument -->``; `BLOCKS` lists the names.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import pictures  # noqa: E402
 from wrong_calls import answers  # noqa: E402
 from wrong_calls import markdown as wrong_calls_page  # noqa: E402
 
-from custom_ops.benchmarks import cost_page, plots  # noqa: E402
-from custom_ops.benchmarks.measure import FLOOR, OURS, Row, label  # noqa: E402
-from custom_ops.benchmarks.plan import elements  # noqa: E402
-from custom_ops.benchmarks.report import Report, read_json  # noqa: E402
-from custom_ops.examples import autograd_tour  # noqa: E402
+from benchmarks import cost_page, plots  # noqa: E402
+from benchmarks.measure import FLOOR, OURS, Row, label  # noqa: E402
+from benchmarks.plan import elements  # noqa: E402
+from benchmarks.report import Report, read_json  # noqa: E402
 from custom_ops.registry import REGISTRY  # noqa: E402
+from examples import autograd_tour  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURES = DOCS / "generated"  # not in git
+PICTURES = DOCS / "generated"  # ignored by git
 
 
 def families() -> dict[str, list[str]]:
-    """{family: its ops}"""
+    """Return {family: its ops}."""
     found: dict[str, list[str]] = {}
     for info in REGISTRY.values():
         found.setdefault(info.family, []).append(info.name)
@@ -52,7 +52,7 @@ def ops(family: str) -> str:
 
 
 def api(module_name: str) -> str:
-    """The docstring of a module and of everything in its ``__all__``; a function stands beside its layer."""
+    """Return the API of a module and of everything in its ``__all__``; a function stands beside its layer."""
     module = importlib.import_module(module_name)
     shown_as = "custom_ops" if module_name.removeprefix("custom_ops.") in families() else module_name
     lines = [f".. automodule:: {module_name}", "   :no-members:", "", f".. py:currentmodule:: {shown_as}", ""]
@@ -67,16 +67,16 @@ def _member(module: str, name: str, value: Any) -> list[str]:
         return [f".. autoclass:: {module}.{name}", *([f"   :members: {members}"] if members else [])]
     if isinstance(value, types.FunctionType):
         return [f".. autofunction:: {module}.{name}"]
-    if hasattr(value, "fn"):  # made by triton.jit, for which autodoc sees no function
+    if hasattr(value, "fn"):  # autodoc doesn't recognise a function decorated with triton.jit
         words = inspect.cleandoc(value.fn.__doc__).replace("Example:", "**Example:**\n").splitlines()
         arguments = ", ".join(inspect.signature(value.fn).parameters)
         return [f".. py:function:: {name}({arguments})", "", *(f"   {line}".rstrip() for line in words)]
-    shown = [f"   :value: {value!r}"] if isinstance(value, int | str) else []  # a dictionary's has addresses
+    shown = [f"   :value: {value!r}"] if isinstance(value, int | str) else []  # the repr of a dictionary has addresses
     return [f".. py:data:: {name}", *shown]
 
 
 def _own_members(cls: type) -> list[str]:
-    """Those with words of their own, of a private base too; not what torch's classes bring along."""
+    """Return the members that have docstrings, those of a private base included, but not those of torch's classes."""
     found = []
     for owner in cls.__mro__:
         if owner.__module__.startswith("custom_ops"):
@@ -98,7 +98,7 @@ def reports() -> list[tuple[Path, Report]]:
 
 
 def fastest(family: str) -> str:
-    """Of each run on fresh memory each op's first table, at the largest size with a peer, beside the best of them."""
+    """Return a family's table: for each run on fresh memory, each op's first table beside the fastest peer."""
     lines = ["| op | at | ours, ms | beside | its ms | ours / that |", "|---|---|--:|---|--:|--:|"]
     loaded = False
     for _, report in reports():
@@ -117,7 +117,7 @@ def fastest(family: str) -> str:
 
 
 def beside_best(report: Report, op: str, table: str) -> tuple[str, str, str, str, str] | None:
-    """At the largest size with a peer: where that is, our time, the fastest peer, its time, and the ratio."""
+    """Return, for the largest size with a peer: the size, our time, the fastest peer, its time and the ratio."""
     rows = [row for row in report.tables[op, table] if row.direction == report.tables[op, table][-1].direction]
     peers = [r for r in rows if r.contender != FLOOR and not r.contender.startswith(("ours", OURS)) and not r.note]
     if not peers:
@@ -138,7 +138,7 @@ def was_loaded(report: Report) -> bool:
 
 
 def speed() -> str:
-    """Every op with all of its tables, from all result files, each with the number of its run."""
+    """Return every op's tables from all result files, each with the number of its run."""
     blocks = []
     for family, names in families().items():
         blocks.append(f"## {family.capitalize()}")
@@ -195,7 +195,7 @@ def _timings(rows: list[Row]) -> str:
 
 
 def overhead() -> str:
-    """What one call costs, on a few elements."""
+    """Return the table of the fixed cost of one call."""
     lines = ["| run | call | ours, µs | beside | ours / that |", "|--:|---|--:|---|--:|"]
     for number, (_, report) in enumerate(reports(), 1):
         calls = [(f"16 elements, {d}", "custom_ops.library", t) for d, t in report.overhead.get("library", {}).items()]
@@ -213,7 +213,7 @@ def cost() -> str:
 
 
 def networks() -> str:
-    """What one-bit activations save in whole networks, from the result files of benchmarks.networks."""
+    """Return the memory saved by one-bit activations, from the result files of benchmarks.networks."""
     blocks = []
     for path in sorted((RESULTS / "networks").glob("*.json")):
         result = json.loads(path.read_text())
@@ -246,7 +246,7 @@ def networks() -> str:
 
 
 def _body(page: str) -> str:
-    """Without its title, which the page that asks for it has."""
+    """Return the page without its title, since the page that includes it has one."""
     return page.partition("\n")[2].strip()
 
 
@@ -273,7 +273,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
 
 
 def fill(page: str) -> str:
-    """The page with its generated blocks."""
+    """Return the page with its generated blocks filled in."""
     return re.sub(r"<!-- generated: (\w+) ?([\w.]*) -->", lambda f: BLOCKS[f[1]](*filter(None, [f[2]])), page)
 
 
@@ -281,7 +281,7 @@ def fill(page: str) -> str:
 
 
 def draw() -> None:
-    """The pictures that are older than what they are drawn from."""
+    """Draw the pictures that are older than their sources."""
     PICTURES.mkdir(exist_ok=True)
     for name, picture in pictures.PICTURES.items():
         if _is_old(PICTURES / name, [Path(pictures.__file__)]):
@@ -299,7 +299,7 @@ def _is_old(made: Path, sources: list[Path]) -> bool:
 
 
 def _draw_timings() -> None:
-    """A picture of each table on fresh memory, whose sizes may come from several runs."""
+    """Draw a picture of each table on fresh memory; its sizes may come from several runs."""
     fresh = [report for _, report in reports() if report.memory != "warm"]
     for where in dict.fromkeys(report.where for report in fresh):
         same = [report for report in fresh if report.where == where]

@@ -1,4 +1,4 @@
-"""The pictures of the guides, each a function that draws it with the ops themselves."""
+"""The pictures of the guides; each function draws one with the ops themselves."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import custom_ops
-from custom_ops.examples.rank_mslr import LIST_LOSSES
 from custom_ops.registry import REGISTRY
+from examples.rank_mslr import LIST_LOSSES
 
 COLOURS = {0: "#9aa3ab", 1: "#6fb1e0", 2: "#1f6fb4", 3: "#0b3c68"}
 
-# In the order of the scores: a relevant item on top, the best one below two lesser ones, ties, and one far too low.
+# The list is sorted by score: a relevant item on top, the best one below two lesser ones, ties, and one far too low.
 SCORES = torch.tensor([3.0, 2.2, 1.6, 1.2, 0.6, 0.2, -0.4, -1.0, -1.6, -3.0])
 LABELS = torch.tensor([2, 0, 1, 3, 0, 0, 1, 0, 0, 2])
 
-# The defaults of these suit scores of another scale, and the picture would show one spike.
+# The default scales of these losses would draw a single spike.
 OWN: dict[str, dict[str, Any]] = {
     "cosent_loss": {"scale": 1.0},
     "approx_ndcg_loss": {"temperature": 0.5},
@@ -31,7 +31,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def ranking_gradients() -> Figure:
-    """Where each list loss pushes the scores of one list."""
+    """Draw each list loss's gradient with respect to the scores of one list."""
     names = [name for name in LIST_LOSSES if name in REGISTRY]
     columns = 4
     rows = math.ceil(len(names) / columns)
@@ -41,7 +41,7 @@ def ranking_gradients() -> Figure:
         scores = SCORES.clone().requires_grad_()
         REGISTRY[name].function(scores, LABELS, **OWN.get(name, {})).backward()
         assert scores.grad is not None
-        push = -scores.grad / scores.grad.abs().max()  # what a step of gradient descent does to the score
+        push = -scores.grad / scores.grad.abs().max()  # the direction in which gradient descent moves the score
         axis.bar(range(len(SCORES)), push, color=[COLOURS[label] for label in LABELS.tolist()])
         axis.axhline(0, color="0.3", lw=0.8)
         own = ", ".join(f"{key} {value}" for key, value in OWN.get(name, {}).items())
@@ -60,7 +60,7 @@ def ranking_gradients() -> Figure:
 
 
 def activations() -> Figure:
-    """Value and slope of each activation."""
+    """Draw the value and the slope of each activation."""
     functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "relu": custom_ops.relu,
         "leaky_relu(0.2)": lambda x: custom_ops.leaky_relu(x, 0.2),
@@ -84,7 +84,7 @@ def activations() -> Figure:
 
 
 def shaping() -> Figure:
-    """On the left what becomes of a gradient, on the right the slopes of the surrogates of a step."""
+    """Draw what each op does to a gradient (left) and the slopes of the surrogates of a step (right)."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     gradient = torch.linspace(-3, 3, 601)
@@ -114,7 +114,7 @@ def shaping() -> Figure:
 
 
 def voxels() -> Figure:
-    """Points with a feature, the voxel of each, and the sums."""
+    """Draw points with a feature, the voxel of each, and the sums."""
     generator = torch.Generator().manual_seed(0)
     cells = 8
     angle = torch.rand(220, generator=generator) * 2 * math.pi

@@ -1,8 +1,8 @@
-"""Writes the generated parts of README.md, and the pages of the site that take minutes to make: ``make docs``.
+"""``make docs``: write the generated parts of README.md and the pages of the site that take minutes to generate.
 
-The pages are the capability matrix, from tests/test_battery.py, and what is known of the Triton kernels without a GPU.
-With ``--matrix FILE`` the matrix is read from a saved run of the tests with ``CUSTOM_OPS_CELLS=FILE`` instead of being
-run. What the site's build makes itself is in docs/generated.py.
+The pages are the capability matrix, from tests/test_battery.py, and the facts about the Triton kernels that need no
+GPU. ``--matrix FILE`` reads the matrix from a saved run of the tests (``CUSTOM_OPS_CELLS=FILE``) instead of running
+them. docs/generated.py makes what the site's build generates itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from generated import RESULTS, ROOT, beside_best, families, was_loaded
 
-from custom_ops.benchmarks.report import read_json
+from benchmarks.report import read_json
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import Cell, capabilities
 from custom_ops.verify import Report as Matrix
@@ -28,7 +28,8 @@ GPU = ROOT / "docs" / "gpu.md"
 LAUNCHES = ROOT / "docs" / "launches.md"
 BACKENDS = ("cpp", "triton")
 
-# Eight timings for the README: a file of benchmarks/results, an op in it, and one of its tables. Two are lost.
+# The README shows eight timings: a file of benchmarks/results, an op in it, and one of its tables. Our op loses two of
+# them.
 TIMINGS = (
     ("cpu-ranking-pairwise-fresh", "pairwise_logistic_loss", "scores, of five labels"),
     ("cpu-ranking-lambdarank-fresh", "lambda_loss", "scores, of five labels, weighting=lambdarank"),
@@ -50,7 +51,7 @@ def totals(report: Matrix) -> str:
 
 
 def timings() -> str:
-    """The README's table: forward and backward beside the fastest peer with the right answer."""
+    """Return the README's table: forward and backward beside the fastest peer with the right answer."""
     lines = ["| forward + backward | at | ours, ms | beside | its ms | ours / that |", "|---|---|--:|---|--:|--:|"]
     runs = {name: read_json(RESULTS / f"{name}.json") for name, *_ in TIMINGS}
     for name, op, table in TIMINGS:
@@ -70,7 +71,7 @@ def timings() -> str:
 
 
 def matrix(report: Matrix) -> str:
-    """A table for each family; a cell has two marks where the backends differ."""
+    """Return a table for each family; a cell has two marks if the backends differ."""
     blocks = [
         "# The capability matrix",
         "Written by `make docs`: what `python -m custom_ops verify --quick --backend cpp --backend triton` checks. "
@@ -105,7 +106,7 @@ def replace(text: str, block: str, content: str) -> str:
 
 
 def _cells() -> Path:
-    """The cells of the battery, run on two processes."""
+    """Run the cells of the battery on two processes and return the file with the results."""
     path = ROOT / "build" / "cells.jsonl"
     path.unlink(missing_ok=True)
     path.parent.mkdir(exist_ok=True)
@@ -135,9 +136,8 @@ def main() -> None:
 
 
 def _write_pages_of_the_kernels() -> None:
-    compile_all = [sys.executable, "-m", "custom_ops.triton_kernels.aot", "--report", str(GPU)]
-    subprocess.run(compile_all, check=True, stdout=subprocess.DEVNULL)
-    trace_all = [sys.executable, "-m", "custom_ops.benchmarks.launches", "--write", str(LAUNCHES)]
+    subprocess.run([sys.executable, ROOT / "docs" / "gpu_page.py", GPU], check=True, stdout=subprocess.DEVNULL)
+    trace_all = [sys.executable, "-m", "benchmarks.launches", "--write", str(LAUNCHES)]
     subprocess.run(trace_all, check=True, stdout=subprocess.DEVNULL)
 
 

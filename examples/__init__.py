@@ -1,12 +1,12 @@
-"""What is gained, and real models on real data: ``python -m custom_ops demo``, or each example by itself.
+"""Examples: each op beside the usual formula, then real models on real data. ``python -m examples.demo`` runs them.
 
-python -m custom_ops.examples.long_lists       losses of lists with thousands of documents, beside plain PyTorch
-python -m custom_ops.examples.pooling          Lift-Splat pooling and LiDAR sums, beside the formulas in use
-python -m custom_ops.examples.activations      the memory of a training step with one-bit activations
-python -m custom_ops.examples.rank_mslr        learning to rank web pages
-python -m custom_ops.examples.recommend_ml100k recommending films
-python -m custom_ops.examples.bev_lidar        a bird's-eye view of LiDAR scans
-python -m custom_ops.examples.lift_splat       a bird's-eye view of what cameras see
-python -m custom_ops.examples.spiking_digits   a spiking network reading digits, with a surrogate gradient and without
-python -m custom_ops.examples.autograd_tour    the classic lessons of autograd, each result checked
+python -m examples.long_lists       losses of lists with thousands of documents, beside plain PyTorch
+python -m examples.pooling          Lift-Splat pooling and LiDAR sums, beside the formulas in use
+python -m examples.activations      the memory of a training step with one-bit activations
+python -m examples.rank_mslr        learning to rank web pages
+python -m examples.recommend_ml100k recommending films
+python -m examples.bev_lidar        a bird's-eye view of LiDAR scans
+python -m examples.lift_splat       a bird's-eye view of what cameras see
+python -m examples.spiking_digits   a spiking network reading digits, with a surrogate gradient and without
+python -m examples.autograd_tour    the classic lessons of autograd, each result checked
 """

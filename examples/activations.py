@@ -1,7 +1,7 @@
-"""What one-bit activations save: a training step of a network like MobileNetV2, in eager mode.
+"""The memory that one-bit activations save in a training step of a network like MobileNetV2, in eager mode.
 
-torch's ReLU6 keeps its input for backward, beside the batch normalisation that keeps its own; ours keeps a bit of
-each element. Values and gradients are the same, bit by bit.
+torch's ReLU6 keeps its input for backward, besides the input that the batch normalisation before it keeps. Ours keeps
+one bit per element. Values and gradients are the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.networks import NETWORKS
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.networks import NETWORKS
+from examples import report
+from examples.agreement import Agreement
+from examples.report import OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NETWORK = "MobileNetV2-shaped, ReLU6"
-BATCH, SIZE = 16, 128  # pictures, and pixels a side
-CHAIN = 6000  # about as many terms as are added up between a pixel and the loss, and back
+BATCH, SIZE = 16, 128  # pictures in a batch, and pixels per side
+CHAIN = 6000  # approximate number of terms in the sums between a pixel and the loss, and back
 
 
 def training_step(model: nn.Module, pictures: Tensor, classes: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -71,7 +71,7 @@ def draw(axis: Axes, memory: dict[str, float]) -> None:
     names = list(memory)
     bars = axis.bar(names, list(memory.values()), 0.5, color=[OURS, THEIRS])
     axis.bar_label(bars, [report.shown(mib, "MiB") for mib in memory.values()], padding=2)
-    axis.margins(y=0.12)  # room for the numbers
+    axis.margins(y=0.12)  # leaves room for the numbers
     axis.set(ylabel="MiB of tensors at once", title=f"One-bit activations: memory of a step\n({NETWORK}, eager)")
 
 
@@ -79,7 +79,7 @@ PARTS = {"activations": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.activations", "One-bit activations.", argv, "Activations")
+    return report.run(PARTS, "python -m examples.activations", "One-bit activations.", argv, "Activations")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Two formulas beside each other along one training: on the same weights and the same batch, within a bound.
+"""A comparison of two formulas along one training: on the same weights and the same batch, within a bound.
 
-Two trainings can't be compared so. Training amplifies any rounding, and another processor rounds otherwise: after some
-hundred steps two right formulas are as far apart as two wrong ones. What can be compared is what each says of one
-state: the loss, and the gradient that the next step would follow.
+Two separate trainings can't be compared. Training amplifies any rounding, and rounding differs between processors:
+after some hundred steps two correct formulas are as far apart as two wrong ones. Two formulas can be compared on one
+state, in the loss and in the gradient that the next step would follow.
 """
 
 from __future__ import annotations
@@ -13,44 +13,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from custom_ops.examples.report import Check
+from examples.report import Check
 
-OPERATIONS = 16  # roundings within a term, and what an exponential or a logarithm adds to them
+OPERATIONS = 16  # roundings of a term, including the error of an exponential or a logarithm
 AMPLIFIED = 100.0
-CONFIDENCE = 8.0  # 1 - 2 exp(-8² / 2): one sum in 10^13 is further off
+CONFIDENCE = 8.0  # the probability is 1 - 2 exp(-8² / 2), so one sum in 10^13 exceeds the bound
 
 
 def bound(dtype: torch.dtype, terms: int | Tensor) -> float | Tensor:
-    """How far two ways to add up ``terms`` numbers in ``dtype`` may be apart, in units of the sum of their magnitudes.
+    """Bound the difference between two sums of ``terms`` numbers in ``dtype``, in units of the sum of their magnitudes.
 
-    Each of the n roundings on the way of a term into the sum changes it by a factor of at most 1 + u, with
-    u = eps / 2. If all went in one direction, that would be n u. They go in either, whatever the order of the
-    summation, so that the sum of n stays within λ √n u but for a probability of 2 exp(-λ² / 2) (Higham and Mary, "A
-    New Approach to Probabilistic Rounding Error Analysis", 2019). Either way rounds, which makes it twice as much.
+    Each of the n roundings that a term undergoes changes it by a factor of at most 1 + u, with u = eps / 2. If all
+    errors had the same sign, they would sum up to n u. Their signs vary, whatever the order of the summation, so the
+    error of the sum stays within λ √n u except with a probability of 2 exp(-λ² / 2) (Higham and Mary, "A New Approach
+    to Probabilistic Rounding Error Analysis", 2019). Both sums round, which doubles the bound.
     """
     return CONFIDENCE * (terms + OPERATIONS) ** 0.5 * torch.finfo(dtype).eps
 
 
 class Agreement:
-    """All comparisons of one claim, and the gap of the worst, in units of its bound."""
+    """All comparisons of one claim, and the largest gap in units of its bound."""
 
     def __init__(self, claim: str) -> None:
         self.claim, self.worst = claim, 0.0
 
     def compare(self, ours: Tensor, theirs: Tensor, terms: int | Tensor, magnitude: Tensor | None = None) -> None:
-        """Two results of ``terms`` terms; the sum of their magnitudes is ``magnitude``, else the result."""
+        """Record the gap between two results of ``terms`` terms; ``magnitude`` is the sum of their magnitudes (else the
+        result).
+        """
         magnitude = (theirs if magnitude is None else magnitude).detach().double().abs()
         gap = (ours.detach().double() - theirs.detach().double()).abs()
         limit = bound(ours.dtype, terms) * magnitude + torch.finfo(ours.dtype).tiny
-        self.worst = float(np.maximum(self.worst, (gap / limit).max().item()))  # a NaN stays
+        self.worst = float(np.maximum(self.worst, (gap / limit).max().item()))  # keeps a NaN
 
     def compare_networks(
         self, ours: tuple[Tensor, Sequence[Tensor]], theirs: tuple[Tensor, Sequence[Tensor]], terms: int
     ) -> None:
-        """Loss and gradients of two forms of one network: all gradients in units of the largest element of any.
+        """Compare loss and gradients of two forms of a network, with all gradients in units of the largest element.
 
-        The layers amplify what was rounded before them, which no count of terms knows of: by no more than a factor of
-        ``AMPLIFIED``, that is. In float64 there is room for it.
+        The layers amplify earlier roundings, which a count of terms doesn't cover. ``AMPLIFIED`` bounds that
+        amplification; float64 leaves room for it.
         """
         largest = torch.stack([g.abs().max() for g in theirs[1]]).max()
         self.compare(ours[0], theirs[0], terms, AMPLIFIED * theirs[0])

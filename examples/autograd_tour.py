@@ -1,6 +1,6 @@
 """# A tour of autograd
 
-The classic lessons, on the ops of this package. Run it with `python -m custom_ops.examples.autograd_tour`, which
+This tour repeats the classic lessons with the ops of this package. `python -m examples.autograd_tour` runs it and
 compares each result with the one shown here.
 
 >>> import torch, custom_ops
@@ -34,7 +34,7 @@ tensor([0., 1., 1., 1.])
 
 ## A vector needs a gradient
 
-Backward starts from dL/dy. Only for a scalar y is it clear what that is: 1.
+Backward starts from dL/dy. It has a default, 1, only for a scalar y.
 
 >>> x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
 >>> y = custom_ops.scale_gradient(x, 2 * x.detach())
@@ -42,8 +42,8 @@ Backward starts from dL/dy. Only for a scalar y is it clear what that is: 1.
 Traceback (most recent call last):
 RuntimeError: grad can be implicitly created only for scalar outputs
 
-`y.sum().backward()` is `y.backward(torch.ones_like(y))`. The value of y is x; the layer multiplies whatever gradient
-comes by 2x.
+`y.sum().backward()` is `y.backward(torch.ones_like(y))`. The value of y is x; the layer multiplies the
+incoming gradient by 2x.
 
 >>> y.sum().backward()
 >>> x.grad
@@ -53,9 +53,9 @@ tensor([2., 4., 6.])
 >>> x.grad
 tensor([2., 4., 6.])
 
-## What is detached is a constant
+## Detached tensors are constants
 
-With u = relu(x)² the derivative of u · x is 3x². With u detached it is u.
+With u = relu(x)² the derivative of u · x is 3x². If u is detached, the derivative is u.
 
 >>> x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
 >>> u = custom_ops.relu(x) ** 2
@@ -64,7 +64,7 @@ tensor([ 3., 12., 27.])
 >>> torch.autograd.grad((u.detach() * x).sum(), x)[0]
 tensor([1., 4., 9.])
 
-u itself still has its graph, and its own derivative 2x.
+u itself still has its graph and its own derivative, 2x.
 
 >>> torch.autograd.grad(u.sum(), x)[0]
 tensor([2., 4., 6.])
@@ -84,7 +84,7 @@ RuntimeError: Trying to backward through the graph a second time ...
 
 ## Several outputs
 
-`torch.autograd.backward` takes several tensors, each with its dL/dy, and adds up what they give.
+`torch.autograd.backward` takes several tensors, each with its dL/dy, and adds up their gradients.
 
 >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
 >>> outputs = [custom_ops.relu(x), custom_ops.reverse_gradient(x)]
@@ -94,7 +94,7 @@ tensor([0.5000, 9.5000])
 
 ## Only some inputs
 
-`inputs=` says for which leaves to accumulate; the others are left alone.
+`inputs=` selects the leaves that accumulate a gradient; the others are left alone.
 
 >>> better, worse = (torch.tensor([s], requires_grad=True) for s in (0.2, 0.5))
 >>> loss = custom_ops.margin_ranking_loss(better, worse, torch.ones(1))
@@ -104,9 +104,9 @@ tensor([0.5000, 9.5000])
 
 ## Why the backward of `VoxelsSumming` needs its mask
 
-Points are summed by voxel. Values don't matter for the gradient of a sum: each point gets that of its voxel. But
-which voxel? The FIERY class keeps a mask of each voxel's last point and counts along it; ours keeps where
-each voxel begins. Without it, the two gradients below couldn't be handed to three points.
+Points are summed by voxel. The gradient of a sum doesn't depend on the values: each point gets the gradient of its
+voxel. To find that voxel, the FIERY class keeps a mask of each voxel's last point and counts along it; ours keeps where
+each voxel begins. Without it, the two gradients below couldn't be distributed to three points.
 
 >>> x = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
 >>> geometry, ranks = torch.tensor([[0, 0], [0, 0], [0, 1]]), torch.tensor([0, 0, 1])
@@ -126,7 +126,7 @@ tensor([ 0.,  3., 12.])
 >>> torch.autograd.grad(first.sum(), x)[0]
 tensor([ 0.,  6., 12.])
 
-What a layer does to gradients it does in each pass: by a factor of 2 in the first, and twice in the second.
+A layer that changes gradients does so in each pass: here by a factor of 2 in the first pass, and twice in the second.
 
 >>> def cube(x):
 ...     return custom_ops.scale_gradient(x, 2.0) ** 3
@@ -136,7 +136,7 @@ What a layer does to gradients it does in each pass: by a factor of 2 in the fir
 
 ## Nothing to differentiate
 
-Where no input requires a gradient there is no graph.
+There is no graph if no input requires a gradient.
 
 >>> custom_ops.relu(torch.ones(2)).sum().backward()
 Traceback (most recent call last):
@@ -155,15 +155,13 @@ PAGE = (__doc__ or "").strip()
 
 
 def markdown() -> str:
-    """The page with its examples fenced; docs/autograd_tour.md."""
+    """Return the page with its examples fenced, which becomes docs/autograd_tour.md."""
     block = r"(?m)^>>>(?:.+\n?)+"
     return re.sub(block, lambda found: f"```python\n{found[0].rstrip()}\n\n```\n", PAGE) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m custom_ops.examples.autograd_tour", description=PAGE.split("\n")[2]
-    )
+    parser = argparse.ArgumentParser(prog="python -m examples.autograd_tour", description=PAGE.split("\n")[2])
     parser.add_argument("--markdown", action="store_true", help="print the page for docs/ and run nothing")
     if parser.parse_args(argv).markdown:
         print(markdown(), end="")

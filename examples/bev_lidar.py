@@ -1,19 +1,18 @@
 """A bird's-eye view of LiDAR scans: a network trained end to end through `voxels_summing`.
 
-Task, which needs no labels: the points in random blocks of the ground plan are hidden; from the
-others the network says, for every hidden cell of 0.5 m, whether the scan has a point there. A small
-network looks at each point, `voxels_summing` adds up its features in the point's cell, a
-convolutional network reads the resulting picture.
+The task needs no labels. Random blocks of the ground plan are hidden; from the points outside of them the network
+predicts, for every hidden cell of 0.5 m, whether the scan has a point there. A small network maps each point to
+features, `voxels_summing` adds them up per cell, and a convolutional network reads the resulting picture.
 
-It is trained on the first scan, turned, mirrored and shifted at random, and judged on the second one,
-in four passes that hide every cell once. The sensor moved by 0.5 m between the scans, so it is the
-same place seen from another point; how far copying the first scan by the known transform gets is
-reported too. The other baseline copies the nearest cell that isn't hidden.
+It is trained on the first scan, which is rotated, mirrored and shifted at random. It is tested on the second scan, in
+four passes that hide every cell once. The sensor moved by 0.5 m between the scans, so they show the same place from two
+points. One baseline therefore copies the first scan by the known transform; the other copies the nearest cell that
+isn't hidden.
 
-At every fifth step the same weights and points are also given to the FIERY formula of voxel summing (a cumulative sum
-over all points and differences at the ends of the voxels), in float32 as FIERY does and, as the arbiter, in float64.
+At every fifth step the FIERY formula of voxel summing (a cumulative sum over all points and differences at the ends of
+the voxels) gets the same weights and points, in float32 as in FIERY and in float64 as the reference.
 
-Data: two scans of small_gicp (MIT), see `custom_ops.examples.data`.
+Data: two scans of small_gicp (MIT), see `examples.data`.
 """
 
 from __future__ import annotations
@@ -32,42 +31,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.peers import cumulative_voxels_summing
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import Array, load_lidar
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import cumulative_voxels_summing
+from examples import report
+from examples.agreement import Agreement
+from examples.data import Array, load_lidar
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GRID = 64  # cells a side
+GRID = 64  # cells per side
 CELL = 0.5  # metres
-CENTRE = (0.0, -6.0)  # metres from the sensor: most of the scans lies to its south
-BLOCK = 2  # cells a side of what is hidden together
+CENTRE = (0.0, -6.0)  # metres from the sensor; most of the scans lies to its south
+BLOCK = 2  # cells per side of a hidden block
 CHANNELS = 32
-SPANS = (1, 3, 7)  # cells a side over which the picture is averaged, to reach into hidden blocks
+SPANS = (1, 3, 7)  # cells per side over which the picture is averaged, to reach into hidden blocks
 STEPS = 150
-EVERY = 5  # of the steps is compared with FIERY's formula
+EVERY = 5  # one step in so many is compared with FIERY's formula
 
-# About as many terms as are added up between a point and the loss: those of the fullest cells, of the convolutions
-# that are shown it, and of the mean over the hidden cells.
+# The approximate number of terms between a point and the loss: those of the fullest cells, of the convolutions over
+# them, and of the mean over the hidden cells.
 CHAIN = 5000 + 105 + 2 * 9 * 32 + 32 + GRID * GRID // 4
-LEAST_GAIN = 0.1  # over four seeds F1 was 0.27 to 0.40 above that of the untrained network
+LEAST_GAIN = 0.1  # over four seeds, F1 was 0.27 to 0.40 above that of the untrained network
 
 Pool = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def pool_fiery64(x: Tensor, geometry: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """FIERY's formula, with the sums in float64."""
+    """Sum the voxels by FIERY's formula in float64."""
     sums, geometry = cumulative_voxels_summing(x.double(), geometry, ranks)
     return sums.to(x.dtype), geometry
 
 
 @dataclass
 class Scene:
-    """A scan on the grid: its points sorted by cell, and what each cell holds."""
+    """A scan on the grid: its points sorted by cell, and which cells are occupied."""
 
     features: Tensor  # [N, 4]: position in the cell, height, intensity
     geometry: Tensor  # [N, 2]: row (south to north), column (west to east)
@@ -91,7 +90,7 @@ class Scene:
 
 
 class BirdsEye(nn.Module):
-    """Points -> features -> voxel sums -> picture -> logit of each cell being occupied."""
+    """A network from points to a logit for each cell: points -> features -> voxel sums -> picture -> logits."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__()
@@ -104,7 +103,7 @@ class BirdsEye(nn.Module):
 
     def forward(self, scene: Scene, hidden: Tensor) -> Tensor:
         x, geometry, ranks = scene.visible_points(hidden)
-        # A column of ones counts the points, so that the sum also gives the mean.
+        # A column of ones counts the points, so the sum also gives the mean.
         x = torch.cat((self.points(x), x.new_ones(len(x), 1)), 1)
         sums, cells = self.pool(x, geometry, ranks)
         counts = sums[:, -1:]
@@ -116,7 +115,9 @@ class BirdsEye(nn.Module):
 
 
 def averages(picture: Tensor, span: int) -> Tensor:
-    """Averages over ``span`` x ``span`` cells: of features over the occupied cells, of those over the known ones."""
+    """Average over ``span`` x ``span`` cells: the features over the occupied cells, the occupancy over the known
+    ones.
+    """
     features, occupied, known = F.avg_pool2d(picture, span, 1, span // 2).split((CHANNELS + 1, 1, 1), 1)
     return torch.cat((features / (occupied + 1e-3), occupied / (known + 1e-3), known), 1)
 
@@ -131,7 +132,7 @@ def training_step(model: BirdsEye, scene: Scene, hidden: Tensor) -> None:
 
 
 def blocks(generator: torch.Generator) -> Tensor:
-    """A quarter of the grid's blocks at random, from a random corner on: [GRID, GRID] of hidden or not."""
+    """Hide a quarter of the grid's blocks at random, from a random corner on: [GRID, GRID], True for hidden."""
     coarse = torch.rand(GRID // BLOCK + 1, GRID // BLOCK + 1, generator=generator) < 0.25
     row, column = torch.randint(BLOCK, (2,), generator=generator).tolist()
     fine = coarse.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
@@ -139,14 +140,14 @@ def blocks(generator: torch.Generator) -> Tensor:
 
 
 def folds() -> list[Tensor]:
-    """Four masks that hide every block once."""
+    """Return four masks that together hide every block once."""
     index = torch.arange(GRID) // BLOCK
     number = (index[:, None] + 2 * index[None, :] + index[None, :] // 2) % 4
     return [number == k for k in range(4)]
 
 
 def augmented(points: Tensor, generator: torch.Generator) -> Scene:
-    """The points turned about the grid's centre, mirrored and shifted by up to a metre."""
+    """Return the points rotated about the grid's centre, mirrored and shifted by up to a metre."""
     angle, mirror, east, north = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     cos, sin = np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)
     turn = torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float32)
@@ -158,14 +159,14 @@ def augmented(points: Tensor, generator: torch.Generator) -> Scene:
 
 
 def f1(predicted: Tensor, scene: Scene) -> float:
-    """How well occupied cells are told from empty ones; ``predicted`` are probabilities [GRID, GRID]."""
+    """Return the F1 score of the occupied cells; ``predicted`` holds probabilities [GRID, GRID]."""
     occupied = predicted > 0.5
     both = (occupied & scene.occupied).sum()
     return float(2 * both / (occupied.sum() + scene.occupied.sum()))
 
 
 def predict(model: BirdsEye, scene: Scene) -> Tensor:
-    """Every cell as predicted while it was hidden."""
+    """Predict every cell in the pass that hides it."""
     probability = torch.zeros(GRID, GRID)
     with torch.no_grad():
         for hidden in folds():
@@ -174,7 +175,7 @@ def predict(model: BirdsEye, scene: Scene) -> Tensor:
 
 
 def copy_nearest(scene: Scene) -> Tensor:
-    """Baseline: every cell from the nearest one that isn't hidden with it."""
+    """Return the baseline that copies, to each cell, the nearest one that isn't hidden with it."""
     copied = torch.zeros(GRID, GRID)
     for hidden in folds():
         known = (~hidden).nonzero()
@@ -184,14 +185,14 @@ def copy_nearest(scene: Scene) -> Tensor:
 
 
 def copy_first_scan(first: Array, transform: Array) -> Tensor:
-    """Baseline: the first scan, moved to where the second one was taken."""
+    """Return the baseline that moves the first scan to where the second one was taken."""
     moved = first.copy()
     moved[:, :3] = first[:, :3] @ transform[:3, :3].T + transform[:3, 3]
     return Scene.of(torch.from_numpy(moved)).occupied.float()
 
 
 class Watched:
-    """`custom_ops.voxels_summing`, which remembers the points of its last call and the sums, with their gradients."""
+    """`custom_ops.voxels_summing`, recording the last call's points and sums together with their gradients."""
 
     def __call__(self, x: Tensor, geometry: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
         self.sums, cells = custom_ops.voxels_summing(x, geometry, ranks)
@@ -202,7 +203,7 @@ class Watched:
         return self.sums, cells
 
     def compare(self, into: Agreement) -> None:
-        """With FIERY's formula in float64, on the same points and, in backward, with the same gradient of the sums."""
+        """Compare with FIERY's formula in float64, for the same points and the same gradient of the sums."""
         x = self.x.detach().double().requires_grad_()
         sums, _ = cumulative_voxels_summing(x, self.geometry, self.ranks)
         sizes, _ = cumulative_voxels_summing(x.detach().abs(), self.geometry, self.ranks)
@@ -217,7 +218,7 @@ POOLS: tuple[Pool, ...] = (pool_fiery64, cumulative_voxels_summing)
 
 @torch.no_grad()
 def other_loss(model: BirdsEye, pool: Pool, scene: Scene, hidden: Tensor) -> Tensor:
-    """What the loss would be now with another form of the sums."""
+    """Return the loss of the current weights if ``pool`` sums the voxels."""
     own, model.pool = model.pool, pool
     loss = loss_of(model, scene, hidden)
     model.pool = own
@@ -238,7 +239,7 @@ def example(options: Options) -> Report:
     agreement = Agreement(f"voxel sums and their gradient beside FIERY's formula in float64, at every {EVERY}th step")
     agreement_of_loss = Agreement(f"loss beside that with FIERY's formula in float64, at every {EVERY}th step")
     losses: list[float] = []
-    gaps: dict[str, list[float]] = {"custom_ops": [], "FIERY": []}  # of the loss, to the one in float64
+    gaps: dict[str, list[float]] = {"custom_ops": [], "FIERY": []}  # the gap between each loss and that in float64
     with options.progress() as progress:
         task = progress.add_task("Bird's-eye view", total=steps, note="")
         for step in range(steps):
@@ -307,7 +308,7 @@ EXTENT = (CENTRE[0] - HALF, CENTRE[0] + HALF, CENTRE[1] - HALF, CENTRE[1] + HALF
 
 
 def draw_prediction(axis: Axes, scene: Scene, network: Tensor) -> None:
-    """Right in blue, missed in grey, wrong in orange."""
+    """Draw correct cells in blue, missed ones in grey and false ones in orange."""
     colours = np.ones((GRID, GRID, 3))
     predicted = network > 0.5
     for cells, colour in (
@@ -323,7 +324,7 @@ def draw_prediction(axis: Axes, scene: Scene, network: Tensor) -> None:
 
 
 def draw_views(scene: Scene, network: Tensor, nearest: Tensor, out: Path) -> Path:
-    """What one pass sees of scan 2, the truth, the predictions for all cells."""
+    """Draw what one pass sees of scan 2, the truth, and the predictions for all cells."""
     figure = report.new_figure(4, width=4.2, height=4.9)
     figure.suptitle("Scan 2 from above, in cells of 0.5 m", fontsize=14)
     truth, hidden = scene.occupied.float(), folds()[0]
@@ -369,7 +370,7 @@ def draw_training(
         bars = axis.bar(list(values), list(values.values()), 0.5, color=[OURS, THEIRS])
         axis.bar_label(bars, [report.shown(value, unit) for value in values.values()], padding=2)
         axis.set(ylabel=unit, title=title)
-        axis.margins(y=0.12)  # room for the numbers
+        axis.margins(y=0.12)  # leaves room for the numbers
     path = out / "bev_training.png"
     figure.savefig(path)
     return path
@@ -379,7 +380,7 @@ PARTS = {"lidar": Part(example, ("lidar",))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.bev_lidar", "A bird's-eye view of LiDAR.", argv)
+    return report.run(PARTS, "python -m examples.bev_lidar", "A bird's-eye view of LiDAR.", argv)
 
 
 if __name__ == "__main__":

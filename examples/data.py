@@ -1,6 +1,6 @@
-"""The examples' real data: fetched through pip, checksummed, cached, never committed.
+"""The examples' real data: downloaded by pip, verified by checksum, cached, and never committed.
 
-The data lie inside distributions on the Python package index, so pip is all that is needed:
+The data are part of distributions on the Python package index, so pip is the only tool needed:
 
 * ``mslr``: a slice of MSLR-WEB, inside rankeval 0.8.2. Microsoft's terms (research use):
   https://www.microsoft.com/en-us/research/project/mslr/
@@ -8,11 +8,10 @@ The data lie inside distributions on the Python package index, so pip is all tha
 * ``movielens``: the ratings of MovieLens 100K, inside the wheel of recbole 1.2.1. GroupLens' terms (research
   use, with acknowledgement): https://files.grouplens.org/datasets/movielens/ml-100k-README.txt
 
-No code of these distributions runs. ``pip download`` would run an sdist's build backend to learn its
-metadata; here pip finds, in that backend's place, a stand-in that answers from the PKG-INFO file.
-Were pip to run the real one nevertheless, it would be that of a known file: pip compares the sdist
-with a recorded SHA-256 before it opens it. Every file taken out of it is compared with its own, and
-so is every cached file, each time it is used.
+No code of these distributions runs. ``pip download`` would run an sdist's build backend to learn its metadata; here a
+stand-in takes that backend's place and answers from the PKG-INFO file. Even if pip ran the real backend, it would be
+the one of a known file, since pip compares the sdist with a recorded SHA-256 before it opens it. Every extracted file
+is compared with its own SHA-256, and so is every cached file, each time it is used.
 
 The cache is ``$XDG_CACHE_HOME/custom_ops``, by default ``~/.cache/custom_ops``.
 """
@@ -32,20 +31,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from custom_ops.registry import Unavailable
-
 Array = NDArray[np.float32]
 
 
-class DataError(Unavailable):
-    """The data can't be had, or aren't what they should be; the message names the remedy."""
+class DataError(RuntimeError):
+    """An error for data that are missing or differ from what was recorded; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of a distribution: member of the archive -> SHA-256 of its content.
+    """Files of a distribution, as {member of the archive: SHA-256 of its content}.
 
-    ``backend`` is the build backend of a source distribution, None for a wheel.
+    ``backend`` is the build backend of a source distribution, or None for a wheel.
     """
 
     project: str
@@ -94,7 +91,7 @@ SOURCES = {
     ),
 }
 
-# Answers pip's questions about an unpacked sdist (PEP 517) without running anything of it.
+# This backend answers pip's questions about an unpacked sdist (PEP 517) without running anything of it.
 _STAND_IN = """
 import pathlib, sys
 
@@ -121,9 +118,9 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> dict[str, Path]:
-    """The files of ``SOURCES[name]`` by file name, from the cache or, failing that, through pip.
+    """Return {name: path} of the files of ``SOURCES[name]``, from the cache or else through pip.
 
-    Raises `DataError` if they are neither cached nor to be had, or differ from what was recorded.
+    Raises `DataError` if they are neither cached nor available, or if their checksums differ.
     """
     source = SOURCES[name]
     folder = cache_folder() / f"{source.project}-{source.version}"
@@ -141,7 +138,7 @@ def fetch(name: str) -> dict[str, Path]:
 
 
 def _download(source: Source, temporary: Path, folder: Path) -> Path:
-    """The archive, put into ``temporary`` by pip."""
+    """Let pip download the archive into ``temporary`` and return its path."""
     if source.backend is None:
         form = ["--only-binary", ":all:"]
     else:
@@ -171,7 +168,7 @@ def _download(source: Source, temporary: Path, folder: Path) -> Path:
 
 
 def _read_member(archive: Path, source: Source, member: str) -> bytes:
-    """The content of one regular file, read from the archive without unpacking it; checked."""
+    """Read one regular file from the archive without unpacking it, and verify its checksum."""
     path = f"{source.project}-{source.version}/{member}" if source.backend else member
     try:
         data = _read_tar(archive, path) if source.backend else _read_zip(archive, path)
@@ -197,12 +194,12 @@ def _read_tar(archive: Path, path: str) -> bytes | None:
 def _read_zip(archive: Path, path: str) -> bytes | None:
     with zipfile.ZipFile(archive) as wheel:
         info = wheel.getinfo(path)
-        kind = info.external_attr >> 28  # of a Unix file mode: 8 for regular files, 0 if unknown
+        kind = info.external_attr >> 28  # the file type of a Unix mode: 8 for regular files, 0 if unknown
         return wheel.read(info) if kind in (0, 8) else None
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the whole file or none, whatever interrupts the writing."""
+    """Write the file so that a reader sees the whole of it or none, even if the writing is interrupted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent)
     try:
@@ -220,7 +217,7 @@ def _sha256(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Documents of several queries: features [N, 136], labels 0 to 4, queries numbered from 0, sorted."""
+    """The documents of several queries: features [N, 136], labels 0 to 4, and query numbers from 0, sorted."""
 
     features: Array
     labels: NDArray[np.int64]
@@ -228,7 +225,7 @@ class Ranking:
 
 
 def load_mslr(part: str) -> Ranking:
-    """The "train" or "test" part: 5,000 documents of 43 queries each."""
+    """Load the "train" or "test" part: 5,000 documents of 43 queries each."""
     from sklearn.datasets import load_svmlight_file
 
     path = fetch("mslr")[f"msn1.fold1.{part}.5k.txt"]
@@ -240,7 +237,7 @@ def load_mslr(part: str) -> Ranking:
 
 @dataclass(frozen=True)
 class Ratings:
-    """Who rated what, when: users and items numbered from 0, ratings 1 to 5, times in seconds."""
+    """The ratings: users and items numbered from 0, ratings 1 to 5, times in seconds."""
 
     users: NDArray[np.int64]
     items: NDArray[np.int64]
@@ -249,16 +246,16 @@ class Ratings:
 
 
 def load_movielens() -> Ratings:
-    """100,000 ratings by 943 users of 1,682 films."""
+    """Load 100,000 ratings by 943 users of 1,682 films."""
     columns = np.loadtxt(fetch("movielens")["ml-100k.inter"], dtype=np.int64, delimiter="\t", skiprows=1)
     users, items, ratings, times = columns.T
     return Ratings(users - 1, items - 1, ratings, times)
 
 
 def load_lidar() -> tuple[Array, Array, Array]:
-    """Two scans, [N, 4] of x, y, z in metres and intensity, and the 4x4 transform from first to second.
+    """Load two scans, [N, 4] of x, y, z in metres and intensity, and the 4x4 transform from first to second.
 
-    Beams without a return, which the files hold as points at exactly (0, 0, 0), are left out.
+    Beams without a return, stored as points at exactly (0, 0, 0), are left out.
     """
     files = fetch("lidar")
     first, second = (read_ply(files[name]) for name in ("source.ply", "target.ply"))
@@ -267,7 +264,7 @@ def load_lidar() -> tuple[Array, Array, Array]:
 
 
 def read_ply(path: Path) -> Array:
-    """The vertices of a binary little-endian PLY file whose properties are all floats, [N, properties]."""
+    """Return the vertices of a binary little-endian PLY file whose properties are all floats, [N, properties]."""
     content = path.read_bytes()
     header, end, body = content.partition(b"end_header\n")
     lines = [line.split() for line in header.decode("ascii", "replace").splitlines()]

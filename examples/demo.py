@@ -1,37 +1,45 @@
-"""``python -m custom_ops demo``: what one gains by our ops, beside what one would write today; pictures in out/.
+"""``python -m examples.demo``: run our ops beside the usual formulas and draw pictures into out/.
 
-First losses, sums and activations by themselves, at sizes where they matter, then networks that are trained through
-them. ``--only PART`` runs some of it.
+It starts with single losses, sums and activations at sizes where the difference matters, and goes on with networks that
+are trained through them. ``--only PART`` runs some of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 
-from custom_ops.examples import (
-    activations,
-    bev_lidar,
-    lift_splat,
-    long_lists,
-    pooling,
-    rank_mslr,
-    recommend_ml100k,
-    report,
-)
-from custom_ops.examples.report import Part
-
-PARTS = {
-    **long_lists.PARTS,
-    **pooling.PARTS,
-    **activations.PARTS,
-    "ranking": rank_mslr.PARTS["ranking"],
-    **recommend_ml100k.PARTS,
-    **bev_lidar.PARTS,
-    "cameras": Part(lift_splat.short),
-}
+from custom_ops._command import run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _main(argv: list[str]) -> int:
+    from examples import (
+        activations,
+        bev_lidar,
+        lift_splat,
+        long_lists,
+        pooling,
+        rank_mslr,
+        recommend_ml100k,
+        report,
+    )
+
+    parts = {
+        **long_lists.PARTS,
+        **pooling.PARTS,
+        **activations.PARTS,
+        "ranking": rank_mslr.PARTS["ranking"],
+        **recommend_ml100k.PARTS,
+        **bev_lidar.PARTS,
+        "cameras": report.Part(lift_splat.short),
+    }
     description = "Time and memory of our ops beside what they replace; networks trained on real data and on scenes."
     summary = "custom_ops beside what one would write today"
-    return report.run(PARTS, "python -m custom_ops demo", description, argv, summary)
+    return report.run(parts, "python -m examples.demo", description, argv, summary)
+
+
+def main(argv: list[str]) -> int:
+    return run("demo", _main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

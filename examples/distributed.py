@@ -1,18 +1,19 @@
-"""Two of the examples trained by several processes: DistributedDataParallel, FSDP2 or tensor parallel, on any CPU.
+"""Two of the examples trained by several processes with DistributedDataParallel, FSDP2 or tensor parallelism, on any
+CPU.
 
-    torchrun --standalone --nproc-per-node 2 -m custom_ops.examples.distributed --task rank --parallel ddp
+    torchrun --standalone --nproc-per-node 2 -m examples.distributed --task rank --parallel ddp
 
-At each step the loss and the gradients have to be those of one process with the same weights and the whole batch; the
-command fails if they aren't. It trains in float64: in float32 some activation is always so near to the kink of ReLU
-that another order of summation puts it on the other side. With ``--checkpoint FOLDER`` the same command, started again,
-goes on where it was interrupted.
+At each step the loss and the gradients must equal those of one process with the same weights and the whole batch; the
+command fails otherwise. It trains in float64: in float32 some activation is always so close to the kink of ReLU that
+another order of summation moves it to the other side. With ``--checkpoint FOLDER`` the same command, started again,
+continues where it was interrupted.
 
-With ``ddp`` and ``fsdp`` each process takes its share of the pairs or scenes; ``fsdp`` also cuts parameters, gradients
-and Adam's moments. With ``tp`` each sees all data. Of the ranker the first layer is cut by its outputs and the second
-by its inputs, so that our ReLU, between them, sees a part of the features. Of Lift-Splat only the middle is cut, by the
-channels that are pooled: each process sums its own into the grid and multiplies them with its columns of the first
-convolution after that. The networks of the cameras and of the grid are computed by every process alike; models of this
-size gain nothing by it.
+With ``ddp`` and ``fsdp`` each process takes its share of the pairs or scenes; ``fsdp`` also shards parameters,
+gradients and Adam's moments. With ``tp`` each process sees all data. The ranker's first layer is sharded by its outputs
+and its second by its inputs, so the ReLU between them runs on a shard of the features. Of Lift-Splat only the middle is
+sharded, by the channels that are pooled: each process sums its own channels into the grid and multiplies them with its
+columns of the next convolution. Every process computes the networks of the cameras and of the grid in full; models of
+this size gain nothing from sharding them.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import custom_ops
-from custom_ops.examples import lift_splat, rank_mslr
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import DataError, Ranking, load_mslr
+from examples import lift_splat, rank_mslr
+from examples.agreement import Agreement
+from examples.data import DataError, Ranking, load_mslr
 
-Loss = Callable[[nn.Module, Any, slice], Tensor]  # of a part of a batch
+Loss = Callable[[nn.Module, Any, slice], Tensor]  # takes the model, the batch and this process's part of it
 
 MARGIN = 1.0
-# About as many terms as are added up between an input and the loss.
+# The approximate number of terms in the sums between an input and the loss.
 CHAIN = {"rank": 136 + 128 + 64 + (1 << 14), "lift_splat": lift_splat.CHAIN}
 
 
 class PairSampler:
-    """Draws a query, then a pair of its pages with different labels, each uniformly."""
+    """A sampler that draws a query, then a pair of its pages with different labels, each uniformly."""
 
     def __init__(self, data: Ranking) -> None:
         same_query = data.queries[:, None] == data.queries[None, :]
@@ -98,7 +99,7 @@ def lift(scenes: int = 16) -> tuple[nn.Module, Iterator[Any], Loss, int]:
 
 
 class PoolChannels(ParallelStyle):
-    """`custom_ops.LiftSplat` of each process's own channels: a cut of the features, and nothing to exchange."""
+    """A style that runs `custom_ops.LiftSplat` on each process's own channels, without any exchange."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         def cut(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -110,7 +111,7 @@ class PoolChannels(ParallelStyle):
 
 
 class RowwiseConv(ParallelStyle):
-    """A convolution of each process's own input channels, the results summed up over the processes."""
+    """A style that convolves each process's own input channels and sums the results over the processes."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Conv2d) and module.bias is not None
@@ -145,7 +146,7 @@ def parallelise(model: nn.Module, task: str, parallel: str, mesh: DeviceMesh) ->
 
 
 class Checkpoints:
-    """Model, optimiser and losses in FOLDER/step-N, which has that name only once it is complete."""
+    """The model, optimiser and losses in FOLDER/step-N, a name that a folder gets only once it is complete."""
 
     def __init__(self, folder: Path | None, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         self.folder, self.model, self.optimiser = folder, model, optimiser
@@ -170,7 +171,7 @@ class Checkpoints:
         os.replace(partial, path)
 
     def load(self) -> list[float]:
-        """The losses up to the latest checkpoint, with model and optimiser as they were then."""
+        """Restore model and optimiser from the latest checkpoint and return the losses up to it."""
         found = [p for p in self.folder.glob("step-*") if not p.suffix] if self.folder else []
         if not found:
             return []
@@ -182,7 +183,7 @@ class Checkpoints:
 
 
 def train(task: str, parallel: str, steps: int, folder: Path | None = None, every: int = 5) -> bool:
-    """Whether loss and gradients are those of one process at each step."""
+    """Train, and return whether loss and gradients equalled those of one process at each step."""
     torch.manual_seed(0)
     model, batches, loss_of, size = rank() if task == "rank" else lift()
     model.double()
@@ -226,12 +227,12 @@ def train(task: str, parallel: str, steps: int, folder: Path | None = None, ever
 
 
 def whole(tensor: Any) -> Tensor:
-    """Of a parameter or a gradient that may be cut among the processes."""
+    """Return the whole of a parameter or gradient that may be sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-3, foreach=False)  # some parameters are DTensors, some aren't
+    return torch.optim.Adam(model.parameters(), lr=1e-3, foreach=False)  # foreach can't mix DTensors and tensors
 
 
 def step(model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Loss, batch: Any, part: slice) -> Tensor:
@@ -243,7 +244,7 @@ def step(model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Loss, batc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun -m custom_ops.examples.distributed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="torchrun -m examples.distributed", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--task", choices=CHAIN, default="rank")
     parser.add_argument("--parallel", choices=("ddp", "fsdp", "tp"), default="ddp")
@@ -266,8 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def leave(status: int) -> NoReturn:
     """End the process at once, after ``destroy_process_group``.
 
-    Where DTensors were, torch's caches still hold the process group, and gloo's threads outlive that call. One that
-    lets go of its last tensor while the interpreter is being taken down aborts the process.
+    torch's caches may still hold the process group, if there were DTensors, and gloo's threads outlive that call. A
+    thread that frees its last tensor while the interpreter shuts down aborts the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,17 +1,16 @@
-"""Lift-Splat on synthetic scenes: cameras in, a bird's-eye view of what stands around them out.
+"""Lift-Splat on synthetic scenes: a network that maps camera images to a bird's-eye view of the surroundings.
 
-The scenes are synthetic, and so is all of their geometry: boxes of the size of cars on a flat chequered
-ground, ray-cast into four calibrated cameras that look all around from a height of 2.4 m. Where the
-cameras look to, their height and their focal lengths differ from scene to scene, so the network can't
-learn them by heart; it has to use the calibration it is given.
+The scenes are synthetic, and their geometry is exactly known: boxes of the size of cars on a flat chequered ground,
+ray-cast into four calibrated cameras that look all around from a height of 2.4 m. The cameras' directions, heights and
+focal lengths differ from scene to scene, so the network can't memorise them and has to use the calibration it is given.
 
 A convolutional network gives each pixel of a feature map features and a distribution over depths,
-`custom_ops.LiftSplat` sums them up on a grid of 0.75 m, a second network reads from that whether a
-cell lies within a box. Nothing but that grid supervises it: no depth is ever shown to it.
+`custom_ops.LiftSplat` sums them up on a grid of 0.75 m, and a second network predicts from the grid whether a cell lies
+within a box. Only that grid supervises the network; it is never shown a depth.
 
-It is trained in eager mode. Along the way the loss and the gradients of all weights are compared with those under
-`torch.compile` and with those of the program that `torch.export` makes of the network: with the same weights, on the
-same scenes. The baseline, which doesn't look, takes for each cell how often it is occupied in the training scenes.
+It is trained in eager mode. Along the way its loss and gradients are compared with those under `torch.compile` and
+those of the program from `torch.export`, with the same weights and scenes. The baseline ignores the images and predicts
+each cell from how often it is occupied in the training scenes.
 """
 
 from __future__ import annotations
@@ -31,30 +30,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
+from examples import report
+from examples.agreement import Agreement
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
 
 if TYPE_CHECKING:
     pass
 
 IMAGE = (48, 128)  # pixels
-STRIDE = 4  # of the feature map
+STRIDE = 4  # pixels of an image per pixel of the feature map
 CAMERAS, HEIGHT = 4, 2.4  # metres above the ground
-GRID, CELL = 48, 0.75  # cells a side, metres
+GRID, CELL = 48, 0.75  # cells per side, metres
 BOXES = 8
 DEPTHS = torch.linspace(2, 25, 24)  # metres
 CHANNELS = 24
 BATCH, STEPS, SHORT = 4, 400, 200
 TRAINING, TEST = 256, 48  # scenes
 
-# The comparisons are in float64. In float32 some activation is always so near to the kink of ReLU that one rounding
-# puts it on one side and another on the other, which no bound on the rounding of sums knows of.
+# The comparisons are in float64. In float32 some activation is always so close to the kink of ReLU that a rounding
+# moves it to the other side, and no bound on the rounding of sums covers that.
 COMPARISONS = 10
 
-# About as many terms as are added up between a pixel and the loss: in the convolutions, the cells and the mean.
+# The approximate number of terms between a pixel and the loss: those of the convolutions, the cells and the mean.
 CHAIN = 6 * 25 + 16 * 9 + 32 * 25 + 32 * 9 + 32 + 500 + CHANNELS * 9 + 2 * 32 * 9 + 2 * GRID * GRID
-LEAST_GAIN = 1.5  # over four seeds the IoU was 3.3 to 3.8 times that of the baselines
+LEAST_GAIN = 1.5  # over four seeds, the IoU was 3.3 to 3.8 times that of the baselines
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Scenes:
 
 
 def draw_cameras(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Intrinsics [S, N, 3, 3] and poses [S, N, 4, 4] of cameras that look to all sides and a little down."""
+    """Draw intrinsics [S, N, 3, 3] and poses [S, N, 4, 4] of cameras that look to all sides and a little down."""
 
     def around(size: float) -> Tensor:
         return size * (2 * torch.rand(count, CAMERAS, generator=generator) - 1)
@@ -103,7 +102,7 @@ def draw_cameras(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def draw_boxes(count: int, generator: torch.Generator) -> Tensor:
-    """Boxes [S, M, 10]: x, y, z of the bottom, length, width, height, heading, red, green, blue."""
+    """Draw boxes [S, M, 10]: x, y, z of the bottom, length, width, height, heading, red, green, blue."""
     half = GRID * CELL / 2
     low = torch.tensor([0, 3, 0, 3.5, 1.7, 1.3, 0, 0.1, 0.1, 0.1])
     high = torch.tensor([2 * math.pi, half, 0, 5, 2.1, 2.2, 2 * math.pi, 1, 1, 1])
@@ -114,14 +113,14 @@ def draw_boxes(count: int, generator: torch.Generator) -> Tensor:
 
 
 def into_boxes(vectors: Tensor, boxes: Tensor) -> Tensor:
-    """Vectors [..., M, P, 3] turned into the axes of boxes [..., M, 10]."""
+    """Rotate vectors [..., M, P, 3] into the axes of boxes [..., M, 10]."""
     cos, sin = boxes[..., 6, None].cos(), boxes[..., 6, None].sin()
     x, y, z = vectors.unbind(-1)
     return torch.stack((cos * x + sin * y, cos * y - sin * x, z.expand_as(cos * x)), -1)
 
 
 def truth(boxes: Tensor) -> Tensor:
-    """Which cells have their centre within a box [S, GRID, GRID]."""
+    """Return which cells [S, GRID, GRID] have their centre within a box."""
     axis = (torch.arange(GRID) + 0.5) * CELL - GRID * CELL / 2
     x, y = torch.meshgrid(axis, axis, indexing="ij")
     centres = torch.stack((x, y, torch.zeros_like(x)), -1).flatten(0, 1)
@@ -130,7 +129,7 @@ def truth(boxes: Tensor) -> Tensor:
 
 
 def render(boxes: Tensor, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
-    """One scene's images [N, 6, height, width], by casting a ray through the centre of each pixel."""
+    """Render one scene's images [N, 6, height, width] by casting a ray through the centre of each pixel."""
     v, u = torch.meshgrid(torch.arange(IMAGE[0]), torch.arange(IMAGE[1]), indexing="ij")
     pixels = torch.stack((u, v, torch.ones_like(u)), -1).flatten(0, 1).float()
     rays = pixels @ (camera_to_ego[:, :3, :3] @ intrinsics.inverse()).mT  # [N, P, 3]
@@ -140,9 +139,9 @@ def render(boxes: Tensor, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
     ground = torch.where(rays[..., 2] < 0, -eyes[..., 2] / rays[..., 2], torch.inf)
     tile = ((eyes + ground.clamp(max=1e3)[..., None] * rays)[..., :2] / 2).floor().sum(-1) % 2
     stone = (0.42 + 0.08 * tile)[..., None]
-    colour = stone + (ground / 60).clamp(max=1)[..., None] * (sky - stone)  # hazier with the distance
+    colour = stone + (ground / 60).clamp(max=1)[..., None] * (sky - stone)  # the ground gets hazier with the distance
 
-    # A ray is within a box between the last of the three pairs of planes it enters and the first it leaves.
+    # A ray lies within a box after it has entered all three pairs of planes and before it leaves the first.
     start = into_boxes((eyes - boxes[:, :3])[:, :, None], boxes)  # [N, M, 1, 3]
     along = into_boxes(rays[:, None], boxes)  # [N, M, P, 3]
     size = boxes[:, None, 3:6]
@@ -157,7 +156,7 @@ def render(boxes: Tensor, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
 
 
 class LiftSplatNet(nn.Module):
-    """Images -> features and depths of each pixel -> grid -> logit of each cell being occupied."""
+    """A network from images to the grid: images -> features and depths of each pixel -> grid -> logit of each cell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +174,7 @@ class LiftSplatNet(nn.Module):
             grid_size=(GRID, GRID, 1),
         )
         last = nn.Conv2d(32, 1, 1)
-        nn.init.constant_(last.get_parameter("bias"), -2.5)  # few cells are occupied
+        nn.init.constant_(last.get_parameter("bias"), -2.5)  # starts from a low probability, as few cells are occupied
         self.picture = nn.Sequential(*layer(CHANNELS, 32, 3), *layer(32, 32, 3), last)
 
     def lift(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +192,7 @@ def layer(inputs: int, outputs: int, size: int, stride: int = 1) -> list[nn.Modu
 
 
 def loss_of(logit: Tensor, occupied: Tensor) -> Tensor:
-    # Few cells are occupied: without the weight it takes long until the first one is found.
+    # Few cells are occupied; without the weight the network takes long to predict the first one.
     return F.binary_cross_entropy_with_logits(logit, occupied.to(logit.dtype), pos_weight=torch.tensor(3.0))
 
 
@@ -209,14 +208,16 @@ def iou(predicted: Tensor, occupied: Tensor) -> float:
 
 
 def frequencies(training: Scenes, test: Scenes) -> Tensor:
-    """The baseline [GRID, GRID]: 1 for the cells most often occupied, as many as give it the best IoU on the test."""
+    """Return the baseline [GRID, GRID]: 1 for the most often occupied cells, as many as maximise the IoU on the
+    test.
+    """
     often = training.occupied.float().mean(0)
     candidates = [(often >= threshold).float() for threshold in often.unique()]
     return max(candidates, key=lambda prediction: iou(prediction.expand(test.occupied.shape), test.occupied))
 
 
 class Twins:
-    """The network in float64, run in three ways, with the weights that a training in float32 has come to."""
+    """Copies of the network in float64, run in up to three ways with the weights of the training in float32."""
 
     def __init__(self, net: LiftSplatNet, scenes: Scenes, options: Options) -> None:
         eager = copy.deepcopy(net).double()
@@ -233,7 +234,9 @@ class Twins:
         return tuple(t.double() for t in scenes.inputs)
 
     def compare(self, net: LiftSplatNet, scenes: Scenes, into: dict[str, Agreement]) -> dict[str, float]:
-        """Into the agreement of each with eager; and how far the losses are from that in eager, as a share of it."""
+        """Compare each copy with the eager one, and return how far its loss is from the eager loss, relative to
+        that.
+        """
         results = {}
         for name, twin in self.networks.items():
             for mine, theirs in zip(twin.parameters(), net.parameters()):
@@ -305,12 +308,12 @@ def example(options: Options, steps: int = STEPS) -> Report:
 
 
 def short(options: Options) -> Report:
-    """For the demo: the same, trained for less long."""
+    """Run a shorter training for the demo."""
     return example(options, SHORT)
 
 
 def draw_views(scenes: Scenes, predicted: Tensor, out: Path) -> Path:
-    """What the cameras of three scenes see, the truth, the prediction."""
+    """Draw what the cameras of three scenes see, the truth, and the prediction."""
     figure = report.new_figure(3, 3, width=4.6, height=3.7)
     figure.suptitle("Lift-Splat: synthetic scenes that the network hasn't seen", fontsize=14)
     half = GRID * CELL / 2
@@ -351,7 +354,7 @@ def draw_training(
     gap_axis.legend(frameon=False)
     drawn = bars.bar(list(scores), list(scores.values()), 0.6, color=[NEUTRAL, NEUTRAL, OURS])
     bars.bar_label(drawn, fmt="%.2f", padding=2)
-    bars.margins(y=0.12)  # room for the numbers
+    bars.margins(y=0.12)  # leaves room for the numbers
     bars.set(ylabel="IoU", title="Scenes that it hasn't seen")
     path = out / "lift_splat_training.png"
     figure.savefig(path)
@@ -362,7 +365,7 @@ PARTS = {"cameras": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.lift_splat", "Lift-Splat on synthetic scenes.", argv)
+    return report.run(PARTS, "python -m examples.lift_splat", "Lift-Splat on synthetic scenes.", argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Losses of long lists beside what one would write today: the table of all pairs, eager and compiled.
+"""Losses of long lists beside the usual formula, which holds the table of all pairs, eager and compiled.
 
-Time and peak memory, forward and backward, of lists with 1,000 to 4,000 documents of five labels. A plain formula makes
-several tables of documents by documents; ours makes none.
+The example measures time and peak memory, forward and backward, for lists of 1,000 to 4,000 documents with five labels.
+The plain formula makes several tables of documents by documents; ours makes none.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import OURS, THEIRS, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from examples import report
+from examples.agreement import Agreement
+from examples.report import OURS, THEIRS, Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,23 +28,23 @@ LISTS = 2
 LOG2 = 0.6931471805599453
 COLOURS = {"custom_ops": OURS, "plain, eager": THEIRS, "plain, compiled": "#b4452f"}
 
-# The scores, the same again, the labels. The documents that are the better ones of a pair take their score from the
-# first, the worse ones from the second: the gradient is the sum of the gradients of the two, and as every term of
-# the one is negative and of the other positive, the difference of the two is the sum of the magnitudes.
+# A plain loss takes the scores twice, then the labels. The better document of a pair takes its score from the first
+# argument, the worse one from the second. The gradient is the sum of both arguments' gradients. All terms of the first
+# are negative and all of the second positive, so the difference of the two is the sum of the magnitudes.
 PlainLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain_logistic_loss(better: Tensor, worse: Tensor, labels: Tensor) -> Tensor:
-    """RankNet: log(1 + exp(-d)) of the difference d of every pair of documents with different labels."""
+    """RankNet sums log(1 + exp(-d)) over all pairs with different labels, where d is the difference of their scores."""
     pairs = labels[..., :, None] > labels[..., None, :]
     loss = softplus(worse[..., None, :] - better[..., :, None])
     return torch.where(pairs, loss, 0).sum((-1, -2)).mean()
 
 
 def plain_lambda_loss(better: Tensor, worse: Tensor, labels: Tensor) -> Tensor:
-    """LambdaRank: each pair weighted by what NDCG would change by if the two were swapped.
+    """LambdaRank weights each pair by the change of NDCG if the two documents were swapped.
 
-    Lists without a relevant document, such as one of padding only, are 0 and not in the mean.
+    A list without a relevant document, such as one of padding only, is 0 and isn't counted in the mean.
     """
     n = labels.shape[-1]
     rank = better.detach().argsort(dim=-1, descending=True, stable=True).argsort(-1)
@@ -59,7 +59,7 @@ def plain_lambda_loss(better: Tensor, worse: Tensor, labels: Tensor) -> Tensor:
 
 
 def compare(ours: Tensor, gradient: Tensor, plain: PlainLoss, scores: Tensor, labels: Tensor, into: Agreement) -> None:
-    """A loss and its gradient in the scores beside those of the plain formula."""
+    """Compare a loss and its gradient with respect to the scores with those of the plain formula."""
     leaves = [scores.detach().clone().requires_grad_() for _ in range(2)]
     loss = plain(*leaves, labels)
     better, worse = torch.autograd.grad(loss, leaves)
@@ -135,7 +135,7 @@ def draw(axis: Axes, measured: dict[int, dict[str, float]], unit: str, title: st
         axis.annotate(label, (sizes[-1], values[-1]), (7, 0), "data", "offset points", va="center", color=COLOURS[name])
     axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axis.minorticks_off()
-    axis.set_xlim(sizes[0] * 0.9, sizes[-1] * 3)  # room for the names
+    axis.set_xlim(sizes[0] * 0.9, sizes[-1] * 3)  # leaves room for the names
     axis.set(xlabel="documents in a list", ylabel=unit, title=f"{title}\n(LambdaRank, {LISTS} lists, with backward)")
 
 
@@ -143,7 +143,7 @@ PARTS = {"lists": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.long_lists", "Losses of long lists.", argv, "Long lists")
+    return report.run(PARTS, "python -m examples.long_lists", "Losses of long lists.", argv, "Long lists")
 
 
 if __name__ == "__main__":

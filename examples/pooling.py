@@ -1,9 +1,9 @@
-"""Summing into a bird's-eye view, at the sizes of the papers, beside the formulas that are copied between repositories.
+"""Sums into a bird's-eye view, at the sizes of the papers, beside the formulas that are copied between repositories.
 
-Lift-Splat: the features of six cameras, weighted by their depths, summed up on a grid. Lift-Splat-Shoot writes out the
+Lift-Splat sums the features of six cameras, weighted by their depths, on a grid. Lift-Splat-Shoot writes out the
 features of all points, sorts them and takes differences of a cumulative sum (`QuickCumsum`); ours reads each pixel's
-features where they are. LiDAR: a scan's points, sorted by voxel, summed up by FIERY's class of the same formula
-(`VoxelsSumming`) and by ours.
+features in place. The LiDAR example sums a scan's points, sorted by voxel, with FIERY's class of the same formula
+(`VoxelsSumming`) and with ours.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.peers import cumulative_voxels_summing, lss_bev_pool
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import load_lidar
-from custom_ops.examples.report import Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import cumulative_voxels_summing, lss_bev_pool
+from examples import report
+from examples.agreement import Agreement
+from examples.data import load_lidar
+from examples.report import Gain, Options, Part, Report, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Lift-Splat-Shoot's: six cameras, features every 16 pixels, 41 depths, a grid of 100 m in cells of 0.5 m.
+# The sizes are Lift-Splat-Shoot's: six cameras, features every 16 pixels, 41 depths, a grid of 100 m in cells of 0.5 m.
 BATCH, CAMERAS, IMAGE, FEATURES = 4, 6, (128, 352), (8, 22)
 DEPTHS = torch.arange(4.0, 45.0)
 CHANNELS, GRID, CELL = 64, 200, 0.5
 GROUP = "Summing into a bird's-eye view, beside QuickCumsum and VoxelsSumming"
-VOXEL = 0.5  # metres a side, of the LiDAR scan
+VOXEL = 0.5  # metres per side, for the LiDAR scan
 
 
 def rig() -> tuple[Tensor, Tensor]:
-    """Intrinsics and poses of six cameras that look all around."""
+    """Return intrinsics and poses of six cameras that look all around."""
     height, width = IMAGE
     focal = width / 2 / math.tan(math.radians(35))
     intrinsics = torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
@@ -68,7 +68,7 @@ def example(options: Options) -> Report:
                 result.rows.append((*gain.row[:3], f"{whose}; {remark}"))
                 if unit == "ms":
                     shown[f"{name}, {whose}"] = gain.ours, gain.theirs
-                if unit == "ms" or whose == "QuickCumsum":  # where something is gained
+                if unit == "ms" or whose == "QuickCumsum":  # only gains go into the closing table
                     result.gains.append(gain)
             result.checks.append(agreement.check())
             progress.update(task, advance=1)
@@ -100,7 +100,8 @@ def lift_splat(generator: torch.Generator, batch: int) -> tuple[str, str, str, C
         sums = pool(depth, features)
         return [sums, *torch.autograd.grad(sums, (depth, features), grad)]
 
-    # Of magnitudes: the terms of every sum without their signs. Theirs in float64, since its sums run over all voxels.
+    # The tolerance needs the sum of magnitudes, that is of the terms without their signs. The reference runs in
+    # float64, since its cumulative sums run over all voxels.
     wide = [t.detach().double().requires_grad_() for t in (depth, features)]
     sums = theirs(*wide)
     expected = [sums, *torch.autograd.grad(sums, wide, grad.double())]
@@ -150,7 +151,7 @@ PARTS = {"pooling": Part(example, ("lidar",))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.pooling", "Voxel sums.", argv, "Voxel sums")
+    return report.run(PARTS, "python -m examples.pooling", "Voxel sums.", argv, "Voxel sums")
 
 
 if __name__ == "__main__":

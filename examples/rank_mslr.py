@@ -1,17 +1,17 @@
 """Learning to rank web pages: a small network trained with `lambda_loss`, beside the plain formula of the same loss.
 
-Task: order the pages that a search engine found for a query by relevance, from 136 features of each
-pair of query and page. The network gives every page a score; LambdaRank compares all pairs of pages of a
-query, each weighted by what NDCG would change by if the two were swapped. Quality is NDCG@10 on the test
-part's queries, with gains 2^label - 1, averaged over the queries that have a relevant page.
+The task is to order the pages that a search engine found for a query by relevance, from 136 features of each pair of
+query and page. The network gives every page a score; LambdaRank compares all pairs of pages of a query and weights each
+by the change of NDCG if the two were swapped. Quality is NDCG@10 on the test part's queries, with gains 2^label - 1,
+averaged over the queries that have a relevant page.
 
-Data: a slice of MSLR-WEB, see `custom_ops.examples.data` for where it comes from and its terms.
+The data are a slice of MSLR-WEB; `examples.data` has their source and terms.
 
-Two networks start from the same weights and see the same queries, one with our loss, one with the formula in
-PyTorch's own ops; each goes its own way, and takes its own time. That the two losses are one is shown along the
-first of these ways: at each step both formulas are given its scores.
+Two networks start from the same weights and see the same queries, one with our loss, the other with the formula in
+PyTorch's own ops; they are trained and timed separately. To show that the two losses are the same, both formulas get
+the first network's scores at each step.
 
-Then the same network is trained with other list losses: a few of them here, each with ``--losses all``, from
+Then the same network is trained with other list losses: a few of them by default, each with ``--losses all``, from
 several starts with ``--seeds``.
 """
 
@@ -34,32 +34,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import Ranking, load_mslr
-from custom_ops.examples.long_lists import compare, plain_lambda_loss
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report
+from benchmarks.memory import peak_bytes
 from custom_ops.registry import REGISTRY
+from examples import report
+from examples.agreement import Agreement
+from examples.data import Ranking, load_mslr
+from examples.long_lists import compare, plain_lambda_loss
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Gain, Options, Part, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EPOCHS = 20  # by then it starts to overfit, with 43 queries to learn from
-LISTS = 8  # in a batch
+EPOCHS = 20  # later it overfits the 43 queries of the training part
+LISTS = 8  # queries per batch
 AT = (1, 5, 10)
 
-# Over four seeds NDCG@10 was 0.40 to 0.41, 0.17 to 0.22 above the larger of the two; the trainings were 0.005 apart.
+# Over four seeds NDCG@10 was 0.40 to 0.41, which was 0.17 to 0.22 above the better baseline; the two trainings were
+# 0.005 apart.
 LEAST_GAIN, MOST_APART = 0.08, 0.08
 
 
 class Scorer(nn.Module):
-    """A score for each page: [N, features] -> [N]."""
+    """A network from pages [N, features] to scores [N]."""
 
     def __init__(self, features: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.activation = activation
-        # No bias at the end: differences of scores don't show it, so its gradient would be mere rounding.
+        # The last layer has no bias: differences of scores don't depend on it, so its gradient would be mere rounding.
         last = nn.Linear(64, 1, bias=False)
         self.layers = nn.ModuleList([nn.Linear(features, 128), nn.Linear(128, 64), last])
 
@@ -95,7 +96,7 @@ class Lists:
         return [custom_ops.ndcg(scores, self.labels, k, lengths=self.lengths).item() for k in AT]
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of scores and labels [L, n] and lengths [L]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # takes scores and labels [L, n] and lengths [L]
 
 
 def our_loss(scores: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def plain_loss(scores: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
 
 
 def padded(*scores: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """As the plain formula wants it: the label -1 and the lowest score where there is no page."""
+    """Pad as the plain formula expects: label -1 and the lowest score in place of a missing page."""
     valid = torch.arange(labels.shape[1]) < lengths[:, None]
     return *(s.masked_fill(~valid, -1e9) for s in scores), labels.masked_fill(~valid, -1)
 
@@ -119,13 +120,13 @@ class Variant:
     loss_fn: Loss
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    curve: list[float] = field(default_factory=list)  # the test part's NDCG@10 after each epoch, and before the first
+    curve: list[float] = field(default_factory=list)  # the test part's NDCG@10 before the first epoch and after each
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-3)
 
     def step(self, pages: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the scores, with their gradients."""
+        """Take a step and return the loss and the scores, with their gradients."""
         start = time.perf_counter()
         self.optimiser.zero_grad()
         scores = self.model(pages)
@@ -139,12 +140,14 @@ class Variant:
 
     @property
     def milliseconds(self) -> float:
-        """The median step's, without the first few, which touch memory first."""
+        """Return the median time of a step, without the first few steps, which touch memory for the first time."""
         return 1e3 * statistics.median(self.seconds[min(5, len(self.seconds) - 1) :])
 
 
 def standardise(train: Ranking, test: Ranking) -> tuple[Tensor, Tensor]:
-    """Both parts' features, their long tails tamed by a signed log, then scaled by the train part's statistics."""
+    """Return both parts' features after a signed log, which shortens their tails, scaled by the train part's
+    statistics.
+    """
     a, b = (torch.from_numpy(np.sign(x) * np.log1p(np.abs(x))) for x in (train.features, test.features))
     mean, std = a.mean(0), a.std(0)
     std[std == 0] = 1.0
@@ -152,7 +155,7 @@ def standardise(train: Ranking, test: Ranking) -> tuple[Tensor, Tensor]:
 
 
 def ndcg(data: Ranking, scores: NDArray[np.floating]) -> float:
-    """Mean NDCG@10; queries without a relevant page, where it is undefined, are left out."""
+    """Return the mean NDCG@10 over the queries with a relevant page; it is undefined for the others."""
     from sklearn.metrics import ndcg_score
 
     values = []
@@ -164,7 +167,7 @@ def ndcg(data: Ranking, scores: NDArray[np.floating]) -> float:
 
 
 def best_feature(train: Ranking) -> tuple[int, float]:
-    """The feature, and its sign, that alone goes with the label the most (by Spearman's correlation)."""
+    """Return the feature, and its sign, that correlates most with the label (Spearman's correlation)."""
     from scipy.stats import rankdata
 
     labels = rankdata(train.labels) - (len(train.labels) + 1) / 2
@@ -275,7 +278,7 @@ def draw(variants: Sequence[Variant], qualities: dict[str, float], path: Path) -
     times.bar_label(drawn, fmt="%.1f", padding=2)
     times.set(ylabel="ms per training step (median)", title="Time: forward, backward and Adam")
     for axis in (bars, times):
-        axis.margins(y=0.12)  # room for the numbers
+        axis.margins(y=0.12)  # leaves room for the numbers
     figure.savefig(path)
     return path
 
@@ -285,7 +288,7 @@ def draw(variants: Sequence[Variant], qualities: dict[str, float], path: Path) -
 SHORT = ("pairwise_logistic_loss", "lambda_loss", "softmax_loss", "approx_ndcg_loss")
 POINTWISE = "squared error of labels"
 
-# Where the default is for other scores or sums over the pairs, so that long lists would count for more.
+# The defaults of these losses suit other scores, or sum over the pairs so that long lists would count for more.
 OWN: dict[str, dict[str, Any]] = {
     **{f"pairwise_{name}_loss": {"normalize": True} for name in ("logistic", "soft_zero_one", "exponential", "hinge")},
     "pairwise_mse_loss": {"normalize": True},
@@ -306,13 +309,13 @@ LIST_LOSSES = {
 
 
 def _squared_error(scores: Tensor, labels: Tensor, *, lengths: Tensor) -> Tensor:
-    """The baseline: each page by itself."""
+    """Return the baseline loss, which scores each page independently."""
     valid = torch.arange(scores.shape[1]) < lengths[:, None]
     return torch.nn.functional.mse_loss(scores[valid], labels[valid].to(scores.dtype))
 
 
 def train_on_lists(loss_fn: Callable[..., Tensor], lists: Lists, seed: int, epochs: int) -> tuple[Scorer, list[float]]:
-    """The model, and the seconds of each epoch."""
+    """Train a model and return it with the seconds of each epoch."""
     torch.manual_seed(seed)
     model = Scorer(lists.pages.shape[-1], custom_ops.relu)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -329,7 +332,7 @@ def train_on_lists(loss_fn: Callable[..., Tensor], lists: Lists, seed: int, epoc
 
 
 def compare_losses(names: Sequence[str], seeds: int, options: Options) -> Report:
-    """One table of the test part's NDCG and the time of an epoch, for each loss."""
+    """Return one table with each loss's NDCG on the test part and its time per epoch."""
     train, test = load_mslr("train"), load_mslr("test")
     train_pages, test_pages = standardise(train, test)
     lists, held_out = Lists.of(train_pages, train), Lists.of(test_pages, test)
@@ -360,7 +363,7 @@ def compare_losses(names: Sequence[str], seeds: int, options: Options) -> Report
 
 
 def _mean_and_confidence(values: Sequence[float]) -> str:
-    """With the 95% interval of the mean over the seeds, by Student's t."""
+    """Return the mean over the seeds with its 95% interval by Student's t."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.3f}"
@@ -371,7 +374,7 @@ def _mean_and_confidence(values: Sequence[float]) -> str:
 
 
 def short(options: Options) -> Report:
-    """A few of the losses, two starts each."""
+    """Run a few of the losses from two starts each, for the demo."""
     return compare_losses(SHORT, 2, options)
 
 
@@ -388,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = list(LIST_LOSSES) if "all" in own.losses else own.losses
         parts = {"losses": Part(lambda options: compare_losses(names, own.seeds, options), ("mslr",))}
     description = "Learning to rank web pages. " + parser.format_usage().replace("usage:", "Own options:")
-    return report.run(parts, "python -m custom_ops.examples.rank_mslr", description, rest)
+    return report.run(parts, "python -m examples.rank_mslr", description, rest)
 
 
 if __name__ == "__main__":

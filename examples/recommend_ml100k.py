@@ -1,15 +1,15 @@
 """Recommending films: a matrix factorisation trained with `bpr_loss` and `pairwise_logistic_loss`.
 
-Task: of the films that a user hasn't rated yet, recommend those that they will like (rate 4 or 5). Each
-user's last fifth of liked films is held out. Quality is recall@10 and NDCG@10 on those, averaged over the
-users, beside recommending what most users liked.
+The task is to recommend, of the films that a user hasn't rated yet, those that they will like (rate 4 or 5). The last
+fifth of each user's liked films is held out. Quality is recall@10 and NDCG@10 on those, averaged over the users; the
+baseline recommends the films that most users liked.
 
-Data: MovieLens 100K, see `custom_ops.examples.data` for where it comes from and its terms.
+The data are MovieLens 100K; `examples.data` has their source and terms.
 
-BPR compares a liked film with one drawn at random. The pairwise logistic loss compares each liked film with every
-other one, all at once: per user as many pairs as would fill a table of films by films, of which nothing is stored. Both
-are set beside torch's own formulas, on the scores that they meet in training: BPR at each step, the other for a few
-users at some of the steps, since a table of all pairs takes a while and much memory.
+BPR compares a liked film with a random one. The pairwise logistic loss compares each liked film with every other one at
+once: the pairs of one user would fill a table of films by films, but none of it is stored. Both are compared with
+torch's own formulas on the scores of the training: BPR at each step, the other for a few users at some of the steps,
+since a table of all pairs takes time and much memory.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ import torch
 from torch import Tensor, nn
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.peers import logsigmoid_bpr_loss
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import Ratings, load_movielens
-from custom_ops.examples.long_lists import compare, forward_and_backward, plain_logistic_loss
-from custom_ops.examples.report import NEUTRAL, OURS, Check, Gain, Options, Part, Report, milliseconds
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import logsigmoid_bpr_loss
+from examples import report
+from examples.agreement import Agreement
+from examples.data import Ratings, load_movielens
+from examples.long_lists import compare, forward_and_backward, plain_logistic_loss
+from examples.report import NEUTRAL, OURS, Check, Gain, Options, Part, Report, milliseconds
 
 K = 10
 STEPS = 240
-MEASURED = 48  # steps between two looks at the held-out films
-BATCH = 8192  # pairs of a step of BPR
-USERS = 128  # users of a step of the pairwise logistic loss
-LEAST_GAIN = 0.02  # over four seeds NDCG@10 was 0.063 to 0.074 above that of the most liked
-FEW = 4  # users whose pairs are also written out
+MEASURED = 48  # steps between two evaluations on the held-out films
+BATCH = 8192  # pairs per step of BPR
+USERS = 128  # users per step of the pairwise logistic loss
+LEAST_GAIN = 0.02  # over four seeds, NDCG@10 was 0.063 to 0.074 above that of the most liked films
+FEW = 4  # users whose pairs are compared with torch's formula
 ALL_PAIRS = "#2a9d5c"
 
 
 class Factors(nn.Module):
-    """A score for each user and item: the product of their factors, and how liked the item is by all."""
+    """A score for each user and item: the product of their factors plus the item's popularity."""
 
     def __init__(self, users: int, items: int, size: int = 32) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Factors(nn.Module):
 
 @dataclass(frozen=True)
 class Split:
-    """Which films each user liked, [users, items]: to learn from, held out; and those that may be recommended."""
+    """The liked films of each user, [users, items], to train on and held out, and the films that may be recommended."""
 
     train: Tensor
     test: Tensor
@@ -89,7 +89,9 @@ Scores = tuple[Tensor, ...]
 
 @dataclass
 class Variant:
-    """``score`` gives what the loss takes: scores of pairs of films, or those of all films."""
+    """One model and its loss; ``score`` returns the loss's arguments: scores of pairs of films, or scores of all
+    films.
+    """
 
     name: str
     model: Factors
@@ -97,13 +99,13 @@ class Variant:
     loss_fn: Callable[..., Tensor]
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    curve: list[tuple[int, float]] = field(default_factory=list)  # NDCG after so many steps
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (steps, NDCG after them)
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-2, weight_decay=1e-5)
 
     def step(self) -> tuple[Tensor, Scores]:
-        """The loss and the scores, with their gradients."""
+        """Take a step and return the loss and the scores, with their gradients."""
         start = time.perf_counter()
         self.optimiser.zero_grad()
         scores = self.score(self.model)
@@ -118,12 +120,12 @@ class Variant:
 
     @property
     def milliseconds(self) -> float:
-        """The median step's, without the first few, which touch memory first."""
+        """Return the median time of a step, without the first few steps, which touch memory for the first time."""
         return 1e3 * statistics.median(self.seconds[min(5, len(self.seconds) - 1) :])
 
 
 class Sampler:
-    """Draws liked films and for each a film that the user didn't like; and users in turn."""
+    """A sampler of liked films, each with a film that the user didn't like, and of users in turn."""
 
     def __init__(self, liked: Tensor, seed: int) -> None:
         self.liked = liked
@@ -145,7 +147,7 @@ class Sampler:
 
 
 def quality(scores: Tensor, split: Split) -> tuple[float, float]:
-    """Mean NDCG@K and recall@K over the users with a held-out film."""
+    """Return the mean NDCG@K and recall@K over the users with a held-out film."""
     users = split.test.any(1)
     scores, relevant, unseen = scores[users], split.test[users], split.unseen[users]
     ndcg = custom_ops.ndcg(scores, relevant, K, mask=unseen).item()
@@ -264,7 +266,7 @@ def draw(variants: Sequence[Variant], qualities: dict[str, tuple[float, float]],
         bars.bar_label(found, fmt="%.3f", padding=2, fontsize=7)
     bars.set_xticks(places + 0.2, names, fontsize=8)
     bars.set(title="Held-out films, at the end")
-    bars.margins(y=0.3)  # room for the numbers and the legend
+    bars.margins(y=0.3)  # leaves room for the numbers and the legend
     legend = bars.legend(frameon=False, loc="upper left")
     for handle in legend.legend_handles:
         handle.set_facecolor(NEUTRAL)
@@ -276,7 +278,7 @@ PARTS = {"recommending": Part(example, ("movielens",))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.recommend_ml100k", "Recommending films.", argv)
+    return report.run(PARTS, "python -m examples.recommend_ml100k", "Recommending films.", argv)
 
 
 if __name__ == "__main__":

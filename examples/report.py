@@ -1,4 +1,4 @@
-"""What the examples share: arguments, progress, measurements, checks, tables and figures."""
+"""The examples' common parts: arguments, progress, measurements, checks, tables and figures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from custom_ops.benchmarks.timing import Call, interleave, median
-from custom_ops.examples.data import DataError, fetch
+from benchmarks.timing import Call, interleave, median
+from examples.data import DataError, fetch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ OURS, THEIRS, NEUTRAL = "#1f6fb4", "#e07b39", "#9aa3ab"
 
 @dataclass(frozen=True)
 class Check:
-    """A claim that the example makes; the command fails if it doesn't hold."""
+    """A claim of the example; the command fails if it doesn't hold."""
 
     claim: str
     value: float
@@ -39,13 +39,13 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        # A NaN fulfils neither.
+        # Both comparisons are False for a NaN.
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A row of the closing table: the milliseconds ("ms") or the memory ("MiB") of ours and of what it replaces."""
+    """A row of the closing table: the milliseconds ("ms") or the memory ("MiB") of ours and of the replaced formula."""
 
     what: str
     unit: str
@@ -62,7 +62,7 @@ class Gain:
 
 
 def shown(value: float, unit: str) -> str:
-    """With three digits, or all of a large whole number."""
+    """Format with three digits, or with all digits of a whole number from 100 on."""
     if unit == "MiB" and value < 1:
         value, unit = 1024 * value, "KiB"
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
@@ -101,7 +101,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Options:
-    """``quick`` is for tests: a few steps, to see that everything runs; claims about quality are dropped."""
+    """Options of a run; ``quick`` takes a few steps only, to test that everything runs, and drops claims about
+    quality.
+    """
 
     quick: bool
     compiled: bool
@@ -116,7 +118,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """What ``--only`` selects; ``data`` are the names that `data.fetch` gets before the first part starts."""
+    """A part that ``--only`` selects; `data.fetch` gets the names in ``data`` before the first part starts."""
 
     run: Callable[[Options], Report]
     data: tuple[str, ...] = ()
@@ -125,7 +127,7 @@ class Part:
 def run(
     parts: Mapping[str, Part], prog: str, description: str, argv: Sequence[str] | None, summary: str | None = None
 ) -> int:
-    """Run the parts one after another and print their tables; 0 if every claim holds.
+    """Run the parts one after another, print their tables, and return 0 if every claim holds.
 
     ``summary`` is the title of a picture made of the panels of all parts.
     """
@@ -174,7 +176,7 @@ def run(
 
 
 def show_gains(console: Console, gains: Sequence[Gain]) -> None:
-    """The closing table, of at most 80 columns."""
+    """Print the closing table, which is at most 80 columns wide."""
     if not gains:
         return
     table = Table(title="Ours beside theirs, forward and backward", title_justify="left", box=HORIZONTALS)
@@ -200,20 +202,20 @@ def draw_summary(panels: Sequence[Callable[[Axes], object]], title: str, path: P
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it has waited for, such as compilers."""
+    """Return the CPU time of this process and of its finished children, such as compilers."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def milliseconds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median of each, taken in turn."""
+    """Return the median time of each; they take turns."""
     contenders = {name: Call(lambda _, run=run: run()) for name, run in runs.items()}
     times = interleave(contenders, 0.0, torch.device("cpu"), rounds, warm_ups=0)
     return {name: 1e3 * median(values) for name, values in times.items()}
 
 
 def new_figure(columns: int, rows: int = 1, width: float = 5.0, height: float = 4.2, title: str = "") -> Figure:
-    """A figure that needs no display."""
+    """Return a figure that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -227,12 +229,12 @@ def new_figure(columns: int, rows: int = 1, width: float = 5.0, height: float = 
 
 
 def draw_pairs(axis: Axes, names: Sequence[str], pairs: Sequence[tuple[float, float]], unit: str, whose: str) -> None:
-    """Two bars for each name: ours, and theirs."""
+    """Draw two bars for each name: ours and theirs."""
     for which, (colour, label) in enumerate(((OURS, "custom_ops"), (THEIRS, whose))):
         bars = axis.bar([i + 0.4 * which - 0.2 for i in range(len(pairs))], [p[which] for p in pairs], 0.4,
                         color=colour, label=label)  # fmt: skip
         axis.bar_label(bars, [shown(pair[which], unit) for pair in pairs], padding=2)
     axis.set(ylabel=unit)
     axis.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
-    axis.margins(y=0.35)  # room for the numbers and the legend
+    axis.margins(y=0.35)  # leaves room for the numbers and the legend
     axis.legend(frameon=False, loc="upper right")

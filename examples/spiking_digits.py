@@ -1,15 +1,15 @@
 """A spiking network that reads handwritten digits, trained through `surrogate_gradient`.
 
-Each neuron leaks, adds up what reaches it and, above its threshold, fires a spike and is set back; so it goes for
-a number of time steps on the same picture. The spike is a step: its derivative is 0 wherever there is
-one, and no gradient reaches what comes before it. With a surrogate the step itself stays, and backward
-sees the slope of a smooth one.
+Each neuron adds up its inputs, loses a share of its potential at each step, and, above its threshold, fires a spike and
+is reset. The network sees the same picture for a number of time steps. A spike is a step function: its derivative is 0
+wherever it exists, so no gradient passes through it. With a surrogate, forward keeps the step and backward uses the
+slope of a smooth function.
 
-Beside it runs the same network with the step's true derivative, in which only the readout learns and the spiking
-layers stay as random as they began. At each step the same weights and pictures are also given to the surrogate written
-in plain PyTorch: the same spikes, and so the same loss to the last bit, and the same gradients but for rounding.
+For comparison the same network is trained with the step's true derivative, so only the readout learns and the spiking
+layers stay at their random start. At each step the same weights and pictures are also given to the surrogate written in
+plain PyTorch. It gives the same spikes, hence the same loss to the last bit, and the same gradients up to rounding.
 
-Data: the digits that come with scikit-learn.
+The data are the digits that come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -26,31 +26,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.examples import report
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
-from custom_ops.shaping.surrogate import surrogate_gradient_reference
+from custom_ops.shaping.specs.surrogate import surrogate_gradient_reference
+from examples import report
+from examples.agreement import Agreement
+from examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report
 
 LAYERS = (64, 32, 32, 32)
-TIMES = 8  # steps that the network is shown each picture
-LEAK = 0.8  # what is left of a potential after a step
+TIMES = 8  # time steps per picture
+LEAK = 0.8  # the share of a potential that remains after a time step
 THRESHOLD = 1.0
-WIDTH = 0.5  # of the surrogate, in units of the potential
+WIDTH = 0.5  # width of the surrogate, in units of the potential
 STEPS, BATCH = 400, 128
 
-# About as many terms as are added up in a gradient: over the pictures, the time steps and the layers.
+# The approximate number of terms in a gradient: sums over the pictures, the time steps and the layers.
 CHAIN = BATCH + TIMES * sum(LAYERS)
 
 Spike = Callable[[Tensor], Tensor]
 
 
 def step(x: Tensor) -> Tensor:
-    """The spike with its true derivative, 0."""
+    """Return a spike with its true derivative, 0."""
     return (x >= 0).to(x.dtype)
 
 
 class SpikingNetwork(nn.Module):
-    """Pictures [B, 64] -> three layers of spiking neurons -> logits, and each layer's spikes per neuron and step."""
+    """A network from pictures [B, 64] through three spiking layers to logits, and each layer's spikes per neuron and
+    step.
+    """
 
     def __init__(self, spike: Spike) -> None:
         super().__init__()
@@ -58,7 +60,8 @@ class SpikingNetwork(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(LAYERS))
         self.readout = nn.Linear(LAYERS[-1], 10)
         for layer in self.layers:
-            nn.init.normal_(layer.weight, std=1.5 / layer.in_features**0.5)  # else hardly any neuron fires at first
+            # hardly any neuron fires at first with the default
+            nn.init.normal_(layer.weight, std=1.5 / layer.in_features**0.5)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         potentials = [pictures.new_zeros(len(pictures), n) for n in LAYERS[1:]]
@@ -91,7 +94,7 @@ class Variant:
         self.losses.append(loss.item())
 
     def with_spike(self, spike: Spike, pictures: Tensor, digits: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the loss and its gradients would be now with another form of the spike."""
+        """Return the loss of the current weights and its gradients if ``spike`` replaces the network's own."""
         own, self.model.spike = self.model.spike, spike
         loss = F.cross_entropy(self.model(pictures)[0], digits)
         self.model.spike = own
@@ -104,7 +107,7 @@ class Variant:
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pictures and digits to learn from, then those to be judged by: every fourth."""
+    """Return the pictures and digits of the training set, then those of the test set, which is every fourth."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -114,7 +117,7 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def gradient_sizes(model: SpikingNetwork, pictures: Tensor, digits: Tensor) -> list[float]:
-    """The norm of the loss's gradient in each layer's weights, the readout's last."""
+    """Return the norm of the gradient of each layer's weights, the readout's last."""
     weights = [layer.weight for layer in (*model.layers, model.readout)]
     loss = F.cross_entropy(model(pictures)[0], digits)
     found = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -123,7 +126,7 @@ def gradient_sizes(model: SpikingNetwork, pictures: Tensor, digits: Tensor) -> l
 
 def example(options: Options) -> Report:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so few numbers are added up faster by one
+    torch.set_num_threads(1)  # one thread is faster on such small tensors
     try:
         return _example(options)
     finally:
@@ -208,7 +211,7 @@ def draw(ours: Variant, without: Variant, sizes: dict[str, list[float]], steps: 
         bars.bar_label(drawn, fmt="%.2g", padding=2)
     bars.set_xticks(places, names)
     bars.set(ylabel="norm of the gradient", title="Before training: what reaches each layer")
-    bars.margins(y=0.12)  # room for the numbers
+    bars.margins(y=0.12)  # leaves room for the numbers
     bars.legend(frameon=False)
 
     tested = [*range(20, steps + 1, 20)] if steps % 20 == 0 else [*range(20, steps, 20), steps]
@@ -224,7 +227,7 @@ PARTS = {"spiking": Part(example)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report.run(PARTS, "python -m custom_ops.examples.spiking_digits", "A spiking network on digits.", argv)
+    return report.run(PARTS, "python -m examples.spiking_digits", "A spiking network on digits.", argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its pipe: the least of the DevTools protocol that tests/test_site.py needs."""
+"""A headless Chromium that tests/test_site.py drives through a pipe, with the few DevTools commands that it needs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ OPTIONS = (
 
 
 class Browser:
-    """One page of a browser with a profile of its own. ``requests`` and ``errors`` are those since `open`."""
+    """One page of a browser with a profile of its own; ``requests`` and ``errors`` are those since `open`."""
 
     def __init__(self) -> None:
         assert CHROMIUM is not None
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         commands, self._write = os.pipe()
         read, answers = os.pipe()
-        # Chromium reads its commands from descriptor 3 and answers on 4, which may be taken here.
+        # Chromium reads its commands from descriptor 3 and answers on 4. Both may be in use here, so ours are moved up.
         theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (commands, answers)]
         self._process = subprocess.Popen(
             [CHROMIUM, *OPTIONS, f"--user-data-dir={self._profile.name}"],
@@ -99,7 +99,7 @@ class Browser:
         return message
 
     def open(self, url: str, width: int, height: int = 900) -> None:
-        """Load the page in a window of that size, with all of its pictures."""
+        """Load the page in a window of that size and wait for all of its pictures."""
         self.requests, self.errors, self._events = [], [], []
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
@@ -108,7 +108,7 @@ class Browser:
             self._next()
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression; a promise is waited for."""
+        """Return the value of a JavaScript expression, after waiting for a promise."""
         asked = {"expression": expression, "returnByValue": True, "awaitPromise": True, "userGesture": True}
         answer = self.call("Runtime.evaluate", **asked)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]

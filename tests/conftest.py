@@ -1,4 +1,6 @@
-"""Triton kernels run on the CPU; which tests wait for ``make test-full``; and how pytest-xdist shares out the tests."""
+"""Settings of all tests: Triton kernels run on the CPU, some tests run in ``make test-full`` only, and workers share
+the rest.
+"""
 
 import gc
 import os
@@ -8,17 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from interpreter import patched_once
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 if os.environ["TRITON_INTERPRET"] == "1":
-    collect_ignore = ["ptx"]  # run by test_ptx.py
-# Nor torch: threads that wait for work sleep, for their spinning takes the cores from the other worker.
+    collect_ignore = ["ptx"]  # test_ptx.py runs these tests in other processes
+# This must be set before torch is imported. Idle threads then sleep instead of spinning, which would take the cores
+# from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Inductor would start processes to compile in, which import torch and then have a kernel or two each.
+# Inductor would start compile processes, and each would import torch to compile a kernel or two.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed|dtensor)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*")
-# Started first, so that no worker is left with one while the other has nothing to do.
+# Long tests start first, so no worker is left with one of them while the other is idle.
 LONG = re.compile(r"test_(?:packaging|typing|distributed|dtensor)\.py|test_every_kernel_compiles|real_data")
 FULL_ONLY = pytest.StashKey[int]()
 
@@ -29,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether this is ``make test-full``."""
+    """Return whether this is ``make test-full``."""
     return bool(request.config.getoption("full"))
 
 
@@ -43,7 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is there before the first test stays: Python's collector needn't look through it again and again."""
+    """Freeze the objects that exist before the first test, so Python's garbage collector needn't scan them
+    repeatedly.
+    """
     gc.collect()
     gc.freeze()
 
@@ -55,12 +61,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Each worker has left out the same tests."""
+    """Take the count of deselected tests from any worker, as it is the same on each."""
     node.config.stash[FULL_ONLY] = getattr(node, "workeroutput", {}).get("full_only", 0)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Says what was not run and why, each reason once."""
+    """Print what was not run and why, each reason once."""
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
     )
@@ -74,7 +80,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker takes all tests that share what is made: of one of those files, or of an op on a backend."""
+    """Give tests that share expensive setup to one worker: those of one file above, or those of an op on a backend."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -86,9 +92,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+@pytest.fixture(autouse=True)
+def quicker_interpreter() -> Iterator[None]:
+    """Triton interprets without the work that it repeats, within each test."""
+    with patched_once():
+        yield
+
+
 @pytest.fixture(params=["cpp", "triton"])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The test runs on the C++ kernels, then on the Triton kernels."""
+    """Run the test on the C++ kernels, then on the Triton kernels."""
     from custom_ops.verify._backends import backend
 
     with backend(request.param):

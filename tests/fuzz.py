@@ -1,11 +1,11 @@
-"""Property tests: random calls of every op against its float64 reference, by hypothesis.
+"""Property tests: hypothesis compares random calls of every op with the op's float64 reference.
 
-``make test`` makes the same few calls each time (tests/test_properties.py); ``make fuzz`` makes new ones for as
-long as one likes::
+``make test`` makes the same few calls each time (tests/test_properties.py). ``make fuzz`` makes new ones for as long as
+it is told to::
 
     python tests/fuzz.py --seconds 600 --op relu
 
-A failure is made as small as it gets, and printed as a script that repeats it.
+A failing call is shrunk and printed as a script that repeats it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from custom_ops.verify import BACKENDS, backend, check, random_sample, script
 
 
 def property_of(info: OpInfo, examples: int, interpreted: bool = False, **options: Any) -> Callable[[], None]:
-    """A test of that many calls of the op; Triton's interpreter doesn't get the smallest numbers of bfloat16 right."""
+    """Return a test with ``examples`` calls of the op; ``interpreted`` leaves out subnormals of bfloat16, which
+    Triton's interpreter gets wrong.
+    """
 
     @settings(
         max_examples=examples,
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats a run")
     options = parser.parse_args(argv)
     if options.backend == "triton":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
     ops = options.op or list(REGISTRY)
     failures: dict[str, str] = {}
     console = Console(stderr=True)

@@ -2,11 +2,11 @@
 
     python tests/machines.py [--python PATH ...] [--quick] [--verify] [--only ROW ...] [--out FOLDER]
 
-Each row changes one thing: the instructions that torch, oneDNN or this package's own kernels may use, the number of
-threads, the seed, or, with ``--python``, the interpreter and with it the torch. Such an interpreter needs torch, numpy,
-matplotlib, rich and scikit-learn; the C++ library of this checkout serves it as it is. With ``--verify`` a row also
-runs the battery's capabilities about numbers. Nothing may fail because of the machine: a table and ``machines.json``
-in the folder, where each row's output lies too, say what did, and the exit status is then 1.
+Each row changes one factor: the instructions that torch, oneDNN or this package's own kernels may use, the number of
+threads, the seed, or, with ``--python``, the interpreter and thereby the torch version. Such an interpreter needs
+torch, numpy, matplotlib, rich and scikit-learn; it uses the C++ library of this checkout as it is. With ``--verify`` a
+row also runs the battery's numeric capabilities. No row may fail because of its machine: the script writes a table,
+``machines.json`` and each row's output into the folder, and exits with status 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ VERSIONS = "import platform, torch; print(f'{torch.__version__}, Python {platfor
 
 @dataclass
 class Row:
-    """A machine, and how it went there: the demo's and the battery's exit status, None for what wasn't run."""
+    """One machine and its outcome: the exit status of the demo and of the battery, or None for a part that didn't
+    run.
+    """
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
@@ -51,17 +53,17 @@ class Row:
 
 
 def rows(pythons: Sequence[str]) -> list[Row]:
-    """This machine as it is, then one row for each other value of each factor."""
+    """Return a row for this machine as it is, then one for each other value of each factor."""
     found = [Row("as it is")]
-    levels = ["DEFAULT", "AVX2", "AVX512"]  # those below what this processor has; torch doesn't check what it's told
+    levels = ["DEFAULT", "AVX2", "AVX512"]  # only those below the processor's own, as torch doesn't check this variable
     native = torch.backends.cpu.get_cpu_capability()
     for level in levels[: levels.index(native)] if native in levels else []:
-        # Inductor of torch 2.13 writes C++ for this level that doesn't compile.
+        # Inductor of torch 2.13 writes C++ that doesn't compile at this level.
         eager = ["--eager"] if level == "DEFAULT" else []
         found.append(Row(f"ATEN_CPU_CAPABILITY={level.lower()}", {"ATEN_CPU_CAPABILITY": level.lower()}, eager))
     for name, values in (
-        ("ONEDNN_MAX_CPU_ISA", ("SSE41", "AVX", "AVX2", "AVX512_CORE")),  # no more than the processor has
-        ("CUSTOM_OPS_ISA", ("portable",)),  # the best is that of the other rows
+        ("ONEDNN_MAX_CPU_ISA", ("SSE41", "AVX", "AVX2", "AVX512_CORE")),  # oneDNN caps it at what the processor has
+        ("CUSTOM_OPS_ISA", ("portable",)),  # the other rows use the best one
         ("OMP_NUM_THREADS", ("1", "2", "4")),
     ):
         found += [Row(f"{name}={value}", {name: value}) for value in values]
@@ -70,29 +72,29 @@ def rows(pythons: Sequence[str]) -> list[Row]:
 
 
 def importable(folder: Path) -> Path:
-    """A folder from which any interpreter imports the package of this checkout, without installing it."""
+    """Make a folder from which any interpreter can import the package of this checkout without installing it."""
     package = folder / "custom_ops"
     package.mkdir()
     for path in (ROOT / "custom_ops").iterdir():
         (package / path.name).symlink_to(path)
-    for name in ("benchmarks", "examples", "triton_kernels"):
-        (package / name).symlink_to(ROOT / name)
+    (package / "triton_kernels").symlink_to(ROOT / "triton_kernels")
+    (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
 def run(row: Row, quick: bool, verify: bool, out: Path) -> None:
-    """Fills in how it went; the output goes to a file of the row's name."""
+    """Run the row, record its outcome, and write the output to a file of the row's name."""
     start = time.perf_counter()
     folder = out.resolve() / row.name.replace("/", "_").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, (folder / "output.txt").open("w") as output:
-        # Compiled code is cached under keys that don't name every variable.
+        # The keys of the compile caches don't include all of these variables.
         own = {"PYTHONPATH": str(importable(Path(temporary))), "TORCHINDUCTOR_CACHE_DIR": f"{temporary}/inductor"}
         environment = os.environ | own | row.environment
 
         def call(*arguments: str) -> int:
             command = [row.python, *arguments]
-            # Not from the checkout, whose custom_ops/ by itself isn't the whole package.
+            # It doesn't run in the checkout, whose custom_ops/ folder alone isn't the whole package.
             return subprocess.run(
                 command, env=environment, cwd=temporary, stdout=output, stderr=subprocess.STDOUT
             ).returncode
@@ -100,7 +102,7 @@ def run(row: Row, quick: bool, verify: bool, out: Path) -> None:
         found = subprocess.run([row.python, "-c", VERSIONS], env=environment, capture_output=True, text=True)
         row.torch = found.stdout.strip() or found.stderr.strip()[-200:]
         quickly = ["--quick"] if quick else []
-        row.demo = call("-m", "custom_ops", "demo", *quickly, *row.arguments, "--out", str(folder))
+        row.demo = call("-m", "examples.demo", *quickly, *row.arguments, "--out", str(folder))
         if verify:
             row.verify = call("-m", "custom_ops", "verify", "--quick", "--only", *NUMBERS)
     row.seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
-"""Puts other libraries' losses, with which tests/test_ranking_agreement.py compares ours, into build/peers.
+"""``python tests/peers.py``: put other libraries' losses into build/peers for tests/test_ranking_agreement.py.
 
-They come without what they depend on, and of each only the folders that hold its losses. ``--compile`` builds
-torchsort too, which takes a minute. What can't be had is named, and its tests are reported as not run.
+They come without their dependencies, and of each library only the folders with its losses. ``--compile`` also builds
+torchsort, which takes a minute. The script names what it can't get, and the tests that need it are reported as not run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIONS = ["-q", "--no-deps", "--no-build-isolation"]
 
 
 def unpack(requirement: str, parts: list[str], temporary: Path) -> None:
-    """Fetch the distribution without installing it, and take these parts of it."""
+    """Download the distribution without installing it, and extract these parts of it."""
     subprocess.run([*PIP, "download", *OPTIONS, "-d", temporary, requirement], check=True)
     (archive,) = temporary.iterdir()
     root = temporary / "unpacked"
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
             except subprocess.CalledProcessError:
                 print(f"{requirement} could not be fetched: its tests won't be run", file=sys.stderr)
     if "--compile" in argv and not (FOLDER / "torchsort").exists():
-        # It compiles for CUDA wherever it finds nvcc.
+        # torchsort compiles for CUDA if it finds nvcc, so nvcc's folder is left out of PATH.
         folders = os.environ["PATH"].split(os.pathsep)
         path = os.pathsep.join(folder for folder in folders if not Path(folder, "nvcc").exists())
         build = [*PIP, "install", *OPTIONS, "--target", FOLDER, COMPILED]

@@ -1,4 +1,4 @@
-"""Processes in one group, forked by a program that has imported what they need."""
+"""A process group whose processes are forked from one program that has already imported what they need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def together(processes: int, worker: Callable[..., None], *arguments: object) -> None:
-    """Run ``worker`` in so many processes, within a process group; an exception in one is raised here."""
+    """Run ``worker`` in ``processes`` processes of one process group, and raise an exception of any of them."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _in_a_group, (processes, f"file://{folder}/store", worker, arguments), processes, start_method="fork"

@@ -1,4 +1,4 @@
-"""What one-bit activations promise beyond the battery: torch's values bit by bit, and what they save."""
+"""Tests of the one-bit activations beyond the battery: their values equal torch's bit by bit, and memory is saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import custom_ops
-from custom_ops.activation.dropout import philox
+from custom_ops.activation.specs.dropout import philox
 
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PAIRS = {
@@ -31,7 +31,7 @@ ONE_BIT = {name: ours for name, (ours, _) in PAIRS.items()} | {
 def special(dtype: torch.dtype) -> torch.Tensor:
     nan, inf, tiny = float("nan"), float("inf"), torch.finfo(dtype).tiny
     values = [0.0, -0.0, nan, -nan, inf, -inf, tiny, -tiny, tiny / 2, -tiny / 2, 1.0, -1.0, 0.1, -0.1, 1.3, 6.0, 7.0]
-    return torch.tensor(values * 4, dtype=dtype)[:-1]  # vectors and a tail
+    return torch.tensor(values * 4, dtype=dtype)[:-1]  # whole vectors and a tail
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -44,10 +44,10 @@ def test_torchs_values_and_gradients_at_special_values(dtype, name):
     grad = torch.arange(1, len(a) + 1).to(dtype)
     y.backward(grad)
     expected.backward(grad)
-    # torch's own vectorised and scalar hardtanh disagree on NaN
+    # torch's vectorised and scalar hardtanh disagree with each other on NaN
     compared = ~a.isnan() if name in ("relu6", "hardtanh") else torch.ones_like(a, dtype=torch.bool)
     assert torch.equal(a.grad[compared], b.grad[compared])
-    if name not in ("relu", "relu6"):  # where -0.0 gives 0.0, as the docstrings say
+    if name not in ("relu", "relu6"):  # these two give 0.0 for -0.0, as documented
         number = ~expected.isnan()
         assert torch.equal(y[number].signbit(), expected[number].signbit())
 
@@ -89,7 +89,7 @@ def test_one_bit_per_element_is_kept(n, name):
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("examples", [0, 3])
 def test_large_outputs_are_written_past_the_caches_to_the_last_element(examples, dtype):
-    # A batch of several examples of such a size starts all but the first one off the lines of the cache.
+    # All examples of the batch but the first start inside a cache line.
     n = (9 << 20) // dtype.itemsize // max(1, examples) + 37
     x = torch.randn(*[examples] * bool(examples), n, dtype=dtype, requires_grad=True)
     grad = torch.randn_like(x)
@@ -292,7 +292,7 @@ def test_in_place_is_refused_where_autograd_needs_the_old_value():
 
 
 def test_philox_is_the_published_generator():
-    # The test vectors of Random123 for 4x32-10: counter and key all zero, and all ones in the key.
+    # These are Random123's test vectors for 4x32-10: counter and key all zero, then all ones in the key.
     assert philox(torch.tensor(0), 4).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
@@ -305,7 +305,7 @@ def test_dropout_drops_with_probability_p(p):
     assert abs(dropped - p) <= 4 * math.sqrt(p * (1 - p) / len(x))
     if p < 1:
         torch.testing.assert_close(y[y != 0], (x / (1 - p))[y != 0])
-    # independent of the neighbour
+    # A mask bit is independent of its neighbour.
     together = ((y[1:] == 0) & (y[:-1] == 0)).double().mean().item()
     assert abs(together - p * p) <= 0.01
 
@@ -462,7 +462,7 @@ def test_conversion_refuses_what_it_does_not_know():
 
 
 def test_a_training_step_of_whole_networks_needs_less():
-    from custom_ops.benchmarks.networks import LEAST_SAVED, step_memory
+    from benchmarks.networks import LEAST_SAVED, step_memory
 
     peaks, losses = {}, {}
     for row in step_memory(batch=2, size=64, device=torch.device("cpu"), compiled=False):
@@ -500,8 +500,10 @@ def test_inductor_fuses_and_keeps_one_bit(name):
 
 
 def test_compiled_networks_keep_what_they_keep_with_torchs_activations():
-    """The inputs of convolution and normalisation, and no bit: it is found again from those. See docs/limits.md."""
-    from custom_ops.benchmarks.networks import MEMORY_ONLY
+    """Both keep the inputs of convolution and normalisation and no bit, which is recomputed from those
+    (docs/limits.md).
+    """
+    from benchmarks.networks import MEMORY_ONLY
 
     torch.manual_seed(0)
     block = nn.Sequential(
@@ -567,7 +569,7 @@ def test_no_form_writes_in_place_to_memory_that_overlaps(function):
 
 
 def test_a_slope_of_0_is_a_true_0():
-    """As documented, where torch's product with 0 is NaN."""
+    """A slope of 0 gives a gradient of 0, as documented, where torch multiplies by 0 and gets NaN."""
     x = torch.tensor([-math.inf, -1.0, 2.0], requires_grad=True)
     y = custom_ops.leaky_relu(x, 0.0)
     y.backward(torch.full_like(y, math.nan))

@@ -1,8 +1,8 @@
-"""The whole capability matrix: every registered op, on every backend this machine has.
+"""The capability matrix: every registered op on every backend of this machine.
 
-One test per cell, so that a failure names op, backend and capability. `make test` takes the quick matrix, `make
-test-full` the full one (Inductor throughout, AOTInductor). With CUSTOM_OPS_CELLS=FILE every cell of the quick one is
-added to that file as a line of JSON (`make docs`).
+Each cell is one test, so a failure names op, backend and capability. `make test` takes the quick matrix, `make
+test-full` the full one (Inductor throughout, AOTInductor). With CUSTOM_OPS_CELLS=FILE every cell of the quick matrix is
+appended to that file as a line of JSON, for `make docs`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ CELLS = os.environ.get("CUSTOM_OPS_CELLS")
 SMOKE = 8
 
 
-@functools.lru_cache(maxsize=1)  # the cells of a column come one after another
+@functools.lru_cache(maxsize=1)  # the tests of one op and backend run in a row
 def kept(op: str, backend: str) -> dict[Any, Any]:
-    """What one cell leaves to the next ones of its column."""
+    """Return what the cells of one op and backend share."""
     return {}
 
 
 def cells() -> Iterator[Any]:
-    """All of them; the full matrix alone has Triton's cells that depend on no kernel, but for every eighth."""
+    """Yield all cells; seven of eight Triton cells that depend on no kernel are left to `make test-full`."""
     for place, op in enumerate(REGISTRY):
         for backend in ("cpp", "triton"):
             for number, row in enumerate(CAPABILITIES.values()):
-                # Triton's interpreter has one thread.
+                # Triton's interpreter has one thread, so this row can't fail there.
                 same = backend == "triton" and (row.of_dispatch or row.name == "deterministic")
                 repeated = same and (place + number) % SMOKE and not CELLS
                 marks = [pytest.mark.full] if row.full_only or repeated else []
@@ -56,7 +56,7 @@ def test_cell(op: str, backend: str, capability: str, full: bool) -> None:
 
 
 def test_every_row_is_reached_on_both_backends() -> None:
-    """Without `--full`, too."""
+    """Every quick row is reached on both backends even without `--full`."""
     reached = {(backend, row) for _, backend, row in (cell.values for cell in cells() if not cell.marks)}
     quick = [row.name for row in CAPABILITIES.values() if not row.full_only]
     assert reached == {(backend, row) for backend in ("cpp", "triton") for row in quick}
@@ -65,7 +65,7 @@ def test_every_row_is_reached_on_both_backends() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("op", REGISTRY)
 def test_on_cuda(op: str, full: bool) -> None:
-    """In a process of its own: Triton's interpreter, on in this one, keeps kernels off the GPU."""
+    """The op passes on CUDA in a process without Triton's interpreter, which would keep kernels off the GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "custom_ops", "verify", "--backend", "cuda", "--op", op, "--json"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The harness: what it refuses, what it measures, how it ends in time, and what it says of two runs."""
+"""Tests of the benchmark harness: its errors, its measurements, its time limits, and its comparison of two runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks import goals, plan, run, scaling, timing
-from custom_ops.benchmarks import measure as measure_module
-from custom_ops.benchmarks.compare import changes
-from custom_ops.benchmarks.cost_page import write_page
-from custom_ops.benchmarks.environment import describe, trouble
-from custom_ops.benchmarks.floor import Floor, least_traffic
-from custom_ops.benchmarks.measure import FLOOR, OURS, Cell, Effort, Result, Row, label, measure
-from custom_ops.benchmarks.memory import peak_bytes
-from custom_ops.benchmarks.plan import Peers, Plan
-from custom_ops.benchmarks.report import Report, read_json
-from custom_ops.benchmarks.timing import Call, interleave, median, spread
-from custom_ops.registry import REGISTRY, Benchmark, OpInfo, Sample, Target, Unavailable
+from benchmarks import goals, plan, run, scaling, timing
+from benchmarks import measure as measure_module
+from benchmarks.compare import changes
+from benchmarks.cost_page import write_page
+from benchmarks.environment import describe, trouble
+from benchmarks.floor import Floor, least_traffic
+from benchmarks.measure import FLOOR, OURS, Cell, Effort, Result, Row, label, measure
+from benchmarks.memory import peak_bytes
+from benchmarks.plan import Peers, Plan
+from benchmarks.report import Report, read_json
+from benchmarks.table import Benchmark, Target, TimedOp, Unavailable
+from benchmarks.tables import TIMED
+from benchmarks.timing import Call, interleave, median, spread
+from custom_ops.registry import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -56,7 +58,7 @@ def benchmark(**changed):
 
 
 def op(function=square, reference=square, name="square", **changed):
-    return OpInfo(
+    return TimedOp(
         name=name,
         function=function,
         reference=reference,
@@ -71,7 +73,7 @@ def cell(info, size=8):
 
 
 class Clock:
-    """What the harness reads instead of the time: a millisecond passes at each look, and what `pass_` adds."""
+    """A replacement for the harness's clock: each reading advances it by a millisecond, and `pass_` by any time."""
 
     def __init__(self):
         self.now = 0.0
@@ -98,7 +100,7 @@ def measured(info, size=8, peers=None, effort=BRIEF):
 
 @pytest.fixture(autouse=True)
 def _functions_of_the_package(monkeypatch):
-    monkeypatch.setattr(OpInfo, "family", property(lambda info: "family"))
+    monkeypatch.setattr(TimedOp, "family", property(lambda info: "family"))
 
 
 # ---------------------------------------------------------------- answers
@@ -132,7 +134,7 @@ def test_a_wrong_second_output_of_ours_is_refused():
 
 
 def test_small_gradients_are_not_waved_through():
-    """That of a mean over many elements is below any absolute tolerance."""
+    """The gradient of a mean over many elements is below any absolute tolerance, and a wrong one is still found."""
 
     class Mean(torch.autograd.Function):
         @staticmethod
@@ -316,12 +318,12 @@ def test_a_quick_run_shares_what_is_left_and_skips_what_is_bound_to_take_longer(
     assert quick.effort(a).limit == 10
     now[0] += 1
     quick.done(a, Result(preparation=0.3))
-    assert quick.effort(b).limit == 13  # what the first left over goes to the others
+    assert quick.effort(b).limit == 13  # the time that the first cell left over is shared out
     now[0] += 13
     quick.done(b, Result(preparation=0.5))
     assert quick.effort(larger).limit == 13
     quick.done(larger, Result(preparation=0.4))
-    assert quick.effort(largest) is None  # 4 seconds, when 26 are left
+    assert quick.effort(largest) is None  # it would take 4 seconds, more than an eighth of the 26 left
     quick.left, quick._last = 1, {}
     assert quick.effort(largest).limit == 26
     now[0] += 100
@@ -335,7 +337,7 @@ def test_sizes_are_compared_by_their_product():
 
 
 def test_ours_is_measured_first_and_then_the_peers_that_there_is_time_for():
-    effort = Effort(rounds=3, warm_ups=1)  # 21 calls of each
+    effort = Effort(rounds=3, warm_ups=1)  # each contender is called 21 times
     once = {"slow": 1.0, OURS: 0.1, "quick": 0.05}
     assert effort.affordable(once, 2.0) == []
     assert effort.affordable(once, 3.0) == [OURS]
@@ -373,7 +375,7 @@ def test_scaling_goes_on_until_time_or_memory_would_run_out(monkeypatch):
 
     monkeypatch.setattr(scaling, "_memory", lambda: 1 << 34)
     assert reached(lambda n: 1e-9 * n, lambda n: 1) == sizes
-    assert reached(lambda n: 2e-9 * n * n, lambda n: 1) == [10**2, 10**3, 10**4]  # 20 s at 1e5
+    assert reached(lambda n: 2e-9 * n * n, lambda n: 1) == [10**2, 10**3, 10**4]  # 10^5 would take 20 s
     assert reached(lambda n: 1e-9 * n, lambda n: 512 * n) == [10**2, 10**3, 10**4, 10**5, 10**6]
 
 
@@ -381,7 +383,8 @@ def test_scaling_at_a_table_s_own_sizes():
     cells = scaling.Scaling([op(scaling=(20, 40, 4_000_000))]).cells
     assert [cell.size for cell in cells] == [20, 40, 4_000_000]
     assert [cell.benchmark.checked_at(cell.size) for cell in cells] == [20, 40, scaling.CHECKED]
-    (table,) = scaling.scaled(op(scaling=(1, 90))).benchmarks  # of something large: its first size will do
+    # where the size counts something large, the first size is enough
+    (table,) = scaling.scaled(op(scaling=(1, 90))).benchmarks
     assert table.checked_at(90) == 1
 
 
@@ -395,8 +398,8 @@ def test_a_table_whose_data_cannot_be_had_is_skipped():
 
 
 def test_scaling_of_list_losses_is_in_the_length_of_one_list(monkeypatch):
-    monkeypatch.setattr(OpInfo, "family", "ranking")
-    table, *_ = scaling.scaled(REGISTRY["pairwise_logistic_loss"]).benchmarks
+    monkeypatch.setattr(TimedOp, "family", "ranking")
+    table, *_ = scaling.scaled(TIMED["pairwise_logistic_loss"]).benchmarks
     assert (table.sizes[0], table.sizes[-1]) == (32, 100_000)
     assert [x.shape for x in table.make(32, CPU)] == [(1, 32), (1, 32)]
     assert [table.checked_at(n) for n in (32, 100_000)] == [32, scaling.CHECKED_LENGTH]
@@ -410,7 +413,7 @@ def test_scaling_checks_the_answers_at_a_size_that_the_reference_can_do():
 
 
 def scaling_run(threads, times, floor=1.0, op="square", family="f"):
-    """{size: milliseconds} of ours; the floor takes as long as is given at every size, and moves a megabyte."""
+    """Return a run with our times {size: milliseconds}; at every size the floor takes ``floor`` ms and moves 1 MB."""
     here = {"op": op, "family": family, "direction": "forward+backward", "bytes": 1_000_000}
     rows = [row(OURS, ms, 1.0, size=size, **here) for size, ms in times.items()]
     rows += [row(FLOOR, floor, 1.0, size=size, **here) for size in times]
@@ -427,7 +430,7 @@ def test_the_cost_page_shows_every_size_and_what_threads_gain(tmp_path):
 
 
 def test_the_cost_page_takes_one_run_or_several_for_each_number_of_threads(tmp_path):
-    """And marks what gains too little: as little as memory, or less than that."""
+    """The page marks speedups that are too low, in two ways: memory gains no more, or memory gains more."""
     runs = [scaling_run(1, {10: 20.0}, 2.0), scaling_run(2, {10: 10.0}, 1.0)]
     runs += [scaling_run(1, {10: 2.0}, 1.8, "g", "g"), scaling_run(2, {10: 1.2}, 1.0, "g", "g")]
     runs += [scaling_run(1, {10: 1.0}, 1.8, "h", "h"), scaling_run(2, {10: 1.0}, 1.0, "h", "h")]
@@ -460,13 +463,13 @@ def test_a_peer_that_its_package_lacks_is_an_error_before_anything_is_measured()
 
 
 def test_the_peers_that_the_registry_names_exist_where_they_are_installed():
-    Peers([table for info in REGISTRY.values() for table in info.benchmarks], None, quick=False)
+    Peers([table for info in TIMED.values() for table in info.benchmarks], None, quick=False)
 
 
 def test_the_goals_on_a_gpu_are_beside_what_is_measured_there():
     for name, beside in goals.GOALS.items():
         for peer in beside:
-            assert peer == FLOOR or any(peer in table.peers for table in REGISTRY[name].benchmarks), (name, peer)
+            assert peer == FLOOR or any(peer in table.peers for table in TIMED[name].benchmarks), (name, peer)
     info = replace(op(peers={}), name="voxel_sum")
     assert measure_module._target(cell(info, 64), FLOOR, "forward+backward", "cuda") == pytest.approx(1 / 0.7)
     assert measure_module._target(cell(info, 8), FLOOR, "forward+backward", "cuda") is None
@@ -482,7 +485,7 @@ def test_the_peers_can_be_chosen_and_quick_leaves_out_what_compiles():
 
 
 def test_the_tables_of_an_op_have_titles_of_their_own():
-    for info in REGISTRY.values():
+    for info in TIMED.values():
         titles = [table.title for table in info.benchmarks]
         assert len(set(titles)) == len(titles), f"{info.name}: two tables with one title, {titles}"
 
@@ -541,11 +544,11 @@ def test_what_was_not_measured_both_times_is_not_compared():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The registry with one op, whose two tables have sizes of both kinds."""
+    """Return the registry with one op, whose two tables have a size of each kind."""
     info = op(peers={"torch.square": torch.square, "absent": "no_such_package:f"})
     shapes = benchmark(sizes=((2, 4), (4, 4)), make=lambda s, device: make(math.prod(s), device), unit="shape")
     info = replace(info, benchmarks=[*info.benchmarks, shapes], native=torch.square)
-    monkeypatch.setattr(run, "REGISTRY", {"square": info})
+    monkeypatch.setattr(run, "TIMED", {"square": info})
     monkeypatch.setattr(plan, "QUICK", BRIEF)
     monkeypatch.setattr(run.overhead, "CALLS", 2)
     return info
@@ -560,14 +563,14 @@ def test_the_command_writes_what_it_measured(tiny, tmp_path, capsys):
         assert part in printed, part
 
     result = json.loads(saved.read_text())
-    assert result["command"].startswith("python -m custom_ops bench --quick")
+    assert result["command"].startswith("python -m benchmarks --quick")
     assert {"torch", "python", "custom_ops", "threads", "isa", "cpu", "cores", "load"} <= result["machine"].keys()
     assert result["missing"] == {"absent": "No module named 'no_such_package'"}
     assert list(result["overhead"]["ops"]["square"]) == [OURS, "native", "reference"]
     assert {(row["table"], label(row["size"])) for rows in result["rows"] for row in rows} == {
         ("n", "8"), ("n", "64"), ("shape", "2 × 4"), ("shape", "4 × 4")
     }  # fmt: skip
-    assert len(saved.read_text().splitlines()) == 11 + 4 + 2  # the other fields, the sizes, what closes them
+    assert len(saved.read_text().splitlines()) == 11 + 4 + 2  # the other fields, the sizes and the closing brackets
     lines = list(csv.DictReader(table.open()))
     assert len(lines) == sum(map(len, result["rows"]))
     assert lines[0]["machine.torch"] == torch.__version__ and lines[0]["contender"] == OURS
@@ -611,8 +614,8 @@ def test_the_command_compares_with_a_run_before(tiny, tmp_path, capsys):
 )
 def test_what_the_command_refuses(tiny, monkeypatch, capsys, arguments, said):
     other = replace(tiny, name="other")
-    monkeypatch.setattr(run, "REGISTRY", {"square": tiny, "other": other})
-    monkeypatch.setattr(OpInfo, "family", property(lambda info: info.name))
+    monkeypatch.setattr(run, "TIMED", {"square": tiny, "other": other})
+    monkeypatch.setattr(TimedOp, "family", property(lambda info: info.name))
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert said in capsys.readouterr().err
@@ -630,7 +633,7 @@ def test_results_of_other_memory_or_threads_are_not_compared(tiny, tmp_path, cap
 
 def test_a_wrong_answer_makes_the_command_fail_and_the_others_are_still_measured(tiny, monkeypatch, tmp_path, capsys):
     wrong = replace(tiny, name="wrong", function=lambda x: x * x + 1)
-    monkeypatch.setattr(run, "REGISTRY", {"wrong": wrong, "square": tiny})
+    monkeypatch.setattr(run, "TIMED", {"wrong": wrong, "square": tiny})
     path = tmp_path / "a.json"
     assert run.main(["--quick", "--json", str(path)]) == 1
     assert {row.op for row in read_json(path).rows} == {"square"}
@@ -657,7 +660,7 @@ def test_warm_memory_is_a_process_whose_heap_keeps_what_is_freed(tiny, monkeypat
     monkeypatch.setattr(run.subprocess, "call", lambda command, env: started.append((command, env)) or 5)
     assert run.main(["--memory", "warm"]) == 5
     ((command, env),) = started
-    assert command[1:] == ["-m", "custom_ops", "bench", "--memory", "warm"]
+    assert command[1:] == ["-m", "benchmarks", "--memory", "warm"]
     assert {name: env[name] for name in run.WARM} == run.WARM and env.keys() >= os.environ.keys()
 
 
@@ -681,7 +684,7 @@ def test_the_docs_show_each_op_beside_the_best_of_its_peers(monkeypatch, tmp_pat
     result.remarks = ["something to know"]
     result.write_json(tmp_path / "cpu.json")
     assert "| op |" in generated.fastest("family")
-    assert "peer" not in generated.fastest("family")  # its answer differs
+    assert "peer" not in generated.fastest("family")  # the peer's answer differs
     runs, text = generated.runs(), generated.speed()
     assert "1. a CPU, 2 threads, AVX2, fresh memory, torch 2.13.0: `bench`" in runs
     assert "- something to know" in runs
@@ -696,7 +699,7 @@ def test_the_docs_show_each_op_beside_the_best_of_its_peers(monkeypatch, tmp_pat
 
 
 def test_only_the_sizes_that_are_named_are_measured():
-    plan = Plan([REGISTRY["lambda_loss"], REGISTRY["margin_ranking_loss"]])
+    plan = Plan([TIMED["lambda_loss"], TIMED["margin_ranking_loss"]])
     plan.keep(["16x1024", "10000"])
     assert {cell.size for cell in plan.cells} == {(16, 1024), 10000}
     assert plan.left == len(plan.cells)

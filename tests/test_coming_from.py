@@ -1,4 +1,6 @@
-"""The numbers that other projects publish in their tests, from our calls; docs/coming_from.md says what differs."""
+"""The values that other projects publish in their tests, computed by our ops; docs/coming_from.md lists the
+differences.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ _ALLRANK_CALLS = [
         lambda: co.list_net_loss(t(0.5, 0.2), t(1, 0)),
         -sum(p * log(q) for p, q in zip(softmax((1, 0)), softmax((0.5, 0.2)))),
     ),
-    (lambda: co.softmax_loss(t(0.5, 0.2), t(1, 0)), -log(softmax((0.5, 0.2))[0])),  # binary_listNet
+    (lambda: co.softmax_loss(t(0.5, 0.2), t(1, 0)), -log(softmax((0.5, 0.2))[0])),  # allRank calls it binary_listNet
     (
         lambda: co.pairwise_logistic_loss(t(0.5, 0.2, 0.1), t(1, 0, 0), normalize=True),
         (logistic(0.3) + logistic(0.4)) / 2,
@@ -65,7 +67,7 @@ _ALLRANK_CALLS = [
         lambda: co.lambda_loss(t(0.5, 0.2, 0.1), t(2, 1, 0), weighting="label_diff", **_of_differences),
         (logistic(0.3) + 2 * logistic(0.4) + logistic(0.1)) / 3,
     ),
-    (  # rankNet_weightByGTDiff_pow: differences of the squares
+    (  # allRank's rankNet_weightByGTDiff_pow weights by the difference of the squared labels
         lambda: co.lambda_loss(t(0.5, 0.2, 0.1), t(2, 1, 0) ** 2, weighting="label_diff", **_of_differences),
         (3 * logistic(0.3) + 4 * logistic(0.4) + logistic(0.1)) / 3,
     ),
@@ -151,7 +153,7 @@ _XGB_CALLS = [
     (lambda: co.average_precision(*_XGB, ties="index"), 0.5),
     (lambda: co.average_precision(*_XGB, k=2, ties="index"), 0.25),
     (lambda: co.ndcg(t(0.1, 0.2, 0.3, 4, 70), t(10, 0, 0, 1, 5)), 0.409738),
-    (  # a list with nothing relevant is one to XGBoost, and doesn't count to us
+    (  # XGBoost counts a list without a relevant item as 1, and we don't count it
         lambda: (
             (
                 co.average_precision(
@@ -184,7 +186,7 @@ def test_published_values(call, expected):
 
 
 def test_torchsort_spearman():
-    """Its README ranks the target softly too; ours takes its hard ranks, of tied ones the average."""
+    """torchsort's README ranks the target softly too; ours takes the target's hard ranks and averages those of ties."""
     pred, target = t(1, 2, 3, 4, 5), t(5, 6, 7, 8, 7)
     theirs = [co.soft_rank(x) - 3 for x in (pred, target)]
     expected = (theirs[0] * theirs[1]).sum() / (theirs[0].norm() * theirs[1].norm())
@@ -193,7 +195,7 @@ def test_torchsort_spearman():
 
 
 def test_xgboost_lambdas():
-    """rank:ndcg of tests/cpp/objective/test_lambdarank_obj.cc, from our gradient by XGBoost's two normalisations."""
+    """Our gradient with XGBoost's two normalisations equals rank:ndcg in tests/cpp/objective/test_lambdarank_obj.cc."""
     scores, labels = t(0, 0.1).requires_grad_(), t(0, 1)
     co.lambda_loss(scores, labels, log_base=e).backward()
     by_score = scores.grad / (0.1 + 0.01)
@@ -203,7 +205,7 @@ def test_xgboost_lambdas():
 
 
 def test_lightgbm_lambdas():
-    """lambdarank with lambdarank_norm=False, by its formula: LightGBM publishes no value."""
+    """Our gradient equals the formula of lambdarank with lambdarank_norm=False, as LightGBM publishes no value."""
     scores, labels, k, sigma = t(0.3, -0.2, 1.1, 0.4, 0.9), t(2, 3, 0, 1, 0), 2, 1.5
     order = scores.argsort(descending=True).tolist()
     gains = [2 ** float(labels[i]) - 1 for i in order]

@@ -1,7 +1,8 @@
-"""``python -m custom_ops`` where something from outside goes wrong: a line that says what, and no traceback."""
+"""Commands that fail for an external reason print one line with that reason and no traceback."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -12,15 +13,23 @@ from typing import IO
 
 import pytest
 
-from custom_ops.__main__ import main
-
 FULL = Path("/dev/full")
+ROOT = Path(__file__).parent.parent
+# All other commands belong to `python -m custom_ops`.
+OWN = {"benchmarks": "benchmarks.__main__", "demo": "examples.demo"}
 
 
-def run(*arguments: str, stdout: IO[str] | int = subprocess.DEVNULL, **env: str) -> tuple[int, str]:
-    """Status and stderr."""
+def called(name: str, *arguments: str) -> tuple[str, list[str]]:
+    """Return the module of the command ``name`` and the arguments for it."""
+    return (OWN[name], [*arguments]) if name in OWN else ("custom_ops.__main__", [name, *arguments])
+
+
+def run(*command: str, stdout: IO[str] | int = subprocess.DEVNULL, **env: str) -> tuple[int, str]:
+    """Return status and stderr."""
+    module, arguments = called(*command)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "custom_ops", *arguments],
+        [sys.executable, "-W", "ignore", "-m", module, *arguments],
+        cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | env,
         stdout=stdout,
         stderr=subprocess.PIPE,
@@ -30,9 +39,9 @@ def run(*arguments: str, stdout: IO[str] | int = subprocess.DEVNULL, **env: str)
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["verify", "--list"], ["bench", "--help"], []])
-def test_a_reader_that_leaves(arguments: Sequence[str]) -> None:
-    """As in `... | head -1`, here before the first line."""
+@pytest.mark.parametrize("arguments", [["verify", "--list"], ["benchmarks", "--help"], ["--help"]])
+def test_a_closed_pipe(arguments: Sequence[str]) -> None:
+    """A pipe whose reader has gone, as in `... | head -1`, ends the command quietly."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
@@ -47,17 +56,18 @@ def test_a_full_disk(arguments: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["verify", "--op", "lambda_loss"], ["bench", "--op", "relu"], ["demo"]], ids=lambda a: a[0]
+    "arguments", [["verify", "--op", "lambda_loss"], ["benchmarks", "--op", "relu"], ["demo"]], ids=lambda a: a[0]
 )
-def test_an_interruption(arguments: Sequence[str], tmp_path: Path) -> None:
-    """Two seconds after the package has been imported."""
+def test_an_interruption(arguments: Sequence[str]) -> None:
+    """A command that is interrupted two seconds after its import says so."""
+    module, given = called(*arguments)
     program = f"""if True:
         import os, signal, sys, threading
-        from custom_ops.__main__ import main
+        from {module} import main
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
         threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        sys.exit(main({arguments!r}))"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+        sys.exit(main({given!r}))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"{arguments[0]}: interrupted")
     assert "Traceback" not in done.stderr
 
@@ -70,13 +80,18 @@ def test_an_interruption(arguments: Sequence[str], tmp_path: Path) -> None:
         (["verify", "--op", "relu", "--only", "nothing"], 2, "unknown capability 'nothing', expected some of value, "),
         (["verify", "--backend", "tpu"], 2, "--backend: invalid choice: 'tpu'"),
         (["verify", "--op"], 2, "--op: expected at least one argument"),
-        (["bench", "--json", "/dev/null/a.json"], 2, "--json, --csv, --plots: .*Not a directory: '/dev/null/a.json'"),
+        (
+            ["benchmarks", "--json", "/dev/null/a.json"],
+            2,
+            "--json, --csv, --plots: .*Not a directory: '/dev/null/a.json'",
+        ),
         (["demo", "--out", "/dev/null/out"], 2, "--out: .*Not a directory: '/dev/null/out'"),
     ],
 )
 def test_a_wrong_option(arguments: Sequence[str], status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module, given = called(*arguments)
     try:
-        found: object = main(list(arguments))
+        found: object = importlib.import_module(module).main(given)
     except SystemExit as by_argparse:
         found = by_argparse.code
     assert found == status
@@ -92,7 +107,7 @@ def test_a_wrong_option(arguments: Sequence[str], status: int, said: str, capsys
     ],
 )
 def test_a_missing_extra(arguments: Sequence[str], module: str, tmp_path: Path) -> None:
-    """A module of that name which can't be found comes first."""
+    """A command names the missing module, simulated by a broken one earlier on the path, and the extra to install."""
     (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError({module!r}, name={module!r})")
     extra = "gpu" if module == "triton" else "tools"
     said = f"`{arguments[0]}` needs {module}: pip install 'custom_ops[{extra}]'\n"

@@ -1,4 +1,4 @@
-"""CUDA graphs, streams and a second device, with every op: where there are GPUs, in a process where Triton compiles."""
+"""CUDA graphs, streams and a second device, with every op, in a process in which Triton compiles."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks.launches import resized
-from custom_ops.benchmarks.timing import Call, seconds_of
+from benchmarks.launches import resized
+from benchmarks.timing import Call, seconds_of
 from custom_ops.registry import REGISTRY, OpInfo, Sample
 
 WAITING = {"voxels_summing": "the number of voxels, its output's rows, has to be known on the host"}
@@ -28,7 +28,7 @@ def tensors(sample: Sample) -> list[torch.Tensor]:
 
 
 def results(info: OpInfo, sample: Sample) -> list[torch.Tensor]:
-    """Values and gradients."""
+    """Return values and gradients."""
     outputs = info.function(*sample.args, **sample.kwargs)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     inputs = [t for t in tensors(sample) if t.requires_grad]
@@ -49,10 +49,10 @@ def halve(sample: Sample) -> None:
 
 
 def a_graph_replays(info: OpInfo) -> None:
-    """On other values, what they give without one."""
+    """Check that a replayed graph gives, on new values, what the op gives without a graph."""
     for sample in samples(info, "cuda"):
         if info.name == "voxel_rank" and not isinstance(sample.args[1], torch.Tensor):
-            continue  # a grid given as numbers is copied from the host
+            continue  # its grid is given as numbers, which are copied from the host
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -71,14 +71,16 @@ def a_graph_replays(info: OpInfo) -> None:
 def reduced_overhead_is_the_same(info: OpInfo) -> None:
     sample = samples(info, "cuda")[0]
     compiled = replace(info, function=torch.compile(info.function, mode="reduce-overhead"))
-    for _ in range(4):  # warm-up, capture, replay
+    for _ in range(4):  # warm-up, capture, and two replays
         torch.compiler.cudagraph_mark_step_begin()
         torch.testing.assert_close(results(compiled, sample), results(info, sample), equal_nan=True)
         halve(sample)
 
 
 def the_current_stream_is_used(info: OpInfo) -> None:
-    """The inputs are written late on that stream: kernels on another would read them too early."""
+    """Check that the op runs on the current stream. Its inputs are written late there, so another stream reads them
+    early.
+    """
     for sample in samples(info, "cuda"):
         wanted = results(info, sample)
         torch.cuda.synchronize()
@@ -111,7 +113,7 @@ def another_device_than_the_current_one(info: OpInfo) -> None:
 
 
 def new_sizes_compile_little(info: OpInfo) -> None:
-    """At most two compilations more for each kernel: for sizes that 16 divides, and for those that it doesn't."""
+    """Check that new sizes add at most two compilations per kernel: for multiples of 16 and for other sizes."""
     from custom_ops.triton_kernels.common import KERNELS
 
     def compiled() -> dict[str, int]:
@@ -130,7 +132,7 @@ def new_sizes_compile_little(info: OpInfo) -> None:
 
 
 def of_every_op(check: str, but: dict[str, str]) -> None:
-    """Runs in a process of its own."""
+    """Run the check on every op; this needs a process of its own."""
     failures = {}
     for name, info in REGISTRY.items():
         if name not in but:
@@ -166,7 +168,7 @@ def test_every_op(check: str) -> None:
 
 
 def test_time_on_a_gpu_is_that_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the call, without what prepares it; with a clock of our own in place of CUDA's."""
+    """The harness times the call without its preparation, by events; a clock of the test's own stands in for CUDA's."""
     log: list[str] = []
 
     class Event:

@@ -1,6 +1,6 @@
-"""The distributed examples: the losses of one process, and what happens when a worker is killed.
+"""The distributed examples have the losses of one process, and resume after a worker was killed.
 
-All jobs are started by one process, which has imported what they need and forks them: this file as a program.
+One process, this file as a program, imports what the jobs need and forks all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from custom_ops.benchmarks import exchange
+from benchmarks import exchange
 
 STEPS = 8
 TASKS, PARALLEL = ("rank", "lift_splat"), ("ddp", "fsdp", "tp")
@@ -24,7 +24,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each job printed, with the error that ended it, and the checkpoints that were there then."""
+    """Return each job's output, with the error that ended it and the checkpoints at that time."""
     command = [sys.executable, __file__, str(tmp_path_factory.mktemp("checkpoints"))]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, check=False
@@ -40,7 +40,7 @@ def losses(output: str) -> dict[str, str]:
 @pytest.mark.parametrize("parallel", PARALLEL)
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes_have_the_losses_of_one(task: str, parallel: str, jobs: dict[str, str]) -> None:
-    """The example compares them itself; for the ranker's data see test_examples.py."""
+    """The example compares the losses itself. (test_examples.py has the ranker's data.)"""
     output = jobs[f"{task}, {parallel}"]
     assert output.endswith("finished\n"), output
     assert "largest gap to one process" in output
@@ -50,7 +50,7 @@ def test_two_processes_have_the_losses_of_one(task: str, parallel: str, jobs: di
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, jobs: dict[str, str]) -> None:
     died, resumed, killed = jobs[f"killed, {parallel}"], jobs[f"resumed, {parallel}"], KILLED[parallel]
-    # The launcher names the process that it saw end first: the killed one, or one that missed it.
+    # The launcher names the process that it saw end first: the killed one, or one that lost its peer.
     assert "killed\n" in died and "finished\n" not in died
     found = ["step-000003", "step-000006" if killed == "in a step" else "step-000006.partial"]
     assert died.endswith(f"checkpoints: {found}\n"), died
@@ -65,7 +65,7 @@ def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, 
 
 def test_the_example_runs_as_its_command() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    example = ["-m", "custom_ops.examples.distributed", "--task", "lift_splat", "--steps", "1"]
+    example = ["-m", "examples.distributed", "--task", "lift_splat", "--steps", "1"]
     done = subprocess.run([*launcher, *example], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "largest gap to one process" in done.stdout
@@ -73,7 +73,7 @@ def test_the_example_runs_as_its_command() -> None:
 
 def test_the_page_on_scaling_shows_the_model_of_today_and_the_grid_that_is_exchanged() -> None:
     text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
-    assert "\n".join(exchange.model_table()) in text, "python -m custom_ops.benchmarks.exchange --write docs/scaling.md"
+    assert "\n".join(exchange.model_table()) in text, "python -m benchmarks.exchange --write docs/scaling.md"
     grid = exchange.shown(4 * exchange.VOXELS * exchange.COLUMNS)
     assert f"| `voxel_sum` | points, the grid whole | 110 MB | all_reduce {grid} |" in text
     assert all(f"| `{case.op}` | {case.over} |" in text for case in exchange.CASES)
@@ -90,7 +90,7 @@ def test_a_ring_sends_all_parts_but_one() -> None:
 
 def kill(when: str) -> None:
     """Let a process of this job be killed: the second one in step 7, or the first one while it saves step 6."""
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     step, publish, steps = distributed.step, distributed.Checkpoints.publish, iter(range(1, STEPS + 1))
 
@@ -115,7 +115,7 @@ def kill(when: str) -> None:
 
 
 def worker(killed: str, *arguments: str) -> None:
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     if killed:
         kill(killed)
@@ -124,7 +124,7 @@ def worker(killed: str, *arguments: str) -> None:
 
 
 def start(name: str, killed: str, *arguments: str) -> None:
-    """A job of two processes, as torchrun starts it, but forked."""
+    """Start a job of two processes as torchrun does, but forked."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -140,7 +140,7 @@ def start(name: str, killed: str, *arguments: str) -> None:
 
 
 def main(folder: Path) -> None:
-    from custom_ops.examples import distributed
+    from examples import distributed
 
     assert distributed
     for task in TASKS:

@@ -1,4 +1,4 @@
-"""What the documentation shows is run, its links lead somewhere, and its generated parts are those of today."""
+"""The code of the documentation runs, its links have targets, and its generated parts are up to date."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from custom_ops import library
-from custom_ops.examples import autograd_tour, rank_mslr
 from custom_ops.registry import REGISTRY
 from custom_ops.verify import capabilities
+from examples import autograd_tour, rank_mslr
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -47,7 +47,8 @@ PUBLIC = {
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_of_docstrings(module, monkeypatch):
-    monkeypatch.setattr("custom_ops.triton_kernels.common.KERNELS", [])  # that of an example isn't for others to see
+    # an example's kernel must not stay in the list of kernels that other tests compile
+    monkeypatch.setattr("custom_ops.triton_kernels.common.KERNELS", [])
     assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 
@@ -56,18 +57,18 @@ def test_examples_of_docstrings(module, monkeypatch):
 )
 def test_every_public_function_and_class_has_an_example(name):
     documented = PUBLIC[name]
-    assert documented.__module__ in MODULES  # where it is run
+    assert documented.__module__ in MODULES  # the modules whose examples are run
     assert ">>> " in documented.__doc__
 
 
 BLOCK = re.compile(
     r"(?<!-->\n)```python\n(.*?)```", re.DOTALL
-)  # after a comment: a file, which test_packaging.py builds
+)  # a block after a comment is a file, which test_packaging.py builds
 
 
 def run(blocks: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page from top to bottom: those with prompts must give what is shown, the others must run."""
-    # In a module of its own, in which torch.compile looks up the names that it guards, and annotations are looked up.
+    """Run the blocks of a page in order: those with prompts must print what they show, the others must not raise."""
+    # The code runs in a module of its own, where torch.compile looks up guarded names and typing looks up annotations.
     module = types.ModuleType(re.sub(r"\W", "_", name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in blocks:
@@ -81,7 +82,7 @@ def run(blocks: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", [name for name, path in PAGES.items() if BLOCK.search(path.read_text())])
 def test_code_of_the_pages(page, monkeypatch):
-    # Both show how to define an op, and an operator's name can be taken only once.
+    # Several pages define the same example op, but an operator's name can be registered only once.
     blocks = [
         block.replace("mylib::", f"{Path(page).stem.lower()}::") for block in BLOCK.findall(PAGES[page].read_text())
     ]
@@ -163,4 +164,4 @@ def test_generated_parts_of_the_readme_are_current():
 
 def test_every_public_name_is_documented():
     for name, value in PUBLIC.items():
-        assert getattr(value, "fn", value).__doc__, name  # Triton's functions hold ours
+        assert getattr(value, "fn", value).__doc__, name  # triton.jit wraps our functions

@@ -1,7 +1,7 @@
-"""Every registered op on DTensors over 2 and 4 processes: the results of one process, and no hidden exchange.
+"""Every registered op on DTensors over 2 and 4 processes: results equal those of one process, without hidden exchange.
 
-What is spread, how the result is placed and which collectives are called is in the registry (`Sharding`); an op that
-says nothing is spread by the rows of its samples.
+The registry (`Sharding`) declares the sharded arguments, the placement of the result and the collectives; an op without
+a declaration is sharded by the rows of its samples.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import custom_ops
 from custom_ops import shards
 from custom_ops.registry import REGISTRY, OpInfo, Sample, Sharding
 
-ROWS = 5  # unevenly spread; of four processes the last has none
+ROWS = 5  # an uneven sharding; with four processes the last has no rows
 
 
 def by_rows(info: OpInfo) -> Iterator[Sharding]:
-    """The samples, made longer by repeating their rows, sharded in the first dimension of all that have it."""
+    """Yield the samples, lengthened by repeating rows and sharded in the first dimension of each tensor that has it."""
     for sample in info.samples(torch.device("cpu"), torch.float32):
         calls = {**dict(enumerate(sample.args)), **sample.kwargs}
         rows = {key: t for key, t in calls.items() if isinstance(t, Tensor) and t.dim() and len(t) == len(calls[0])}
@@ -59,7 +59,7 @@ def differentiable(results: Any) -> list[Tensor]:
 
 
 def check(info: OpInfo, sharding: Sharding, mesh: Any, declared: bool) -> dict[str, int]:
-    """Compare value and gradients with one process; returns what was exchanged."""
+    """Compare value and gradients with one process, and return the counts of collectives."""
     sample = sharding.sample
     calls = {**dict(enumerate(sample.args)), **sample.kwargs}
     whole = {k: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for k, t in calls.items()}
@@ -101,7 +101,7 @@ def check(info: OpInfo, sharding: Sharding, mesh: Any, declared: bool) -> dict[s
 
 
 def mixtures_agree() -> None:
-    """Two dimensions of the mesh, each of which spreads something else."""
+    """Check results on a 2D mesh whose dimensions shard different dimensions of the tensors."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
     x, rank = torch.randn(6, 9, 4, requires_grad=True), torch.randint(-1, 5, (6, 9))
     for placements in ([Shard(0), Shard(1)], [Shard(1), Shard(0)], [Shard(2), Replicate()], [Shard(0), Shard(0)]):
@@ -119,7 +119,9 @@ def mixtures_agree() -> None:
 
 
 def own_geometry_agrees() -> None:
-    """A csr of each process's own points, the layer, and a second derivative; nobody asks for others' points."""
+    """Check that each process can sort its own points, for the op, the layer and a second derivative, without
+    exchange.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     x, rank = torch.randn(9, 4, requires_grad=True), torch.randint(-1, 5, (9,))
     ours = distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_()
@@ -141,7 +143,7 @@ def own_geometry_agrees() -> None:
         (grad,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
         return torch.autograd.grad((grad * grad).sum(), x)[0]
 
-    ours = ours.detach().requires_grad_()  # CommDebugMode left hooks on the other
+    ours = ours.detach().requires_grad_()  # CommDebugMode left hooks on the old tensor
     of_ours = second(ours, spread_rank, shards.summed_up)
     torch.testing.assert_close(of_ours.full_tensor(), second(x, rank, lambda y: y))
 
@@ -180,7 +182,7 @@ def every_op_agrees() -> None:
                 failures.append(f"{label}: expected an error, because {info.not_sharded}")
             expected = [sharding.exchanged]
             if info.shardings is None and "reduction" in inspect.signature(info.function).parameters:
-                expected.append({"all_reduce": 1})  # how many lists a mean is over
+                expected.append({"all_reduce": 1})  # counts the lists of a mean
             if exchanged not in expected:
                 failures.append(f"{label}: exchanged {exchanged}, expected one of {expected}")
         if not shardings:
@@ -190,13 +192,13 @@ def every_op_agrees() -> None:
     own_geometry_agrees()
 
 
-# Compiled in processes of their own: where the same ops were called before, AOTAutograd has been seen to fail.
+# The compiled cases run in processes of their own, as AOTAutograd has been seen to fail after eager calls of the ops.
 GROUPS = {"2": (2, every_op_agrees), "4": (4, every_op_agrees), "2, compiled": (2, compiled_agrees)}
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
-    """What went wrong in each group of processes, by one program that forks them all."""
+    """Return the error of each group of processes; one program forks them all."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""Every public function with every kind of wrong argument: see tests/wrong_calls.py."""
+"""Every public function with every kind of wrong argument, from tests/wrong_calls.py."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_is_taken_is_what_the_reference_takes(of_one_function):
 @pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize("function", sorted({a.function for a in ANSWERS} - {"convert_activations"}))
 def test_what_comes_from_elsewhere_is_named(function):
-    """None, lists, NumPy's arrays, quantized tensors and those of 8 bits, integers beyond any float."""
+    """None, lists, NumPy arrays, quantized tensors, 8-bit floats and integers beyond any float are refused by name."""
     run, call = functions()[function][0]
     call = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in call.items()}
     unclear = []
@@ -82,7 +82,7 @@ def test_the_page_has_every_function():
 @pytest.mark.parametrize("wrong", [2**40, -(2**40), 64])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_corrupted_csr_reaches_no_foreign_memory(which, wrong, reduce):
-    """It is probed only, so that one wrong number may get through: whatever then is read must be in the tensors."""
+    """A csr is checked only in part, so one wrong number may pass. Every read then still stays within the tensors."""
     rank = torch.arange(64) // 2
     for place in range(64 if which == 0 else 33):
         csr = [t.clone() for t in custom_ops.voxel_csr(rank, 32)]
@@ -105,10 +105,13 @@ def _corrupted(saved, place, wrong):
     return spoiled
 
 
-@pytest.mark.parametrize("op", [op for op in REGISTRY if op not in ("voxel_rank", "voxel_csr")])  # without a gradient
+# these two have no gradient
+@pytest.mark.parametrize("op", [op for op in REGISTRY if op not in ("voxel_rank", "voxel_csr")])
 @pytest.mark.parametrize("wrong", [2**40, -(2**40)])
 def test_indices_corrupted_between_the_passes_reach_no_foreign_memory(op, wrong):
-    """By one whom autograd's version check doesn't see: every integer that is kept for a derivative, in turn."""
+    """Corrupting any integer saved for a derivative, where autograd's version check doesn't see it, never leads
+    outside.
+    """
     info = REGISTRY[op]
     for sample, place in product(info.samples(torch.device("cpu"), torch.float32), range(9)):
         inputs = [t for t in (*sample.args, *sample.kwargs.values()) if _has_gradient(t)]

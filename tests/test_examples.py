@@ -1,4 +1,4 @@
-"""The examples: how they get their data, and that they run on them."""
+"""The examples get their data safely and run on them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from custom_ops.examples import autograd_tour, data, demo, lift_splat, rank_mslr, report, spiking_digits
-from custom_ops.examples.agreement import Agreement
-from custom_ops.examples.data import DataError, Source
+from examples import autograd_tour, data, demo, lift_splat, rank_mslr, report, spiking_digits
+from examples.agreement import Agreement
+from examples.data import DataError, Source
 
 CONTENT = b"one two three"
 
@@ -29,7 +29,7 @@ def sha256(content: bytes) -> str:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all of the package index that pip sees, and an empty cache."""
+    """Make a folder that is the only package index pip sees, and an empty cache."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -40,7 +40,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(index: Path, monkeypatch: pytest.MonkeyPatch, backend: str, member: str = "data/words.txt") -> Source:
-    """Put an sdist on the index whose setup.py, were it run, would leave a trace beside it."""
+    """Publish an sdist on the index whose setup.py would leave a file behind if it ran."""
     files = {
         "PKG-INFO": b"Metadata-Version: 2.1\nName: some_words\nVersion: 1.0\n",
         "setup.py": f"open({str(index / 'executed')!r}, 'w').close()".encode(),
@@ -159,7 +159,7 @@ def test_importing_the_examples_touches_neither_network_nor_cache(tmp_path: Path
         import torch
         events = []
         sys.addaudithook(lambda event, _: events.append(event))
-        import custom_ops.examples.demo
+        import examples.demo
         assert not {"socket.connect", "socket.getaddrinfo", "subprocess.Popen"} & set(events)
         assert "matplotlib" not in sys.modules
     """
@@ -183,7 +183,7 @@ def test_rendered_boxes_are_where_the_cameras_project_them() -> None:
     x, y, length, width, height, heading = 8.0, 1.0, 4.0, 2.0, 1.5, 0.4
     boxes = torch.tensor([[x, y, 0, length, width, height, heading, 1, 0, 0]])
     front = lift_splat.render(boxes, intrinsics, camera_to_ego)[0]
-    rows, columns = ((front[0] > 0.5) & (front[1] == 0)).nonzero().unbind(1)  # red: the only colour of the box
+    rows, columns = ((front[0] > 0.5) & (front[1] == 0)).nonzero().unbind(1)  # red is the box's only colour
 
     corners = torch.cartesian_prod(torch.tensor([-0.5, 0.5]), torch.tensor([-0.5, 0.5]), torch.tensor([0.0, 1.0]))
     corners = corners * torch.tensor([length, width, height])
@@ -193,13 +193,13 @@ def test_rendered_boxes_are_where_the_cameras_project_them() -> None:
     pose = camera_to_ego[0]
     u, v, depth = ((corners - pose[:3, 3]) @ pose[:3, :3] @ intrinsics[0].T).unbind(1)
     for seen, projected in ((columns, u / depth), (rows, v / depth)):
-        # A corner is the tip of what is seen, and may fall between the rays.
+        # A corner is the tip of the visible box and may fall between the rays.
         assert abs(seen.min() - projected.min()) < 1.5 and abs(seen.max() - projected.max()) < 1.5
 
 
 def test_the_truth_of_a_scene_is_its_boxes() -> None:
     boxes = torch.zeros(1, 1, 10)
-    boxes[0, 0, :7] = torch.tensor([6.0, -3.0, 0.0, 4.5, 1.5, 2.0, np.pi / 2])  # lies across
+    boxes[0, 0, :7] = torch.tensor([6.0, -3.0, 0.0, 4.5, 1.5, 2.0, np.pi / 2])  # turned by 90 degrees
     x, y = lift_splat.truth(boxes)[0].nonzero().unbind(1)
     cells = lift_splat.GRID // 2 + np.array([6.0 - 0.75, 6.0 + 0.75, -3.0 - 2.25, -3.0 + 2.25]) / lift_splat.CELL
     assert [x.min(), x.max() + 1, y.min(), y.max() + 1] == cells.tolist()
@@ -212,7 +212,7 @@ def test_a_check_of_nan_fails() -> None:
 
 
 def test_the_examples_run_on_the_real_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A few steps of each; without the data this fails and says how to get them."""
+    """A few steps of each example run; without the data the test fails and says how to get them."""
     code = demo.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert code == 0, printed
@@ -277,7 +277,7 @@ def test_the_plain_lambda_loss_is_that_of_the_op_where_lists_are_padded() -> Non
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 7, dtype=torch.float64, generator=generator)
     labels = torch.randint(5, (3, 7), generator=generator)
-    labels[1] = 2  # all tied
+    labels[1] = 2  # all items are tied
     lengths = torch.tensor([7, 6, 3])
     ours, plain = (loss(scores, labels, lengths) for loss in (rank_mslr.our_loss, rank_mslr.plain_loss))
     torch.testing.assert_close(ours, plain)

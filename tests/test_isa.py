@@ -1,4 +1,4 @@
-"""CUSTOM_OPS_ISA: every instruction set that the C++ kernels are compiled for gives the same bits."""
+"""CUSTOM_OPS_ISA: the C++ kernels give the same bits on every instruction set that they are compiled for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.environment import machine
 from custom_ops import _native
 from custom_ops.__main__ import usage
-from custom_ops.benchmarks.environment import machine
 from custom_ops.registry import REGISTRY, OpInfo
 from custom_ops.verify._case import CAPABILITIES, Call, Case
 from custom_ops.verify._run import run
@@ -34,14 +34,16 @@ def isa(name: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("op", REGISTRY)
-@pytest.mark.parametrize("name", ALL[:-1])  # the last is what the battery runs on
+@pytest.mark.parametrize("name", ALL[:-1])  # the battery runs on the last one
 def test_the_numeric_rows_hold(name: str, op: str) -> None:
     with isa(name):
         run(REGISTRY[op], "cpp", True, [CAPABILITIES[row] for row in NUMERIC], {}).raise_on_failure()
 
 
 def _widened(call: Call, times: int) -> Call:
-    """The last dimension of what is differentiated in, and of what goes with it, `times` as long, of other values."""
+    """Return the call with the last dimension of its first input, and of matching tensors, `times` as long, and new
+    values.
+    """
     generator = torch.Generator().manual_seed(times)
     size = call.inputs[0].shape[-1]
     tensors = []
@@ -57,7 +59,7 @@ def _widened(call: Call, times: int) -> Call:
 
 
 def _calls(info: OpInfo, dtype: torch.dtype) -> Iterator[Call]:
-    """Its samples, and those that can be made longer, to lengths around and far beyond a vector's."""
+    """Yield the op's samples, then longer ones around and far beyond the length of a vector."""
     for sample in Case(info, torch.device("cpu"), quick=True).samples(dtype):
         call = Call(info.function, sample)
         yield call
@@ -70,12 +72,12 @@ def _calls(info: OpInfo, dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _results(call: Call) -> list[Tensor] | str:
-    """Outputs, gradients and those of the gradients; or the message of an error."""
+    """Return outputs, gradients and second gradients, or the message of an error."""
     torch.manual_seed(0)
     inputs = call.inputs
     try:
         outputs = call.with_tensors(inputs, call.input_keys).run()
-    except (RuntimeError, ValueError) as error:  # not every call can be made longer
+    except (RuntimeError, ValueError) as error:  # some calls can't be lengthened
         return str(error)
     generator = torch.Generator().manual_seed(1)
     results = list(outputs)
@@ -95,7 +97,7 @@ def _results(call: Call) -> list[Tensor] | str:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit by bit, but that a NaN is as good as another."""
+    """Return whether the tensors are equal bit by bit, where any NaN equals any other."""
     if not a.is_floating_point():
         return torch.equal(a, b)
     word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
@@ -134,7 +136,7 @@ def test_each_instruction_set_gives_the_same_bits(op: str) -> None:
 )
 @pytest.mark.parametrize("spread", [1.0, 300.0])
 def test_a_long_list_gives_the_same_bits(op: str, spread: float) -> None:
-    """Long enough to be divided, with scores whose exponentials have a common range and with others."""
+    """A list that is long enough to be divided gives the same bits, for scores of a narrow and of a wide range."""
     generator = torch.Generator().manual_seed(0)
     scores = (spread * torch.randn(1, 1501, generator=generator)).requires_grad_()
     labels = torch.randint(0, 5, (1, 1501), generator=generator).float()
@@ -186,7 +188,7 @@ def test_an_unknown_one_is_refused() -> None:
 
 
 def test_without_python_an_op_refuses() -> None:
-    """A program that loads the library by itself, as AOTInductor's do, hears of it from its first op."""
+    """A program that loads the library without Python, as AOTInductor's do, gets the error from its first op."""
     path = str(_native._PATH)
     schema = "squared_relu_forward(Tensor x) -> Tensor"
     code = (

@@ -1,4 +1,4 @@
-"""What only a GPU would show of the launches, as far as a CPU can tell: waiting for the device, compiling anew."""
+"""The launches on a GPU, as far as a CPU can tell: no call waits for the device, and new sizes compile little."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from custom_ops.benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
+from benchmarks.launches import AIMS, SIZES, resized, row, samples, trace_of
 from custom_ops.registry import REGISTRY, Sample
 from custom_ops.verify import backend
 
 PAGE = Path(__file__).parent.parent / "docs" / "launches.md"
 WAITING = {
-    "voxels_summing": {"tolist"},  # the number of voxels, its output's rows, has to be known on the host
-    "voxel_rank": {"tensor"},  # a grid given as numbers is copied from the host; given as tensors it isn't
+    "voxels_summing": {"tolist"},  # the number of voxels is the output's length, which the host must know
+    "voxel_rank": {"tensor"},  # a grid given as numbers is copied from the host; a grid given as tensors isn't
 }
 
 
 @pytest.fixture(autouse=True, scope="module")
 def triton():
-    with backend("triton"):  # opened once
+    with backend("triton"):  # opened once for all tests
         yield
 
 
 @pytest.mark.parametrize("op", REGISTRY)
 def test_no_call_waits_for_the_device(op):
-    """Nor copies from the host: so that it can be captured in a CUDA graph."""
+    """No call waits for the device or copies from the host, so that each can be captured in a CUDA graph."""
     waits = set()
     for sample in samples(REGISTRY[op]):
         for trace in trace_of(REGISTRY[op], sample):
@@ -36,7 +36,7 @@ def test_no_call_waits_for_the_device(op):
 
 @pytest.mark.parametrize("op", REGISTRY)
 def test_new_sizes_compile_nothing(op):
-    """Each kernel is compiled for one, for multiples of 16 and for all other sizes at most."""
+    """Each kernel has at most three variants: for size 1, for multiples of 16 and for all other sizes."""
     sample = next((s for s in samples(REGISTRY[op]) if s.dynamic), None)
     if sample is None:
         return
@@ -50,7 +50,7 @@ def test_new_sizes_compile_nothing(op):
 
 
 def off_alignment(value):
-    """A tensor's copy whose memory begins one element behind a multiple of 16 bytes."""
+    """Return a copy of the tensor that begins one element after a multiple of 16 bytes."""
     if not isinstance(value, torch.Tensor) or value.is_sparse:
         return value
     moved = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)
@@ -59,21 +59,21 @@ def off_alignment(value):
 
 @pytest.mark.parametrize("op", REGISTRY)
 def test_a_slice_compiles_once_more_at_most(op):
-    """As no kernel may take 16 bytes at once from where a slice begins."""
+    """An unaligned slice adds at most one variant, the one without 16-byte loads."""
     sample = samples(REGISTRY[op])[0]
     args, kwargs = tuple(map(off_alignment, sample.args)), {k: off_alignment(v) for k, v in sample.kwargs.items()}
     compiled = set()
     for given in (sample, Sample(args, kwargs, sample.dynamic)):
         for trace in trace_of(REGISTRY[op], given):
             compiled |= {launch.compiled for launch in trace.launches}
-    # The sizes are the same; where one is 1 in some launches of a kernel, Triton compiles it for those alone.
+    # The sizes are equal. Triton specialises a size of 1, so launches with one have a variant of their own.
     kernels = [(name, variant, *(s for s in seen if not s[:1] or s[0][0] != "*")) for name, variant, *seen in compiled]
     for kernel in kernels:
         assert kernels.count(kernel) <= 2, [launch for launch in compiled if launch[0] == kernel[0]]
 
 
 def test_the_page_is_current(full):
-    """Of some ops, and in `make test-full` of all."""
+    """The page's rows are up to date, for some ops, or for all of them in `make test-full`."""
     page = PAGE.read_text().splitlines()
     some = ("relu", "softmax_loss", "margin_ranking_loss", "voxels_summing")
     lines = [row(REGISTRY[op]) for op in (REGISTRY if full else some)]

@@ -1,4 +1,4 @@
-"""The layer LiftSplat: its geometry, and that the kept one is never an old one, whatever runs the layer."""
+"""The layer LiftSplat: its geometry, and that no mode of running uses an outdated one."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def lift_splat(**kwargs) -> custom_ops.LiftSplat:
 
 
 def cameras(batch: int = 2, count: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cameras that look all around, none like another."""
+    """Return cameras that look all around, each different from the others."""
     generator = torch.Generator().manual_seed(seed)
     shift = torch.rand(batch, count, 4, generator=generator)
     intrinsics = torch.tensor([[30.0, 0, 23.5], [0, 30, 15.5], [0, 0, 1]]).repeat(batch, count, 1, 1)
     intrinsics[..., 0, 0] += 5 * shift[..., 0]
     yaw = torch.arange(count) * 2 * math.pi / count + 0.3 * shift[..., 1]
     cos, sin, zero = yaw.cos(), yaw.sin(), torch.zeros_like(yaw)
-    axes = (sin, zero, cos, -cos, zero, sin, zero, zero - 1, zero)  # to the right, down, forward
+    axes = (sin, zero, cos, -cos, zero, sin, zero, zero - 1, zero)  # the axes are right, down, forward
     pose = torch.eye(4).repeat(batch, count, 1, 1)
     pose[..., :3, :3] = torch.stack(axes, -1).unflatten(-1, (3, 3))
     pose[..., 0, 3], pose[..., 2, 3] = shift[..., 2], 1.5 * shift[..., 3]
@@ -50,7 +50,7 @@ def lifted(batch: int = 2, count: int = 3, channels: int = 5, seed: int = 0) -> 
 
 
 def by_hand(depth, features, intrinsics, camera_to_ego, align_corners=False, rounding="floor"):
-    """The definition, one point after another, in double precision; and how many points were in the grid."""
+    """Compute the definition point by point in double precision; also return how many points were in the grid."""
     batch, count, bins, height, width = depth.shape
     bev = torch.zeros(batch, GRID[2], features.shape[2], *GRID[:2], dtype=torch.float64)
     inside = 0
@@ -132,9 +132,9 @@ def test_the_geometry_is_kept_until_a_camera_changes():
 
     agrees(1)
     agrees(1)
-    intrinsics, pose = intrinsics.clone(), pose.clone()  # other tensors of the same values
+    intrinsics, pose = intrinsics.clone(), pose.clone()  # new tensors with the same values
     agrees(1)
-    intrinsics[0, 0, 0, 0] += 1  # the same tensor of another value
+    intrinsics[0, 0, 0, 0] += 1  # the same tensor with a new value
     agrees(2)
     pose[1, 2, 0, 3] += 1
     agrees(3)
@@ -182,7 +182,7 @@ def test_the_geometry_is_no_state():
 
 
 def test_precision_moves_no_point():
-    """Neither the module's dtype nor autocast's: only the values are rounded."""
+    """Neither the module's dtype nor autocast's moves a point to another voxel; only the values are rounded."""
     layer = lift_splat()
     layer.set_geometry(*cameras())
     expected = layer(*lifted())
@@ -314,7 +314,7 @@ def test_singular_intrinsics():
 
 
 def worker() -> None:
-    """Each process has cameras of its own, others on each step; the gradients are those of one process."""
+    """Check that processes with cameras of their own, new ones in most steps, get the gradients of one process."""
     rank = dist.get_rank()
 
     class Net(torch.nn.Module):
@@ -322,7 +322,7 @@ def worker() -> None:
             super().__init__()
             self.encoder = torch.nn.Conv2d(3, len(DEPTHS) + 4, 1)
             self.lift_splat = lift_splat()
-            self.norm = torch.nn.BatchNorm2d(8)  # has buffers, which are broadcast
+            self.norm = torch.nn.BatchNorm2d(8)  # its buffers are broadcast
 
         def forward(self, images, intrinsics, pose):
             x = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -334,7 +334,7 @@ def worker() -> None:
     for step in range(3):
         parts = []
         for process in range(2):
-            seed = 10 * process + min(step, 1)  # the last step's cameras are those of the one before
+            seed = 10 * process + min(step, 1)  # the last step repeats the cameras of the one before
             images = torch.randn(2, 3, 3, *FEATURES, generator=torch.Generator().manual_seed(seed + 100 * step))
             parts.append((images, *cameras(seed=seed)))
         parallel.zero_grad()

@@ -1,4 +1,4 @@
-"""The matrix of machines: what its rows are, and that a row which fails is told."""
+"""Tests of the matrix of machines: which rows it has, and that a failing row is reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_each_row_changes_one_thing() -> None:
         assert len(row.environment) + ("--seed" in row.arguments) + (row.python == "/some/python") <= 1
     factors = {name for row in found for name in row.environment}
     assert {"ONEDNN_MAX_CPU_ISA", "CUSTOM_OPS_ISA", "OMP_NUM_THREADS"} <= factors
-    for row in found:  # what isn't compiled is left out where Inductor's own code doesn't compile, only there
+    for row in found:  # only the level for which Inductor's code doesn't compile runs without compilation
         assert ("--eager" in row.arguments) == (row.environment.get("ATEN_CPU_CAPABILITY") == "default")
 
 
@@ -40,5 +40,5 @@ def test_a_row_that_fails_fails_the_command(tmp_path: Path, capsys: pytest.Captu
     assert results[f"--python {right}"]["holds"] and not results[f"--python {wrong}"]["holds"]
     assert (results[f"--python {wrong}"]["demo"], results[f"--python {wrong}"]["verify"]) == (0, 1)
     (output,) = (tmp_path / "out").glob("*right/output.txt")
-    assert output.read_text().startswith("-m custom_ops demo --quick --out")
+    assert output.read_text().startswith("-m examples.demo --quick --out")
     assert "-m custom_ops verify --quick --only value gradient" in output.read_text()

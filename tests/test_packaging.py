@@ -20,7 +20,6 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("triton_kernels", "benchmarks", "examples")
 NOT_SOURCE = shutil.ignore_patterns(
     *(".*cache", ".git", ".hypothesis", ".venv", "*.egg-info", "*.so", "__pycache__", "build", "dist", "out")
 )
@@ -30,9 +29,8 @@ import sys, torch, custom_ops, importlib.util as u
 x = torch.tensor([-1.0, 2.0], requires_grad=True)
 custom_ops.relu(x).sum().backward()
 assert x.grad.tolist() == [0.0, 1.0]
-for folder in {folders}:
-    spec = u.find_spec("custom_ops." + folder)
-    print(spec.origin if spec else folder + " is missing")
+spec = u.find_spec("custom_ops.triton_kernels")
+print(spec.origin if spec else "the Triton kernels are missing")
 assert "triton" not in sys.modules
 print(custom_ops.__file__)
 """
@@ -130,7 +128,7 @@ def wheel(sdist: Path, full: bool) -> Path:
 
 
 def test_sdist_holds_the_sources(sdist: Path) -> None:
-    for folder in ("csrc", "custom_ops", "tests", *FOLDERS):
+    for folder in ("csrc", "custom_ops", "triton_kernels", "benchmarks", "examples", "tests"):
         copy = sdist.parent / "copy" / folder
         expected = {p.relative_to(copy) for p in copy.rglob("*") if p.is_file()}
         assert expected <= {p.relative_to(sdist / folder) for p in (sdist / folder).rglob("*")}, folder
@@ -144,11 +142,31 @@ def test_wheel_is_for_every_python(wheel: Path) -> None:
         names = set(archive.namelist())
     assert {"custom_ops/_C.abi3.so", "custom_ops/py.typed"} <= names
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"custom_ops"}
+    assert not {n.split("/")[1] for n in names} & {"benchmarks", "examples", "tests", "docs"}
 
 
 def test_wheel_passes_abi3audit(wheel: Path) -> None:
     report = succeed(sys.executable, "-m", "abi3audit", "--strict", "--verbose", wheel, cwd=wheel.parent)
     assert "1 extensions scanned; 0 ABI version mismatches and 0 ABI violations found" in " ".join(report.split())
+
+
+def test_library_loads_wherever_torch_does(wheel: Path) -> None:
+    """It needs no newer glibc or libstdc++ than manylinux_2_28 has, and others see only what Python calls."""
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+    with zipfile.ZipFile(wheel) as archive, archive.open("custom_ops/_C.abi3.so") as file:
+        elf = ELFFile(file)
+        needs = [aux.name for _, each in elf.get_section_by_name(".gnu.version_r").iter_versions() for aux in each]
+        exported = {s.name for s in elf.get_section_by_name(".dynsym").iter_symbols() if s["st_shndx"] != "SHN_UNDEF"}
+    assert needs
+    for name in needs:
+        library, _, version = name.partition("_")
+        assert tuple(map(int, version.split("."))) <= newest[library], name
+    assert exported == {"custom_ops_signature", "custom_ops_choose_isa", "custom_ops_isa", "custom_ops_isas"}
+
+
+def test_version_is_that_of_the_wheel(wheel: Path) -> None:
+    done = succeed(sys.executable, "-c", "import custom_ops; print(custom_ops.__version__)", cwd=ROOT)
+    assert wheel.name.split("-")[1] == done.split()[-1]
 
 
 def test_library_imports_only_the_stable_abi(wheel: Path) -> None:
@@ -168,7 +186,7 @@ def test_library_imports_only_the_stable_abi(wheel: Path) -> None:
 def test_wheel_works_with_only_torch(wheel: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv", "torch")
     pip_install(python, wheel)
-    lines = succeed(python, "-W", "ignore", "-c", USE.format(folders=FOLDERS), cwd=tmp_path).splitlines()
+    lines = succeed(python, "-W", "ignore", "-c", USE, cwd=tmp_path).splitlines()
     assert all(Path(line).is_relative_to(tmp_path / "venv") for line in lines), lines
 
 
@@ -176,8 +194,8 @@ def test_editable_install_works_from_anywhere(wheel: Path, sdist: Path, tmp_path
     python = environment(tmp_path / "venv", "torch", "setuptools", "ninja")
     pip_install(python, "-e", sdist)  # compiled already, for `wheel`
     for cwd in (tmp_path, sdist):
-        lines = succeed(python, "-W", "ignore", "-c", USE.format(folders=FOLDERS), cwd=cwd).splitlines()
-        assert [Path(line) for line in lines] == [sdist / f / "__init__.py" for f in (*FOLDERS, "custom_ops")]
+        lines = succeed(python, "-W", "ignore", "-c", USE, cwd=cwd).splitlines()
+        assert [Path(line) for line in lines] == [sdist / f / "__init__.py" for f in ("triton_kernels", "custom_ops")]
 
 
 # ---------------------------------------------------------------- what a broken set-up is told
@@ -273,13 +291,13 @@ def test_the_example_of_contributing_is_an_op(wheel: Path, sdist: Path) -> None:
     """It is added to the sources that `wheel` was built from, built and verified. The last test: it leaves them so."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
     files = re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", page, re.DOTALL)
-    assert [Path(name).suffix for name, _ in files] == [".cpp", ".py", ".py"]
+    assert [Path(name).suffix for name, _ in files] == [".cpp", ".py", ".py", ".py"]
     assert sum(bool(line.strip()) for _, source in files for line in source.splitlines()) < 60
     for name, source in files:
         assert not (ROOT / name).exists(), "the example shows an op that the package has"
         (sdist / name).write_text(source)
     with (sdist / "custom_ops" / "activation" / "__init__.py").open("a") as family:
-        family.write("\nfrom custom_ops.activation import sine  # noqa: E402\n")
+        family.write('\nfrom custom_ops.activation.sine import sine\n\n__all__ += ["sine"]\n')
     succeed(sys.executable, "setup.py", "-q", "build", "--build-lib", "installed", cwd=sdist)
     verify = (
         "-m",

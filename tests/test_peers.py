@@ -1,17 +1,17 @@
-"""The peers that the voxel ops are timed beside compute the same thing."""
+"""The peers of the voxel ops compute the same sums as ours."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from custom_ops.benchmarks import interval_peers, peers
+from benchmarks import interval_peers, peers
 
 VOXELS, COLUMNS = 7, 3
 
 
 def dense_sums(x: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-    """[..., N, C] -> [..., V, C] by a matrix of which point is in which voxel."""
+    """Return [..., V, C] from [..., N, C] by multiplying with a matrix of which point is in which voxel."""
     return (rank[..., None, :] == torch.arange(VOXELS)[:, None]).to(x.dtype) @ x
 
 
@@ -28,7 +28,7 @@ def test_segment_sum(peer):
     rank = torch.tensor([0, 0, 1, 3, 3, 3, 6])
     indptr = torch.searchsorted(rank, torch.arange(VOXELS + 1))
     x = torch.randn(len(rank), COLUMNS, dtype=torch.float64, requires_grad=True)
-    for _ in range(2):  # with what the first call has kept
+    for _ in range(2):  # the second call uses what the first has cached
         agree(getattr(peers, f"{peer}_segment_sum")(x, indptr), dense_sums(x, rank), [x])
 
 
@@ -45,7 +45,7 @@ def test_voxel_sum(peer, batch):
     sums = getattr(interval_peers if peer.startswith("interval") else peers, peer)
     for _ in range(2):
         agree(sums(x, rank, VOXELS), dense_sums(x, rank), [x])
-    more = sums(x, rank.clamp(max=3), VOXELS + 2)  # empty voxels at the end, another grid
+    more = sums(x, rank.clamp(max=3), VOXELS + 2)  # another grid, with empty voxels at the end
     assert more.shape == (*batch, VOXELS + 2, COLUMNS) and not more[..., 4:, :].any()
 
 

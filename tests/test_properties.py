@@ -1,4 +1,4 @@
-"""Property tests of every op, the same ones each time; `make fuzz` makes others. See tests/fuzz.py."""
+"""Property tests of every op, with the same calls each time; `make fuzz` makes new ones (tests/fuzz.py)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def test_equals_the_reference_on_random_calls(op, full):
 
 @pytest.mark.parametrize("op", ["voxel_sum", "bev_pool"])
 def test_random_geometries_are_taken_or_refused(op):
-    """A csr of the call's ranks, made of another number type; of ranks that differ in some points; and one shuffled."""
+    """A csr of the call's ranks is accepted in any integer type, and one of other ranks or in another order is
+    refused.
+    """
     for number in range(100):
         draw = random.Random(number)
         sample = random_sample(REGISTRY[op], draw.choice)
@@ -58,7 +60,7 @@ def test_kinds_of_values_not_tried_are_kinds_of_values():
 
 
 def _wrong(x, inplace=False):
-    """Wrong at zeros only."""
+    """Return relu, but 1 at zeros."""
     return torch.where(x == 0, 1, x.clamp_min(0)).to(x.dtype)
 
 
@@ -72,19 +74,20 @@ def test_a_failure_prints_a_script_that_repeats_it(monkeypatch, capsys, tmp_path
     path = tmp_path / "repeat.py"
     path.write_text(program)
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr  # the op itself is right,
+    assert done.returncode == 0, done.stderr  # the op itself is right
     monkeypatch.setitem(registry.REGISTRY, "relu", broken)
-    with pytest.raises(AssertionError, match="output 0 of relu"):  # and the planted fault is found again
+    with pytest.raises(AssertionError, match="output 0 of relu"):  # the planted fault is found again
         exec(program, {})
     times = itertools.count()
-    monkeypatch.setattr("fuzz.time.monotonic", lambda: next(times))  # looked at a hundred times, whatever that takes
+    # a hundred readings of the clock, whatever time they take
+    monkeypatch.setattr("fuzz.time.monotonic", lambda: next(times))
     assert main(["--op", "relu", "--seconds", "100"]) == 1
     assert "check(REGISTRY['relu']" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("op", ["relu", "segment_sum", "pairwise_hinge_loss"])
 def test_a_script_makes_the_same_call(op, monkeypatch):
-    """Values, strides and dtypes of every tensor."""
+    """A printed script has the values, strides and dtypes of every tensor."""
     calls = []
     monkeypatch.setattr("custom_ops.verify.check", lambda info, sample: calls.append(sample))
     for number in range(20):

@@ -1,4 +1,6 @@
-"""Values worked out by hand from the formulas, and other libraries' losses wherever those are right."""
+"""The list losses equal values worked out by hand from the formulas, and other libraries' losses where those are
+right.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,18 @@ LIST_LOSSES = [name for name, info in REGISTRY.items() if "labels" in inspect.si
 
 # ---------------------------------------------------------------- by hand
 
-# e^s is 1, 2, 4: item 0 is the best and ranked last. Its pairs are (0, 1), (0, 2) and (2, 1).
+# The numbers e^s are 1, 2, 4, so item 0 is the best and ranked last. Its pairs are (0, 1), (0, 2) and (2, 1).
 SCORES, LABELS = [0.0, log(2), log(4)], [2, 0, 1]
-DISCOUNT = [1.0, 1 / log2(3), 1 / 2]  # at ranks 1, 2, 3
-IDEAL = 3 * DISCOUNT[0] + 1 * DISCOUNT[1]  # gains 3 and 1
-PHI = [log2(1 + 2), log2(1 + 4), log2(1 + 1 / 2)]  # of the pairs
-STEP = [2 / 3, 4 / 5, 1 / 3]  # minus the slopes of ln 2 times PHI, and e^-d / (1 + e^-d)
+DISCOUNT = [1.0, 1 / log2(3), 1 / 2]  # of ranks 1, 2, 3
+IDEAL = 3 * DISCOUNT[0] + 1 * DISCOUNT[1]  # the gains are 3 and 1
+PHI = [log2(1 + 2), log2(1 + 4), log2(1 + 1 / 2)]  # the pairs' losses
+STEP = [2 / 3, 4 / 5, 1 / 3]  # the negative slopes of ln 2 times PHI, e^-d / (1 + e^-d)
 Z = exp(2) + 1 + E
-RANKS = [1 + 2 / 3 + 4 / 5, 1 + 1 / 3 + 2 / 3, 1 + 1 / 5 + 1 / 3]  # smooth, at temperature 1
+RANKS = [1 + 2 / 3 + 4 / 5, 1 + 1 / 3 + 2 / 3, 1 + 1 / 5 + 1 / 3]  # the smooth ranks at temperature 1
 
 
 def weighted(*weights: float) -> tuple[float, list[float]]:
-    """The loss and the gradient of the pairs' logistic losses to base 2."""
+    """Return the weighted sum of the pairs' logistic losses to base 2, and its gradient."""
     a, b, c = (w * step / log(2) for w, step in zip(weights, STEP))
     return sum(w * phi for w, phi in zip(weights, PHI)), [-a - b, a + c, b - c]
 
@@ -36,7 +38,7 @@ GAINS = [3 / IDEAL, 2 / IDEAL, 1 / IDEAL]  # differences of gains
 LAMBDARANK = [g * (DISCOUNT[a] - DISCOUNT[b]) for g, a, b in zip(GAINS, (1, 0, 0), (2, 2, 1))]
 NDCG2 = [g * (DISCOUNT[a - 1] - DISCOUNT[a]) for g, a in zip(GAINS, (1, 2, 1))]
 
-# name, options, the loss, and its gradient if that was worked out too
+# Each row has the name, the options, the loss, and the gradient where it was worked out.
 BY_HAND = [
     ("pairwise_logistic_loss", {}, log(3 * 5 * 1.5), [-22 / 15, 1, 7 / 15]),
     ("pairwise_logistic_loss", {"normalize": True}, log(22.5) / 3, [-22 / 45, 1 / 3, 7 / 45]),
@@ -59,7 +61,7 @@ BY_HAND = [
     ("lambda_loss", {"weighting": "ranknet"}, *weighted(1, 1, 1)),
     ("lambda_loss", {"weighting": "label_diff"}, *weighted(2, 1, 1)),
     ("lambda_loss", {"weighting": "lambdarank"}, *weighted(*LAMBDARANK)),
-    (  # all pairs, of weights 3/2, 0 and 1 over the ideal, and each item with itself
+    (  # over all pairs, with weights 3/2, 0 and 1 over the ideal, and each item with itself
         "lambda_loss",
         {"weighting": "ndcg1"},
         (3 / 2 * (log2(3) + log2(5) + 1) + log2(5 / 4) + log2(3 / 2) + 1) / IDEAL,
@@ -81,9 +83,9 @@ BY_HAND = [
     ("approx_ndcg_loss", {"temperature": 1.0}, 1 - (3 / log2(1 + RANKS[0]) + 1 / log2(1 + RANKS[2])) / IDEAL, None),
     ("approx_mrr_loss", {"temperature": 1.0}, 1 - (2 / RANKS[0] + 1 / RANKS[2]) / 3, None),
     ("smooth_ap_loss", {"temperature": 1.0}, 1 - (1.8 / RANKS[0] + 1.2 / RANKS[2]) / 2, None),
-    # NeuralSort's rows, of logits (n + 1 - 2i) s - B, are (1, 8, 16) / 25, (1, 2, 1) / 4 and (16, 8, 1) / 25.
+    # NeuralSort's rows, the softmax of (n + 1 - 2i) s - B, are (1, 8, 16) / 25, (1, 2, 1) / 4 and (16, 8, 1) / 25.
     ("neural_sort_ndcg_loss", {}, 1 - (19 / 25 + DISCOUNT[1] + 49 / 25 / 2) / IDEAL, None),
-    # Scores at least the strength apart have hard ranks: 1, 2, 3, where the labels' are 3, 1, 2.
+    # Scores that differ by at least the strength have hard ranks. They are 1, 2, 3, and those of the labels 3, 1, 2.
     ("spearman_loss", {"regularization_strength": 0.5}, 1.5, [0, 0, 0]),
 ]  # fmt: skip
 
@@ -112,7 +114,7 @@ def test_every_list_loss_has_a_value_worked_out_by_hand():
 @pytest.fixture
 def allrank():
     pytest.importorskip("allrank", reason="allRank isn't here: python tests/peers.py")
-    from custom_ops.benchmarks import allrank_peers
+    from benchmarks import allrank_peers
 
     return allrank_peers.losses
 
@@ -137,7 +139,7 @@ def draw(*shape, distinct=False):
 
 
 def agree(scores, ours, theirs, tolerance=1e-6):
-    """In value and gradient; theirs are in float32 in part."""
+    """Compare value and gradient; the other library computes partly in float32."""
     theirs = theirs.double()
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     weight = torch.randn_like(ours)
@@ -151,7 +153,7 @@ ALLRANK_SCHEMES = {
     "lambdaRank_scheme": "lambdarank",
     "ndcgLoss2_scheme": "ndcg2",
     "ndcgLoss2PP_scheme": "ndcg2pp",
-}  # ndcgLoss1_scheme also sums over the pairs that are in order, and each item with itself
+}  # ndcgLoss1_scheme isn't here, as it also sums over the pairs in order and each item with itself
 
 
 @pytest.mark.parametrize("scheme", ALLRANK_SCHEMES)
@@ -173,7 +175,7 @@ def test_lambda_loss_of_padded_lists_is_allranks(allrank):
 
 
 def test_ranknet_is_allranks(allrank):
-    """Its mean is over the pairs of all lists, so that one list is compared."""
+    """allRank's mean is over the pairs of all lists, so this compares one list."""
     scores, labels = draw(1, 12)
     agree(scores, custom_ops.pairwise_logistic_loss(scores, labels, normalize=True), allrank.rankNet(scores, labels))
     ours = custom_ops.lambda_loss(scores, labels, weighting="label_diff", log_base=E, normalize=True)
@@ -183,18 +185,18 @@ def test_ranknet_is_allranks(allrank):
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
 def test_approx_ndcg_is_allranks(allrank, alpha):
     scores, labels = draw(6, 20)
-    theirs = 1 + allrank.approxNDCGLoss(scores, labels, alpha=alpha)  # which is -NDCG
+    theirs = 1 + allrank.approxNDCGLoss(scores, labels, alpha=alpha)  # allRank returns -NDCG
     agree(scores, custom_ops.approx_ndcg_loss(scores, labels, temperature=1 / alpha), theirs)
 
 
 def test_list_net_and_list_mle_are_allranks(allrank):
-    scores, labels = draw(6, 20, distinct=True)  # ListMLE shuffles tied items
+    scores, labels = draw(6, 20, distinct=True)  # allRank's ListMLE shuffles tied items
     agree(scores, custom_ops.list_mle_loss(scores, labels), allrank.listMLE(scores, labels))
     agree(scores, custom_ops.list_net_loss(scores, labels), allrank.listNet(scores, labels))
 
 
 def test_allranks_own_faults(allrank):
-    """The values that ours are tested to be free of, so that a mended release shows."""
+    """allRank still has the faults that ours are tested to be free of; a fixed release fails here."""
     scores = torch.tensor([[0.0, 30.0]], requires_grad=True)
     allrank.lambdaLoss(scores, torch.tensor([[1.0, 0.0]]), weighing_scheme="rankNet_scheme").backward()
     assert not scores.grad.any()
@@ -215,7 +217,8 @@ def test_pairwise_losses_are_pytorchltrs(pytorchltr):
     agree(scores, custom_ops.pairwise_hinge_loss(scores, labels, **options), hinge)
     logistic = pytorchltr.PairwiseLogisticLoss(sigma=1.5)(scores, labels, LTR_LENGTHS) * log(2)
     agree(scores, custom_ops.pairwise_logistic_loss(scores, labels, sigma=1.5, **options), logistic)
-    # Its LambdaNDCGLoss2 takes the discounts of the next distance, its LambdaNDCGLoss1 all pairs.
+    # pytorchltr's LambdaNDCGLoss2 takes the discounts of the next distance and its LambdaNDCGLoss1 all pairs, so
+    # neither is compared.
     by_label = pytorchltr.LambdaARPLoss2(sigma=1.5)(scores, labels, LTR_LENGTHS)
     agree(scores, custom_ops.lambda_loss(scores, labels, weighting="label_diff", sigma=1.5, **options), by_label)
 

@@ -1,4 +1,4 @@
-"""LambdaLoss: each weight against the dense formula, and what belongs to gains and ranks."""
+"""LambdaLoss: each weighting equals the dense formula, and the options of gains and ranks work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from custom_ops.ranking.lambdas import WEIGHTINGS
 
 
 def dense(s, y, weighting, k=None, topk_mode="or", mu=10.0):
-    """Written from the formulas, pair by pair."""
+    """Compute the loss pair by pair from the formulas."""
     n = len(s)
     rank = {i: r + 1 for r, i in enumerate(sorted(range(n), key=lambda i: (-s[i].item(), i)))}
     k = n if k is None else k
@@ -62,7 +62,7 @@ def test_weights_are_those_of_the_formulas(weighting, k, topk_mode, scale):
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_long_lists_in_float32(weighting):
-    """Several tiles of rows and columns."""
+    """A list that spans several tiles of rows and columns is accurate."""
     scores, labels = draw(1500, dtype=torch.float32)
     for k in (None, 70):
         loss, gradient = value_and_gradient(lambda_loss, scores, labels, weighting=weighting, k=k)

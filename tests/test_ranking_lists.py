@@ -1,6 +1,6 @@
-"""What all list losses promise at the edges, on the C++ and the Triton kernels.
+"""Properties of all list losses at the edges of their domains, on the C++ and the Triton kernels.
 
-A new loss is tested by being registered; where one differs by its definition, the test says so.
+A new loss is tested as soon as it is registered. Where a loss differs by definition, the test says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ OPTIONS = {
 CASES = [(name, own) for name in FUNCTIONS for own in OPTIONS.get(name, [{}])]
 NAN, INF = math.nan, math.inf
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+# NumPy warns while it interprets a kernel
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 each_loss = pytest.mark.parametrize(
     ("name", "own"), CASES, ids=[" ".join([name, *map(str, own.values())]) for name, own in CASES]
 )
@@ -51,7 +52,7 @@ on_both = pytest.mark.usefixtures("both")
 
 
 def loss_and_slope(name, scores, labels, **options):
-    """Of all lists, whose losses are summed for the slope."""
+    """Return the losses of all lists, and the slope of their sum."""
     scores = scores.detach().clone().requires_grad_()
     loss = FUNCTIONS[name](scores, labels, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
@@ -64,14 +65,14 @@ def draw(*shape, dtype=torch.float64):
 
 
 def in_double(name, scores, labels, **options):
-    """By the reference."""
+    """Return the reference's results in float64."""
     scores = scores.detach().double().requires_grad_()
     loss = REGISTRY[name].reference(scores, labels.double(), **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
 
 
 def close(ours, exact):
-    """Up to the rounding of float32, or of a float16 result."""
+    """Compare up to the rounding of float32, or of a float16 result."""
     rounding = 2e-3 if ours.dtype == torch.float16 else 1e-5
     largest = max([1.0, *exact.abs().flatten().tolist()])
     torch.testing.assert_close(ours.double(), exact, rtol=rounding, atol=1e-6 * largest)
@@ -82,7 +83,7 @@ def close(ours, exact):
 def test_padded_jagged_and_nested_lists_give_the_same(name, own):
     lengths = torch.tensor([6, 0, 4, 1, 2, 5])
     scores, labels = draw(6, 6)
-    labels[:, :2] = 5 * (scores[:, :2] == scores[:, :2].amin(1, True))  # each list of two items has a loss
+    labels[:, :2] = 5 * (scores[:, :2] == scores[:, :2].amin(1, True))  # every list has a pair to learn from
     inside = torch.arange(6) < lengths[:, None]
     loss, slope = loss_and_slope(name, scores, labels, lengths=lengths, reduction="none", **own)
     assert loss[lengths > 1].all() and not slope[~inside].any()
@@ -151,18 +152,18 @@ def test_a_list_with_nothing_to_rank_is_zero_and_connected(name, own, reduction)
         (scores, labels, {"mask": torch.zeros(2, 3, dtype=torch.bool)}),
         (scores.fill_(NAN), labels, {"lengths": torch.tensor([0, 0])}),
     ]
-    if name != "pairwise_mse_loss":  # for which tied labels say that the scores should be equal
-        tied = (0, -1) if own.get("weighting") == "ndcg1" else (0, 2, -1)  # all ordered pairs count there
+    if name != "pairwise_mse_loss":  # tied labels ask for equal scores in this loss
+        tied = (0, -1) if own.get("weighting") == "ndcg1" else (0, 2, -1)  # "ndcg1" counts all ordered pairs
         nothing += [(draw(2, 3)[0], torch.full((2, 3), label), {}) for label in tied]
     for scores, labels, options in nothing:
         loss, slope = loss_and_slope(name, scores, labels, **options, **own)
-        assert not loss.any() and not slope.any()  # NaN is true
+        assert not loss.any() and not slope.any()  # any() is true for NaN
 
 
 @on_both
 @each_loss
 def test_without_a_gain_nothing_is_lost(name, own):
-    """The ideal DCG is 0, or there is no relevant item: losses of gains are 0, all others as ever."""
+    """With an ideal DCG of 0, or without a relevant item, losses of gains are 0 and all others are as usual."""
     gained = name in ("unique_softmax_loss", "approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")
     gained |= name == "neural_sort_ndcg_loss"
     gained |= name == "lambda_loss" and own.get("weighting") not in ("ranknet", "label_diff")
@@ -179,7 +180,7 @@ def test_tied_scores_have_their_gradient(name, own):
     labels = torch.tensor([2, 0, 1, 0, 2, 1])
     loss, slope = loss_and_slope(name, torch.zeros(6), labels, **own)
     assert loss > 0 and slope.isfinite().all()
-    if name == "spearman_loss":  # of which tied scores are a stationary point
+    if name == "spearman_loss":  # tied scores are a stationary point of this loss
         assert loss == 1 and not slope.any()
     else:
         assert slope[0] < 0 < slope[1]
@@ -191,14 +192,14 @@ def test_a_pair_misordered_by_thirty_is_pushed_apart(name, own):
     loss, slope = loss_and_slope(name, torch.tensor([0.0, 30.0]), torch.tensor([1, 0]), **own)
     assert loss > 0 and slope.isfinite().all()
     if name == "spearman_loss":
-        assert loss == 2 and not slope.any()  # hard ranks, beyond the strength of the regularisation
+        assert loss == 2 and not slope.any()  # the ranks are hard at this distance
         return
-    if name == "neural_sort_ndcg_loss":  # whose rows may round to permutations
+    if name == "neural_sort_ndcg_loss":  # its rows may round to permutations
         assert slope[0] <= 1e-12 and slope[1] >= -1e-12
         return
     assert slope[0] < 0 < slope[1]
     bounded = ("pairwise_soft_zero_one_loss", "approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")
-    if name not in bounded:  # those saturate by definition
+    if name not in bounded:  # the bounded losses saturate by definition
         assert slope[0] < -0.2
 
 
@@ -209,7 +210,7 @@ def test_scores_far_apart(name, own, dtype):
     far = 1e4 if dtype == torch.float32 else 1e3
     scores, labels = torch.tensor([-far, far, 0, 1], dtype=dtype), torch.tensor([3, 0, 2, 1])
     loss, slope = loss_and_slope(name, scores, labels, **own)
-    if name == "pairwise_exponential_loss":  # overflows by definition
+    if name == "pairwise_exponential_loss":  # this loss overflows by definition
         assert loss == INF
         return
     expected, of_scores = in_double(name, scores, labels, **own)
@@ -265,7 +266,7 @@ def test_16_bits_are_computed_in_32_and_rounded_once(name, own, dtype):
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "spearman_loss"])
 def test_no_derivative_in_the_labels_is_left_out_in_silence(name):
-    """Spearman's loss sees their ranks only, whose derivative is 0."""
+    """A derivative in the labels raises, except for Spearman's loss, which sees only their ranks (derivative 0)."""
     scores, labels = draw(4)
     labels, loss = labels.double(), FUNCTIONS[name]
     calls = [
@@ -292,7 +293,7 @@ def test_labels_of_any_real_dtype(name, own):
 @on_both
 @each_loss
 def test_labels_of_forty_and_two_thousand(name, own):
-    """2^40 is beyond float16, 2^2000 beyond float64: gains are relative to the largest."""
+    """Gains are relative to the largest: 2^40 would overflow float16, and 2^2000 float64."""
     labels = torch.tensor([40, 39, 0, 40])
     for dtype in (torch.float16, torch.float32):
         scores = torch.tensor([0.5, 1.0, -1.0, 0.25], dtype=dtype)

@@ -1,4 +1,4 @@
-"""What the listwise and smooth-rank losses promise beyond the other list losses."""
+"""Properties of the listwise and smooth-rank losses that other list losses don't have."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def lists(*shape, dtype=torch.float64, spread=1.0):
 @losses
 @pytest.mark.parametrize(("n", "spread"), [(300, 1.0), (70, 40.0), (601, 3.0)])
 def test_value_gradient_and_hessian_vector_product(name, own, n, spread):
-    """Across the tiles of the kernels, and where exponentials of score differences overflow."""
+    """Results equal the formula's across tiles of the kernels, and where exponentials of score differences overflow."""
     scores, labels = lists(2, n, spread=spread)
     v = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
@@ -71,13 +71,13 @@ def test_float32_is_the_rounding_of_float64(name, own):
 
 
 def test_list_mle_of_a_dominant_item():
-    """allRank gives 52.95."""
+    """allRank gives 52.95 here."""
     loss = custom_ops.list_mle_loss(torch.tensor([50.0, 0, 1]), torch.tensor([2, 1, 0]))
     torch.testing.assert_close(loss, torch.tensor(math.log1p(math.e)))
 
 
 def test_list_net_of_a_confident_mistake():
-    """allRank clamps probabilities, and gives 21.9."""
+    """allRank clamps probabilities and gives 21.9 here."""
     scores, labels = torch.tensor([0.0, 40.0, 0.0]), torch.tensor([3.0, 0.0, 0.0])
     expected = -(labels.softmax(0) * scores.double().log_softmax(0)).sum()
     torch.testing.assert_close(custom_ops.list_net_loss(scores, labels), expected.float())

@@ -1,4 +1,4 @@
-"""What the ranking losses promise beyond the battery: exactly torch's, without temporaries."""
+"""Properties of the margin ranking loss beyond the battery: it equals torch's exactly, without temporaries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_gradient_passes_exactly_at_the_kink(margin):
 
 
 def test_rounds_as_torch_does_beside_the_kink():
-    """A fused multiply-add would round once less and move the kink for some of these."""
+    """A fused multiply-add would round once instead of twice and move the kink for some of these."""
     torch.manual_seed(0)
     input1, target = torch.randn(200_000), torch.randn(200_000)
     input2 = input1 - 0.3 / target
@@ -99,4 +99,4 @@ custom_ops.margin_ranking_loss(*tensors, 0.5).backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * n))
 """
     tensors_worth = float(subprocess.check_output([sys.executable, "-c", code], text=True))
-    assert tensors_worth < 2.3  # torch's own takes more than 5
+    assert tensors_worth < 2.3  # torch's own loss takes more than 5

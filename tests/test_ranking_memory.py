@@ -1,4 +1,4 @@
-"""Nothing of size n^2: what the list losses allocate, and lists of 100,000 documents."""
+"""The list losses allocate nothing of size n^2, even for lists of 100,000 documents."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from test_ranking_lists import FUNCTIONS
 
 import custom_ops
-from custom_ops.benchmarks.memory import peak_bytes
+from benchmarks.memory import peak_bytes
 from custom_ops.verify._backends import backend
 
 CPU = torch.device("cpu")
-FEW_RELEVANT = ("approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")  # whose time is that of their rows
+# their time grows with the relevant items' rows
+FEW_RELEVANT = ("approx_ndcg_loss", "approx_mrr_loss", "smooth_ap_loss")
 OPTIONS = {**{name: {"temperature": 1.0} for name in FEW_RELEVANT}, "cosent_loss": {"scale": 1.0}}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+# NumPy warns while it interprets a kernel
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 each_loss = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -39,7 +41,7 @@ def lists(*shape):
 
 
 def peak(name, *shape):
-    """Of forward, backward and second derivative."""
+    """Return the peak memory of forward, backward and second derivative."""
     scores, labels = lists(*shape)
     function, own = {**FUNCTIONS, **OTHERS}[name], OPTIONS.get(name, {})
 
@@ -52,12 +54,12 @@ def peak(name, *shape):
 
 @each_of_all
 def test_four_lists_of_4096_take_a_mebibyte_at_most(name):
-    """One n x n matrix of one of them would be 64. The kibibyte is for the numbers of which each list has one."""
+    """One n x n matrix of one list would take 64 MiB. The extra KiB is for the few numbers that each list has."""
     assert peak(name, 4, 4096) <= (1 << 20) + (1 << 10)
 
 
 def test_the_kernels_own_memory_is_small_too():
-    """What the C++ kernels take beside torch's allocator: the growth of a fresh process, over all losses."""
+    """The C++ kernels use little memory besides torch's: a fresh process grows little, over all losses."""
     code = f"""
 import resource, torch, custom_ops
 def step(name, n):
@@ -86,7 +88,7 @@ def test_metrics_take_memory_in_proportion_to_n(metric):
 def test_the_triton_launchers_allocate_in_proportion_to_n(name):
     with backend("triton"):
         small, large = (peak(name, 1, n) for n in (64, 128))
-    assert large <= 2.3 * small  # one byte for each pair would make it 2.4 or more
+    assert large <= 2.3 * small  # one byte for each pair would make it at least 2.4
 
 
 @each_loss

@@ -1,4 +1,4 @@
-"""The metrics against scikit-learn, and against the mean over all orders of tied items."""
+"""The metrics equal scikit-learn's, and the mean over all orders of tied items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRICS = [custom_ops.ndcg, custom_ops.mrr, custom_ops.average_precision]
 
 
 def draw(batch, n, seed=0, levels=None):
-    """Scores, of a few levels if given, and labels 0 to 2 with at least one relevant item."""
+    """Return scores, of ``levels`` values if given, and labels 0 to 2 with at least one relevant item."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(batch, n, generator=generator, dtype=torch.float64)
     if levels:

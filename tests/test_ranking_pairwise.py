@@ -1,4 +1,4 @@
-"""What the pairwise losses promise beyond the other list losses, and the ground of all of them."""
+"""Properties of the pairwise losses that other list losses don't have, and of the code that all of them share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def dense(name, scores, labels):
-    """The loss of one list from the n x n matrix of its pairs."""
+    """Compute the loss of one list from the n x n matrix of its pairs."""
     difference, labels = scores[:, None] - scores, labels.to(scores.dtype)
     if name == "mse":
         return (difference - (labels[:, None] - labels)).square().sum()
@@ -53,7 +53,7 @@ def value_and_gradient(function, scores, *args, **kwargs):
 @pytest.mark.parametrize(("n", "levels"), [(2, 2), (7, 3), (33, 40), (300, 2), (700, 5)])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_value_gradient_and_hessian_are_those_of_the_dense_formula(name, n, levels, scale):
-    """300 is beyond the range where exponentials of single scores serve."""
+    """A scale of 300 is beyond the range in which exponentials of single scores can be used."""
     if name == "exponential" and scale > 1:
         scale = 100.0
     scores, labels = draw(n, levels=levels)
@@ -80,7 +80,7 @@ def test_float32_is_accurate(name):
 
 
 def test_small_losses_count_in_full():
-    """Of pairs that are far in the right order, each term is less than what 1 + q rounds off."""
+    """For pairs far in the right order, each term q would be lost in the rounding of 1 + q."""
     scores = torch.linspace(0, 60, 4).repeat_interleave(8)
     labels = torch.arange(4).repeat_interleave(8)
     loss = custom_ops.pairwise_logistic_loss(scores, labels)
@@ -153,12 +153,12 @@ def test_phi_is_numbered_alike():
 INFINITE = list(itertools.product((-math.inf, 0.5, math.inf), repeat=4))
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy warns while it interprets a kernel
 @pytest.mark.parametrize("kernels", ["cpp", "triton"])
 @pytest.mark.parametrize("name", [*(name for name in LOSSES if name != "mse"), "lambda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_infinite_scores_are_those_of_the_formula_at_each_pair(name, dtype, kernels):
-    """inf - inf of one pair makes the loss NaN; of items that are no pair it doesn't matter."""
+    """The inf - inf of a pair makes the loss NaN; that of items which are no pair doesn't matter."""
     ours, phi = LOSSES[name] if name in LOSSES else (partial(custom_ops.lambda_loss, weighting="label_diff"), None)
     labels = torch.tensor([2, 1, 1, 0])
     better, worse = (labels[:, None] > labels).nonzero().unbind(1)

@@ -1,4 +1,4 @@
-"""What the losses of one margin per pair promise beyond the battery."""
+"""Properties of the preference losses, which take one margin per pair, beyond the battery."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_margin_as_number_and_as_tensor_are_the_same():
 
 
 def test_losses_of_16_bit_scores_are_rounded_once():
-    """The difference of these scores has no 16-bit number near it."""
+    """No 16-bit number is close to the difference of these scores."""
     positive, negative = torch.tensor([2048.0], dtype=torch.half), torch.tensor([2047.0], dtype=torch.half) / 2
     loss = custom_ops.bpr_loss(negative, positive)
     assert loss.item() == torch.tensor(2048 - 2047 / 2).half().item()
@@ -152,10 +152,10 @@ PAIRWISE = {
 @pytest.mark.parametrize("loss", PAIRWISE.values(), ids=PAIRWISE.keys())
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_tangent_of_many_pairs_of_16_bits_is_rounded_once(loss, reduction):
-    """Each one's share of a mean over a million pairs is below the numbers of float16."""
+    """Each pair's share of a mean over a million pairs is too small for float16."""
     torch.manual_seed(0)
     first, second = torch.randn(2, 1_000_000).half()
-    moves = first.clone(), (second if reduction == "mean" else first - 2**-8 * second)  # which cancel in the sum
+    moves = first.clone(), (second if reduction == "mean" else first - 2**-8 * second)  # the terms cancel in the sum
 
     def tangent(dtype):
         scores, along = ([t.to(dtype) for t in ts] for ts in ((first, second), moves))

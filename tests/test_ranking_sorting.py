@@ -1,4 +1,4 @@
-"""What soft ranks, soft sorting and the loss on them promise beyond the battery."""
+"""Properties of soft ranks, soft sorting and the loss on them beyond the battery."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOTH = [custom_ops.soft_rank, custom_ops.soft_sort]
 
 
 def projection(z, w):
-    """The point nearest to z in the hull of the permutations of w, by steps of Frank and Wolfe."""
+    """Return the point nearest to z in the convex hull of the permutations of w, by the Frank-Wolfe method."""
     point = w.sort().values[z.argsort().argsort()].clone()
     for _ in range(20_000):
         gradient = point - z
@@ -59,7 +59,7 @@ def test_tied_values_share_their_ranks(regularization, scale):
 
 
 def test_kl_has_finite_gradients_at_a_small_strength():
-    """torchsort's are NaN here."""
+    """torchsort's gradients are NaN here."""
     torch.manual_seed(0)
     x = torch.randn(4, 100, requires_grad=True)
     for function in BOTH:
@@ -72,7 +72,7 @@ def test_ranks_of_a_long_list_in_float32_are_as_exact_as_float32():
     x = torch.randn(4096)
     exact = custom_ops.soft_rank(x.double(), regularization_strength=0.1)
     error = (custom_ops.soft_rank(x, regularization_strength=0.1) - exact).abs().max()
-    assert error < 5e-4  # torchsort: 5e-3
+    assert error < 5e-4  # torchsort's error is 5e-3
 
 
 @pytest.mark.parametrize("regularization", ["l2", "kl"])
@@ -92,7 +92,7 @@ def test_masked_values_are_never_read(function, regularization):
         assert grad.isfinite().all() and (grad[~mask] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy interprets
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy warns while it interprets a kernel
 @pytest.mark.parametrize("kernels", ["cpp", "triton"])
 @pytest.mark.parametrize("regularization", ["l2", "kl"])
 @pytest.mark.parametrize("function", BOTH)
@@ -202,7 +202,7 @@ def test_half_is_rounded_once():
 @pytest.mark.parametrize("regularization", ["l2", "kl"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_spearman_of_tied_scores_has_no_gradient(regularization, dtype):
-    """The soft ranks of "kl" are tied up to rounding only."""
+    """With "kl" the soft ranks of tied scores are equal only up to rounding."""
     scores = torch.full((9,), 0.3, dtype=dtype, requires_grad=True)
     loss = custom_ops.spearman_loss(scores, torch.arange(9), regularization=regularization)
     loss.backward()

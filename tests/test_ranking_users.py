@@ -1,11 +1,13 @@
-"""What people pass to the list losses: fills, outliers and infinities beside ordinary scores, tiny and huge labels.
+"""The list losses on what people pass to them: fills, outliers and infinities among ordinary scores, tiny and huge
+labels.
 
-Every loss is compared, in value, gradient and Hessian times a vector, with its formula written out in loops over
-numbers of 150 digits, of which derivatives are taken as differences.
+The value, the gradient and the Hessian times a vector of every loss are compared with its formula, written as loops
+over numbers of 150 digits and differentiated by finite differences.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -179,7 +181,7 @@ LOSSES = {
 
 
 def derivatives(loss, s, v):
-    """The loss, its gradient, and its Hessian times v, with numbers of many digits."""
+    """Return the loss, its gradient and its Hessian times v, computed with many digits."""
     with mp.workdps(DIGITS):
         s, v = [mpf(x) for x in s], [mpf(x) for x in v]
 
@@ -229,7 +231,9 @@ def close(actual, expected, rtol, atol, what):
 
 
 def fill_in(name, value):
-    """Scores and labels in which the item of that score has no weight: it is the least relevant, and the last."""
+    """Return scores and labels in which the item with that score has no weight: it is the least relevant and ranked
+    last.
+    """
     labels = tensor([3, 0, 1, 2]) if name == "list_mle" else tensor([2, 0, 0, 1])
     return [0.3, value, 1.1, 0.4], labels
 
@@ -237,7 +241,7 @@ def fill_in(name, value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("mse", "list_net")])
 def test_a_fill_is_as_good_as_another(name, dtype):
-    """R1, R4 and R7: of an item without weight only the order counts."""
+    """For an item without weight, only its place in the order counts (R1, R4 and R7)."""
     v = tensor([1.0, -2.0, 0.5, 0.25])
     for own in LOSSES[name][2]:
         moderate, labels = fill_in(name, -4000.0)
@@ -250,14 +254,29 @@ def test_a_fill_is_as_good_as_another(name, dtype):
             assert_right(name, tensor(moderate, dtype=dtype), labels, v, **own)
 
 
+def test_cosent_of_differences_that_round_alike():
+    """The largest pair is found, and others are measured against it, by what the rounding of differences leaves out."""
+    for scores in ([0.0, -1e9, 1e30], [-1e30, 1e9, 0.0], [-1e30, 1e9, -1e9], [1e30, 1e30, -1.0, 1.0]):
+        for order in itertools.permutations(range(len(scores))):
+            leaf = tensor(scores).requires_grad_()
+            loss = custom_ops.cosent_loss(leaf, tensor(order), scale=1.0)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            with mp.workdps(DIGITS):
+                value, expected, _ = derivatives(lambda s, y=order: cosent(s, y, 1.0), leaf.tolist(), [0.0] * len(order))
+            close(loss.double(), tensor(float(value)).double(), 1e-5, 1e-5, f"{scores} {order}")
+            close(gradient, tensor([float(x) for x in expected]), 1e-5, 1e-5, f"gradient of {scores} {order}")
+
+
 def _scores(choose, n):
-    """Ordinary ones, some tied, and a few fills and outliers of any finite size that float32 has."""
+    """Draw ordinary scores, some of them tied, and a few fills and outliers of any size that float32 can hold."""
     sizes = (1e-30, 1e-3, 30.0, 100.0, 1e4, 65504.0, 1e9, 1e17, 3e38)
     scores = [choose.choice((round(choose.gauss(0, 1), 3), choose.randrange(-8, 8) / 8)) for _ in range(n)]
     base = choose.choice((0.0, 0.0, 0.0, 4096.0, -1e9, 2.0**100))
     scores = [base + x for x in scores]
     for _ in range(choose.choice((0, 1, 1, 2))):
         scores[choose.randrange(n)] = choose.choice((-1, -1, 1)) * choose.choice(sizes)
+    for _ in range(choose.choice((0, 0, 1, 2))):
+        scores[choose.randrange(n)] = choose.choice(scores)
     return tensor(scores, dtype=torch.float32)
 
 
@@ -269,7 +288,7 @@ def _labels(choose, n):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_outliers_of_any_size_beside_ordinary_scores(name):
-    """The value, gradient and second derivative against loops over numbers of 150 digits."""
+    """Value, gradient and second derivative equal those of loops over numbers of 150 digits."""
     choose = random.Random(name)
     checked = 0
     while checked < 12:
@@ -285,7 +304,7 @@ def test_outliers_of_any_size_beside_ordinary_scores(name):
         with mp.workdps(DIGITS):
             value = LOSSES[name][1]([mpf(x) for x in scores.tolist()], [mpf(x) for x in labels.tolist()], **own)
         if not value < 1e15:
-            continue  # of which the derivatives by differences, or squares, are beyond float32
+            continue  # finite differences, or squares, of such a loss exceed float32
         assert_right(name, scores, labels, tensor([round(choose.gauss(0, 1), 2) for _ in range(n)]), **own)
         assert_right(name, scores.double(), labels, tensor([round(choose.gauss(0, 1), 2) for _ in range(n)]), **own)
         checked += 1
@@ -295,7 +314,7 @@ def test_outliers_of_any_size_beside_ordinary_scores(name):
 
 
 def pools_of(u, fit):
-    """Where the pools begin of the non-increasing fit of u: each of the fit(first, end) of its items."""
+    """Return where the pools of the non-increasing fit of u begin; fit(first, end) is the value of one pool."""
     begins = []
     for place in range(len(u)):
         begins.append(place)
@@ -330,7 +349,7 @@ def soft(x, strength, kl, sort):
 @pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize("kl", [False, True])
 def test_soft_ranks_beside_outliers(kl, sort):
-    """R7: also where exponentials would leave the range."""
+    """Soft ranks are right even where exponentials would overflow (R7)."""
     choose = random.Random(f"{kl}{sort}")
     function = custom_ops.soft_sort if sort else custom_ops.soft_rank
     for _ in range(40):
@@ -340,7 +359,7 @@ def test_soft_ranks_beside_outliers(kl, sort):
             with mp.workdps(DIGITS):
                 expected = tensor([float(y) for y in soft([mpf(y) for y in x.tolist()], strength, kl, sort)])
             got = function(values, "kl" if kl else "l2", strength)
-            if sort:  # a pool in which outliers of both signs cancel
+            if sort:  # outliers of both signs cancel within a pool
                 size = max(abs(y) for y in x.tolist()) * (1e-7 if values.dtype == torch.float32 else 1e-15)
             torch.testing.assert_close(got.float(), expected, rtol=1e-5, atol=size if sort else 1e-6)
 
@@ -385,7 +404,7 @@ def test_rows_of_what_was_found():
 
 
 def test_infinite_scores_of_no_order_are_nan():
-    """Where a limit doesn't exist the result is no number: two items at one infinity that are to be ranked."""
+    """The result is NaN where no limit exists: two items at the same infinity that are to be ranked."""
     for function in (custom_ops.approx_ndcg_loss, custom_ops.list_mle_loss, custom_ops.neural_sort_ndcg_loss):
         for infinite in (INF, -INF):
             loss = function(
@@ -399,7 +418,9 @@ def test_infinite_scores_of_no_order_are_nan():
 
 
 def test_fills_of_items_that_no_term_reads():
-    """Several at -inf: a list whose first places alone count; labels that have no gain; one below the rest."""
+    """Several items at -inf are fine where no term reads them: beyond the first k, without a gain, or below the
+    rest.
+    """
     scores, labels = tensor([0.3, -INF, 1.1, -INF]), tensor([2, 0, 1, 0])
     moderate = scores.clamp_min(-4000.0)
     for function, own in (
@@ -421,7 +442,7 @@ def test_fills_of_items_that_no_term_reads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_labels_of_any_size(dtype):
-    """R9: gains of tiny labels are as exact as others', and those of huge ones finite."""
+    """Gains of tiny labels are as exact as others, and gains of huge labels are finite (R9)."""
     scores = tensor([0.1, 0.2, 0.25], dtype=dtype)
     for function in (custom_ops.approx_ndcg_loss, custom_ops.neural_sort_ndcg_loss, custom_ops.unique_softmax_loss):
         smallest = 1e-300 if dtype == torch.float64 else 1e-37
@@ -445,7 +466,7 @@ def test_labels_of_any_size(dtype):
 
 @pytest.mark.parametrize("loss", ["bpr_loss", "dpo_loss", "margin_ranking_loss"])
 def test_preferences_without_bound(loss):
-    """No term of weight 0 turns an infinite difference into NaN."""
+    """A term of weight 0 doesn't turn an infinite difference into NaN."""
     if loss == "margin_ranking_loss":
         x = tensor([3e38, -INF], requires_grad=True)
         assert custom_ops.margin_ranking_loss(

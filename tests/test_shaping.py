@@ -1,4 +1,6 @@
-"""What gradient shaping promises beyond the battery: no copy, and what each mode of differentiation gives."""
+"""Properties of gradient shaping beyond the battery: forward copies nothing, and each mode of differentiation
+agrees.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 import custom_ops
-from custom_ops.shaping.surrogate import surrogate_gradient_reference
+from custom_ops.shaping.specs.surrogate import surrogate_gradient_reference
 
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IDENTITIES = {
@@ -25,7 +27,7 @@ identities = pytest.mark.parametrize("identity", IDENTITIES.values(), ids=IDENTI
 
 
 def of_gradient(function, grad: list[float]) -> list[float]:
-    """What becomes of this gradient on its way back through the function."""
+    """Return what the function's backward makes of this gradient."""
     x = torch.zeros(len(grad), requires_grad=True)
     function(x).backward(torch.tensor(grad))
     return x.grad.tolist()
@@ -93,7 +95,7 @@ def test_channels_last_stays(identity):
 
 
 def test_the_textbook_function():
-    """y = x whose backward multiplies by 2 x, as its second derivative knows."""
+    """A Function with y = x whose backward multiplies by 2 x is replaced by an op, second derivative included."""
 
     class MyFunction(torch.autograd.Function):
         @staticmethod
@@ -180,7 +182,7 @@ def test_clipping_at_its_limits():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_of_16_bits_are_taken_in_32(dtype):
     x = torch.zeros(1 << 16, dtype=dtype, requires_grad=True)
-    custom_ops.clip_gradient_norm(x, 2.0).backward(torch.full_like(x, 512.0))  # in 16 bits the norm overflows or stalls
+    custom_ops.clip_gradient_norm(x, 2.0).backward(torch.full_like(x, 512.0))  # the norm overflows or stalls in 16 bits
     assert x.grad.unique().tolist() == [2.0 / 256]
 
 
@@ -193,9 +195,9 @@ CLIPPED = {
 @pytest.mark.parametrize("name", CLIPPED)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_second_derivatives_of_clipping_by_mode(name, compiled):
-    """Of L = 3 sum(clip(x)^2), whose gradient 6 x is clipped to g(6 x): forward over reverse gives dg(6 x) 6 v.
+    """L = 3 sum(clip(x)^2) has the gradient 6 x, clipped to g(6 x), so forward over reverse gives dg(6 x) 6 v.
 
-    In reverse over reverse the vector goes the other way, and the result passes the clip once more.
+    In reverse over reverse the vector passes through the graph the other way, and the result is clipped once more.
     """
     clip = CLIPPED[name]
     x = torch.tensor([[0.05, 0.1], [0.5, 2.0], [0.0, 0.0]], dtype=torch.float64)
@@ -222,7 +224,7 @@ def test_second_derivatives_of_clipping_by_mode(name, compiled):
         return torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
 
     value_tangent = run(lambda x: torch.func.jvp(loss, (x,), (v,))[1])(x)
-    torch.testing.assert_close(value_tangent, (6 * x * v).sum())  # unclipped
+    torch.testing.assert_close(value_tangent, (6 * x * v).sum())  # forward mode doesn't clip
     torch.testing.assert_close(run(torch.func.grad(loss))(x), gradient)
     tangent = run(lambda x: torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1])(x)
     torch.testing.assert_close(tangent, forward_over_reverse)

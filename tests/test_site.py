@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, needs no network, and works in a browser at desktop and phone width."""
+"""The site builds without a warning, needs no network, and works in a browser at desktop and phone width."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class _Parsed(HTMLParser):
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.anchors: set[str] = set()
-        self.links: list[str] = []  # to follow
-        self.loaded: list[str] = []  # with the page
+        self.links: list[str] = []  # targets of links
+        self.loaded: list[str] = []  # loaded together with the page
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

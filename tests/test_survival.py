@@ -1,4 +1,4 @@
-"""Every op in the company of processes, threads, hooks, failures and interruptions."""
+"""Every op in combination with processes, threads, hooks, failures and interruptions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import custom_ops
-from custom_ops.benchmarks.answers import first
+from benchmarks.answers import first
 from custom_ops.registry import REGISTRY, leaves
 from custom_ops.verify._case import Case, randn_like
 
@@ -37,7 +37,7 @@ def calls(op, dtype=torch.float32):
 
 
 def results(op):
-    """Values, and gradients where there are any, of the samples of an op."""
+    """Return the values, and gradients if there are any, of the op's samples."""
     found = []
     for call in calls(op):
         inputs = call.inputs
@@ -63,7 +63,7 @@ def same(actual, expected):
 
 @pytest.fixture(scope="module")
 def expected():
-    torch.relu(torch.randn(1 << 20)).sum()  # torch's threads have been started
+    torch.relu(torch.randn(1 << 20)).sum()  # starts torch's threads
     return all_results()
 
 
@@ -81,7 +81,7 @@ class Results(torch.utils.data.Dataset):
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader(start, expected):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # forking a process with threads is what is tried
+        warnings.simplefilter("ignore")  # the warning about forking a process with threads is expected
         loader = torch.utils.data.DataLoader(Results(), batch_size=None, num_workers=2, multiprocessing_context=start)
         found = [[t.clone() for t in ts] for ts in loader]
     same(dict(zip(REGISTRY, found)), expected)
@@ -162,7 +162,7 @@ def test_gradients_accumulate(op):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("op", [op for op in REGISTRY if op != "voxels_summing"])  # its size depends on the data
 def test_shapes_on_the_meta_device(op, dtype):
-    """Of the public function; the battery does the ops that it calls."""
+    """The public function works on meta tensors; the battery tests the ops that it calls."""
     for call in calls(op, dtype):
         on_meta = call.with_tensors([t.to("meta") for t in call.tensors]).run()
         assert [(y.shape, y.dtype) for y in on_meta] == [(y.shape, y.dtype) for y in call.run()]
@@ -186,7 +186,7 @@ def test_the_first_k_of_a_symbolic_number(op):
 
 
 def test_modules_not_in_the_registry_survive_too():
-    """The battery saves and copies those that are there."""
+    """The battery saves and copies the modules of the registry; this test covers the others."""
     modules = {
         m for m in map(vars(custom_ops).get, custom_ops.__all__) if isinstance(m, type) and issubclass(m, nn.Module)
     }
@@ -246,7 +246,7 @@ class Positive(nn.Module):
 
 
 def test_parametrizations():
-    """Of our parameters, and by our ops."""
+    """Our parameters can be parametrized, and our ops can parametrize."""
     x = torch.randn(5, 4)
     ours, theirs = model_of(custom_ops.BiasReLU(6)), model_of(nn.ReLU())
     parametrize.register_parametrization(ours[1], "bias", Positive())
@@ -268,7 +268,7 @@ def test_functional_call():
 
 
 def test_grad_scaler():
-    """Under autocast: the same steps as without scaling, and none where a gradient overflows."""
+    """Under autocast the steps equal those without scaling, and a step is skipped if a gradient overflows."""
     x = torch.randn(8, 4)
     ours, theirs = model_of(custom_ops.LeakyReLU()), model_of(custom_ops.LeakyReLU())
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -322,7 +322,7 @@ def run_out_of_memory():
 
 
 def test_out_of_memory():
-    """A limited address space: an exception, and then all else works."""
+    """In a limited address space an op raises, and everything works afterwards."""
     in_a_process("t.run_out_of_memory()")
 
 
@@ -333,7 +333,7 @@ def work_on():
 
 
 def be_interrupted():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
     wanted = all_results()
     for delay in (0.2, 0.31, 0.43):
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -1,4 +1,4 @@
-"""User code passes a strict type checker, and gets our types rather than Any."""
+"""User code passes a strict type checker and gets our types rather than Any."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ WRONG = {
 def mypy(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "user.py").write_text(source)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={folder.parent / 'mypy'}"]
-    command.append("--follow-imports=silent")  # as for an installed package: of ours only the types count
-    environment = os.environ | {"MYPYPATH": str(ROOT)}  # mypy doesn't see an editable installation
+    command.append("--follow-imports=silent")  # checks our types only, as for an installed package
+    environment = os.environ | {"MYPYPATH": str(ROOT)}  # mypy doesn't find an editable installation
     return subprocess.run(
         [*command, "user.py"], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""What voxel summing promises beyond the battery: the faults of the cumulative sum are gone."""
+"""Properties of voxel summing beyond the battery: it is free of the faults of the cumulative sum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import custom_ops
-from custom_ops.benchmarks.peers import cumulative_voxels_summing
+from benchmarks.peers import cumulative_voxels_summing
 
 
 def points(counts, columns=4, dtype=torch.float32, seed=0):
@@ -67,7 +67,7 @@ def test_one_descent_anywhere_is_found(descent):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_bounds_of_many_chunks(dtype):
     ranks = torch.randint(0, 30_000, (100_000,)).sort().values
-    ranks = (ranks - 5).to(dtype)  # the first voxels' points are outside
+    ranks = (ranks - 5).to(dtype)  # the points of the first voxels are outside
     counts = torch.unique_consecutive(ranks[ranks >= 0], return_counts=True)[1]
     first = (ranks < 0).sum().view(1)
     expected = torch.cat([first, first + counts.cumsum(0)])

@@ -1,12 +1,15 @@
-"""Wrong geometry: every error names its argument; on a GPU, which can't raise, the result is NaN."""
+"""Wrong geometry raises an error that names its argument; on a GPU, which can't raise, the result is NaN."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
 import custom_ops
 from custom_ops.verify._backends import backend
+from custom_ops.voxel.voxel_grid import voxel_match
 
 VOXELS = 50
 OTHER = r"^csr: expected voxel_csr\(rank, num_voxels\), got one of other ranks"
@@ -19,7 +22,7 @@ def frame(batch=(), points=1000, seed=0):
 
 
 def pool(rank, csr):
-    """`bev_pool` of as many points."""
+    """Run `bev_pool` on as many points."""
     depth = torch.ones(*([1] if rank.dim() == 1 else [len(rank)]), 1, rank.shape[-1], 1, 1)
     feat = torch.ones(len(depth), 1, 2, 1, 1)
     return custom_ops.bev_pool(depth, feat, rank.view(depth.shape), VOXELS, tuple(t.view(len(depth), -1) for t in csr))
@@ -30,11 +33,11 @@ def test_a_csr_of_other_ranks_raises(points):
     x, rank, (perm, indptr) = frame(points=points)
     others = [custom_ops.voxel_csr(rank.roll(1), VOXELS), custom_ops.voxel_csr(rank.clamp_min(0) * 0 + 7, VOXELS)]
     others += [(perm.roll(points // 2), indptr), (perm, torch.zeros_like(indptr)), (perm, indptr + 1)]
-    for at in (0, points // 2, points - 1):  # one point in another voxel, or in none
+    for at in (0, points // 2, points - 1):  # one point is in another voxel, or in none
         moved = rank.clone()
         moved[at] = -1 if rank[at] > 20 else 30
         others.append(custom_ops.voxel_csr(moved, VOXELS))
-    swapped = perm.clone()  # the same points in another order: the first of equal ones would be another
+    swapped = perm.clone()  # the same points in another order, which would change the first of equal ones
     first = int((indptr.diff() > 1).nonzero()[0]) if (indptr.diff() > 1).any() else None
     if first is not None:
         swapped[indptr[first] : indptr[first] + 2] = perm[indptr[first] : indptr[first] + 2].flip(0)
@@ -52,6 +55,30 @@ def test_a_csr_of_other_ranks_in_one_example_raises():
     for run in (lambda csr: custom_ops.voxel_sum(x, rank, VOXELS, csr=csr), lambda csr: pool(rank, csr)):
         with pytest.raises(RuntimeError, match=OTHER):
             run((perm, indptr))
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_of_all_orders_and_boundaries_only_those_of_the_ranks_match(name):
+    orders = torch.tensor([*itertools.permutations(range(3)), (0, 0, 1), (1, 2, 2)])
+    boundaries = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    pairs = [t.flatten(0, 1) for t in (orders[:, None].expand(-1, 64, 3), boundaries.expand(8, -1, 3))]
+    with backend(name):
+        for ranks in ([1, 0, 1], [0, 0, -1], [-1, 1, -1]):
+            rank, right = torch.tensor(ranks), custom_ops.voxel_csr(torch.tensor(ranks), 2)
+            are_right = (pairs[0] == right[0]).all(-1) & (pairs[1] == right[1]).all(-1)
+            if name == "triton":
+                matches = (voxel_match(rank.expand(len(are_right), 3), *pairs) == pairs[1]).all(-1)
+            else:
+                matches = torch.tensor([_is_matched(rank, *csr) for csr in zip(*pairs)])
+            assert are_right.sum() == 1
+            assert torch.equal(matches, are_right)
+
+
+def _is_matched(rank, perm, indptr):
+    try:
+        return torch.equal(voxel_match(rank, perm, indptr), indptr)
+    except RuntimeError:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -108,7 +135,7 @@ def test_a_rank_past_the_grid_raises(dtype, value, batch):
         with pytest.raises(RuntimeError, match=f"^rank: expected values below num_voxels=50, got {value}"):
             run()
     assert layer._cached is layer._was_set is bev._cached is bev._was_set is None
-    out = custom_ops.voxel_sum(x, rank, VOXELS, mask=rank < VOXELS)  # masked, it may be anything
+    out = custom_ops.voxel_sum(x, rank, VOXELS, mask=rank < VOXELS)  # a masked rank may be anything
     assert out.isfinite().all()
 
 
@@ -131,7 +158,7 @@ def test_a_negative_grid_raises():
 @pytest.mark.parametrize("name", ["cpp", "triton"])
 @pytest.mark.parametrize("batch", [2**60, 2**61, 2**62 + 1, 2**63 - 1])
 def test_ranks_that_int64_cant_hold_never_wrap_around(batch, name):
-    """Of 8 voxels in each grid: 2^61 times that is 0."""
+    """With 8 voxels per grid, 2^61 grids would wrap around to 0."""
     points, grid = torch.tensor([[0.5, 0.5, 1.5]]), ((0, 0, 0), (1, 1, 1), (2, 2, 2))
     with backend(name):
         rank = custom_ops.voxel_rank(points, *grid, torch.tensor([batch]))
@@ -160,7 +187,7 @@ def test_grids_that_int64_cant_count_raise(grid):
 
 @pytest.mark.parametrize("value", [VOXELS, 2**31, 2**62])
 def test_on_a_gpu_a_rank_past_the_grid_makes_its_example_nan(value):
-    """Interpreted, the launchers read real memory: what is out of range must not be reached."""
+    """An out-of-range rank reads no memory; the interpreted launchers would read real memory."""
     x, rank, _ = frame((2,), points=40)
     x.requires_grad_()
     past = rank.clone()
@@ -209,6 +236,6 @@ def test_on_a_gpu_what_is_no_geometry_of_segment_sum_is_nan():
             (grad,) = torch.autograd.grad(out.sum(), x)
         assert out[rows].isnan().all()
         assert perm is None or grad.isnan().any()
-    with backend("triton"):  # the sum of a point twice is one, but its gradient isn't a permutation's
+    with backend("triton"):  # summing a point twice is allowed, but the gradient needs a permutation
         out = custom_ops.segment_sum(x, torch.tensor([0, 2, 3, 6]), torch.tensor([0, 0, 2, 3, 4, 5]))
         assert torch.autograd.grad(out.sum(), x)[0][1].isnan().all()

@@ -9,13 +9,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import custom_ops
 from custom_ops.triton_kernels import intervals as launchers
 from custom_ops.verify._backends import backend
-from custom_ops.voxel.intervals import bev_pool_v2_reference, interval_arrays, interval_ranks
+from custom_ops.voxel.intervals import interval_ranks
+from custom_ops.voxel.specs.intervals import bev_pool_v2_reference, interval_arrays
 
 SHAPE, GRID, COLUMNS = (2, 3, 4, 2, 5), (2, 3, 4), 7
 
 
 def frame(dtype=torch.float64, seed=0):
-    """depth, feat, rank, and the arguments of `bev_pool_v2`."""
+    """Return depth, feat, rank, and the arguments of `bev_pool_v2`."""
     torch.manual_seed(seed)
     depth = torch.rand(SHAPE, dtype=dtype, requires_grad=True)
     feat = torch.randn(2, 3, 2, 5, COLUMNS, dtype=dtype, requires_grad=True)
@@ -25,7 +26,7 @@ def frame(dtype=torch.float64, seed=0):
 
 
 def results(function, depth, feat, *arguments):
-    """The output, its gradients and their own."""
+    """Return the output, its gradients and their gradients."""
     out = function(depth, feat, *arguments)
     first = torch.autograd.grad((out**2).sum(), (depth, feat), create_graph=True)
     second = torch.autograd.grad(sum((g**2).sum() for g in first), (depth, feat))
@@ -46,7 +47,7 @@ def test_equals_the_loop_over_intervals_and_bev_pool():
 
 @pytest.mark.usefixtures("each_backend")
 def test_a_depth_in_several_voxels_with_any_pixel_and_gaps_between_intervals():
-    """As BEVDet's kernel takes them; what a gap lists is never looked at."""
+    """BEVDet's kernel accepts these too; entries in a gap between intervals are ignored."""
     depth, feat, _, _ = frame()
     generator = torch.Generator().manual_seed(1)
     listed = 500
@@ -84,7 +85,7 @@ def test_the_result_is_contiguous_and_float32_under_autocast(dtype):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_for_any_number_of_points(compiler):
-    """Each frame lists other points: the program mustn't be compiled anew for each."""
+    """Each frame lists other points, and the program is not recompiled for them."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(custom_ops.bev_pool_v2, backend=counter, fullgraph=True, dynamic=True)
@@ -131,9 +132,9 @@ def test_a_frame_without_points():
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (depth, feat)))
 
 
-# Points 1, 0 and 3 of two bins of two pixels, in the voxels 0, 0 and 2 of 3.
+# Points 1, 0 and 3 of two bins of two pixels lie in the voxels 0, 0 and 2 of 3.
 RIGHT = {"depth": [1, 0, 3], "feat": [1, 0, 1], "bev": [0, 0, 2], "starts": [0, 2], "lengths": [2, 1]}
-SIZES = (4, 2, 3)  # points, pixels, voxels
+SIZES = (4, 2, 3)  # numbers of points, pixels, voxels
 WRONG = [
     ("depth", [1, 0, 4], r"ranks_depth: expected values within \[0, 4\), got 4"),
     ("depth", [1, 0, -1], r"ranks_depth: expected values within \[0, 4\), got -1"),
@@ -161,7 +162,7 @@ def arrays(**changed):
 
 @pytest.mark.parametrize(("name", "values", "message"), WRONG)
 def test_arrays_that_dont_belong_together_raise_or_are_nan(name, values, message):
-    """On a GPU, which can't raise without waiting, the result is NaN, whatever the arrays hold."""
+    """The CPU raises; on a GPU, which can't raise without waiting, the result is NaN, whatever the arrays hold."""
     points, pixels, voxels, starts, lengths = arrays(**{name: values})
     depth, feat = torch.ones(1, 1, 2, 1, 2, requires_grad=True), torch.ones(1, 1, 1, 2, 1, requires_grad=True)
     call = (depth, feat, points, pixels, voxels, (1, 1, 1, 3, 1), starts, lengths)

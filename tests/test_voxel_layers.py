@@ -1,4 +1,4 @@
-"""The layers VoxelSum and BEVPool: points are sorted once while their ranks stay, and never by old ranks."""
+"""The layers VoxelSum and BEVPool sort points once while their ranks stay the same, and never use outdated ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def case(request):
 
 @pytest.fixture
 def sorts(monkeypatch):
-    """How often points were sorted by a layer or a function."""
+    """Count how often a layer or a function sorts points."""
     calls = []
     for module in (pooling, sums):
         original = module.voxel_csr
@@ -61,7 +61,7 @@ def sorts(monkeypatch):
 def test_points_are_sorted_again_only_for_other_ranks(case, sorts):
     layer, draw, function = case
     _, rank = draw()
-    for frame in range(3):  # other features, the same ranks
+    for frame in range(3):  # the features change, the ranks don't
         values, _ = draw(frame)
         assert torch.equal(layer(*values, rank.clone()), layer(*values, rank))
     assert len(sorts) == 1
@@ -74,7 +74,7 @@ def test_points_are_sorted_again_only_for_other_ranks(case, sorts):
         assert torch.equal(out, function(*values, changed))
     rank = rank.clone()
     layer(*values, rank)
-    rank.view(-1)[0] = (rank.view(-1)[0] + 2) % VOXELS  # the same tensor, of other values
+    rank.view(-1)[0] = (rank.view(-1)[0] + 2) % VOXELS  # the same tensor with new values
     assert torch.equal(layer(*values, rank), function(*values, rank))
 
 
@@ -121,12 +121,12 @@ def test_is_no_state(case):
     torch.save(layer, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(*values), layer(*values))
-    assert torch.equal(layer.half()(*values), layer(*values))  # what is kept is never converted
+    assert torch.equal(layer.half()(*values), layer(*values))  # the kept indices are never converted
     assert layer.to("meta")(*(v.to("meta") for v in values)).device.type == "meta"
 
 
 def test_where_values_cant_be_compared(case):
-    """Under torch.func, on the meta device and as fake tensors nothing is kept, and old ranks don't matter."""
+    """Under torch.func, on the meta device and with fake tensors nothing is cached and cached ranks are ignored."""
     layer, draw, function = case
     values, rank = draw()
     layer.set_geometry(draw(1)[1])
@@ -156,7 +156,7 @@ def test_compile(case, given):
     layer, draw, function = case
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for seed in range(3):  # other ranks need no other program
+    for seed in range(3):  # new ranks need no new program
         values, rank = draw(seed)
         layer.set_geometry(draw(7)[1] if given else rank)
         out = compiled(*values, rank) if given else compiled(*values)

@@ -1,4 +1,4 @@
-"""The limits of the family: sizes of one and of nothing, any number of columns, threads, accuracy, 2^31 elements."""
+"""The limits of the voxel ops: sizes 0 and 1, any number of columns, threads, accuracy, and 2^31 elements."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 import custom_ops
 from custom_ops.verify._backends import backend
-from custom_ops.voxel.pooling import bev_pool_reference
-from custom_ops.voxel.sums import voxel_sum_reference
+from custom_ops.voxel.specs.pooling import bev_pool_reference
+from custom_ops.voxel.specs.sums import voxel_sum_reference
 
 NAN = float("nan")
 REDUCTIONS = ("sum", "mean", "max")
@@ -22,7 +22,7 @@ def cameras(shape=(2, 1, 6, 3, 5), columns=4, voxels=9, dtype=torch.float64):
 
 
 def with_gradients(out, leaves):
-    """And gradients of gradients, from a loss that isn't linear."""
+    """Return the output, and first and second gradients of a nonlinear loss."""
     first = torch.autograd.grad((out**2).sum(), leaves, create_graph=True)
     return [out.detach(), *first, *torch.autograd.grad(sum((g**2).sum() for g in first), leaves)]
 
@@ -68,7 +68,7 @@ def test_a_frame_without_points():
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_a_sample_without_points_in_the_grid(reduce):
-    """Alone or between others: 0, and gradients of exactly 0, of the first order and the second."""
+    """A sample without points, alone or among others, gives 0 and zero gradients of first and second order."""
     x, rank = torch.randn(3, 20, 4, requires_grad=True), torch.randint(0, 6, (3, 20))
     rank[1] = -1
     out, first, second = with_gradients(custom_ops.voxel_sum(x, rank, 6, reduce), [x])
@@ -84,7 +84,9 @@ def test_a_sample_without_points_in_the_grid(reduce):
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("value", [NAN, float("inf")])
 def test_what_lies_outside_of_the_grid_is_never_read(value):
-    """NaN or infinite features of a pixel all of whose points are outside, and depths of points outside."""
+    """NaN or infinite features of a pixel all of whose points are outside, and depths of points outside, are never
+    read.
+    """
     depth, feat, rank = cameras()
     rank[:, :, :, 1, 2] = -1
     clean = with_gradients(custom_ops.bev_pool(depth, feat, rank, 9), [depth, feat])
@@ -101,7 +103,7 @@ def test_what_lies_outside_of_the_grid_is_never_read(value):
 @pytest.mark.parametrize("columns", [1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_any_number_of_columns_and_one_voxel(columns, voxels, dtype):
-    """Whatever is left over after whole vectors, of short and of long voxels."""
+    """All numbers of columns work, whatever is left over after whole vectors, for short and for long voxels."""
     rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
     x, rank = torch.randn(700, columns, dtype=torch.float64).to(dtype), torch.randint(-1, voxels, (700,))
     depth, feat, ranks = cameras((1, 2, 4, 3, 5), columns, voxels, dtype)
@@ -127,7 +129,9 @@ def check(got, truth, rounding):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_same_bits_on_any_number_of_threads(dtype):
-    """On input as skewed as a LiDAR scan: one voxel with a tenth of the points, many with one, some outside."""
+    """The ranks are as skewed as a LiDAR scan's: one voxel with a tenth of the points, many with one, some points
+    outside.
+    """
     generator = torch.Generator().manual_seed(0)
     rank = (torch.rand(60_000, generator=generator) ** 6 * 3000).long()
     rank[torch.rand(60_000, generator=generator) < 0.1] = -1
@@ -162,9 +166,9 @@ def test_the_same_bits_on_any_number_of_threads(dtype):
 @pytest.mark.parametrize("positive", [True, False])
 @pytest.mark.parametrize("voxels", [1, 1000, 100_000])
 def test_accuracy_at_a_million_points(voxels, positive, dtype, tolerance):
-    """Relative rms error of sums, means, weighted sums and their gradients; positive ones are the hard case."""
+    """The relative rms error of sums, means, weighted sums and their gradients is small, even for positive terms."""
     if voxels == 1 and dtype == torch.bfloat16:
-        tolerance = 2**-8  # of four numbers alone, rounded once: half a unit in the last place of each
+        tolerance = 2**-8  # only four numbers, each rounded by up to half a unit in the last place
     generator = torch.Generator().manual_seed(voxels)
     draw = torch.rand if positive else torch.randn
     rank = torch.randint(0, voxels, (1_000_000,), generator=generator)
@@ -198,7 +202,9 @@ def test_accuracy_at_a_million_points(voxels, positive, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2**-11)])
 @pytest.mark.parametrize("voxels", [1, 50])
 def test_accuracy_of_the_triton_kernels(voxels, dtype, tolerance):
-    """Of as many points as the interpreter can take. Not in bfloat16, to which it truncates where a GPU rounds."""
+    """The kernels are accurate on as many points as the interpreter can take. (It truncates to bfloat16, a GPU
+    rounds.)
+    """
     torch.manual_seed(0)
     rank = torch.randint(0, voxels, (3000,)).where(torch.rand(3000) < 0.5, 0)
     x, weight = torch.rand(3000, 16).to(dtype).requires_grad_(), torch.rand(3000).to(dtype).requires_grad_()
@@ -253,8 +259,8 @@ def test_more_than_two_to_the_31_elements_of_voxels(dtype):
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_more_than_two_to_the_31_elements_pooled(dtype):
-    """As many features and voxels at once, the last of both with one point."""
-    feat = torch.zeros(1, 1, POINTS, 1, COLUMNS, dtype=dtype)  # channels last, as it is read
+    """Features and voxels have that many elements at once, and the last of both has one point."""
+    feat = torch.zeros(1, 1, POINTS, 1, COLUMNS, dtype=dtype)  # memory order channels last, as the kernels read it
     feat[0, 0, -1] = 3
     feat = feat.permute(0, 1, 4, 2, 3).requires_grad_()
     depth = torch.full((1, 1, 1, POINTS, 1), 2.0, dtype=dtype)
@@ -269,11 +275,12 @@ def test_more_than_two_to_the_31_elements_pooled(dtype):
 
 
 def test_offsets_past_2_to_the_31_in_the_triton_kernels():
-    """Interpreted, one program of each, on 4 GiB that are never touched but at their end."""
+    """One interpreted program of each kernel reads the end of 4 GiB that are never touched elsewhere."""
     from custom_ops.triton_kernels import voxel_segments as kernels
 
     rows, width = POINTS, COLUMNS
-    x = torch.from_numpy(np.zeros((rows, width), np.int16)).view(torch.float16)  # pages that nothing reads are free
+    # pages that nothing reads take no memory
+    x = torch.from_numpy(np.zeros((rows, width), np.int16)).view(torch.float16)
     x[-2:] = torch.tensor([[3.0], [5.0]])
     indptr, nothing = torch.tensor([rows - 2, rows]), torch.empty(0)
     perm = torch.from_numpy(np.zeros(rows, np.int64))
@@ -287,7 +294,7 @@ def test_offsets_past_2_to_the_31_in_the_triton_kernels():
         assert out.eq(5 if largest else 8).all()
         if largest:
             assert at.eq(rows - 1).all()
-    # The other way: two rows of x, in the last segments.
+    # The spreading kernels read two rows of x in the last segments.
     rank, bounds = torch.tensor([rows - 1, rows - 2]), torch.from_numpy(np.zeros(rows + 1, np.int64))
     grad, dots = torch.empty(2, width, dtype=torch.float16), torch.empty(2, dtype=torch.float16)
     ones = torch.ones(2, width, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""What pooling into voxels promises beyond the battery: masks, skew, accuracy, reused geometry, sizes."""
+"""Properties of pooling into voxels beyond the battery: masks, skew, accuracy, reused geometry, sizes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import custom_ops
-from custom_ops.voxel.pooling import bev_pool_reference
-from custom_ops.voxel.sums import voxel_sum_reference
+from custom_ops.voxel.specs.pooling import bev_pool_reference
+from custom_ops.voxel.specs.sums import voxel_sum_reference
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce, segment_spread
 
 NAN = float("nan")
@@ -15,7 +15,7 @@ REDUCTIONS = ("sum", "mean", "max")
 
 
 def threads_agree(run):
-    """The result, bitwise the same on one thread and on several."""
+    """Return the result after checking that it is bitwise the same on one thread and on several."""
     before = torch.get_num_threads()
     try:
         results = []
@@ -31,7 +31,7 @@ def threads_agree(run):
 
 
 def lidar_like(points, voxels, seed=0):
-    """Ranks as skewed as a scan's: a few voxels with thousands of points, many with one, some points outside."""
+    """Return ranks as skewed as a scan's: a few voxels with thousands of points, many with one, some points outside."""
     generator = torch.Generator().manual_seed(seed)
     rank = (torch.rand(points, generator=generator) ** 6 * voxels).long()
     return torch.where(torch.rand(points, generator=generator) < 0.1, -1, rank)
@@ -73,7 +73,7 @@ def test_empty_voxels_are_zero(reduce):
         assert (grad[rank < 0] == 0).all()
     assert custom_ops.voxel_sum(x, rank, 0, reduce).shape == (0, 2)
     assert custom_ops.voxel_sum(x[:0], rank[:0], 3, reduce).tolist() == [[0, 0]] * 3
-    # One example of a batch without a point in the grid.
+    # One example of the batch has no point in the grid.
     batch, ranks = torch.randn(2, 5, 3), torch.stack([torch.full((5,), -1), torch.arange(5)])
     assert torch.equal(custom_ops.voxel_sum(batch, ranks, 5, reduce), torch.stack([torch.zeros(5, 3), batch[1]]))
 
@@ -230,7 +230,7 @@ def test_csr_reference_of_many_points():
 
 @pytest.mark.usefixtures("each_backend")
 def test_rank_truncates_as_lift_splat_shoot():
-    """Points up to one voxel below the box leak in by ``trunc``, and don't by ``floor``."""
+    """Points up to one voxel below the box leak in with ``trunc`` and don't with ``floor``."""
     points = torch.rand(10_000, 3) * 4 - 1
     grid = ((0.0, 0.0, 0.0), (0.5, 0.5, 2.0), (4, 4, 1))
     cells = ((points - torch.zeros(3)) / torch.tensor(grid[1])).long()

@@ -1,4 +1,4 @@
-"""What public code of this field passes to the voxel ops: each test is a call that once gave something else."""
+"""Calls of the voxel ops as found in public code; each once gave a wrong result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lift_splat(**changed):
 
 
 def gives_no_numbers(x, rank, voxels, csr):
-    """An error on the CPU; NaN on a GPU, and in its gradients."""
+    """Return whether the call raises (CPU) or gives NaN, in its gradients too (GPU)."""
     x = x.clone().requires_grad_()
     try:
         out = custom_ops.voxel_sum(x, rank, voxels, csr=csr)

@@ -1,7 +1,7 @@
-"""Every public function with every kind of wrong argument, and the table of what it says: docs/errors.md.
+"""Calls of every public function with every kind of wrong argument, and the table of the errors: docs/errors.md.
 
-The calls are made from the samples of the registry, one argument spoiled at a time; whatever an op accepts must be
-what its reference gives. ``python tests/wrong_calls.py`` writes the table.
+The calls are made from the samples of the registry, with one argument spoiled at a time. A call that an op accepts must
+give what its reference gives. ``python tests/wrong_calls.py`` writes the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
 def functions() -> dict[str, list[Call]]:
-    """The public functions, and calls of them that are right."""
+    """Return the public functions with valid calls of each."""
     found: dict[str, list[Call]] = {}
     for name in sorted(custom_ops.__all__):
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ def _bevdet() -> list[tuple[Any, ...]]:
     ]
 
 
-# Public functions that aren't in the registry, as they aren't ops.
+# These public functions aren't ops, so the registry doesn't have them.
 OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "ndcg": _lists,
     "mrr": _lists,
@@ -79,7 +79,7 @@ OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
 
 
 def spoiled(argument: str, value: Any, call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each kind of wrong value for one argument, and the whole call with it."""
+    """Yield each kind of wrong value for one argument, with the arguments that it replaces."""
     yield "type", {argument: object()}
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield "NaN", {argument: float("nan")}
@@ -111,7 +111,7 @@ def _has_gradient(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a function said to a wrong argument; ``error`` is None if it took it."""
+    """A function's reaction to a wrong argument; ``error`` is None if it accepted it."""
 
     function: str
     argument: str
@@ -122,14 +122,16 @@ class Answer:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the message says what was expected, and of which argument: of either where two shapes don't match."""
+        """Return whether the message says what was expected and names the argument (either one, if two shapes don't
+        match).
+        """
         to_blame = self.arguments if self.kind == "shape" else [self.argument, *["x"] * (self.kind == "overlap")]
         text = str(self.error)
         return "expected" in text and any(re.search(rf"\b{name}\b", text) for name in to_blame)
 
 
 def answers() -> Iterator[Answer]:
-    """Each argument is spoiled in the first call that gives it."""
+    """Yield the answers to all wrong arguments; each argument is spoiled in the first call that gives it."""
     for name, calls in functions().items():
         for argument in calls[0][1]:
             function, call = next((c for c in calls if c[1][argument] is not None), calls[0])

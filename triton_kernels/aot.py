@@ -1,8 +1,7 @@
 """Compile every kernel ahead of time, without a GPU: ``python -m custom_ops.triton_kernels.aot [PART OF A NAME]``.
 
 Prints the registers and memory of each, and how long it took. Exits with 1 if one spills, uses local memory, or loads
-less than 16 bytes at a time and doesn't say why. With ``--report FILE`` it also writes docs/gpu.md: how many of each
-kernel's warps fit, and how wide its accesses are.
+less than 16 bytes at a time and doesn't say why.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -36,7 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-REPORTED = "sm_90"  # the one in docs/gpu.md
+MAIN = "sm_90"  # the target that every variant is compiled for, and that `occupancy` knows
 
 
 @dataclass(frozen=True)
@@ -174,8 +172,8 @@ def compile_kernel(index: int, quick: bool) -> list[Report]:
     kernel = kernels()[index]
     dtypes = (kernel.dtypes[-(index % 2)],) if quick else kernel.dtypes
     chosen = [found for found in sources(kernel) if found[0] in dtypes]
-    reports = [compile_one(kernel, REPORTED, *source) for source in chosen]
-    others = [target for target in TARGETS if target != REPORTED]
+    reports = [compile_one(kernel, MAIN, *source) for source in chosen]
+    others = [target for target in TARGETS if target != MAIN]
     if quick:
         largest = max(range(len(chosen)), key=lambda i: reports[i].resources.registers)
         chosen, others = [chosen[largest]], [others[index % len(others)]]
@@ -205,36 +203,12 @@ def occupancy(report: Report) -> float:
     return min(32, by_registers, by_shared, 64 // report.warps) * report.warps / 64
 
 
-def markdown(reports: Iterable[Report]) -> str:
-    """docs/gpu.md: of each kernel and dtype the worst of its variants on sm_90."""
-    groups: dict[tuple[str, str], list[Report]] = {}
-    for report in reports:
-        if report.target == REPORTED:
-            groups.setdefault((report.kernel, report.dtype), []).append(report)
-    lines = [
-        "# The Triton kernels on paper",
-        "",
-        f"Written by `make docs` with Triton {triton.__version__}, of what `python -m custom_ops.triton_kernels.aot` "
-        f"compiles for {', '.join(TARGETS)}, none of it with a spill or local memory. Here {REPORTED}, of each kernel "
-        "the worst of its variants: registers per thread, shared bytes per program, the share of a multiprocessor's "
-        "warps that these leave room for, and the bytes of a thread's widest access to global memory in the "
-        "PTX; where that is less than 16, why. Where it is 16, it is so on the other targets too, and there is room "
-        "for at least half of the warps. The first launch of each variant compiles it, which takes one core less than "
-        "10 seconds, and Triton's cache folder keeps it; [launches.md](launches.md) has how many an op needs.",
-        "",
-        "| kernel | | variants | warps | registers | shared | occupancy | load | store | |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    narrow = {kernel.name: kernel.narrow for kernel in KERNELS}
-    for (kernel, dtype), group in groups.items():
-        r = [report.resources for report in group]
-        cells = [
-            len(group), group[0].warps, max(x.registers for x in r), max(x.shared for x in r),
-            f"{min(map(occupancy, group)):.0%}", min(x.load for x in r), min(x.store for x in r),
-            narrow[kernel],
-        ]  # fmt: skip
-        lines.append(f"| `{kernel}` | {dtype} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+def show(reports: list[Report]) -> int:
+    """Print the reports and return the exit status: 1 if one of them isn't ok."""
+    print(HEADING, *reports, sep="\n")
+    spilling, slowest = sum(report.spills for report in reports), max(report.seconds for report in reports)
+    print(f"{len(reports)} compiled, {spilling} with spills or local memory, in {slowest:.1f} s each or less")
+    return 0 if all(report.ok for report in reports) else 1
 
 
 def main(argv: list[str]) -> int:
@@ -243,15 +217,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one dtype, and one variant for one other target than sm_90"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write docs/gpu.md there")
     options = parser.parse_args(argv)
-    reports = compile_all(options.name, options.quick)
-    print(HEADING, *reports, sep="\n")
-    spilling, slowest = sum(report.spills for report in reports), max(report.seconds for report in reports)
-    print(f"{len(reports)} compiled, {spilling} with spills or local memory, in {slowest:.1f} s each or less")
-    if options.report:
-        options.report.write_text(markdown(reports))
-    return 0 if all(report.ok for report in reports) else 1
+    return show(compile_all(options.name, options.quick))
 
 
 if __name__ == "__main__":

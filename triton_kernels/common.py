@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "Kernel",
     "MaskLayout",
     "accumulator",
+    "constant",
     "divide",
     "kernel",
     "load_bits",
@@ -130,7 +132,7 @@ def kernel(
     ``arguments`` are the types of its arguments before the compile-time ones, as Triton writes them:
     T stands for each of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time ones. A program that
     ``streams`` so many elements has as many warps that each thread has 16 bytes of them, whatever the dtype, and
-    otherwise ``num_warps``. ``narrow`` says why no load is that wide; docs/gpu.md shows it.
+    otherwise ``num_warps``. ``narrow`` says why no load is that wide.
 
     Example:
         >>> import torch, triton
@@ -148,6 +150,18 @@ def kernel(
         tensor([-1., -1., -1.])
     """
     return lambda fn: Kernel(fn, arguments, dtypes, variants, num_warps, streams, narrow, enable_fp_fusion)
+
+
+def constant(member: IntEnum) -> tl.constexpr:
+    """An enum's member as kernels read it; a Triton kernel reads no other global value than a ``tl.constexpr``.
+
+    Example:
+        >>> from custom_ops._enums import Reduction
+        >>> from custom_ops.triton_kernels.common import constant
+        >>> constant(Reduction.SUM).value
+        2
+    """
+    return tl.constexpr(int(member))
 
 
 # ---------------------------------------------------------------- accumulators

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import kernel
+from custom_ops._enums import LabelUse
+from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_valid
 
 _BLOCK, _ROWS, _COLUMNS = 512, 128, 16
-_ORDER, _DIFFERENCE, _EXPONENTIAL, _VALUE = range(4)  # as numbered in custom_ops/ranking/_inputs.py
+_DIFFERENCE = constant(LabelUse.DIFFERENCE)
+_VALUE = constant(LabelUse.VALUE)
 _HIGHEST = tl.constexpr(2048.0)  # as in csrc/inputs.cpp
 
 
@@ -127,12 +129,12 @@ def list_labels_kernel(
 
 
 @triton.jit
-def _rounded(label, top, like_ptr, PURPOSE: tl.constexpr):
-    if PURPOSE == 3:
+def _rounded(label, top, like_ptr, USE: tl.constexpr):
+    if USE == _VALUE:
         x = label.to(tl.float64)
     else:
         highest = tl.minimum(top.to(tl.float64), _HIGHEST)
-        if PURPOSE == 1:
+        if USE == _DIFFERENCE:
             highest = highest * 0
         x = highest - (top - label).to(tl.uint64, bitcast=True).to(tl.float64)
     return x.to(like_ptr.dtype.element_ty)
@@ -142,8 +144,8 @@ def _rounded(label, top, like_ptr, PURPOSE: tl.constexpr):
     "*i64 *T *i32 *i32 *i64 *i32 *i64 i32 i32 i32 i32",
     WIDE,
     {
-        purpose: {"PURPOSE": purpose, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
-        for purpose in (_DIFFERENCE, _EXPONENTIAL, _VALUE)
+        use: {"USE": int(use), "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        for use in (LabelUse.DIFFERENCE, LabelUse.EXPONENTIAL, LabelUse.VALUE)
     },
     narrow=PAIRS,
 )
@@ -160,7 +162,7 @@ def list_labels_round_kernel(
     stride,
     lists,
     blocks,
-    PURPOSE: tl.constexpr,
+    USE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -188,7 +190,7 @@ def list_labels_round_kernel(
         label_j = tl.load(label_ptr + batch * items + j, mask=owner_j >= 0, other=0)
         above_j = tl.load(above_ptr + batch * items + j, mask=owner_j >= 0, other=0)
         top_j = tl.load(top_ptr + batch * lists + owner_j, mask=owner_j >= 0, other=0)
-        rounded = _rounded(label_j, top_j, out_ptr, PURPOSE)
+        rounded = _rounded(label_j, top_j, out_ptr, USE)
         bits = _in_order(rounded.to(integer, bitcast=True), SIGN) + above_j.to(integer)
         counts = (owner_i[:, None] == owner_j[None, :]) & (owner_j >= 0)[None, :]
         counts &= label_j[None, :] >= label_i[:, None]
@@ -207,9 +209,9 @@ def list_valid(lengths: Tensor, n: int) -> Tensor:
     return torch.arange(n, device=lengths.device) < lengths.unsqueeze(-1)
 
 
-def list_labels(labels: Tensor, valid: Tensor | None, offsets: Tensor | None, wide: bool, purpose: int) -> Tensor:
+def list_labels(labels: Tensor, valid: Tensor | None, offsets: Tensor | None, wide: bool, use: int) -> Tensor:
     from_double = labels.dtype == torch.float64
-    if labels.dtype != torch.int64 and not (from_double and purpose == _ORDER):
+    if labels.dtype != torch.int64 and not (from_double and use == LabelUse.ORDER):
         raise RuntimeError("labels: expected int64, or float64 for their order only")
     out = torch.empty(labels.shape, dtype=torch.float64 if wide else torch.float32, device=labels.device)
     labels = labels.contiguous()
@@ -229,7 +231,7 @@ def list_labels(labels: Tensor, valid: Tensor | None, offsets: Tensor | None, wi
     sizes = (lists.items, stride, lists.lists, blocks)
     tensors = (labels, out, above, others)
     list_labels_kernel(lists.examples * blocks, *tensors, owners, lists.bounds, *sizes, variant=from_double)
-    if purpose != _ORDER:
+    if use != LabelUse.ORDER:
         where = (top, owners, lists.bounds)
-        list_labels_round_kernel(lists.examples * blocks, *tensors, *where, *sizes, variant=purpose)
+        list_labels_round_kernel(lists.examples * blocks, *tensors, *where, *sizes, variant=use)
     return out

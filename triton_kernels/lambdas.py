@@ -9,12 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import kernel
+from custom_ops._enums import PairWeighting
+from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing, relative_gains
-from custom_ops.triton_kernels.pairwise import pair_value, wrong_order
+from custom_ops.triton_kernels.pairwise import LOGISTIC, pair_value, wrong_order
 
 _ROWS, _COLUMNS = 32, 16
-_RANKNET, _LAMBDARANK, _NDCG1, _NDCG2, _NDCG2PP, _LABEL_DIFF = range(6)  # as in custom_ops/ranking/lambdas.py
+_RANKNET = constant(PairWeighting.RANKNET)
+_LAMBDARANK = constant(PairWeighting.LAMBDARANK)
+_NDCG1 = constant(PairWeighting.NDCG1)
+_NDCG2 = constant(PairWeighting.NDCG2)
+_LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
 
 
 @kernel(
@@ -22,7 +27,7 @@ _RANKNET, _LAMBDARANK, _NDCG1, _NDCG2, _NDCG2PP, _LABEL_DIFF = range(6)  # as in
     WIDE,
     {
         (weighting, hessian): {"WEIGHTING": weighting, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
-        for weighting in range(6)
+        for weighting in map(int, PairWeighting)
         for hessian in (False, True)
     },
     narrow=PAIRS,
@@ -65,7 +70,7 @@ def lambda_pairs_kernel(
     discount_i = tl.load(discount_ptr + example + i, mask=valid_i, other=0)
     slope = tl.full([ROWS], 0.0, s_i.dtype)
     value, count = slope, slope
-    if WEIGHTING == 2:  # each item with itself
+    if WEIGHTING == _NDCG1:  # each item with itself
         self_i = valid_i & (rank_i < 0)
         value = tl.where(self_i, gain_i * discount_i * 0.6931471805599453, 0.0).to(s_i.dtype)
         count = tl.where(self_i, 1.0, 0.0).to(s_i.dtype)
@@ -82,28 +87,28 @@ def lambda_pairs_kernel(
         rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
         in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < 0
         both = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :]) & in_top
-        if WEIGHTING == 2:  # all other pairs, in both orders
+        if WEIGHTING == _NDCG1:  # all other pairs, in both orders
             above = both & (i[:, None] != j[None, :])
             below = above
         else:
             above = both & (y_i[:, None] > y_j[None, :])
             below = both & (y_i[:, None] < y_j[None, :])
-        if WEIGHTING == 0:
+        if WEIGHTING == _RANKNET:
             w = tl.full([ROWS, COLUMNS], 1.0, s_i.dtype)
-        elif WEIGHTING == 5:
+        elif WEIGHTING == _LABEL_DIFF:
             w = tl.abs(y_i[:, None] - y_j[None, :])
         else:
             gain_j = tl.load(gain_ptr + example + j, mask=valid_j, other=0)
             discount_j = tl.load(discount_ptr + example + j, mask=valid_j, other=0)
-            if WEIGHTING != 2:
+            if WEIGHTING != _NDCG1:
                 w = tl.abs(discount_i[:, None] - discount_j[None, :])
-                if WEIGHTING != 1:
+                if WEIGHTING != _LAMBDARANK:
                     a = tl.abs(rank_i[:, None] - rank_j[None, :])
                     by = tl.load(distance_ptr + a, mask=above | below, other=0)
-                    w = by if WEIGHTING == 3 else w + by
+                    w = by if WEIGHTING == _NDCG2 else w + by
                 w *= tl.abs(gain_i[:, None] - gain_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
-        if WEIGHTING == 2:
+        if WEIGHTING == _NDCG1:
             lead = difference * twice
             w_i, w_j = (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :]
             w = w_i + w_j
@@ -117,7 +122,7 @@ def lambda_pairs_kernel(
             move = w * wrong_order(lead) * wrong_order(-lead) * (v_i[:, None] - v_j[None, :])
             slope += tl.sum(tl.where(above | below, move, 0.0), axis=1)
         else:
-            if WEIGHTING == 2:
+            if WEIGHTING == _NDCG1:
                 g = w_i * wrong_order(lead) - w_j * wrong_order(-lead)
                 slope -= tl.sum(tl.where(above, g, 0.0), axis=1)
                 w = w_i
@@ -126,7 +131,7 @@ def lambda_pairs_kernel(
                 g = w * wrong_order(lead)
                 slope += tl.sum(tl.where(above, -g, tl.where(below, g, 0.0)), axis=1)
             wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
-            value += tl.sum(tl.where(above, w * pair_value(tl.abs(lead), 0) + wrong, 0.0), axis=1)
+            value += tl.sum(tl.where(above, w * pair_value(tl.abs(lead), LOGISTIC) + wrong, 0.0), axis=1)
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)
     tl.store(count_ptr + example + i, count, mask=i < items)
@@ -160,17 +165,17 @@ def _pairs(
         owners, stride = torch.where(rank < k, by_item, -1), lists.items
     gain, discount = scores, scores  # not read
     distance = discount_of(torch.arange(-1, lists.items, device=scores.device))
-    distance = (distance[:-1] - distance[1:]) * (mu if weighting == _NDCG2PP else 1.0)
+    distance = (distance[:-1] - distance[1:]) * (mu if weighting == PairWeighting.NDCG2PP else 1.0)
     distance = distance.to(scores.dtype)  # by how far the ranks are apart; that of 0 isn't read
     some = active = None
     if both:  # whether there is a pair at all, be it in the top or below
-        if weighting == _NDCG1:
+        if weighting == PairWeighting.NDCG1:
             active = lists.sum(owned.to(scores.dtype)) > 1
         else:
             highest = lists.largest(labels.masked_fill(~owned, -math.inf), -math.inf)
             differs = owned & (labels != lists.to_items(highest))
             active = lists.sum(differs.to(scores.dtype)) > 0
-    if weighting not in (_RANKNET, _LABEL_DIFF):
+    if weighting not in (PairWeighting.RANKNET, PairWeighting.LABEL_DIFF):
         labels_in = labels.double().masked_fill(~owned, 0)
         ones = labels_in.new_ones((*lists.batch, lists.lists))
         gains = relative_gains(labels_in, lists.to_items(lists.largest(labels_in)), exponential)
@@ -190,7 +195,7 @@ def _pairs(
         variant=(weighting, v is not None),
     )
     pairs = lists.sum(count)
-    active = pairs > (1 if weighting == _NDCG1 else 0) if active is None else active
+    active = pairs > (1 if weighting == PairWeighting.NDCG1 else 0) if active is None else active
     if some is not None:
         pairs, active = torch.where(some, pairs, 0), active & some
     factor = scale / pairs.clamp_min(1) if normalize else torch.full_like(pairs, scale)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops._enums import Reduction
 from custom_ops.triton_kernels.common import kernel
 
 WIDE = ("fp32", "fp64")  # the dtypes of list losses
@@ -22,7 +23,6 @@ _BLOCK = 512
 # Why some kernels have no wide loads (see `kernel`).
 PAIRS = "computes on pairs: reads n numbers, which caches hold, for n² of them"
 _ANYWHERE = "a list begins at any place, on which its sums may not depend"
-NONE, MEAN = range(2)  # reductions, as numbered in custom_ops/ranking/_lists.py
 
 
 class Lists:
@@ -331,9 +331,9 @@ def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[.
         lists = Lists(labels, valid, offsets)
         undefined = (labels.contiguous(), lists.valid, lists.bounds, loss, active.view(torch.uint8))
         list_undefined_kernel(lists.examples * lists.lists, *undefined, lists.items, lists.lists, variant=lists.masked)
-        if reduction == NONE:
+        if reduction == Reduction.NONE:
             return loss, slope, active
-        mean, dims = reduction == MEAN, tuple(range(batch_dims, active.dim()))
+        mean, dims = Reduction(reduction) == Reduction.MEAN, tuple(range(batch_dims, active.dim()))
         total = list_total(loss, active, mean, batch_dims)
         if mean:
             slope = (slope / active.sum(dims, keepdim=True).clamp_min(1)).to(slope.dtype)

@@ -11,11 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops._enums import PositionWeights, Ties
 from custom_ops.triton_kernels.common import kernel
 from custom_ops.triton_kernels.lists import Lists, reducing, relative_gains
-
-_BY_INDEX, _BY_SCORE, _BRESLOW = range(3)
-_UNIFORM, _EXPONENTIAL, _DISCOUNT = range(3)
 
 
 @kernel(
@@ -247,21 +245,22 @@ class _ListMle(_Competing):
         valid: Tensor | None,
         offsets: Tensor | None,
         ties: int,
-        weighting: int,
+        weights: int,
         k: int,
     ) -> None:
-        super().__init__(scores, labels, valid, offsets, by_score=ties == _BY_SCORE, grouped=ties == _BRESLOW)
+        ties, weights = Ties(ties), PositionWeights(weights)
+        super().__init__(scores, labels, valid, offsets, by_score=ties == Ties.SCORE, grouped=ties == Ties.BRESLOW)
         place = (torch.arange(self.lists.items, device=scores.device) - self.start).double()
         w = torch.ones_like(self.s)
-        if weighting == _EXPONENTIAL:
+        if weights == PositionWeights.EXPONENTIAL:
             last = torch.exp2(1 - self.lists.to_items(self.sum(w)))
             w = (torch.exp2(-place) - last) / (1 - last)
-        elif weighting == _DISCOUNT:
+        elif weights == PositionWeights.DISCOUNT:
             w = w * (math.log(2) / (place + 2).log())
         if k > 0:
             w = w.masked_fill(place >= k, 0)
         self.w, self.whole = w, w
-        if ties == _BRESLOW:  # the group's items share the weights of their places
+        if ties == Ties.BRESLOW:  # the group's items share the weights of their places
             through = self.lists.scan(w.masked_fill(~self.exists, 0))
             self.whole = through.gather(-1, self.last.clamp_min(0)) - through.gather(-1, self.first)
             self.whole = self.whole + w.gather(-1, self.first)
@@ -312,29 +311,48 @@ class _UniqueSoftmax(_Competing):
         return _weigh(v * carry + moved, self.share) - moves
 
 
+class _Term(NamedTuple):
+    """The logarithm of a term: scale times a difference, which is ``high`` and what its rounding leaves out, and log."""
+
+    high: Tensor
+    low: Tensor
+    log: Tensor
+
+
+def _term(worse: Tensor, better: Tensor, count: Tensor) -> _Term:
+    high = worse - better
+    subtracted = worse - high
+    low = (worse - (high + subtracted)) + (subtracted - better)
+    return _Term(high, torch.where(high.isfinite(), low, 0), count.log())
+
+
 class _Cosent(_Competing):
     def __init__(
         self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, scale: float
     ) -> None:
         self.scale = scale
         super().__init__(scores, labels, valid, offsets)
-        # The largest term, of two scores and a logarithm; 1 has 0 for all three.
-        x = torch.where(self.exists, self.lower.above(self.s, scale), -torch.inf)
-        self.most = self.lists.largest(x)
-        place = torch.arange(self.lists.items, device=x.device)
-        largest = torch.where(x == self.lists.to_items(self.most), place, -1)
-        largest = self.lists.to_items(self.lists.largest(largest)).clamp_max(self.lists.items - 1)
-        some = self.lists.to_items(self.most) > 0
-        terms = (self.lower.top, self.s, self.lower.a.log())
-        self.worst, self.best, self.log = (torch.where(some, t.gather(-1, largest), 0) for t in terms)
-        self.rest = self.sum(self._term(self.lower, self.s))
-        self.whole = (-self.most).exp() + self.rest
+        self.most = _Term(*(self.lists.per_list(self.s).zero_() for _ in range(3)))
+        term = _term(self.lower.top, self.s, self.lower.a)
+        some = self.exists & (self.lower.a != 0)
+        place = torch.arange(self.lists.items, device=scores.device)
+        for _ in range(2):  # the first finds the largest of what is rounded, hence one near the largest
+            exponent = torch.where(some, self._exponent(term), -torch.inf)
+            most = self.lists.to_items(self.lists.largest(exponent))
+            largest = self.lists.largest(torch.where(exponent == most, place, -1), -1)
+            self.most = _Term(*(torch.where(largest < 0, m, self.per_list(t, largest)) for m, t in zip(self.most, term)))
+        self.top = scale * self.most.high + self.most.log
+        self.rest = self.sum(self._over(self.lower, term))
+        self.whole = (-self.top).exp() + self.rest
 
-    def _term(self, others: _Sums, score: Tensor, sign: int = 1) -> Tensor:
-        """An item's term over the largest, of which only differences of similar scores are taken."""
-        worse, better = (others.top, score) if sign > 0 else (score, -others.top)
-        exponent = self.scale * ((worse - self.worst) - (better - self.best)) + (others.a.log() - self.log)
-        return torch.where(others.a == 0, 0, exponent.exp())
+    def _exponent(self, term: _Term) -> Tensor:
+        """Of a term over the largest."""
+        high, low, log = (t - self.lists.to_items(most) for t, most in zip(term, self.most))
+        return self.scale * (high + low) + log
+
+    def _over(self, sums: _Sums, term: _Term) -> Tensor:
+        """A term of these sums over the largest, 0 of no item."""
+        return torch.where(sums.a == 0, 0, self._exponent(term).exp())
 
     def reach(self, v: Tensor) -> None:
         super().reach(v)
@@ -344,11 +362,12 @@ class _Cosent(_Competing):
     def _shares(self) -> tuple[Tensor, Tensor]:
         """Of an item's pairs with those of lower and of higher labels."""
         whole = self.lists.to_items(self.whole)
-        return self._term(self.lower, self.s) / whole, self._term(self.higher, self.s, -1) / whole
+        lower, higher = _term(self.lower.top, self.s, self.lower.a), _term(self.s, -self.higher.top, self.higher.a)
+        return self._over(self.lower, lower) / whole, self._over(self.higher, higher) / whole
 
     def loss(self) -> Tensor:
-        large = torch.where(self.most.isinf(), self.most, self.most + self.whole.log())
-        return torch.where(self.most > 0, large, self.rest.log1p())
+        large = torch.where(self.top.isinf(), self.top, self.top + self.whole.log())
+        return torch.where(self.top > 0, large, self.rest.log1p())
 
     def slope(self) -> Tensor:
         lower, higher = self._shares()

@@ -7,26 +7,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import kernel
+from custom_ops._enums import PairFunction
+from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing
 
 _ROWS, _COLUMNS = 32, 32
 
-# The functions of a pair's difference d: those of `pairwise` (by their number there), then the hinges, less the margin.
-_HINGE, _SQUARED_HINGE = 3, 4
+# The functions of a pair's difference d: those of `pairwise`, and of `pairwise_hinge`, whose d is less the margin.
+LOGISTIC = constant(PairFunction.LOGISTIC)
+SOFT_ZERO_ONE = constant(PairFunction.SOFT_ZERO_ONE)
+EXPONENTIAL = constant(PairFunction.EXPONENTIAL)
+HINGE = tl.constexpr(len(PairFunction))
+SQUARED_HINGE = tl.constexpr(len(PairFunction) + 1)
 
 
 @triton.jit
 def pair_value(d, PHI: tl.constexpr):
-    if PHI == 0:  # log(1 + exp(-d)); what 1 + u rounds off is added to first order
+    if PHI == LOGISTIC:  # log(1 + exp(-d)); what 1 + u rounds off is added to first order
         u = tl.exp(-tl.abs(d))
         t = 1.0 + u
         return tl.log(t) + (u - (t - 1.0)) / t + tl.where(d < 0, -d, 0.0)
-    elif PHI == 1:
+    elif PHI == SOFT_ZERO_ONE:
         return wrong_order(d)
-    elif PHI == 2:
+    elif PHI == EXPONENTIAL:
         return tl.exp(-d)
-    elif PHI == 3:
+    elif PHI == HINGE:
         return tl.where(d > 0, 0.0, -d)
     else:
         return tl.where(d > 0, 0.0, d * d)
@@ -34,13 +39,13 @@ def pair_value(d, PHI: tl.constexpr):
 
 @triton.jit
 def pair_slope(d, PHI: tl.constexpr):
-    if PHI == 0:
+    if PHI == LOGISTIC:
         return -wrong_order(d)
-    elif PHI == 1:
+    elif PHI == SOFT_ZERO_ONE:
         return -wrong_order(d) * wrong_order(-d)
-    elif PHI == 2:
+    elif PHI == EXPONENTIAL:
         return -tl.exp(-d)
-    elif PHI == 3:
+    elif PHI == HINGE:
         return tl.where(d < 0, -1.0, tl.where(d == d, 0.0, d))
     else:
         return tl.where(d > 0, 0.0, 2.0 * d)
@@ -48,15 +53,15 @@ def pair_slope(d, PHI: tl.constexpr):
 
 @triton.jit
 def pair_curvature(d, PHI: tl.constexpr):
-    if PHI == 0:
+    if PHI == LOGISTIC:
         return wrong_order(d) * wrong_order(-d)
-    elif PHI == 1:
+    elif PHI == SOFT_ZERO_ONE:
         p = wrong_order(d)
         r = wrong_order(-d)
         return p * r * (r - p)
-    elif PHI == 2:
+    elif PHI == EXPONENTIAL:
         return tl.exp(-d)
-    elif PHI == 3:
+    elif PHI == HINGE:
         return tl.where(d == d, 0.0, d)
     else:
         return tl.where(d < 0, 2.0, 0.0)
@@ -74,7 +79,7 @@ def wrong_order(d):
     WIDE,
     {
         (phi, hessian): {"PHI": phi, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
-        for phi in range(5)
+        for phi in range(len(PairFunction) + 2)
         for hessian in (False, True)
     },
     num_warps=8,  # with 4 some variants spill
@@ -182,7 +187,7 @@ def pairwise(
     sigma: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, sigma, 0.0, normalize)
+    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, PairFunction(phi), sigma, 0.0, normalize)
     return loss, slope, pairs > 0
 
 
@@ -196,7 +201,7 @@ def pairwise_slope(
     sigma: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(scores, labels, valid, offsets, v, phi, sigma, 0.0, normalize)[1]
+    return _pairs(scores, labels, valid, offsets, v, PairFunction(phi), sigma, 0.0, normalize)[1]
 
 
 # ---------------------------------------------------------------- hinge
@@ -212,7 +217,7 @@ def pairwise_hinge(
     squared: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    phi = _SQUARED_HINGE if squared else _HINGE
+    phi = SQUARED_HINGE.value if squared else HINGE.value
     loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, 1.0, -margin, normalize)
     return loss, slope, pairs > 0
 
@@ -227,7 +232,7 @@ def pairwise_hinge_slope(
     squared: bool,
     normalize: bool,
 ) -> Tensor:
-    phi = _SQUARED_HINGE if squared else _HINGE
+    phi = SQUARED_HINGE.value if squared else HINGE.value
     return _pairs(scores, labels, valid, offsets, v, phi, 1.0, -margin, normalize)[1]
 
 

@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import BLOCK, FLOATING, accumulator, kernel, locate, widen
+from custom_ops._enums import PreferenceLoss
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, accumulator, constant, kernel, locate, widen
 
-KINDS = (LOGISTIC, HINGE, SQUARED, DIVERGENCE) = tuple(map(tl.constexpr, range(4)))
+LOGISTIC = constant(PreferenceLoss.LOGISTIC)
+HINGE = constant(PreferenceLoss.HINGE)
+SQUARED = constant(PreferenceLoss.SQUARED)
 
 
 @triton.jit
@@ -118,7 +121,7 @@ def value_at(
     FLOATING,
     {
         (kind, reduce): {"KIND": kind, "REDUCE": reduce, "BLOCK": BLOCK}
-        for kind in range(len(KINDS))
+        for kind in map(int, PreferenceLoss)
         for reduce in (False, True)
     },
     streams=BLOCK,
@@ -161,7 +164,7 @@ def preference_kernel(
     FLOATING,
     {
         (kind, order): {"KIND": kind, "ORDER": order, "BLOCK": BLOCK}
-        for kind in range(len(KINDS))
+        for kind in map(int, PreferenceLoss)
         for order in (1, 2, 3)
     },
     streams=BLOCK,

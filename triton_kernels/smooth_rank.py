@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops._enums import SmoothMetric
 from custom_ops.triton_kernels.common import kernel
 from custom_ops.triton_kernels.lists import (
     PAIRS,
@@ -23,7 +24,6 @@ from custom_ops.triton_kernels.lists import (
     relative_gains,
 )
 
-_NDCG, _NDCG_LINEAR, _MRR, _AVERAGE_PRECISION = range(4)
 _ROWS, _COLUMNS = 32, 16
 
 
@@ -188,7 +188,7 @@ class _SmoothRank:
     ) -> None:
         if labels.shape != scores.shape or labels.dtype != scores.dtype:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
-        self.metric, self.scale = metric, 1 / temperature
+        self.metric, self.scale = SmoothMetric(metric), 1 / temperature
         most = torch.finfo(scores.dtype).max
         # Of halves no difference overflows, and beyond them all lie the infinite scores.
         self.halves = (scores / 2).clamp(-most, most).contiguous()
@@ -198,7 +198,7 @@ class _SmoothRank:
             exists = exists & (lists.ids >= 0)
         self.exists = exists
         labels = labels.contiguous().masked_fill(~exists, 0)
-        if metric == _AVERAGE_PRECISION:
+        if metric == SmoothMetric.AVERAGE_PRECISION:
             labels = 1 - (labels <= 0).to(labels.dtype)
         ordered = labels.gather(-1, lists.sort(labels))
         starts = lists.bounds[:-1]
@@ -208,10 +208,10 @@ class _SmoothRank:
         tied = top == ordered.gather(-1, last)
 
         def gain_of(y: Tensor) -> Tensor:
-            return relative_gains(y, lists.to_items(top), metric == _NDCG)
+            return relative_gains(y, lists.to_items(top), metric == SmoothMetric.NDCG)
 
         ideal = gain_of(ordered)
-        if metric in (_NDCG, _NDCG_LINEAR):
+        if metric in (SmoothMetric.NDCG, SmoothMetric.NDCG_LINEAR):
             place = torch.arange(lists.items, device=scores.device) - lists.to_items(starts)
             ideal = ideal / (place + 2).double().log2()
         total = lists.sum(ideal)
@@ -247,9 +247,9 @@ class _SmoothRank:
 
     def loss(self) -> Tensor:
         rank, relevant_rank = self.rank
-        if self.metric == _MRR:
+        if self.metric == SmoothMetric.MRR:
             value = self.gain / rank
-        elif self.metric == _AVERAGE_PRECISION:
+        elif self.metric == SmoothMetric.AVERAGE_PRECISION:
             value = self.gain * relevant_rank / rank
         else:
             value = self.gain * math.log(2) / rank.log1p()
@@ -258,9 +258,9 @@ class _SmoothRank:
 
     def _derivative(self) -> _Ranks:
         rank, relevant_rank = self.rank
-        if self.metric == _AVERAGE_PRECISION:
+        if self.metric == SmoothMetric.AVERAGE_PRECISION:
             return _Ranks(self.gain * relevant_rank / rank.square(), -self.gain / rank)
-        if self.metric == _MRR:
+        if self.metric == SmoothMetric.MRR:
             of_rank = self.gain / rank.square()
         else:
             of_rank = self.gain * math.log(2) / ((1 + rank) * rank.log1p().square())
@@ -269,10 +269,10 @@ class _SmoothRank:
     def _second(self, moves: _Ranks) -> _Ranks:
         """The derivative's tangent along the ranks' tangent."""
         rank, relevant_rank = self.rank
-        if self.metric == _AVERAGE_PRECISION:
+        if self.metric == SmoothMetric.AVERAGE_PRECISION:
             of_rank = self.gain * (moves.relevant - 2 * relevant_rank / rank * moves.all) / rank.square()
             return _Ranks(of_rank, self.gain * moves.all / rank.square())
-        if self.metric == _MRR:
+        if self.metric == SmoothMetric.MRR:
             of_rank = -2 * self.gain / rank.pow(3) * moves.all
         else:
             log = rank.log1p()

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops._enums import GroupValue
 from custom_ops.triton_kernels.common import kernel
 from custom_ops.triton_kernels.lists import Lists
 
@@ -218,7 +219,7 @@ def isotonic(
 
 
 def group_reduce(
-    x: Tensor, groups: Tensor, offsets: Tensor | None, mode: int, from_order: bool, to_order: bool, scale: float
+    x: Tensor, groups: Tensor, offsets: Tensor | None, value: int, from_order: bool, to_order: bool, scale: float
 ) -> Tensor:
     out = x.new_empty(x.shape)
     wide = _wide(x)
@@ -227,9 +228,9 @@ def group_reduce(
     order = _Order.of(groups, x)
     values = torch.where(order.holds, wide.reshape(order.item.shape), 0) if from_order else order.read(wide)
     shared = order.sum(values)
-    if mode != 0:
+    if GroupValue(value) != GroupValue.SUM:
         shared = shared / (order.end - order.start)
-    own = torch.where(order.holds, scale * (values - shared if mode == 2 else shared), 0)
+    own = torch.where(order.holds, scale * (values - shared if value == GroupValue.CENTRED else shared), 0)
     return out.copy_((own if to_order else order.write(own)).view(x.shape))
 
 

@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.triton_kernels.common import BLOCK, FLOATING, divide, kernel, widen
+from custom_ops._enums import SurrogateShape
+from custom_ops.triton_kernels.common import BLOCK, FLOATING, constant, divide, kernel, widen
 
-_SHAPES = ("sigmoid", "atan", "triangle", "boxcar")
+SIGMOID = constant(SurrogateShape.SIGMOID)
+ATAN = constant(SurrogateShape.ATAN)
+TRIANGLE = constant(SurrogateShape.TRIANGLE)
 
 
 @kernel("*T *T i32", FLOATING, {None: {"BLOCK": BLOCK}}, streams=BLOCK)
@@ -23,7 +26,7 @@ def surrogate_step_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
 @kernel(
     "*T *T *T fp64 i32",
     FLOATING,
-    {shape: {"SHAPE": shape, "BLOCK": BLOCK} for shape in _SHAPES},
+    {shape: {"SHAPE": shape, "BLOCK": BLOCK} for shape in map(int, SurrogateShape)},
     streams=BLOCK,
 )
 @triton.jit
@@ -35,12 +38,12 @@ def surrogate_slope_kernel(
     x = widen(tl.load(x_ptr + at, mask=inside, other=0))
     wide = tl.full([1], width, x.dtype)
     u = divide(x, wide)  # 1 at x = width, where triangle and boxcar end
-    if SHAPE == "sigmoid":
+    if SHAPE == SIGMOID:
         e = tl.exp(-tl.abs(u))
         slope = e / ((1 + e) * (1 + e))
-    elif SHAPE == "atan":
+    elif SHAPE == ATAN:
         slope = 0.31830988618379067 / (1 + u * u)
-    elif SHAPE == "triangle":
+    elif SHAPE == TRIANGLE:
         slope = 1 - tl.abs(u)
         slope = tl.where(slope < 0, 0.0, slope)
     else:
@@ -62,5 +65,5 @@ def surrogate_slope(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor
         raise RuntimeError("grad: expected the shape of x")
     out = x.new_empty(x.shape)
     programs = triton.cdiv(x.numel(), BLOCK)
-    surrogate_slope_kernel(programs, grad, x, out, width, x.numel(), variant=_SHAPES[shape])
+    surrogate_slope_kernel(programs, grad, x, out, width, x.numel(), variant=shape)
     return out

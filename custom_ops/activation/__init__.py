@@ -1,4 +1,4 @@
-"""One-bit activations."""
+"""Activations that keep one bit per element for backward."""
 
 from custom_ops.activation.conversion import Conversion, ConvertedActivation, convert_activations
 from custom_ops.activation.dropout import ReLUDropout, relu_dropout
@@ -21,7 +21,8 @@ from custom_ops.activation.piecewise import (
 )
 from custom_ops.activation.squared import SquaredReLU, squared_relu
 
-# Spelled out: mypy can't follow `__all__ += module.__all__` through two levels, and shows none of these.
+# The names are spelled out, as mypy can't follow `__all__ += module.__all__` through two levels and would see none of
+# them.
 __all__ = [
     "BiasLeakyReLU",
     "BiasReLU",

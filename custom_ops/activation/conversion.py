@@ -1,4 +1,4 @@
-"""Swapping the activations of a whole model for ours, and back."""
+"""Conversion of a whole model's activations to ours, and back."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from torch.overrides import TorchFunctionMode
 from custom_ops import _checks
 from custom_ops.activation.piecewise import Hardtanh, LeakyReLU, ReLU, ReLU6, Threshold
 
-__all__ = ["Conversion", "ConvertedActivation", "convert_activations"]
-
-# Each of ours is a subclass with the same attributes, so that a module can change its class and stay itself.
+# Each of ours is a subclass with the same attributes, so a module can change its class and stay the same object.
 _TO_CUSTOM_OPS: dict[type[nn.Module], type[nn.Module]] = {
     cls.__mro__[1]: cls for cls in (ReLU, LeakyReLU, ReLU6, Hardtanh, Threshold)
 }
@@ -24,10 +22,10 @@ _TO = {"custom_ops": _TO_CUSTOM_OPS, "torch": {ours: theirs for theirs, ours in 
 
 @dataclass(frozen=True)
 class ConvertedActivation:
-    """A module that changed its class; if measured, the bytes that it alone keeps for backward, before and after.
+    """A module that changed its class and, if measured, the bytes that only it keeps for backward, before and after.
 
-    A tensor that several of these modules keep is counted with the first. Where nothing is to be saved, ``remark`` says
-    why: mostly a neighbour keeps the same tensor for its own backward.
+    A tensor that several of these modules keep is counted with the first. If nothing is saved, ``remark`` says why:
+    usually a neighbour keeps the same tensor for its own backward.
 
     Example:
         >>> import torch, custom_ops
@@ -53,10 +51,10 @@ class ConvertedActivation:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_activations` changed; if measured, all bytes kept for backward, before and after.
+    """The changes of `convert_activations` and, if measured, all bytes kept for backward, before and after.
 
-    ``functions`` names the functions, such as ``relu``, that the measured call reached outside of these modules, and
-    how often: they are no modules, so they can't be converted.
+    ``functions`` counts the functions, such as ``relu``, that the measured call reached outside of these modules.
+    Functions can't be converted.
 
     Example:
         >>> import torch, custom_ops
@@ -80,11 +78,11 @@ class Conversion:
 
 
 def convert_activations(model: nn.Module, to: str = "custom_ops", measure: Sequence[Any] | None = None) -> Conversion:
-    """Swap every ReLU, LeakyReLU, ReLU6, Hardtanh and Threshold of a module tree for ours, or back.
+    """Convert every ReLU, LeakyReLU, ReLU6, Hardtanh and Threshold of a module tree to ours, or back.
 
-    The modules stay the same objects, with their attributes, hooks and names; only their class changes.
-    Subclasses of torch's modules, which may have a ``forward`` of their own, are left alone. Calls of functions, such
-    as ``F.relu(x)``, can't be converted; with ``measure`` the report counts them. An error leaves the model as it was.
+    The modules stay the same objects, with their attributes, hooks and names; only their class changes. Subclasses of
+    torch's modules, which may have a ``forward`` of their own, are left alone. Calls of functions, such as
+    ``F.relu(x)``, can't be converted; with ``measure`` the report counts them. An error leaves the model as it was.
 
     Args:
         model: any module, changed in place.
@@ -97,11 +95,11 @@ def convert_activations(model: nn.Module, to: str = "custom_ops", measure: Seque
         A `Conversion`; print it.
 
     Raises:
-        TypeError: ``model`` is no module, ``measure`` no sequence.
+        TypeError: ``model`` isn't a module, or ``measure`` isn't a sequence.
         ValueError: an unknown ``to``.
 
-    What is saved depends on the neighbours: behind ``relu`` a convolution or linear layer keeps its input, which
-    is relu's output, whatever relu keeps; a normalisation in front of it keeps its own input, not relu's.
+    The memory saved depends on the neighbours. A convolution or linear layer after ``relu`` keeps its input, which is
+    relu's output, whatever relu keeps; a normalisation before it keeps its own input, not relu's.
 
     Example:
         >>> import torch, custom_ops
@@ -141,13 +139,14 @@ def _qualified(cls: type[nn.Module]) -> str:
 
 
 class _Saved:
-    """The memory that one forward pass keeps for backward, by the module that keeps it ("" for all others)."""
+    """The memory that one forward pass keeps for backward, by the module that keeps it (None for all others)."""
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], args: Sequence[Any]) -> None:
         self._bytes: dict[int, int] = {}
-        self._keepers: dict[int, dict[str | None, None]] = {}  # in the order in which they came
+        # {address: the modules that keep it, in order of their first use}
+        self._keepers: dict[int, dict[str | None, None]] = {}
         self.functions: dict[str, int] = {}
-        kept: list[Tensor] = []  # alive to the end, so that no address comes twice
+        kept: list[Tensor] = []  # stays alive, so no address is reused
         running: list[str] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -180,7 +179,7 @@ class _Saved:
             self._bytes.pop(parameter.untyped_storage().data_ptr(), None)
 
     def alone(self, name: str) -> int:
-        """The bytes that only modules such as this keep, and it first."""
+        """Return the bytes kept only by modules of this kind, and first by this one."""
         return sum(
             size
             for at, size in self._bytes.items()
@@ -188,7 +187,7 @@ class _Saved:
         )
 
     def remark(self, name: str) -> str:
-        """Why there is nothing that it alone keeps."""
+        """Return why no bytes are kept by this module alone."""
         keepers = [self._keepers[at] for at in self._bytes if name in self._keepers[at]]
         if self.alone(name):
             return ""
@@ -203,7 +202,7 @@ class _Saved:
 
 
 class _Functions(TorchFunctionMode):
-    """Counts the calls of functional activations while no module is running."""
+    """A mode that counts the calls of functional activations while no module is running."""
 
     NAMES = ("relu", "leaky_relu", "relu6", "hardtanh", "threshold")
 

@@ -1,27 +1,22 @@
-"""Dropout of ReLU, both masks merged into one bit per element."""
+"""ReLU with dropout, with both masks merged into one bit per element."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
 from custom_ops._native import define
-from custom_ops.activation._common import against, not_a_tensor, unary_samples, vector
-from custom_ops.activation.piecewise import ApplyMask, apply_mask, check_inplace, relu, relu_reference
+from custom_ops.activation.piecewise import ApplyMask, apply_mask, check_inplace, relu
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
-
-__all__ = ["ReLUDropout", "relu_dropout"]
 
 
 @define
 def relu_dropout_forward(x: Tensor, seed: Tensor, p: float, batch_dims: int) -> tuple[Tensor, Tensor]:
-    """relu(x) / (1 - p) where the element's draw from [0, 1) is at least p, and that as one bit; a NaN stays.
+    """Return relu(x) / (1 - p) where the element's draw from [0, 1) is at least p, and the mask in bits; a NaN stays.
 
     Element i of an example draws number i of the Philox generator keyed by its ``seed [*batch]``.
     """
@@ -58,25 +53,25 @@ def _(info: Any, in_dims: Any, x: Tensor, seed: Tensor, p: float, batch_dims: in
 def relu_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | None = None, inplace: bool = False
 ) -> Tensor:
-    """Dropout of relu(x): each element is dropped with probability p, the others divided by 1 - p.
+    """Apply dropout to relu(x): each element is dropped with probability p, the others are divided by 1 - p.
 
-    Both masks are merged into the one bit per element that backward keeps. The draws are counted, not
-    streamed: element i takes number i of the Philox generator keyed by the seed, whatever the number of threads, so
-    that a recomputation under activation checkpointing, which restores torch's generator, draws the same.
+    Both masks are merged into the one bit per element that backward keeps. The random numbers are indexed: element i
+    takes number i of the Philox generator keyed by the seed, whatever the number of threads. A recomputation under
+    activation checkpointing, which restores torch's generator, therefore draws the same numbers.
 
     Args:
         x: as for `relu`.
         p: the probability of dropping an element, in steps of 2^-32.
         training: without it this is `relu`.
-        seed: a scalar int64 tensor on x's device; by default drawn from torch's generator, so that
+        seed: a scalar int64 tensor on x's device; by default it is drawn from torch's generator, so that
             ``torch.manual_seed`` reproduces it.
         inplace: as for `relu`.
 
     Raises:
-        TypeError: a wrong dtype, ``p`` no number.
-        ValueError: ``p`` outside [0, 1], ``seed`` on another device or no scalar.
+        TypeError: a wrong dtype, or ``p`` isn't a number.
+        ValueError: ``p`` outside [0, 1], ``seed`` on another device or not a scalar.
 
-    A NaN stays where it is, dropped or not. O(n) time; numel / 8 bytes kept for backward.
+    A NaN stays where it is, dropped or not. The op takes O(n) time and keeps numel / 8 bytes for backward.
 
     Source: torch.nn.functional.dropout; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
@@ -112,7 +107,7 @@ def _probability(p: Any) -> float:
 
 
 class ReLUDropout(torch.nn.Module):
-    """`relu_dropout` as a layer; `relu` in evaluation mode.
+    """Apply `relu_dropout` as a layer; in evaluation mode it is `relu`.
 
     Example:
         >>> import torch, custom_ops
@@ -130,71 +125,3 @@ class ReLUDropout(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}{', inplace=True' * self.inplace}"
-
-
-def philox(seed: Tensor, n: int) -> Tensor:
-    """The first n draws of Philox 4x32-10 keyed by ``seed``, as integers in [0, 2^32)."""
-    low = 0xFFFFFFFF
-    counter = torch.arange((n + 3) // 4, device=seed.device)
-    zero = torch.zeros_like(counter)
-    c = [counter & low, counter >> 32, zero, zero]
-    keys = [seed & low, (seed >> 32) & low]
-    for _ in range(10):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # the 64 bits of each product, whatever their sign
-        c = [((b >> 32) & low) ^ c[1] ^ keys[0], b & low, ((a >> 32) & low) ^ c[3] ^ keys[1], a & low]
-        keys = [(key + step) & low for key, step in zip(keys, (0x9E3779B9, 0xBB67AE85))]
-    return torch.stack(c, 1).flatten()[:n]
-
-
-def relu_dropout_reference(
-    x: Tensor, p: float, training: bool, seed: Tensor | None = None, inplace: bool = False
-) -> Tensor:
-    if not training or seed is None:
-        return relu_reference(x)
-    draws = philox(seed, x.numel())
-    kept = (draws >= round(p * 2**32)).view(x.shape)
-    y = torch.where(kept, relu_reference(x) * _dropout_scale(p), 0)
-    return torch.where(x.isnan(), x, y)
-
-
-def _dropout_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    seed = torch.tensor(0x123456789ABCDEF, device=device)
-    samples = unary_samples(0.0)(device, dtype)
-    evaluation = Sample((*samples[0].args, 0.4, False), dynamic={0: 0})
-    return [evaluation, *(Sample((*s.args, 0.4, True, seed), dynamic=s.dynamic) for s in samples)]
-
-
-_x = torch.ones(2, 3)
-register(
-    OpInfo(
-        name="relu_dropout",
-        summary="Dropout of ReLU, both masks in one bit per element",
-        function=relu_dropout,
-        reference=relu_dropout_reference,
-        native=lambda x, p, training: F.dropout(torch.relu(x), p, training),
-        samples=_dropout_samples,
-        not_sharded="each element's draw depends on its place in the whole tensor, not in a shard",
-        shardings=lambda: [Sharding("rows", Sample((torch.ones(5, 3), 0.5)), {0: 0}, 0)],
-        bad_calls=lambda: [
-            *not_a_tensor(),
-            BadCall((_x, 1.5), "p: expected a probability, got 1.5"),
-            BadCall((_x, "half"), "p: expected a number, got str"),
-            BadCall((_x, 0.5, 1), "training: expected True or False, got 1"),
-            BadCall((_x, 0.5, True, None, 1), "inplace: expected True or False, got 1"),
-            BadCall((_x[:1].expand(2, 3), 0.5, True, None, True), "x: expected elements with memory of their own"),
-            BadCall((_x, 0.5, True, 7), "seed: expected a tensor, got int"),
-            BadCall((_x, 0.5, True, torch.ones(2, dtype=torch.int64)), r"seed: expected a scalar, got shape \[2\]"),
-            BadCall((_x, 0.5, True, torch.ones(())), "seed: expected one of int64, got float32"),
-        ],
-        benchmarks=against(
-            "torch: dropout(relu(x))",
-            lambda x, p, training, _: F.dropout(torch.relu(x), p, training),
-            make=lambda n, device, dtype: (
-                *vector(n, device, dtype),
-                0.5,
-                True,
-                torch.ones((), dtype=torch.int64, device=device),
-            ),
-        ),
-    )
-)

@@ -1,4 +1,4 @@
-"""Piecewise-linear activations: backward keeps one bit per element instead of a tensor."""
+"""Piecewise-linear activations whose backward keeps one bit per element instead of a tensor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from custom_ops import _checks, library, shards
@@ -14,27 +13,7 @@ from custom_ops._bits import empty_mask, pack, unpack
 from custom_ops._layout import as_it_lies, overlaps
 from custom_ops._native import define
 from custom_ops._wide import under_autocast
-from custom_ops.activation._common import against, away_from, not_a_tensor, unary_samples
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
-
-__all__ = [
-    "BiasLeakyReLU",
-    "BiasReLU",
-    "CustomReLU",
-    "Hardtanh",
-    "LeakyReLU",
-    "ReLU",
-    "ReLU6",
-    "Threshold",
-    "bias_leaky_relu",
-    "bias_relu",
-    "hardtanh",
-    "leaky_relu",
-    "relu",
-    "relu6",
-    "threshold",
-]
 
 
 @define
@@ -50,33 +29,34 @@ def piecewise_linear(
     nan_passes: bool,
     batch_dims: int,
 ) -> tuple[Tensor, Tensor]:
-    """A piecewise-linear activation of v = x + bias, contiguous, and one bit per element: whether low < v < high.
+    """Return a piecewise-linear activation of v = x + bias, contiguous, and one bit per element: whether low < v <
+    high.
 
-    It is v there, and elsewhere slope * v, or if the slope is 0 ``below`` and ``above``. A NaN stays, its
-    bit is ``nan_passes``. The first ``batch_dims`` dimensions are a batch: the mask has shape
-    ``[*batch, ceil(n / 8)]`` for n elements each, and bias ``[*batch, C]``; element i belongs to channel
-    i // inner % C.
+    The activation is v where the bit is set. Elsewhere it is slope * v or, if the slope is 0, ``below`` and ``above``.
+    A NaN stays, and its bit is ``nan_passes``. The first ``batch_dims`` dimensions are a batch: the mask has shape
+    ``[*batch, ceil(n / 8)]`` for n elements each, and bias ``[*batch, C]``; element i belongs to channel i // inner %
+    C.
     """
     return x.new_empty(x.shape), empty_mask(x, batch_dims)
 
 
 @define
 def apply_mask(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
-    """on * x where the bit of ``mask [*batch, ceil(n / 8)]`` is set, off * x elsewhere; 0 if off is 0."""
+    """Return on * x where the bit of ``mask [*batch, ceil(n / 8)]`` is set, off * x elsewhere; 0 if off is 0."""
     return x.new_empty(x.shape)
 
 
 @define
 def apply_mask_and_sum(x: Tensor, mask: Tensor, inner: int, channels: int, off: float) -> tuple[Tensor, Tensor]:
-    """`apply_mask` with on = 1, and the sum of that over each channel, ``[*batch, channels]``, in one pass.
+    """Return `apply_mask` with on = 1 and its sum over each channel, ``[*batch, channels]``, in one pass.
 
-    Channels are as in `piecewise_linear`: what is the gradient of x + bias for x is this sum for the bias.
+    Channels are as in `piecewise_linear`: if the first result is the gradient of x + bias, the second is that of bias.
     """
     return x.new_empty(x.shape), x.new_empty((*mask.shape[:-1], channels))
 
 
 class ApplyMask(Function, op=apply_mask):
-    """Linear and its own adjoint: the gradient and the tangent are masked alike."""
+    """The masking is linear and self-adjoint, so gradient and tangent are masked alike."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -94,7 +74,7 @@ class ApplyMask(Function, op=apply_mask):
 
 
 def _spread(bias: Tensor, inner: int, shape: torch.Size, batch_dims: int) -> Tensor:
-    """The bias of each element of a tensor of that shape."""
+    """Return the bias of each element of a tensor of that shape."""
     outer = math.prod(shape[batch_dims:]) // max(1, bias.shape[-1] * inner)
     sizes = *shape[:batch_dims], outer, bias.shape[-1], inner
     return bias[..., None, :, None].expand(sizes).reshape(shape)
@@ -108,7 +88,7 @@ def _plus_bias(x: Tensor | None, bias: Tensor | None, inner: int, shape: torch.S
 
 
 class ApplyMaskAndSum(Function, op=apply_mask_and_sum):
-    """Linear; its adjoint is the tangent of `piecewise_linear`."""
+    """The op is linear, and its adjoint is the tangent of `piecewise_linear`."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -227,7 +207,7 @@ def _activate(
     bias: Tensor | None = None,
     dim: int = 0,
 ) -> Tensor:
-    """The op's activation of x, in x's layout."""
+    """Apply the op's activation to x and return the result in x's layout."""
     _checks.has_dtype("x", x, _checks.FLOATING)
     check_inplace(x, inplace)
 
@@ -250,27 +230,27 @@ def _activate(
 
 
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
-    """``max(x, 0)``, keeping one bit per element for backward where torch keeps a tensor.
+    """Return ``max(x, 0)``, keeping one bit per element for backward where torch keeps a tensor.
 
-    Equal to ``torch.relu`` but that -0.0 gives 0.0: NaN propagates, the gradient at exactly 0
-    is 0 and that at NaN passes. Where the gradient is 0 it is so of a NaN gradient too. Differentiable to any order
-    and in forward mode; the second derivative is 0.
+    The result equals ``torch.relu``, except that -0.0 gives 0.0. NaN propagates; the gradient at exactly 0 is 0, and at
+    NaN it passes. Where the gradient is 0, a NaN gradient gives 0 too. The function is differentiable to any order and
+    in forward mode; the second derivative is 0.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64. The result has the layout
             of ``x`` (channels-last stays channels-last).
-        inplace: write the result into ``x`` and return it, where autograd allows that (a temporary of
+        inplace: write the result into ``x`` and return it, if autograd allows that (a temporary of
             x's size is needed for the time of the call).
 
     Raises:
-        TypeError: ``x`` is no tensor, or of another dtype.
+        TypeError: ``x`` isn't a tensor, or has another dtype.
         ValueError: ``inplace`` of a tensor whose elements share memory, such as an expanded or unfolded one.
         RuntimeError: ``inplace`` of a leaf that requires a gradient.
 
-    O(n) time; numel / 8 bytes kept for backward. Saves memory where no neighbour keeps the output
+    The op takes O(n) time and keeps numel / 8 bytes for backward. It saves memory unless a neighbour keeps the output
     anyway: after a convolution whose next layer is linear in it, torch keeps that output once for both.
 
-    Source: torch.relu; the packed mask is asked for in pytorch#63644.
+    Source: torch.relu; pytorch#63644 asks for the packed mask.
 
     Example:
         >>> import torch, custom_ops
@@ -283,13 +263,14 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
 
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """``x`` where it is positive, ``negative_slope * x`` elsewhere, keeping one bit per element for backward.
+    """Return ``x`` where it is positive and ``negative_slope * x`` elsewhere, keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.leaky_relu``, bit by bit: the gradient at exactly 0 and at NaN is that of the
-    negative side. Only a ``negative_slope`` of 0 is a true 0, also at -inf and for a NaN gradient, where torch's
-    product with 0 is NaN. Any ``negative_slope``, a negative one too, also in place.
+    The result equals ``torch.nn.functional.leaky_relu`` bit by bit: the gradient at exactly 0 and at NaN is that of the
+    negative side. There is one exception: a ``negative_slope`` of 0 gives exactly 0, also at -inf and for a NaN
+    gradient, where torch's product with 0 is NaN. Any ``negative_slope`` is allowed, a negative one too, also in place.
 
-    Args, errors, layout and cost as for `relu`; ``TypeError`` also if ``negative_slope`` is no number.
+    Arguments, errors, layout and cost are those of `relu`; a ``negative_slope`` that isn't a number raises
+    ``TypeError``.
 
     Source: torch.nn.LeakyReLU.
 
@@ -305,12 +286,13 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 
 
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """``x`` clamped to [min_val, max_val], keeping one bit per element for backward.
+    """Return ``x`` clamped to [min_val, max_val], keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.hardtanh`` but that -0.0 at a bound of 0 gives 0.0: NaN propagates, the gradient is
-    0 at both bounds. At NaN it is 0, as in torch's vectorised kernels (its scalar ones let it pass).
+    The result equals ``torch.nn.functional.hardtanh``, except that -0.0 at a bound of 0 gives 0.0. NaN propagates, and
+    the gradient is 0 at both bounds. At NaN it is 0, as in torch's vectorised kernels (torch's scalar kernels let it
+    pass).
 
-    Args, errors, layout and cost as for `relu`; ``ValueError`` also unless ``min_val <= max_val``.
+    Arguments, errors, layout and cost are those of `relu`; unless ``min_val <= max_val``, it raises ``ValueError``.
 
     Source: torch.nn.Hardtanh.
 
@@ -326,7 +308,8 @@ def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bo
 
 
 def relu6(x: Tensor, inplace: bool = False) -> Tensor:
-    """`hardtanh` between 0 and 6, as ``torch.nn.functional.relu6``; arguments, errors and cost as for `relu`.
+    """Return `hardtanh` between 0 and 6, as ``torch.nn.functional.relu6``; arguments, errors and cost are those of
+    `relu`.
 
     Source: torch.nn.ReLU6.
 
@@ -339,11 +322,11 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor:
 
 
 def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
-    """``x`` where it exceeds ``threshold``, else ``value``, keeping one bit per element for backward.
+    """Return ``x`` where it exceeds ``threshold``, else ``value``, keeping one bit per element for backward.
 
-    Equal to ``torch.nn.functional.threshold``, bit by bit: NaN propagates and its gradient passes.
+    The result equals ``torch.nn.functional.threshold`` bit by bit: NaN propagates, and its gradient passes.
 
-    Args, errors, layout and cost as for `relu`; ``TypeError`` also if a bound is no number.
+    Arguments, errors, layout and cost are those of `relu`; a bound that isn't a number raises ``TypeError``.
 
     Source: torch.nn.Threshold.
 
@@ -357,7 +340,7 @@ def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) 
 
 
 def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> Tensor:
-    """``relu(x + bias)`` with one bias for each channel, in one pass, keeping one bit per element for backward.
+    """Return ``relu(x + bias)`` with one bias per channel, in one pass, keeping one bit per element for backward.
 
     Args:
         x: as for `relu`; the channels are its dimension ``dim``, in any memory format.
@@ -366,11 +349,11 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
         inplace: as for `relu`.
 
     Raises:
-        TypeError: a wrong dtype, no tensor, or ``dim`` no integer.
+        TypeError: a wrong dtype, not a tensor, or ``dim`` isn't an integer.
         ValueError: ``bias`` has another size or device than the channels.
         IndexError: ``x`` has no dimension ``dim``.
 
-    The sum is rounded once, after the activation. O(n) time; numel / 8 bytes kept for backward.
+    The sum is rounded once, after the activation. The op takes O(n) time and keeps numel / 8 bytes for backward.
 
     Example:
         >>> import torch, custom_ops
@@ -384,7 +367,7 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
 def bias_leaky_relu(
     x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False
 ) -> Tensor:
-    """``leaky_relu(x + bias, negative_slope)`` in one pass; arguments, errors and cost as for `bias_relu`.
+    """Return ``leaky_relu(x + bias, negative_slope)`` in one pass; arguments, errors and cost are those of `bias_relu`.
 
     Example:
         >>> import torch, custom_ops
@@ -397,11 +380,11 @@ def bias_leaky_relu(
 
 
 def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
-    """The bias in x's dtype, and which dimension it is along."""
+    """Return the bias in x's dtype, and the index of its dimension in x."""
     _checks.has_dtype("x", x, _checks.FLOATING)
     _checks.has_dtype("bias", bias, _checks.FLOATING)
     if bias.dtype != x.dtype and under_autocast(x):
-        bias = bias.to(x.dtype)  # a parameter, beside the output of a layer that autocast runs in 16 bits
+        bias = bias.to(x.dtype)  # autocast runs the layer before in 16 bits, but the bias is a float32 parameter
     _checks.has_dtype("bias", bias, (x.dtype,))
     _checks.has_dims("bias", bias, "[C]")
     _checks.same_device(x=x, bias=bias)
@@ -414,7 +397,7 @@ def _of_channels(x: Tensor, bias: Tensor, dim: int) -> tuple[Tensor, int]:
 
 
 class CustomReLU(PiecewiseLinear):
-    """``CustomReLU.apply(x)`` is `relu` of ``x``, in the idiom of ``torch.autograd.Function``.
+    """``CustomReLU.apply(x)`` is `relu` of ``x``, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
@@ -428,7 +411,7 @@ class CustomReLU(PiecewiseLinear):
 
 
 class ReLU(torch.nn.ReLU):
-    """`relu` as a layer.
+    """Apply `relu` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -441,7 +424,7 @@ class ReLU(torch.nn.ReLU):
 
 
 class LeakyReLU(torch.nn.LeakyReLU):
-    """`leaky_relu` as a layer.
+    """Apply `leaky_relu` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -454,7 +437,7 @@ class LeakyReLU(torch.nn.LeakyReLU):
 
 
 class Hardtanh(torch.nn.Hardtanh):
-    """`hardtanh` as a layer.
+    """Apply `hardtanh` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -467,7 +450,7 @@ class Hardtanh(torch.nn.Hardtanh):
 
 
 class ReLU6(torch.nn.ReLU6):
-    """`relu6` as a layer.
+    """Apply `relu6` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -480,7 +463,7 @@ class ReLU6(torch.nn.ReLU6):
 
 
 class Threshold(torch.nn.Threshold):
-    """`threshold` as a layer.
+    """Apply `threshold` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -493,7 +476,7 @@ class Threshold(torch.nn.Threshold):
 
 
 class BiasReLU(torch.nn.Module):
-    """`bias_relu` with a learned bias ``[channels]``, which starts at 0.
+    """Apply `bias_relu` as a layer with a learned bias ``[channels]``, which starts at 0.
 
     Example:
         >>> import torch, custom_ops
@@ -517,7 +500,7 @@ class BiasReLU(torch.nn.Module):
 
 
 class BiasLeakyReLU(BiasReLU):
-    """`bias_leaky_relu` with a learned bias ``[channels]``, which starts at 0.
+    """Apply `bias_leaky_relu` as a layer with a learned bias ``[channels]``, which starts at 0.
 
     Example:
         >>> import torch, custom_ops
@@ -534,197 +517,3 @@ class BiasLeakyReLU(BiasReLU):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, negative_slope={self.negative_slope}"
-
-
-def relu_reference(x: Tensor, inplace: bool = False) -> Tensor:
-    return torch.where(x <= 0, torch.zeros_like(x), x)
-
-
-def leaky_relu_reference(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    return torch.where(x > 0, x, negative_slope * x)
-
-
-def hardtanh_reference(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    return torch.where(x <= min_val, min_val, torch.where(x >= max_val, max_val, x))
-
-
-def relu6_reference(x: Tensor, inplace: bool = False) -> Tensor:
-    return hardtanh_reference(x, 0.0, 6.0)
-
-
-def threshold_reference(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
-    return torch.where(x <= threshold, value, x)
-
-
-def _with_bias(x: Tensor, bias: Tensor, dim: int) -> Tensor:
-    return x + bias.reshape(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
-
-
-def bias_relu_reference(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> Tensor:
-    return relu_reference(_with_bias(x, bias, dim))
-
-
-def bias_leaky_relu_reference(
-    x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False
-) -> Tensor:
-    return leaky_relu_reference(_with_bias(x, bias, dim), negative_slope)
-
-
-def _bias_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    def make(dim: int, *shape: int) -> tuple[Tensor, Tensor]:
-        bias = torch.linspace(-1, 1, shape[dim], dtype=torch.float64)
-        x = _with_bias(away_from((0.0,), *shape), -bias, dim)
-        return x.to(device, dtype).requires_grad_(), bias.to(device, dtype).requires_grad_()
-
-    x, bias = make(1, 2, 3, 2, 5)
-    channels_last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    return [
-        Sample(make(1, 3, 7), dynamic={0: 0}),
-        Sample((x, bias)),
-        Sample((channels_last, bias)),
-        Sample(make(-1, 2, 3, 5), {"dim": -1}),
-        Sample(make(0, 4), {"dim": 0}),
-        Sample(make(1, 0, 3)),
-    ]
-
-
-def _against_sums(peer: str, activation: Any) -> list[Benchmark]:
-    def images(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        shapes = (n, 64, 32, 32), (64,)
-        return tuple(torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
-
-    def of_sum(x: Tensor, bias: Tensor) -> Any:
-        return activation(x + bias.view(-1, 1, 1))
-
-    return against(peer, of_sum, make=images, unit="images of 64 channels, 32 x 32", elements=64 * 32 * 32)
-
-
-def _unary(
-    name: str,
-    summary: str,
-    function: Any,
-    reference: Any,
-    kinks: tuple[float, ...],
-    parameters: tuple[Any, ...] = (),
-    variant: tuple[Any, ...] | None = None,
-    **info: Any,
-) -> None:
-    """Register f(x, *parameters), which torch.nn.functional has under the same name."""
-    register(
-        OpInfo(
-            name=name,
-            summary=summary,
-            function=function,
-            reference=reference,
-            samples=unary_samples(*kinks, parameters=parameters, variant=variant),
-            benchmarks=against(f"F.{name}", getattr(F, name), *parameters),
-            native=getattr(F, name),
-            **info,
-        )
-    )
-
-
-_x = torch.ones(2, 3)
-
-_unary(
-    "relu",
-    "ReLU that keeps one bit per element for backward",
-    relu,
-    relu_reference,
-    kinks=(0.0,),
-    apply=CustomReLU.apply,
-    modules=lambda: [(ReLU(), {})],
-    bad_calls=lambda: [
-        *not_a_tensor(),
-        BadCall((_x.clone().requires_grad_(), True), "leaf Variable that requires grad"),
-        BadCall((_x, 1), "inplace: expected True or False, got 1"),
-        BadCall((_x[:1].expand(2, 3), True), r"x: expected elements with memory of their own .* strides \[0, 1\]"),
-    ],
-)
-_unary(
-    "leaky_relu",
-    "Leaky ReLU that keeps one bit per element for backward",
-    leaky_relu,
-    leaky_relu_reference,
-    kinks=(0.0,),
-    parameters=(0.1,),
-    variant=(-0.5,),
-    modules=lambda: [(LeakyReLU(), {}), (LeakyReLU(0.3), {"negative_slope": 0.3})],
-    bad_calls=lambda: [*not_a_tensor(), BadCall((_x, "steep"), "negative_slope: expected a number, got str")],
-)
-_unary(
-    "hardtanh",
-    "Clamp that keeps one bit per element for backward",
-    hardtanh,
-    hardtanh_reference,
-    kinks=(-0.5, 0.75),
-    parameters=(-0.5, 0.75),
-    modules=lambda: [(Hardtanh(), {}), (Hardtanh(-2.0, 0.5), {"min_val": -2.0, "max_val": 0.5})],
-    bad_calls=lambda: [
-        *not_a_tensor(),
-        BadCall((_x, 1.0, -1.0), "min_val: expected at most max_val, got 1.0 and -1.0"),
-        BadCall((_x, float("nan")), "min_val: expected a number, got nan"),
-        BadCall((_x, -1.0, None), "max_val: expected a number, got NoneType"),
-    ],
-)
-_unary(
-    "relu6",
-    "ReLU6 that keeps one bit per element for backward",
-    relu6,
-    relu6_reference,
-    kinks=(0.0, 6.0),
-    modules=lambda: [(ReLU6(), {})],
-    bad_calls=not_a_tensor,
-)
-_unary(
-    "threshold",
-    "Threshold that keeps one bit per element for backward",
-    threshold,
-    threshold_reference,
-    kinks=(0.5,),
-    parameters=(0.5, -3.0),
-    modules=lambda: [(Threshold(0.5, -3.0), {"threshold": 0.5, "value": -3.0})],
-    bad_calls=lambda: [
-        *not_a_tensor(0.0, 0.0),
-        BadCall((_x, "0", 0.0), "threshold: expected a number, got str"),
-        BadCall((_x, 0.0, None), "value: expected a number, got NoneType"),
-    ],
-)
-
-_BAD_BIASES = [
-    BadCall((1.0, _x), "x: expected a tensor, got float"),
-    BadCall((_x, [1.0]), "bias: expected a tensor, got list"),
-    BadCall((_x, torch.ones(3).double()), "bias: expected one of float32, got float64"),
-    BadCall((_x, torch.ones(2)), "bias: expected 3 channels as in x, got 2"),
-    BadCall((_x, torch.ones(1, 3)), r"bias: expected \[C\], got shape \[1, 3\]"),
-    BadCall((_x, torch.ones(3, device="meta")), "bias: expected on cpu as x, got meta"),
-    BadCall((_x, torch.ones(3)), "dim: expected a dimension of x", {"dim": 2}, IndexError),
-    BadCall((_x, torch.ones(3)), "dim: expected an integer, got float", {"dim": 1.0}),
-]
-register(
-    OpInfo(
-        name="bias_relu",
-        summary="ReLU of x + bias in one pass, one bit per element for backward",
-        function=bias_relu,
-        reference=bias_relu_reference,
-        native=lambda x, bias: torch.relu(x + bias),
-        samples=_bias_samples,
-        bad_calls=lambda: _BAD_BIASES,
-        benchmarks=_against_sums("torch: relu(x + bias)", torch.relu),
-    )
-)
-register(
-    OpInfo(
-        name="bias_leaky_relu",
-        summary="Leaky ReLU of x + bias in one pass, one bit per element for backward",
-        function=bias_leaky_relu,
-        reference=bias_leaky_relu_reference,
-        native=lambda x, bias: F.leaky_relu(x + bias),
-        benchmarks=_against_sums("torch: leaky_relu(x + bias)", F.leaky_relu),
-        samples=_bias_samples,
-        bad_calls=lambda: [
-            *_BAD_BIASES,
-            BadCall((_x, torch.ones(3), None), "negative_slope: expected a number, got NoneType"),
-        ],
-    )
-)

@@ -10,22 +10,18 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._layout import as_it_lies
 from custom_ops._native import define
-from custom_ops.activation._common import against, not_a_tensor, unary_samples
 from custom_ops.library import Function
-from custom_ops.registry import OpInfo, register
-
-__all__ = ["SquaredReLU", "squared_relu"]
 
 
 @define
 def squared_relu_forward(x: Tensor) -> Tensor:
-    """max(x, 0)^2."""
+    """Return max(x, 0)^2."""
     return x.new_empty(x.shape)
 
 
 @define
 def squared_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """2 max(x, 0) grad."""
+    """Return 2 max(x, 0) grad."""
     return x.new_empty(x.shape)
 
 
@@ -45,7 +41,7 @@ class SquaredReLUForward(Function, op=squared_relu_forward):
 
 
 class SquaredReLUBackward(Function, op=squared_relu_backward):
-    """Linear in grad; its derivative in x is 2 grad where x is positive."""
+    """The op is linear in grad; its derivative with respect to x is 2 grad where x is positive."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -104,11 +100,11 @@ library.sharding(squared_relu_backward)(_pointwise)
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """``max(x, 0)^2`` in one pass. Its slope isn't a bit: it keeps ``x`` for backward, where torch keeps relu(x) too.
+    """Return ``max(x, 0)^2`` in one pass, keeping only ``x`` for backward, where torch keeps relu(x) too.
 
-    Differentiable to any order and in forward mode; the second derivative is 2 where x is positive.
-    Arguments, errors and layout as for `relu`, but for ``inplace``: backward
-    needs the ``x`` that would be overwritten. O(n) time.
+    Backward needs ``x`` itself, as the slope isn't one of two numbers. The function is differentiable to any order and
+    in forward mode; the second derivative is 2 where x is positive. Arguments, errors and layout are those of `relu`,
+    but there is no ``inplace``, since backward needs the ``x`` that would be overwritten. The op takes O(n) time.
 
     Source: So et al., "Primer", NeurIPS 2021.
 
@@ -122,7 +118,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class SquaredReLU(torch.nn.Module):
-    """`squared_relu` as a layer.
+    """Apply `squared_relu` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -132,22 +128,3 @@ class SquaredReLU(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return squared_relu(x)
-
-
-def squared_relu_reference(x: Tensor) -> Tensor:
-    return x.clamp_min(0) ** 2
-
-
-register(
-    OpInfo(
-        name="squared_relu",
-        summary="Squared ReLU in one pass",
-        function=squared_relu,
-        reference=squared_relu_reference,
-        native=lambda x: torch.relu(x) ** 2,
-        samples=unary_samples(0.0),
-        modules=lambda: [(SquaredReLU(), {})],
-        bad_calls=not_a_tensor,
-        benchmarks=against("torch: relu(x) ** 2", lambda x: torch.relu(x) ** 2),
-    )
-)

@@ -23,8 +23,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +36,6 @@ from custom_ops._native import define
 from custom_ops._wide import under_autocast
 from custom_ops.library import Function
 from custom_ops.ranking import _inputs
-from custom_ops.registry import BadCall, Benchmark, Sample, Target
 
 NONE, MEAN, SUM = map(_checks.REDUCTIONS.index, ("none", "mean", "sum"))  # as numbered in csrc/lists.h
 
@@ -544,59 +541,6 @@ class ListLossModule(torch.nn.Module):
 # ---------------------------------------------------------------- for the registry entries
 
 
-def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Callable[..., Tensor]:
-    """A reference from ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
-
-    The items that aren't valid are dropped first, and the loss of a list that doesn't contribute is
-    replaced by 0; that of a list with a NaN among its labels by NaN. ``one_list`` is vmapped over whole lists.
-    """
-
-    def loss_of(s: Tensor, y: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
-        undefined = y.isnan().any()
-        loss, contributes = one_list(s, y.nan_to_num(), **own)
-        active = torch.as_tensor(contributes, device=s.device) | undefined
-        return torch.where(undefined, torch.nan, torch.where(active, loss, s[:0].sum())), active
-
-    def reference(
-        scores: Tensor,
-        labels: Tensor,
-        *,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-        cu_lengths: Tensor | None = None,
-        weights: Tensor | None = None,
-        reduction: str = "mean",
-        **own: Any,
-    ) -> Tensor:
-        *batch, n = scores.shape
-        labels = labels.to(scores.dtype)
-        bounds = [0, n] if cu_lengths is None else cu_lengths.tolist()
-        if lengths is not None:
-            begun = torch.arange(n, device=scores.device) < lengths.unsqueeze(-1)
-            mask = begun if mask is None else mask & begun
-        losses, actives = [], []
-        for start, stop in pairwise(bounds):
-            s, y = (t[..., start:stop].reshape(math.prod(batch), stop - start) for t in (scores, labels))
-            if s.numel() == 0:
-                loss, active = s.sum(-1), torch.zeros(len(s), dtype=torch.bool, device=s.device)
-            elif mask is None:
-                loss, active = torch.vmap(partial(loss_of, **own))(s, y)
-            else:
-                kept = mask[..., start:stop].reshape(s.shape)
-                rows = [(a[k], b[k]) for a, b, k in zip(s, y, kept)]
-                none = s[:0].sum(), torch.tensor(False, device=s.device)
-                loss, active = map(torch.stack, zip(*(loss_of(*row, **own) if len(row[0]) else none for row in rows)))
-            losses.append(loss)
-            actives.append(active)
-        connected = scores[..., :0].sum()
-        shape = batch if cu_lengths is None else (*batch, len(bounds) - 1)
-        loss = torch.stack(losses, -1).reshape(shape) + connected if losses else connected.expand(shape)
-        active = torch.stack(actives, -1).reshape(shape) if actives else torch.zeros(shape, dtype=torch.bool)
-        return _reduce_by_torch(loss, active, weights, reduction)
-
-    return reference
-
-
 def relative_gains(labels: Tensor, highest: Tensor, gain: str) -> Tensor:
     """2^label - 1 over 2^highest, or label over highest, by ``gain``; a label of at most 0 has none."""
     if gain == "exponential":
@@ -604,75 +548,3 @@ def relative_gains(labels: Tensor, highest: Tensor, gain: str) -> Tensor:
     else:
         gains = labels / highest
     return torch.where(labels <= 0, 0, gains)
-
-
-def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = False, **own: Any) -> list[Sample]:
-    """Calls that cover the arguments all list losses share; small, with distinct scores and some tied labels.
-
-    The battery makes the first call larger by longer lists if ``grow_items``, else by more lists: a
-    reference that takes O(n^2) memory can't follow long ones.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> tuple[Tensor, Tensor]:
-        scores = torch.randn(shape, generator=generator, dtype=torch.float64)
-        labels = torch.randint(0, 3, shape, generator=generator)
-        return scores.to(device, dtype).requires_grad_(), labels.to(device, dtype)
-
-    def tensor(*values: Any, **options: Any) -> Tensor:
-        return torch.tensor(values, device=device, **options)
-
-    mask = tensor([True, False, True, True], [True, True, True, True])
-    return [
-        Sample(draw(2, 5), own, dynamic=dict.fromkeys((0, 1), int(grow_items))),
-        Sample(draw(2, 4), {**own, "mask": mask, "reduction": "none"}),
-        Sample(draw(3, 4), {**own, "lengths": tensor(4, 1, 3), "reduction": "sum"}),
-        Sample(draw(6), {**own, "cu_lengths": tensor(0, 3, 3, 6), "weights": tensor(1.0, 2.0, 0.5, dtype=dtype)}),
-        Sample(draw(2, 0), own),
-    ]
-
-
-SHAPES = ((64, 128), (16, 1024), (4, 4096))  # of the benchmarks
-
-
-def _lists_of_five_levels(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    scores, labels = torch.randn(shape, generator=generator), torch.randint(0, 5, shape, generator=generator)
-    return scores.to(device).requires_grad_(), labels.to(device)
-
-
-def list_benchmark(
-    peers: dict[str, Any], peer: str = "", times: Sequence[float] = (), **kwargs: Any
-) -> list[Benchmark]:
-    """Lists beside the peers, and how many ``times`` faster than ``peer`` the loss is to be at each of the shapes.
-
-    Where no other library has such a loss, it stands beside its reference, at the first shape only.
-    """
-    sizes = SHAPES if times or len(peers) > 1 else SHAPES[:1]
-    targets = [Target(shape, peer, 1 / t) for shape, t in zip(SHAPES, times, strict=bool(times))]
-    return [Benchmark(sizes, _lists_of_five_levels, peers, "scores, of five labels", targets, kwargs)]
-
-
-def list_bad_calls() -> list[BadCall]:
-    """Wrong calls of the arguments all list losses share."""
-    x, y, two = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([1, 2])
-    return [
-        BadCall((None, y), "scores: expected a tensor, got NoneType"),
-        BadCall((x.int(), y), "scores: expected one of float16"),
-        BadCall((x[0, 0], y), r"scores: expected \[..., n\]"),
-        BadCall((x, None), "labels: expected a tensor, got NoneType"),
-        BadCall((x, y.to(torch.complex64)), "labels: expected real numbers, got complex64"),
-        BadCall((x, y.clone().requires_grad_()), "labels: expected a tensor without gradient"),
-        BadCall((x, y[0]), r"labels: expected shape \[2, 3\], got \[3\]"),
-        BadCall((x, y.to("meta")), "labels: expected on cpu as scores, got meta"),
-        BadCall((x, y), "mask: expected one of bool, got float32", {"mask": y}),
-        BadCall((x, y), r"mask: expected shape \[2, 3\], got \[3\]", {"mask": y[0] > 0}),
-        BadCall((x, y), "lengths: expected one of int32, int64, got float32", {"lengths": y[:, 0]}),
-        BadCall((x, y), r"lengths: expected shape \[2\], got \[1\]", {"lengths": two[:1]}),
-        BadCall((x, y), "lengths, cu_lengths: expected at most one", {"lengths": two, "cu_lengths": two}),
-        BadCall((x, y), r"cu_lengths: expected \[L \+ 1\]", {"cu_lengths": two[None]}),
-        BadCall((x, y), "cu_lengths: expected at least one element", {"cu_lengths": two[:0]}),
-        BadCall((x, y), "weights: expected one of float16", {"weights": two}),
-        BadCall((x, y), r"weights: expected shape \[2\], got \[2, 3\]", {"weights": y}),
-        BadCall((x, y), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'", {"reduction": "avg"}),
-    ]

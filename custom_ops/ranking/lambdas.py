@@ -5,25 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from custom_ops import _checks
 from custom_ops.ranking._inputs import DIFFERENCE, EXPONENTIAL, ORDER, VALUE
-from custom_ops.ranking._lists import (
-    ListLossModule,
-    list_bad_calls,
-    list_benchmark,
-    list_loss,
-    list_op,
-    list_samples,
-    reference_of,
-    relative_gains,
-)
-from custom_ops.registry import BadCall, OpInfo, Sample, register
-
-__all__ = ["LambdaLoss", "lambda_loss"]
+from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
 
 WEIGHTINGS = ("ranknet", "lambdarank", "ndcg1", "ndcg2", "ndcg2pp", "label_diff")  # as the kernels number them
 _TOPK_MODES = ("or", "and")
@@ -156,103 +142,3 @@ class LambdaLoss(ListLossModule):
     ) -> None:
         own: dict[str, Any] = {"weighting": weighting, "k": k, "topk_mode": topk_mode, "gain": gain, "sigma": sigma}
         super().__init__(reduction, **own, mu=mu, log_base=log_base, normalize=normalize)
-
-
-def _lambda_loss_of_one_list(
-    s: Tensor,
-    y: Tensor,
-    weighting: str = "lambdarank",
-    k: int | None = None,
-    topk_mode: str = "or",
-    gain: str = "exponential",
-    sigma: float = 1.0,
-    mu: float = 10.0,
-    log_base: float = 2.0,
-    normalize: bool = False,
-) -> tuple[Tensor, Tensor]:
-    n = len(s)
-    at = torch.arange(1, n + 1, device=s.device, dtype=s.dtype)
-    order = s.detach().sort(dim=-1, descending=True, stable=True).indices
-    rank = (order[:, None] == at - 1).to(s.dtype).T @ at
-    limit = n if k is None else min(k, n)
-    gains = relative_gains(y, y.max(), gain)
-    ideal = (gains.sort(dim=-1, descending=True).values[:limit] / torch.log2(1 + at[:limit])).sum()
-    g, inverse = gains / torch.where(ideal > 0, ideal, 1), 1 / torch.log2(1 + rank)
-    distance = (rank[:, None] - rank).abs()
-    swap = (g[:, None] - g).abs()
-    lambdarank = swap * (inverse[:, None] - inverse).abs()
-    ndcg2 = swap * (1 / torch.log2(1 + distance.clamp_min(1)) - 1 / torch.log2(2 + distance.clamp_min(1)))
-    weight = {
-        "ranknet": torch.ones_like(swap),
-        "lambdarank": lambdarank,
-        "ndcg1": (g * inverse)[:, None].expand(n, n),
-        "ndcg2": ndcg2,
-        "ndcg2pp": mu * ndcg2 + lambdarank,
-        "label_diff": (y[:, None] - y).abs(),
-    }[weighting]
-    top = rank <= limit
-    paired = torch.ones_like(swap, dtype=torch.bool) if weighting == "ndcg1" else y[:, None] > y
-    pairs = paired & (top[:, None] | top if topk_mode == "or" else top[:, None] & top)
-    others = at[:, None] != at
-    if weighting == "ndcg1":  # each item with itself only if it is in the top
-        pairs = pairs & (top[:, None] | others)
-    apart = torch.where(pairs & others & (weight != 0), s[:, None] - s, 0)
-    values = torch.where(pairs, weight * softplus(-sigma * apart, threshold=60), 0).sum() / math.log(log_base)
-    loss = values / pairs.sum().clamp_min(1) if normalize else values
-    contributes = (y != y[0]).any() if weighting != "ndcg1" else torch.tensor(n > 1, device=s.device)
-    return loss, contributes & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
-
-
-def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    samples = list_samples(device, dtype)
-    options: tuple[dict[str, Any], ...] = (
-        {"weighting": "label_diff"},
-        {"weighting": "ndcg1", "k": 2, "gain": "linear", "log_base": math.e, "sigma": 2.0},
-        {"weighting": "ndcg2pp", "k": 3, "topk_mode": "and", "mu": 2.0, "normalize": True},
-    )
-    for own in options:
-        samples += list_samples(device, dtype, **own)[:1]
-    return samples
-
-
-_x, _y = torch.ones(2), torch.ones(2)
-register(
-    OpInfo(
-        name="lambda_loss",
-        summary="LambdaRank, NDCG-Loss 1, 2 and 2++: pairs weighted by their effect on NDCG",
-        function=lambda_loss,
-        reference=reference_of(_lambda_loss_of_one_list),
-        samples=_samples,
-        modules=lambda: [
-            (LambdaLoss(), {}),
-            (
-                LambdaLoss("sum", "ndcg2pp", 2, "and", "linear", 2.0, 5.0, math.e, True),
-                {"reduction": "sum", "weighting": "ndcg2pp", "k": 2, "topk_mode": "and", "gain": "linear"}
-                | {"sigma": 2.0, "mu": 5.0, "log_base": math.e, "normalize": True},
-            ),
-        ],
-        bad_calls=lambda: [
-            *list_bad_calls(),
-            BadCall((_x, _y), "weighting: expected one of 'ranknet', .* got 'ndcg'", {"weighting": "ndcg"}),
-            BadCall((_x, _y), "k: expected an integer or None, got float", {"k": 1.0}),
-            BadCall((_x, _y), "k: expected at least 1, got 0", {"k": 0}),
-            BadCall((_x, _y), "topk_mode: expected one of 'or', 'and', got 'xor'", {"topk_mode": "xor"}),
-            BadCall((_x, _y), "gain: expected one of 'exponential', 'linear', got 'log'", {"gain": "log"}),
-            BadCall((_x, _y), "sigma: expected a positive number, got -1", {"sigma": -1}),
-            BadCall((_x, _y), "mu: expected a number, got str", {"mu": "1"}),
-            BadCall((_x, _y), "log_base: expected a finite number of more than 1, got 1", {"log_base": 1}),
-            BadCall((_x, _y), "mu: expected a finite number", {"mu": math.inf}),
-            BadCall((_x, _y), "normalize: expected True or False, got 1", {"normalize": 1}),
-        ],
-        benchmarks=[
-            table
-            for weighting in ("lambdarank", "ndcg2pp")
-            for table in list_benchmark(
-                {f"allRank {weighting}": f"custom_ops.benchmarks.allrank_peers:{weighting}"},
-                f"allRank {weighting}",
-                (20, 120, 200),
-                weighting=weighting,
-            )
-        ],
-    )
-)

@@ -13,8 +13,6 @@ from torch import Tensor
 from custom_ops import _checks
 from custom_ops.ranking._lists import checked, list_dot, relative_gains
 
-__all__ = ["average_precision", "mrr", "ndcg"]
-
 _ALL_TIES = ("average", "index", "together")
 _REAL = (*_checks.FLOATING, torch.uint8, torch.int8, torch.int16, *_checks.INDEX)
 

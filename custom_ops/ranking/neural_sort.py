@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops.ranking._inputs import EXPONENTIAL, VALUE
-from custom_ops.ranking._lists import (
-    ListLossModule,
-    list_bad_calls,
-    list_benchmark,
-    list_loss,
-    list_op,
-    list_samples,
-    reference_of,
-    relative_gains,
-)
-from custom_ops.registry import BadCall, OpInfo, register
-
-__all__ = ["NeuralSortNDCGLoss", "neural_sort_ndcg_loss"]
+from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
 
 _GAINS = ("exponential", "linear")
 _NO_LIMIT = 2**31 - 1
@@ -121,69 +106,4 @@ class NeuralSortNDCGLoss(ListLossModule):
 # ---------------------------------------------------------------- reference
 
 
-def neural_sort_matrix(s: Tensor, temperature: float) -> Tensor:
-    """NeuralSort's relaxed permutation matrix of scores [..., n]: row i is the item of rank i."""
-    n = s.shape[-1]
-    distances = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
-    slopes = torch.arange(n - 1, -n, -2, device=s.device).to(s.dtype)
-    return ((slopes.unsqueeze(-1) * s.unsqueeze(-2) - distances.unsqueeze(-2)) / temperature).softmax(-1)
-
-
-def _nearer(s: Tensor, gap: float) -> Tensor:
-    """The scores with the same differences within ``gap``, but nowhere farther apart than that from the next one."""
-    ordered, order = s.detach().sort(stable=True)
-    steps = torch.where(ordered[1:] == ordered[:-1], 0, ordered.diff())
-    begins = torch.nn.functional.pad(steps > gap, (1, 0), value=True)
-    first = torch.where(begins, torch.arange(len(s), device=s.device), 0).cummax(0).values  # of those within the gap
-    moved = torch.nn.functional.pad(steps.clamp(max=gap), (1, 0)).cumsum(0)
-    from_first = s - ordered.gather(0, first.gather(0, order.argsort()))
-    return torch.where(s.isinf(), 0, from_first) + moved.gather(0, first).gather(0, order.argsort())
-
-
-def _neural_sort_ndcg_of_one_list(
-    s: Tensor, y: Tensor, k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
-) -> tuple[Tensor, Tensor]:
-    g = relative_gains(y, y.max(), gain)
-    discounts = 1 / (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
-    discounts = discounts * (torch.arange(len(y), device=y.device) < (k or len(y)))
-    ideal = (g.sort(descending=True).values * discounts).sum()
-    found = (neural_sort_matrix(_nearer(s, 800 * temperature), temperature) @ g * discounts).sum()
-    undefined = (s.isinf().unsqueeze(-1) & (s == s.unsqueeze(-1)) & (y != y.unsqueeze(-1))).any()
-    found = torch.where(undefined, torch.nan, found)
-    return 1 - found / torch.where(ideal > 0, ideal, 1), (y > 0).any() & (y != y[0]).any()
-
-
 # ---------------------------------------------------------------- registry
-
-
-_options: dict[str, Any] = {"k": 2, "temperature": 0.5, "gain": "linear"}
-_x = torch.ones(2)
-register(
-    OpInfo(
-        name="neural_sort_ndcg_loss",
-        not_fuzzed={"time stamps": "as weights they cancel"},
-        summary="NDCG of a list sorted softly by NeuralSort",
-        function=neural_sort_ndcg_loss,
-        reference=reference_of(_neural_sort_ndcg_of_one_list),
-        samples=lambda device, dtype: [*list_samples(device, dtype), *list_samples(device, dtype, **_options)[:2]],
-        modules=lambda: [
-            (NeuralSortNDCGLoss(), {}),
-            (NeuralSortNDCGLoss("sum", **_options), {"reduction": "sum", **_options}),
-        ],
-        bad_calls=lambda: [
-            *list_bad_calls(),
-            BadCall((_x, _x), "k: expected an integer or None, got float", {"k": 1.0}),
-            BadCall((_x, _x), "k: expected at least 1, got 0", {"k": 0}),
-            BadCall((_x, _x), "temperature: expected a number, got str", {"temperature": "1"}),
-            BadCall((_x, _x), "temperature: expected a positive number, got 0", {"temperature": 0}),
-            BadCall((_x, _x), "gain: expected one of 'exponential', 'linear', got 'log'", {"gain": "log"}),
-        ],
-        benchmarks=list_benchmark(
-            {
-                "plain PyTorch": "custom_ops.benchmarks.peers:neural_sort_ndcg_loss",
-                "plain PyTorch, compiled": "custom_ops.benchmarks.peers:compiled_neural_sort_ndcg_loss",
-                "allRank": "custom_ops.benchmarks.allrank_peers:neural_ndcg",
-            }
-        ),
-    )
-)

@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops.ranking._inputs import EXPONENTIAL, VALUE
-from custom_ops.ranking._lists import (
-    ListLossModule,
-    list_bad_calls,
-    list_benchmark,
-    list_loss,
-    list_op,
-    list_samples,
-    reference_of,
-    relative_gains,
-)
-from custom_ops.registry import BadCall, Benchmark, OpInfo, register
-
-__all__ = [
-    "ApproxMRRLoss",
-    "ApproxNDCGLoss",
-    "SmoothAPLoss",
-    "approx_mrr_loss",
-    "approx_ndcg_loss",
-    "smooth_ap_loss",
-]
+from custom_ops.ranking._lists import ListLossModule, list_loss, list_op
 
 # As numbered in csrc/smooth_rank.cpp and triton_kernels/smooth_rank.py.
 _NDCG = {"exponential": 0, "linear": 1}
@@ -223,111 +200,4 @@ class SmoothAPLoss(ListLossModule):
 # ---------------------------------------------------------------- references
 
 
-def _smooth_ranks(s: Tensor, y: Tensor, among: Tensor, temperature: float) -> Tensor:
-    """Of each relevant item its smooth rank in the items ``among`` which it is counted."""
-    others = (y > 0).unsqueeze(-1) & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    apart = torch.where(others, s - s.unsqueeze(-1), 0)
-    return 1 + (torch.sigmoid(apart / temperature) * (others & among)).sum(-1)
-
-
-def _contributes(y: Tensor) -> Tensor:
-    return (y > 0).any() & (y != y[0]).any()
-
-
-def _approx_ndcg_of_one_list(
-    s: Tensor, y: Tensor, temperature: float = 0.1, gain: str = "exponential"
-) -> tuple[Tensor, Tensor]:
-    g = relative_gains(y, y.max(), gain)
-    discounts = (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
-    ideal = (g.sort(descending=True).values / discounts).sum()
-    found = (g / (1 + _smooth_ranks(s, y, y == y, temperature)).log2()).sum()
-    return 1 - found / torch.where(ideal > 0, ideal, 1), _contributes(y)
-
-
-def _approx_mrr_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
-    g = relative_gains(y, y.max(), "linear")
-    found = (g / _smooth_ranks(s, y, y == y, temperature)).sum()
-    return 1 - found / torch.where(_contributes(y), g.sum(), 1), _contributes(y)
-
-
-def _smooth_ap_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.01) -> tuple[Tensor, Tensor]:
-    all_ranks, ranks = (_smooth_ranks(s, y, among, temperature) for among in (y == y, y > 0))
-    relevant = (y > 0).to(s.dtype)  # all that counts: with every item relevant there is nothing to rank
-    return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(relevant)
-
-
 # ---------------------------------------------------------------- registry
-
-
-def _bad_calls() -> list[BadCall]:
-    x, y = torch.ones(2), torch.ones(2)
-    return [
-        *list_bad_calls(),
-        BadCall((x, y), "temperature: expected a number, got str", {"temperature": "1"}),
-        BadCall((x, y), "temperature: expected a positive number, got 0", {"temperature": 0}),
-        BadCall((x, y), "temperature: expected a positive number, got nan", {"temperature": float("nan")}),
-    ]
-
-
-def _register(
-    function: Callable[..., Tensor],
-    module: type[ListLossModule],
-    one_list: Callable[..., tuple[Tensor, Tensor]],
-    summary: str,
-    bad_calls: list[BadCall],
-    benchmarks: list[Benchmark],
-    not_fuzzed: dict[str, str] | None = None,
-    **own: Any,
-) -> None:
-    reference = reference_of(one_list)
-    register(
-        OpInfo(
-            name=function.__name__,
-            summary=summary,
-            function=function,
-            reference=reference,
-            samples=lambda device, dtype: [
-                *list_samples(device, dtype, temperature=0.5),
-                *list_samples(device, dtype, **own)[:1],
-            ],
-            modules=lambda: [(module(), {}), (module("sum", **own), {"reduction": "sum", **own})],
-            bad_calls=lambda: [*_bad_calls(), *bad_calls],
-            benchmarks=benchmarks or list_benchmark({"plain PyTorch": reference}),
-            not_fuzzed=not_fuzzed or {},
-        )
-    )
-
-
-_AS_WEIGHTS = {"time stamps": "as weights they cancel"}
-_register(
-    approx_ndcg_loss,
-    ApproxNDCGLoss,
-    _approx_ndcg_of_one_list,
-    "NDCG at smooth ranks",
-    [BadCall((torch.ones(2), torch.ones(2)), "gain: expected one of 'exponential', 'linear'", {"gain": "log"})],
-    list_benchmark(
-        {
-            "allRank": "custom_ops.benchmarks.allrank_peers:approx_ndcg",
-            "allRank, compiled": "custom_ops.benchmarks.allrank_peers:compiled_approx_ndcg",
-        },
-        "allRank, compiled",
-        (20, 80, 100),
-        temperature=1.0,
-    ),
-    _AS_WEIGHTS,
-    temperature=1.0,
-    gain="linear",
-)
-_register(
-    approx_mrr_loss,
-    ApproxMRRLoss,
-    _approx_mrr_of_one_list,
-    "Reciprocal rank at smooth ranks",
-    [],
-    [],
-    _AS_WEIGHTS,
-    temperature=1.0,
-)
-_register(
-    smooth_ap_loss, SmoothAPLoss, _smooth_ap_of_one_list, "Average precision at smooth ranks", [], [], temperature=1.0
-)

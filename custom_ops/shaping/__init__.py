@@ -1,12 +1,12 @@
-"""Gradient shaping: ops that leave a value as it is and change its gradient on the way back.
+"""Gradient shaping: ops that leave a value as it is and change its gradient in backward.
 
-The four that are the identity return a view, so the forward pass copies nothing. For each of them:
+Four of the ops are the identity and return a view, so the forward pass copies nothing. These rules hold for each:
 
 * The first derivative is the one stated, not that of the value.
-* Second and further derivatives are those of what backward computes, on a graph that contains the op
-  again: every pass through it shapes what passes.
-* The tangent, of forward mode, is what makes ``jvp`` the transpose of ``vjp``: the same linear map, applied
-  from the other side. Only clipping isn't linear and so has no transpose: a tangent passes unclipped.
+* Second and further derivatives are those of the backward computation, whose graph contains the op again, so
+  every pass through the op shapes the gradient.
+* The tangent of forward mode makes ``jvp`` the transpose of ``vjp``: the same linear map, applied from the other
+  side. Only clipping isn't linear and so has no transpose: a tangent passes unclipped.
 """
 
 from custom_ops.shaping.clipping import (

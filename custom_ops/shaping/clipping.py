@@ -5,7 +5,6 @@ Clipping isn't linear, so it has no transpose: a tangent passes unclipped.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,32 +13,22 @@ from torch import Tensor
 
 from custom_ops import _checks, library
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
-from custom_ops.shaping._common import OF_SHAPING, VIEW, as_tensor, beside_hook, leaf, two
-
-__all__ = [
-    "ClipGradient",
-    "ClipGradientNorm",
-    "GradientClipping",
-    "GradientNormClipping",
-    "clip_gradient",
-    "clip_gradient_norm",
-]
+from custom_ops.shaping._numbers import as_tensor
 
 
 @library.compose("custom_ops::gradient_clipping", view=True)
 def gradient_clipping(
     x: Tensor, min: float | None, max: float | None, low: Tensor | None, high: Tensor | None
 ) -> Tensor:
-    """x, whose gradient is clamped to [min, max], or to [low, high] where these are given."""
+    """Return x with a gradient clamped to [min, max], or to [low, high] where these are given."""
     return x
 
 
 @library.compose("custom_ops::gradient_norm_clipping", view=True)
 def gradient_norm_clipping(x: Tensor, max_norm: float, dim: Sequence[int], limit: Tensor | None) -> Tensor:
-    """x, whose gradient is scaled to at most ``limit``, or ``max_norm`` if there is none.
+    """Return x with a gradient scaled to a norm of at most ``limit``, or ``max_norm`` if ``limit`` is None.
 
-    The norm is over the dimensions ``dim``, counted from the last.
+    The norm is taken over the dimensions ``dim``, counted from the last.
     """
     return x
 
@@ -47,11 +36,11 @@ def gradient_norm_clipping(x: Tensor, max_norm: float, dim: Sequence[int], limit
 class _Clipping(Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent.clone()  # in-place ops on the output would write to it
+        return tangent.clone()  # without a copy, in-place ops on the output would write to the tangent
 
 
 class GradientClipping(_Clipping, op=gradient_clipping):
-    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, in the idiom of ``torch.autograd.Function``.
+    """``GradientClipping.apply(x, min, max)`` is `clip_gradient`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
@@ -101,7 +90,7 @@ class GradientNormClipping(_Clipping, op=gradient_norm_clipping):
         wide = torch.promote_types(grad.dtype, torch.float32)
         norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=wide)
         over = norm > max_norm
-        factor = torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)  # no 0 / 0, nor its derivative
+        factor = torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)  # avoids 0 / 0 and its derivative
         return (grad * factor).to(grad.dtype), None, None, None
 
     @staticmethod
@@ -120,25 +109,25 @@ def _(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
 
 
 def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    """``x``, whose gradient is clamped to ``[min, max]`` element by element on its way back.
+    """Return ``x`` and, in backward, clamp its gradient to ``[min, max]`` element by element.
 
-    ``y = x``, ``dL/dx = clamp(dL/dy, min, max)``; a NaN stays. In a double backward the clamp has its own
-    derivative, 0 where it was active, and clips what passes again. The tangent isn't clipped, ``dy = dx``: limits
-    for gradients say nothing of it, and as clipping isn't linear there is no transpose. So ``jvp`` and ``vjp``
-    differ where the clamp is active, and so do forward-over-reverse and reverse-over-reverse.
+    ``y = x``, ``dL/dx = clamp(dL/dy, min, max)``; a NaN stays. In a double backward the clamp has its own derivative, 0
+    where it was active, and the gradient through ``x`` is clamped again. The tangent isn't clipped, ``dy = dx``: limits
+    for gradients don't apply to tangents, and clipping isn't linear, so it has no transpose. ``jvp`` and ``vjp``
+    therefore differ where the clamp is active, and so do forward-over-reverse and reverse-over-reverse.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
         min, max: the limits, at least one of them.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError: ``x`` is no tensor or of another dtype, a limit is no number.
+        TypeError: ``x`` isn't a tensor or has another dtype, or a limit isn't a number.
         ValueError: no limit at all, or ``min`` above ``max``.
 
-    O(1) forward, O(n) backward; nothing is kept for backward.
+    The op takes O(1) time in forward and O(n) in backward and keeps nothing for backward.
 
     Example:
         >>> import torch, custom_ops
@@ -165,7 +154,7 @@ def _check_limits(min: float | None, max: float | None) -> tuple[float | None, f
 
 
 class ClipGradient(torch.nn.Module):
-    """`clip_gradient` as a layer.
+    """Apply `clip_gradient` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -187,26 +176,26 @@ class ClipGradient(torch.nn.Module):
 
 
 def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | None = None) -> Tensor:
-    """``x``, whose gradient is scaled down to a norm of at most ``max_norm`` on its way back.
+    """Return ``x`` and, in backward, scale its gradient down to a norm of at most ``max_norm``.
 
-    ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, for 16-bit
-    gradients computed in float32; a NaN or an infinity makes its whole norm's worth NaN or 0, as it does in
-    ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are as in `clip_gradient`: the
-    tangent isn't clipped.
+    ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, which is computed
+    in float32 for 16-bit gradients. A NaN or an infinity makes all elements under the same norm NaN or 0, as in
+    ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are those of `clip_gradient`: the tangent
+    isn't clipped.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
         max_norm: the largest norm allowed, not negative.
-        dim: over which dimensions each norm is taken, one or several; by default over all.
+        dim: the dimensions over which each norm is taken, one or several; by default all.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError: ``x`` is no tensor or of another dtype, ``max_norm`` no number, ``dim`` not of integers.
+        TypeError: ``x`` isn't a tensor or has another dtype, ``max_norm`` isn't a number, or ``dim`` not integers.
         ValueError: ``max_norm`` negative; ``dim`` out of range, repeated or empty.
 
-    O(1) forward, O(n) backward; nothing is kept for backward.
+    The op takes O(1) time in forward and O(n) in backward and keeps nothing for backward.
 
     Example:
         >>> import torch, custom_ops
@@ -245,7 +234,7 @@ def _norm(max_norm: Any, dim: Any) -> tuple[float, list[int] | None]:
 
 
 class ClipGradientNorm(torch.nn.Module):
-    """`clip_gradient_norm` as a layer.
+    """Apply `clip_gradient_norm` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -267,131 +256,3 @@ class ClipGradientNorm(torch.nn.Module):
 
 
 # ---------------------------------------------------------------- reference and registry entry
-
-
-class _Clipped(torch.autograd.Function):
-    """Clipping isn't linear in the gradient, so no composition of differentiable functions does it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, clip: Any) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.clip = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.clip(grad), None
-
-
-def clip_gradient_reference(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    low, high = -math.inf if min is None else min, math.inf if max is None else max
-    return _Clipped.apply(x, lambda g: torch.where(g < low, low, torch.where(g > high, high, g)))
-
-
-def clip_gradient_norm_reference(x: Tensor, max_norm: float, dim: int | Sequence[int] | None = None) -> Tensor:
-    def clip(grad: Tensor) -> Tensor:
-        over = list(range(grad.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-        norm = grad.square().sum(over, keepdim=True).sqrt()
-        return torch.where(norm > max_norm, max_norm * grad / norm, grad)
-
-    return _Clipped.apply(x, clip)
-
-
-def _clip_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    # The rows of a Jacobian are made with gradients of 1, which pass here; random ones are clipped.
-    x = leaf(device, dtype, 3, 7)
-    return [
-        Sample((x, -0.5, 1.25), dynamic={0: 0}),
-        Sample((x, None, 1.1), dynamic={0: 0}),
-        Sample((x,), {"min": -0.25}, dynamic={0: 0}),
-        Sample((leaf(device, dtype), -1, 1.5)),
-        Sample((leaf(device, dtype, 0, 4), -1.0, 1.0)),
-    ]
-
-
-def _norm_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    x = leaf(device, dtype, 3, 7)
-    return [
-        Sample((x, 1.25, 1), dynamic={0: 0}),
-        Sample((x, 3.5), dynamic={0: 0}),  # what is parallel to the gradient has derivative 0: not with all alike
-        Sample((leaf(device, dtype, 2, 3, 4), 1.5, (0, -1))),
-        Sample((leaf(device, dtype), 1.25)),
-        Sample((leaf(device, dtype, 0, 4), 1.0)),
-    ]
-
-
-def _clipped_by_torch(grad: Tensor, max_norm: float) -> Tensor:
-    return grad * (max_norm / grad.norm()).clamp_max(1)
-
-
-_BY_MODE = "by design a tangent passes unclipped, so the modes differ: tests/test_shaping.py has the closed forms"
-_OF_CLIPPING = {**OF_SHAPING, "func.hessian": _BY_MODE, "forward over forward": _BY_MODE}
-
-
-register(
-    OpInfo(
-        name="clip_gradient",
-        summary="The identity, whose gradient is clamped",
-        function=clip_gradient,
-        reference=clip_gradient_reference,
-        native=torch.clamp,
-        apply=GradientClipping.apply,
-        samples=_clip_samples,
-        modules=lambda: [(ClipGradient(-1, 0.5), {"min": -1, "max": 0.5}), (ClipGradient(max=1.0), {"max": 1.0})],
-        bad_calls=lambda: [
-            BadCall(([1.0], 0.0), "x: expected a tensor, got list"),
-            BadCall((two, "0"), "min: expected a number, got str"),
-            BadCall((two, 0.0, True), "max: expected a number, got bool"),
-            BadCall((two,), "min, max: expected at least one limit, got None for both"),
-            BadCall((two, 1.0, 0.5), "min: expected at most max = 0.5, got 1.0"),
-        ],
-        benchmarks=[beside_hook(torch.clamp, -1.0, 0.5)],
-        not_applicable=VIEW,
-        not_comparable=_OF_CLIPPING,
-    )
-)
-
-
-register(
-    OpInfo(
-        name="clip_gradient_norm",
-        summary="The identity, whose gradient's norms are clipped",
-        function=clip_gradient_norm,
-        reference=clip_gradient_norm_reference,
-        apply=GradientNormClipping.apply,
-        samples=_norm_samples,
-        shardings=lambda: [
-            Sharding("rows", Sample((torch.randn(5, 3, requires_grad=True), 1.0, 1)), {0: 0}, 0),
-            # Two sums of squares over all rows: of the gradient, and for the factor.
-            Sharding(
-                "what the norm is of",
-                Sample((torch.randn(5, 3, requires_grad=True), 1.0)),
-                {0: 0},
-                0,
-                {"all_reduce": 2},
-            ),
-        ],
-        modules=lambda: [
-            (ClipGradientNorm(1.0), {"max_norm": 1.0}),
-            (ClipGradientNorm(0.5, (0,)), {"max_norm": 0.5, "dim": (0,)}),
-        ],
-        bad_calls=lambda: [
-            BadCall(([1.0], 1.0), "x: expected a tensor, got list"),
-            BadCall((two, None), "max_norm: expected a number, got NoneType"),
-            BadCall((two, -1.0), "max_norm: expected at least 0, got -1.0"),
-            BadCall((two, 1.0, 1.5), "dim: expected an integer or several, got float"),
-            BadCall((two, 1.0, False), "dim: expected an integer or several, got bool"),
-            BadCall((two, 1.0, 1), "dim: expected within 1 dimensions, got 1"),
-            BadCall((two, 1.0, (0, -1)), r"dim: expected different dimensions, got \(0, -1\)"),
-            BadCall((two, 1.0, ()), "dim: expected at least one dimension, got none"),
-        ],
-        native=lambda x, max_norm, dim: torch.renorm(x, 2, dim, max_norm),
-        benchmarks=[beside_hook(_clipped_by_torch, 4.0, reads=2)],
-        not_applicable=VIEW,
-        not_comparable=_OF_CLIPPING,
-    )
-)

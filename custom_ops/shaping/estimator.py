@@ -9,19 +9,11 @@ from torch import Tensor
 
 from custom_ops import _checks, library
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, register
-from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, integers, leaf, two
-
-__all__ = [
-    "StraightThrough",
-    "StraightThroughEstimator",
-    "straight_through",
-]
 
 
 @library.compose("custom_ops::straight_through_estimator", view=True)
 def straight_through_estimator(value: Tensor, x: Tensor) -> Tensor:
-    """``value``, whose gradient goes to x."""
+    """Return ``value`` and send its gradient to x."""
     return value
 
 
@@ -42,7 +34,8 @@ class StraightThroughEstimator(Function, op=straight_through_estimator):
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor | None) -> Tensor | None:
-        return None if tangent is None else tangent.clone()  # in-place ops on the output would write to it
+        # without a copy, in-place ops on the output would write to the tangent
+        return None if tangent is None else tangent.clone()
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:
@@ -56,25 +49,25 @@ def _(info: Any, in_dims: Any, *args: Tensor) -> Any:
 
 
 def straight_through(forward_value: Tensor, x: Tensor) -> Tensor:
-    """``forward_value``, whose gradient goes to ``x`` as if it were ``x``: the straight-through estimator.
+    """Return ``forward_value`` and send its gradient to ``x`` unchanged: the straight-through estimator.
 
-    ``y = forward_value``, ``dL/dx = dL/dy``, nothing to ``forward_value``. The tangent is ``dy = dx``, that of ``x``:
-    the estimator takes the identity for the derivative of ``forward_value`` in ``x``, in either mode; what tangent
-    ``forward_value`` has itself, mostly 0, is left out just as its gradient is. The derivative is constant, so it adds
-    nothing to second derivatives.
+    ``y = forward_value``, ``dL/dx = dL/dy``, and ``forward_value`` gets no gradient. The tangent is ``dy = dx``, that
+    of ``x``: in both modes the estimator takes the identity as the derivative of ``forward_value`` with respect to
+    ``x``. The tangent of ``forward_value`` itself, usually 0, is ignored like its gradient. The derivative is constant,
+    so it adds nothing to second derivatives.
 
     Args:
-        forward_value: what was made of ``x``, such as ``x.round()``; of the shape, dtype and device of ``x``.
+        forward_value: a function of ``x``, such as ``x.round()``, with the shape, dtype and device of ``x``.
         x: any shape and strides; float16, bfloat16, float32 or float64.
 
     Returns:
-        A view of ``forward_value``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``forward_value``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError: no tensor, a wrong dtype, or two different ones.
+        TypeError: not a tensor, a wrong dtype, or different dtypes.
         ValueError: different shapes or devices.
 
-    O(1); nothing is kept for backward, nor the graph of ``forward_value``.
+    The op takes O(1) time and keeps neither a tensor nor the graph of ``forward_value`` for backward.
 
     Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
 
@@ -95,7 +88,7 @@ def straight_through(forward_value: Tensor, x: Tensor) -> Tensor:
 
 
 class StraightThrough(torch.nn.Module):
-    """`straight_through` as a layer of two inputs.
+    """Apply `straight_through` as a layer, with two inputs.
 
     Example:
         >>> import torch, custom_ops
@@ -111,51 +104,3 @@ class StraightThrough(torch.nn.Module):
 
 
 # ---------------------------------------------------------------- reference and registry entry
-
-
-def straight_through_reference(forward_value: Tensor, x: Tensor) -> Tensor:
-    return forward_value.detach() + (x - x.detach())
-
-
-def _straight_through_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    x = leaf(device, dtype, 3, 7)
-    return [
-        Sample((x.detach().round(), x), dynamic={0: 0, 1: 0}),
-        Sample((torch.zeros((), device=device, dtype=dtype), leaf(device, dtype))),
-        Sample((torch.zeros(0, 4, device=device, dtype=dtype), leaf(device, dtype, 0, 4))),
-    ]
-
-
-register(
-    OpInfo(
-        name="straight_through",
-        summary="A value, whose gradient goes to what it was made of",
-        function=straight_through,
-        not_fuzzed=NOT_FUZZED,
-        reference=straight_through_reference,
-        native=torch.add,
-        apply=StraightThroughEstimator.apply,
-        samples=_straight_through_samples,
-        modules=lambda: [(StraightThrough(), {})],
-        bad_calls=lambda: [
-            BadCall((two, [1.0]), "x: expected a tensor, got list"),
-            BadCall((integers, two), "forward_value: expected one of float32, got int64"),
-            BadCall((torch.ones(3), two), r"forward_value: expected the shape of x, \[2\], got \[3\]"),
-            BadCall((two.to("meta"), two), "forward_value: expected on cpu as x, got meta"),
-        ],
-        benchmarks=[
-            Benchmark(
-                unit="elements",
-                sizes=(1 << 20, 1 << 24),
-                make=lambda n, device: (
-                    torch.ones(n, device=device),
-                    torch.randn(n, device=device, requires_grad=True),
-                ),
-                peers={"plain PyTorch": straight_through_reference},
-                traffic=lambda n: ((0, 0), (0, 0)),
-            )
-        ],
-        not_applicable=VIEW,
-        not_comparable=OF_SHAPING,
-    )
-)

@@ -10,26 +10,17 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._wide import wide
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, OpInfo, Sample, register
-from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, VIEW, as_tensor, beside_hook, integers, leaf, two
-
-__all__ = [
-    "GradientScaling",
-    "ReverseGradient",
-    "ScaleGradient",
-    "reverse_gradient",
-    "scale_gradient",
-]
+from custom_ops.shaping._numbers import as_tensor
 
 
 @library.compose("custom_ops::gradient_scaling", view=True)
 def gradient_scaling(x: Tensor, factor: float, scale: Tensor | None) -> Tensor:
-    """x, whose gradient is multiplied by ``scale``, or by ``factor`` if there is none."""
+    """Return x with a gradient multiplied by ``scale``, or by ``factor`` if ``scale`` is None."""
     return x
 
 
 class GradientScaling(Function, op=gradient_scaling):
-    """``GradientScaling.apply(x, scale)`` is `scale_gradient`, in the idiom of ``torch.autograd.Function``.
+    """``GradientScaling.apply(x, scale)`` is `scale_gradient`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
@@ -62,7 +53,7 @@ class GradientScaling(Function, op=gradient_scaling):
 def _scaled(grad: Tensor, factor: float, scale: Tensor | None) -> Tensor:
     if scale is not None:
         return (wide(grad) * scale if scale.dim() == 0 else grad * scale).to(grad.dtype)
-    return -grad if factor == -1 else grad * factor  # the same, in a third of the time on a few elements
+    return -grad if factor == -1 else grad * factor  # negation gives the same in a third of the time on a few elements
 
 
 @library.vmap(gradient_scaling)
@@ -75,10 +66,10 @@ def _(info: Any, in_dims: Any, x: Tensor, factor: float, scale: Tensor | None) -
 
 
 def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
-    """``x``, whose gradient is multiplied by ``scale`` on its way back.
+    """Return ``x`` and, in backward, multiply its gradient by ``scale``.
 
-    ``y = x``, ``dL/dx = scale * dL/dy``, and likewise the tangent ``dy = scale * dx``. With
-    ``scale = 2 * x.detach()`` it is the layer ``y = x`` with the backward of ``x ** 2``.
+    ``y = x``, ``dL/dx = scale * dL/dy``, and likewise the tangent ``dy = scale * dx``. With ``scale = 2 * x.detach()``
+    it is the layer ``y = x`` with the backward of ``x ** 2``.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
@@ -86,13 +77,13 @@ def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
             value doesn't depend on it; in a double backward it does, as the gradient of ``x`` does.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError: ``x`` is no tensor or of another dtype, ``scale`` neither a number nor a floating tensor.
+        TypeError: ``x`` isn't a tensor or has another dtype, or ``scale`` is neither a number nor a floating tensor.
         ValueError: ``scale`` doesn't broadcast to the shape of ``x``, or is on another device.
 
-    O(1) forward, O(n) backward; ``scale`` is kept for backward.
+    The op takes O(1) time in forward and O(n) in backward; it keeps ``scale`` for backward.
 
     Example:
         >>> import torch, custom_ops
@@ -122,7 +113,7 @@ def _scale(name: str, scale: Any) -> float | Tensor:
 
 
 class ScaleGradient(torch.nn.Module):
-    """`scale_gradient` as a layer. A tensor ``scale`` is a buffer: it moves and is saved with the layer.
+    """Apply `scale_gradient` as a layer. A tensor ``scale`` is a buffer, so it moves and is saved with the layer.
 
     Example:
         >>> import torch, custom_ops
@@ -150,22 +141,22 @@ class ScaleGradient(torch.nn.Module):
 
 
 def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
-    """``x``, whose gradient is multiplied by ``-lambda_`` on its way back: `scale_gradient` by ``-lambda_``.
+    """Return ``x`` and, in backward, multiply its gradient by ``-lambda_``, as `scale_gradient` by ``-lambda_`` does.
 
-    What comes before it climbs the loss that what comes after it descends, as a feature extractor does
+    The layers before the op ascend the loss that the layers after it descend, like a feature extractor that is trained
     against a domain classifier.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
-        lambda_: how strongly; a number, or a floating tensor that broadcasts to the shape of ``x``.
+        lambda_: the strength: a number, or a floating tensor that broadcasts to the shape of ``x``.
 
     Returns:
-        A view of ``x``: no copy is made. In-place writes to it raise where a gradient is recorded.
+        A view of ``x``: no copy is made. In-place writes to it raise if a gradient is recorded.
 
     Raises:
-        TypeError, ValueError: as `scale_gradient`.
+        TypeError, ValueError: as in `scale_gradient`.
 
-    O(1) forward, O(n) backward.
+    The op takes O(1) time in forward and O(n) in backward.
 
     Source: Ganin and Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", 2015.
 
@@ -179,12 +170,13 @@ def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
     _checks.has_dtype("x", x, _checks.FLOATING)
     lambda_ = _scale("lambda_", lambda_)
     if torch.compiler.is_compiling() and not isinstance(lambda_, Tensor):
-        lambda_ = as_tensor(lambda_, x)  # not of its negative, which torch 2.10 compiles anew for each value
+        # as_tensor gets lambda_ and not -lambda_, for which torch 2.10 compiles each value anew
+        lambda_ = as_tensor(lambda_, x)
     return scale_gradient(x, -1.0 * lambda_)
 
 
 class ReverseGradient(torch.nn.Module):
-    """`reverse_gradient` as a layer; set ``lambda_`` to follow a schedule.
+    """Apply `reverse_gradient` as a layer; set ``lambda_`` to follow a schedule.
 
     Example:
         >>> import torch, custom_ops
@@ -206,78 +198,3 @@ class ReverseGradient(torch.nn.Module):
 
 
 # ---------------------------------------------------------------- reference and registry entry
-
-
-def scale_gradient_reference(x: Tensor, scale: float | Tensor) -> Tensor:
-    return x.detach() + (x - x.detach()) * scale
-
-
-def reverse_gradient_reference(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
-    return scale_gradient_reference(x, -lambda_)
-
-
-def _scale_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    x, rows = leaf(device, dtype, 3, 7), leaf(device, dtype, 7, seed=1).detach()
-    channels_last = leaf(device, dtype, 2, 3, 4, 2).detach().to(memory_format=torch.channels_last).requires_grad_()
-    return [
-        Sample((x, -0.5), dynamic={0: 0}),
-        Sample((x, rows), dynamic={0: 0}),
-        Sample((x, x.detach() * 2), dynamic={0: 0, 1: 0}),
-        Sample((leaf(device, dtype), 3)),
-        Sample((leaf(device, dtype, 0, 4), 2.0)),
-        Sample((channels_last, rows[:3].view(3, 1, 1))),
-    ]
-
-
-register(
-    OpInfo(
-        name="scale_gradient",
-        summary="The identity, whose gradient is scaled",
-        function=scale_gradient,
-        not_fuzzed=NOT_FUZZED,
-        reference=scale_gradient_reference,
-        native=torch.mul,
-        apply=GradientScaling.apply,
-        samples=_scale_samples,
-        modules=lambda: [(ScaleGradient(2.0), {"scale": 2.0})],
-        bad_calls=lambda: [
-            BadCall(([1.0], 2.0), "x: expected a tensor, got list"),
-            BadCall((integers, 2.0), "x: expected one of float16, .* got int64"),
-            BadCall((two, "2"), "scale: expected a number, got str"),
-            BadCall((two, integers), "scale: expected one of float16, .* got int64"),
-            BadCall((two, torch.ones(3)), r"scale: expected a shape that broadcasts to \[2\], got \[3\]"),
-            BadCall((two, torch.ones(2, 2)), r"scale: expected a shape that broadcasts to \[2\], got \[2, 2\]"),
-            BadCall((two, two.to("meta")), "scale: expected on cpu as x, got meta"),
-        ],
-        benchmarks=[beside_hook(torch.mul, 0.5)],
-        not_applicable=VIEW,
-        not_comparable=OF_SHAPING,
-    )
-)
-
-
-register(
-    OpInfo(
-        name="reverse_gradient",
-        summary="The identity, whose gradient is reversed",
-        function=reverse_gradient,
-        not_fuzzed=NOT_FUZZED,
-        reference=reverse_gradient_reference,
-        native=torch.neg,
-        samples=lambda device, dtype: [
-            Sample((leaf(device, dtype, 3, 7),), dynamic={0: 0}),
-            Sample((leaf(device, dtype, 3, 7), leaf(device, dtype, 3, 1, seed=1).detach())),
-            Sample((leaf(device, dtype), 0.5)),
-            Sample((leaf(device, dtype, 0, 4),)),
-        ],
-        modules=lambda: [(ReverseGradient(), {}), (ReverseGradient(0.5), {"lambda_": 0.5})],
-        bad_calls=lambda: [
-            BadCall(([1.0],), "x: expected a tensor, got list"),
-            BadCall((two, "1"), "lambda_: expected a number, got str"),
-            BadCall((two, integers), "lambda_: expected one of float16, .* got int64"),
-        ],
-        benchmarks=[beside_hook(torch.neg)],
-        not_applicable=VIEW,
-        not_comparable=OF_SHAPING,
-    )
-)

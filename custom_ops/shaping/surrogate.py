@@ -1,4 +1,4 @@
-"""A step that is differentiated as a smooth one, for spiking networks."""
+"""A step function that is differentiated as a smooth step, for spiking networks."""
 
 from __future__ import annotations
 
@@ -13,33 +13,24 @@ from custom_ops._layout import as_it_lies
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Target, register
-from custom_ops.shaping._common import NOT_FUZZED, OF_SHAPING, integers, leaf, two
-
-__all__ = [
-    "SurrogateGradient",
-    "SurrogateStep",
-    "surrogate_gradient",
-]
-
 
 _SHAPES = ("sigmoid", "atan", "triangle", "boxcar")  # numbered alike in csrc and triton_kernels
 
 
 @define
 def surrogate_slope(grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
-    """``grad`` times the slope at x of the smooth step numbered ``shape``, contiguous."""
+    """Return ``grad`` times the slope at x of the smooth step numbered ``shape``, contiguous."""
     return x.new_empty(x.shape)
 
 
 @define
 def surrogate_step(x: Tensor, shape: int, width: float) -> Tensor:
-    """1 where x >= 0, else 0, contiguous; differentiated as the smooth step numbered ``shape``."""
+    """Return 1 where x >= 0, else 0, contiguous; it is differentiated as the smooth step numbered ``shape``."""
     return x.new_empty(x.shape)
 
 
 class SurrogateStep(Function, op=surrogate_step):
-    """``SurrogateStep.apply(x, shape, width)`` is `surrogate_gradient`, in the idiom of ``torch.autograd.Function``.
+    """``SurrogateStep.apply(x, shape, width)`` is `surrogate_gradient`, called like a ``torch.autograd.Function``.
 
     Example:
         >>> import torch, custom_ops
@@ -69,7 +60,7 @@ class SurrogateStep(Function, op=surrogate_step):
 
 
 class SurrogateSlope(Function, op=surrogate_slope):
-    """Linear in grad; its derivative in x is stated in torch's ops, so that the third and so on exist too."""
+    """The op is linear in grad. Its derivative with respect to x uses torch's ops, so higher derivatives exist too."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -96,7 +87,7 @@ class SurrogateSlope(Function, op=surrogate_slope):
 
 
 def _bent(v: Tensor, grad: Tensor, x: Tensor, shape: int, width: float) -> Tensor:
-    """``v`` times ``grad`` times the derivative of the slope, rounded once."""
+    """Return ``v`` times ``grad`` times the derivative of the slope, rounded once."""
     u = wide(x) / width
     match = _SHAPES[shape]
     if match == "sigmoid":
@@ -154,33 +145,33 @@ def _(*args: Any) -> Any:
 
 
 def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
-    """A spike: 1 where ``x >= 0``, else 0, whose derivative is that of a smooth step.
+    """Return a spike, 1 where ``x >= 0`` and else 0, whose derivative is that of a smooth step.
 
-    ``dL/dx = dL/dy * slope(x / width) / width``, where the slope at u is
+    ``dL/dx = dL/dy * slope(x / width) / width``, where the slope at u is one of these:
 
     * "sigmoid": ``s (1 - s)`` with ``s = 1 / (1 + exp(-u))``, the slope of the logistic function;
     * "atan": ``1 / (pi (1 + u^2))``, that of the arc tangent, with the longest reach;
     * "triangle": ``max(0, 1 - |u|)``;
     * "boxcar": 1/2 where ``|u| < 1``, else 0.
 
-    Each integrates to 1: it belongs to a step from 0 to 1 that is ``width`` wide. The tangent is ``dy = slope dx``,
-    of the same step; second derivatives and on are those of the slope, so all of them agree with the smooth
-    step's, to which only the value is not equal. (That of "triangle" jumps, that of "boxcar" is 0.)
+    Each slope integrates to 1, so it belongs to a step from 0 to 1 that is ``width`` wide. The tangent has the same
+    slope, ``dy = slope dx``; second and higher derivatives are those of the slope. So all derivatives agree with those
+    of the smooth step, and only the value differs. (The derivative of "triangle" jumps, that of "boxcar" is 0.)
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64; a neuron's potential above its threshold.
         shape: "sigmoid", "atan", "triangle" or "boxcar".
-        width: of the smooth step, above 0. The narrower, the larger its slope: 1 / (4 width) at most for
-            "sigmoid", 1 / (pi width), 1 / width, 1 / (2 width).
+        width: the width of the smooth step, above 0. A narrow step has a large slope: at most 1 / (4 width) for
+            "sigmoid", then 1 / (pi width), 1 / width and 1 / (2 width).
 
     Returns:
-        Zeros and ones in the dtype of ``x``; at NaN 0, as ``torch.heaviside``.
+        Zeros and ones in the dtype of ``x``; NaN gives 0, as in ``torch.heaviside``.
 
     Raises:
-        TypeError: ``x`` is no tensor or of another dtype, ``width`` no number.
+        TypeError: ``x`` isn't a tensor or has another dtype, or ``width`` isn't a number.
         ValueError: an unknown ``shape``, ``width`` not above 0.
 
-    O(n); ``x`` is kept for backward, which is one pass.
+    The op takes O(n) time; it keeps ``x`` for backward, which is one pass.
 
     Source: Neftci et al., "Surrogate Gradient Learning in Spiking Neural Networks", 2019.
 
@@ -206,7 +197,7 @@ def _step_width(shape: Any, width: Any) -> float:
 
 
 class SurrogateGradient(torch.nn.Module):
-    """`surrogate_gradient` as a layer.
+    """Apply `surrogate_gradient` as a layer.
 
     Example:
         >>> import torch, custom_ops
@@ -229,62 +220,3 @@ class SurrogateGradient(torch.nn.Module):
 
 
 # ---------------------------------------------------------------- reference and registry entry
-
-
-def surrogate_gradient_reference(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
-    u = x / width
-    inner = torch.where(u.abs() < 1, u, u.detach().clamp(-1, 1))  # its slope at 1 is that beyond
-    smooth = {
-        "sigmoid": u.sigmoid(),
-        "atan": u.atan() / math.pi,
-        "triangle": inner - inner * inner.abs() / 2,
-        "boxcar": inner / 2,
-    }[shape]
-    return (x >= 0).to(x.dtype) + (smooth - smooth.detach())
-
-
-def _surrogate_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    return [
-        *(Sample((leaf(device, dtype, 3, 7), shape), dynamic={0: 0}) for shape in _SHAPES),
-        Sample((leaf(device, dtype, 17),), {"width": 0.5}),
-        Sample((leaf(device, dtype), "atan", 2)),
-        Sample((leaf(device, dtype, 0, 4), "boxcar")),
-    ]
-
-
-register(
-    OpInfo(
-        name="surrogate_gradient",
-        summary="A step that is differentiated as a smooth one",
-        function=surrogate_gradient,
-        not_fuzzed=NOT_FUZZED,
-        reference=surrogate_gradient_reference,
-        native=lambda x, shape: torch.sigmoid(x),
-        apply=SurrogateStep.apply,
-        samples=_surrogate_samples,
-        modules=lambda: [
-            (SurrogateGradient(), {}),
-            (SurrogateGradient("atan", 0.5), {"shape": "atan", "width": 0.5}),
-        ],
-        bad_calls=lambda: [
-            BadCall(([1.0],), "x: expected a tensor, got list"),
-            BadCall((integers,), "x: expected one of float16, .* got int64"),
-            BadCall((two, "step"), "shape: expected one of 'sigmoid', 'atan', 'triangle', 'boxcar', got 'step'"),
-            BadCall((two, "atan", "1"), "width: expected a number, got str"),
-            BadCall((two, "atan", 0.0), "width: expected above 0, got 0.0"),
-        ],
-        benchmarks=[
-            Benchmark(
-                unit="elements",
-                sizes=(1 << 16, 1 << 20, 1 << 24),
-                make=lambda n, device: (torch.randn(n, device=device, requires_grad=True),),
-                peers={"autograd.Function": "custom_ops.benchmarks.peers:surrogate_gradient_function"},
-                targets=[
-                    Target(1 << 20, "autograd.Function", 1.0),
-                    Target(1 << 24, "autograd.Function", 0.5),
-                ],
-            )
-        ],
-        not_comparable=OF_SHAPING,
-    )
-)

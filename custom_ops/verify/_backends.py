@@ -42,9 +42,7 @@ def backend(name: str) -> Iterator[torch.device]:
             if not _interpreted():
                 raise RuntimeError("backend triton: set TRITON_INTERPRET=1 before triton is imported")
             from custom_ops import _native, library
-            from custom_ops.verify._interpreter import patched_once
 
-            stack.enter_context(patched_once())
             for op, family in _native.OPS.items():
                 launchers = importlib.import_module(f"custom_ops.triton_kernels.{family}")
                 stack.enter_context(library.override_kernel(op, "cpu", getattr(launchers, op._opname)))

@@ -13,8 +13,6 @@ from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
 from custom_ops.voxel.pooling import bev_pool, pool_kept
 from custom_ops.voxel.voxel_grid import numbers_of, voxel_csr, voxel_rank
 
-__all__ = ["LiftSplat"]
-
 
 class LiftSplat(KeepsGeometry):
     """Lifts each pixel's features to all depths along its ray and sums them up in the voxels of a grid.

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
-from custom_ops.voxel.sums import csr_of, voxel_sum_reference
+from custom_ops.voxel.sums import csr_of
 from custom_ops.voxel.voxel_grid import as_voxels, voxel_csr
 from custom_ops.voxel.voxel_segments import segment_reduce
-
-__all__ = ["BEVPool", "bev_pool"]
 
 
 def bev_pool(
@@ -180,99 +175,3 @@ def _checked(rank: Tensor) -> Tensor:
     if rank.dim() not in (4, 5):
         raise ValueError(f"rank: expected [B, N, D, H, W] or [N, D, H, W], got shape {list(rank.shape)}")
     return rank
-
-
-def bev_pool_reference(
-    depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    frustum = depth[:, :, :, None] * feat[:, :, None]  # [B, N, D, C, H, W]
-    points = frustum.movedim(3, -1).flatten(1, 4)
-    return voxel_sum_reference(points, rank.flatten(-4).expand(points.shape[:-1]), num_voxels)
-
-
-def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
-
-    rank = torch.randint(-1, 5, (2, 2, 3, 1, 2), device=device)
-    wide = torch.randint(-1, 5, (2, 1, 3, 1, 4), device=device)
-    return [
-        Sample((leaf(2, 1, 3, 1, 4), leaf(2, 1, 5, 1, 4), wide, 5), dynamic={0: 0, 1: 0, 2: 0}),
-        Sample((leaf(2, 2, 3, 1, 2), leaf(2, 2, 1, 1, 2), rank[0].int(), 6)),
-        Sample((leaf(1, 1, 3, 1, 2), leaf(1, 1, 1, 1, 2).detach(), rank[0, :1], 5)),
-        Sample((leaf(1, 1, 3, 1, 2).detach(), leaf(1, 1, 1, 1, 2), rank[:1, :1], 5)),
-    ]
-
-
-def _shardings() -> list[Sharding]:
-    depth, feat = torch.rand(2, 3, 4, 1, 2, requires_grad=True), torch.randn(2, 3, 5, 1, 2, requires_grad=True)
-    rank = torch.randint(-1, 5, depth.shape)
-    call = Sample((depth, feat, rank, 5))
-    return [
-        Sharding("examples", call, {0: 0, 1: 0, 2: 0}, 0),
-        Sharding("cameras", call, {0: 1, 1: 1, 2: 1}, "partial"),
-        Sharding("cameras, all examples alike", Sample((depth, feat, rank[0], 5)), {0: 1, 1: 1}, "partial"),
-        Sharding("depths", call, {0: 2}, "partial", {"all_reduce": 1}),
-        Sharding("channels", call, {1: 2}, 2, {"all_reduce": 1}),
-    ]
-
-
-CAMERAS = (1, 4, 23, 92)  # examples, of 43,296 points each: up to 4 million
-
-
-def draw_cameras(batch: int, device: torch.device) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(batch)
-    depth = torch.rand(batch, 6, 41, 8, 22, generator=generator).to(device).requires_grad_()
-    feat = torch.randn(batch, 6, 64, 8, 22, generator=generator).to(device).requires_grad_()
-    rank = (torch.randint(0, 5000, depth.shape, generator=generator) * 8).to(device)
-    return depth, feat, rank, 40_000, voxel_csr(rank.flatten(1), 40_000)
-
-
-_depth, _feat, _rank = torch.ones(1, 2, 3, 1, 2), torch.ones(1, 2, 4, 1, 2), torch.zeros(2, 3, 1, 2, dtype=torch.int64)
-register(
-    OpInfo(
-        name="bev_pool",
-        not_fuzzed=dict.fromkeys(("fills", "outliers"), "a sum of them keeps nothing of what is smaller"),
-        summary="Depth-weighted pooling of image features into a grid, fused",
-        function=bev_pool,
-        reference=bev_pool_reference,
-        samples=_samples,
-        shardings=_shardings,
-        modules=lambda: [(BEVPool(5), {"num_voxels": 5})],
-        bad_calls=lambda: [
-            BadCall((None, _feat, _rank, 2), "depth: expected a tensor, got NoneType"),
-            BadCall((_depth.int(), _feat, _rank, 2), "depth: expected one of float16"),
-            BadCall((_depth[0], _feat, _rank, 2), r"depth: expected \[B, N, D, H, W\], got shape"),
-            BadCall((_depth, _feat[0], _rank, 2), r"feat: expected \[B, N, C, H, W\], got shape"),
-            BadCall((_depth, _feat[..., 1:], _rank, 2), r"feat: expected shape \[1, 2, 'C', 1, 2\] as depth"),
-            BadCall((_depth, _feat, _rank.float(), 2), "rank: expected one of int32, int64, got float32"),
-            BadCall((_depth, _feat, _rank[0], 2), r"rank: expected shape \[1, 2, 3, 1, 2\] or \[2, 3, 1, 2\], got"),
-            BadCall((_depth, _feat, _rank, -2), "num_voxels: expected at least 0, got -2"),
-            BadCall((_depth, _feat, _rank, 2, 3), r"csr: expected \(perm, indptr\) as from voxel_csr, got int"),
-            BadCall((_depth, _feat.to("meta"), _rank, 2), "feat: expected on cpu as depth, got meta"),
-        ],
-        benchmarks=[
-            Benchmark(
-                unit="examples of 6 cameras, 41 depths of 8 x 22 pixels, 64 features; geometry cached",
-                sizes=CAMERAS,
-                make=draw_cameras,
-                checked_at=lambda batch: 1,
-                scaling=(1, 4, 16, 46, 92),
-                peers={
-                    "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_bev_pool",
-                    "outer product, index_add": "custom_ops.benchmarks.peers:index_add_bev_pool",
-                    "torch.compile(gather, index_add)": "custom_ops.benchmarks.peers:compiled_index_add_bev_pool",
-                    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_bev_pool",
-                    "fbgemm_gpu, on the CPU, cached": "custom_ops.benchmarks.fbgemm_peers:table_bev_pool",
-                    "BEVFusion's intervals, in Triton": "custom_ops.benchmarks.interval_peers:interval_bev_pool",
-                },
-                targets=[
-                    Target(4, "embedding_bag, cached", ratio, direction, memory)
-                    for direction, ratio in (("forward", 1.0), ("forward+backward", 0.5))
-                    for memory in ("fresh", "warm")
-                ]
-                + [Target(4, "Lift-Splat-Shoot's pipeline", 0.08, memory=memory) for memory in ("fresh", "warm")],
-            )
-        ],
-    )
-)

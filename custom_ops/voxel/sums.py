@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +9,9 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops._wide import wide
-from custom_ops.registry import BadCall, Benchmark, OpInfo, Sample, Sharding, Target, register
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
-from custom_ops.voxel.voxel_grid import SIZES, as_voxels, at_most_checked, voxel_csr, voxel_match, voxel_rank
+from custom_ops.voxel.voxel_grid import as_voxels, voxel_csr, voxel_match
 from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
-
-__all__ = ["VoxelSum", "voxel_sum"]
 
 _REDUCTIONS = ("sum", "mean", "max")
 
@@ -246,174 +240,3 @@ class VoxelSum(KeepsGeometry):
 
     def extra_repr(self) -> str:
         return f"{self.num_voxels}, reduce={self.reduce!r}"
-
-
-def voxel_sum_reference(
-    x: Tensor,
-    rank: Tensor,
-    num_voxels: int,
-    reduce: str = "sum",
-    mask: Tensor | None = None,
-    csr: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape[:-1], rank.shape, x.shape[:-1] if mask is None else mask.shape)
-    x, rank = x.expand(*shape, x.shape[-1]), rank.expand(shape)
-    inside = rank >= 0 if mask is None else (rank >= 0) & mask
-    # The points of no voxel go to a voxel behind the others, which is dropped.
-    at = torch.where(inside, rank, num_voxels).long()[..., None].expand(x.shape)
-    zeros = x.new_zeros((*x.shape[:-2], num_voxels + 1, x.shape[-1]))
-    if reduce == "max":
-        # The first of the largest, so that equal ones don't share the gradient.
-        largest = zeros.scatter_reduce(-2, at, x.detach(), "amax", include_self=False).gather(-2, at)
-        points = torch.arange(x.shape[-2], device=x.device)[:, None].expand(x.shape)
-        candidate = torch.where((x == largest) | x.isnan(), points, x.shape[-2])
-        first = torch.full_like(at.new_empty(zeros.shape), x.shape[-2]).scatter_reduce(-2, at, candidate, "amin")
-        return zeros.scatter_add(-2, at, x.where(points == first.gather(-2, at), 0))[..., :-1, :]
-    sums = zeros.scatter_add(-2, at, x.where(inside[..., None], 0))
-    if reduce == "mean":
-        sums = sums / torch.zeros_like(sums).scatter_add(-2, at, torch.ones_like(x)).clamp_min(1)
-    return sums[..., :-1, :]
-
-
-def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
-
-    rank = torch.randint(-1, 4, (2, 8), device=device)
-    mask = torch.rand(2, 8, device=device) > 0.3
-    return [
-        Sample((leaf(8, 3), rank[0], 4), dynamic={0: 0, 1: 0}),
-        Sample((leaf(8, 2), rank[1], 4, "mean"), dynamic={0: 0, 1: 0}),
-        Sample((leaf(8, 2), rank[0].int(), 4, "max"), dynamic={0: 0, 1: 0}),
-        Sample((leaf(2, 8, 1), rank, 5, "sum", mask)),
-        Sample((leaf(2, 8, 1), rank[0], 4, "mean", mask)),
-        Sample((leaf(2, 8, 2), rank, 4, "max", mask)),
-        Sample((leaf(3, 2), rank[0, :3].clamp(min=0, max=0), 1)),
-    ]
-
-
-def _shardings() -> list[Sharding]:
-    x, rank = torch.randn(2, 9, 4, requires_grad=True), torch.randint(-1, 5, (2, 9))
-    alone, mask = x[0].detach().requires_grad_(), torch.rand(2, 9) > 0.3
-    return [
-        Sharding("points", Sample((alone, rank[0], 5)), {0: 0, 1: 0}, "partial"),
-        Sharding("points, ranks whole", Sample((x, rank, 5, "sum", mask)), {0: 1}, "partial"),
-        Sharding(
-            "points, their mean", Sample((x, rank[0], 5, "mean", mask)), {0: 1, 1: 0}, "partial", {"all_reduce": 1}
-        ),
-        Sharding("examples", Sample((x, rank, 5, "mean", mask)), {0: 0, 1: 0, 4: 0}, 0),
-        Sharding("examples, their maximum", Sample((x, rank, 5, "max")), {0: 0, 1: 0}, 0),
-        Sharding("columns", Sample((x, rank[0], 5)), {0: 2}, 2),
-        Sharding("columns, their maximum", Sample((alone, rank[0], 5, "max")), {0: 1}, 1),
-    ]
-
-
-def _unsorted(points: int, device: torch.device, skew: int = 1) -> tuple[Tensor, Tensor, int]:
-    """Points in any order, eight to a voxel, in one voxel of eight of the grid; fewer and fuller ones by ``skew``."""
-    generator = torch.Generator().manual_seed(points)
-    x = torch.randn(points, 64, generator=generator)
-    voxels = max(points // 8, 1)
-    rank = (torch.rand(points, generator=generator).double() ** skew * voxels).long() * 8
-    return x.to(device).requires_grad_(), rank.to(device), 8 * voxels
-
-
-def _scans(edge: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Two real LiDAR scans, drawn features, and the columns of a grid of ``edge`` metres that their points lie in."""
-    data = importlib.import_module("custom_ops.examples.data")  # needs what only the tools need
-    scans = [torch.from_numpy(scan[:, :3]) for scan in data.load_lidar()[:2]]
-    which = torch.arange(2).repeat_interleave(torch.tensor([len(scan) for scan in scans]))
-    grid = (math.ceil(44 / edge), math.ceil(88 / edge), 1)
-    rank = voxel_rank(torch.cat(scans), (-24, -76, -16), (edge, edge, 32), grid, which)
-    x = torch.randn(len(rank), 64, generator=torch.Generator().manual_seed(0))
-    return x.to(device).requires_grad_(), rank.to(device), 2 * math.prod(grid)
-
-
-_PEERS: dict[str, Callable[..., Any] | str] = {
-    "Lift-Splat-Shoot's pipeline": "custom_ops.benchmarks.peers:lss_voxel_sum",
-    "BEVFusion's intervals, in Triton": "custom_ops.benchmarks.interval_peers:interval_voxel_sum",
-    "index_add": "custom_ops.benchmarks.peers:trash_row_index_add",
-    "scatter_add": "custom_ops.benchmarks.peers:trash_row_scatter_add",
-    "torch_scatter.scatter": "custom_ops.benchmarks.scatter_peers:trash_row_scatter",
-    "embedding_bag": "custom_ops.benchmarks.peers:embedding_bag_voxel_sum",
-    "embedding_bag, cached": "custom_ops.benchmarks.peers:cached_embedding_bag_voxel_sum",
-    "conch, cached": "custom_ops.benchmarks.conch_peers:cached_bev_pool_voxel_sum",
-    "ours, cached": "custom_ops.benchmarks.peers:cached_voxel_sum",
-    "ours, as a layer": "custom_ops.benchmarks.peers:layer_voxel_sum",
-    "ours, cached, unchecked": "custom_ops.benchmarks.peers:unchecked_voxel_sum",
-}
-
-
-def _beside_all(size: Any) -> list[Target]:
-    """Of skewed points: 0.8 of whichever peer is best."""
-    peers = [peer for peer in _PEERS if not peer.startswith("ours")]
-    return [Target(size, peer, 0.8, memory=memory) for peer in peers for memory in ("fresh", "warm")]
-
-
-_x, _rank = torch.ones(3, 2), torch.tensor([0, 1, -1])
-_csr = (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
-register(
-    OpInfo(
-        name="voxel_sum",
-        not_fuzzed=dict.fromkeys(("fills", "outliers"), "a sum of them keeps nothing of what is smaller"),
-        summary="Sum, mean or maximum of the features in each voxel of a grid, for points in any order",
-        function=voxel_sum,
-        reference=voxel_sum_reference,
-        samples=_samples,
-        shardings=_shardings,
-        modules=lambda: [
-            (VoxelSum(4), {"num_voxels": 4}),
-            (VoxelSum(6, "max"), {"num_voxels": 6, "reduce": "max"}),
-        ],
-        bad_calls=lambda: [
-            BadCall((None, _rank, 2), "x: expected a tensor, got NoneType"),
-            BadCall((_x.int(), _rank, 2), "x: expected one of float16"),
-            BadCall((_x[0, 0], _rank, 2), r"x: expected \[..., N, C\], got shape \[\]"),
-            BadCall((_x, _rank.float(), 2), "rank: expected one of int32, int64, got float32"),
-            BadCall((_x, _rank[1:], 2), r"rank: expected shape \[3\], got \[2\]"),
-            BadCall((_x, _rank, -1), "num_voxels: expected at least 0, got -1"),
-            BadCall((_x, _rank, 2.0), "num_voxels: expected an integer, got float"),
-            BadCall((_x, _rank, 2, "min"), "reduce: expected one of 'sum', 'mean', 'max', got 'min'"),
-            BadCall((_x, _rank, 2, "sum", _rank), "mask: expected one of bool, got int64"),
-            BadCall((_x, _rank, 2, "sum", _rank[1:] > 0), r"mask: expected shape \[3\]"),
-            BadCall((_x, _rank, 2, "sum", _rank > 0, _csr), "mask: expected None with csr"),
-            BadCall(
-                (_x, _rank, 2, "sum", None, _rank), r"csr: expected \(perm, indptr\) as from voxel_csr, got Tensor"
-            ),
-            BadCall((_x, _rank, 3, "sum", None, _csr), r"csr: expected perm \[3\] and indptr \[4\]"),
-            BadCall((_x, _rank.to("meta"), 2), "rank: expected on cpu as x, got meta"),
-        ],
-        native=lambda x, rank, num_voxels: x.new_zeros(num_voxels + 1, x.shape[1]).index_add(
-            0, torch.where(rank < 0, num_voxels, rank), x
-        )[:num_voxels],
-        benchmarks=[
-            Benchmark(
-                unit="points of 64 features in any order, 8 to a voxel",
-                sizes=SIZES,
-                make=_unsorted,
-                checked_at=at_most_checked,
-                peers=_PEERS,
-                targets=[
-                    Target(172_824, "Lift-Splat-Shoot's pipeline", 0.1),
-                    Target(172_824, "index_add", 0.6),
-                    Target(172_824, "Lift-Splat-Shoot's pipeline", 0.1, memory="warm"),
-                    Target(172_824, "index_add", 0.6, memory="warm"),
-                ],
-            ),
-            Benchmark(
-                unit="points of 64 features in any order, thousands in one voxel and one in many",
-                sizes=(10_000, 140_000, 1_000_000, 4_000_000),
-                make=lambda points, device: _unsorted(points, device, skew=6),
-                checked_at=at_most_checked,
-                peers=_PEERS,
-                targets=_beside_all(140_000),
-            ),
-            Benchmark(
-                unit="metres a cell, 128,741 points of two real LiDAR scans, 64 features",
-                sizes=(0.5, 0.2),
-                make=_scans,
-                peers=_PEERS,
-                targets=_beside_all(0.5),
-            ),
-        ],
-    )
-)

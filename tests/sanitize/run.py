@@ -1,12 +1,12 @@
-"""The C++ kernels under sanitizers: ``make sanitize``.
+"""``make sanitize``: run the C++ kernels under sanitizers.
 
-``python tests/sanitize/run.py address|thread [OP ...]`` builds the package with that sanitizer into ``build/NAME``, and
-runs the whole battery there, random calls, wrong ones and corrupted indices (tests/test_errors.py; by
-itself it is called ``errors`` here). A finding ends it with its report.
+``python tests/sanitize/run.py address|thread [OP ...]`` builds the package with that sanitizer into ``build/NAME`` and
+runs the whole battery there, then random calls, wrong calls and corrupted indices (tests/test_errors.py, called
+``errors`` here). The first finding ends the run with its report.
 
-"address" is AddressSanitizer and UndefinedBehaviorSanitizer, on torch's own threads. "thread" is ThreadSanitizer; there
-our parallel loops run on threads of their own (threads.h), because torch's OpenMP runtime isn't instrumented: races
-within our loops are found, those of torch's own code aren't looked for.
+"address" is AddressSanitizer with UndefinedBehaviorSanitizer, on torch's own threads. "thread" is ThreadSanitizer;
+there our parallel loops run on threads of their own (threads.h), because torch's OpenMP runtime isn't instrumented. It
+finds races in our loops and doesn't look for races in torch's code.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-g1"],
     "thread": ["-fsanitize=thread", "-g1"],
-}  # as in setup.py
-FAULTS = {"address": ["overflow", "undefined"], "thread": ["race"]}  # of planted.cpp
-CALLS = 40  # random ones of each op
+}  # keep in step with setup.py
+FAULTS = {"address": ["overflow", "undefined"], "thread": ["race"]}  # planted by planted.cpp
+CALLS = 40  # random calls of each op
 ERRORS = "errors"
 RUNTIMES = {"address": ["libasan.so", "libubsan.so", "libstdc++.so.6"], "thread": ["libtsan.so", "libstdc++.so.6"]}
 OPTIONS = {
-    # Python and torch keep much until the end. Frames of Python aren't instrumented.
+    # Python and torch free much of their memory only at exit. Frames of Python aren't instrumented.
     "ASAN_OPTIONS": "detect_leaks=0:strict_init_order=1:detect_odr_violation=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1",
@@ -46,7 +46,7 @@ def main(sanitizer: str) -> int:
     ]
     env = os.environ | OPTIONS | {"LD_PRELOAD": ":".join(found), "PYTHONPATH": str(folder / "lib")}
     env |= {"OMP_NUM_THREADS": "1"} if sanitizer == "thread" else {}
-    # Without address space randomisation, which thread sanitizers of older compilers don't bear.
+    # Thread sanitizers of older compilers fail under address space randomisation.
     python = ["setarch", "-R", sys.executable, "-W", "ignore"]
 
     planted = Path(__file__).with_name("planted.cpp")

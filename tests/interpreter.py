@@ -1,4 +1,4 @@
-"""Triton's interpreter without the work it repeats at each launch and at each operation."""
+"""Triton's interpreter without the work it repeats at each launch and at each operation; only tests have it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 
 class _KeptScope:
-    """What a launch restores at its end: nothing."""
+    """A launch restores nothing at its end."""
 
     def restore(self) -> None:
         pass

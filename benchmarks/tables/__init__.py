@@ -1,0 +1,10 @@
+"""`TIMED`: a dictionary of every registered op with its tables of timings, in the order of the registry."""
+
+from benchmarks.table import TimedOp, timed
+from benchmarks.tables import activation, ranking, shaping, voxel
+from custom_ops.registry import REGISTRY
+
+_TABLES = activation.TABLES | ranking.TABLES | shaping.TABLES | voxel.TABLES
+_NATIVE = activation.NATIVE | ranking.NATIVE | shaping.NATIVE | voxel.NATIVE
+
+TIMED: dict[str, TimedOp] = {name: timed(info, _TABLES[name], _NATIVE.get(name)) for name, info in REGISTRY.items()}

@@ -1,0 +1,110 @@
+// A list loss has two ops: NAME gives its loss, slope and whether each list is active, and NAME_slope the slope again
+// or the Hessian times a vector. Both run one kernel over the lists of a batch, and all that a loss defines is that
+// kernel: a struct whose fields are the loss's own arguments, and whose operator() reads one List and fills it.
+#pragma once
+
+#include "lists.h"
+
+namespace custom_ops {
+
+CUSTOM_OPS_ENUM(Reduction, NONE, MEAN, SUM)
+
+// The scores of a list lie between these. A NaN isn't any; if all are, `low` is above `high`.
+struct Range {
+  double low = std::numeric_limits<double>::infinity(), high = -low;
+  double middle() const { return low <= high ? low + (high - low) / 2 : 0; }
+};
+
+// The valid items of one list, n >= 1 of them, and what a kernel finds out about it.
+template <class A>
+struct List {
+  int64_t n;
+  const A* s;  // scores
+  const A* y;  // labels
+  const A* v;  // what to multiply the Hessian with, or null if the slope is wanted
+  A* slope;    // to be filled: the slope, or the Hessian times v
+  Scratch& scratch;
+  A loss = 0;  // neither is asked for where only the slope is
+  bool active = false;
+
+  void fill_slope(A value) { std::fill(slope, slope + n, value); }
+
+  void fill_nan() {
+    loss = std::numeric_limits<A>::quiet_NaN();
+    fill_slope(loss);
+  }
+
+  Range range() const {
+    Range out;
+    for (int64_t i = 0; i < n; ++i) {
+      out.low = std::min(out.low, static_cast<double>(s[i]));
+      out.high = std::max(out.high, static_cast<double>(s[i]));
+    }
+    return out;
+  }
+};
+
+// Refers to a kernel that takes a List<float>& or a List<double>&, so that what is around it is compiled once for all.
+class ListKernel {
+ public:
+  template <class Kernel>
+  ListKernel(const Kernel& kernel) : kernel_(&kernel),
+                                     float_(run<Kernel, float>),
+                                     double_(run<Kernel, double>) {}
+
+  void operator()(List<float>& list) const { float_(kernel_, list); }
+  void operator()(List<double>& list) const { double_(kernel_, list); }
+
+ private:
+  template <class Kernel, class A>
+  static void run(const void* kernel, List<A>& list) {
+    (*static_cast<const Kernel*>(kernel))(list);
+  }
+
+  const void* kernel_;
+  void (*float_)(const void*, List<float>&);
+  void (*double_)(const void*, List<double>&);
+};
+
+// The inputs that both ops share: dense, checked, and cut into lists.
+struct ListInputs {
+  Tensor scores, labels;
+  Lists lists;
+
+  ListInputs(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+             const std::optional<Tensor>& offsets);
+  Tensor alike(const char* name, const Tensor& t) const;
+};
+
+// The body of the first op. Unless the reduction is none, the loss is that of all the lists of each example of the
+// first `batch_dims` dimensions, and the slope its derivative.
+std::tuple<Tensor, Tensor, Tensor> list_loss(const ListInputs& in, Reduction reduction, int64_t batch_dims,
+                                             const ListKernel& kernel);
+
+// The body of the second op.
+Tensor list_slope(const ListInputs& in, const std::optional<Tensor>& v, const ListKernel& kernel);
+
+template <class Kernel, class... Arguments>
+struct ListLoss {
+  static std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& scores, const Tensor& labels,
+                                                 const std::optional<Tensor>& valid,
+                                                 const std::optional<Tensor>& offsets, Reduction reduction,
+                                                 int64_t batch_dims, Arguments... arguments) {
+    return list_loss({scores, labels, valid, offsets}, reduction, batch_dims, Kernel{arguments...});
+  }
+
+  static Tensor slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                      const std::optional<Tensor>& offsets, const std::optional<Tensor>& v, Arguments... arguments) {
+    return list_slope({scores, labels, valid, offsets}, v, Kernel{arguments...});
+  }
+};
+
+}  // namespace custom_ops
+
+// Registers the two ops of a list loss: CUSTOM_OPS_LIST_LOSS(name, Kernel, the types of Kernel's fields).
+#define CUSTOM_OPS_LIST_LOSS(name, ...)                   \
+  namespace custom_ops {                                  \
+  using name = ListLoss<__VA_ARGS__>;                     \
+  }                                                       \
+  CUSTOM_OPS_CPU_KERNEL_OF(name, &custom_ops::name::loss) \
+  CUSTOM_OPS_CPU_KERNEL_OF(name##_slope, &custom_ops::name::slope)

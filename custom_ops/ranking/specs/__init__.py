@@ -1,0 +1,1 @@
+"""Evidence for the ops of `custom_ops.ranking`, one module beside each of theirs; read by `custom_ops.registry`."""
