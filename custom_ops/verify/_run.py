@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample
+from custom_ops.verify._backends import EMULATED
 from custom_ops.verify._backends import backend as on_backend
 from custom_ops.verify._case import CAPABILITIES, Capability, Case, NotApplicable, refuse_nested
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, PASS, Cell, Report
@@ -56,7 +57,7 @@ def verify(
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
         not_comparable: {capability: reason}, not run. For ops that shape gradients: finite differences don't see that.
         name: what the report calls it; by default the function's name.
-        backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
+        backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton" or "ptx".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
             rows (values, gradients, second derivatives and dtypes have all), three memory layouts, Jacobians and
             Hessians along two random directions of each input, finite differences without undefined gradients, fake
@@ -98,7 +99,7 @@ def verify(
             not_applicable=not_applicable or {},
             not_comparable=not_comparable or {},
         )
-    return run(info, backend, quick, _chosen(only, quick), {}, on_cell)
+    return run(info, backend, quick, _chosen(only, quick, backend), {}, on_cell)
 
 
 def run(
@@ -116,7 +117,7 @@ def run(
             raise ValueError(f"{declared}: unknown capabilities {sorted(unknown)}, see verify.capabilities()")
     report = Report()
     with on_backend(backend) as device:
-        case = Case(info, device, quick, interpreted=backend == "triton", kept=kept)
+        case = Case(info, device, quick, interpreted=backend in EMULATED, kept=kept)
         for row in rows:
             cell = _cell(row, case, backend)
             report.cells.append(cell)
@@ -125,20 +126,23 @@ def run(
     return report
 
 
-def capabilities(quick: bool = False) -> dict[str, str]:
-    """The rows of the matrix and what each means; those of quick mode, or all.
+def capabilities(quick: bool = False, backend: str = "cpp") -> dict[str, str]:
+    """The rows of the matrix and what each means: those of quick mode, or all; on "ptx" those about numbers.
 
     Example:
         >>> from custom_ops.verify import capabilities
         >>> capabilities()["vmap"]
         'Equals a Python loop: over each tensor and all together, first and last dimension, nested; no fallback.'
     """
-    return {row.name: row.meaning for row in _chosen(None, quick)}
+    return {row.name: row.meaning for row in _chosen(None, quick, backend)}
 
 
-def _chosen(only: Iterable[str] | None, quick: bool) -> list[Capability]:
+def _chosen(only: Iterable[str] | None, quick: bool, backend: str) -> list[Capability]:
     if only is None:
-        return [row for row in CAPABILITIES.values() if not (quick and row.full_only)]
+        rows = CAPABILITIES.values()
+        if backend == "ptx":
+            return [row for row in rows if row.every_sample or not (quick or row.of_dispatch)]
+        return [row for row in rows if not (quick and row.full_only)]
     names = list(only)
     for name in names:
         if name not in CAPABILITIES:

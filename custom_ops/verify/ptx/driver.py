@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import struct
@@ -97,7 +98,6 @@ class Driver:
         self.device = _FIRST_DEVICE + options.arch
         self.utils = self
         self.launches = 0
-        self.kernels: dict[bytes, Kernel] = {}
 
     def get_current_device(self) -> int:
         return self.device
@@ -149,22 +149,22 @@ class Driver:
     def unload_module(self, module: Any) -> None:
         pass
 
-    def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[None, Kernel, int, int, int]:
+    def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[None, str, int, int, int]:
         """The module, the function, registers and spills, and how many threads a program may have."""
-        if ptx not in self.kernels:
-            text = ptx.decode()
-            self.kernels[ptx] = Kernel(self.options.edit(text) if self.options.edit else text)
-        return None, self.kernels[ptx], 0, 0, 1024
+        return None, ptx.decode(), 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Launcher:
-        return Launcher(self, source, metadata)
+        return Launcher(source, metadata)
+
+
+_kernel = functools.lru_cache(maxsize=1024)(Kernel)
 
 
 class Launcher:
-    """One compiled kernel's launches."""
+    """One compiled kernel's launches, on the emulator that is then active."""
 
-    def __init__(self, driver: Driver, source: Any, metadata: Any) -> None:
-        self.driver, self.metadata = driver, metadata
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.metadata = metadata
         self.signature: dict[str, Any] = dict(source.signature)
         if getattr(metadata, "num_ctas", 1) != 1:
             raise UnknownInstructionError("the emulator knows no clusters of programs: num_ctas is more than 1")
@@ -175,7 +175,7 @@ class Launcher:
         y: int,
         z: int,
         stream: int,
-        kernel: Kernel,
+        ptx: str,
         packed: Any,
         launch_metadata: Any,
         enter: Any,
@@ -184,6 +184,9 @@ class Launcher:
     ) -> None:
         if not x * y * z:
             return
+        driver: Driver = importlib.import_module("triton.runtime.driver").driver.active
+        options = driver.options
+        kernel = _kernel(options.edit(ptx) if options.edit else ptx)
         values = [pair for item in zip(self.signature.items(), arguments) for pair in _flat(*item[0], item[1])]
         programs = x * y * z
         for scratch in ("global_scratch", "profile_scratch"):
@@ -193,7 +196,6 @@ class Launcher:
         for name, tensor in tensors.items():
             if tensor.device.type != "cpu":
                 raise RuntimeError(f"emulate: expected tensors of the CPU, got {name} on {tensor.device}")
-        options = self.driver.options
         results: list[GlobalMemory] = []
         for order in range(options.orders):
             memory = GlobalMemory(tensors, kernel.program.constants, kernel.granules["global"])
@@ -201,10 +203,10 @@ class Launcher:
                 declared: _encoded(type_, value, size, memory)
                 for (declared, size), (_, type_, value) in zip(kernel.program.parameters, values)
             }
-            seed = hash((options.seed, self.driver.launches, order)) & 0xFFFFFFFF
+            seed = hash((options.seed, driver.launches, order)) & 0xFFFFFFFF
             kernel.launch(memory, parameters, (x, y, z), self.metadata.shared, seed, options.seed)
             results.append(memory)
-        self.driver.launches += 1
+        driver.launches += 1
         for memory in results[1:]:
             _compare(kernel, results[0], memory)
         results[0].copy_back()
@@ -272,7 +274,10 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
         if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
+            try:
+                storage = tensor.untyped_storage()
+            except NotImplementedError:  # a tensor of torch.func, which wraps one that comes here, too
+                return tensor
             if storage.nbytes() >= 8:
                 whole = torch.tensor((), dtype=torch.uint8).set_(storage)
                 whole[: storage.nbytes() // 8 * 8].view(torch.int64).fill_(word)
