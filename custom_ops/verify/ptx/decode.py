@@ -17,6 +17,13 @@ from custom_ops.verify.ptx.program import Address, Immediate, Instruction, Opera
 if TYPE_CHECKING:
     from custom_ops.verify.ptx.machine import Machine
 
+_GARBAGE = 0x7FF4DEAD7FC0BEEF  # in registers that nothing has written
+
+
+def garbage(width: int) -> Any:
+    return UNSIGNED[width].type(_GARBAGE & ((1 << width) - 1))
+
+
 Run = Callable[["Machine"], None]
 Fetch = Callable[["Machine"], Array]
 Put = Callable[["Machine", Array], None]
@@ -101,15 +108,7 @@ class Decoder:
     def fetch(self, operand: Operand | None, type_: Type) -> Fetch:
         """Reads an operand as numbers of a type."""
         if isinstance(operand, Register):
-            index = operand.index
-            if operand.negated:
-                return lambda m: ~m.value(index)
-            if type_.kind in ("b", "u", "pred") and type_.bits == operand.width and type_.lanes == 1:
-                return lambda m: m.value(index)
-            if type_.bits > operand.width:
-                raise self.instruction.unknown("operand: a register too narrow")
-            read = type_.read
-            return lambda m: read(m.value(index))
+            return self._fetch_register(operand, type_)
         if isinstance(operand, Immediate):
             number = type_.read(np.array(operand.bits & ((1 << type_.bits) - 1), UNSIGNED[type_.bits]))
             constant = number[()]
@@ -128,13 +127,42 @@ class Decoder:
             return lambda m: _join(np.broadcast_arrays(*(part(m) for part in parts)), type_.bits)
         raise self.instruction.unknown("operand")
 
+    def _fetch_register(self, register: Register, type_: Type) -> Fetch:
+        if type_.bits > register.width:
+            raise self.instruction.unknown("operand: a register too narrow")
+        index, undefined = register.index, np.asarray(garbage(register.width))
+
+        def bits(m: Machine) -> Array:
+            held = m.registers[index]
+            if held is None:  # LLVM's undefined value, which may be any
+                return undefined
+            return held if m.lanes is None or not held.ndim else held[m.lanes]
+
+        if register.negated:
+            return lambda m: ~bits(m)
+        if type_.lanes == 1 and type_.bits == register.width and type_.kind != "bf":
+            dtype = type_.dtype
+            return bits if dtype.kind in "bu" else lambda m: bits(m).view(dtype)
+        read = type_.read
+        return lambda m: read(bits(m))
+
     def put(self, operand: Operand | None, type_: Type) -> Put:
         """Writes numbers of a type to a register; those of a vector are its parts from the lowest bits on."""
         if operand is None:
             return lambda m, numbers: None
         if isinstance(operand, Register):
             index, width, write = operand.index, operand.width, type_.write
-            return lambda m, numbers: m.write(index, write(numbers, width))
+            dtype, unsigned = type_.dtype, UNSIGNED[width]
+            simple = type_.lanes == 1 and type_.bits == width and type_.kind != "bf"
+
+            def put_register(m: Machine, numbers: Array) -> None:
+                bits = numbers.view(unsigned) if simple and numbers.dtype == dtype else write(numbers, width)
+                if m.lanes is None:
+                    m.registers[index] = bits
+                else:
+                    m.write(index, bits)
+
+            return put_register
         if isinstance(operand, Vector):
             part = type_.bits // len(operand.parts)
             puts = [self.put(one, Type("b", part)) for one in operand.parts]

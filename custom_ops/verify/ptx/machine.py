@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from custom_ops.verify.ptx import arithmetic, transfers  # noqa: F401 (which register their instructions)
-from custom_ops.verify.ptx.decode import OF_WARPS, Run, decode
+from custom_ops.verify.ptx.arithmetic import PREDICATE
+from custom_ops.verify.ptx.decode import OF_WARPS, Decoder, Fetch, Run, decode, garbage
 from custom_ops.verify.ptx.errors import (
     DeadlockError,
     PartialWarpError,
@@ -17,12 +18,11 @@ from custom_ops.verify.ptx.errors import (
 )
 from custom_ops.verify.ptx.memory import GlobalMemory, PrivateMemory, Threads
 from custom_ops.verify.ptx.numbers import UNSIGNED, Array
-from custom_ops.verify.ptx.program import Immediate, Instruction, Register, Symbol, parse
+from custom_ops.verify.ptx.program import Immediate, Instruction, Symbol, parse
 
 WARP = 32
 LANES = 1 << 13  # threads that run in lockstep, about
 PATIENCE = 1 << 10  # looks at memory that nothing changes, after which nothing is taken to change it ever
-_GARBAGE = {width: dtype.type(0x7FF4DEAD7FC0BEEF & ((1 << width) - 1)) for width, dtype in UNSIGNED.items()}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Step:
     kind: str  # "bra", "exit", "bar", "warp", or nothing
     run: Run | None
     to: int = -1
+    guard: Fetch | None = None  # the predicate without which it does nothing
 
 
 class Kernel:
@@ -40,12 +41,18 @@ class Kernel:
 
     def __init__(self, ptx: str) -> None:
         self.program = parse(ptx)
-        self.steps = [self._named(self._step, instruction) for instruction in self.program.instructions]
+        self.steps = [self._named(self._guarded_step, instruction) for instruction in self.program.instructions]
         self.granules = {space: transfers.granule(self.program, space) for space in ("global", "shared", "local")}
 
     @property
     def name(self) -> str:
         return self.program.name
+
+    def _guarded_step(self, instruction: Instruction) -> Step:
+        step = self._step(instruction)
+        if instruction.guard is None:
+            return step
+        return replace(step, guard=Decoder(instruction).fetch(instruction.guard, PREDICATE))
 
     def _step(self, instruction: Instruction) -> Step:
         name = instruction.name
@@ -153,6 +160,7 @@ class Machine:
         self.spun = False  # whether the threads may have looked in vain for what others write
         self.local_symbols: dict[str, int] = {}
         self.arguments: dict[str, int] = {}  # of a call
+        self.exchanges: dict[tuple[str, int, int], tuple[Array, Array]] = {}  # whom `shfl` brings each thread's from
         granules = launch.kernel.granules
         self.shared = PrivateMemory(
             self._lay_out(program.shared, launch.shared), len(programs), granules["shared"], "shared", races=True
@@ -169,19 +177,12 @@ class Machine:
 
     # ---------------------------------------------------------------- registers
 
-    def value(self, index: int) -> Array:
-        held = self.registers[index]
-        if held is None:  # LLVM's undefined value, which may be any
-            return np.asarray(_GARBAGE[self.launch.kernel.program.widths[index]])
-        return held if self.lanes is None or not held.ndim else held[self.lanes]
-
     def write(self, index: int, bits: Array) -> None:
-        if self.lanes is None:
-            self.registers[index] = bits
-            return
+        """Into a register of the active threads, which aren't all."""
         old = self.registers[index]
         if old is None or not old.ndim:
-            whole = np.full(self.size, _GARBAGE[self.launch.kernel.program.widths[index]] if old is None else old)
+            width = self.launch.kernel.program.widths[index]
+            whole = np.full(self.size, garbage(width) if old is None else old, UNSIGNED[width])
         else:
             whole = old.copy()
         whole[self.lanes] = bits
@@ -298,8 +299,7 @@ class Machine:
         while True:
             step = steps[at]
             self.at, self.lanes = at, lanes
-            guard = step.instruction.guard
-            active = lanes if guard is None else self._guarded(guard, lanes)
+            active = lanes if step.guard is None else self._guarded(step.guard, lanes)
             self.lanes = active
             if step.kind == "bra":
                 rest = self._rest(lanes, active)
@@ -322,7 +322,7 @@ class Machine:
                     )
                 if not self._arrive(at, active):
                     return
-            elif step.kind == "warp" and (active is not None or guard is not None):
+            elif step.kind == "warp" and (active is not None or step.guard is not None):
                 lanes = active = self._whole_warps(at, self._all(active))
                 if not len(lanes):
                     return
@@ -351,11 +351,9 @@ class Machine:
         error.thread = int(self.thread[lane[0]])
         return blame(error, self.launch.kernel, self.launch.kernel.steps[at].instruction)
 
-    def _guarded(self, guard: Register, lanes: Array | None) -> Array | None:
+    def _guarded(self, guard: Fetch, lanes: Array | None) -> Array | None:
         """Those of the threads whose predicate holds."""
-        holds = self.value(guard.index).astype(bool)
-        if guard.negated:
-            holds = ~holds
+        holds = guard(self)
         if holds.all():
             return lanes
         if not holds.ndim:

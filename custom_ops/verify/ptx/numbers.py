@@ -167,21 +167,26 @@ def _fma64(a: Array, b: Array, c: Array) -> Array:
     first_error = _error(c, low, first)
     second = product + first
     second_error = _error(product, first, second)
-    result = second + _to_odd(second_error + first_error, _error(second_error, first_error, second_error + first_error))
-    # The parts of very large and very small numbers overflow and underflow: these few are computed exactly.
-    size = np.abs(product)
-    extreme = (np.abs(a) > 2.0**900) | (np.abs(b) > 2.0**900) | (size > 2.0**1000) | (np.abs(result) > 2.0**1000)
-    extreme |= ((size < 2.0**-900) | (np.abs(c) < 2.0**-900)) & (size != 0) & (c != 0)
-    extreme |= (size == 0) & (a != 0) & (b != 0) | (size < 2.0**-900) & (size != 0)
-    special = ~np.isfinite(a) | ~np.isfinite(b) | ~np.isfinite(c) | ((size == 0) & ((a == 0) | (b == 0))) | (c == 0)
-    result = np.where(special, product + c, result)
-    extreme &= np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
-    if extreme.any():
-        result = np.array(result)
-        for at in np.argwhere(extreme):
-            x, y, z = (np.broadcast_to(v, result.shape)[tuple(at)] for v in (a, b, c))
-            result[tuple(at)] = _exact(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)), x * y + z)
+    rest = second_error + first_error
+    result = second + _to_odd(rest, _error(second_error, first_error, rest))
+    # A product of zero needs no care but for its sign.
+    tiny, zero = np.abs(product) < _SMALL, (a == 0) | (b == 0)
+    large = (np.abs(a) > _LARGE) | (np.abs(b) > _LARGE) | (np.abs(c) > _LARGE**2)
+    result = np.where(tiny & zero, product + c, result)
+    extreme = tiny & ~zero | large
+    if not extreme.any() and not np.isnan(result).any():
+        return result
+    # The parts of very large and very small numbers overflow or underflow: these few are computed exactly, but for
+    # infinity and NaN, which come of the rounded product too.
+    finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    result, columns = np.array(np.where(finite, result, product + c)), np.broadcast_arrays(a, b, c)
+    for at in zip(*np.nonzero(extreme & finite)):
+        x, y, z = (float(column[at]) for column in columns)
+        result[at] = _exact(Fraction(x) * Fraction(y) + Fraction(z), x * y + z)
     return result
+
+
+_LARGE, _SMALL = 2.0**500, 2.0**-900
 
 
 def _exact(value: Fraction, sign: float) -> float:

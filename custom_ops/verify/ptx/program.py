@@ -236,6 +236,13 @@ class _Body:
         return Instruction(first, tuple(modifiers), register, operands, text, self.source)
 
     def operand(self, text: str) -> Operand | None:
+        for scope in reversed(self.scopes):
+            if text in scope:
+                return scope[text]
+        if text[0] == "!":
+            register = self.operand(text[1:])
+            if isinstance(register, Register):
+                return Register(register.index, register.width, negated=True)
         if text == "_":
             return None
         if text[0] in "{(":
@@ -250,10 +257,6 @@ class _Body:
             base = self.operand(found[1])
             assert base is not None
             return Address(base, int(found[2] or 0))
-        for scope in reversed(self.scopes):
-            if text.lstrip("!") in scope:
-                register = scope[text.lstrip("!")]
-                return Register(register.index, register.width, text[0] == "!")
         if _IMMEDIATE.match(text):
             return Immediate(_bits(text))
         if text[0] == "%":
@@ -275,6 +278,8 @@ def _bits(text: str) -> int:
 
 def _split(text: str) -> list[str]:
     """At the commas outside of brackets."""
+    if not any(bracket in text for bracket in "{[("):
+        return [part.strip() for part in text.split(",")] if text else []
     parts, depth, current = [], 0, ""
     for character in text:
         depth += (character in "{[(") - (character in "}])")

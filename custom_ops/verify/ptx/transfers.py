@@ -280,21 +280,26 @@ def _shuffle(d: Decoder) -> Run:
     puts = [d.put(targets[0], type_), *(d.put(target, PREDICATE) for target in targets[1:])]
     value, by, clamp = d.source(1, type_), d.source(2, U32), d.source(3, U32)
 
-    def run(m: Machine) -> None:
-        check(m)
+    def sources(m: Machine, b: Array, c: Array) -> tuple[Array, Array]:
+        """Which of the active threads each one gets its number from, and whether there is one."""
         lane = m.special("%laneid").astype(np.int64)
-        b, c = by(m).astype(np.int64) & 31, clamp(m).astype(np.int64)
+        b, c = b.astype(np.int64) & 31, c.astype(np.int64)
         segments = (c >> 8) & 31
         limit, low = (lane & segments) | (c & 31 & ~segments), lane & segments
-        if kind == "up":
-            source, inside = lane - b, lane - b >= limit
-        elif kind == "down":
-            source, inside = lane + b, lane + b <= limit
-        elif kind == "bfly":
-            source, inside = lane ^ b, (lane ^ b) <= limit
+        source = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": low | (b & ~segments)}[kind]
+        inside = source >= limit if kind == "up" else source <= limit
+        return np.arange(m.count) - lane + np.where(inside, source, lane), inside
+
+    def run(m: Machine) -> None:
+        check(m)
+        b, c = by(m), clamp(m)
+        if m.lanes is None and not np.ndim(b) and not np.ndim(c):
+            key = (kind, int(b), int(c))
+            if key not in m.exchanges:
+                m.exchanges[key] = sources(m, b, c)
+            moved, inside = m.exchanges[key]
         else:
-            source, inside = low | (b & ~segments), (low | (b & ~segments)) <= limit
-        moved = np.arange(m.count) - lane + np.where(inside, source, lane)
+            moved, inside = sources(m, b, c)
         puts[0](m, m.every(value(m))[moved])
         for put in puts[1:]:
             put(m, inside)
