@@ -76,6 +76,21 @@ def overlapping_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def colliding_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """Two elements of a block are stored to one place."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at // 2, tl.load(x_ptr + at, mask=at < n, other=0), mask=at < n)
+
+
+@triton.jit
+def fused_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """Of each product and the one it is added to first, only one is rounded, and not the same in all threads."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(x * x))
+
+
+@triton.jit
 def running_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """A prefix sum that takes the programs to run one after another."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -220,6 +235,20 @@ def test_a_read_of_what_nothing_has_written():
 def test_shared_memory_that_nothing_has_written():
     with emulate(edit=without(r"@?%?p?\d*\s*st\.shared[^;]*;")), pytest.raises(UninitializedError, match="shared"):
         launch(sum_kernel)
+
+
+def test_a_race_between_elements():
+    with emulate(), pytest.raises(RaceError, match="writes what .* writes, with no barrier .* of out_ptr"):
+        launch(colliding_kernel)
+
+
+def test_a_sum_that_threads_round_differently():
+    x, out = torch.randn(N, generator=torch.Generator().manual_seed(0)), torch.zeros(N)
+    with emulate():
+        fused_kernel[(8,)](x, out, N, BLOCK=128)
+    assert torch.allclose(out[:8].sum(), (x * x).sum())
+    with emulate(orders=8), pytest.raises(OrderError):
+        fused_kernel[(8,)](x, out, N, BLOCK=128)
 
 
 @pytest.mark.parametrize("kernel", [overlapping_kernel, running_kernel])

@@ -42,7 +42,10 @@ def elementwise(d: Decoder, type_: Type, function: Callable[..., Array], *fetche
 
 
 def rounding(d: Decoder, type_: Type, function: Callable[..., Array], *fetches: Fetch) -> Run:
-    """The same for floating-point numbers, rounded to nearest, with ``.ftz`` and ``.sat``."""
+    """The same for floating-point numbers, rounded to nearest, with ``.ftz`` and ``.sat``.
+
+    All NaN are one: which operand a processor takes it from depends on their order, and a GPU has one of its own.
+    """
     d.take("rn")
     ftz = "ftz" in d.modifiers and type_.dtype == np.float32
     fetches = tuple(d.flushing(type_, *fetches))
@@ -52,9 +55,12 @@ def rounding(d: Decoder, type_: Type, function: Callable[..., Array], *fetches: 
         result = function(*numbers)
         if ftz:
             result = flush(result)
-        return np.where(np.isnan(result), result.dtype.type(0), np.clip(result, 0, 1)) if saturate else result
+        if saturate:
+            return np.where(np.isnan(result), result.dtype.type(0), np.clip(result, 0, 1))
+        nan = np.isnan(result)
+        return np.where(nan, result.dtype.type(np.nan), result) if nan.any() else result
 
-    return elementwise(d, type_, complete if ftz or saturate else function, *fetches)
+    return elementwise(d, type_, complete, *fetches)
 
 
 # ---------------------------------------------------------------- sums and products
@@ -191,9 +197,7 @@ def extremum(a: Array, b: Array, least: bool, with_nan: bool) -> Array:
 def _sign(d: Decoder) -> Run:
     type_ = d.type()
     function = np.abs if d.name == "abs" else np.negative
-    if type_.floating:
-        return rounding(d, type_, function, d.source(1, type_))
-    return elementwise(d, type_, function, d.source(1, type_))
+    return (rounding if type_.floating else elementwise)(d, type_, function, d.source(1, type_))
 
 
 @builds("copysign")

@@ -163,9 +163,9 @@ class Machine:
         self.exchanges: dict[tuple[str, int, int], tuple[Array, Array]] = {}  # whom `shfl` brings each thread's from
         granules = launch.kernel.granules
         self.shared = PrivateMemory(
-            self._lay_out(program.shared, launch.shared), len(programs), granules["shared"], "shared", races=True
+            self._lay_out(program.shared, launch.shared), len(programs), granules["shared"], "shared", self.rng
         )
-        self.local = PrivateMemory(self._lay_out(program.local, 0), self.size, granules["local"], "local", races=False)
+        self.local = PrivateMemory(self._lay_out(program.local, 0), self.size, granules["local"], "local", None)
         self._special = self._special_registers()
 
     def _lay_out(self, variables: Mapping[str, int], size: int) -> int:

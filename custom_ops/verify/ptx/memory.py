@@ -60,11 +60,14 @@ class Accesses(NamedTuple):
 class Memory:
     """Bytes, of which the ``mapped`` may be touched and the ``written`` may be read.
 
-    Its functions take places in ``bytes``, one for each access, or -1 for an address that has none.
+    Its functions take places in ``bytes``, one for each access, or -1 for an address that has none. Threads of a warp
+    that write different numbers to one place at once race; with ``rng`` any of them wins. That is for shared memory,
+    where compilers let all threads store what they take to be one sum, though a fused multiply-add has rounded each
+    one's differently.
     """
 
-    def __init__(self, size: int, granule: int, races: bool = True) -> None:
-        self.granule = granule
+    def __init__(self, size: int, granule: int, races: bool = True, rng: np.random.Generator | None = None) -> None:
+        self.granule, self.rng = granule, rng
         self.bytes = np.full(-(-size // 16) * 2, POISON.view(np.uint64)).view(np.uint8)
         granules = self.bytes.size // granule
         self.mapped = np.zeros(granules, bool)
@@ -115,12 +118,21 @@ class Memory:
             changed = changed.reshape(*granules.shape, -1).any(axis=-1) | ~self.written[granules]
             self.shadow.write(self, granules, threads, changed, strong)
             self.changes += bool(changed.any())
-        self.bytes.view(f"V{width}")[at // width] = data.view(f"V{width}")[:, 0]
+        self._put(at, data, width)
         if self.shadow is not None:
             lost = (self._rows(at, width) != data).reshape(*granules.shape, -1).any(axis=-1)
             if lost.any():
-                self.shadow.conflict(self, granules, threads, lost, self.shadow.writer[granules], "write", "write")
+                winner = self.shadow.writes.who[granules]
+                of_warp = winner >> 5 == _rows_of(threads.number, granules) >> 5
+                if self.rng is not None and of_warp[lost].all():
+                    order = self.rng.permutation(len(at))
+                    self._put(at[order], data[order], width)
+                else:
+                    self.shadow.conflict(self, granules, threads, lost, winner, "write", "write")
         self.written[granules] = True
+
+    def _put(self, at: Array, data: Array, width: int) -> None:
+        self.bytes.view(f"V{width}")[at // width] = data.view(f"V{width}")[:, 0]
 
     def _rows(self, at: Array, width: int) -> Array:
         """The bytes of each access."""
@@ -371,9 +383,9 @@ def _poisoned(data: Array, address: int) -> Array:
 class PrivateMemory(Memory):
     """That of each of several owners, ``size`` bytes; ``name`` is the memory's kind."""
 
-    def __init__(self, size: int, owners: int, granule: int, name: str, races: bool) -> None:
+    def __init__(self, size: int, owners: int, granule: int, name: str, rng: np.random.Generator | None) -> None:
         self.size, self.stride, self.name = size, -(-size // 16) * 16, name
-        super().__init__(self.stride * owners, granule, races)
+        super().__init__(self.stride * owners, granule, rng is not None, rng)
         self.mapped[:] = True
 
     def places(self, addresses: Array, owner: Array, width: int) -> Array:
