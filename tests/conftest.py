@@ -13,6 +13,8 @@ import pytest
 from interpreter import patched_once
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
+if os.environ["TRITON_INTERPRET"] == "1":
+    collect_ignore = ["ptx"]  # test_ptx.py runs these tests in other processes
 # This must be set before torch is imported. Idle threads then sleep instead of spinning, which would take the cores
 # from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,4 @@
-"""The backends of the battery: the C++ kernels, the Triton kernels under the interpreter, or a GPU."""
+"""The backends of the battery: the C++ kernels, the Triton kernels interpreted or emulated, or a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from custom_ops.library._torch import opname
 BACKENDS = {
     "cpp": "the registered CPU kernels",
     "triton": "the Triton kernels on the CPU, under TRITON_INTERPRET=1",
+    "ptx": "the Triton kernels as compiled for a GPU, on the CPU in an emulator of its instructions",
     "cuda": "the registered kernels of a GPU",
 }
+EMULATED = ("triton", "ptx")  # the Triton kernels without a GPU
 
 
 @contextmanager
@@ -40,9 +42,13 @@ def backend(name: str) -> Iterator[torch.device]:
         yield torch.device("cuda")
         return
     with ExitStack() as stack:
-        if name == "triton":
-            if not _interpreted():
-                raise RuntimeError("backend triton: set TRITON_INTERPRET=1 before triton is imported")
+        if name == "triton" and not _interpreted():
+            raise RuntimeError("backend triton: set TRITON_INTERPRET=1 before triton is imported")
+        if name == "ptx":
+            from custom_ops.verify.ptx import emulate
+
+            stack.enter_context(emulate())
+        if name in EMULATED:
             from custom_ops import _native, library
 
             for op, family in _native.OPS.items():

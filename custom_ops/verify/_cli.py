@@ -43,12 +43,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         functions = _functions(options)
         columns = [(function, backend) for backend in options.backend for function in functions]
-        rows = options.only or list(capabilities(options.quick))
+        rows = {backend: options.only or list(capabilities(options.quick, backend)) for backend in options.backend}
         report = Report()
         plain = options.json or options.markdown  # machine-readable output has no progress bar and doesn't need rich
-        with nullcontext() if plain else _Progress(len(columns) * len(rows)) as progress:
+        with nullcontext() if plain else _Progress(sum(len(rows[backend]) for _, backend in columns)) as progress:
             for function, backend in columns:
-                report.cells += function(backend=backend, quick=options.quick, only=rows, on_cell=progress).cells
+                found = function(backend=backend, quick=options.quick, only=rows[backend], on_cell=progress)
+                report.cells += found.cells
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -104,7 +105,8 @@ def _named(name: str | None) -> Any:
 QUICK = """capture with aot_eager mostly, no AOTInductor; on the triton backend also two samples in most rows (value,
 gradient, second derivative and the dtypes have all), three memory layouts, Jacobians and Hessians along two random
 directions of each input, finite differences without undefined gradients, batches of two over all tensors and over those
-differentiated in; smaller large inputs on every backend"""
+differentiated in; on the ptx backend the rows that compare numbers of every sample; smaller large inputs on every
+backend"""
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

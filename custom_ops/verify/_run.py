@@ -15,6 +15,7 @@ from torch import Tensor
 
 from custom_ops.library._torch import compiled_afresh
 from custom_ops.registry import BadCall, OpInfo, Sample
+from custom_ops.verify._backends import EMULATED
 from custom_ops.verify._backends import backend as on_backend
 from custom_ops.verify._case import CAPABILITIES, Call, Capability, Case, NotApplicable, NotChecked, refuse_wrong
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, Cell, Report
@@ -63,7 +64,7 @@ def verify(
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
         not_comparable: {capability: reason} of rows that don't run, as finite differences can't see a shaped gradient.
         name: the op's name in the report; by default the function's name.
-        backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton".
+        backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton" or "ptx".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
             rows (values, gradients, second derivatives and dtypes have all), three memory layouts, Jacobians and
             Hessians along two random directions of each input, finite differences without undefined gradients, fake
@@ -108,7 +109,7 @@ def verify(
             not_applicable=not_applicable or {},
             not_comparable=not_comparable or {},
         )
-    return run(info, backend, quick, _chosen(only, quick), {}, on_cell)
+    return run(info, backend, quick, _chosen(only, quick, backend), {}, on_cell)
 
 
 def run(
@@ -127,7 +128,7 @@ def run(
     report = Report()
     with on_backend(backend) as device:
         cases = [
-            Case(function, device, quick, interpreted=backend == "triton", kept=kept) for function in info.functions
+            Case(function, device, quick, interpreted=backend in EMULATED, kept=kept) for function in info.functions
         ]
         for row in rows:
             cell = _cell(row, cases, backend)
@@ -137,20 +138,23 @@ def run(
     return report
 
 
-def capabilities(quick: bool = False) -> dict[str, str]:
-    """Return {row: meaning}, for all rows of the matrix or for those of quick mode.
+def capabilities(quick: bool = False, backend: str = "cpp") -> dict[str, str]:
+    """Return {row: meaning}, for all rows of the matrix or for those of quick mode; on "ptx" for those about numbers.
 
     Example:
         >>> from custom_ops.verify import capabilities
         >>> capabilities()["vmap"]
         'Without its fallback, vmap equals a Python loop: over each tensor and all, in any dimension, nested, of one.'
     """
-    return {row.name: row.meaning for row in _chosen(None, quick)}
+    return {row.name: row.meaning for row in _chosen(None, quick, backend)}
 
 
-def _chosen(only: Iterable[str] | None, quick: bool) -> list[Capability]:
+def _chosen(only: Iterable[str] | None, quick: bool, backend: str) -> list[Capability]:
     if only is None:
-        return [row for row in CAPABILITIES.values() if not (quick and row.full_only)]
+        rows = CAPABILITIES.values()
+        if backend == "ptx":
+            return [row for row in rows if row.every_sample or not (quick or row.of_dispatch)]
+        return [row for row in rows if not (quick and row.full_only)]
     names = list(only)
     for name in names:
         if name not in CAPABILITIES:

@@ -1,0 +1,397 @@
+"""Memory that knows what may be touched, what has been written, by whom, and when.
+
+Every access of a program is a whole number of *granules*, the narrowest access to that memory in its text, and aligned.
+So it is granules that are mapped or not, written or not, and that have a last writer and last readers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from custom_ops.verify.ptx.errors import (
+    MisalignedError,
+    OutOfBoundsError,
+    ProgramRaceError,
+    PtxError,
+    RaceError,
+    UninitializedError,
+)
+from custom_ops.verify.ptx.numbers import Array
+
+POISON = np.frombuffer(np.uint64(0x7FF4B5E97FC5D3A7).tobytes(), np.uint8)  # NaN in float32 and float64
+BASE = 1 << 40  # of global memory's addresses
+APART = 512  # bytes that belong to nothing between two tensors, and what each begins at a multiple of
+
+_NOBODY = np.int32(-1)
+_ONE, _OF_A_WARP, _OF_A_PROGRAM, _OF_SEVERAL = range(4)  # how far apart the threads are that have read a granule
+
+
+@dataclass
+class Threads:
+    """Those that make an access, in the order of its rows.
+
+    ``phase`` counts the barriers that each has passed of the whole program, ``warp_phase`` these and its warp's own.
+    ``knows(program, time)`` is whether their programs know, by atomic operations, of what another did at that time.
+    """
+
+    number: Array  # in the launch
+    phase: Array
+    warp_phase: Array
+    per_program: int
+    time: int = 0
+    knows: Callable[[Array, Array], Array] | None = None
+
+
+class Accesses(NamedTuple):
+    """Who has last touched some granules, and when."""
+
+    who: Array
+    phase: Array
+    warp_phase: Array
+    time: Array
+
+
+class Memory:
+    """Bytes, of which the ``mapped`` may be touched and the ``written`` may be read.
+
+    Its functions take places in ``bytes``, one for each access, or -1 for an address that has none. Threads of a warp
+    that write different numbers to one place at once race; with ``rng`` any of them wins. That is for shared memory,
+    where compilers let all threads store what they take to be one sum, though a fused multiply-add has rounded each
+    one's differently.
+    """
+
+    def __init__(self, size: int, granule: int, races: bool = True, rng: np.random.Generator | None = None) -> None:
+        self.granule, self.rng = granule, rng
+        self.bytes = np.full(-(-size // 16) * 2, POISON.view(np.uint64)).view(np.uint8)
+        granules = self.bytes.size // granule
+        self.mapped = np.zeros(granules, bool)
+        self.written = np.zeros(granules, bool)
+        self.shadow = _Shadow(granules) if races else None
+        self.changes = 0  # stores that have changed something
+
+    def describe(self, at: int) -> str:
+        raise NotImplementedError
+
+    def granules(self, at: Array, width: int, what: str) -> Array:
+        """Those of accesses of ``width`` bytes, which must be aligned and mapped: a row for each, if several."""
+        misaligned = (at & (width - 1) != 0) & (at >= 0)
+        if misaligned.any():
+            place = self.describe(int(at[misaligned][0]))
+            raise _of_lane(MisalignedError(f"{what} of {width} bytes at once that isn't aligned: {place}"), misaligned)
+        outside = (at < 0) | (at > self.bytes.size - width)
+        count = width // self.granule
+        if not outside.any():
+            found = at // self.granule
+            if count > 1:
+                found = found[:, None] + np.arange(count)
+            outside = ~_every(self.mapped[found])
+        if outside.any():
+            place = self.describe(int(at[outside][0]))
+            raise _of_lane(OutOfBoundsError(f"{what} of {width} bytes out of bounds: {place}"), outside)
+        return found
+
+    def load(self, at: Array, item: int, count: int, threads: Threads, strong: bool = False) -> Array:
+        """``count`` unsigned numbers of ``item`` bytes: a row for each access. ``strong`` ones don't race atomics."""
+        width = item * count
+        granules = self.granules(at, width, "read")
+        written = _every(self.written[granules])
+        if not written.all():
+            place = self.describe(int(at[~written][0]))
+            raise _of_lane(UninitializedError(f"read of {width} bytes that nothing has written: {place}"), ~written)
+        if self.shadow is not None:
+            self.shadow.read(self, granules, threads, strong)
+        return self._rows(at, width).view(f"u{item}")
+
+    def store(self, at: Array, items: Array, threads: Threads, strong: bool = False) -> None:
+        """Write rows of unsigned numbers. ``strong`` writes, which atomic operations make, don't race one another."""
+        data = np.ascontiguousarray(items).view(np.uint8).reshape(len(at), -1)
+        width = data.shape[1]
+        granules = self.granules(at, width, "write")
+        if self.shadow is not None:
+            changed = self._rows(at, width) != data
+            changed = changed.reshape(*granules.shape, -1).any(axis=-1) | ~self.written[granules]
+            self.shadow.write(self, granules, threads, changed, strong)
+            self.changes += bool(changed.any())
+        self._put(at, data, width)
+        if self.shadow is not None:
+            lost = (self._rows(at, width) != data).reshape(*granules.shape, -1).any(axis=-1)
+            if lost.any():
+                winner = self.shadow.writes.who[granules]
+                of_warp = winner >> 5 == _rows_of(threads.number, granules) >> 5
+                if self.rng is not None and of_warp[lost].all():
+                    order = self.rng.permutation(len(at))
+                    self._put(at[order], data[order], width)
+                else:
+                    self.shadow.conflict(self, granules, threads, lost, winner, "write", "write")
+        self.written[granules] = True
+
+    def _put(self, at: Array, data: Array, width: int) -> None:
+        self.bytes.view(f"V{width}")[at // width] = data.view(f"V{width}")[:, 0]
+
+    def _rows(self, at: Array, width: int) -> Array:
+        """The bytes of each access."""
+        return self.bytes.view(f"V{width}")[at // width].reshape(-1, 1).view(np.uint8)
+
+
+def _every(granules: Array) -> Array:
+    return granules if granules.ndim == 1 else np.logical_and.reduce(granules, axis=1)
+
+
+def _of_lane(error: PtxError, lanes: Array) -> PtxError:
+    """The error, with the first of those lanes, counted among the ones that make the access."""
+    error.thread = int(np.flatnonzero(lanes)[0])
+    return error
+
+
+class _Shadow:
+    """Who has last written and read each granule, and when."""
+
+    def __init__(self, granules: int) -> None:
+        def columns() -> Accesses:
+            return Accesses(np.full(granules, _NOBODY), *(np.zeros(granules, np.int32) for _ in range(3)))
+
+        self.writes, self.reads = columns(), columns()
+        self.strong = np.zeros(granules, bool)  # the last write
+        self.spread = np.zeros(granules, np.int8)  # of the reads since what is ordered before the last one
+
+    @property
+    def writer(self) -> Array:
+        return self.writes.who
+
+    def read(self, memory: Memory, granules: Array, threads: Threads, strong: bool) -> None:
+        me = _rows_of(threads.number, granules)
+        writer = self.writes.who[granules]
+        suspect = (writer != _NOBODY) & (writer != me)
+        if suspect.any():
+            suspect &= ~self._ordered(self.writes, granules, threads, _ONE)
+            if strong:
+                suspect &= ~self.strong[granules]
+            if suspect.any():
+                self.conflict(memory, granules, threads, suspect, writer, "read", "write")
+        if strong:
+            return
+        before, spread = self.reads.who[granules], self.spread[granules]
+        kept = (before != _NOBODY) & ((before != me) | (spread != _ONE))
+        if kept.any():
+            kept &= ~self._ordered(self.reads, granules, threads, spread)
+            spread = np.where(kept, np.maximum(spread, _distance(before, me, threads)), _ONE)
+        self._record(self.reads, granules, threads)
+        spread = np.maximum(spread, _distance(self.reads.who[granules], me, threads))
+        self.spread[granules] = _ONE
+        if spread.any():
+            np.maximum.at(self.spread, granules.ravel(), spread.ravel().astype(np.int8))
+
+    def write(self, memory: Memory, granules: Array, threads: Threads, changed: Array, strong: bool) -> None:
+        """Two writes of the same value are no race, for compilers let several threads store what all of them have."""
+        me = _rows_of(threads.number, granules)
+        writer = self.writes.who[granules]
+        suspect = (writer != _NOBODY) & (writer != me) & changed
+        if suspect.any():
+            suspect &= ~self._ordered(self.writes, granules, threads, _ONE)
+            if strong:
+                suspect &= ~self.strong[granules]
+            if suspect.any():
+                self.conflict(memory, granules, threads, suspect, writer, "write", "write")
+        reader = self.reads.who[granules]
+        suspect = (reader != _NOBODY) & changed
+        if suspect.any():
+            suspect &= ~self._ordered(self.reads, granules, threads, self.spread[granules])
+            if suspect.any():
+                self.conflict(memory, granules, threads, suspect, reader, "write", "read")
+        self._record(self.writes, granules, threads)
+        self.strong[granules] = strong
+        self.reads.who[granules] = _NOBODY
+
+    def conflict(
+        self,
+        memory: Memory,
+        granules: Array,
+        threads: Threads,
+        suspect: Array,
+        other: Array,
+        mine: str,
+        theirs: str,
+    ) -> None:
+        """Raise the error of two accesses that nothing orders; their places are granules."""
+        where = tuple(int(i) for i in np.argwhere(suspect)[0])
+        me = np.broadcast_to(_rows_of(threads.number, granules), granules.shape)[where]
+        program, thread = divmod(int(me), threads.per_program)
+        their_program, their_thread = divmod(int(other[where]), threads.per_program)
+        place = memory.describe(int(granules[where]) * memory.granule)
+        mine, theirs = f"{mine}s", f"{theirs}s"
+        if program != their_program:
+            fault = f"program {program} {mine} what program {their_program} {theirs} in the same launch"
+            raise _of_lane(ProgramRaceError(f"{fault}: {place}"), np.arange(len(suspect)) == where[0])
+        who = "another thread" if thread == their_thread else f"thread {their_thread}"
+        fault = f"thread {thread} {mine} what {who} {theirs}, with no barrier between them"
+        raise _of_lane(RaceError(f"{fault}: {place}"), np.arange(len(suspect)) == where[0])
+
+    def _record(self, column: Accesses, granules: Array, threads: Threads) -> None:
+        column.who[granules] = _rows_of(threads.number, granules)
+        column.phase[granules] = _rows_of(threads.phase, granules)
+        column.warp_phase[granules] = _rows_of(threads.warp_phase, granules)
+        column.time[granules] = threads.time
+
+    def _ordered(self, column: Accesses, granules: Array, threads: Threads, spread: Any) -> Array:
+        """Whether the earlier accesses, of threads that far apart, all happened before those of ``threads``."""
+        me, who = _rows_of(threads.number, granules), column.who[granules]
+        distance = _distance(who, me, threads)
+        ordered = (distance == _ONE) & (spread == _ONE)
+        ordered |= (
+            (distance <= _OF_A_WARP)
+            & (spread <= _OF_A_WARP)
+            & (column.warp_phase[granules] < _rows_of(threads.warp_phase, granules))
+        )
+        ordered |= (
+            (distance <= _OF_A_PROGRAM)
+            & (spread <= _OF_A_PROGRAM)
+            & (column.phase[granules] < _rows_of(threads.phase, granules))
+        )
+        if threads.knows is not None:
+            ordered |= (spread <= _OF_A_PROGRAM) & threads.knows(who // threads.per_program, column.time[granules])
+        return ordered
+
+
+def _rows_of(column: Array, granules: Array) -> Array:
+    return column if granules.ndim == 1 else column[:, None]
+
+
+def _distance(a: Array, b: Array, threads: Threads) -> Array:
+    return np.where(
+        a == b,
+        _ONE,
+        np.where(
+            a >> 5 == b >> 5,
+            _OF_A_WARP,
+            np.where(a // threads.per_program == b // threads.per_program, _OF_A_PROGRAM, _OF_SEVERAL),
+        ),
+    )
+
+
+# ---------------------------------------------------------------- the kinds of memory
+
+
+class GlobalMemory(Memory):
+    """Copies of the arguments' tensors and of the program's constants, with bytes between them that aren't mapped.
+
+    A tensor reaches from its first to its last element; those that overlap share their bytes. What `torch.empty` has
+    filled with `POISON` and nothing has overwritten isn't written.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], constants: Mapping[str, bytes], granule: int) -> None:
+        spans = sorted(
+            (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
+            for name, tensor in tensors.items()
+            if tensor.numel()
+        )
+        self.regions: list[_Region] = []
+        end = APART
+        for first, last, name in spans:
+            if self.regions and first < self.regions[-1].last:
+                region = self.regions[-1]
+                region.names.append((first, name))
+                end += max(0, last - region.last)
+                region.last = max(region.last, last)
+                continue
+            end = -(-end // APART) * APART + first % APART
+            self.regions.append(_Region(first, last, end, [(first, name)]))
+            end += last - first + APART
+        self.symbols: dict[str, int] = {}
+        for name, data in constants.items():
+            end = -(-end // APART) * APART
+            self.symbols[name] = BASE + end
+            end += len(data) + APART
+        super().__init__(end, granule)
+        mapped, written = np.zeros(self.bytes.size, bool), np.zeros(self.bytes.size, bool)
+        for region in self.regions:
+            here = region.slice
+            self.bytes[here] = region.bytes()
+            mapped[here] = True
+            written[here] = ~_poisoned(self.bytes[here], region.first)
+        for name, data in constants.items():
+            here = slice(self.symbols[name] - BASE, self.symbols[name] - BASE + len(data))
+            self.bytes[here] = np.frombuffer(data, np.uint8)
+            mapped[here] = written[here] = True
+        self.mapped = _every(mapped.reshape(-1, granule))
+        self.written = _every(written.reshape(-1, granule))
+
+    def address(self, tensor: Tensor) -> int:
+        """What a kernel is given for a tensor; that of an empty one may not be touched."""
+        for region in self.regions:
+            if tensor.numel() and region.first <= tensor.data_ptr() < region.last:
+                return BASE + region.at + tensor.data_ptr() - region.first
+        return BASE
+
+    def places(self, addresses: Array) -> Array:
+        return addresses.view(np.int64) - BASE
+
+    def describe(self, at: int) -> str:
+        near = max((r for r in self.regions if r.at - APART // 2 <= at), key=lambda r: r.at, default=None)
+        if near is None or at > near.at + near.last - near.first + APART:
+            return f"address {BASE + at:#x} belongs to no tensor"
+        first, name = max((n for n in near.names if n[0] - near.first <= max(at - near.at, 0)), default=near.names[0])
+        return f"byte {at - near.at - (first - near.first)} of {name}, which has {near.last - first}"
+
+    def text(self, address: int) -> str:
+        """The characters there, up to a zero."""
+        return bytes(self.bytes[address - BASE :]).split(b"\0", 1)[0].decode()
+
+    def copy_back(self) -> None:
+        """What the program has written, into the tensors."""
+        for region in self.regions:
+            region.bytes()[:] = self.bytes[region.slice]
+
+
+@dataclass
+class _Region:
+    first: int  # address of the CPU
+    last: int
+    at: int  # its place among the bytes
+    names: list[tuple[int, str]]  # of the tensors, by their addresses
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.at, self.at + self.last - self.first)
+
+    def bytes(self) -> Array:
+        """The tensors' own memory."""
+        return np.ctypeslib.as_array((ctypes.c_uint8 * (self.last - self.first)).from_address(self.first))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size()
+
+
+def _poisoned(data: Array, address: int) -> Array:
+    """Which bytes belong to eight aligned ones that are `POISON`."""
+    first, last = -address % 8, data.size - (address + data.size) % 8
+    poisoned = np.zeros(data.size, bool)
+    if first < last:
+        words = data[first:last].copy().view(np.uint64) == POISON.view(np.uint64)
+        poisoned[first:last] = np.repeat(words, 8)
+    return poisoned
+
+
+class PrivateMemory(Memory):
+    """That of each of several owners, ``size`` bytes; ``name`` is the memory's kind."""
+
+    def __init__(self, size: int, owners: int, granule: int, name: str, rng: np.random.Generator | None) -> None:
+        self.size, self.stride, self.name = size, -(-size // 16) * 16, name
+        super().__init__(self.stride * owners, granule, rng is not None, rng)
+        self.mapped[:] = True
+
+    def places(self, addresses: Array, owner: Array, width: int) -> Array:
+        inside = (addresses >= 0) & (addresses <= self.size - width)
+        return np.where(inside, addresses + owner * self.stride, -1)
+
+    def describe(self, at: int) -> str:
+        where = "outside" if at < 0 else f"byte {at % self.stride}"
+        return f"{where} of the {self.size} bytes of {self.name} memory"
