@@ -26,15 +26,16 @@ def test_numbers(op: str, full: bool) -> None:
 def longer(call: Call, times: int) -> Call:
     """Rows so many times as long, of numbers that differ; lists are given by their boundaries, or by rows."""
     generator = torch.Generator().manual_seed(0)
-    tensors = []
+    row, tensors = call.tensors[0].shape[-1:], []
     for key, tensor in zip(call.keys, call.tensors):
-        if key == "cu_lengths":
-            tensors.append(tensor * times)
-            continue
-        long = tensor.detach().repeat_interleave(times, -1)
-        if tensor.requires_grad:
-            long = long + torch.randn(long.shape, generator=generator).to(long.dtype) / 10
-        tensors.append(long.requires_grad_(tensor.requires_grad))
+        if key in ("lengths", "cu_lengths"):
+            tensor = tensor * times
+        elif tensor.shape[-1:] == row:
+            long = tensor.detach().repeat_interleave(times, -1)
+            if tensor.requires_grad:
+                long = long + torch.randn(long.shape, generator=generator).to(long.dtype) / 10
+            tensor = long.requires_grad_(tensor.requires_grad)
+        tensors.append(tensor)
     return call.with_tensors(tensors)
 
 
