@@ -213,10 +213,17 @@ def test_a_weight_of_0_leaves_out_an_infinite_loss():
     same(weights.grad, co.pairwise_logistic_loss(scores[1:].expand(2, 2), labels, reduction="none"))
 
 
-def test_spearman_loss_does_not_warn():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        co.spearman_loss(torch.randn(4, 5), torch.randn(5, 4).T)
+def test_labels_and_boundaries_of_any_strides_do_not_warn():
+    always, cu_lengths = torch.is_warn_always_enabled(), torch.tensor([0, -1, 2, -1, 5])[::2]
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            co.spearman_loss(torch.randn(4, 5), torch.randn(5, 4).T)
+            co.spearman_loss(torch.randn(5), torch.randn(5), cu_lengths=cu_lengths)
+            co.ndcg(torch.randn(5), torch.rand(5), cu_lengths=cu_lengths)
+    finally:
+        torch.set_warn_always(always)
 
 
 @pytest.mark.parametrize("name", [*LOSSES, *METRICS, "soft_rank", "soft_sort"])

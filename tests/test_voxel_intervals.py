@@ -46,6 +46,19 @@ def test_equals_the_loop_over_intervals_and_bev_pool():
 
 
 @pytest.mark.usefixtures("each_backend")
+def test_the_numbers_that_bevdet_publishes_for_its_kernel():
+    depth = torch.tensor([0.3, 0.4, 0.2, 0.1, 0.7, 0.6, 0.8, 0.9]).view(1, 1, 2, 2, 2).requires_grad_()
+    feat = torch.ones(1, 1, 2, 2, 2, requires_grad=True)
+    depths, pixels, voxels = torch.tensor([[0, 4, 1, 6], [0, 0, 1, 2], [0, 0, 1, 1]], dtype=torch.int32)
+    starts, lengths = torch.tensor([[0, 2], [2, 2]], dtype=torch.int32)
+    total = custom_ops.bev_pool_v2(depth, feat, depths, pixels, voxels, (1, 1, 2, 2, 2), starts, lengths).sum()
+    of_depth, of_feat = torch.autograd.grad(total, (depth, feat))
+    torch.testing.assert_close(total, torch.tensor(4.4))
+    torch.testing.assert_close(of_depth.flatten(), torch.tensor([2.0, 2, 0, 0, 2, 0, 2, 0]))
+    torch.testing.assert_close(of_feat.flatten(), torch.tensor([1, 1, 0.4, 0.4, 0.8, 0.8, 0, 0]))
+
+
+@pytest.mark.usefixtures("each_backend")
 def test_a_depth_in_several_voxels_with_any_pixel_and_gaps_between_intervals():
     """BEVDet's kernel accepts these too; entries in a gap between intervals are ignored."""
     depth, feat, _, _ = frame()

@@ -340,7 +340,7 @@ def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
         below = below.masked_fill(~valid, n)  # invalid items come last
     if offsets is not None:
         item = torch.arange(n, device=x.device)
-        place = torch.searchsorted(offsets, item, right=True) - 1
+        place = torch.searchsorted(offsets.contiguous(), item, right=True) - 1
         below, start = below + place * (n + 1), offsets[place]
     if valid is not None or offsets is not None:
         below, through = places(below)
