@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", default=[], metavar="PATH", help="try it beside that torch, too")
     parser.add_argument("--whole", action="store_true", help="every row for every op: hours")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, for every op")
     parser.add_argument("--wheel", type=Path, help="try this one, and build none")
     options = parser.parse_args(argv)
     wheel = options.wheel.resolve() if options.wheel else build()
@@ -71,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(run(sys.executable, "-m", "abi3audit", "--strict", "--verbose", wheel))
     rows: list[dict[str, Any]] = []
     for python in (sys.executable, *options.python):
-        rows.append(try_out(wheel, python, options.whole))
+        rows.append(try_out(wheel, python, options.whole, options.rows))
         if options.python:
-            PAGE.write_text(page(wheel, rows, options.whole))
+            PAGE.write_text(page(wheel, rows, options.whole, options.rows))
     print(wheel)
     failures = [f"Python {row['python']}, torch {row['torch']}: {failure}" for row in rows for failure in row["fail"]]
     print("\n".join(failures))
@@ -98,7 +99,7 @@ def build() -> Path:
     return wheel
 
 
-def try_out(wheel: Path, python: str, whole: bool) -> dict[str, Any]:
+def try_out(wheel: Path, python: str, whole: bool, only: Sequence[str] | None) -> dict[str, Any]:
     """Run the battery on the wheel in a new environment on top of that interpreter's packages."""
     about: dict[str, Any] = json.loads(run(python, "-W", "ignore", "-c", ABOUT, cwd=DIST).splitlines()[-1])
     with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +113,8 @@ def try_out(wheel: Path, python: str, whole: bool) -> dict[str, Any]:
         contents = json.loads(run(inside, "-W", "ignore", "-c", CONTENTS, cwd=folder, env=env))
         assert Path(contents["file"]).is_relative_to(folder), contents["file"]
         ops: list[str] = contents["ops"]
-        every = ops if whole else contents["one of each"]
-        numbers = ["--only", *contents["numbers"]]
+        every = [] if only else ops if whole else contents["one of each"]
+        numbers = ["--only", *(only or contents["numbers"])]
         calls = [(every, [])] + [([op for op in ops if op not in every], numbers)]
         cells: list[dict[str, str]] = []
         for names, rows in calls:
@@ -127,8 +128,9 @@ def try_out(wheel: Path, python: str, whole: bool) -> dict[str, Any]:
     return about | {"ops": len(ops), "pass": found["pass"], "inapplicable": found["not applicable"], "fail": failed}
 
 
-def page(wheel: Path, rows: list[dict[str, Any]], whole: bool) -> str:
+def page(wheel: Path, rows: list[dict[str, Any]], whole: bool, only: Sequence[str] | None) -> str:
     tried = "all rows for every op" if whole else "the numeric rows for every op and all rows for one op of each family"
+    tried = f"the rows {', '.join(only)} for every op" if only else tried
     lines = [
         "# One wheel, several Pythons and torches",
         "",
