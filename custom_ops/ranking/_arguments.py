@@ -105,7 +105,7 @@ def list_loss(
     dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
     # A DTensor stays sharded until only the losses of its lists need to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
-    by_op = _checks.REDUCTIONS[reduction] if whole else Reduction.NONE
+    by_op = _checks.REDUCTIONS[reduction] if whole else Reduction.NONE.value
     labels = in_dtype(labels, dtype, valid, offsets, use)
     loss, _, active = op(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
     if by_op == Reduction.NONE:

@@ -67,7 +67,7 @@ def pairwise_logistic_loss(
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
     given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise, (PairFunction.LOGISTIC, sigma, normalize), LabelUse.ORDER, *given)
+    return list_loss(pairwise, (PairFunction.LOGISTIC.value, sigma, normalize), LabelUse.ORDER, *given)
 
 
 @documented
@@ -102,7 +102,7 @@ def pairwise_soft_zero_one_loss(
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
     given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise, (PairFunction.SOFT_ZERO_ONE, sigma, normalize), LabelUse.ORDER, *given)
+    return list_loss(pairwise, (PairFunction.SOFT_ZERO_ONE.value, sigma, normalize), LabelUse.ORDER, *given)
 
 
 @documented
@@ -137,7 +137,7 @@ def pairwise_exponential_loss(
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
     given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise, (PairFunction.EXPONENTIAL, sigma, normalize), LabelUse.ORDER, *given)
+    return list_loss(pairwise, (PairFunction.EXPONENTIAL.value, sigma, normalize), LabelUse.ORDER, *given)
 
 
 @documented

@@ -252,7 +252,7 @@ def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Ten
         >>> positive.grad
         tensor([-0.1192, -1.0000])
     """
-    return _loss({"positive": positive, "negative": negative}, PreferenceLoss.LOGISTIC, reduction)
+    return _loss({"positive": positive, "negative": negative}, PreferenceLoss.LOGISTIC.value, reduction)
 
 
 def bradley_terry_loss(
@@ -302,7 +302,9 @@ def bradley_terry_loss(
     tensors: dict[str, Tensor | None] = {"chosen": chosen, "rejected": rejected}
     if isinstance(margin, Tensor):
         tensors["margin"], margin = margin, 0.0
-    return _loss(tensors, PreferenceLoss.LOGISTIC, reduction, _checks.as_float("margin", margin), beta, 1.0 - e, e)
+    return _loss(
+        tensors, PreferenceLoss.LOGISTIC.value, reduction, _checks.as_float("margin", margin), beta, 1.0 - e, e
+    )
 
 
 DPO_LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo", "exo_pair")
@@ -382,15 +384,15 @@ def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict
     if e and loss_type in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing: expected 0, {loss_type!r} has none, got {label_smoothing}")
     if loss_type == "sigmoid":
-        kind, p, q = PreferenceLoss.LOGISTIC, 1 - e, e
+        kind, p, q = PreferenceLoss.LOGISTIC.value, 1 - e, e
     elif loss_type == "robust":
-        kind, p, q = PreferenceLoss.LOGISTIC, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e)
+        kind, p, q = PreferenceLoss.LOGISTIC.value, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e)
     elif loss_type == "hinge":
-        kind, p, q = PreferenceLoss.HINGE, 0.0, 0.0
+        kind, p, q = PreferenceLoss.HINGE.value, 0.0, 0.0
     elif loss_type == "ipo":
-        kind, p, q = PreferenceLoss.SQUARED, 0.5 / beta, 0.0
+        kind, p, q = PreferenceLoss.SQUARED.value, 0.5 / beta, 0.0
     elif e > 0:
-        kind, p, q = PreferenceLoss.DIVERGENCE, -math.log1p(-e), -math.log(e)
+        kind, p, q = PreferenceLoss.DIVERGENCE.value, -math.log1p(-e), -math.log(e)
     else:
         raise ValueError("label_smoothing: expected more than 0 for 'exo_pair', got 0")
     return {"kind": kind, "beta": beta, "p": p, "q": q}

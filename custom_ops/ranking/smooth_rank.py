@@ -11,7 +11,7 @@ from custom_ops._enums import LabelUse, SmoothMetric
 from custom_ops.ranking._arguments import ListLossModule, documented, list_loss
 from custom_ops.ranking._list_loss import list_op
 
-_NDCG = {"exponential": SmoothMetric.NDCG, "linear": SmoothMetric.NDCG_LINEAR}
+_NDCG = {"exponential": SmoothMetric.NDCG.value, "linear": SmoothMetric.NDCG_LINEAR.value}
 
 
 @list_op()
@@ -92,7 +92,7 @@ def approx_mrr_loss(
         (tensor(0.6171), tensor([ 0.1539, -0.4421,  0.2882]))
     """
     given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return _smooth_rank(SmoothMetric.MRR, temperature, *given)
+    return _smooth_rank(SmoothMetric.MRR.value, temperature, *given)
 
 
 @documented
@@ -128,7 +128,7 @@ def smooth_ap_loss(
         (tensor(0.3514), tensor([ 0.4451, -0.1860, -0.2591]))
     """
     given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return _smooth_rank(SmoothMetric.AVERAGE_PRECISION, temperature, *given)
+    return _smooth_rank(SmoothMetric.AVERAGE_PRECISION.value, temperature, *given)
 
 
 def _smooth_rank(metric: int, temperature: float, *given: Any) -> Tensor:

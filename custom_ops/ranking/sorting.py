@@ -66,7 +66,7 @@ def _softmax_derivative(
     softmax = group_softmax(x, groups, offsets, scale, False)
     v = torch.where(softmax == 0, 0, v)  # v may be NaN for an invalid item
     moved = v * (group_softmax(x, groups, offsets, scale, True) if weighted else softmax)
-    return scale * (moved - softmax * group_reduce(moved, groups, offsets, GroupValue.SUM, False, False, 1.0))
+    return scale * (moved - softmax * group_reduce(moved, groups, offsets, GroupValue.SUM.value, False, False, 1.0))
 
 
 class Isotonic(Function, op=isotonic):
@@ -82,10 +82,10 @@ class Isotonic(Function, op=isotonic):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, *where, ranks = ctx.saved_tensors
         if ctx.sort and ctx.kl:
-            total = group_reduce(grad, *where, GroupValue.SUM, True, False, 1.0)
+            total = group_reduce(grad, *where, GroupValue.SUM.value, True, False, 1.0)
             of_x = total * group_softmax(x, *where, -1.0, False)
         elif ctx.sort:
-            of_x = group_reduce(grad, *where, GroupValue.MEAN, True, False, 1.0)
+            of_x = group_reduce(grad, *where, GroupValue.MEAN.value, True, False, 1.0)
         elif ctx.kl and not is_differentiated():
             of_x = group_share(grad, ranks, *where, 1 / ctx.strength)
         else:
@@ -97,9 +97,9 @@ class Isotonic(Function, op=isotonic):
         x, *where = ctx.saved_tensors
         if ctx.sort and ctx.kl:
             softmax = group_softmax(x, *where, -1.0, False)
-            return group_reduce(softmax * tangent, *where, GroupValue.SUM, False, True, 1.0), None
+            return group_reduce(softmax * tangent, *where, GroupValue.SUM.value, False, True, 1.0), None
         if ctx.sort:
-            return group_reduce(tangent, *where, GroupValue.MEAN, False, True, 1.0), None
+            return group_reduce(tangent, *where, GroupValue.MEAN.value, False, True, 1.0), None
         return _rank_derivative(ctx, tangent, x, *where), None
 
 
@@ -107,7 +107,7 @@ def _rank_derivative(ctx: Any, v: Tensor, x: Tensor, groups: Tensor, offsets: Te
     """Return the Jacobian of the ranks, which is symmetric, times v."""
     if ctx.kl:
         return _softmax_derivative(v, 1 / ctx.strength, True, x, groups, offsets)
-    return group_reduce(v, groups, offsets, GroupValue.CENTRED, False, False, 1 / ctx.strength)
+    return group_reduce(v, groups, offsets, GroupValue.CENTRED.value, False, False, 1 / ctx.strength)
 
 
 class GroupReduce(Function, op=group_reduce):
