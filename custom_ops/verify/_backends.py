@@ -47,7 +47,7 @@ def backend(name: str) -> Iterator[torch.device]:
         if name == "ptx":
             from custom_ops.verify.ptx import emulate
 
-            stack.enter_context(emulate())
+            stack.enter_context(emulate(strict=True))
         if name in EMULATED:
             from custom_ops import _native, library
 

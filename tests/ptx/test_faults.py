@@ -34,7 +34,7 @@ def reverse_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """Each block backwards: through shared memory, which takes a barrier."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0)
-    tl.store(out_ptr + at, tl.flip(x), mask=at < n)
+    tl.store(out_ptr + at, tl.flip(x, 0), mask=at < n)
 
 
 @triton.jit
@@ -73,6 +73,21 @@ def overlapping_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """The blocks of two programs share an element."""
     at = tl.program_id(0) * (BLOCK - 1) + tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < n, other=0) + tl.program_id(0), mask=at < n)
+
+
+@triton.jit
+def in_place_kernel(x_ptr, BLOCK: tl.constexpr):
+    """Of a tile that is smaller than the program, several threads hold each element, and one stores it."""
+    at = tl.arange(0, BLOCK)
+    tl.store(x_ptr + at, 2 * tl.load(x_ptr + at))
+
+
+@triton.jit
+def counting_kernel(counter_ptr, out_ptr, BLOCK: tl.constexpr):
+    """All threads read the counter, and one of them writes it."""
+    count = tl.load(counter_ptr)
+    tl.store(counter_ptr, count + 1)
+    tl.store(out_ptr + tl.arange(0, BLOCK), count)
 
 
 @triton.jit
@@ -240,6 +255,17 @@ def test_shared_memory_that_nothing_has_written():
 def test_a_race_between_elements():
     with emulate(), pytest.raises(RaceError, match="writes what .* writes, with no barrier .* of out_ptr"):
         launch(colliding_kernel)
+
+
+def test_copies_of_elements():
+    x = torch.ones(64)
+    with emulate():
+        in_place_kernel[(1,)](x, BLOCK=64)
+        with pytest.raises(RaceError, match="writes what .* reads, with no barrier .* of counter_ptr"):
+            counting_kernel[(1,)](torch.zeros(1), torch.zeros(64), BLOCK=64)
+    assert (x == 2).all()
+    with emulate(strict=True), pytest.raises(RaceError, match="writes what .* reads, with no barrier .* of x_ptr"):
+        in_place_kernel[(1,)](x, BLOCK=64)
 
 
 def test_a_sum_that_threads_round_differently():

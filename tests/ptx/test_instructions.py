@@ -44,7 +44,7 @@ def run(body, inputs, outputs, threads=THREADS, shared=0, seed=0, grid=(1, 1, 1)
     tensors = {f"p{i}": torch.from_numpy(array.view(f"i{array.dtype.itemsize}")) for i, array in enumerate(arrays)}
     memory = GlobalMemory(tensors, {}, kernel.granules["global"])
     pointers = {name: memory.address(tensor).to_bytes(8, "little") for name, tensor in tensors.items()}
-    kernel.launch(memory, pointers, grid, shared, 0, seed)
+    kernel.launch(memory, pointers, grid, shared, order=0, seed=seed, strict=True)
     memory.copy_back()
     return arrays[len(inputs) :]
 

@@ -31,6 +31,7 @@ def emulate(
     arch: int = 90,
     *,
     orders: int = 1,
+    strict: bool = False,
     every_config: bool = False,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[None]:
@@ -46,6 +47,8 @@ def emulate(
         seed: of the order of programs, and of the errors of approximate instructions.
         arch: the compute capability times ten, such as 80, 90 or 100. Matrix products are known of 80.
         orders: in how many orders each launch runs. If results differ in any bit, that is an `OrderError`.
+        strict: whether a thread that only holds a copy of a tile's element counts as a reader of it. A kernel that
+            works in place, of tiles with fewer elements than threads, then races, mostly without consequence.
         every_config: run an autotuned kernel in all of its configurations, where otherwise the first one is taken.
         edit: is given the PTX of each kernel and returns what runs instead, for planting faults.
 
@@ -62,7 +65,7 @@ def emulate(
     active: Any = importlib.import_module("triton.runtime.driver").driver
     if triton.knobs.runtime.interpret:
         raise RuntimeError("emulate: unset TRITON_INTERPRET, under which Triton compiles no kernel")
-    emulator = Driver(_Options(seed, arch, orders, every_config, edit))
+    emulator = Driver(_Options(seed, arch, orders, strict, every_config, edit))
     with ExitStack() as stack:
         stack.enter_context(triton.knobs.cache.scope())
         triton.knobs.cache.dir = os.path.join(triton.knobs.cache.dir, "ptx")
@@ -77,6 +80,7 @@ class _Options:
     seed: int
     arch: int
     orders: int
+    strict: bool
     every_config: bool
     edit: Callable[[str], str] | None
 
@@ -204,7 +208,7 @@ class Launcher:
                 for (declared, size), (_, type_, value) in zip(kernel.program.parameters, values)
             }
             seed = hash((options.seed, driver.launches, order)) & 0xFFFFFFFF
-            kernel.launch(memory, parameters, (x, y, z), self.metadata.shared, seed, options.seed)
+            kernel.launch(memory, parameters, (x, y, z), self.metadata.shared, seed, options.seed, options.strict)
             results.append(memory)
         driver.launches += 1
         for memory in results[1:]:

@@ -90,10 +90,11 @@ class Kernel:
         shared: int,
         order: int,
         seed: int,
+        strict: bool,
     ) -> None:
         """Run all programs, in an order that ``order`` chooses; ``seed`` is that of the approximations' errors."""
         rng = np.random.default_rng(order)
-        launch = Launch(self, memory, parameters, grid, shared, seed, rng)
+        launch = Launch(self, memory, parameters, grid, shared, seed, rng, strict)
         programs = rng.permutation(grid[0] * grid[1] * grid[2])
         together = max(1, LANES // self.program.threads)
         for first in range(0, len(programs), together):
@@ -116,6 +117,7 @@ class Launch:
     shared: int
     seed: int
     rng: np.random.Generator
+    strict: bool
     time: int = 0  # releases so far
     released: dict[int, dict[int, int]] = field(default_factory=dict)  # address: what whoever acquires it knows
     known: dict[int, dict[int, int]] = field(default_factory=dict)  # program: until when it knows of each other one
@@ -245,6 +247,7 @@ class Machine:
             self.per_program,
             self.launch.time,
             knows,
+            self.launch.strict,
         )
 
     def _knows(self, mine: Array, other: Array, time: Array) -> Array:

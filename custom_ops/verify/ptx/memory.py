@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,10 @@ class Threads:
 
     ``phase`` counts the barriers that each has passed of the whole program, ``warp_phase`` these and its warp's own.
     ``knows(program, time)`` is whether their programs know, by atomic operations, of what another did at that time.
+
+    Where a tile has fewer elements than its program threads, several threads load each element, and the first of them
+    stores it. What the others have read counts only if ``strict``, for mostly nothing comes of it; what all threads
+    read, a scalar, always counts.
     """
 
     number: Array  # in the launch
@@ -46,6 +50,10 @@ class Threads:
     per_program: int
     time: int = 0
     knows: Callable[[Array, Array], Array] | None = None
+    strict: bool = False
+
+    def backwards(self) -> Threads:
+        return replace(self, number=self.number[::-1], phase=self.phase[::-1], warp_phase=self.warp_phase[::-1])
 
 
 class Accesses(NamedTuple):
@@ -60,10 +68,10 @@ class Accesses(NamedTuple):
 class Memory:
     """Bytes, of which the ``mapped`` may be touched and the ``written`` may be read.
 
-    Its functions take places in ``bytes``, one for each access, or -1 for an address that has none. Threads of a warp
-    that write different numbers to one place at once race; with ``rng`` any of them wins. That is for shared memory,
-    where compilers let all threads store what they take to be one sum, though a fused multiply-add has rounded each
-    one's differently.
+    Its functions take places in ``bytes``, one for each access, or -1 for an address that has none. Threads that
+    write different numbers to one place in one instruction race; with ``rng`` any of them wins. That is for shared
+    memory, where compilers let several threads store what they take to be one sum, though a fused multiply-add has
+    rounded each one's differently.
     """
 
     def __init__(self, size: int, granule: int, races: bool = True, rng: np.random.Generator | None = None) -> None:
@@ -122,12 +130,11 @@ class Memory:
         if self.shadow is not None:
             lost = (self._rows(at, width) != data).reshape(*granules.shape, -1).any(axis=-1)
             if lost.any():
-                winner = self.shadow.writes.who[granules]
-                of_warp = winner >> 5 == _rows_of(threads.number, granules) >> 5
-                if self.rng is not None and of_warp[lost].all():
+                if self.rng is not None:
                     order = self.rng.permutation(len(at))
                     self._put(at[order], data[order], width)
                 else:
+                    winner = self.shadow.writes.who[granules]
                     self.shadow.conflict(self, granules, threads, lost, winner, "write", "write")
         self.written[granules] = True
 
@@ -181,8 +188,12 @@ class _Shadow:
         if kept.any():
             kept &= ~self._ordered(self.reads, granules, threads, spread)
             spread = np.where(kept, np.maximum(spread, _distance(before, me, threads)), _ONE)
-        self._record(self.reads, granules, threads)
-        spread = np.maximum(spread, _distance(self.reads.who[granules], me, threads))
+        # The rows go backwards, so that of several threads the first one is recorded.
+        self._record(self.reads, granules[::-1], threads.backwards())
+        apart = _distance(self.reads.who[granules], me, threads)
+        if apart.any() and not threads.strict:
+            apart = np.where((apart == _OF_SEVERAL) | _same_for_all(granules, threads), apart, _ONE)
+        spread = np.maximum(spread, apart)
         self.spread[granules] = _ONE
         if spread.any():
             np.maximum.at(self.spread, granules.ravel(), spread.ravel().astype(np.int8))
@@ -256,6 +267,15 @@ class _Shadow:
         if threads.knows is not None:
             ordered |= (spread <= _OF_A_PROGRAM) & threads.knows(who // threads.per_program, column.time[granules])
         return ordered
+
+
+def _same_for_all(granules: Array, threads: Threads) -> Array:
+    """Whether all threads of a program make the same access, for each access."""
+    _, first, program = np.unique(threads.number // threads.per_program, return_index=True, return_inverse=True)
+    same = granules == granules[first[program]]
+    rows = same if same.ndim == 1 else np.logical_and.reduce(same, axis=1)
+    every: Array = np.bincount(program, ~rows)[program] == 0
+    return _rows_of(every, granules)
 
 
 def _rows_of(column: Array, granules: Array) -> Array:
