@@ -33,9 +33,11 @@ def isa(name: str) -> Iterator[None]:
         _native.choose_isa(os.environ.get("CUSTOM_OPS_ISA", ""))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("op", REGISTRY)
 @pytest.mark.parametrize("name", ALL[:-1])  # the battery runs on the last one
 def test_the_numeric_rows_hold(name: str, op: str) -> None:
+    """They follow from the battery, and from equal bits, which `make test` compares."""
     with isa(name):
         run(REGISTRY[op], "cpp", True, [CAPABILITIES[row] for row in NUMERIC], {}).raise_on_failure()
 
