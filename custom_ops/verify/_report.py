@@ -156,7 +156,8 @@ class Report:
     def summary(self) -> str:
         """How many cells have each status, in one line."""
         count = {status: sum(cell.status == status for cell in self.cells) for status in _MARKS}
-        by = f" by {len(self.causes)} likely causes" if len(self.causes) not in (0, count[FAIL]) else ""
+        causes = len(self.causes)
+        by = f" by {causes} likely cause{'s' * (causes > 1)}" if 0 < causes < count[FAIL] else ""
         return (
             f"{count[PASS]} pass, {count[FAIL]} fail{by}, {count[NOT_APPLICABLE]} not applicable, "
             f"{count[NOT_CHECKED]} of {len(self.cells)} not checked"
