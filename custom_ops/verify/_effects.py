@@ -1,4 +1,4 @@
-"""What an op does beside its result: to special values, the process, memory, and its neighbours in other threads."""
+"""Special values, and an op's side effects: on the process, on memory, and on calls in other threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = ("NaN", "infinite", "tiny")
 
 @capability("special values")
 def special_values(case: Case) -> str | None:
-    """NaN, infinities and numbers at the edge of underflow, in each input and in all: the reference's results."""
+    """NaN, infinities and numbers near underflow, in each input and in all, give the reference's results."""
     if case.info.reference is None:
         raise NotApplicable("no reference given")
     kinds = [kind for kind in KINDS if kind not in case.info.not_fuzzed]
@@ -47,21 +47,21 @@ def special_values(case: Case) -> str | None:
                         check(case.info, sample)
                     except AssertionError as error:
                         raise AssertionError(f"with values {kind}: {error}") from None
-                    except Exception:  # it says so, which isn't silent
+                    except Exception:  # an error isn't a silently wrong result
                         refused += 1
     left_out = [f"{kind}: {case.info.not_fuzzed[kind]}" for kind in KINDS if kind not in kinds]
     return "; ".join([*left_out, *([f"{refused} calls are refused"] if refused else [])]) or None
 
 
 def _with_values(call: Call, kind: str) -> Iterator[Sample]:
-    """The call with such values in all inputs, and in one after the other."""
+    """Yield the call with such values in all inputs, and in each input alone."""
     if call.is_empty or not call.input_keys:
         return
     generator = torch.Generator().manual_seed(7)
     new = {}
     for key, x in zip(call.input_keys, call.inputs):
         drawn = VALUES[kind](x.shape, x.dtype, generator).to(x)
-        # What isn't special stays as the sample has it: it is in the op's domain.
+        # The other numbers stay those of the sample, because these are in the op's domain.
         special = torch.ones_like(x, dtype=torch.bool) if kind == "tiny" else ~drawn.isfinite()
         if kind != "tiny":
             drawn.view(-1)[0], special.view(-1)[0] = torch.nan if kind == "NaN" else torch.inf, True
@@ -122,7 +122,7 @@ def global_state(case: Case) -> str | None:
 
 
 def _forward_backward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Fresh inputs, the outputs, and the gradients."""
+    """Return fresh inputs, the outputs, and the gradients."""
     inputs = call.inputs
     outputs = call.with_tensors(inputs, call.input_keys).run()
     differentiable = [y for y in outputs if y.requires_grad]
@@ -136,10 +136,10 @@ def _forward_backward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Tens
 
 @capability("memory freed", of_dispatch=True)
 def memory_freed(case: Case) -> None:
-    """Inputs, outputs and gradients are freed with their last reference: no cycle, no list that keeps them."""
+    """Inputs, outputs and gradients are freed with their last reference: no cycle or list keeps them."""
     for call in case.calls()[: 3 if case.quick else None]:
         for _ in range(2):
-            _forward_backward(call)  # what is made once is made
+            _forward_backward(call)  # creates what later calls reuse
         enabled = gc.isenabled()
         gc.disable()
         try:
@@ -171,9 +171,9 @@ def _live_tensors() -> int:
 
 
 def _references(call: Call) -> list[tuple[str, StorageWeakRef]]:
-    """What tells whether the memory of one more forward and backward pass is freed; of the first without its graph."""
+    """Return weak references to the memory of another forward and backward pass, and of a forward pass alone."""
     names = ("input", "output", "gradient", "output")
-    forward = call.with_tensors(call.inputs, call.input_keys).run()  # a graph that no backward pass has freed
+    forward = call.with_tensors(call.inputs, call.input_keys).run()  # no backward pass frees this graph
     own = {t.untyped_storage().data_ptr() for t in call.tensors}  # an output may be an argument's memory
     storages = [(name, t.untyped_storage()) for name, ts in zip(names, (*_forward_backward(call), forward)) for t in ts]
     return [(name, StorageWeakRef(s)) for name, s in storages if s.nbytes() and s.data_ptr() not in own]
@@ -181,13 +181,13 @@ def _references(call: Call) -> list[tuple[str, StorageWeakRef]]:
 
 @capability("saved memory", of_dispatch=True)
 def saved_memory(case: Case) -> str:
-    """Hardly more is kept for backward than the reference keeps, or than inputs and outputs are."""
+    """Backward keeps at most a quarter more memory than the reference's, or than inputs and outputs take."""
     most = 0.0
     for call in case.differentiable_calls(torch.float32):
         big = grown(case, call)
         own, arguments = _saved(big)
         reference, _ = _saved(case.reference(big))
-        allowed = 1.25 * max(reference, arguments) + 1024  # a few numbers for each row beside them are fine
+        allowed = 1.25 * max(reference, arguments) + 1024  # a few more numbers for each row are fine
         if own > allowed:
             raise AssertionError(
                 f"{describe(big)} keeps {own} bytes for backward; the reference keeps {reference}, and inputs and "
@@ -198,7 +198,7 @@ def saved_memory(case: Case) -> str:
 
 
 def _saved(call: Call) -> tuple[int, int]:
-    """Bytes of all memory that is kept for backward, and of inputs and outputs."""
+    """Return the bytes kept for backward, and those of inputs and outputs."""
     kept: dict[int, int] = {}
     alive = []
 
@@ -219,7 +219,7 @@ def _saved(call: Call) -> tuple[int, int]:
 
 @capability("threads", of_dispatch=True)
 def threads(case: Case) -> str:
-    """Called by several Python threads at once, each gets the results that it gets alone."""
+    """Several Python threads that call at once each get the results that they get alone."""
     if case.interpreted:
         raise NotApplicable("Triton's interpreter has one thread")
     calls = case.calls(torch.float32)[: 3 if case.quick else None]
@@ -248,7 +248,7 @@ _THREADS, _ROUNDS = 4, 25
 
 
 def _spread(call: Call, seed: int) -> Call:
-    """The call with other values of its inputs."""
+    """Return the call with other values of its inputs."""
     noise = randn_like(call.inputs, seed=seed)
     tensors = [(x.detach() * (1 + 0.05 * n)).requires_grad_() for x, n in zip(call.inputs, noise)]
     return call.with_tensors(tensors, call.input_keys)

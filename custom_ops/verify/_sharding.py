@@ -1,4 +1,4 @@
-"""DTensors over two processes, which are threads of this one."""
+"""DTensors over two processes, simulated by threads of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORLD = 2
 
 @capability("sharding", of_dispatch=True)
 def sharding(case: Case) -> str:
-    """On DTensors over two processes, inputs sharded alone and all alike: what one process gives, or an error."""
+    """DTensors over two processes, each input sharded alone and all together, give one process's results or raise."""
     spread = [(call, dims) for call in case.calls(torch.float32)[: 3 if case.quick else None] for dims in _ways(call)]
     if not spread:
         raise NotApplicable("no sample has two rows to share out")
@@ -54,7 +54,7 @@ def sharding(case: Case) -> str:
 
 
 def _ways(call: Call) -> Iterator[dict[Any, int]]:
-    """All tensors in one dimension, then each input alone in each."""
+    """Yield the ways to shard: all tensors in their first dimension, then each input alone in each dimension."""
     tensors = dict(zip(call.keys, call.tensors))
     if call.is_empty:
         return
@@ -66,7 +66,7 @@ def _ways(call: Call) -> Iterator[dict[Any, int]]:
 
 
 def _results(call: Call, tensors: Any) -> list[Any]:
-    """Outputs and gradients, for the same cotangents however the tensors are placed."""
+    """Return outputs and gradients; the cotangents don't depend on the tensors' placement."""
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
     outputs = call.with_tensors(leaves).run()
     inputs = [t for t in leaves if t.requires_grad]
@@ -81,7 +81,7 @@ def _results(call: Call, tensors: Any) -> list[Any]:
 
 
 def _together(work: Callable[[Any], None]) -> None:
-    """Call ``work`` with a mesh in as many threads, each of them a process of one group to torch."""
+    """Call ``work`` with a mesh in ``WORLD`` threads, which torch takes for the processes of one group."""
     from torch.distributed.device_mesh import init_device_mesh
 
     dist: Any = torch.distributed
@@ -96,7 +96,7 @@ def _together(work: Callable[[Any], None]) -> None:
             failures.append(error)
             end_waiting(error)
         except SystemExit:
-            pass  # the error of another thread has ended this one
+            pass  # another thread's error has ended this one
         finally:
             dist.destroy_process_group()
 

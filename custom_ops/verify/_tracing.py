@@ -126,7 +126,7 @@ def _recorded(case: Case, dtype: torch.dtype, layout: str) -> dict[tuple[Any, ..
 
 
 def _of_size_one(call: Call) -> Call:
-    """The first of each dynamic dimension; not every op has such a call."""
+    """Return the call with dynamic dimensions of size 1, which not every op accepts."""
     dynamic = call.sample.dynamic
     tensors = [
         t.detach().narrow(dynamic[k], 0, 1).clone().requires_grad_(t.requires_grad) if k in dynamic else t
@@ -326,7 +326,7 @@ def compiled(case: Case) -> str:
 
 @capability("compiled composition", of_dispatch=True)
 def compiled_composition(case: Case) -> None:
-    """What a compiler is given in place of a registered op equals eager in every dtype, and for NaN and infinities."""
+    """The composition that replaces an op under compilation equals eager in every dtype, and for NaN and infinities."""
     if not _composed(case):
         raise NotApplicable("a compiler is given the registered ops as they are")
     kinds = ["as given", *(kind for kind in ("NaN", "infinite") if kind not in case.info.not_fuzzed)]
@@ -346,7 +346,7 @@ def _composed(case: Case) -> bool:
 
 
 def _special(call: Call, kind: str) -> Call:
-    """With such values in what it is differentiated in."""
+    """Return the call with such values in its differentiable inputs."""
     generator = torch.Generator().manual_seed(7)
     new = [VALUES[kind](x.shape, x.dtype, generator).to(x).requires_grad_() for x in call.inputs]
     return call.with_tensors(new, call.input_keys)

@@ -132,7 +132,7 @@ def float16(case: Case) -> None:
 
 @capability("autocast", of_dispatch=True)
 def autocast(case: Case) -> str:
-    """With float32 inputs under autocast, gradients are float32, results near those without, of the dtype promised."""
+    """Under autocast float32 inputs get float32 gradients, and results near those without it, of the promised dtype."""
     dtypes = set()
     for call in case.differentiable_calls(torch.float32):
         expected = call(*call.inputs)
@@ -155,7 +155,7 @@ def autocast(case: Case) -> str:
 
 
 def _check_promise(case: Case, call: Call, low: torch.dtype, promised: torch.dtype) -> None:
-    """Whatever the dtype of the inputs."""
+    """Check that the outputs have the promised dtype for float32 and for 16-bit inputs."""
     for dtype in (torch.float32, low):
         inputs = [x.detach().to(dtype).requires_grad_() for x in call.inputs]
         with torch.autocast(case.device.type, dtype=low):
@@ -337,7 +337,7 @@ def resized(call: Call, times: int) -> Call:
 
 
 def dynamic_dimensions(call: Call) -> dict[int | str, int]:
-    """Dimensions of one size that can be longer together: of all tensors that have one, or else of a single tensor."""
+    """Return equal dimensions that can grow together: one of each tensor that has such a size, or one of one tensor."""
     dims = [(key, dim, size) for key, t in zip(call.keys, call.tensors) for dim, size in enumerate(t.shape) if size > 1]
     together = [
         {key: dim for key, dim, size in reversed(dims) if size == wanted}  # the first of each tensor
@@ -430,7 +430,7 @@ def deterministic(case: Case) -> str:
             # Second derivatives are left out, as they may contain torch's own sums, which depend on the threads.
             first = len(big.run()) + len(big.inputs)
             what = f"one thread and two on {describe(big)}"
-            if _only_of_torch(big):  # whose products of matrices, for one, depend on the threads
+            if _only_of_torch(big):  # torch's own matrix products, for example, depend on the threads
                 check_close(results[1][:first], results[2][:first], what, rtol=1e-4)
             else:
                 check_same_bits(results[1][:first], results[2][:first], what)
@@ -438,7 +438,7 @@ def deterministic(case: Case) -> str:
 
 
 class _Foreign(TorchDispatchMode):
-    """Sees whether an op runs that isn't torch's own."""
+    """Records whether an op runs that isn't torch's own."""
 
     seen = False
 
@@ -479,7 +479,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def grown(case: Case, call: Call) -> Call:
-    """Its dynamic dimensions as long as `_growth` says."""
+    """Return the call with its dynamic dimensions repeated as often as `_growth` says."""
     return _grown(call, case.keep(("growth", describe(call)), partial(_growth, case, call)))
 
 
