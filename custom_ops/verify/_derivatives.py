@@ -398,7 +398,7 @@ def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expect
 
 
 def _in_dims(batch: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Return the first, the last and a middle dimension for all tensors, and different dimensions for each."""
+    """Return the first, the last and a middle dimension for all tensors, and then a different one for each."""
     places = [range(b.dim()) for b in batch]
     chosen = [tuple(dims) for dims in ([0] * len(batch), [-1] * len(batch), [len(p) // 2 for p in places])]
     chosen.append(tuple((i + 1) % len(p) for i, p in enumerate(places)))

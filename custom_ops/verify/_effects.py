@@ -54,14 +54,14 @@ def special_values(case: Case) -> str | None:
 
 
 def _with_values(call: Call, kind: str) -> Iterator[Sample]:
-    """Yield the call with such values in all inputs, and in each input alone."""
+    """Yield the call with such values in all inputs, and in one after the other."""
     if call.is_empty or not call.input_keys:
         return
     generator = torch.Generator().manual_seed(7)
     new = {}
     for key, x in zip(call.input_keys, call.inputs):
         drawn = VALUES[kind](x.shape, x.dtype, generator).to(x)
-        # The other numbers stay those of the sample, because these are in the op's domain.
+        # The other elements keep the sample's values, which are in the op's domain.
         special = torch.ones_like(x, dtype=torch.bool) if kind == "tiny" else ~drawn.isfinite()
         if kind != "tiny":
             drawn.view(-1)[0], special.view(-1)[0] = torch.nan if kind == "NaN" else torch.inf, True
@@ -139,7 +139,7 @@ def memory_freed(case: Case) -> None:
     """Inputs, outputs and gradients are freed with their last reference: no cycle or list keeps them."""
     for call in case.calls()[: 3 if case.quick else None]:
         for _ in range(2):
-            _forward_backward(call)  # creates what later calls reuse
+            _forward_backward(call)  # after this, what an op makes only once exists
         enabled = gc.isenabled()
         gc.disable()
         try:
@@ -171,7 +171,7 @@ def _live_tensors() -> int:
 
 
 def _references(call: Call) -> list[tuple[str, StorageWeakRef]]:
-    """Return weak references to the memory of another forward and backward pass, and of a forward pass alone."""
+    """Run the call twice, once with a backward pass, and return what tells whether its memory is freed."""
     names = ("input", "output", "gradient", "output")
     forward = call.with_tensors(call.inputs, call.input_keys).run()  # no backward pass frees this graph
     own = {t.untyped_storage().data_ptr() for t in call.tensors}  # an output may be an argument's memory
@@ -198,7 +198,7 @@ def saved_memory(case: Case) -> str:
 
 
 def _saved(call: Call) -> tuple[int, int]:
-    """Return the bytes kept for backward, and those of inputs and outputs."""
+    """Return how many bytes are kept for backward, and how many inputs and outputs have."""
     kept: dict[int, int] = {}
     alive = []
 

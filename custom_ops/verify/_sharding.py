@@ -54,7 +54,7 @@ def sharding(case: Case) -> str:
 
 
 def _ways(call: Call) -> Iterator[dict[Any, int]]:
-    """Yield the ways to shard: all tensors in their first dimension, then each input alone in each dimension."""
+    """Yield ways to shard: all tensors in their first dimension, then each input alone in each dimension."""
     tensors = dict(zip(call.keys, call.tensors))
     if call.is_empty:
         return
@@ -66,7 +66,7 @@ def _ways(call: Call) -> Iterator[dict[Any, int]]:
 
 
 def _results(call: Call, tensors: Any) -> list[Any]:
-    """Return outputs and gradients; the cotangents don't depend on the tensors' placement."""
+    """Return outputs and gradients; the loss is the same however the tensors are placed."""
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
     outputs = call.with_tensors(leaves).run()
     inputs = [t for t in leaves if t.requires_grad]

@@ -126,7 +126,7 @@ def _recorded(case: Case, dtype: torch.dtype, layout: str) -> dict[tuple[Any, ..
 
 
 def _of_size_one(call: Call) -> Call:
-    """Return the call with dynamic dimensions of size 1, which not every op accepts."""
+    """Return the call with the first element of each dynamic dimension, which not every op accepts."""
     dynamic = call.sample.dynamic
     tensors = [
         t.detach().narrow(dynamic[k], 0, 1).clone().requires_grad_(t.requires_grad) if k in dynamic else t
@@ -346,7 +346,7 @@ def _composed(case: Case) -> bool:
 
 
 def _special(call: Call, kind: str) -> Call:
-    """Return the call with such values in its differentiable inputs."""
+    """Return the call with such values in its inputs."""
     generator = torch.Generator().manual_seed(7)
     new = [VALUES[kind](x.shape, x.dtype, generator).to(x).requires_grad_() for x in call.inputs]
     return call.with_tensors(new, call.input_keys)

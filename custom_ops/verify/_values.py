@@ -337,7 +337,7 @@ def resized(call: Call, times: int) -> Call:
 
 
 def dynamic_dimensions(call: Call) -> dict[int | str, int]:
-    """Return equal dimensions that can grow together: one of each tensor that has such a size, or one of one tensor."""
+    """Return dimensions that can be longer together: one of each tensor that has the size, or else of one tensor."""
     dims = [(key, dim, size) for key, t in zip(call.keys, call.tensors) for dim, size in enumerate(t.shape) if size > 1]
     together = [
         {key: dim for key, dim, size in reversed(dims) if size == wanted}  # the first of each tensor
@@ -430,7 +430,7 @@ def deterministic(case: Case) -> str:
             # Second derivatives are left out, as they may contain torch's own sums, which depend on the threads.
             first = len(big.run()) + len(big.inputs)
             what = f"one thread and two on {describe(big)}"
-            if _only_of_torch(big):  # torch's own matrix products, for example, depend on the threads
+            if _only_of_torch(big):  # torch's products of matrices depend on the number of threads
                 check_close(results[1][:first], results[2][:first], what, rtol=1e-4)
             else:
                 check_same_bits(results[1][:first], results[2][:first], what)
@@ -438,7 +438,7 @@ def deterministic(case: Case) -> str:
 
 
 class _Foreign(TorchDispatchMode):
-    """Records whether an op runs that isn't torch's own."""
+    """This mode sees whether an op runs that isn't torch's own."""
 
     seen = False
 
@@ -479,7 +479,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def grown(case: Case, call: Call) -> Call:
-    """Return the call with its dynamic dimensions repeated as often as `_growth` says."""
+    """Return the call with dynamic dimensions as long as `_growth` says."""
     return _grown(call, case.keep(("growth", describe(call)), partial(_growth, case, call)))
 
 

@@ -116,9 +116,9 @@ class Launch:
     shared: int
     seed: int
     rng: np.random.Generator
-    time: int = 0  # the number of releases so far
-    released: dict[int, dict[int, int]] = field(default_factory=dict)  # by address: what its acquirers learn
-    known: dict[int, dict[int, int]] = field(default_factory=dict)  # by program: the last known times of the others
+    time: int = 0  # releases so far
+    released: dict[int, dict[int, int]] = field(default_factory=dict)  # address: what whoever acquires it knows
+    known: dict[int, dict[int, int]] = field(default_factory=dict)  # program: until when it knows of each other one
 
     def synchronise(self, programs: Array, places: Array, acquire: bool, release: bool) -> None:
         """Let each program that acquires a place learn of the accesses that others did before they released it."""

@@ -36,9 +36,8 @@ _ONE, _OF_A_WARP, _OF_A_PROGRAM, _OF_SEVERAL = range(4)  # how far apart the thr
 class Threads:
     """The threads that make an access, in the order of its rows.
 
-    ``phase`` counts the barriers of the whole program that each thread has passed, and ``warp_phase`` these and the
-    barriers of its warp. ``knows(program, time)`` says whether atomic operations order another program's access at that
-    time before the threads' own.
+    ``phase`` counts the barriers that each has passed of the whole program, ``warp_phase`` these and its warp's own.
+    ``knows(program, time)`` is whether their programs know, by atomic operations, of what another did at that time.
     """
 
     number: Array  # the threads' numbers in the launch
@@ -61,10 +60,10 @@ class Accesses(NamedTuple):
 class Memory:
     """Bytes with access rules: ``mapped`` bytes may be touched, and ``written`` ones may be read.
 
-    The methods take places in ``bytes``, one for each access, or -1 for an address outside. Threads of a warp that
-    write different numbers to one place at once race, except with ``rng``, which draws the winner. Shared memory has
-    an ``rng``: there compilers let all threads store one sum, which fused multiply-adds may have rounded differently in
-    each thread.
+    Its functions take places in ``bytes``, one for each access, or -1 for an address that has none. Threads of a warp
+    that write different numbers to one place at once race; with ``rng`` any of them wins. That is for shared memory,
+    where compilers let all threads store what they take to be one sum, though a fused multiply-add has rounded each
+    one's differently.
     """
 
     def __init__(self, size: int, granule: int, races: bool = True, rng: np.random.Generator | None = None) -> None:
