@@ -27,7 +27,7 @@ STARTED := $(shell date +%s)
 help:
 	@echo 'make demo       runs the demo: python -m examples.demo'
 	@echo 'make test       runs the tests; PYTEST_ARGS="-k voxel" selects some, WORKERS=0 runs them in one process'
-	@echo 'make test-full  runs all tests and the whole capability matrix, beside one more peer: about an hour on two cores'
+	@echo 'make test-full  runs all tests, the whole capability matrix and one more peer; takes an hour on two cores'
 	@echo 'make machines   runs the demo on variants of this machine: instructions, threads, seeds, torch versions;'
 	@echo '                MACHINES_ARGS="--verify --python PATH" also checks numbers, and adds another torch;'
 	@echo '                MACHINES_ARGS="--tests=-n2" runs the tests instead of the demo'

@@ -138,7 +138,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
             load<A>(s, x.s + j);
             log_one_plus<A>(u * (inverse * next), log);
             log = first * log + last * (log + (last == V{} ? V{} : (x.s[i] - s) * x.twice));
-            if constexpr (kWide)  // a mean of them can be finite where a sum in A isn't
+            if constexpr (kWide)  // their mean can be finite when a sum in A isn't
               for (int64_t l = 0; l < W; ++l) total.loss += static_cast<double>(log[l]);
             else value += log;
             x.template count<Form>(i, j, inside, count);

@@ -197,7 +197,7 @@ struct FromPairs {
   static constexpr bool kProduct = false;
   const A* s;  // s / 2, whose differences can't overflow
   A twice;     // 2 sigma
-  A share;     // of q, whose sums may leave the range, where it is read
+  A share;     // a factor of q, which keeps its sums finite
   int64_t n;
   int64_t chunk = INT64_MAX;
 
@@ -258,7 +258,7 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const
           }
           if constexpr (kProduct) {
             product.add(x, t);
-          } else if constexpr (kLog) {  // a mean of them can be finite where a sum in A isn't
+          } else if constexpr (kLog) {  // their mean can be finite when a sum in A isn't
             for (int64_t l = 0; l < W; ++l) values += static_cast<double>(t[l]);
           } else if constexpr (!kHessian) {
             value += Phi::value(x);

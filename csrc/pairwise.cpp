@@ -60,8 +60,8 @@ struct Pairwise {
 
 // ---------------------------------------------------------------- hinge
 
-// The pairs of an item with score `at` that violate the margin: their number, and where the template arguments ask for
-// them the sum of the violations, the sum of their squares, and the sum of v over the other items.
+// The pairs of an item with score `at` that violate the margin: their number and, if the template arguments ask for
+// them, the sum of the violations, the sum of their squares, and the sum of v over the other items.
 template <bool kSum, bool kSquares, bool kV>
 struct Violations {
   double count = 0, sum = 0, squares = 0, v = 0, at = 0;

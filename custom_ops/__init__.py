@@ -12,7 +12,7 @@ from custom_ops.ranking import *  # noqa: F403
 from custom_ops.shaping import *  # noqa: F403
 from custom_ops.voxel import *  # noqa: F403
 
-# Former names.
+# These are former names.
 MarginRanking = ranking.MarginRanking
 GradientClipping = shaping.GradientClipping
 GradientNormClipping = shaping.GradientNormClipping

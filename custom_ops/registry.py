@@ -97,8 +97,8 @@ class OpInfo:
     op's result differs from theirs by design. ``not_fuzzed`` are kinds of `custom_ops.verify.VALUES` for which the op's
     results aren't specified or its reference's aren't right.
 
-    An op that is not ``differentiable`` has no sample that requires grad. ``autocast`` is the dtype that it promises
-    its outputs in under autocast: float32, or a 16-bit one for whichever is chosen there; by default it promises none.
+    If an op isn't ``differentiable``, no sample of it requires grad. ``autocast`` is the dtype that its outputs have
+    under autocast: float32, or any 16-bit dtype for the one that autocast chooses. By default it isn't checked.
 
     ``shardings`` are the ways to shard a call over processes; by default the samples are sharded by their first
     dimension. An op with a reason in ``not_sharded`` must raise for DTensors.

@@ -65,7 +65,7 @@ def _tiny(value: Any) -> bool:
 
 
 def misses(info: OpInfo, calls: range, start: int, interpreted: bool = False) -> Iterator[str]:
-    """The failures among these calls of the op."""
+    """Yield the failures among these calls of the op."""
     kept = replace(info, samples=functools.cache(info.samples))
     for number in calls:
         sample = random_sample(kept, random.Random(f"{info.name} {start} {number}").choice)

@@ -145,7 +145,7 @@ def start(name: str, killed: str, *arguments: str) -> None:
 def main(folder: Path) -> None:
     from examples import distributed
 
-    distributed.rank = functools.cache(distributed.rank)  # its pairs take a second, and are alike in all jobs
+    distributed.rank = functools.cache(distributed.rank)  # its pairs take a second, and all jobs share them
     distributed.rank()
     for task in STEPS:
         for parallel in PARALLEL:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # These patterns match modules, paths and commands that only a checkout has.
 CHECKOUT = re.compile(r"\b(benchmarks|examples|docs)(\.\w|/)|(-m|import|from) (benchmarks|examples|docs)\b")
 FAMILIES = (activation, ranking, shaping, voxel)
-# Names that users of the originals know, and classes that stand for no function.
+# These are names that users of the originals know, and classes that stand for no function.
 KNOWN = {"CustomReLU", "VoxelsSumming", "VoxelsSummingLayer"}
 ALONE = {"LiftSplat", "Conversion", "ConvertedActivation"}
 FORMER = {

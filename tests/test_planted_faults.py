@@ -351,7 +351,7 @@ def cut_off() -> Any:
     return lambda a, b: op(a.detach(), b.detach())
 
 
-# --- those that torch's own opcheck and gradcheck miss, and this battery once did ---------------
+# --- faults that torch's own opcheck and gradcheck miss, and this battery once missed --------------
 
 
 def shaped(*shape: int) -> Callable[[], list[Sample]]:
@@ -369,7 +369,7 @@ def wrong_for_inner_transposed_gradients() -> Any:
 
 
 def batched(wrong: Callable[[Any, Any, Tensor, Tensor], Tensor | None]) -> Any:
-    """With a vmap rule that gives what ``wrong`` does, where that isn't None."""
+    """Return an op whose vmap rule gives the result of ``wrong``, unless that is None."""
 
     def make(op: Any) -> Callable[..., Any]:
         right = pair_rule(op)

@@ -1,4 +1,4 @@
-"""The emulator's tests, in tests/ptx: in processes of their own, for in this one Triton interprets."""
+"""Runs the emulator's tests, in tests/ptx, in processes of their own, because Triton interprets in this one."""
 
 from __future__ import annotations
 

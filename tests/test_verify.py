@@ -30,7 +30,7 @@ def test_a_torch_function_passes() -> None:
 FINE = {
     "softmax": (lambda x: x.softmax(-1), [(4, 3)]),
     "matmul": (torch.matmul, [(4, 3), (3, 2)]),
-    "cumsum": (lambda x: x.cumsum(1), [(4, 3)]),  # not -1: on DTensors sharded there torch 2.13 gives wrong sums
+    "cumsum": (lambda x: x.cumsum(1), [(4, 3)]),  # for -1, torch 2.13 gives wrong sums of sharded DTensors
     "logsumexp": (lambda x: x.logsumexp(-1), [(4, 3)]),
 }
 
@@ -65,7 +65,7 @@ def test_what_does_not_apply_says_why() -> None:
 
 
 def test_what_the_samples_do_not_reach_is_not_ok() -> None:
-    """A backward that is wrong, and samples that take no gradient."""
+    """The samples take no gradient, so the rows on derivatives are unchecked."""
     report = verify(torch.sin, [(torch.ones(2),)], quick=True, only=["gradcheck", "vmap", "forward AD"])
     assert [cell.capability for cell in report.unchecked] == ["gradcheck", "forward AD"]
     assert not report.ok and not report.failures

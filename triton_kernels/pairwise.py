@@ -77,7 +77,7 @@ def wrong_order(d):
 
 @triton.jit
 def sum_of_rows(x):
-    """In double, because a mean over pairs can be finite where their sum isn't; of shares, whose sum is finite too."""
+    """Return the rows' sums in float64. The mean over pairs can be finite when a sum in float32 isn't."""
     share: tl.constexpr = 1 / x.shape[1]
     return tl.sum(x * share, axis=1).to(tl.float64) * x.shape[1]
 

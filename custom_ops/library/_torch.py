@@ -222,7 +222,7 @@ def aot_inductor_package(program: torch.export.ExportedProgram, path: str) -> An
 
 
 def is_composed(op: OpOverload) -> bool:
-    """Whether a compiler is given a composition in place of ``op``, which torch.library doesn't tell again."""
+    """Return whether compilers get a composition in place of ``op``. torch.library has no public query for it."""
     from torch._library.simple_registry import singleton
 
     return singleton.find(op.name()).torch_dispatch_rules.find(FunctionalTensorMode) is not None
@@ -230,9 +230,9 @@ def is_composed(op: OpOverload) -> bool:
 
 @contextmanager
 def processes_as_threads() -> Iterator[Callable[[Exception], None]]:
-    """Threads may join a process group by the backend "threaded", each as a process of its own.
+    """Let threads join a process group with the backend "threaded", each in the role of a process.
 
-    It gives what a thread calls with its error, so that those which wait for it end. torch tests itself with this.
+    Yield the function that a thread calls with its error, to end the threads that wait for it. torch tests itself so.
     """
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 

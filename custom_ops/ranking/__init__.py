@@ -90,4 +90,4 @@ __all__ = [
     "unique_softmax_loss",
 ]
 
-MarginRanking = MarginRankingLossFunction  # its former name
+MarginRanking = MarginRankingLossFunction  # the former name

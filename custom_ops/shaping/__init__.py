@@ -55,7 +55,7 @@ __all__ = [
     "surrogate_gradient",
 ]
 
-# Former names.
+# These are former names.
 GradientClipping = ClipGradientFunction
 GradientNormClipping = ClipGradientNormFunction
 GradientScaling = ScaleGradientFunction

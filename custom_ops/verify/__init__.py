@@ -8,9 +8,9 @@ For a user's own op, call `verify`:
     >>> report = verify(torch.sin, [Sample((x,), dynamic={0: 0})], reference=torch.sin, only=["value", "vmap"])
     >>> report.raise_on_failure()
 
-``test_sine = matrix(torch.sin, samples)`` makes tests of it for pytest. On the command line there are
+``test_sine = matrix(torch.sin, samples)`` makes pytest tests of it. The command line has
 ``python -m custom_ops verify module:function --samples module:samples`` and, for the ops of this package,
-``python -m custom_ops verify``. `capabilities` lists what is checked, `BACKENDS` on what, and `VALUES` the kinds of
+``python -m custom_ops verify``. `capabilities` lists the checks, `BACKENDS` the backends, and `VALUES` the kinds of
 values that `random_sample` draws from. A new check is one function decorated with ``capability`` in a module of this
 folder.
 """

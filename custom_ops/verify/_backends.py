@@ -14,10 +14,10 @@ from custom_ops.library._torch import opname
 BACKENDS = {
     "cpp": "the registered CPU kernels",
     "triton": "the Triton kernels on the CPU, under TRITON_INTERPRET=1",
-    "ptx": "the Triton kernels as compiled for a GPU, on the CPU in an emulator of its instructions",
+    "ptx": "the Triton kernels compiled for a GPU, in an emulator of its instructions on the CPU",
     "cuda": "the registered kernels of a GPU",
 }
-EMULATED = ("triton", "ptx")  # the Triton kernels without a GPU
+EMULATED = ("triton", "ptx")  # backends that run Triton kernels without a GPU
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class NotApplicable(Exception):
 
 
 class NotChecked(NotApplicable):
-    """Raised by a check that has nothing to look at in these samples, though the op may well have it."""
+    """Raised by a check that these samples don't reach, though the op may have what it checks."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Case:
 
     def samples(self, dtype: torch.dtype = torch.float64) -> list[Sample]:
         with torch.random.fork_rng(devices=[]):
-            # To seed a GPU's generator, too, records where the call came from, which takes longer than the samples.
+            # Seeding a GPU's generator too would record a stack trace, which takes longer than the samples.
             (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(0)
             samples = self.info.samples(self.device, dtype)
         if not samples:
@@ -239,9 +239,7 @@ class Case:
 
 
 def refuse_wrong(samples: Sequence[Sample]) -> None:
-    """Raise if tensors are nested in an argument, as only arguments that are tensors are moved, batched and
-    differentiated; or if a dynamic dimension isn't one of a tensor.
-    """
+    """Raise if an argument nests tensors, or if a dynamic dimension isn't one of a tensor."""
     for i, sample in enumerate(samples):
         tensors = dict(_tensors(sample))
         for key, value in [*enumerate(sample.args), *sample.kwargs.items()]:

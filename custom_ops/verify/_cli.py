@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _functions(options: argparse.Namespace) -> list[Callable[..., Report]]:
-    """`verify` of the callable that is named, or of ops of this package."""
+    """Return `verify` for the named callable, or for ops of this package."""
     from custom_ops.verify._run import verify
 
     if options.function:
@@ -88,7 +88,7 @@ def _functions(options: argparse.Namespace) -> list[Callable[..., Report]]:
 
 
 def _named(name: str | None) -> Any:
-    """What "module:name" says, from the working directory too."""
+    """Return the object called "module:name", whose module may be in the working directory."""
     if name is None:
         return None
     module, _, attributes = name.partition(":")
@@ -114,10 +114,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m custom_ops verify",
         description="Check every op of this package, or any function of tensors, against the capability matrix.",
     )
-    parser.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="one of your own, with --samples")
+    parser.add_argument(
+        "function", nargs="?", metavar="MODULE:FUNCTION", help="a function of your own; needs --samples"
+    )
     named = "MODULE:NAME"
     parser.add_argument(
-        "--samples", metavar=named, help="its calls, as `verify` takes them, or a function that gives them"
+        "--samples", metavar=named, help="the function's calls, as `verify` takes them, or a function that returns them"
     )
     parser.add_argument("--reference", metavar=named, help="the same function in plain PyTorch")
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}

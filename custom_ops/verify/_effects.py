@@ -1,4 +1,4 @@
-"""What an op does beside its result: to special values, the process, memory, and its neighbours in other threads."""
+"""Special values, and an op's side effects: on the process, on memory, and on calls in other threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = ("NaN", "infinite", "tiny")
 
 @capability("special values")
 def special_values(case: Case) -> str | None:
-    """NaN, infinities and numbers at the edge of underflow, in each input and in all: the reference's results."""
+    """NaN, infinities and numbers near underflow, in each input and in all, give the reference's results."""
     if case.info.reference is None:
         raise NotApplicable("no reference given")
     kinds = [kind for kind in KINDS if kind not in case.info.not_fuzzed]
@@ -47,7 +47,7 @@ def special_values(case: Case) -> str | None:
                         check(case.info, sample)
                     except AssertionError as error:
                         raise AssertionError(f"with values {kind}: {error}") from None
-                    except Exception:  # it says so, which isn't silent
+                    except Exception:  # an error isn't a silently wrong result
                         refused += 1
     left_out = [f"{kind}: {case.info.not_fuzzed[kind]}" for kind in KINDS if kind not in kinds]
     return "; ".join([*left_out, *([f"{refused} calls are refused"] if refused else [])]) or None
@@ -136,7 +136,7 @@ def _forward_backward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Tens
 
 @capability("memory freed", of_dispatch=True)
 def memory_freed(case: Case) -> None:
-    """Inputs, outputs and gradients are freed with their last reference: no cycle, no list that keeps them."""
+    """Inputs, outputs and gradients are freed with their last reference: no cycle or list keeps them."""
     for call in case.calls()[: 3 if case.quick else None]:
         for _ in range(2):
             _forward_backward(call)  # after this, what an op makes only once exists
@@ -173,7 +173,7 @@ def _live_tensors() -> int:
 def _references(call: Call) -> list[tuple[str, StorageWeakRef]]:
     """Run the call twice, once with a backward pass, and return what tells whether its memory is freed."""
     names = ("input", "output", "gradient", "output")
-    forward = call.with_tensors(call.inputs, call.input_keys).run()  # a graph that no backward pass has freed
+    forward = call.with_tensors(call.inputs, call.input_keys).run()  # no backward pass frees this graph
     own = {t.untyped_storage().data_ptr() for t in call.tensors}  # an output may be an argument's memory
     storages = [(name, t.untyped_storage()) for name, ts in zip(names, (*_forward_backward(call), forward)) for t in ts]
     return [(name, StorageWeakRef(s)) for name, s in storages if s.nbytes() and s.data_ptr() not in own]
@@ -181,13 +181,13 @@ def _references(call: Call) -> list[tuple[str, StorageWeakRef]]:
 
 @capability("saved memory", of_dispatch=True)
 def saved_memory(case: Case) -> str:
-    """Hardly more is kept for backward than the reference keeps, or than inputs and outputs are."""
+    """Backward keeps at most a quarter more memory than the reference's, or than inputs and outputs take."""
     most = 0.0
     for call in case.differentiable_calls(torch.float32):
         big = grown(case, call)
         own, arguments = _saved(big)
         reference, _ = _saved(case.reference(big))
-        allowed = 1.25 * max(reference, arguments) + 1024  # a few numbers for each row beside them are fine
+        allowed = 1.25 * max(reference, arguments) + 1024  # a few more numbers for each row are fine
         if own > allowed:
             raise AssertionError(
                 f"{describe(big)} keeps {own} bytes for backward; the reference keeps {reference}, and inputs and "
@@ -217,7 +217,7 @@ def _saved(call: Call) -> tuple[int, int]:
 
 @capability("threads", of_dispatch=True)
 def threads(case: Case) -> str:
-    """Called by several Python threads at once, each gets the results that it gets alone."""
+    """Several Python threads that call at once each get the results that they get alone."""
     if case.interpreted:
         raise NotApplicable("Triton's interpreter has one thread")
     calls = case.calls(torch.float32)[: 1 if case.quick else None]

@@ -207,7 +207,7 @@ def check(info: OpInfo, sample: Sample) -> None:
 
 
 def _leaves(expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there is a NaN or what the dtype doesn't hold."""
+    """Return whether there is a NaN or a number beyond the dtype's range."""
     return expected.is_floating_point() and not bool((expected.abs() < torch.finfo(dtype).max).all())
 
 

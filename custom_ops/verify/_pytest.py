@@ -1,4 +1,4 @@
-"""The matrix as tests of a project of one's own."""
+"""The matrix as tests of a user's project."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from custom_ops.verify._run import Samples, capabilities, verify
 def matrix(
     op: Callable[..., Any], sample_inputs: Samples, *, quick: bool = True, **options: Any
 ) -> Callable[..., None]:
-    """A parametrised test for pytest, a case for each capability: one line gives a project the whole matrix.
+    """Return a parametrised test for pytest with a case for each capability: one line adds the whole matrix.
 
-    The arguments are those of `verify`. What isn't applicable is skipped, with its reason; what isn't checked fails.
+    The arguments are those of `verify`. An inapplicable case is skipped with its reason; an unchecked one fails.
 
     Example:
         >>> import torch
         >>> from custom_ops.verify import matrix
         >>> x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-        >>> test_sine = matrix(torch.sin, [(x,)], reference=torch.sin)  # in a file of tests
+        >>> test_sine = matrix(torch.sin, [(x,)], reference=torch.sin)  # in a test file
     """
     import pytest
 

@@ -1,4 +1,4 @@
-"""The matrix as data: what failed and why first, and as JSON, Markdown, HTML and JUnit's XML."""
+"""The matrix as data, with failures and their likely causes first, and as JSON, Markdown, HTML and JUnit XML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MARKS = {PASS: "✓", FAIL: "✗", NOT_APPLICABLE: "–", NOT_CHECKED: "?"}
 
 _NUMBERS = ("no uninitialised memory", "deterministic", "inputs unmutated", "value")
 _TRACED = ("fake kernel", "compile")
-# The rows whose failure is likely to be why this one fails, the likeliest first.
+# For each row, the rows whose failure probably explains its own, the likeliest first.
 CAUSES: dict[str, tuple[str, ...]] = {
     "deterministic": ("no uninitialised memory",),
     "inputs unmutated": ("ops functional",),
@@ -66,9 +66,9 @@ CAUSES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: ``detail`` is the remark of one that passes, or the failure, or the reason.
+    """One cell of the matrix. ``detail`` is a passing cell's remark, the failure, or the reason.
 
-    ``status`` is "pass", "fail", "not applicable", or "not checked" where the samples gave nothing to look at.
+    ``status`` is "pass", "fail", "not applicable", or "not checked" if the samples don't reach the check.
 
     Example:
         >>> import torch
@@ -97,7 +97,7 @@ class Cell:
 
 @dataclass
 class Report:
-    """The cells of one or several ops; ``ok`` tells whether none of them failed.
+    """The cells of one or several ops; ``ok`` is true if none of them failed or was left unchecked.
 
     Example:
         >>> import torch
@@ -121,7 +121,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no cell failed, and none was left unchecked that isn't declared to be."""
+        """Return whether no cell failed, and none was left unchecked without a declaration."""
         return not self.failures and not self.unchecked
 
     @property
@@ -130,12 +130,12 @@ class Report:
 
     @property
     def unchecked(self) -> list[Cell]:
-        """Those for which the samples gave nothing to look at."""
+        """Return the cells whose check the samples don't reach."""
         return [cell for cell in self.cells if cell.status == NOT_CHECKED]
 
     @property
     def causes(self) -> list[tuple[Cell, list[Cell]]]:
-        """The failures that no other explains, each with those that are likely to follow from it."""
+        """Return the failures that no other one explains, each with the failures that probably follow from it."""
         failed = {(cell.column, cell.capability): cell for cell in self.failures}
 
         def cause(cell: Cell) -> Cell:
@@ -154,7 +154,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """How many cells have each status, in one line."""
+        """Return the number of cells of each status, in one line."""
         count = {status: sum(cell.status == status for cell in self.cells) for status in _MARKS}
         causes = len(self.causes)
         by = f" by {causes} likely cause{'s' * (causes > 1)}" if 0 < causes < count[FAIL] else ""
@@ -185,7 +185,7 @@ class Report:
             raise AssertionError("\n".join(self.lines()))
 
     def lines(self) -> Iterator[str]:
-        """What is wrong, in words: each cause with what follows from it, then what isn't checked, by reason."""
+        """Yield each cause with the failures that follow from it, then the unchecked cells by reason."""
         for cell, followers in self.causes:
             yield f"{cell.column}, {cell.capability}: {cell.detail}"
             if followers:
@@ -218,7 +218,7 @@ class Report:
         return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
     def to_junit(self) -> str:
-        """The cells as test cases of JUnit's XML: what isn't checked has failed, what isn't applicable is skipped."""
+        """Return the cells as test cases in JUnit's XML: unchecked ones have failed, inapplicable ones are skipped."""
         suites = ElementTree.Element("testsuites")
         for column in self.columns:
             cells = [cell for cell in self.cells if cell.column == column]
@@ -241,7 +241,7 @@ class Report:
         return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 
     def to_html(self) -> str:
-        """A page of its own: the causes first, then the table, where each cell shows its remark or reason."""
+        """Return an HTML page: first the causes, then the table, whose cells show their remarks and reasons."""
         from custom_ops.verify._run import capabilities
 
         meanings = capabilities()
@@ -287,5 +287,5 @@ def _html_cell(cell: Cell | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without what XML can't hold."""
+    """Return the text without the characters that XML can't hold."""
     return "".join(c for c in text if c in "\n\t" or c.isprintable())

@@ -51,16 +51,16 @@ def verify(
         sample_inputs: the calls to make: a list of `Sample` or of tuples of arguments, with float64 tensors,
             ``requires_grad`` where they are differentiated; or ``(device, dtype) -> list of Sample``.
             Small tensors, away from kinks (finite differences are taken), covering the edge cases.
-            A `Sample` also names its dynamic dimensions; where none does, those are tried out that can vary.
+            A `Sample` also names its dynamic dimensions; if none does, `verify` tries which ones can vary.
         reference: the same function in plain PyTorch. Without it derivatives are compared
             with finite differences and with each other only.
         apply: the ``autograd.Function.apply`` idiom of the same function.
         modules: returns pairs of a module and the keyword arguments of ``op`` that it stands for.
         bad_calls: returns wrong calls with the messages that they must raise.
         dtypes: the floating dtypes supported.
-        differentiable: False says that no sample requires grad; else the rows on derivatives aren't checked then.
-        autocast: the dtype that it promises its outputs in under autocast: float32, or a 16-bit one for whichever is
-            chosen there.
+        differentiable: False if no sample requires grad; otherwise such samples leave the derivatives' rows unchecked.
+        autocast: the dtype of the outputs under autocast: float32, or any 16-bit dtype for the one that autocast
+            chooses.
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
         not_comparable: {capability: reason} of rows that don't run, as finite differences can't see a shaped gradient.
         name: the op's name in the report; by default the function's name.
@@ -139,7 +139,7 @@ def run(
 
 
 def capabilities(quick: bool = False, backend: str = "cpp") -> dict[str, str]:
-    """Return {row: meaning}, for all rows of the matrix or for those of quick mode; on "ptx" for those about numbers.
+    """Return {row: meaning} for all rows of the matrix or those of quick mode, and on "ptx" for the rows on numbers.
 
     Example:
         >>> from custom_ops.verify import capabilities
@@ -196,7 +196,7 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
             return NOT_APPLICABLE, f"{reason} (raises {type(error).__name__})"
         return FAIL, _explain(error)
     finally:
-        torch.set_default_dtype(default)  # whatever the op did to it
+        torch.set_default_dtype(default)  # the op may have changed it
     if reason is not None:
         return FAIL, f"declared not applicable ({reason}), yet it raises nothing"
     return PASS, remark or ""

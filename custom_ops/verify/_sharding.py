@@ -1,4 +1,4 @@
-"""DTensors over two processes, which are threads of this one."""
+"""DTensors over two processes, simulated by threads of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORLD = 2
 
 @capability("sharding", of_dispatch=True)
 def sharding(case: Case) -> str:
-    """On DTensors over two processes, inputs sharded alone and all alike: what one process gives, or an error."""
+    """DTensors over two processes, each input sharded alone and all together, give one process's results or raise."""
     spread = [(call, dims) for call in case.calls(torch.float32)[: 3 if case.quick else None] for dims in _ways(call)]
     if not spread:
         raise NotApplicable("no sample has two rows to share out")
@@ -81,7 +81,7 @@ def _results(call: Call, tensors: Any) -> list[Any]:
 
 
 def _together(work: Callable[[Any], None]) -> None:
-    """Call ``work`` with a mesh in as many threads, each of them a process of one group to torch."""
+    """Call ``work`` with a mesh in ``WORLD`` threads, which torch takes for the processes of one group."""
     from torch.distributed.device_mesh import init_device_mesh
 
     dist: Any = torch.distributed
@@ -96,7 +96,7 @@ def _together(work: Callable[[Any], None]) -> None:
             failures.append(error)
             end_waiting(error)
         except SystemExit:
-            pass  # the error of another thread has ended this one
+            pass  # another thread's error has ended this one
         finally:
             dist.destroy_process_group()
 

@@ -326,7 +326,7 @@ def compiled(case: Case) -> str:
 
 @capability("compiled composition", of_dispatch=True)
 def compiled_composition(case: Case) -> None:
-    """What a compiler is given in place of a registered op equals eager in every dtype, and for NaN and infinities."""
+    """The composition that replaces an op under compilation equals eager in every dtype, and for NaN and infinities."""
     if not _composed(case):
         raise NotApplicable("a compiler is given the registered ops as they are")
     kinds = ["as given", *(kind for kind in ("NaN", "infinite") if kind not in case.info.not_fuzzed)]

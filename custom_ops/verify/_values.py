@@ -132,7 +132,7 @@ def float16(case: Case) -> None:
 
 @capability("autocast", of_dispatch=True)
 def autocast(case: Case) -> str:
-    """With float32 inputs under autocast, gradients are float32, results near those without, of the dtype promised."""
+    """Under autocast float32 inputs get float32 gradients, and results near those without it, of the promised dtype."""
     dtypes = set()
     for call in case.differentiable_calls(torch.float32):
         expected = call(*call.inputs)
@@ -155,7 +155,7 @@ def autocast(case: Case) -> str:
 
 
 def _check_promise(case: Case, call: Call, low: torch.dtype, promised: torch.dtype) -> None:
-    """Whatever the dtype of the inputs."""
+    """Check that the outputs have the promised dtype for float32 and for 16-bit inputs."""
     for dtype in (torch.float32, low):
         inputs = [x.detach().to(dtype).requires_grad_() for x in call.inputs]
         with torch.autocast(case.device.type, dtype=low):

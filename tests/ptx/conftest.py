@@ -1,4 +1,4 @@
-"""Here Triton compiles its kernels, and nothing interprets them."""
+"""These tests compile Triton's kernels instead of interpreting them."""
 
 import pytest
 

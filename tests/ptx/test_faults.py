@@ -1,4 +1,4 @@
-"""Faults planted in Triton kernels: each is named, with the kernel, the instruction and the line of Python."""
+"""Faults planted in Triton kernels: the error names each fault, the kernel, the instruction and the line of Python."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRID = (triton.cdiv(N, BLOCK),)
 
 @triton.jit
 def reverse_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """Each block backwards: through shared memory, which takes a barrier."""
+    """Reverse each block through shared memory, which takes a barrier."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0)
     tl.store(out_ptr + at, tl.flip(x, 0), mask=at < n)
@@ -57,7 +57,7 @@ def unmasked_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def exchange_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
-    """Neighbours through global memory; without a barrier, one thread reads before another has written."""
+    """Exchange neighbours through global memory. Without a barrier, one thread reads before another has written."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < n, other=0), mask=at < n)
     if BARRIER:
@@ -70,7 +70,7 @@ def exchange_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, BARRIER: tl.constexp
 
 @triton.jit
 def overlapping_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """The blocks of two programs share an element."""
+    """Let the blocks of two programs share an element."""
     at = tl.program_id(0) * (BLOCK - 1) + tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < n, other=0) + tl.program_id(0), mask=at < n)
 
@@ -92,14 +92,14 @@ def counting_kernel(counter_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def colliding_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """Two elements of a block are stored to one place."""
+    """Store two elements of a block to one place."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + at // 2, tl.load(x_ptr + at, mask=at < n, other=0), mask=at < n)
 
 
 @triton.jit
 def fused_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """Of each product and the one it is added to first, only one is rounded, and not the same in all threads."""
+    """Sum products by fused multiply-adds, which round one product of each pair; threads differ in which one."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0)
     tl.store(out_ptr + tl.program_id(0), tl.sum(x * x))
@@ -107,7 +107,7 @@ def fused_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def running_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """A prefix sum that takes the programs to run one after another."""
+    """Compute a prefix sum that assumes that the programs run one after another."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     before = tl.load(out_ptr + tl.program_id(0) * BLOCK - 1, mask=tl.program_id(0) > 0, other=0)
     tl.store(out_ptr + at, before + tl.cumsum(tl.load(x_ptr + at, mask=at < n, other=0)), mask=at < n)
@@ -115,7 +115,7 @@ def running_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["shift"])
 def shifted_kernel(x_ptr, out_ptr, shift, BLOCK: tl.constexpr):
-    """It tells the compiler what isn't so of an odd shift."""
+    """Tell the compiler that an odd shift is a multiple of 4."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     moved = tl.max_contiguous(tl.multiple_of(at + shift, 4), 4)
     tl.store(out_ptr + at, tl.load(x_ptr + moved))
@@ -129,7 +129,7 @@ def spinning_kernel(flag_ptr):
 
 @triton.jit
 def chained_kernel(x_ptr, flag_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """A prefix sum in which each program waits for the one before it."""
+    """Compute a prefix sum in which each program waits for the one before it."""
     program = tl.program_id(0)
     at = program * BLOCK + tl.arange(0, BLOCK)
     sums = tl.cumsum(tl.load(x_ptr + at, mask=at < n, other=0))
@@ -143,7 +143,7 @@ def chained_kernel(x_ptr, flag_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def last_kernel(out_ptr):
-    """The last program to come wins."""
+    """Let the last program win."""
     tl.atomic_xchg(out_ptr, tl.program_id(0))
 
 
@@ -166,14 +166,14 @@ def launch(kernel, dtype=torch.float32, **options):
 
 
 def line_of(kernel, text):
-    """The place of the first line of a kernel with this text."""
+    """Return the file and line of the first line of a kernel with this text."""
     file, first = kernel.fn.__code__.co_filename, kernel.fn.__code__.co_firstlineno
     lines = Path(file).read_text().splitlines()
     return next(f"{file}:{i}" for i, line in enumerate(lines, 1) if i >= first and text in line)
 
 
 def without(pattern):
-    """Takes an instruction out of every kernel."""
+    """Return an edit that removes an instruction from every kernel."""
 
     def edit(ptx):
         edited, count = re.subn(pattern, "", ptx)
@@ -243,7 +243,7 @@ def test_a_read_of_what_nothing_has_written():
             copy_kernel[GRID](x, out, N, BLOCK=BLOCK)
         assert found.value.source == line_of(copy_kernel, "tl.load")
         copy_kernel[GRID](out, torch.empty(N), N // 2, BLOCK=BLOCK)
-        with pytest.raises(UninitializedError):  # what a kernel has left unwritten
+        with pytest.raises(UninitializedError):  # the first kernel left this half unwritten
             copy_kernel[GRID](out, torch.empty(N), N, BLOCK=BLOCK)
 
 
@@ -291,7 +291,7 @@ def test_a_result_that_depends_on_the_order():
     with emulate(orders=2), pytest.raises(OrderError, match="byte 0 of out_ptr"):
         last_kernel[(64,)](torch.zeros(1, dtype=torch.int32))
     x, out = torch.randn(N, generator=torch.Generator().manual_seed(0)), torch.zeros(1)
-    with emulate(orders=8), pytest.raises(OrderError):  # sums of floating-point numbers
+    with emulate(orders=8), pytest.raises(OrderError):  # the order of floating-point sums changes them
         total_kernel[GRID](x, out, N, BLOCK=BLOCK)
     with emulate():
         total_kernel[GRID](x, out, N, BLOCK=BLOCK)
@@ -308,7 +308,7 @@ def test_a_misaligned_access():
 
 def test_part_of_a_warp():
     def guarded(ptx):
-        """Only the even threads take part in the first exchange."""
+        """Let only the even threads take part in the first exchange."""
         return re.sub(
             r"shfl\.sync",
             "{ .reg .pred odd; .reg .b32 bit; mov.u32 bit, %tid.x; and.b32 bit, bit, 1; setp.eq.u32 odd, bit, 1;"

@@ -1,4 +1,4 @@
-"""Each instruction that the emulator knows, beside NumPy."""
+"""Each instruction that the emulator knows, compared with NumPy."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ RNG = np.random.default_rng(0)
 
 
 def run(body, inputs, outputs, threads=THREADS, shared=0, seed=0, grid=(1, 1, 1)):
-    """Give each thread one element of each of the inputs (%a0, ...); the outputs (%o0, ...) that it leaves.
+    """Give each thread one element of each input (%a0, ...), and return the outputs (%o0, ...).
 
-    ``outputs`` are dtypes.
+    ``outputs`` are their dtypes.
     """
     registers = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
     arrays = [*inputs, *(np.zeros(threads, dtype) for dtype in outputs)]
@@ -50,7 +50,7 @@ def run(body, inputs, outputs, threads=THREADS, shared=0, seed=0, grid=(1, 1, 1)
 
 
 def draw(name, count=THREADS):
-    """Numbers of a type: random bits, small numbers, and the edges."""
+    """Return numbers of a type: random bits, small numbers and edge cases."""
     type_ = Type.of(name)
     dtype = UNSIGNED[type_.bits]
     bits = RNG.integers(0, 2**type_.bits, count, dtype=np.uint64).astype(dtype)
@@ -66,7 +66,7 @@ def draw(name, count=THREADS):
 
 
 def same(got, want, type_):
-    """Bit by bit, but for what NaN looks like."""
+    """Compare bit by bit, except the bits of NaN."""
     got, want = type_.read(got), np.asarray(want)
     if type_.floating:
         nan = np.isnan(want)
@@ -78,7 +78,7 @@ def same(got, want, type_):
 
 
 def each(text, function, *names, result=""):
-    """An instruction with operands of these types; what it gives is of the first, or of another."""
+    """Compare an instruction on operands of these types with its function. ``result`` is by default the first type."""
     types, to = [Type.of(name) for name in names], Type.of(result or names[0])
     inputs = [draw(name) for name in names]
     operands = ", ".join(f"%a{i}" for i in range(len(names)))
@@ -92,7 +92,7 @@ FLOATS = ["f16", "bf16", "f32", "f64"]
 
 
 def one_by_one(function, dtype):
-    """A function of Python's integers, whose result keeps the low bits."""
+    """Apply a function of Python's integers to each element, and keep the result's low bits."""
     unsigned = UNSIGNED[8 * np.dtype(dtype).itemsize]
 
     def every(*columns):
@@ -147,7 +147,7 @@ def test_shifts_and_fields(name):
         return
 
     def field(a, position, length):
-        """What lies past the number's end is zero, or if it is signed its sign."""
+        """Return the field; bits past the number's end are zeros or copies of the sign."""
         unsigned = a & ((1 << width) - 1)
         if dtype.kind == "u":
             return unsigned >> position & ((1 << length) - 1)
@@ -207,7 +207,7 @@ def test_bits_of_several_operands():
 
 
 def rounded(function, name):
-    """A function whose result is rounded to a type."""
+    """Round a function's results to a type."""
     type_ = Type.of(name)
 
     def near(*numbers):
@@ -241,7 +241,7 @@ def test_floating_point(name):
 
 
 def extremum(function, least):
-    """Zeros have an order, too."""
+    """Order -0 before +0."""
 
     def every(a, b):
         negative = np.signbit(a) | np.signbit(b) if least else np.signbit(a) & np.signbit(b)
@@ -251,7 +251,7 @@ def extremum(function, least):
 
 
 def exactly(a, b, c):
-    """``a * b + c`` as a double that rounds to fewer bits as the exact sum does."""
+    """Return ``a * b + c`` as a double that rounds to fewer bits like the exact sum."""
     result = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
     flat, rows = result.ravel(), zip(a.ravel(), b.ravel(), c.ravel())
     for i, row in enumerate(rows):
@@ -289,7 +289,7 @@ def test_packed_comparison():
 
 
 def test_fused_multiply_add_in_double():
-    """By rational numbers: cancellation, over- and underflow."""
+    """Compare with rational numbers: cancellation, overflow and underflow."""
     size = 3000
     a, b = (RNG.standard_normal(size) * 2.0 ** RNG.integers(-40, 40, size) for _ in range(2))
     near = -a * b * (1 + RNG.integers(-3, 3, size) * 2.0**-52)
@@ -309,7 +309,7 @@ def test_fused_multiply_add_in_double():
 
 
 def test_a_sum_rounded_once():
-    """In double precision it is halfway between two singles, but for a bit far below."""
+    """In double precision the sum is halfway between two singles, except for a bit far below."""
     x = np.float32([1 + 2.0**-12])
     assert fma(x, x, np.float32([2.0**-60]), Type.of("f32")) == np.float32(1 + 2.0**-11 + 2.0**-23)
     assert fma(x, x, np.float32([-(2.0**-60)]), Type.of("f32")) == np.float32(1 + 2.0**-11)
@@ -413,7 +413,7 @@ def test_flushing():
     ],
 )
 def test_approximations(text, function, relative, absolute):
-    """Within the bounds, most of the way to them, the same for the same number, another one for another seed."""
+    """Errors are within the bounds and come near them; they depend on the number and on the seed only."""
     x = np.abs(RNG.standard_normal(THREADS)).astype(np.float32) * 3
     x[1::2] = x[::2]
     (got,) = run(f"{text} %o0, %a0;", [x], [np.float32])
@@ -515,7 +515,7 @@ def test_shared_memory_and_barriers():
 
 
 def test_matrices():
-    """ldmatrix and stmatrix, which are each other's inverse, transposed or not."""
+    """ldmatrix and stmatrix invert each other, both plain and transposed."""
     a = RNG.integers(0, 2**32, 32, dtype=np.uint64).astype(np.uint32)
     body = """.shared .align 16 .b8 space[512]; mov.u32 %r1, space; and.b32 %r2, %id, 7; shl.b32 %r2, %r2, 4;
     add.u32 %r1, %r1, %r2; {} bar.warp.sync -1; {}"""
@@ -545,7 +545,7 @@ def test_atomic_operations(text, function):
     a = draw("b32")
     start = np.zeros(THREADS, np.uint32)
     start[:4] = a[:4]
-    # Four counters, to each of which every fourth thread adds.
+    # There are four counters; every fourth thread adds to the same one.
     body = f"""bar.sync 0; and.b32 %r1, %id, 3; shl.b32 %r1, %r1, 2; cvt.u64.u32 %d1, %r1; ld.param.u64 %d2, [p1];
     add.u64 %d1, %d1, %d2; atom.global.gpu.acq_rel.{text} %r2, [%d1], %a0; mov.b32 %o0, %r2;"""
     counters = start.copy()

@@ -1,4 +1,4 @@
-"""The tests of single launchers, of whole tensors in many programs, on the emulator."""
+"""The tests of single launchers run on the emulator, with whole tensors in many programs."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The battery's rows about numbers on the emulated kernels, and shapes that take several blocks and tiles."""
+"""The battery's rows about numbers, and shapes that take several blocks and tiles, on the emulated kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from custom_ops.verify._case import Call, Case, check_close, describe, grads, ra
 from custom_ops.verify._values import double, resized
 
 QUICK = ("value", "gradient", "float32")
-TIMES = {"activation": 150, "shaping": 150, "ranking": 30, "voxel": 200}  # how much longer than a sample
+TIMES = {"activation": 150, "shaping": 150, "ranking": 30, "voxel": 200}  # factors from the length of a sample
 
 
 @pytest.mark.parametrize("op", REGISTRY)
@@ -24,7 +24,7 @@ def test_numbers(op: str, full: bool) -> None:
 
 
 def longer(call: Call, times: int) -> Call:
-    """Rows so many times as long, of numbers that differ; lists are given by their boundaries, or by rows."""
+    """Return the call with rows that many times as long, of different numbers; lists keep their count."""
     generator = torch.Generator().manual_seed(0)
     row, tensors = call.tensors[0].shape[-1:], []
     for key, tensor in zip(call.keys, call.tensors):
@@ -40,7 +40,7 @@ def longer(call: Call, times: int) -> Call:
 
 
 def kinds(calls: list[Call]) -> Iterator[Call]:
-    """The first call of each set of arguments by name."""
+    """Yield the first call of each set of argument names."""
     seen: set[tuple[Any, ...]] = set()
     for call in calls:
         given = tuple(name for name, value in call.sample.kwargs.items() if isinstance(value, torch.Tensor))

@@ -1,9 +1,9 @@
-"""An emulator for Triton kernels: what is compiled for a GPU runs on the CPU, and faults that a GPU hides are named.
+"""An emulator for Triton kernels: it runs their compiled GPU code on the CPU, and names faults that a GPU hides.
 
     >>> from custom_ops.verify.ptx import RaceError, emulate
 
-It takes any ``@triton.jit`` kernel, launched as ever within `emulate`, on tensors of the CPU. Each kind of fault is an
-exception of its own, of the class `PtxError`.
+It takes any ``@triton.jit`` kernel that is launched as usual within `emulate`, on CPU tensors. Each kind of fault is
+an exception of its own, a subclass of `PtxError`.
 """
 
 from custom_ops.verify.ptx.driver import emulate

@@ -1,4 +1,4 @@
-"""The instructions that compute: each thread from its own registers."""
+"""Arithmetic instructions: each thread computes from its own registers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ F64 = Type("f", 64)
 
 
 def elementwise(d: Decoder, type_: Type, function: Callable[..., Array], *fetches: Fetch) -> Run:
-    """``function`` of what is fetched, into the first operand."""
+    """Write ``function`` of the fetched operands to the first operand."""
     put = d.target(type_)
     if len(fetches) == 1:
         (only,) = fetches
@@ -42,9 +42,9 @@ def elementwise(d: Decoder, type_: Type, function: Callable[..., Array], *fetche
 
 
 def rounding(d: Decoder, type_: Type, function: Callable[..., Array], *fetches: Fetch) -> Run:
-    """The same for floating-point numbers, rounded to nearest, with ``.ftz`` and ``.sat``.
+    """Do the same for floating-point numbers, rounded to nearest, with ``.ftz`` and ``.sat``.
 
-    All NaN are one: which operand a processor takes it from depends on their order, and a GPU has one of its own.
+    Every NaN in a result becomes the canonical one, because CPUs and GPUs choose a NaN's bits differently.
     """
     d.take("rn")
     ftz = "ftz" in d.modifiers and type_.dtype == np.float32
@@ -81,7 +81,7 @@ def _sum(d: Decoder) -> Run:
 
 
 def high(a: Array, b: Array) -> Array:
-    """The upper half of a product of integers."""
+    """Return the upper half of a product of integers."""
     width = 8 * a.dtype.itemsize
     if width < 64:
         wide = np.dtype(f"{a.dtype.kind}{width // 4}")
@@ -159,7 +159,7 @@ def _quotient(d: Decoder) -> Run:
 
 
 def divide(a: Array, b: Array) -> Array:
-    """Towards zero; by zero, all bits: PTX leaves that open."""
+    """Divide, rounding towards zero. A quotient by zero is all ones; PTX leaves it unspecified."""
     quotient = np.floor_divide(a, np.where(b == 0, b.dtype.type(1), b))
     if a.dtype.kind == "i":
         quotient = quotient + ((quotient < 0) & (quotient * b != a)).astype(a.dtype)
@@ -183,7 +183,7 @@ def _extremum(d: Decoder) -> Run:
 
 
 def extremum(a: Array, b: Array, least: bool, with_nan: bool) -> Array:
-    """The negative one of two zeros is the less; NaN is the other number, unless asked for."""
+    """Return the minimum or maximum. It orders -0 before +0, and ignores a NaN unless ``with_nan``."""
     function: Any = (np.minimum if with_nan else np.fmin) if least else (np.maximum if with_nan else np.fmax)
     result = function(a, b)
     zeros = (a == 0) & (b == 0)
@@ -254,7 +254,7 @@ def _extract(d: Decoder) -> Run:
     width = type_.width
 
     def extract(a: Array, position: Array, length: Array) -> Array:
-        """Past the number's end are zeros, or copies of its sign."""
+        """Return the field; bits past the number's end are zeros or copies of the sign."""
         position, length = position & np.uint32(255), length & np.uint32(255)
         inside = np.minimum(position + length, np.uint32(width)) - np.minimum(position, np.uint32(width))
         moved = a >> np.minimum(position, np.uint32(width - 1)).astype(a.dtype)
@@ -367,7 +367,7 @@ def _convert_address(d: Decoder) -> Run:
     )
 
 
-WINDOWS = {"global": 0, "const": 0, "shared": 1 << 60, "local": 1 << 61}  # where generic addresses of each begin
+WINDOWS = {"global": 0, "const": 0, "shared": 1 << 60, "local": 1 << 61}  # the first generic addresses
 
 
 def _choose(a: Array, b: Array, first: Array) -> Array:
@@ -456,7 +456,7 @@ def _convert(d: Decoder) -> Run:
     integral = d.take(*_TO_INTEGER)
     d.take("rn")
     saturate = bool(d.take("sat"))
-    if target.lanes == 2 and source.lanes == 1:  # two numbers into one register, the first on top
+    if target.lanes == 2 and source.lanes == 1:  # packs two numbers into one register, the first in the upper half
         upper, lower = d.source(1, source), d.source(2, source)
         return elementwise(d, target, lambda a, b: np.stack(np.broadcast_arrays(b, a), -1), upper, lower)
     if target.lanes != source.lanes:
@@ -485,7 +485,7 @@ def _convert(d: Decoder) -> Run:
 
 
 def to_integer(x: Array, target: Type, wide: bool) -> Array:
-    """Whole numbers, clamped; NaN is zero between 32-bit types, and otherwise the sign's bit."""
+    """Return clamped integers. NaN becomes zero between 32-bit types, and the sign bit otherwise."""
     limits = np.iinfo(target.dtype)
     x = x.astype(np.float64)
     above, below, nan = x >= float(limits.max), x <= float(limits.min), np.isnan(x)
@@ -503,7 +503,7 @@ def _saturated(x: Array, target: Type) -> Array:
 
 
 def _to_tf32(d: Decoder) -> Run:
-    """float32 with ten bits of mantissa, kept in 32 bits."""
+    """Convert float32 to TF32: ten bits of mantissa, kept in 32 bits."""
     source, nearest = d.type(), d.take("rna", "rn")
     d.take("tf32")
     if source != F32 or not nearest:
@@ -528,7 +528,7 @@ def approximate(
     fetches: list[Fetch] | None = None,
     type_: Type = F32,
 ) -> Run:
-    """``exact``, which gives float64, with a random error within the bounds."""
+    """Write ``exact``, computed in float64, with a random error within the bounds."""
     flushes = "ftz" in d.modifiers
     fetches = d.flushing(type_, *(fetches or [d.source(1, type_)]))
     put = d.target(type_)
@@ -579,6 +579,6 @@ def _function(d: Decoder) -> Run:
 
 
 def coarse(x: Array) -> Array:
-    """The upper half of a double's bits; subnormal numbers are zeros."""
+    """Return doubles whose lower 32 bits are zero, with subnormal numbers flushed to zero."""
     x = np.where(np.abs(x) < 2.0**-1022, np.copysign(0.0, x), x)
     return (x.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)

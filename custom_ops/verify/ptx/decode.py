@@ -1,7 +1,7 @@
-"""From an instruction's text to functions that fetch its operands and put its results.
+"""Decodes an instruction's text into functions that fetch its operands and write its results.
 
-A builder, registered with `builds`, makes of an `Instruction` what a `Machine` runs. It takes each modifier that it
-knows from its `Decoder`; one that is left over makes the instruction unknown.
+A builder, registered with `builds`, turns an `Instruction` into a function for a `Machine` to run. It takes each
+modifier that it knows from its `Decoder`; a modifier that is left over makes the instruction unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from custom_ops.verify.ptx.program import Address, Immediate, Instruction, Opera
 if TYPE_CHECKING:
     from custom_ops.verify.ptx.machine import Machine
 
-_GARBAGE = 0x7FF4DEAD7FC0BEEF  # in registers that nothing has written
+_GARBAGE = 0x7FF4DEAD7FC0BEEF  # the value of registers that nothing has written
 
 
 def garbage(width: int) -> Any:
@@ -30,7 +30,7 @@ Put = Callable[["Machine", Array], None]
 Builder = Callable[["Decoder"], Run]
 
 BUILDERS: dict[str, Builder] = {}
-CONTROL = {"bra", "ret", "exit", "bar", "barrier"}  # which the machine's scheduler runs itself
+CONTROL = {"bra", "ret", "exit", "bar", "barrier"}  # instructions that the machine's scheduler runs itself
 OF_WARPS = {"shfl", "redux", "vote", "ldmatrix", "stmatrix", "elect", "mma", "match", "activemask"}
 
 
@@ -45,7 +45,7 @@ def builds(*names: str) -> Callable[[Builder], Builder]:
 
 
 def decode(instruction: Instruction) -> Run:
-    """What a machine runs for this instruction, or the error that it isn't known."""
+    """Return the function that a machine runs for this instruction; raise if the instruction is unknown."""
     builder = BUILDERS.get(instruction.name)
     if builder is None:
         raise instruction.unknown()
@@ -57,7 +57,7 @@ def decode(instruction: Instruction) -> Run:
 
 
 class Decoder:
-    """An instruction of which the modifiers are taken one after another."""
+    """An instruction whose modifiers are taken one after another."""
 
     def __init__(self, instruction: Instruction) -> None:
         self.instruction = instruction
@@ -65,7 +65,7 @@ class Decoder:
         self.modifiers = list(instruction.modifiers)
 
     def take(self, *names: str) -> str:
-        """The first modifier of these names, which is then done with; or nothing."""
+        """Remove and return the first modifier with one of these names, or return ""."""
         for modifier in self.modifiers:
             if modifier in names:
                 self.modifiers.remove(modifier)
@@ -73,11 +73,11 @@ class Decoder:
         return ""
 
     def drop(self, *prefixes: str) -> None:
-        """Modifiers that change no result, such as hints to caches."""
+        """Remove modifiers that change no result, such as cache hints."""
         self.modifiers = [m for m in self.modifiers if not m.startswith(prefixes)]
 
     def type(self) -> Type:
-        """The last modifier, as a type."""
+        """Remove the last modifier and return it as a type."""
         found = Type.of(self.modifiers[-1]) if self.modifiers else None
         if found is None:
             raise self.instruction.unknown("type")
@@ -100,13 +100,13 @@ class Decoder:
         return self.put(self.operand(place), type_)
 
     def flushing(self, type_: Type, *fetches: Fetch) -> list[Fetch]:
-        """The same with subnormal numbers as zeros, if the instruction says ``.ftz``."""
+        """Return the same operands with subnormal numbers flushed to zero, if the instruction has ``.ftz``."""
         if not self.take("ftz") or type_.dtype != np.float32:
             return [*fetches]
         return [_flushed(fetch) for fetch in fetches]
 
     def fetch(self, operand: Operand | None, type_: Type) -> Fetch:
-        """Reads an operand as numbers of a type."""
+        """Return a function that reads an operand as numbers of a type."""
         if isinstance(operand, Register):
             return self._fetch_register(operand, type_)
         if isinstance(operand, Immediate):
@@ -134,7 +134,7 @@ class Decoder:
 
         def bits(m: Machine) -> Array:
             held = m.registers[index]
-            if held is None:  # LLVM's undefined value, which may be any
+            if held is None:  # LLVM's undefined value may be any value
                 return undefined
             return held if m.lanes is None or not held.ndim else held[m.lanes]
 
@@ -147,7 +147,7 @@ class Decoder:
         return lambda m: read(bits(m))
 
     def put(self, operand: Operand | None, type_: Type) -> Put:
-        """Writes numbers of a type to a register; those of a vector are its parts from the lowest bits on."""
+        """Return a function that writes numbers of a type to a register or to a vector's parts, lowest bits first."""
         if operand is None:
             return lambda m, numbers: None
         if isinstance(operand, Register):
@@ -176,7 +176,7 @@ class Decoder:
         raise self.instruction.unknown("target")
 
     def address(self, place: int) -> Fetch:
-        """The sum of ``[base + offset]``, signed."""
+        """Return a function that computes ``base + offset`` as signed numbers."""
         operand = self.operand(place)
         if not isinstance(operand, Address):
             raise self.instruction.unknown("address")

@@ -1,4 +1,4 @@
-"""Triton's launches on the emulator: its own compiler and argument binder, with a driver of ours below."""
+"""Runs Triton's launches on the emulator, with Triton's own compiler and argument binder and our driver below them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from custom_ops.verify.ptx.machine import Kernel
 from custom_ops.verify.ptx.memory import POISON, GlobalMemory
 from custom_ops.verify.ptx.numbers import Array
 
-_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes that a program may have
-_FIRST_DEVICE = 1000  # numbers that no GPU has: what Triton compiles for it is kept by the device's number
+_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes for each program
+_FIRST_DEVICE = 1000  # device numbers that no GPU has, because Triton caches its kernels by the device's number
 
 
 @contextmanager
@@ -35,13 +35,13 @@ def emulate(
     every_config: bool = False,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[None]:
-    """Within the context every Triton kernel that is launched runs on the CPU, as compiled for an NVIDIA GPU.
+    """Run every Triton kernel that is launched within the context on the CPU, as compiled for an NVIDIA GPU.
 
-    Triton compiles it to PTX, and an emulator executes that on tensors of the CPU: all threads, in programs that run
-    in random order. It raises a `PtxError` for what a GPU may do silently wrong: accesses out of bounds or misaligned,
-    reads of what nothing has written (`torch.empty` included), races within and between programs, barriers and
-    warp-wide instructions that only some threads reach. Approximate instructions get a random error within the bounds
-    that NVIDIA documents. An instruction that the emulator doesn't know is an `UnknownInstructionError`.
+    Triton compiles it to PTX, and an emulator executes the PTX on CPU tensors: all threads, in programs that run in
+    random order. It raises a `PtxError` for faults that a GPU may hide: misaligned accesses or accesses out of bounds,
+    reads of unwritten memory (`torch.empty` included), races within and between programs, and barriers and warp-wide
+    instructions that only some threads reach. Approximate instructions get a random error within the bounds that
+    NVIDIA documents. An instruction that the emulator doesn't know is an `UnknownInstructionError`.
 
     Args:
         seed: of the order of programs, and of the errors of approximate instructions.
@@ -54,7 +54,7 @@ def emulate(
 
     Raises:
         RuntimeError: under ``TRITON_INTERPRET=1``, where Triton compiles nothing.
-        PtxError: at a launch, see above.
+        PtxError: if a launch has a fault, see above.
 
     Example:
         >>> from custom_ops.verify.ptx import emulate
@@ -86,16 +86,16 @@ class _Options:
 
 
 def _stop_at_ptx(*args: Any) -> Any:
-    """Triton's hook into its stages: what it takes for machine code is the PTX, which spares the assembler."""
+    """Replace Triton's machine code by the PTX, so that Triton doesn't need the assembler."""
     if not args:
-        return "ptx", "ptx"  # part of the cache's key
+        return "ptx", "ptx"  # a part of the cache's key
     _, stages, *_ = args
     stages["cubin"] = lambda ptx, metadata: ptx.encode()
     return None
 
 
 class Driver:
-    """What Triton's runtime asks a driver for."""
+    """The methods that Triton's runtime calls on a driver."""
 
     def __init__(self, options: _Options) -> None:
         self.options = options
@@ -154,7 +154,7 @@ class Driver:
         pass
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[None, str, int, int, int]:
-        """The module, the function, registers and spills, and how many threads a program may have."""
+        """Return the module, the function, registers and spills, and the largest number of threads in a program."""
         return None, ptx.decode(), 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Launcher:
@@ -165,7 +165,7 @@ _kernel = functools.lru_cache(maxsize=1024)(Kernel)
 
 
 class Launcher:
-    """One compiled kernel's launches, on the emulator that is then active."""
+    """The launches of one compiled kernel, on the active emulator."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.metadata = metadata
@@ -217,7 +217,7 @@ class Launcher:
 
 
 def _flat(name: str, type_: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
-    """The arguments that a kernel has parameters for; a tuple has one for each of its parts."""
+    """Yield the arguments that a kernel has parameters for; a tuple gives one for each of its parts."""
     if isinstance(type_, tuple | list):
         for place, (one, part) in enumerate(zip(type_, value)):
             yield from _flat(f"{name}[{place}]", one, part)
@@ -231,7 +231,7 @@ _FORMATS = {"fp16": "e", "fp32": "f", "f32": "f", "fp64": "d"}
 
 
 def _encoded(type_: str, value: Any, size: int, memory: GlobalMemory) -> bytes:
-    """An argument as the bytes of its parameter."""
+    """Return an argument as the bytes of its parameter."""
     if isinstance(value, Tensor):
         return memory.address(value).to_bytes(8, "little")
     if type_.startswith("*"):
@@ -259,7 +259,7 @@ def _compare(kernel: Kernel, one: GlobalMemory, other: GlobalMemory) -> None:
 
 @contextmanager
 def _poisoned_allocations() -> Iterator[None]:
-    """Memory that PyTorch allocates without writing to it holds `POISON`, by which it is known."""
+    """Fill memory that PyTorch allocates uninitialised with `POISON`, which marks it as unwritten."""
     with ExitStack() as stack:
         for owner, name in (
             (torch, "empty"),
@@ -280,7 +280,7 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout is torch.strided:
             try:
                 storage = tensor.untyped_storage()
-            except NotImplementedError:  # a tensor of torch.func, which wraps one that comes here, too
+            except NotImplementedError:  # torch.func's wrappers have no storage; their tensors come here, too
                 return tensor
             if storage.nbytes() >= 8:
                 whole = torch.tensor((), dtype=torch.uint8).set_(storage)

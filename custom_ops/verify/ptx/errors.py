@@ -1,4 +1,4 @@
-"""What the emulator finds, one class for each kind of fault."""
+"""The faults that the emulator finds, one class for each kind."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ class PtxError(RuntimeError):
     """A fault of a kernel as compiled; its message names kernel, instruction, source line, program and thread.
 
     Attributes:
-        fault: what is wrong, in words.
+        fault: a description of the fault.
         kernel: the kernel's name.
         instruction: the text of the PTX instruction.
-        source: ``file:line`` of the Python that it was compiled from, then of the callers that it was inlined into.
-        program: the three-dimensional index of the program, if it is of one.
-        thread: the number of the thread within its program, if it is of one.
+        source: ``file:line`` of its Python source, then of the callers that it was inlined into.
+        program: the three-dimensional index of the program, if a program made the fault.
+        thread: the number of the thread within its program, if a thread made the fault.
 
     Example:
         >>> from custom_ops.verify.ptx import PtxError, RaceError

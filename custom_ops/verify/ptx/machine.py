@@ -1,4 +1,4 @@
-"""Runs a program's threads: all of some programs of a launch in lockstep, the others before or after them."""
+"""Runs a launch: the threads of a group of programs run in lockstep, and the groups run one after another."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from custom_ops.verify.ptx.numbers import UNSIGNED, Array
 from custom_ops.verify.ptx.program import Immediate, Instruction, Symbol, parse
 
 WARP = 32
-LANES = 1 << 13  # threads that run in lockstep, about
-PATIENCE = 1 << 10  # looks at memory that nothing changes, after which nothing is taken to change it ever
+LANES = 1 << 13  # threads that run in lockstep, approximately
+PATIENCE = 1 << 10  # reads of unchanged memory after which a waiting thread counts as deadlocked
 
 
 @dataclass(frozen=True)
 class Step:
-    """An instruction, decoded: ``run`` for its active threads, or the place that it branches to."""
+    """A decoded instruction: ``run`` for its active threads, or the place that it branches to."""
 
     instruction: Instruction
-    kind: str  # "bra", "exit", "bar", "warp", or nothing
+    kind: str  # "bra", "exit", "bar", "warp" or ""
     run: Run | None
     to: int = -1
-    guard: Fetch | None = None  # the predicate without which it does nothing
+    guard: Fetch | None = None  # the predicate of the threads that execute it
 
 
 class Kernel:
-    """A program that can be launched: decoded once, and with what is known of its accesses."""
+    """A decoded program that can be launched, with the narrowest access to each kind of memory."""
 
     def __init__(self, ptx: str) -> None:
         self.program = parse(ptx)
@@ -92,7 +92,7 @@ class Kernel:
         seed: int,
         strict: bool,
     ) -> None:
-        """Run all programs, in an order that ``order`` chooses; ``seed`` is that of the approximations' errors."""
+        """Run all programs in an order drawn from ``order``, with approximation errors drawn from ``seed``."""
         rng = np.random.default_rng(order)
         launch = Launch(self, memory, parameters, grid, shared, seed, rng, strict)
         programs = rng.permutation(grid[0] * grid[1] * grid[2])
@@ -108,7 +108,7 @@ def blame(error: PtxError, kernel: Kernel, instruction: Instruction) -> PtxError
 
 @dataclass
 class Launch:
-    """What all programs of one launch share."""
+    """The state that all programs of one launch share."""
 
     kernel: Kernel
     memory: GlobalMemory
@@ -123,7 +123,7 @@ class Launch:
     known: dict[int, dict[int, int]] = field(default_factory=dict)  # program: until when it knows of each other one
 
     def synchronise(self, programs: Array, places: Array, acquire: bool, release: bool) -> None:
-        """An atomic operation of one thread of each program: what one releases there, the next to acquire it knows."""
+        """Let each program that acquires a place learn of the accesses that others did before they released it."""
         for program, place in zip(programs.tolist(), places.tolist()):
             mine = self.known.setdefault(program, {})
             if acquire:
@@ -141,8 +141,8 @@ def _learn(mine: dict[int, int], theirs: dict[int, int]) -> None:
 class Machine:
     """The registers and shared memory of the programs that run together.
 
-    ``lanes`` are the threads that the current instruction is for, or None for all of them. A register holds an array
-    with one number for each thread, or a scalar where all threads have the same.
+    ``lanes`` are the threads that execute the current instruction, or None for all of them. A register holds an array
+    with one number for each thread, or a scalar if all threads have the same number.
     """
 
     def __init__(self, launch: Launch, programs: Array) -> None:
@@ -152,17 +152,17 @@ class Machine:
         self.programs = programs
         threads = np.arange(program.threads, dtype=np.uint32)
         self.thread = np.tile(threads, len(programs))
-        self.place = np.repeat(np.arange(len(programs)), program.threads)  # of its program among these
+        self.place = np.repeat(np.arange(len(programs)), program.threads)  # each thread's program
         self.program = programs[self.place]
         self.number = (self.program * program.threads + self.thread).astype(np.int64)
         self.phase, self.warp_phase = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
         self.registers: list[Array | None] = [None] * len(program.widths)
         self.lanes: Array | None = None
         self.live = np.ones(self.size, bool)
-        self.spun = False  # whether the threads may have looked in vain for what others write
+        self.spun = False  # True if threads may have waited in vain for writes
         self.local_symbols: dict[str, int] = {}
-        self.arguments: dict[str, int] = {}  # of a call
-        self.exchanges: dict[tuple[str, int, int], tuple[Array, Array]] = {}  # whom `shfl` brings each thread's from
+        self.arguments: dict[str, int] = {}  # arguments of the next call
+        self.exchanges: dict[tuple[str, int, int], tuple[Array, Array]] = {}  # the source threads of each `shfl`
         granules = launch.kernel.granules
         self.shared = PrivateMemory(
             self._lay_out(program.shared, launch.shared), len(programs), granules["shared"], "shared", self.rng
@@ -171,7 +171,7 @@ class Machine:
         self._special = self._special_registers()
 
     def _lay_out(self, variables: Mapping[str, int], size: int) -> int:
-        """Give each variable its address, behind the launch's own ``size`` bytes; the size of all."""
+        """Give each variable an address after the launch's own ``size`` bytes, and return the size of all."""
         for name, taken in variables.items():
             self.local_symbols[name] = size if taken else 0
             size += -(-taken // 16) * 16
@@ -180,7 +180,7 @@ class Machine:
     # ---------------------------------------------------------------- registers
 
     def write(self, index: int, bits: Array) -> None:
-        """Into a register of the active threads, which aren't all."""
+        """Write to a register of the active threads, if they are not all threads."""
         old = self.registers[index]
         if old is None or not old.ndim:
             width = self.launch.kernel.program.widths[index]
@@ -214,7 +214,7 @@ class Machine:
         }
 
     def symbol(self, name: str) -> int:
-        """The address of a variable."""
+        """Return the address of a variable."""
         found = self.launch.memory.symbols.get(name, self.local_symbols.get(name))
         if found is None:
             raise self.instruction.unknown(f"variable {name}")
@@ -224,15 +224,15 @@ class Machine:
 
     @property
     def count(self) -> int:
-        """Threads that the instruction is for."""
+        """The number of active threads."""
         return self.size if self.lanes is None else len(self.lanes)
 
     def every(self, value: Array) -> Array:
-        """One number for each active thread."""
+        """Return one number for each active thread."""
         return value if np.ndim(value) else np.broadcast_to(value, self.count)
 
     def of(self, column: Array) -> Array:
-        """The active threads' part of a column of all."""
+        """Return the active threads' part of a column for all threads."""
         return column if self.lanes is None else column[self.lanes]
 
     def threads(self) -> Threads:
@@ -267,10 +267,10 @@ class Machine:
     # ---------------------------------------------------------------- the scheduler
 
     def run(self) -> None:
-        """Until all threads have ended. Of several groups of threads the one that is furthest back goes first."""
+        """Run until all threads have ended. The group of threads that is furthest back goes first."""
         self.ready: dict[int, Array] = {0: np.arange(self.size)}
-        self.waiting: dict[int, Array] = {}  # at a barrier of the program, for its other threads
-        self.stalled: dict[int, Array] = {}  # before an instruction of whole warps, for their other threads
+        self.waiting: dict[int, Array] = {}  # threads that wait at a barrier
+        self.stalled: dict[int, Array] = {}  # threads that wait for the rest of their warp
         last, vain, changes = -1, 0, 0
         with np.errstate(all="ignore"):
             while self.ready:
@@ -296,7 +296,7 @@ class Machine:
         return self.launch.kernel.steps[self.at].instruction
 
     def _advance(self, at: int, lanes: Array | None) -> None:
-        """Run these threads from an instruction on, until they part, meet others, wait or end."""
+        """Run these threads from an instruction on, until they diverge, meet others, wait or end."""
         steps: list[Step] = self.launch.kernel.steps
         stop = min((other for other in self.ready if other > at), default=len(steps))
         while True:
@@ -355,7 +355,7 @@ class Machine:
         return blame(error, self.launch.kernel, self.launch.kernel.steps[at].instruction)
 
     def _guarded(self, guard: Fetch, lanes: Array | None) -> Array | None:
-        """Those of the threads whose predicate holds."""
+        """Return the threads whose predicate holds."""
         holds = guard(self)
         if holds.all():
             return lanes
@@ -372,13 +372,13 @@ class Machine:
         return np.setdiff1d(self._all(lanes), self._all(active), assume_unique=True)
 
     def _put(self, at: int, lanes: Array | None) -> None:
-        """Let the threads go on from there, with those that are there already."""
+        """Let the threads continue at that instruction, together with those that are there already."""
         lanes = self._all(lanes)
         there = self.ready.get(at)
         self.ready[at] = lanes if there is None else np.sort(np.concatenate([there, lanes]))
 
     def _arrive(self, at: int, lanes: Array | None) -> bool:
-        """At the program's barrier; whether all of these threads may go on at once."""
+        """Take the threads to their program's barrier; return whether all of them may continue at once."""
         if lanes is None or self._complete(lanes).all():
             self.pass_barrier()
             return True
@@ -387,14 +387,14 @@ class Machine:
         return False
 
     def _complete(self, lanes: Array) -> Array:
-        """For each of the threads whether all of its program that still live are among them."""
+        """Return for each of the threads whether all live threads of its program are among them."""
         programs = len(self.programs)
         here = np.bincount(self.place[lanes], minlength=programs)
         alive = np.bincount(self.place[self.live], minlength=programs)
         return (here == alive)[self.place[lanes]]
 
     def _release(self) -> None:
-        """The threads whose whole program waits at a barrier go on."""
+        """Let the threads continue whose whole program waits at a barrier."""
         if not self.waiting:
             return
         waiting = np.concatenate([*self.waiting.values()])
@@ -411,7 +411,7 @@ class Machine:
                     self.waiting[at] = staying
 
     def _whole_warps(self, at: int, lanes: Array) -> Array:
-        """Those of the threads whose warps are all here; the others wait for theirs."""
+        """Return the threads whose warps are complete; the others wait for the rest of their warp."""
         lanes = np.sort(np.concatenate([self.stalled.pop(at, np.zeros(0, np.intp)), lanes]))
         whole = np.bincount(lanes // WARP, minlength=self.size // WARP) == WARP
         complete = whole[lanes // WARP]

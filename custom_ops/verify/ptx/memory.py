@@ -1,7 +1,7 @@
-"""Memory that knows what may be touched, what has been written, by whom, and when.
+"""Memory that records which bytes are mapped and written, and who accessed them when.
 
-Every access of a program is a whole number of *granules*, the narrowest access to that memory in its text, and aligned.
-So it is granules that are mapped or not, written or not, and that have a last writer and last readers.
+A granule is as wide as the program's narrowest access to this memory. Every access is aligned and covers a whole
+number of granules. Each granule is mapped or not, written or not, and has a last writer and last readers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from custom_ops.verify.ptx.errors import (
 from custom_ops.verify.ptx.numbers import Array
 
 POISON = np.frombuffer(np.uint64(0x7FF4B5E97FC5D3A7).tobytes(), np.uint8)  # NaN in float32 and float64
-BASE = 1 << 40  # of global memory's addresses
-APART = 512  # bytes that belong to nothing between two tensors, and what each begins at a multiple of
+BASE = 1 << 40  # the first address of global memory
+APART = 512  # unmapped bytes between two tensors; each tensor begins at a multiple of it
 
 _NOBODY = np.int32(-1)
 _ONE, _OF_A_WARP, _OF_A_PROGRAM, _OF_SEVERAL = range(4)  # how far apart the threads are that have read a granule
@@ -34,7 +34,7 @@ _ONE, _OF_A_WARP, _OF_A_PROGRAM, _OF_SEVERAL = range(4)  # how far apart the thr
 
 @dataclass
 class Threads:
-    """Those that make an access, in the order of its rows.
+    """The threads that make an access, in the order of its rows.
 
     ``phase`` counts the barriers that each has passed of the whole program, ``warp_phase`` these and its warp's own.
     ``knows(program, time)`` is whether their programs know, by atomic operations, of what another did at that time.
@@ -44,7 +44,7 @@ class Threads:
     read, a scalar, always counts.
     """
 
-    number: Array  # in the launch
+    number: Array  # the threads' numbers in the launch
     phase: Array
     warp_phase: Array
     per_program: int
@@ -57,7 +57,7 @@ class Threads:
 
 
 class Accesses(NamedTuple):
-    """Who has last touched some granules, and when."""
+    """The last threads that touched some granules, and when they did."""
 
     who: Array
     phase: Array
@@ -66,7 +66,7 @@ class Accesses(NamedTuple):
 
 
 class Memory:
-    """Bytes, of which the ``mapped`` may be touched and the ``written`` may be read.
+    """Bytes with access rules: ``mapped`` bytes may be touched, and ``written`` ones may be read.
 
     Its functions take places in ``bytes``, one for each access, or -1 for an address that has none. Threads that
     write different numbers to one place in one instruction race; with ``rng`` any of them wins. That is for shared
@@ -81,13 +81,13 @@ class Memory:
         self.mapped = np.zeros(granules, bool)
         self.written = np.zeros(granules, bool)
         self.shadow = _Shadow(granules) if races else None
-        self.changes = 0  # stores that have changed something
+        self.changes = 0  # stores that have changed a byte
 
     def describe(self, at: int) -> str:
         raise NotImplementedError
 
     def granules(self, at: Array, width: int, what: str) -> Array:
-        """Those of accesses of ``width`` bytes, which must be aligned and mapped: a row for each, if several."""
+        """Return the granules of aligned, mapped accesses of ``width`` bytes; several of one access are a row."""
         misaligned = (at & (width - 1) != 0) & (at >= 0)
         if misaligned.any():
             place = self.describe(int(at[misaligned][0]))
@@ -105,7 +105,7 @@ class Memory:
         return found
 
     def load(self, at: Array, item: int, count: int, threads: Threads, strong: bool = False) -> Array:
-        """``count`` unsigned numbers of ``item`` bytes: a row for each access. ``strong`` ones don't race atomics."""
+        """Return ``count`` unsigned numbers of ``item`` bytes for each access. ``strong`` reads don't race atomics."""
         width = item * count
         granules = self.granules(at, width, "read")
         written = _every(self.written[granules])
@@ -142,7 +142,7 @@ class Memory:
         self.bytes.view(f"V{width}")[at // width] = data.view(f"V{width}")[:, 0]
 
     def _rows(self, at: Array, width: int) -> Array:
-        """The bytes of each access."""
+        """Return the bytes of each access."""
         return self.bytes.view(f"V{width}")[at // width].reshape(-1, 1).view(np.uint8)
 
 
@@ -151,21 +151,21 @@ def _every(granules: Array) -> Array:
 
 
 def _of_lane(error: PtxError, lanes: Array) -> PtxError:
-    """The error, with the first of those lanes, counted among the ones that make the access."""
+    """Set the error's thread to the first of those lanes, counted among the threads that make the access."""
     error.thread = int(np.flatnonzero(lanes)[0])
     return error
 
 
 class _Shadow:
-    """Who has last written and read each granule, and when."""
+    """The last writer and the last readers of each granule, and the times of their accesses."""
 
     def __init__(self, granules: int) -> None:
         def columns() -> Accesses:
             return Accesses(np.full(granules, _NOBODY), *(np.zeros(granules, np.int32) for _ in range(3)))
 
         self.writes, self.reads = columns(), columns()
-        self.strong = np.zeros(granules, bool)  # the last write
-        self.spread = np.zeros(granules, np.int8)  # of the reads since what is ordered before the last one
+        self.strong = np.zeros(granules, bool)  # True if the last write was strong
+        self.spread = np.zeros(granules, np.int8)  # how far apart the last readers are
 
     @property
     def writer(self) -> Array:
@@ -199,7 +199,7 @@ class _Shadow:
             np.maximum.at(self.spread, granules.ravel(), spread.ravel().astype(np.int8))
 
     def write(self, memory: Memory, granules: Array, threads: Threads, changed: Array, strong: bool) -> None:
-        """Two writes of the same value are no race, for compilers let several threads store what all of them have."""
+        """Record a write. Equal writes don't race, since compilers let several threads store one value."""
         me = _rows_of(threads.number, granules)
         writer = self.writes.who[granules]
         suspect = (writer != _NOBODY) & (writer != me) & changed
@@ -229,7 +229,7 @@ class _Shadow:
         mine: str,
         theirs: str,
     ) -> None:
-        """Raise the error of two accesses that nothing orders; their places are granules."""
+        """Raise the error of two unordered accesses to a granule."""
         where = tuple(int(i) for i in np.argwhere(suspect)[0])
         me = np.broadcast_to(_rows_of(threads.number, granules), granules.shape)[where]
         program, thread = divmod(int(me), threads.per_program)
@@ -250,7 +250,7 @@ class _Shadow:
         column.time[granules] = threads.time
 
     def _ordered(self, column: Accesses, granules: Array, threads: Threads, spread: Any) -> Array:
-        """Whether the earlier accesses, of threads that far apart, all happened before those of ``threads``."""
+        """Return whether all earlier accesses, by threads that far apart, happened before those of ``threads``."""
         me, who = _rows_of(threads.number, granules), column.who[granules]
         distance = _distance(who, me, threads)
         ordered = (distance == _ONE) & (spread == _ONE)
@@ -298,10 +298,10 @@ def _distance(a: Array, b: Array, threads: Threads) -> Array:
 
 
 class GlobalMemory(Memory):
-    """Copies of the arguments' tensors and of the program's constants, with bytes between them that aren't mapped.
+    """Copies of the arguments' tensors and of the program's constants, with unmapped bytes between them.
 
-    A tensor reaches from its first to its last element; those that overlap share their bytes. What `torch.empty` has
-    filled with `POISON` and nothing has overwritten isn't written.
+    A tensor reaches from its first to its last element; tensors that overlap share their bytes. Bytes that
+    `torch.empty` filled with `POISON` and nothing overwrote are unwritten.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], constants: Mapping[str, bytes], granule: int) -> None:
@@ -342,7 +342,7 @@ class GlobalMemory(Memory):
         self.written = _every(written.reshape(-1, granule))
 
     def address(self, tensor: Tensor) -> int:
-        """What a kernel is given for a tensor; that of an empty one may not be touched."""
+        """Return the address that a kernel gets for a tensor. An empty tensor's address may not be accessed."""
         for region in self.regions:
             if tensor.numel() and region.first <= tensor.data_ptr() < region.last:
                 return BASE + region.at + tensor.data_ptr() - region.first
@@ -359,39 +359,39 @@ class GlobalMemory(Memory):
         return f"byte {at - near.at - (first - near.first)} of {name}, which has {near.last - first}"
 
     def text(self, address: int) -> str:
-        """The characters there, up to a zero."""
+        """Return the zero-terminated string at an address."""
         return bytes(self.bytes[address - BASE :]).split(b"\0", 1)[0].decode()
 
     def copy_back(self) -> None:
-        """What the program has written, into the tensors."""
+        """Copy the bytes that the program has written into the tensors."""
         for region in self.regions:
             region.bytes()[:] = self.bytes[region.slice]
 
 
 @dataclass
 class _Region:
-    first: int  # address of the CPU
+    first: int  # the address on the CPU
     last: int
-    at: int  # its place among the bytes
-    names: list[tuple[int, str]]  # of the tensors, by their addresses
+    at: int  # the region's place among the bytes
+    names: list[tuple[int, str]]  # the tensors' addresses and names
 
     @property
     def slice(self) -> slice:
         return slice(self.at, self.at + self.last - self.first)
 
     def bytes(self) -> Array:
-        """The tensors' own memory."""
+        """Return the tensors' own memory."""
         return np.ctypeslib.as_array((ctypes.c_uint8 * (self.last - self.first)).from_address(self.first))
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first to the last element."""
+    """Return the number of bytes from the first to the last element."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.element_size()
 
 
 def _poisoned(data: Array, address: int) -> Array:
-    """Which bytes belong to eight aligned ones that are `POISON`."""
+    """Return which bytes belong to aligned groups of eight that are `POISON`."""
     first, last = -address % 8, data.size - (address + data.size) % 8
     poisoned = np.zeros(data.size, bool)
     if first < last:
@@ -401,7 +401,7 @@ def _poisoned(data: Array, address: int) -> Array:
 
 
 class PrivateMemory(Memory):
-    """That of each of several owners, ``size`` bytes; ``name`` is the memory's kind."""
+    """Memory of ``size`` bytes for each of several owners; ``name`` is the kind of memory."""
 
     def __init__(self, size: int, owners: int, granule: int, name: str, rng: np.random.Generator | None) -> None:
         self.size, self.stride, self.name = size, -(-size // 16) * 16, name

@@ -1,8 +1,8 @@
 """PTX's types in NumPy, and arithmetic that NumPy doesn't have: bfloat16, fused multiply-add, bounded errors.
 
-A value is an array with one number for each thread, or a scalar if all threads have the same. Registers hold bits: a
-`Type` reads numbers from them and makes bits of numbers. Packed types, such as ``f16x2``, have their parts along a
-last axis of their own.
+A value is an array with one number for each thread, or a scalar if all threads have the same number. Registers hold
+bits: a `Type` converts them to numbers and back. Packed types, such as ``f16x2``, have their parts along a last axis
+of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIGNED: dict[int, np.dtype[Any]] = {width: np.dtype(f"i{width // 8}") for width 
 
 
 def resize(bits: Array, width: int) -> Array:
-    """The low ``width`` bits of unsigned numbers, or these with zeros above."""
+    """Return the low ``width`` bits of unsigned numbers, padded with zeros if they have fewer."""
     dtype = UNSIGNED[width]
     return bits if bits.dtype == dtype else bits.astype(dtype)
 
@@ -34,7 +34,7 @@ class Type:
     """``kind`` is b or u (unsigned), s (signed), f (floating point), bf (bfloat16) or pred; ``lanes`` are packed."""
 
     kind: str
-    width: int  # of one lane
+    width: int  # the width of one lane
     lanes: int = 1
 
     @staticmethod
@@ -51,7 +51,7 @@ class Type:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """That of the numbers."""
+        """The dtype of the numbers."""
         if self.kind == "bf":
             return np.dtype("f4")
         if self.kind == "f":
@@ -59,7 +59,7 @@ class Type:
         return (SIGNED if self.kind == "s" else UNSIGNED)[self.width]
 
     def read(self, bits: Array) -> Array:
-        """Numbers of the low bits of a register."""
+        """Return the numbers in the low bits of a register."""
         bits = resize(bits, self.bits)
         if self.kind in ("b", "u", "pred") and self.lanes == 1:
             return bits
@@ -71,7 +71,7 @@ class Type:
         return bits.view(self.dtype)
 
     def write(self, numbers: Array, register: int) -> Array:
-        """Numbers as a register of so many bits; signed ones keep their sign."""
+        """Return numbers as the bits of a register of that width; signed numbers keep their sign."""
         if self.kind == "bf":
             numbers = bfloat16_bits(numbers)
         elif numbers.dtype != self.dtype:
@@ -97,7 +97,7 @@ _TYPES = {
 
 
 def bfloat16_bits(x: Array) -> Array:
-    """float32 or float64 as bits of bfloat16, rounded once to nearest even; NaN is 0x7fff, as the hardware has it."""
+    """Round float32 or float64 once, to nearest even, to bits of bfloat16. NaN is 0x7fff, as on the hardware."""
     single = x if x.dtype == np.float32 else round_to_odd(x)
     bits = single.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -105,7 +105,7 @@ def bfloat16_bits(x: Array) -> Array:
 
 
 def round_to_odd(x: Array) -> Array:
-    """float64 as float32, of which rounding to fewer bits gives what rounding ``x`` itself would."""
+    """Round float64 to odd in float32, so that a second rounding to fewer bits gives the result of a single one."""
     near = x.astype(np.float32)
     bits = near.view(np.uint32)
     even = (near.astype(np.float64) != x) & np.isfinite(near) & (bits & np.uint32(1) == 0)
@@ -114,7 +114,7 @@ def round_to_odd(x: Array) -> Array:
 
 
 def flush(x: Array) -> Array:
-    """Subnormal single-precision numbers as zeros of their sign."""
+    """Flush subnormal single-precision numbers to zeros of their sign."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
@@ -122,7 +122,7 @@ def flush(x: Array) -> Array:
 
 
 def fma(a: Array, b: Array, c: Array, type_: Type) -> Array:
-    """``a * b + c``, rounded once."""
+    """Return ``a * b + c``, rounded once."""
     if type_.width == 64:
         return _fma64(a, b, c)
     product = a.astype(np.float64) * b.astype(np.float64)  # exact
@@ -140,13 +140,13 @@ def fma(a: Array, b: Array, c: Array, type_: Type) -> Array:
 
 
 def _error(a: Array, b: Array, total: Array) -> Array:
-    """What ``total`` lacks to be ``a + b`` exactly (Knuth)."""
+    """Return the rounding error of ``total = a + b`` (Knuth)."""
     part = total - a
     return (a - (total - part)) + (b - part)
 
 
 def _to_odd(total: Array, error: Array) -> Array:
-    """``total + error``, of less than half a unit, rounded to odd (Boldo and Melquiond)."""
+    """Return ``total + error`` rounded to odd, where the error is less than half a unit (Boldo and Melquiond)."""
     bits = total.view(np.int64)
     even = (error != 0) & np.isfinite(error) & np.isfinite(total) & (bits & np.int64(1) == 0)
     step = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
@@ -169,15 +169,15 @@ def _fma64(a: Array, b: Array, c: Array) -> Array:
     second_error = _error(product, first, second)
     rest = second_error + first_error
     result = second + _to_odd(rest, _error(second_error, first_error, rest))
-    # A product of zero needs no care but for its sign.
+    # A product of zero only needs the right sign.
     tiny, zero = np.abs(product) < _SMALL, (a == 0) | (b == 0)
     large = (np.abs(a) > _LARGE) | (np.abs(b) > _LARGE) | (np.abs(c) > _LARGE**2)
     result = np.where(tiny & zero, product + c, result)
     extreme = tiny & ~zero | large
     if not extreme.any() and not np.isnan(result).any():
         return result
-    # The parts of very large and very small numbers overflow or underflow: these few are computed exactly, but for
-    # infinity and NaN, which come of the rounded product too.
+    # The parts of very large and very small numbers overflow or underflow, so these few results are computed exactly.
+    # The rounded product already gives infinity and NaN.
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     result, columns = np.array(np.where(finite, result, product + c)), np.broadcast_arrays(a, b, c)
     for at in zip(*np.nonzero(extreme & finite)):
@@ -202,9 +202,9 @@ def _exact(value: Fraction, sign: float) -> float:
 
 
 def perturb(exact: Array, relative: float, absolute: float, seed: int, *inputs: Array) -> Array:
-    """Single-precision results with an error up to the larger bound: random, but the same for the same ``inputs``.
+    """Return single-precision results with a random error up to the larger bound, the same for the same ``inputs``.
 
-    Zeros are exact, and so is what comes of an infinite number.
+    Zeros and results of infinite inputs are exact.
     """
     noise, finite = np.uint64(seed), np.isfinite(exact)
     for x in inputs:

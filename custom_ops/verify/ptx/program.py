@@ -1,4 +1,4 @@
-"""PTX text as a list of instructions."""
+"""Parses PTX text into a list of instructions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTHS = {"pred": 1, "8": 8, "16": 16, "32": 32, "64": 64, "128": 128}
 
 @dataclass(frozen=True)
 class Register:
-    """A register of the program, by its place in the register file; ``negated`` as a predicate ``!%p1``."""
+    """A register of the program, by its place in the register file. ``negated`` is that of a predicate ``!%p1``."""
 
     index: int
     width: int
@@ -29,21 +29,21 @@ class Special:
 
 @dataclass(frozen=True)
 class Immediate:
-    """A constant, as bits of two's complement; a floating-point one has those of its own width."""
+    """A constant as two's-complement bits; a floating-point constant has the bits of its own width."""
 
     bits: int
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """The name of a parameter, of a variable in memory, or of a label."""
+    """The name of a parameter, a variable in memory or a label."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Address:
-    """``[base + offset]``."""
+    """An address, written ``[base + offset]``."""
 
     base: Operand
     offset: int
@@ -51,7 +51,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """``{a, b}``; None stands for ``_``."""
+    """A vector operand, written ``{a, b}``; None stands for ``_``."""
 
     parts: tuple[Operand | None, ...]
 
@@ -61,10 +61,10 @@ Operand = Register | Special | Immediate | Symbol | Address | Vector
 
 @dataclass(frozen=True)
 class Instruction:
-    """One statement: ``@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+8];``."""
+    """One statement, such as ``@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+8];``."""
 
-    name: str  # ld
-    modifiers: tuple[str, ...]  # global, v2, b32
+    name: str  # such as ld
+    modifiers: tuple[str, ...]  # such as global, v2, b32
     guard: Register | None
     operands: tuple[Operand | None, ...]
     text: str
@@ -80,12 +80,12 @@ class Program:
 
     name: str
     instructions: list[Instruction]
-    labels: dict[str, int]  # the instruction that each stands before
-    parameters: list[tuple[str, int]]  # name, bytes
-    widths: list[int]  # of each register, in bits
-    threads: int  # of a program
-    shared: dict[str, int] = field(default_factory=dict)  # static variables in shared memory: bytes
-    local: dict[str, int] = field(default_factory=dict)  # variables in each thread's own memory: bytes
+    labels: dict[str, int]  # the index of the instruction after each label
+    parameters: list[tuple[str, int]]  # names and bytes
+    widths: list[int]  # the width of each register, in bits
+    threads: int  # threads of a program
+    shared: dict[str, int] = field(default_factory=dict)  # bytes of static variables in shared memory
+    local: dict[str, int] = field(default_factory=dict)  # bytes of variables in each thread's own memory
     constants: dict[str, bytes] = field(default_factory=dict)  # initialised variables in global memory
 
 
@@ -106,7 +106,7 @@ _IMMEDIATE = re.compile(r"-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-
 
 
 def parse(ptx: str) -> Program:
-    """The one kernel of a PTX module that Triton has written."""
+    """Return the kernel of a PTX module that Triton has written."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
     entry = re.search(r"\.visible\s+\.entry\s+([$\w]+)\s*\(([^)]*)\)(.*?)\{", text, re.DOTALL)
     if entry is None:
@@ -147,7 +147,7 @@ def _declare(declared: re.Match[str], program: Program) -> None:
     item, name = int(declared["bits"]) // 8, declared["name"]
     size = item * int(declared["count"] or 0 if declared["count"] is not None else 1)
     if declared["space"] == "shared":
-        program.shared[name] = size  # none for global_smem, whose size is known at the launch
+        program.shared[name] = size  # zero for global_smem, whose size is known at the launch
     elif declared["space"] == "local":
         program.local[name] = size
     else:
@@ -185,7 +185,7 @@ class _Body:
                 self.statement(" ".join(found["statement"].split()))
 
     def locate(self, at: str, inlined: str) -> None:
-        """The line that the next instructions are compiled from, and the calls that have led there."""
+        """Set the source line of the next instructions, and the calls that led there."""
         place: tuple[str, ...] | None = tuple(at.split())
         caller = re.search(r"inlined_at\s+(\d+\s+\d+\s+\d+)", inlined)
         self.callers[tuple(at.split())] = tuple(caller[1].split()) if caller else None
@@ -204,7 +204,7 @@ class _Body:
             for name, register in self.registers(text):
                 self.scopes[-1][name] = register
         elif text.startswith(".param"):
-            pass  # of a call: one of `st.param` comes next
+            pass  # a call's parameter, which the next `st.param` writes
         elif text.startswith("."):
             declared = _VARIABLE.match(text)
             if declared is not None:
@@ -277,7 +277,7 @@ def _bits(text: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     if not any(bracket in text for bracket in "{[("):
         return [part.strip() for part in text.split(",")] if text else []
     parts, depth, current = [], 0, ""

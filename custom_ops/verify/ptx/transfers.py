@@ -1,4 +1,4 @@
-"""The instructions that move data: loads, stores, atomic operations, and exchanges within a warp."""
+"""Instructions that move data: loads, stores, atomic operations, and exchanges within a warp."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SCOPES = ("cta", "cluster", "gpu", "sys")
 HINTS = ("L1::", "L2::")
 CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
 _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
-_ROW = 16  # bytes of a matrix's row
+_ROW = 16  # bytes of a row of a matrix
 
 
 def granule(program: Program, space: str) -> int:
-    """The bytes of the narrowest access to a kind of memory."""
+    """Return the width in bytes of the narrowest access to a kind of memory."""
     widths = [
         width
         for instruction in program.instructions
@@ -38,7 +38,7 @@ def granule(program: Program, space: str) -> int:
 
 
 def accesses(instruction: Instruction) -> list[tuple[str, int]]:
-    """The kinds of memory that an instruction touches, and the bytes of each access."""
+    """Return the kinds of memory that an instruction touches, with the bytes of each access."""
     if instruction.name in ("ldmatrix", "stmatrix"):
         return [("shared", 2 if "trans" in instruction.modifiers else 4)]
     if instruction.name not in ("ld", "st", "atom", "red"):
@@ -50,7 +50,7 @@ def accesses(instruction: Instruction) -> list[tuple[str, int]]:
 
 
 def locate(m: Machine, space: str, address: Array, width: int) -> tuple[Memory, Array]:
-    """The memory of one kind, and the places there of the active threads' addresses."""
+    """Return the memory of one kind, and the places of the active threads' addresses in it."""
     if space == "generic":
         window = int(address[0]) >> 60
         space = {0: "global", 1: "shared", 2: "local"}[window]
@@ -108,7 +108,7 @@ def _load_parameter(d: Decoder, type_: Type) -> Run:
     if not isinstance(operand, Address) or not isinstance(operand.base, Symbol):
         raise d.instruction.unknown("parameter")
     name, first, bytes_ = operand.base.name, operand.offset, type_.bits // 8
-    if name.startswith("retval"):  # how many numbers have been printed
+    if name.startswith("retval"):  # the call's return value is the number of printed characters
         put = d.target(type_)
         return lambda m: put(m, np.asarray(type_.dtype.type(0)))
     parts = _parts(d, d.operand(0))
@@ -150,7 +150,7 @@ def _store(d: Decoder) -> Run:
 
 
 def _store_parameter(d: Decoder, bits: Type) -> Run:
-    """An argument of a call that comes next."""
+    """Set an argument of the next call."""
     operand, fetch = d.operand(0), d.source(1, bits)
     if not isinstance(operand, Address) or not isinstance(operand.base, Symbol) or operand.offset:
         raise d.instruction.unknown("parameter")
@@ -164,7 +164,7 @@ def _store_parameter(d: Decoder, bits: Type) -> Run:
 
 @builds("call")
 def _call(d: Decoder) -> Run:
-    """Of the functions that every program can call: a failed assertion ends it, and what it prints isn't shown."""
+    """Run one of the functions that every program can call: a failed assertion raises, and printed text is dropped."""
     d.take("uni")
     names = [operand.name for operand in d.instruction.operands if isinstance(operand, Symbol)]
     *_, given = d.instruction.operands
@@ -183,7 +183,7 @@ def _call(d: Decoder) -> Run:
 
 
 def _synchronise(m: Machine, places: Array, acquire: bool, release: bool) -> None:
-    """What one thread of a program does in the name of all; those of whole tensors order nothing."""
+    """Acquire or release for each program, if one of its threads does; accesses of several threads order nothing."""
     programs = m.of(m.program)
     if len(np.unique(programs)) == len(programs):
         m.launch.synchronise(programs, places, acquire, release)
@@ -193,7 +193,7 @@ def _synchronise(m: Machine, places: Array, acquire: bool, release: bool) -> Non
 
 
 def _atomic(name: str, type_: Type) -> Callable[..., Array] | None:
-    """What an operation makes of the old value and its operands."""
+    """Return the function of the old value and the operands that an operation stores."""
     functions: dict[str, Any] = {
         "add": np.add,
         "and": np.bitwise_and,
@@ -247,7 +247,7 @@ def _atom(d: Decoder) -> Run:
 
 
 def _turns(places: Array, rng: np.random.Generator) -> list[Array]:
-    """The accesses in random order, parted so that no two of one part are to the same place."""
+    """Return the accesses in random order, in turns that each hold no two accesses to the same place."""
     order = rng.permutation(len(places))
     order = order[np.argsort(places[order], kind="stable")]
     sorted_places = places[order]
@@ -260,7 +260,7 @@ def _turns(places: Array, rng: np.random.Generator) -> list[Array]:
 
 
 def _check_mask(d: Decoder, place: int) -> Callable[[Machine], None]:
-    """Only exchanges between all threads of a warp are known."""
+    """Return a check that all threads of a warp take part; the emulator knows no other exchange."""
     mask = d.source(place, U32)
 
     def check(m: Machine) -> None:
@@ -281,7 +281,7 @@ def _shuffle(d: Decoder) -> Run:
     value, by, clamp = d.source(1, type_), d.source(2, U32), d.source(3, U32)
 
     def sources(m: Machine, b: Array, c: Array) -> tuple[Array, Array]:
-        """Which of the active threads each one gets its number from, and whether there is one."""
+        """Return the active thread that each one reads from, and whether it lies within the segment."""
         lane = m.special("%laneid").astype(np.int64)
         b, c = b.astype(np.int64) & 31, c.astype(np.int64)
         segments = (c >> 8) & 31
@@ -378,7 +378,7 @@ def _elect(d: Decoder) -> Run:
 
 @builds("ldmatrix", "stmatrix")
 def _matrices(d: Decoder) -> Run:
-    """Matrices of 8 x 8 numbers of 16 bits; thread 8 i + j of a warp has the address of row j of matrix i."""
+    """Load or store 8 x 8 matrices of 16-bit numbers; thread 8 i + j of a warp has the address of row j of matrix i."""
     for expected in ("sync", "aligned", "m8n8", "b16"):
         if not d.take(expected):
             raise d.instruction.unknown()
@@ -393,7 +393,7 @@ def _matrices(d: Decoder) -> Run:
         raise d.instruction.unknown("vector")
 
     def places(m: Machine, matrix: int) -> tuple[Array, int]:
-        """Where each thread's two numbers lie: together, or if transposed one below the other."""
+        """Return the places of each thread's two numbers: adjacent, or one below the other if transposed."""
         lane = m.special("%laneid").astype(np.int64)
         base = np.arange(m.count) - lane + 8 * matrix
         addresses = address(m)

@@ -117,7 +117,7 @@ register(
         name="bev_pool_v2",
         not_applicable=dict.fromkeys(
             ("zero size", "large", "compile dynamic", "export", "AOTInductor"),
-            "the result's shape is given in numbers, which don't grow with the tensors",
+            "numbers give the result's shape, and they don't grow with the tensors",
         ),
         not_fuzzed=dict.fromkeys(("fills", "outliers"), "a sum of them keeps nothing of what is smaller"),
         summary="Depth-weighted pooling by BEVDet's five arrays",
