@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_ranking_lists import FUNCTIONS
+from test_ranking_lists import LOSSES
 
 import custom_ops
 from benchmarks.memory import peak_bytes
@@ -20,7 +20,7 @@ OPTIONS = {**{name: {"temperature": 1.0} for name in FEW_RELEVANT}, "cosent_loss
 
 # NumPy warns while it interprets a kernel
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-each_loss = pytest.mark.parametrize("name", FUNCTIONS)
+each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def squared(soft, regularization):
@@ -32,7 +32,7 @@ OTHERS = {
     for soft in (custom_ops.soft_rank, custom_ops.soft_sort)
     for regularization in ("l2", "kl")
 }
-each_of_all = pytest.mark.parametrize("name", [*FUNCTIONS, *OTHERS])
+each_of_all = pytest.mark.parametrize("name", [*LOSSES, *OTHERS])
 
 
 def lists(*shape):
@@ -43,7 +43,7 @@ def lists(*shape):
 def peak(name, *shape):
     """Return the peak memory of forward, backward and second derivative."""
     scores, labels = lists(*shape)
-    function, own = {**FUNCTIONS, **OTHERS}[name], OPTIONS.get(name, {})
+    function, own = {**LOSSES, **OTHERS}[name], OPTIONS.get(name, {})
 
     def run():
         (slope,) = torch.autograd.grad(function(scores, labels, **own), scores, create_graph=True)
@@ -67,7 +67,7 @@ def step(name, n):
     loss = getattr(custom_ops, name)(scores, torch.randint(0, 5, (4, n)), **options.get(name, {{}}))
     slope, = torch.autograd.grad(loss, scores, create_graph=True)
     torch.autograd.grad(slope.square().sum(), scores)
-names, options = {list(FUNCTIONS)}, {OPTIONS}
+names, options = {list(LOSSES)}, {OPTIONS}
 for name in names:
     step(name, 64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -97,8 +97,8 @@ def test_a_list_of_100_000_documents_trains(name):
     if name in FEW_RELEVANT:
         labels = (torch.rand(100_000, generator=torch.Generator().manual_seed(1)) < 0.003).long()
     own = {"k": 100} if name == "lambda_loss" else OPTIONS.get(name, {})
-    loss = FUNCTIONS[name](scores, labels, **own)
+    loss = LOSSES[name](scores, labels, **own)
     (slope,) = torch.autograd.grad(loss, scores)
     assert slope.isfinite().all()
     with torch.no_grad():
-        assert FUNCTIONS[name](scores - slope / slope.abs().max(), labels, **own) < loss
+        assert LOSSES[name](scores - slope / slope.abs().max(), labels, **own) < loss

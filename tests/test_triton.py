@@ -395,7 +395,7 @@ for kernel, variant in [
     (margin.margin_ranking_kernel, False),
     (preference.preference_kernel, (hinge, False)),
     (preference.preference_slope_kernel, (hinge, 1)),
-    (surrogate.surrogate_slope_kernel, "boxcar"),
+    (surrogate.surrogate_slope_kernel, surrogate.BOXCAR.value),
 ]:
     chosen = " ".join(f"{k}={v}" for k, v in kernel.variants[variant].items())
     for dtype, label, source in aot.sources(kernel):

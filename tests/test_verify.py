@@ -134,7 +134,7 @@ def test_declared_not_comparable() -> None:
     ("options", "message"),
     [
         ({"only": ["nothing"]}, "only: unknown capability 'nothing'"),
-        ({"backend": "tpu"}, "backend: expected one of cpp, triton, cuda"),
+        ({"backend": "tpu"}, "backend: expected one of cpp, triton, ptx, cuda"),
         ({"not_applicable": {"nothing": ""}}, "not_applicable: unknown"),
         ({"not_comparable": {"nothing": ""}}, "not_comparable: unknown"),
         ({"sample_inputs": []}, "sample_inputs: expected at least one sample"),

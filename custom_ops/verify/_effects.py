@@ -157,7 +157,7 @@ def memory_freed(case: Case) -> None:
             raise AssertionError(f"{describe(call)}: something keeps its {still[0]} for ever")
         if grown_by >= _TIMES:
             raise AssertionError(f"{describe(call)}: {_TIMES} calls leave {grown_by} more tensors")
-        if kept:
+        if kept and not case.interpreted:  # Triton's interpreter makes cycles of its own
             raise AssertionError(
                 f"{describe(call)}: its {kept[0]} is in a reference cycle, and freed only by Python's collector"
             )
@@ -184,7 +184,7 @@ def saved_memory(case: Case) -> str:
     """Backward keeps at most a quarter more memory than the reference's, or than inputs and outputs take."""
     most = 0.0
     for call in case.differentiable_calls(torch.float32):
-        big = grown(case, call)
+        big = grown(case, call, with_reference=True)
         own, arguments = _saved(big)
         reference, _ = _saved(case.reference(big))
         allowed = 1.25 * max(reference, arguments) + 1024  # a few more numbers for each row are fine

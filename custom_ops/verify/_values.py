@@ -478,9 +478,10 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def grown(case: Case, call: Call) -> Call:
+def grown(case: Case, call: Call, with_reference: bool = False) -> Call:
     """Return the call with dynamic dimensions as long as `_growth` says."""
-    return _grown(call, case.keep(("growth", describe(call)), partial(_growth, case, call)))
+    times = case.keep(("growth", describe(call), with_reference), partial(_growth, case, call, with_reference))
+    return _grown(call, times)
 
 
 def _grown(call: Call, times: int) -> Call:
