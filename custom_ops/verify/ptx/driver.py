@@ -58,8 +58,9 @@ def emulate(
 
     Example:
         >>> from custom_ops.verify.ptx import emulate
-        >>> with emulate(seed=1, orders=2):  # doctest: +SKIP
-        ...     kernel[(4,)](x, out, x.numel(), BLOCK=1024)
+        >>> def launch_twice(kernel, x, out):
+        ...     with emulate(seed=1, orders=2):
+        ...         kernel[(4,)](x, out, x.numel(), BLOCK=1024)
     """
     triton: Any = importlib.import_module("triton")
     active: Any = importlib.import_module("triton.runtime.driver").driver

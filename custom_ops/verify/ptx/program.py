@@ -107,7 +107,8 @@ _IMMEDIATE = re.compile(r"-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-
 
 def parse(ptx: str) -> Program:
     """Return the kernel of a PTX module that Triton has written."""
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
+    text = re.sub(r"// begin inline asm.*?// end inline asm", _one_place, ptx, flags=re.DOTALL)
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     entry = re.search(r"\.visible\s+\.entry\s+([$\w]+)\s*\(([^)]*)\)(.*?)\{", text, re.DOTALL)
     if entry is None:
         raise UnknownInstructionError("no kernel in this PTX: expected '.visible .entry'")
@@ -126,6 +127,13 @@ def parse(ptx: str) -> Program:
         _declare(declared, program)
     _Body(program, _files(text)).read(text, entry.end())
     return program
+
+
+def _one_place(block: re.Match[str]) -> str:
+    """LLVM takes each line of inline assembly for another line of Python: only the first is where it says."""
+    first, *rest = re.split(r"(?m)^(?=\s*\.loc\b)", block[0])
+    kept = rest[:1] + [re.sub(r"^\s*\.loc[^\n]*\n", "", part) for part in rest[1:]]
+    return "".join([first, *kept])
 
 
 def _files(text: str) -> dict[str, str]:
