@@ -77,7 +77,7 @@ def overlapping_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def in_place_kernel(x_ptr, BLOCK: tl.constexpr):
-    """Of a tile that is smaller than the program, several threads hold each element, and one stores it."""
+    """Several threads hold each element of a tile that is smaller than the program, and one of them stores it."""
     at = tl.arange(0, BLOCK)
     tl.store(x_ptr + at, 2 * tl.load(x_ptr + at))
 

@@ -1,4 +1,4 @@
-"""What docs/guides/emulator.md shows is what happens."""
+"""The guide to the emulator shows what its examples really print."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ class _Shadow:
 
 
 def _same_for_all(granules: Array, threads: Threads) -> Array:
-    """Whether all threads of a program make the same access, for each access."""
+    """Return, for each access, whether all threads of a program make it."""
     _, first, program = np.unique(threads.number // threads.per_program, return_index=True, return_inverse=True)
     same = granules == granules[first[program]]
     rows = same if same.ndim == 1 else np.logical_and.reduce(same, axis=1)
