@@ -45,7 +45,7 @@ def emulate(
 
     Args:
         seed: the seed of the order of programs, and of the errors of approximate instructions.
-        arch: the compute capability times ten, such as 80, 90 or 100. Matrix products work for 80 only.
+        arch: the compute capability times ten, such as 80, 90 or 100. The emulator has no tensor cores.
         orders: how many orders each launch runs in. Results that differ in any bit are an `OrderError`.
         strict: whether a thread that only holds a copy of a tile's element counts as its reader. If so, a kernel that
             works in place on tiles with fewer elements than threads races, mostly without consequence.
