@@ -14,7 +14,7 @@ class Choice(IntEnum):
     def options(cls) -> dict[str, int]:
         """Return the members' values by the names that users write: "label_diff" for LABEL_DIFF.
 
-        An op takes a plain integer, as a member, which it would have to convert, costs half a microsecond more.
+        An op takes a plain integer, because converting a member would cost half a microsecond.
         """
         return {member.name.lower(): member.value for member in cls}
 

@@ -54,7 +54,7 @@ def special_values(case: Case) -> str | None:
 
 
 def _with_values(call: Call, kind: str) -> Iterator[Sample]:
-    """Yield the call with such values in all inputs, and in one after the other."""
+    """Yield the call with such values in all inputs, and in each input alone."""
     if call.is_empty or not call.input_keys:
         return
     generator = torch.Generator().manual_seed(7)
@@ -139,7 +139,7 @@ def memory_freed(case: Case) -> None:
     """Inputs, outputs and gradients are freed with their last reference: no cycle or list keeps them."""
     for call in case.calls()[: 3 if case.quick else None]:
         for _ in range(2):
-            _forward_backward(call)  # after this, what an op makes only once exists
+            _forward_backward(call)  # an op's caches exist after this
         enabled = gc.isenabled()
         gc.disable()
         try:
@@ -171,7 +171,7 @@ def _live_tensors() -> int:
 
 
 def _references(call: Call) -> list[tuple[str, StorageWeakRef]]:
-    """Run the call twice, once with a backward pass, and return what tells whether its memory is freed."""
+    """Run the call with and without a backward pass, and return weak references to its memory."""
     names = ("input", "output", "gradient", "output")
     forward = call.with_tensors(call.inputs, call.input_keys).run()  # no backward pass frees this graph
     own = {t.untyped_storage().data_ptr() for t in call.tensors}  # an output may be an argument's memory
@@ -198,7 +198,7 @@ def saved_memory(case: Case) -> str:
 
 
 def _saved(call: Call) -> tuple[int, int]:
-    """Return how many bytes are kept for backward, and how many inputs and outputs have."""
+    """Return the bytes kept for backward, and those of inputs and outputs."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

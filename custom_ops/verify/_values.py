@@ -438,7 +438,7 @@ def deterministic(case: Case) -> str:
 
 
 class _Foreign(TorchDispatchMode):
-    """This mode sees whether an op runs that isn't torch's own."""
+    """Records whether an op runs that isn't torch's own."""
 
     seen = False
 

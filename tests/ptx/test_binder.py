@@ -1,4 +1,4 @@
-"""Triton's own launch path, down to the compiler: the types, hints and options that each of our launches has there."""
+"""Our launches reach Triton's compiler with the declared types, hints and options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Compiled:
-    """Stands for a compiled kernel, and does nothing when it runs."""
+    """A stand-in for a compiled kernel, which does nothing when it runs."""
 
     function = packed_metadata = None
 
@@ -39,7 +39,7 @@ class Compiled:
 
 
 def recorded(op: str) -> Iterator[Record]:
-    """Each call of one of our operators in forward, backward, tangent and second derivative of the samples."""
+    """Yield each call of our operators in the samples' forward, backward, tangent and second derivative."""
     info = REGISTRY[op]
     for dtype in DTYPES:
         if dtype in info.dtypes:
@@ -93,7 +93,7 @@ def test_what_is_launched_is_what_is_compiled_ahead_of_time(op: str) -> None:
             if type_ in ("i32", "i64"):
                 expected = {"i32", "i64", "constexpr"}  # the number decides; 1 is a constant
             elif type_.startswith("*"):
-                expected.add("constexpr")  # None
+                expected.add("constexpr")  # the type of None
             assert signature[name] in expected, (kernel.name, name, signature)
         want, have = kernel.options(dtype), options if isinstance(options, dict) else vars(options)
         assert {name: have[name] for name in want} == want, kernel.name

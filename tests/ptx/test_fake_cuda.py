@@ -1,4 +1,4 @@
-"""The Triton launchers on fake tensors of a CUDA device: everything that they allocate or launch is there."""
+"""The Triton launchers allocate and launch everything on the device of their (fake) CUDA tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 @pytest.fixture(autouse=True, scope="module")
 def guard(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A device guard that does nothing, without which a torch for CPUs alone can't copy fake tensors of a GPU."""
+    """Install a device guard that does nothing, because a CPU-only torch can't copy fake GPU tensors without one."""
     if torch.version.cuda is not None:
         return
     folder = tmp_path_factory.mktemp("guard")
@@ -54,7 +54,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that would run, which need memory of the device."""
+    """Record the names of the kernels instead of running them, as they need device memory."""
     names: list[str] = []
 
     def launch(self: Kernel, programs: int, *args: Any, variant: Any = None) -> None:

@@ -84,7 +84,7 @@ def in_place_kernel(x_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def counting_kernel(counter_ptr, out_ptr, BLOCK: tl.constexpr):
-    """All threads read the counter, and one of them writes it."""
+    """Let all threads read the counter and one of them write it."""
     count = tl.load(counter_ptr)
     tl.store(counter_ptr, count + 1)
     tl.store(out_ptr + tl.arange(0, BLOCK), count)
@@ -210,7 +210,7 @@ def test_a_missing_barrier():
         assert error.kernel == kernel.fn.__name__
         assert "shared" in error.instruction
         assert "with no barrier between them" in error.fault
-        assert "standard.py:" in error.source  # which has `tl.sum` and `tl.flip`
+        assert "standard.py:" in error.source  # the file of `tl.sum` and `tl.flip`
 
 
 def test_a_missing_barrier_of_global_memory():

@@ -51,7 +51,7 @@ def kinds(calls: list[Call]) -> Iterator[Call]:
 
 @pytest.mark.parametrize("op", REGISTRY)
 def test_several_blocks(op: str) -> None:
-    """Against the reference in double precision; exponentials are approximate, and long lists have many."""
+    """Results are near the reference in double precision; long lists add up many approximate exponentials."""
     info, eps = REGISTRY[op], torch.finfo(torch.float32).eps
     with backend("ptx") as device:
         case = Case(info, device, quick=True)
@@ -63,7 +63,7 @@ def test_several_blocks(op: str) -> None:
 
 
 def derivatives(call: Call) -> list[torch.Tensor]:
-    """Values and gradients."""
+    """Return values and gradients."""
     inputs = call.inputs
     outputs = call.with_tensors(inputs, call.input_keys).run()
     chosen = [y for y in outputs if y.requires_grad]

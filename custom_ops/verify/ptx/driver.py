@@ -44,13 +44,13 @@ def emulate(
     NVIDIA documents. An instruction that the emulator doesn't know is an `UnknownInstructionError`.
 
     Args:
-        seed: of the order of programs, and of the errors of approximate instructions.
-        arch: the compute capability times ten, such as 80, 90 or 100. Matrix products are known of 80.
-        orders: in how many orders each launch runs. If results differ in any bit, that is an `OrderError`.
-        strict: whether a thread that only holds a copy of a tile's element counts as a reader of it. A kernel that
-            works in place, of tiles with fewer elements than threads, then races, mostly without consequence.
-        every_config: run an autotuned kernel in all of its configurations, where otherwise the first one is taken.
-        edit: is given the PTX of each kernel and returns what runs instead, for planting faults.
+        seed: the seed of the order of programs, and of the errors of approximate instructions.
+        arch: the compute capability times ten, such as 80, 90 or 100. The emulator has no tensor cores.
+        orders: how many orders each launch runs in. Results that differ in any bit are an `OrderError`.
+        strict: whether a thread that only holds a copy of a tile's element counts as its reader. If so, a kernel that
+            works in place on tiles with fewer elements than threads races, mostly without consequence.
+        every_config: run an autotuned kernel in all of its configurations instead of the first one only.
+        edit: a function from the PTX of each kernel to the PTX that runs instead, for planting faults.
 
     Raises:
         RuntimeError: under ``TRITON_INTERPRET=1``, where Triton compiles nothing.

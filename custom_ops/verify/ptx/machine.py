@@ -118,9 +118,9 @@ class Launch:
     seed: int
     rng: np.random.Generator
     strict: bool
-    time: int = 0  # releases so far
-    released: dict[int, dict[int, int]] = field(default_factory=dict)  # address: what whoever acquires it knows
-    known: dict[int, dict[int, int]] = field(default_factory=dict)  # program: until when it knows of each other one
+    time: int = 0  # the number of releases so far
+    released: dict[int, dict[int, int]] = field(default_factory=dict)  # by address: what its acquirers learn
+    known: dict[int, dict[int, int]] = field(default_factory=dict)  # by program: the last known times of the others
 
     def synchronise(self, programs: Array, places: Array, acquire: bool, release: bool) -> None:
         """Let each program that acquires a place learn of the accesses that others did before they released it."""

@@ -36,12 +36,12 @@ _ONE, _OF_A_WARP, _OF_A_PROGRAM, _OF_SEVERAL = range(4)  # how far apart the thr
 class Threads:
     """The threads that make an access, in the order of its rows.
 
-    ``phase`` counts the barriers that each has passed of the whole program, ``warp_phase`` these and its warp's own.
-    ``knows(program, time)`` is whether their programs know, by atomic operations, of what another did at that time.
+    ``phase`` counts the whole program's barriers that each thread has passed, ``warp_phase`` these and its warp's own.
+    ``knows(program, time)`` says whether atomic operations order another program's access at that time before theirs.
 
-    Where a tile has fewer elements than its program threads, several threads load each element, and the first of them
-    stores it. What the others have read counts only if ``strict``, for mostly nothing comes of it; what all threads
-    read, a scalar, always counts.
+    If a tile has fewer elements than its program has threads, several threads load each element, and the first of them
+    stores it. The other threads' reads count only if ``strict``, as such races are mostly harmless. A scalar, which
+    all threads read, always counts.
     """
 
     number: Array  # the threads' numbers in the launch
@@ -68,10 +68,10 @@ class Accesses(NamedTuple):
 class Memory:
     """Bytes with access rules: ``mapped`` bytes may be touched, and ``written`` ones may be read.
 
-    Its functions take places in ``bytes``, one for each access, or -1 for an address that has none. Threads that
-    write different numbers to one place in one instruction race; with ``rng`` any of them wins. That is for shared
-    memory, where compilers let several threads store what they take to be one sum, though a fused multiply-add has
-    rounded each one's differently.
+    The methods take places in ``bytes``, one for each access, or -1 for an address outside. Threads that write
+    different numbers to one place in one instruction race, except with ``rng``, which draws the winner. Shared memory
+    has an ``rng``: there compilers let several threads store one sum, which fused multiply-adds may have rounded
+    differently in each thread.
     """
 
     def __init__(self, size: int, granule: int, races: bool = True, rng: np.random.Generator | None = None) -> None:
@@ -188,7 +188,7 @@ class _Shadow:
         if kept.any():
             kept &= ~self._ordered(self.reads, granules, threads, spread)
             spread = np.where(kept, np.maximum(spread, _distance(before, me, threads)), _ONE)
-        # The rows go backwards, so that of several threads the first one is recorded.
+        # The rows go backwards, so that the first of several threads is recorded.
         self._record(self.reads, granules[::-1], threads.backwards())
         apart = _distance(self.reads.who[granules], me, threads)
         if apart.any() and not threads.strict:
