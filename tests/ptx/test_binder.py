@@ -11,7 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from custom_ops import _native, library
+from custom_ops import _native
+from custom_ops.library._torch import fill_defaults
 from custom_ops.registry import REGISTRY
 from custom_ops.triton_kernels.common import KERNELS
 from custom_ops.verify._case import Case
@@ -60,7 +61,7 @@ def zeros() -> Iterator[None]:
 
 
 def launch(record: Record) -> Any:
-    args, kwargs = library.fill_defaults(record.op._schema, record.args, record.kwargs)
+    args, kwargs = fill_defaults(record.op._schema, record.args, record.kwargs)
     with torch.no_grad():
         return LAUNCHERS[record.op](*args, **kwargs)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import cpp_extension
 
-from custom_ops import _native, library
+from custom_ops import _native
+from custom_ops.library._torch import fill_defaults
 from custom_ops.registry import REGISTRY
 from custom_ops.triton_kernels.common import Kernel
 from custom_ops.verify._case import Case, flatten
@@ -90,5 +91,5 @@ def test_launchers(op: str, dtype: torch.dtype, launched: list[str]) -> None:
 def on_the_device(record: Record) -> list[Tensor]:
     with FakeTensorMode(), torch.no_grad():
         fake = record.map(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
-        args, kwargs = library.fill_defaults(record.op._schema, fake.args, fake.kwargs)
+        args, kwargs = fill_defaults(record.op._schema, fake.args, fake.kwargs)
         return flatten(LAUNCHERS[record.op](*args, **kwargs))
