@@ -1,4 +1,4 @@
-"""Runs the emulator's tests, in tests/ptx, in processes of their own, because Triton interprets in this one."""
+"""Runs the emulator's tests, in tests/ptx, in two processes of their own, because Triton interprets in this one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NUMBERS = "test_numbers.py"
+FILES = {
+    "numbers": [NUMBERS],
+    "others": sorted(path.name for path in (ROOT / "tests" / "ptx").glob("test_*.py") if path.name != NUMBERS),
+}
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests" / "ptx").glob("test_*.py")))
-def test_file(file: str, full: bool) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", f"tests/ptx/{file}"]
+@pytest.mark.parametrize("files", FILES.values(), ids=FILES)
+def test_files(files: list[str], full: bool) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
+    command += ["--full"] if full else []
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["TRITON_INTERPRET"] = "0"
     done = subprocess.run(
-        [*command, *(["--full"] if full else [])],
+        [*command, *(f"tests/ptx/{file}" for file in files)],
         env=environment,
         cwd=ROOT,
         capture_output=True,

@@ -25,6 +25,8 @@ from test_triton import (  # noqa: F401 (tests, which run here too)
 
 from custom_ops.verify.ptx import emulate
 
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
+
 
 @pytest.fixture(autouse=True)
 def emulated() -> Iterator[None]:
