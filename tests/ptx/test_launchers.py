@@ -79,7 +79,7 @@ class Compiled:
 
 @contextmanager
 def zeros() -> Iterator[None]:
-    """What no kernel writes is zero, for some of it is read on the host."""
+    """Memory that no kernel writes is zero, as the host reads some of it."""
     with (
         patch.object(torch, "empty", torch.zeros),
         patch.object(torch, "empty_like", torch.zeros_like),
