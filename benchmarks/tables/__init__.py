@@ -1,4 +1,4 @@
-"""`TIMED`: a dictionary of every registered op with its tables of timings, in the order of the registry."""
+"""`TIMED`: a dictionary of every registered op with its tables of timings, if it has any, in the order of the registry."""
 
 from benchmarks.table import TimedOp, timed
 from benchmarks.tables import activation, ranking, shaping, voxel
@@ -7,4 +7,6 @@ from custom_ops.registry import FUNCTIONS
 _TABLES = activation.TABLES | ranking.TABLES | shaping.TABLES | voxel.TABLES
 _NATIVE = activation.NATIVE | ranking.NATIVE | shaping.NATIVE | voxel.NATIVE
 
-TIMED: dict[str, TimedOp] = {name: timed(info, _TABLES[name], _NATIVE.get(name)) for name, info in FUNCTIONS.items()}
+TIMED: dict[str, TimedOp] = {
+    name: timed(info, _TABLES.get(name, []), _NATIVE.get(name)) for name, info in FUNCTIONS.items()
+}

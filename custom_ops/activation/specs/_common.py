@@ -19,7 +19,7 @@ def away_from(kinks: tuple[float, ...], *shape: int) -> Tensor:
 
 
 def unary_samples(*kinks: float, parameters: tuple[Any, ...] = (), others: tuple[Any, ...] | None = None) -> Any:
-    """Return samples of f(x, *parameters), one of them with the parameters ``others``."""
+    """Return samples of an elementwise f(x, *parameters), one of them with the parameters ``others``."""
 
     def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         def x(*shape: int) -> Tensor:
