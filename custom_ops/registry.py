@@ -26,8 +26,9 @@ class Sample:
     """One call of an op; the tensors with ``requires_grad`` get a derivative.
 
     Tens of elements are enough, as some rows take whole Hessians; the rows on large inputs and on threads make the
-    dynamic dimension longer by themselves. ``dynamic`` names a dimension whose size may vary under ``torch.compile(dynamic=True)`` and
-    export, as {position in args or name in kwargs: dimension}; tensors named together share one size.
+    dynamic dimension longer by themselves. ``dynamic`` names a dimension whose size may vary under
+    ``torch.compile(dynamic=True)`` and export, as {position in args or name in kwargs: dimension}; tensors named
+    together share one size.
 
     Example:
         >>> import torch

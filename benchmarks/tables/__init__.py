@@ -1,4 +1,4 @@
-"""`TIMED`: a dictionary of every registered op with its tables of timings, if it has any, in the order of the registry."""
+"""`TIMED`: a dictionary of every registered op, in order, with its tables of timings if it has any."""
 
 from benchmarks.table import TimedOp, timed
 from benchmarks.tables import activation, ranking, shaping, voxel
