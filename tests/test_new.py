@@ -14,6 +14,7 @@ from custom_ops.__main__ import main
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.full  # tests/test_packaging.py builds the op of CONTRIBUTING, which is alike
 def test_a_new_package_passes_its_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["new", "mylib"]) == 0

@@ -387,13 +387,14 @@ def test_streaming_kernels_have_room_for_half_of_the_warps():
 # In these kernels the CPU's rounding decides on which side of a kink a value lies.
 KINKED = """
 import subprocess, tempfile, triton
+from custom_ops._enums import SurrogateShape
 from custom_ops.triton_kernels import aot, margin, preference, surrogate
 hinge = preference.HINGE.value
 for kernel, variant in [
     (margin.margin_ranking_kernel, False),
     (preference.preference_kernel, (hinge, False)),
     (preference.preference_slope_kernel, (hinge, 1)),
-    (surrogate.surrogate_slope_kernel, surrogate.BOXCAR.value),
+    (surrogate.surrogate_slope_kernel, int(SurrogateShape.BOXCAR)),
 ]:
     chosen = " ".join(f"{k}={v}" for k, v in kernel.variants[variant].items())
     for dtype, label, source in aot.sources(kernel):

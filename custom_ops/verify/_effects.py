@@ -242,7 +242,7 @@ def threads(case: Case) -> str:
     return f"{_THREADS} threads"
 
 
-_THREADS, _ROUNDS = 4, 10
+_THREADS, _ROUNDS = 4, 4
 
 
 def _spread(call: Call, seed: int) -> Call:
