@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from custom_ops.verify.ptx.errors import OutOfBoundsError, PartialWarpError, UnknownInstructionError
+from custom_ops.verify.ptx.errors import OutOfBoundsError, PartialWarpError, RaceError, UnknownInstructionError
 from custom_ops.verify.ptx.machine import Kernel
 from custom_ops.verify.ptx.memory import GlobalMemory
 from custom_ops.verify.ptx.numbers import UNSIGNED, Type, bfloat16_bits, fma
@@ -497,6 +497,10 @@ def test_exchanges_in_a_warp():
     assert (got.reshape(-1, 32) == ballot[:, None]).all()
     (got,) = run("elect.sync _|%p1, -1; selp.b32 %o0, 1, 0, %p1;", [], [np.uint32])
     assert (got.reshape(-1, 32) == (lane == 0)).all()
+    (got,) = run(
+        "mov.b32 %o0, %a0; setp.lt.u32 %p1, %id, 512; @%p1 shfl.sync.bfly.b32 %o0, %a0, 1, 31, -1;", [a], [np.uint32]
+    )
+    assert (got[:512].reshape(-1, 32) == rows[:16, lane ^ 1]).all() and (got[512:] == a[512:]).all()
     with pytest.raises(PartialWarpError):
         run("setp.eq.u32 %p1, %id, 5; @%p1 shfl.sync.bfly.b32 %o0, %a0, 1, 31, -1;", [a], [np.uint32])
     with pytest.raises(UnknownInstructionError, match="mask of a warp"):
@@ -512,6 +516,20 @@ def test_shared_memory_and_barriers():
     assert (got == a[::-1]).all()
     with pytest.raises(OutOfBoundsError, match="outside of the 4096 bytes of shared memory"):
         run(body.replace("[%r3]", "[%r3+4]"), [a], [np.uint32])
+
+
+def test_reads_before_a_warp_meets():
+    """A warp that has exchanged what it read may overwrite it, as each thread's number has arrived by then."""
+    body = """.shared .align 16 .b8 space[4096]; mov.u32 %r1, space; shl.b32 %r2, %id, 2; add.u32 %r2, %r1, %r2;
+    st.shared.b32 [%r2], %a0; bar.sync 0; xor.b32 %r3, %id, 1; shl.b32 %r3, %r3, 2; add.u32 %r3, %r1, %r3;
+    ld.shared.b32 %r4, [%r3]; {} st.shared.b32 [%r2], %r4; mov.b32 %o0, %r4; {}"""
+    a, meet = draw("b32"), "shfl.sync.bfly.b32 %r4, %r4, 1, 31, -1;"
+    (got,) = run(body.format(meet, ""), [a], [np.uint32])
+    assert (got == a).all()
+    with pytest.raises(RaceError, match="writes what .* reads"):
+        run(body.format("", ""), [a], [np.uint32])
+    with pytest.raises(RaceError, match="reads what .* writes"):  # the exchange makes no write visible
+        run(body.format(meet, f"{meet} ld.shared.b32 %o0, [%r3];"), [a], [np.uint32])
 
 
 def test_matrices():

@@ -155,7 +155,7 @@ class Machine:
         self.place = np.repeat(np.arange(len(programs)), program.threads)  # each thread's program
         self.program = programs[self.place]
         self.number = (self.program * program.threads + self.thread).astype(np.int64)
-        self.phase, self.warp_phase = np.zeros(self.size, np.int32), np.zeros(self.size, np.int32)
+        self.phase, self.warp_phase, self.meetings = (np.zeros(self.size, np.int32) for _ in range(3))
         self.registers: list[Array | None] = [None] * len(program.widths)
         self.lanes: Array | None = None
         self.live = np.ones(self.size, bool)
@@ -244,6 +244,7 @@ class Machine:
             self.of(self.number),
             self.of(self.phase),
             self.of(self.warp_phase),
+            self.of(self.meetings),
             self.per_program,
             self.launch.time,
             knows,
@@ -261,6 +262,7 @@ class Machine:
     def pass_barrier(self, of_warps: bool = False) -> None:
         lanes = slice(None) if self.lanes is None else self.lanes
         self.warp_phase[lanes] += 1
+        self.meetings[lanes] += 1
         if not of_warps:
             self.phase[lanes] += 1
 
@@ -326,12 +328,15 @@ class Machine:
                 if not self._arrive(at, active):
                     return
             elif step.kind == "warp" and (active is not None or step.guard is not None):
-                lanes = active = self._whole_warps(at, self._all(active))
+                rest = self._rest(lanes, active)
+                whole = self._whole_warps(at, self._all(active))
+                if len(whole):
+                    self.lanes = None if len(whole) == self.size else whole
+                    self._execute(step)
+                lanes = np.sort(np.concatenate([whole, rest]))
                 if not len(lanes):
                     return
-                self.lanes = None if len(lanes) == self.size else lanes
-                lanes = self.lanes
-                self._execute(step)
+                lanes = None if len(lanes) == self.size else lanes
             elif active is None or len(active):
                 self._execute(step)
             at += 1
@@ -343,6 +348,8 @@ class Machine:
         assert step.run is not None
         try:
             step.run(self)
+            if step.kind == "warp":
+                self.meetings[slice(None) if self.lanes is None else self.lanes] += 1
         except PtxError as error:
             lane = self._all(self.lanes)[error.thread or 0 : (error.thread or 0) + 1]
             raise self._located(error, self.at, lane) from None

@@ -36,7 +36,9 @@ _ONE, _OF_A_WARP, _OF_A_PROGRAM, _OF_SEVERAL = range(4)  # how far apart the thr
 class Threads:
     """The threads that make an access, in the order of its rows.
 
-    ``phase`` counts the whole program's barriers that each thread has passed, ``warp_phase`` these and its warp's own.
+    ``phase`` counts the whole program's barriers that each thread has passed, ``warp_phase`` these and its warp's own,
+    and ``meetings`` also the instructions that its warp has executed together. No write is visible to a thread because
+    of a meeting, but what the warp has read before is read.
     ``knows(program, time)`` says whether atomic operations order another program's access at that time before theirs.
 
     If a tile has fewer elements than its program has threads, several threads load each element, and the first of them
@@ -47,13 +49,15 @@ class Threads:
     number: Array  # the threads' numbers in the launch
     phase: Array
     warp_phase: Array
+    meetings: Array
     per_program: int
     time: int = 0
     knows: Callable[[Array, Array], Array] | None = None
     strict: bool = False
 
     def backwards(self) -> Threads:
-        return replace(self, number=self.number[::-1], phase=self.phase[::-1], warp_phase=self.warp_phase[::-1])
+        number, phase = self.number[::-1], self.phase[::-1]
+        return replace(self, number=number, phase=phase, warp_phase=self.warp_phase[::-1], meetings=self.meetings[::-1])
 
 
 class Accesses(NamedTuple):
@@ -61,7 +65,7 @@ class Accesses(NamedTuple):
 
     who: Array
     phase: Array
-    warp_phase: Array
+    warp_phase: Array  # for reads, the meetings
     time: Array
 
 
@@ -246,8 +250,11 @@ class _Shadow:
     def _record(self, column: Accesses, granules: Array, threads: Threads) -> None:
         column.who[granules] = _rows_of(threads.number, granules)
         column.phase[granules] = _rows_of(threads.phase, granules)
-        column.warp_phase[granules] = _rows_of(threads.warp_phase, granules)
+        column.warp_phase[granules] = _rows_of(self._warp_phase(column, threads), granules)
         column.time[granules] = threads.time
+
+    def _warp_phase(self, column: Accesses, threads: Threads) -> Array:
+        return threads.meetings if column is self.reads else threads.warp_phase
 
     def _ordered(self, column: Accesses, granules: Array, threads: Threads, spread: Any) -> Array:
         """Return whether all earlier accesses, by threads that far apart, happened before those of ``threads``."""
@@ -257,7 +264,7 @@ class _Shadow:
         ordered |= (
             (distance <= _OF_A_WARP)
             & (spread <= _OF_A_WARP)
-            & (column.warp_phase[granules] < _rows_of(threads.warp_phase, granules))
+            & (column.warp_phase[granules] < _rows_of(self._warp_phase(column, threads), granules))
         )
         ordered |= (
             (distance <= _OF_A_PROGRAM)
