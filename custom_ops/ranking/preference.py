@@ -142,47 +142,41 @@ def _summed(x: Tensor, like: Tensor) -> Tensor:
     return x.sum(dims) if dims else x
 
 
+def _batched(count: int, args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
+    return [None if t is None else library.to_front(t, d, size) for t, d in zip(args[:count], in_dims)]
+
+
 @library.vmap(preference)
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    tensors = [None if t is None else library.to_front(t, d, info.batch_size) for t, d in zip(args[:4], in_dims)]
-    return preference(*tensors, *args[4:11], args[11] + 1), 0
+    return preference(*_batched(4, args, in_dims, info.batch_size), *args[4:11], args[11] + 1), 0
 
 
 @library.vmap(preference_slope)
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    tensors = [None if t is None else library.to_front(t, d, info.batch_size) for t, d in zip(args[:5], in_dims)]
-    return preference_slope(*tensors, *args[5:]), 0
+    return preference_slope(*_batched(5, args, in_dims, info.batch_size), *args[5:]), 0
+
+
+def _placements(placement: Any, tensors: Sequence[Any]) -> list[Any]:
+    """Return one placement for all tensors that are there, and none for the eight other arguments."""
+    return [*(None if t is None else placement for t in tensors), *[None] * 8]
 
 
 @library.sharding(preference)
-def _(chosen: Any, rejected: Any, chosen_offset: Any, rejected_offset: Any, kind: int, *parameters: Any) -> Any:
+def _(*args: Any) -> Any:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    reduce, batch_dims = parameters[-2:]
-
-    def row(placement: Any, loss: Any) -> Any:
-        offsets = [None if t is None else placement for t in (chosen_offset, rejected_offset)]
-        return [loss], [placement, placement, *offsets, *[None] * 8]
-
-    shards = ((d, Shard(d)) for d in range(chosen.ndim))
-    return [
-        row(Replicate(), Replicate()),
-        *(row(s, Partial() if reduce and d >= batch_dims else s) for d, s in shards),
-    ]
+    *tensors, reduce, batch_dims = *args[:4], *args[-2:]
+    shards = [(Shard(d), Partial() if reduce and d >= batch_dims else Shard(d)) for d in range(args[0].ndim)]
+    return [([loss], _placements(of, tensors)) for of, loss in [(Replicate(), Replicate()), *shards]]
 
 
 @library.sharding(preference_slope)
-def _(
-    weight: Any, chosen: Any, rejected: Any, chosen_offset: Any, rejected_offset: Any, order: int, *parameters: Any
-) -> Any:
+def _(weight: Any, *args: Any) -> Any:
     from torch.distributed.tensor import Replicate, Shard
 
-    def row(placement: Any, of_weight: Any) -> Any:
-        offsets = [None if t is None else placement for t in (chosen_offset, rejected_offset)]
-        return [placement], [of_weight, placement, placement, *offsets, *[None] * 8]
-
-    shards = ((d, Shard(d)) for d in range(chosen.ndim))
-    return [row(Replicate(), Replicate()), *(row(s, s if d < weight.ndim else Replicate()) for d, s in shards)]
+    shards = [(Shard(d), Shard(d) if d < weight.ndim else Replicate()) for d in range(args[0].ndim)]
+    rows = [(Replicate(), Replicate()), *shards]
+    return [([of], [of_weight, *_placements(of, args[:4])]) for of, of_weight in rows]
 
 
 library.autocast(preference, torch.float32)
@@ -220,10 +214,8 @@ def _smoothing(value: Any, limit: float) -> float:
 def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
     """Return ``-log sigmoid(positive - negative)``: a chosen item should score above one that the user didn't choose.
 
-    It is `bradley_terry_loss` without a margin, at ``beta = 1``.
-
-    The loss is exact at any difference: it neither saturates nor overflows. It is differentiable to third order and in
-    forward mode. 16-bit scores are computed in float32 and rounded once; under autocast the loss is float32.
+    It is `bradley_terry_loss` without a margin, at ``beta = 1``, and all that is said there holds: dtypes, errors, the
+    orders of derivatives and cost.
 
     Args:
         positive, negative: scores; float16, bfloat16, float32 or float64. The shapes broadcast: [B, 1]
@@ -236,9 +228,6 @@ def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Ten
     Raises:
         TypeError: not a tensor, or a wrong dtype.
         ValueError: shapes that don't broadcast, several devices, an unknown ``reduction``.
-
-    The loss takes O(n) time without temporaries and keeps its arguments for backward. An expanded input is copied in
-    full.
 
     Source: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", UAI 2009.
 
