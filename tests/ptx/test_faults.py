@@ -275,7 +275,7 @@ def test_a_sum_that_threads_round_differently():
     with emulate(edit=lambda ptx: seen.append(ptx) or ptx):
         fused_kernel[(128,)](x, out, len(x), BLOCK=128)
     assert torch.allclose(out.sum(), (x * x).sum())
-    if "fma" not in seen[0]:  # Triton 3.6 doesn't fuse them
+    if re.search(r"@%p\d+ st\.shared", seen[0]):  # only one thread of each warp stores, in Triton 3.6
         return
     with emulate(orders=4), pytest.raises(OrderError):
         fused_kernel[(128,)](x, out, len(x), BLOCK=128)

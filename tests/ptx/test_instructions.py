@@ -518,6 +518,22 @@ def test_shared_memory_and_barriers():
         run(body.replace("[%r3]", "[%r3+4]"), [a], [np.uint32])
 
 
+def test_reads_before_a_write_are_forgotten():
+    """All threads read a slot before thread 0 has it for itself."""
+    body = """.shared .align 16 .b8 space[16]; mov.u32 %r1, space; setp.eq.u32 %p1, %id, 0;
+    @%p1 st.shared.b32 [%r1], %a0; bar.sync 0; ld.shared.b32 %o0, [%r1]; bar.sync 0;
+    @%p1 st.shared.b32 [%r1], 5; bar.sync 0; @%p1 ld.shared.b32 %r2, [%r1]; @%p1 st.shared.b32 [%r1], 6;"""
+    a = draw("b32")
+    (got,) = run(body, [a], [np.uint32])
+    assert (got == a[0]).all()
+    with pytest.raises(RaceError, match="thread 0 writes what another thread reads"):
+        run(
+            body.replace("bar.sync 0;\n    @%p1 st.shared.b32 [%r1], 5;", "@%p1 st.shared.b32 [%r1], 5;"),
+            [a],
+            [np.uint32],
+        )
+
+
 def test_reads_before_a_warp_meets():
     """A warp that has exchanged what it read may overwrite it, as each thread's number has arrived by then."""
     body = """.shared .align 16 .b8 space[4096]; mov.u32 %r1, space; shl.b32 %r2, %id, 2; add.u32 %r2, %r1, %r2;

@@ -222,6 +222,7 @@ class _Shadow:
         self._record(self.writes, granules, threads)
         self.strong[granules] = strong
         self.reads.who[granules] = _NOBODY
+        self.spread[granules] = _ONE
 
     def conflict(
         self,
