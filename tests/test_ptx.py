@@ -32,3 +32,8 @@ def test_files(files: list[str], full: bool) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_it_is_loaded_on_demand() -> None:
+    code = "import sys, custom_ops.verify; assert not {'custom_ops.verify.ptx', 'triton'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
