@@ -446,7 +446,8 @@ class DPOLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         _dpo_parameters(beta, loss_type, label_smoothing)
-        self.beta, self.label_smoothing = (_checks.as_float("beta", x) for x in (beta, label_smoothing))
+        self.beta = _checks.as_float("beta", beta)
+        self.label_smoothing = _checks.as_float("label_smoothing", label_smoothing)
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
         self.loss_type, self.reduction = loss_type, reduction
 
