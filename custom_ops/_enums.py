@@ -55,6 +55,18 @@ class PositionWeights(Choice):
     UNIFORM, EXPONENTIAL, DISCOUNT = range(3)
 
 
+class RankMetric(Choice):
+    """The metric of ``rank_metric``."""
+
+    PRECISION, RECALL, F1, HIT_RATE, R_PRECISION, RECIPROCAL_RANK, AVERAGE_PRECISION, DCG, NDCG, ERR, AUC = range(11)
+
+
+class TiedScores(Choice):
+    """The places of items with equal scores in ``rank_metric``."""
+
+    AVERAGE, INDEX, TOGETHER = range(3)
+
+
 class SmoothMetric(Choice):
     """The metric of ``smooth_rank``."""
 

@@ -72,7 +72,8 @@ def _bevdet() -> list[tuple[Any, ...]]:
 OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "ndcg": _lists,
     "mrr": _lists,
-    "average_precision": lambda: [(s, (y > 0).long()) for s, y in _lists()],
+    **dict.fromkeys(("precision", "recall", "f1_score", "hit_rate", "r_precision", "dcg"), _lists),
+    **dict.fromkeys(("average_precision", "auc"), lambda: [(s, (y > 0).long()) for s, y in _lists()]),
     "bev_pool_v2": _bevdet,
     "convert_activations": lambda: [(torch.nn.Sequential(torch.nn.ReLU()),)],
 }

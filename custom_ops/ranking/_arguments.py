@@ -57,19 +57,20 @@ def _entries(arguments: str) -> dict[str, str]:
     return {entry.split()[0].strip(":,"): entry.strip("\n") for entry in _ENTRY.split(arguments) if entry.strip()}
 
 
-def documented(function: F) -> F:
+def documented(function: F, arguments: str = "", returns: str = _RETURNS) -> F:
     """Complete the docstring of a function of lists with the parts that all of them share.
 
     In the source, ``Args`` has the function's own arguments, and those shared ones that have another meaning there.
-    ``Returns`` and ``Raises`` are those of all list losses, unless the source has such a section.
+    ``Returns`` and ``Raises`` are those of all list losses, unless the source has such a section. ``arguments`` has
+    further shared arguments, or the same ones with another meaning.
     """
     if function.__doc__ is None:  # under python -OO there is no docstring
         return function
     description, *sections = (part.strip() for part in _SECTION.split(inspect.cleandoc(function.__doc__)))
     own = {section.partition(":")[0]: section for section in sections}
-    entries = _entries(_ARGUMENTS) | _entries(own.pop("Args", "Args:").removeprefix("Args:"))
-    arguments = [entries[name] for name in inspect.signature(function).parameters if name in entries]
-    complete = {"Args": "\n".join(["Args:", *arguments]), "Returns": _RETURNS, "Raises": _RAISES} | own
+    entries = _entries(_ARGUMENTS) | _entries(arguments) | _entries(own.pop("Args", "Args:").removeprefix("Args:"))
+    described = [entries[name] for name in inspect.signature(function).parameters if name in entries]
+    complete = {"Args": "\n".join(["Args:", *described]), "Returns": returns, "Raises": _RAISES} | own
     function.__doc__ = "\n\n".join([description, *complete.values()])
     return function
 
