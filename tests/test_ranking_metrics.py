@@ -128,7 +128,10 @@ def test_each_metric_is_its_definition_on_each_backend_and_in_each_form_of_lists
     weights = torch.tensor([1.0, 3.0, 0.0, 2.0])
     same(metric(**flat, cu_lengths=bounds, reduction="none", **cut), expected)
     same(metric(**flat, cu_lengths=bounds, weights=weights, **cut), (expected[0] + 3 * expected[1]) / 4)
-    same(metric(**flat, cu_lengths=bounds, weights=weights, reduction="none", **cut), torch.einsum("l,l...->l...", weights, expected))
+    same(
+        metric(**flat, cu_lengths=bounds, weights=weights, reduction="none", **cut),
+        torch.einsum("l,l...->l...", weights, expected),
+    )
     shuffled = torch.randperm(len(flat["scores"]), generator=generator)
     queries = torch.arange(40, 44).repeat_interleave(lengths)[shuffled]
     mixed = {key: x[shuffled] for key, x in flat.items()}
