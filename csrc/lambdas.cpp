@@ -330,4 +330,5 @@ struct LambdaLoss {
 
 }  // namespace custom_ops
 
-CUSTOM_OPS_WEIGHTED_LIST_LOSS(lambda_pairs, LambdaLoss, PairWeighting, int64_t, bool, bool, double, double, double, bool)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(lambda_pairs, LambdaLoss, PairWeighting, int64_t, bool, bool, double, double, double,
+                              bool)

@@ -29,7 +29,8 @@ void for_each_list(const ListInputs& in, const A* v, A* slope, const ListKernel&
   in.lists.parallel(16, [&](int64_t index, int64_t begin, int64_t end, Scratch& scratch) {
     const int64_t items = end - begin;
     if (!valid) {
-      List<A> list{items, s + begin, y + begin, w ? w + begin : nullptr, v ? v + begin : nullptr, slope + begin, scratch};
+      List<A> list{items,         s + begin, y + begin, w ? w + begin : nullptr, v ? v + begin : nullptr,
+                   slope + begin, scratch};
       if (items) run_list(list, kernel);
       return put(index, list);
     }

@@ -1,5 +1,5 @@
-// Ranking metrics: each is a sum over the places of a list, up to a cutoff, of what is expected there over all orders of
-// the items tied in score.
+// Ranking metrics: each is a sum over the places of a list, up to a cutoff, of what is expected there over all orders
+// of the items tied in score.
 #include "lists.h"
 
 namespace custom_ops {
@@ -154,8 +154,8 @@ std::tuple<Tensor, Tensor> rank_metric(const Tensor& scores_in, const Tensor& la
   const int64_t count = cutoffs.numel();
   for (int64_t c = 0; c < count; ++c)
     check(data<int64_t>(cutoffs)[c] >= 1, "cutoffs: expected at least 1, got ", data<int64_t>(cutoffs)[c]);
-  const Metric kernel{metric, ties, exponential, data<int64_t>(cutoffs), count,
-                      discounts_in ? data<double>(discounts) : nullptr};
+  const Metric kernel{
+      metric, ties, exponential, data<int64_t>(cutoffs), count, discounts_in ? data<double>(discounts) : nullptr};
   Tensor out = fresh(labels, append(lists.per_list(), {count}));
   Tensor active = fresh(labels, lists.per_list(), ScalarType::Bool);
   double* op = mutable_data<double>(out);

@@ -191,9 +191,12 @@ struct PairwiseHinge {
       list.loss = std::numeric_limits<A>::quiet_NaN();
       return std::fill(list.slope, list.slope + n, list.loss);
     }
-    const Swept<A> items{gather(list.s, by_score, n, scratch), gather(level, by_score, n, scratch),
+    const Swept<A> items{gather(list.s, by_score, n, scratch),
+                         gather(level, by_score, n, scratch),
                          list.w ? gather(list.w, by_score, n, scratch) : nullptr,
-                         list.v ? gather(list.v, by_score, n, scratch) : nullptr, n, levels};
+                         list.v ? gather(list.v, by_score, n, scratch) : nullptr,
+                         n,
+                         levels};
     double* sums = scratch.get<double>(n);
     std::fill(sums, sums + n, 0.0);
     double loss = 0;

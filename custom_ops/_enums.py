@@ -82,7 +82,7 @@ class GroupValue(Choice):
 class PreferenceLoss(Choice):
     """The function of a pair's difference in ``preference``."""
 
-    LOGISTIC, HINGE, SQUARED, DIVERGENCE = range(4)
+    LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID = range(5)
 
 
 class SurrogateShape(Choice):

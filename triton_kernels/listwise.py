@@ -446,5 +446,8 @@ def _weighted_slope(kind: Any, *args: Any) -> Any:
 
 list_softmax, list_softmax_slope = reducing(partial(_loss, _ListSoftmax)), partial(_slope, _ListSoftmax)
 list_mle, list_mle_slope = reducing(partial(_loss, _ListMle)), partial(_weighted_slope, _ListMle)
-unique_softmax, unique_softmax_slope = reducing(partial(_loss, _UniqueSoftmax)), partial(_weighted_slope, _UniqueSoftmax)
+unique_softmax, unique_softmax_slope = (
+    reducing(partial(_loss, _UniqueSoftmax)),
+    partial(_weighted_slope, _UniqueSoftmax),
+)
 cosent, cosent_slope = reducing(partial(_loss, _Cosent)), partial(_weighted_slope, _Cosent)

@@ -95,7 +95,8 @@ def _evaluate(
 ) -> Tensor:
     """Check all arguments, and return the metric at each k, reduced over the lists."""
     several = isinstance(k, Sequence) and not isinstance(k, str)
-    cutoffs = [limit(one) for one in (k if several else [k])]  # type: ignore[union-attr, list-item]
+    each: Sequence[Any] = k if isinstance(k, Sequence) and several else [k]
+    cutoffs = [limit(one) for one in each]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
     if empty is not None:
