@@ -305,18 +305,21 @@ def spearman_loss(
     ones = torch.ones_like(wanted)
     count = list_dot(ones, ones, *where)
     if item_weights is None:
-        share = ones
         mean = list_scale((count + 1) / 2, ones, *where)  # the mean of both kinds of ranks
         ours, theirs = ranks - mean, wanted - mean
+        shared = theirs
+        spread = list_dot(ours, ours, *where)
     else:
         total = list_dot(item_weights.double(), ones, *where)
         share = list_scale(torch.where(total > 0, count / total, 0), item_weights.double(), *where)
         ours, theirs = (x - list_scale(list_dot(share, x, *where) / count, ones, *where) for x in (ranks, wanted))
-    spread, of_labels = list_dot(ours, share * ours, *where), list_dot(theirs, share * theirs, *where)
+        shared = share * theirs
+        spread = list_dot(ours, share * ours, *where)
+    of_labels = list_dot(theirs, shared, *where)
     active = of_labels != 0
     defined = active & ~(_tied(spread, count) & (of_labels > 0))  # NaN labels give NaN even if the scores are tied
     scale = torch.where(defined, spread * of_labels, 1).rsqrt()
-    loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, share * theirs, *where) * scale, 0), 0)
+    loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, shared, *where) * scale, 0), 0)
     if cu_lengths is None:
         loss, active = loss.squeeze(-1), active.squeeze(-1)
     loss = reduce(loss, active, weights, reduction)
