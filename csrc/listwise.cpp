@@ -32,12 +32,12 @@ double defined(double sum, double top) {
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
   const A largest = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return x[i]; });
-  for (int64_t i = 0; i < n; ++i) {
-    const A e = exp_nonpositive(x[i] - largest);
-    out[i] = x[i] == largest ? A(1) : e;  // exact even if the largest is infinite
-  }
   top = largest;
-  return defined(sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; }), static_cast<double>(largest));
+  const double sum = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {
+    const A e = exp_nonpositive(x[i] - largest);
+    return out[i] = x[i] == largest ? A(1) : e;  // exact even if the largest is infinite
+  });
+  return defined(sum, static_cast<double>(largest));
 }
 
 // The sum of p_i (log sum e^s - s_i), where p is the labels or their softmax.

@@ -150,8 +150,9 @@ def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
     device.
     """
     out = loss.to(dtype)
-    eager = type(out) is Tensor and not (torch.compiler.is_compiling() or transforms_are_active())
-    if dtype == torch.float16 and out.device.type == "cpu" and eager and bool(out.isinf().any()):
+    if dtype != torch.float16 or type(out) is not Tensor or torch.compiler.is_compiling() or transforms_are_active():
+        return out
+    if out.device.type == "cpu" and bool(out.isinf().any()):
         warnings.warn(
             "the loss is beyond the range of float16, or near it: where the loss is a sum over pairs, pass "
             "normalize=True to divide by their number; or pass float32 scores",
