@@ -162,6 +162,31 @@ def test_auc_and_dcg_equal_scikit_learns(levels):
         assert ours.item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("action", "empty"), [("skip", None), ("neg", 0.0), ("pos", 1.0)])
+def test_metrics_by_query_numbers_equal_torchmetrics(action, empty):
+    retrieval = pytest.importorskip("torchmetrics.retrieval", reason="torchmetrics isn't here: python tests/peers.py")
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(40).repeat_interleave(12)[torch.randperm(480, generator=generator)]
+    scores, grades = torch.rand(480, generator=generator), torch.randint(0, 4, (480,), generator=generator)
+    grades[index == 3] = 0
+    relevant = (grades > 1).long()
+    for theirs, ours, labels, k in [
+        (retrieval.RetrievalPrecision, custom_ops.precision, relevant, 5),
+        (retrieval.RetrievalRecall, custom_ops.recall, relevant, 5),
+        (retrieval.RetrievalHitRate, custom_ops.hit_rate, relevant, 2),
+        (retrieval.RetrievalRPrecision, custom_ops.r_precision, relevant, None),
+        (retrieval.RetrievalMAP, custom_ops.average_precision, relevant, None),
+        (retrieval.RetrievalMRR, custom_ops.mrr, relevant, 3),
+        (retrieval.RetrievalAUROC, custom_ops.auc, relevant, None),
+        (retrieval.RetrievalNormalizedDCG, functools.partial(custom_ops.ndcg, gain="linear"), grades, 5),
+    ]:
+        metric = theirs(empty_target_action=action, **({} if k is None else {"top_k": k}))
+        metric.update(scores, labels, indexes=index)
+        value = ours(scores, labels, index=index, empty=empty, **({} if k is None else {"k": k}))
+        torch.testing.assert_close(value, metric.compute(), rtol=1e-5, atol=1e-6)
+
+
 def test_gains_and_discounts_of_ones_own():
     scores, labels = draw(4, 7)
     for metric in (custom_ops.ndcg, custom_ops.dcg):

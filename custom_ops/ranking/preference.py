@@ -407,7 +407,7 @@ def dpo_loss(
         >>> custom_ops.dpo_loss(*policy, *reference, beta=0.5, reduction="none")
         tensor([0.3133, 1.3133])
         >>> custom_ops.dpo_loss(*policy, *reference, loss_type=("sigmoid", "apo_zero"), loss_weights=(1.0, 0.5))
-        tensor(1.2013)
+        tensor(1.1981)
     """
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or neither")
@@ -474,7 +474,7 @@ def _terms_of(loss_type: str, beta: float | None, e: float) -> list[_Term]:
         raise ValueError(f"beta: expected a number for {loss_type!r}, got a tensor")
     if loss_type == "exo_pair" and e == 0:
         raise ValueError("label_smoothing: expected more than 0 for 'exo_pair', got 0")
-    aim = 0.5 / (beta or 1.0)
+    aim = 0.5 / (1.0 if beta is None else beta)
     terms: dict[str, Callable[[], list[_Term]]] = {
         "sigmoid": lambda: [_Term("pair", logistic, 1 - e, e)],
         "robust": lambda: [_Term("pair", logistic, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e))],
