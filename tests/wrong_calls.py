@@ -46,7 +46,8 @@ def functions() -> dict[str, list[Call]]:
             samples = FUNCTIONS[name].samples(torch.device("cpu"), torch.float32)
             found[name] = [(function, _bind(function, *s.args, **s.kwargs)) for s in samples]
         else:
-            found[name] = [(function, _bind(function, *args)) for args in OTHERS.get(name, list)()]
+            options = OPTIONS.get(name, {})
+            found[name] = [(function, _bind(function, *args, **options)) for args in OTHERS.get(name, list)()]
     return found
 
 
@@ -72,10 +73,12 @@ def _bevdet() -> list[tuple[Any, ...]]:
 OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "ndcg": _lists,
     "mrr": _lists,
-    "average_precision": lambda: [(s, (y > 0).long()) for s, y in _lists()],
+    **dict.fromkeys(("precision", "recall", "f1_score", "hit_rate", "r_precision", "dcg", "err"), _lists),
+    **dict.fromkeys(("average_precision", "auc"), lambda: [(s, (y > 0).long()) for s, y in _lists()]),
     "bev_pool_v2": _bevdet,
     "convert_activations": lambda: [(torch.nn.Sequential(torch.nn.ReLU()),)],
 }
+OPTIONS = {"err": {"max_label": 3.0}}
 
 
 def spoiled(argument: str, value: Any, call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
