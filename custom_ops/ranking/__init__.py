@@ -1,5 +1,6 @@
 """Ranking losses."""
 
+from custom_ops.ranking.catalogue import LinearCrossEntropy, LinearLogProb, linear_cross_entropy, linear_log_prob
 from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
 from custom_ops.ranking.listwise import (
     CoSENTLoss,
@@ -49,6 +50,8 @@ __all__ = [
     "CoSENTLoss",
     "DPOLoss",
     "LambdaLoss",
+    "LinearCrossEntropy",
+    "LinearLogProb",
     "ListMLELoss",
     "ListNetLoss",
     "MarginRankingLoss",
@@ -71,6 +74,8 @@ __all__ = [
     "cosent_loss",
     "dpo_loss",
     "lambda_loss",
+    "linear_cross_entropy",
+    "linear_log_prob",
     "list_mle_loss",
     "list_net_loss",
     "margin_ranking_loss",
