@@ -51,14 +51,15 @@ Tensor widened(const Tensor& t, ScalarType wide) {
 // The arguments that all ops share, and their sizes: B examples, each with N rows, V words and D dimensions.
 struct Catalogue {
   Tensor x, weight, target;
-  std::optional<Tensor> bias;
+  std::optional<Tensor> bias, mask, row_group, word_group;
   double scale;
   int64_t ignored, first, total;
   int64_t examples, rows, words, dims;
   ScalarType wide;  // the dtype of logits and sums
 
   Catalogue(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& target_in,
-            double scale, int64_t ignored, int64_t first, int64_t total)
+            const std::optional<Tensor>& mask_in, const std::optional<Tensor>& row_group_in,
+            const std::optional<Tensor>& word_group_in, double scale, int64_t ignored, int64_t first, int64_t total)
       : x(x_in),
         weight(weight_in),
         target(dense(target_in)),
@@ -75,6 +76,18 @@ struct Catalogue {
     check(is_double == (weight.scalar_type() == ScalarType::Double), "x, weight: expected both in float64, or neither");
     wide = is_double ? ScalarType::Double : ScalarType::Float;
     if (bias_in) bias = of_words("bias", *bias_in);
+    if (mask_in) {
+      check(sizes(*mask_in) == Shape{examples, rows, words} && mask_in->scalar_type() == ScalarType::Bool,
+            "mask: expected bool [B, N, V]");
+      mask = dense(*mask_in);
+    }
+    check(row_group_in.has_value() == word_group_in.has_value(), "row_group, word_group: expected both or neither");
+    if (row_group_in) {
+      check(sizes(*row_group_in) == Shape{examples, rows} && sizes(*word_group_in) == Shape{examples, words} &&
+                row_group_in->scalar_type() == ScalarType::Long && word_group_in->scalar_type() == ScalarType::Long,
+            "row_group, word_group: expected int64 [B, N] and [B, V]");
+      row_group = dense(*row_group_in), word_group = dense(*word_group_in);
+    }
     const int64_t* t = data<int64_t>(target);
     for (int64_t i = 0; i < target.numel(); ++i)
       check(t[i] == ignored || (t[i] >= 0 && t[i] < total), "target: expected 0 to ", total - 1, " or ignore_index ",
@@ -92,6 +105,23 @@ struct Catalogue {
   std::optional<Tensor> of_rows(const char* name, const std::optional<Tensor>& t) const {
     return t ? std::optional<Tensor>(of_rows(name, *t)) : std::nullopt;
   }
+  // Sets the logits of the words that are left out of row i of [B, N] to minus infinity.
+  template <class A>
+  void leave_out(A* z, int64_t i, int64_t at) const {
+    constexpr A kOut = -std::numeric_limits<A>::infinity();
+    const A target = at >= 0 ? z[at] : 0;
+    if (mask) {
+      const bool* counts = data<bool>(*mask) + i * words;
+      for (int64_t v = 0; v < words; ++v) z[v] = counts[v] ? z[v] : kOut;
+    }
+    if (row_group) {
+      const int64_t own = data<int64_t>(*row_group)[i];
+      const int64_t* group = data<int64_t>(*word_group) + i / rows * words;
+      for (int64_t v = 0; v < words; ++v) z[v] = group[v] != own ? z[v] : kOut;
+    }
+    if (at >= 0) z[at] = target;
+  }
+
   void check_alike(const char* name, const std::optional<Tensor>& t, const Tensor& like) const {
     check(!t || (sizes(*t) == sizes(like) && t->scalar_type() == like.scalar_type()), name,
           ": expected the shape and dtype of what it is the tangent of");
@@ -461,6 +491,7 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
         logits_of(z, rows, example.weight, in.scale, false, example.bias ? &*example.bias : nullptr);
         each_row(block, [&](int64_t r, int64_t i, int64_t at) {
           A* const logits = mutable_data<A>(z) + r * in.words;
+          in.leave_out(logits, i, at);
           Row<A> row;
           if (stats) {
             const A* s = data<A>(*stats) + 3 * i;
@@ -484,22 +515,23 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> catalogue_log_prob(const Tensor& x, const Tensor& weight,
                                                               const std::optional<Tensor>& bias, const Tensor& target,
-                                                              double scale, int64_t ignore_index, int64_t first,
-                                                              int64_t total) {
-  const Catalogue in(x, weight, bias, target, scale, ignore_index, first, total);
+                                                              const std::optional<Tensor>& mask,
+                                                              const std::optional<Tensor>& row_group,
+                                                              const std::optional<Tensor>& word_group, double scale,
+                                                              int64_t ignore_index, int64_t first, int64_t total) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
   const Results results(in);
   first_order(in, &results, nullptr, {}, Gradients(in, false, false, false));
   return {results.log_prob, results.entropy, results.lse, results.stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> catalogue_backward(const std::optional<Tensor>& of_log_prob,
-                                                      const std::optional<Tensor>& of_entropy,
-                                                      const std::optional<Tensor>& of_lse, const Tensor& stats_in,
-                                                      const Tensor& x, const Tensor& weight,
-                                                      const std::optional<Tensor>& bias, const Tensor& target,
-                                                      double scale, int64_t ignore_index, int64_t first, int64_t total,
-                                                      bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, scale, ignore_index, first, total);
+std::tuple<Tensor, Tensor, Tensor> catalogue_backward(
+    const std::optional<Tensor>& of_log_prob, const std::optional<Tensor>& of_entropy,
+    const std::optional<Tensor>& of_lse, const Tensor& stats_in, const Tensor& x, const Tensor& weight,
+    const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
+    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), in.of_rows("of_entropy", of_entropy),
                            in.of_rows("of_lse", of_lse)};
   const Tensor stats = dense(stats_in);
@@ -513,9 +545,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
     const std::optional<Tensor>& of_log_prob, const std::optional<Tensor>& of_entropy,
     const std::optional<Tensor>& of_lse, const Tensor& stats_in, const std::optional<Tensor>& x_t,
     const std::optional<Tensor>& weight_t, const std::optional<Tensor>& bias_t, const Tensor& x, const Tensor& weight,
-    const std::optional<Tensor>& bias, const Tensor& target, double scale, int64_t ignore_index, int64_t first,
-    int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, scale, ignore_index, first, total);
+    const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
+    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), in.of_rows("of_entropy", of_entropy),
                            in.of_rows("of_lse", of_lse)};
   const Tensor stats = dense(stats_in);
@@ -555,6 +588,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
           const A* s = data<A>(stats) + 3 * i;
           A* const logits = mutable_data<A>(z) + r * in.words;
           A* const moves = mutable_data<A>(move) + r * in.words;
+          in.leave_out(logits, i, at);
           const Weights<A> t =
               tangent_of<A>(logits, moves, in.words, at, {s[0], s[1], s[2]}, weights.at<A>(i), to.wanted());
           mutable_data<A>(moved.log_prob)[i] = t.log_prob;
@@ -576,9 +610,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_loss(
     const Tensor& of_log_prob, const std::optional<Tensor>& of_lse, const Tensor& x, const Tensor& weight,
-    const std::optional<Tensor>& bias, const Tensor& target, double scale, int64_t ignore_index, int64_t first,
-    int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, scale, ignore_index, first, total);
+    const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
+    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), std::nullopt, in.of_rows("of_lse", of_lse)};
   const Gradients to(in, of_x, of_weight, of_bias, true);
   const Results results(in);

@@ -76,6 +76,19 @@ def test_no_tensor_of_rows_times_words_is_allocated(name):
     assert peak_bytes(lambda: to_second_order(function, *arguments), torch.device("cpu")) < 20 << 20
 
 
+def test_the_similarities_of_a_batch_are_not_in_memory():
+    """They would take 64 MiB in each direction; groups leave out pairs without a mask of their size."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(4096, 2, generator=generator, requires_grad=True) for _ in range(2))
+    group = torch.arange(4096) // 2
+
+    def run():
+        loss = custom_ops.info_nce_loss(query, key, temperature=0.5, query_group=group)
+        torch.autograd.grad(loss, (query, key))
+
+    assert peak_bytes(run, torch.device("cpu")) < 20 << 20
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_launchers_allocate_no_tensor_of_rows_times_words(name, monkeypatch):
     small_blocks(monkeypatch)
@@ -154,7 +167,7 @@ def test_parts_of_the_words_make_up_the_whole():
     x, weight, target = drawn(6, 7, 2)
     whole = custom_ops.linear_log_prob(x, weight, target)
     parts = [
-        catalogue_log_prob(x[None], weight[None, a:b], None, target[None], 1.0, -100, a, 7)
+        catalogue_log_prob(x[None], weight[None, a:b], None, target[None], None, None, None, 1.0, -100, a, 7)
         for a, b in ((0, 3), (3, 4), (4, 7))
     ]
     counts = target != -100

@@ -44,6 +44,43 @@ def _place(target_ptr, words, first, ignored):
 
 
 @kernel(
+    "*T *i64 *u8 i32 i64",
+    WIDE,
+    {None: {"BLOCK": _BLOCK}},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first"])
+def catalogue_mask_kernel(z_ptr, target_ptr, mask_ptr, words, first, BLOCK: tl.constexpr):
+    """Set the logits of a row to minus infinity where its mask is 0, except for the target."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.load(target_ptr + row) - first
+    for begin in range(0, words, BLOCK):
+        v = begin + tl.arange(0, BLOCK)
+        counts = tl.load(mask_ptr + row * words + v, mask=v < words, other=1)
+        out = tl.full([BLOCK], float("-inf"), z_ptr.dtype.element_ty)
+        tl.store(z_ptr + row * words + v, out, mask=(v < words) & (counts == 0) & (v != at))
+
+
+@kernel(
+    "*T *i64 *i64 *i64 i32 i64",
+    WIDE,
+    {None: {"BLOCK": _BLOCK}},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first"])
+def catalogue_group_kernel(z_ptr, target_ptr, row_group_ptr, word_group_ptr, words, first, BLOCK: tl.constexpr):
+    """Set the logits of a row to minus infinity for the words of its own group, except for the target."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.load(target_ptr + row) - first
+    own = tl.load(row_group_ptr + row)
+    for begin in range(0, words, BLOCK):
+        v = begin + tl.arange(0, BLOCK)
+        group = tl.load(word_group_ptr + v, mask=v < words, other=0)
+        out = tl.full([BLOCK], float("-inf"), z_ptr.dtype.element_ty)
+        tl.store(z_ptr + row * words + v, out, mask=(v < words) & (group == own) & (v != at))
+
+
+@kernel(
     "*T *i64 *T *T *T *T i32 i64 i64",
     WIDE,
     {None: {"BLOCK": _BLOCK}},
@@ -208,6 +245,9 @@ class _Catalogue(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     target: Tensor
+    mask: Tensor | None
+    row_group: Tensor | None
+    word_group: Tensor | None
     scale: float
     ignored: int
     first: int
@@ -228,6 +268,16 @@ class _Catalogue(NamedTuple):
             raise RuntimeError("x, weight, target: expected [B, N, D], [B, V, D] and int64 [B, N]")
         if self.bias is not None and (self.bias.shape != weight.shape[:2] or self.bias.dtype != self.wide):
             raise RuntimeError("bias: expected [B, V] in the wide dtype")
+        if self.mask is not None and (
+            self.mask.shape != (examples, rows, weight.shape[1]) or self.mask.dtype != torch.bool
+        ):
+            raise RuntimeError("mask: expected bool [B, N, V]")
+        if (self.row_group is None) != (self.word_group is None):
+            raise RuntimeError("row_group, word_group: expected both or neither")
+        if self.row_group is not None and self.word_group is not None:
+            shapes = self.row_group.shape, self.word_group.shape
+            if shapes != (target.shape, weight.shape[:2]) or self.row_group.dtype != self.word_group.dtype:
+                raise RuntimeError("row_group, word_group: expected int64 [B, N] and [B, V]")
         inside = ((target >= 0) & (target < self.total)) | (target == self.ignored)
         assert_async(inside.all(), f"target: expected 0 to {self.total - 1} or ignore_index {self.ignored}")
 
@@ -256,11 +306,18 @@ class _Catalogue(NamedTuple):
         for part in _parts(words):
             z[:, part].addmm_(rows, words[part].to(z.dtype).t(), alpha=self.scale)
 
-    def logits(self, rows: Tensor, example: int) -> Tensor:
+    def logits(self, rows: Tensor, at: tuple[int, slice]) -> Tensor:
+        """Return a block's logits, which are minus infinity for the words that are left out of a row."""
         z = rows.new_zeros((rows.shape[0], self.weight.shape[1]))
         if self.bias is not None:
-            z += self.bias[example]
-        self.add_logits(z, rows, self.weight[example])
+            z += self.bias[at[0]]
+        self.add_logits(z, rows, self.weight[at[0]])
+        if self.mask is not None:
+            counts = self.mask[at].contiguous().view(torch.uint8)
+            catalogue_mask_kernel(len(z), z, self.target[at].contiguous(), counts, *self.places[:2])
+        if self.row_group is not None and self.word_group is not None:
+            groups = self.row_group[at].contiguous(), self.word_group[at[0]].contiguous()
+            catalogue_group_kernel(len(z), z, self.target[at].contiguous(), *groups, *self.places[:2])
         return z
 
 
@@ -314,7 +371,7 @@ def _first_order(
     """Add the derivatives for the cotangents ``of`` [B, N, 3]; ``stats_of(at, z, target)`` returns a block's stats."""
     for at in catalogue.blocks():
         rows, target = catalogue.rows_of(catalogue.x, at), catalogue.target[at].contiguous()
-        z = catalogue.logits(rows, at[0])
+        z = catalogue.logits(rows, at)
         stats = stats_of(at, z, target)
         if sums.wanted:
             block_of = of[at].contiguous()
@@ -348,12 +405,15 @@ def catalogue_log_prob(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
     total: int,
 ) -> _Results:
-    catalogue = _Catalogue(x, weight, bias, target, scale, ignore_index, first, total)
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
     catalogue.check()
     results = _Results.of(catalogue)
     nothing = _Sums(catalogue, False, False, False)
@@ -370,6 +430,9 @@ def catalogue_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
@@ -378,7 +441,7 @@ def catalogue_backward(
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    catalogue = _Catalogue(x, weight, bias, target, scale, ignore_index, first, total)
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
     catalogue.check()
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     of = catalogue.weights(of_log_prob, of_entropy, of_lse)
@@ -398,6 +461,9 @@ def catalogue_second(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
@@ -406,14 +472,14 @@ def catalogue_second(
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    catalogue = _Catalogue(x, weight, bias, target, scale, ignore_index, first, total)
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
     catalogue.check()
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     of = catalogue.weights(of_log_prob, of_entropy, of_lse)
     moved = [catalogue.of_rows() for _ in range(3)]
     for at in catalogue.blocks():
         rows, block_target = catalogue.rows_of(x, at), target[at].contiguous()
-        z = catalogue.logits(rows, at[0])
+        z = catalogue.logits(rows, at)
         move = torch.zeros_like(z) if bias_t is None else bias_t[at[0]].expand_as(z).contiguous()
         rows_t = None if x_t is None else catalogue.rows_of(x_t, at)
         if rows_t is not None:
@@ -440,6 +506,9 @@ def catalogue_loss(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
@@ -448,7 +517,7 @@ def catalogue_loss(
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    catalogue = _Catalogue(x, weight, bias, target, scale, ignore_index, first, total)
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
     catalogue.check()
     results = _Results.of(catalogue)
     sums = _Sums(catalogue, of_x, of_weight, of_bias)

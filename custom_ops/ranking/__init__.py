@@ -1,6 +1,13 @@
 """Ranking losses."""
 
-from custom_ops.ranking.catalogue import LinearCrossEntropy, LinearLogProb, linear_cross_entropy, linear_log_prob
+from custom_ops.ranking.catalogue import (
+    InfoNCELoss,
+    LinearCrossEntropy,
+    LinearLogProb,
+    info_nce_loss,
+    linear_cross_entropy,
+    linear_log_prob,
+)
 from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
 from custom_ops.ranking.listwise import (
     CoSENTLoss,
@@ -49,6 +56,7 @@ __all__ = [
     "BradleyTerryLoss",
     "CoSENTLoss",
     "DPOLoss",
+    "InfoNCELoss",
     "LambdaLoss",
     "LinearCrossEntropy",
     "LinearLogProb",
@@ -73,6 +81,7 @@ __all__ = [
     "bradley_terry_loss",
     "cosent_loss",
     "dpo_loss",
+    "info_nce_loss",
     "lambda_loss",
     "linear_cross_entropy",
     "linear_log_prob",

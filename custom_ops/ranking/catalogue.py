@@ -8,19 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from custom_ops import _checks, library
+from custom_ops import _checks, library, shards
 from custom_ops._bilinear import add
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
+from custom_ops.ranking._arguments import reduce_by_torch
 from custom_ops.ranking._list_loss import is_differentiated
 
 # ---------------------------------------------------------------- ops
 
 # The arguments are x [B, N, D], weight [B, V, D], bias [B, V] and target [B, N]. The logits z = scale x weight' + bias
-# are never returned, and the results of rows are [B, N]. B is 1 except under vmap. The bias and the results are in float64 if x and weight are, else in float32. If the
-# catalogue has ``total`` words, of which ``weight`` has those from ``first`` on, the target is a word of the whole, and
-# a target that isn't among the V has the score 0. Rows with the target ``ignore_index`` are never read.
+# are never returned, and the results of rows are [B, N]. B is 1 except under vmap. The bias and the results are in
+# float64 if x and weight are, else in float32. If the catalogue has ``total`` words, of which ``weight`` has those from
+# ``first`` on, the target is a word of the whole, and a target that isn't among the V has the score 0. Rows with the
+# target ``ignore_index`` are never read. A word other than the target is left out of a row where ``mask`` [B, N, V] is
+# False, or if its ``word_group`` [B, V] is the row's ``row_group`` [B, N].
 
 
 @define
@@ -29,6 +32,9 @@ def catalogue_log_prob(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
@@ -51,6 +57,9 @@ def catalogue_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
@@ -79,6 +88,9 @@ def catalogue_second(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
@@ -103,6 +115,9 @@ def catalogue_loss(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
     scale: float,
     ignore_index: int,
     first: int,
@@ -155,17 +170,16 @@ def _no_third() -> Exception:
 class CatalogueLogProb(Function, op=catalogue_log_prob):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, target, *ctx.options = inputs
-        stats = output[3]
+        stats, ctx.options = output[3], inputs[7:]
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(stats, x, weight, bias, target)
-        ctx.save_for_forward(stats, x, weight, bias, target)
+        ctx.save_for_backward(stats, *inputs[:7])
+        ctx.save_for_forward(stats, *inputs[:7])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         found = catalogue_backward(*grads[:3], *ctx.saved_tensors, *ctx.options, *needed)
-        return *_wanted(found, needed), *[None] * 5
+        return *_wanted(found, needed), *[None] * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -185,9 +199,9 @@ class CatalogueBackward(Function, op=catalogue_backward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.of_x, ctx.of_weight, ctx.of_bias = inputs
-        ctx.options = tensors[8:]
-        ctx.save_for_backward(*tensors[:8])
-        ctx.save_for_forward(*tensors[:8])
+        ctx.options = tensors[11:]
+        ctx.save_for_backward(*tensors[:11])
+        ctx.save_for_forward(*tensors[:11])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,7 +210,7 @@ class CatalogueBackward(Function, op=catalogue_backward):
         moves = [move if wanted else None for move, wanted in zip(cotangents, asked)]
         saved = ctx.saved_tensors
         found = catalogue_second(*saved[:4], *moves, *saved[4:], *ctx.options, *needed)
-        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, *_wanted(found[3:], needed), *[None] * 8
+        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, *_wanted(found[3:], needed), *[None] * 11
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -217,9 +231,9 @@ class CatalogueSecond(Function, op=catalogue_second):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.of_x, ctx.of_weight, ctx.of_bias = inputs
-        ctx.options = tensors[11:]
-        ctx.save_for_backward(*tensors[:11])
-        ctx.save_for_forward(*tensors[:11])
+        ctx.options = tensors[14:]
+        ctx.save_for_backward(*tensors[:14])
+        ctx.save_for_forward(*tensors[:14])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -243,7 +257,7 @@ class CatalogueSecond(Function, op=catalogue_second):
                 found = catalogue_second(*of_rows, stats, *moves, *where, *ctx.options, *of_where)
                 of_primals = _wanted(found[3:], of_where)
         sums = [add(*some) for some in zip(*parts)]
-        return *[None] * 4, *_wanted(sums, of_moves), *of_primals, *[None] * 8
+        return *[None] * 4, *_wanted(sums, of_moves), *of_primals, *[None] * 11
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
@@ -259,11 +273,11 @@ class CatalogueLoss(Function, op=catalogue_loss):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         if any(ctx.needs_input_grad[:2]):
             raise NotImplementedError("catalogue_loss has no derivative in the weights of the rows")
-        of_log_prob, of_lse, *where = inputs[:6]
-        ctx.options = inputs[6:10]
+        of_log_prob, of_lse, *where = inputs[:9]
+        ctx.options = inputs[9:13]
         _, stats, *gradients = output
         ctx.mark_non_differentiable(stats, *gradients)
-        ctx.found = inputs[10:]
+        ctx.found = inputs[13:]
         ctx.save_for_backward(of_log_prob, of_lse, stats, *where, *gradients)
         ctx.save_for_forward(of_log_prob, of_lse, stats, *where)
 
@@ -280,7 +294,7 @@ class CatalogueLoss(Function, op=catalogue_loss):
                 (grad.reshape(-1, *[1] * (found.dim() - 1)) * found).to(like.dtype) if needs else None
                 for found, like, needs in pairs
             ]
-        return None, None, *_wanted(gradients, needed), *[None] * 8
+        return None, None, *_wanted(gradients, needed), *[None] * 11
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -323,10 +337,11 @@ def _batch(op: Any, arguments: str, results: str) -> None:
         return tuple(whole), tuple(at if wanted else None for wanted in flags)
 
 
-_batch(catalogue_log_prob, "rwwr", "rrrr")
-_batch(catalogue_backward, "rrrrrwwr", "rww")
-_batch(catalogue_second, "rrrrrwwrwwr", "rrrrww")
-_batch(catalogue_loss, "rrrwwr", "errww")
+_WHERE = "rwwrrrw"
+_batch(catalogue_log_prob, _WHERE, "rrrr")
+_batch(catalogue_backward, "rrrr" + _WHERE, "rww")
+_batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww")
+_batch(catalogue_loss, "rr" + _WHERE, "errww")
 
 
 # ---------------------------------------------------------------- public functions
@@ -387,6 +402,9 @@ def linear_log_prob(
         ValueError: shapes that don't match, tensors on several devices.
         RuntimeError: a target out of range; on a GPU it is an assertion on the device.
 
+    Of DTensors, rows may be sharded, words (``Shard(0)`` of weight and bias), or both. Only three numbers of each row
+    are exchanged for sharded words, never logits.
+
     Forward takes one product of matrices, backward three: it computes the logits again, in blocks of rows. Besides
     arguments, results and gradients, the memory is O(N + V), and for 16-bit words a float32 copy of their gradient. A
     third derivative and a tangent of a tangent raise ``NotImplementedError``.
@@ -404,15 +422,71 @@ def linear_log_prob(
         >>> weight.grad[:, 0]
         tensor([ 0.4260, -0.2130, -0.2130])
     """
-    arguments = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignore_index)
-    found = catalogue_log_prob(*arguments.tensors, *arguments.options)
+    if shards.is_sharded(x, weight, target, bias):
+        return _in_shards(x, weight, target, bias, scale, ignore_index)
+    tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignore_index)
+    found = catalogue_log_prob(*tensors, *options)
     return LogProbs(*(t.reshape(target.shape) for t in found[:3]))
+
+
+def _in_shards(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, scale: float | Tensor, ignore_index: int
+) -> LogProbs:
+    """Return the results for DTensors, of which rows and words may be sharded.
+
+    Only three numbers of each row are exchanged for sharded words: its logsumexp, its entropy and its target's score
+    among the words of each process.
+    """
+    total, ignored, row = weight.shape[0], _ignored(ignore_index), shards.batch_labels(x.dim() - 1)
+    if isinstance(scale, Tensor):
+        x, scale = wide(x) * scale, 1.0
+    place = _place_of_words(weight, bias)
+    index, parts = (0, 1) if place is None else place
+    first = min(index * -(-total // parts), total)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Any:
+        tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignored)
+        found = catalogue_log_prob(*tensors, *options[:2], first, total)[:3]
+        log_prob, entropy, lse = (t.reshape(target.shape) for t in found)
+        if place is None:
+            return log_prob, entropy, lse
+        here = (target >= first) & (target < first + weight.shape[0])
+        own = torch.stack([torch.where(here, log_prob + lse, 0), entropy, lse])
+        is_own = torch.arange(parts, device=own.device) == index
+        return torch.where(is_own.view(-1, *[1] * own.dim()), own, 0)
+
+    def joined(of_parts: Tensor, target: Tensor) -> Any:
+        score, entropy, lse = of_parts.unbind(1)
+        whole = lse.logsumexp(0)
+        has_words = lse.isfinite()
+        below = torch.where(has_words, whole - lse, 0)
+        share = torch.where(has_words, (-below).exp(), 0)
+        found = score.sum(0) - whole, (share * (entropy + below)).sum(0), whole
+        return tuple(torch.where(target != ignored, t, 0) for t in found)
+
+    inputs, results = f"{row}D,vD,v,{row}", ",".join([row] * 3)
+    if place is None:
+        return LogProbs(*shards.in_shards(run, f"{inputs}->{results}", x, weight, bias, target))
+    of_parts = shards.summed_up(shards.in_shards(run, f"{inputs}->KT{row}", x, weight, bias, target))
+    return LogProbs(*shards.in_shards(joined, f"KT{row},{row}->{results}", of_parts, target))
+
+
+def _place_of_words(*tensors: Any) -> tuple[int, int] | None:
+    """Return which part of the words this process has, and the number of parts; None if they aren't sharded."""
+    for t in tensors:
+        if shards.is_sharded(t):
+            cuts = [at for at, placement in enumerate(t.placements) if placement.is_shard(0)]
+            if len(cuts) > 1:
+                raise NotImplementedError("weight: expected words sharded in one dimension of the mesh, got several")
+            if cuts:
+                return t.device_mesh.get_local_rank(cuts[0]), t.device_mesh.size(cuts[0])
+    return None
 
 
 class _Arguments(NamedTuple):
     """The arguments as ops take them."""
 
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
     options: tuple[float, int, int, int]
 
 
@@ -444,11 +518,7 @@ def _checked(
         tensors[bias_name] = bias
     ignored = _ignored(ignore_index)
     if isinstance(scale, Tensor):
-        _checks.has_dtype("scale", scale, _checks.FLOATING)
-        if scale.numel() != 1:
-            raise ValueError(f"scale: expected one number, got shape {list(scale.shape)}")
-        scale = _checks.beside(x, scale.reshape(()))
-        tensors["scale"] = scale
+        scale = tensors["scale"] = _one_number("scale", scale, x)
     else:
         scale = _checks.as_float("scale", scale)
     _checks.same_device(**tensors)
@@ -467,9 +537,17 @@ def _checked(
             weight.unsqueeze(0),
             None if bias is None else bias.to(dtype).unsqueeze(0),
             target.to(torch.int64).reshape(1, -1),
+            *(None, None, None),
         ),
         (scale, ignored, 0, words),
     )
+
+
+def _one_number(name: str, value: Tensor, beside: Tensor) -> Tensor:
+    _checks.has_dtype(name, value, _checks.FLOATING)
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected one number, got shape {list(value.shape)}")
+    return _checks.beside(beside, value.reshape(()))
 
 
 def linear_cross_entropy(
@@ -497,7 +575,7 @@ def linear_cross_entropy(
     or if the gradient is differentiated again, they are computed anew. The loss is differentiable in input,
     linear_weight, linear_bias and scale, twice and in forward mode. All that is said at `linear_log_prob` of dtypes,
     ignored rows, autocast, errors and memory holds here too; the loss has the dtype of the arguments, under autocast
-    float32.
+    float32. DTensors are taken without class weights and label smoothing.
 
     Args:
         input: ``[..., D]``, the rows; float16, bfloat16, float32 or float64.
@@ -533,8 +611,16 @@ def linear_cross_entropy(
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     e = _smoothing(label_smoothing)
     ignored = -100 if ignore_index is None else ignore_index
+    if shards.is_sharded(input, linear_weight, target, linear_bias):
+        if weight is not None or e:
+            raise NotImplementedError("linear_cross_entropy: expected no weight and no label_smoothing for DTensors")
+        log_prob = linear_log_prob(
+            input, linear_weight, target, bias=linear_bias, scale=scale, ignore_index=ignored
+        ).log_prob
+        return reduce_by_torch(-log_prob, target != ignored, None, reduction)
     named = ("input", input), ("linear_weight", linear_weight), target, ("linear_bias", linear_bias)
-    (x, words, bias, at), options = _checked(*named, scale, ignored)
+    tensors, options = _checked(*named, scale, ignored)
+    x, words, bias, at = tensors[:4]
     counts = at != options[1]
     dtype, total = _wide_dtype(x), words.shape[1]
     of_rows = counts.to(dtype)
@@ -550,17 +636,23 @@ def linear_cross_entropy(
     of_log_prob = (e - 1) * of_rows
     of_lse = shared * (e / max(total, 1) * (total if weight is None else weight.sum())) if e else None
     if reduction == "none":
-        log_prob, _, lse, _ = catalogue_log_prob(x, words, bias, at, *options)
+        log_prob, _, lse, _ = catalogue_log_prob(*tensors, *options)
         loss = of_log_prob * log_prob if of_lse is None else of_log_prob * log_prob + of_lse * lse
     else:
-        wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, words, bias)]
-        loss = catalogue_loss(of_log_prob, of_lse, x, words, bias, at, *options, *wanted)[0]
+        loss = _summed(of_log_prob, of_lse, tensors, options)
     if e:
         mean = _mean_score(x, words, bias, weight, options[0], shared, reduction != "none")
         loss = loss - (e * mean).to(dtype)
     if not under_autocast(input):
         loss = loss.to(torch.promote_types(input.dtype, linear_weight.dtype))
     return loss.reshape(target.shape if reduction == "none" else ())
+
+
+def _summed(of_log_prob: Tensor, of_lse: Tensor | None, tensors: Sequence[Any], options: Sequence[Any]) -> Tensor:
+    """Return ``sum(of_log_prob log_prob + of_lse lse)`` [1]."""
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:3]]
+    loss: Tensor = catalogue_loss(of_log_prob, of_lse, *tensors, *options, *wanted)[0]
+    return loss
 
 
 def _mean_score(
@@ -606,6 +698,136 @@ def _class_weights(weight: Tensor, linear_weight: Tensor) -> Tensor:
         raise ValueError("weight: expected a tensor without gradient, as the loss has none in the class weights")
     _checks.same_device(linear_weight=linear_weight, weight=weight)
     return weight
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool = True,
+    mask: Tensor | None = None,
+    query_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return InfoNCE's loss: each query should be closer to its key than to all other keys of the batch.
+
+    With the similarities ``z_ij = query_i key_j / temperature`` and the key t of query i, the query's loss is
+
+    ``lse_j(z_ij) - z_it``, or if ``symmetric`` ``(lse_j(z_ij) - z_it) / 2 + (lse_k(z_kt) - z_it) / 2``
+
+    The second form also asks which of the queries belongs to the key, as CLIP does. Similarities are products as they
+    are: normalise the rows of both if cosines are meant. The matrix of similarities is never in memory, unless it is
+    for ``mask``. The loss is differentiable in query, key and temperature, twice and in forward mode. All that is said
+    at `linear_cross_entropy` of dtypes, autocast, derivatives in the forward pass and memory holds here too.
+
+    Args:
+        query: ``[N, D]``; float16, bfloat16, float32 or float64.
+        key: ``[M, D]``: the keys of the queries, and others.
+        target: int32 or int64 ``[N]``, the place of each query's key; by default query i has the key i.
+        temperature: a positive number, or a tensor of one number, which may need a gradient; where a tensor isn't
+            positive, the loss is NaN.
+        symmetric: ask for the query of each key, too.
+        mask: bool ``[N, M]``, False for the keys that aren't compared with a query, such as false negatives. A query
+            is always compared with its own key.
+        query_group, key_group: int32 or int64 ``[N]`` and ``[M]``. A query isn't compared with other keys of its group,
+            which takes no memory of N x M. The keys of N queries have the groups of the queries by default.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" one loss for each query. The mean over no query is 0.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes that don't match, fewer keys than queries have, tensors on several devices, a temperature
+            that isn't positive, a ``key_group`` alone, an unknown ``reduction``.
+        RuntimeError: a target out of range; on a GPU it is an assertion on the device.
+
+    Source: van den Oord, Li, Vinyals, "Representation learning with contrastive predictive coding", 2018; in both
+    directions in Radford et al., "Learning transferable visual models from natural language supervision", 2021.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> query = torch.eye(2, requires_grad=True)
+        >>> loss = custom_ops.info_nce_loss(query, torch.eye(2), temperature=0.5)
+        >>> loss.backward()
+        >>> loss.detach(), query.grad
+        (tensor(0.1269), tensor([[-0.1192,  0.1192],
+                [ 0.1192, -0.1192]]))
+    """
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    both = _checks.as_bool("symmetric", symmetric)
+    if shards.is_sharded(query, key, target, mask, query_group, key_group):
+        raise NotImplementedError("info_nce_loss: expected plain tensors, got a DTensor; gather the keys first")
+    _checks.has_dtype("query", query, _checks.FLOATING)
+    _checks.has_dtype("key", key, _checks.FLOATING)
+    _checks.has_dims("query", query, "[N, D]")
+    _checks.has_dims("key", key, "[M, D]")
+    rows, keys, dtype = query.shape[0], key.shape[0], torch.promote_types(query.dtype, key.dtype)
+    if keys < rows if target is None else keys == 0 < rows:
+        raise ValueError(f"key: expected one for each of {rows} queries, got {keys}")
+    places = torch.arange(rows, device=query.device)
+    own = places if target is None else target
+    left_out = _left_out(query, key, mask, query_group, key_group)
+    lowered = under_autocast(query)
+    if isinstance(temperature, Tensor):
+        divisor = _one_number("temperature", temperature, query)
+        _checks.same_device(query=query, temperature=divisor)
+        query, scale = wide(query) / torch.where(divisor > 0, divisor, torch.nan), 1.0
+    else:
+        scale = 1.0 / _checks.as_positive("temperature", temperature)
+    nothing: Any = ("bias", None), scale, _NONE_IGNORED
+    tensors, options = _checked(("query", query), ("key", key), own, *nothing)
+    found = [((*tensors[:4], *left_out), options)]
+    if both:
+        chosen = slice(rows) if target is None else tensors[3][0].clamp(0, max(keys - 1, 0))
+        tensors, options = _checked(("key", key[chosen]), ("query", query), places, *nothing)
+        compared, of_query, of_key = left_out
+        compared = None if compared is None else compared[..., chosen].transpose(1, 2)
+        of_key = None if of_key is None else of_key[:, chosen]
+        found.append(((*tensors[:4], compared, of_key, of_query), options))
+    share = torch.full_like(places, 1, dtype=_wide_dtype(tensors[0])).unsqueeze(0) / len(found)
+    if reduction == "none":
+        losses = [-share * catalogue_log_prob(*arguments, *numbers)[0] for arguments, numbers in found]
+    else:
+        share = -share / max(rows, 1) if reduction == "mean" else -share
+        losses = [_summed(share, None, arguments, numbers) for arguments, numbers in found]
+    loss = sum(losses[1:], losses[0])
+    if not lowered:
+        loss = loss.to(dtype)
+    return loss.reshape(query.shape[:1] if reduction == "none" else ())
+
+
+_NONE_IGNORED = -(2**63)  # no target is equal to it
+
+
+def _left_out(
+    query: Tensor, key: Tensor, mask: Tensor | None, query_group: Tensor | None, key_group: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Check the arguments that leave keys out, and return them as ops take them."""
+    given: dict[str, Tensor] = {"query": query}
+    if mask is not None:
+        _checks.has_dtype("mask", mask, (torch.bool,))
+        if mask.shape != (query.shape[0], key.shape[0]):
+            raise ValueError(f"mask: expected shape {[query.shape[0], key.shape[0]]}, got {list(mask.shape)}")
+        given["mask"] = mask
+    if key_group is None and query_group is not None:
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(f"key_group: expected one for {query.shape[0]} queries and {key.shape[0]} keys, got None")
+        key_group = query_group
+    if query_group is None and key_group is not None:
+        raise ValueError("query_group: expected one beside key_group, got None")
+    for name, group, rows in (("query_group", query_group, query), ("key_group", key_group, key)):
+        if group is not None:
+            _checks.has_dtype(name, group, _checks.INDEX)
+            if group.shape != rows.shape[:1]:
+                raise ValueError(f"{name}: expected shape {list(rows.shape[:1])}, got {list(group.shape)}")
+            given[name] = group
+    _checks.same_device(**given)
+    batched = [None if group is None else group.to(torch.int64).unsqueeze(0) for group in (query_group, key_group)]
+    return None if mask is None else mask.unsqueeze(0), batched[0], batched[1]
 
 
 # ---------------------------------------------------------------- layers
@@ -670,3 +892,36 @@ class LinearCrossEntropy(torch.nn.Module):
     def extra_repr(self) -> str:
         own = f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, scale={self.scale}"
         return f"reduction={self.reduction!r}, {own}"
+
+
+class InfoNCELoss(torch.nn.Module):
+    """Apply `info_nce_loss` as a layer with a fixed temperature.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.InfoNCELoss(temperature=0.5)(torch.eye(2), torch.eye(2))
+        tensor(0.1269)
+    """
+
+    def __init__(self, temperature: float, symmetric: bool = True, reduction: str = "mean") -> None:
+        super().__init__()
+        self.temperature = _checks.as_positive("temperature", temperature)
+        self.symmetric = _checks.as_bool("symmetric", symmetric)
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+        self.reduction = reduction
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        query_group: Tensor | None = None,
+        key_group: Tensor | None = None,
+    ) -> Tensor:
+        left_out: dict[str, Any] = {"mask": mask, "query_group": query_group, "key_group": key_group}
+        options: dict[str, Any] = {"temperature": self.temperature, "symmetric": self.symmetric}
+        return info_nce_loss(query, key, target, **left_out, **options, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, symmetric={self.symmetric}, reduction={self.reduction!r}"
