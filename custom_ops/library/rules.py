@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import _dtensor
-from custom_ops.library._defined import defined, with_defaults
+from custom_ops.library._defined import add_rule, defined, with_defaults
 from custom_ops.library._torch import FunctionalTensor, FunctionalTensorMode, OpOverload, is_packaging
 
 __all__ = ["autocast", "inductor", "sharding", "to_front", "vmap"]
@@ -41,7 +41,7 @@ def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def run(info: Any, in_dims: Any, *args: Any) -> Any:
             return with_defaults(op, functools.partial(rule, info, in_dims))(*args)
 
-        torch.library.register_vmap(op.name(), run, lib=library)
+        add_rule(op, lambda op: torch.library.register_vmap(op.name(), run, lib=library))
         return rule
 
     return decorate
@@ -75,8 +75,12 @@ def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu"
         torch.bfloat16
     """
     library = defined(op).library
-    for device in devices:
-        torch.library.register_autocast(op.name(), device, dtype, lib=library)
+
+    def rule(op: OpOverload) -> None:
+        for device in devices:
+            torch.library.register_autocast(op.name(), device, dtype, lib=library)
+
+    add_rule(op, rule)
 
 
 def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -105,7 +109,7 @@ def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
     defined(op)
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
-        _dtensor.register_later(op, rule)
+        add_rule(op, lambda op: _dtensor.register_later(op, rule))
         return rule
 
     return decorate
@@ -130,20 +134,25 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
         ... def _(x):
         ...     return x * x * x
     """
-    library = defined(op).library
+    known = defined(op)
 
     def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
-        run = with_defaults(op, composition)
-
-        def in_its_place(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            # Another subclass, such as a DTensor, comes first.
-            foreign = any(not issubclass(cls, FunctionalTensor) for cls in types)
-            if foreign or (torch.compiler.is_exporting() and not is_packaging()):
-                return mode.__torch_dispatch__(op, types, args, kwargs)
-            with mode:
-                return run(*args)
-
-        torch.library.register_torch_dispatch(op.name(), FunctionalTensorMode, in_its_place, lib=library)
+        known.composition = with_defaults(op, composition)
+        compiled_as(op, known.library, known.composition)
         return composition
 
     return decorate
+
+
+def compiled_as(op: OpOverload, library: torch.library.Library, run: Callable[..., Any]) -> None:
+    """Let ``run`` be what a compiler gets in place of ``op``."""
+
+    def in_its_place(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Another subclass, such as a DTensor, comes first.
+        foreign = any(not issubclass(cls, FunctionalTensor) for cls in types)
+        if foreign or (torch.compiler.is_exporting() and not is_packaging()):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return run(*args)
+
+    torch.library.register_torch_dispatch(op.name(), FunctionalTensorMode, in_its_place, lib=library)
