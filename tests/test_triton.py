@@ -221,7 +221,9 @@ def test_segments(name, dtype):
         for order in (None, perm):
             reduce_alike(x, None, indptr, order, mean=False)
             for got, want in zip(
-                voxel_segments.segment_max(x, indptr, order), ops.segment_max.default(x, indptr, order), strict=True
+                voxel_segments.segment_extreme(x, indptr, order, True),
+                ops.segment_extreme.default(x, indptr, order, True),
+                strict=True,
             ):
                 same(got, want)
         reduce_alike(x, weight, indptr, perm, mean=True)
@@ -242,7 +244,7 @@ def test_maximum_with_nan_ties_and_infinities():
     x[:4] = float("-inf")
     x[5:7] = float("nan")
     x[8 + 2 * CHUNK] = x[8 + CHUNK] = 9
-    out, argmax = voxel_segments.segment_max(x, indptr, None)
+    out, argmax = voxel_segments.segment_extreme(x, indptr, None, True)
     same(out, torch.tensor([[float("-inf")], [0], [float("nan")], [9]]))
     assert argmax.flatten().tolist() == [0, -1, 5, 8 + CHUNK]
 
@@ -273,7 +275,7 @@ def test_corrupted_boundaries_reach_no_other_memory(bounds):
     for perm in (None, torch.arange(points) * 7 - points):
         sums = voxel_segments.segment_reduce(x, None, indptr, perm, False, 1, 1)
         assert (sums.isnan() | (sums <= points) | long).all()
-        _, argmax = voxel_segments.segment_max(x, indptr, perm)
+        _, argmax = voxel_segments.segment_extreme(x, indptr, perm, True)
         assert ((argmax >= -1) & (argmax < points)).all()
         rows, dots = voxel_segments.segment_spread(
             torch.ones(len(bounds) - 1, 2), x, None, indptr, perm, points, False, 1, 1, True

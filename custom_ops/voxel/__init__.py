@@ -3,8 +3,9 @@
 from custom_ops.voxel.intervals import bev_pool_v2
 from custom_ops.voxel.lift_splat import LiftSplat
 from custom_ops.voxel.pooling import BEVPool, bev_pool
+from custom_ops.voxel.segments import segment_reduce, segment_softmax
 from custom_ops.voxel.summing import VoxelsSumming, VoxelsSummingLayer, voxels_summing
-from custom_ops.voxel.sums import VoxelSum, voxel_sum
+from custom_ops.voxel.sums import VoxelSum, voxel_softmax, voxel_sum
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_sum
 
@@ -18,9 +19,12 @@ __all__ = [
     "VoxelsSummingLayer",
     "bev_pool",
     "bev_pool_v2",
+    "segment_reduce",
+    "segment_softmax",
     "segment_sum",
     "voxel_csr",
     "voxel_rank",
+    "voxel_softmax",
     "voxel_sum",
     "voxels_summing",
 ]
