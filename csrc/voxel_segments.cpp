@@ -880,7 +880,8 @@ Tensor segment_reduce(const Tensor& x_in, const std::optional<Tensor>& weight_in
   if (weight) check_like("weight", *weight, x, append(shapes.batch, {rows.points}));
   const Segments segments(indptr, perm, shapes.batch, rows.points);
   Tensor out = fresh(x, append(shapes.batch, {segments.count, shapes.columns}));
-  check(x.scalar_type() != ScalarType::Long || !(mean || weight), "x: expected floating numbers with a mean or weights");
+  check(x.scalar_type() != ScalarType::Long || !(mean || weight),
+        "x: expected floating numbers with a mean or weights");
   dispatch_numbers(x, [&](auto type) {
     using T = typename decltype(type)::type;
     const Reduced<T> io{data<T>(x), data_or_null<T>(weight),       mutable_data<T>(out), nullptr, shapes.columns,
@@ -901,8 +902,8 @@ std::tuple<Tensor, Tensor> segment_extreme(const Tensor& x_in, const Tensor& ind
   Tensor out = fresh(x, shape), index = fresh(x, shape, ScalarType::Long);
   dispatch_numbers(x, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Reduced<T> io{data<T>(x), nullptr, mutable_data<T>(out), mutable_data<int64_t>(index), shapes.columns,
-                        false,      RowWriter(out, shapes.columns)};
+    const Reduced<T> io{data<T>(x),     nullptr, mutable_data<T>(out),          mutable_data<int64_t>(index),
+                        shapes.columns, false,   RowWriter(out, shapes.columns)};
     if (largest) reduce<Extreme<T, false>>(segments, rows, io);
     else reduce<Extreme<T, true>>(segments, rows, io);
   });

@@ -15,12 +15,14 @@ from custom_ops.library._torch import OpOverload, fill_defaults, schema
 class Defined:
     """An operator's registrations.
 
-    ``body`` runs in place of a kernel below autograd, if the op is composed. ``apply`` runs the op at one level of
+    ``body`` runs in place of a kernel below autograd, if the op is composed. ``composition`` is what the op is made of
+    in programs that must have none of its kernels. ``apply`` runs the op at one level of
     autograd, with the derivatives of ``function`` if one is attached.
     """
 
     library: torch.library.Library
     body: Callable[..., Any] | None
+    composition: Callable[..., Any] | None = None
     function: Any = None
     apply: Any = None
 

@@ -8,6 +8,7 @@ from custom_ops.voxel.summing import VoxelsSumming, VoxelsSummingLayer, voxels_s
 from custom_ops.voxel.sums import VoxelSum, voxel_softmax, voxel_sum
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_sum
+from custom_ops.voxel.voxelize import Voxels, hard_voxelize, voxel_gather, voxel_ravel, voxel_unravel, voxelize
 
 # The names are spelled out, as mypy can't follow `__all__ += module.__all__` through two levels and would see none of
 # them.
@@ -15,16 +16,22 @@ __all__ = [
     "BEVPool",
     "LiftSplat",
     "VoxelSum",
+    "Voxels",
     "VoxelsSumming",
     "VoxelsSummingLayer",
     "bev_pool",
     "bev_pool_v2",
+    "hard_voxelize",
     "segment_reduce",
     "segment_softmax",
     "segment_sum",
     "voxel_csr",
+    "voxel_gather",
     "voxel_rank",
+    "voxel_ravel",
     "voxel_softmax",
     "voxel_sum",
+    "voxel_unravel",
+    "voxelize",
     "voxels_summing",
 ]

@@ -159,8 +159,8 @@ def segment_softmax(x: Tensor, indptr: Tensor, perm: Tensor | None = None) -> Te
 
     DTensors may be sharded by leading dimensions and by columns.
 
-    The op takes O(N C) time. The largest value of a segment is subtracted first, so no exponential overflows. The result
-    doesn't depend on the number of threads.
+    The op takes O(N C) time. The largest value of a segment is subtracted first, so no exponential overflows. The
+    result doesn't depend on the number of threads.
 
     Source: the attention over neighbours of Velickovic et al., "Graph Attention Networks", ICLR 2018.
 
