@@ -246,5 +246,5 @@ def voxel_slots(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tenso
     kept = (voxel < count) & (place < max_points)
     slot = torch.empty_like(perm).scatter(-1, perm, (voxel * max_points + place).where(kept, -1))
     ranks = _scattered(count, voxel, ordered, -1)
-    counts = torch.zeros_like(voxel[..., :1]).expand(*rank.shape[:-1], count + 1).scatter_add(-1, voxel, kept.long())
+    counts = voxel.new_zeros((*rank.shape[:-1], count + 1)).scatter_add(-1, voxel, kept.long())
     return slot, ranks, counts[..., :count].contiguous()

@@ -743,9 +743,14 @@ def segment_extreme(x: Tensor, indptr: Tensor, perm: Tensor | None, largest: boo
         return _reduce(x, None, segments, False, 1, 1, _MAX if largest else _MIN)
     values = _reduce_integers(x, segments, "amax" if largest else "amin")
     rank = _ranks_of_rows(x, segments)
-    points = torch.arange(x.shape[-2], device=x.device)[:, None].expand(x.shape)
     has_it = (rank >= 0) & (x == values.gather(-2, rank.clamp_min(0))) if segments.count else rank >= 0
-    index = _reduce_integers(points.where(has_it, segments.points), segments, "amin")
+    positions = torch.arange(segments.points, device=x.device)
+    if segments.ordered:
+        positions = torch.empty_like(segments.perm).scatter(-1, segments.perm, positions.expand_as(segments.perm))
+    first = _reduce_integers(positions[..., None].where(has_it, segments.points), segments, "amin")
+    index = first.clamp_max(segments.points - 1)
+    if segments.ordered:
+        index = segments.perm[..., None].expand(x.shape).gather(-2, index) if segments.points else first
     return values, index.where(segments.indptr.diff()[..., None] > 0, -1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 from custom_ops.voxel.segments import segment_reduce, segment_softmax
+from custom_ops.voxel.specs.voxel_grid import voxel_csr_reference
 from custom_ops.voxel.sums import voxel_softmax
 
 
@@ -65,12 +66,10 @@ def _softmax(x: Tensor) -> Tensor:
 def segment_softmax_reference(x: Tensor, indptr: Tensor, perm: Tensor | None = None) -> Tensor:
     results = []
     for example, segments in _examples(x, indptr, perm):
-        chosen = torch.cat([*segments, segments[0][:0]]) if segments else torch.arange(0, device=x.device)
-        rows = [_softmax(example[points]) for points in segments]
-        mapped = torch.cat([*rows, example[:0]])
-        results.append(
-            torch.zeros_like(example).index_copy(0, chosen, mapped) + 0 * example.where(mapped.new_zeros(()).bool(), 0)
-        )
+        mapped = example.where(torch.tensor(False, device=x.device), 0)
+        for points in segments:
+            mapped = mapped.index_copy(0, points, _softmax(example[points]))
+        results.append(mapped)
     return torch.stack(results).view(x.shape) if results else x.clone()
 
 
@@ -83,12 +82,8 @@ def voxel_softmax_reference(
 ) -> Tensor:
     shape = torch.broadcast_shapes(x.shape[:-1], rank.shape, x.shape[:-1] if mask is None else mask.shape)
     x, rank = x.expand(*shape, x.shape[-1]), rank.expand(shape)
-    inside = rank >= 0 if mask is None else (rank >= 0) & mask
-    voxels = torch.arange(num_voxels, device=x.device)
-    belongs = ((rank[..., None] == voxels) & inside[..., None]).unsqueeze(-2)  # [..., N, 1, V]
-    spread = x[..., None].where(belongs, float("-inf"))  # [..., N, C, V]
-    total = spread.where(belongs.any(-4 + 1, keepdim=True), 0).logsumexp(-3, keepdim=True)
-    return (x[..., None] - total).exp().where(belongs, 0).sum(-1)
+    perm, indptr = voxel_csr_reference(rank if mask is None else torch.where(mask, rank, -1), num_voxels)
+    return segment_softmax_reference(x, indptr, perm)
 
 
 def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
