@@ -342,15 +342,20 @@ struct Extreme {
 };
 
 // Returns e^v of each lane, for v <= 0.
-template <class L, class V>
-ALWAYS_INLINE inline V exp_lanes(const V& v) {
-  constexpr int kLanes = sizeof(V) / sizeof(L::get(v, 0));
-  decltype(L::get(v, 0)) lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int k = 0; k < kLanes; ++k) lanes[k] = exp_nonpositive(lanes[k]);
-  V out;
-  std::memcpy(&out, lanes, sizeof(v));
-  return out;
+template <class L>
+ALWAYS_INLINE inline typename L::V exp_lanes(const typename L::V& v) {
+  using V = typename L::V;
+  using A = std::decay_t<decltype(L::get(v, 0))>;
+  constexpr int kLanes = sizeof(V) / sizeof(A);
+  if constexpr (kLanes == 1) {
+    return exp_nonpositive(v);
+  } else if constexpr (std::is_same_v<A, float>) {
+    typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
+    return exp_nonpositive_float<V, Bits>(v);
+  } else {
+    typedef uint64_t Bits __attribute__((vector_size(sizeof(V))));
+    return exp_nonpositive_double<V, Bits>(v);
+  }
 }
 
 // Calls f(L, c, top, total) for the columns from c on: `top` is the largest of the rows, or 0 if all are -inf, and

@@ -1,5 +1,13 @@
 """Voxels: assign points to voxels and pool the points' features."""
 
+from custom_ops.voxel import compositions as _compositions  # noqa: F401 (registers what the ops are made of)
+from custom_ops.voxel.adapters import (
+    bevfusion_pool,
+    dynamic_scatter,
+    voxel_image,
+    voxel_pooling_train,
+    voxelization,
+)
 from custom_ops.voxel.intervals import bev_pool_v2
 from custom_ops.voxel.lift_splat import LiftSplat
 from custom_ops.voxel.pooling import BEVPool, bev_pool
@@ -21,17 +29,22 @@ __all__ = [
     "VoxelsSummingLayer",
     "bev_pool",
     "bev_pool_v2",
+    "bevfusion_pool",
+    "dynamic_scatter",
     "hard_voxelize",
     "segment_reduce",
     "segment_softmax",
     "segment_sum",
     "voxel_csr",
     "voxel_gather",
+    "voxel_image",
+    "voxel_pooling_train",
     "voxel_rank",
     "voxel_ravel",
     "voxel_softmax",
     "voxel_sum",
     "voxel_unravel",
+    "voxelization",
     "voxelize",
     "voxels_summing",
 ]
