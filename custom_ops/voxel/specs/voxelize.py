@@ -14,15 +14,15 @@ def voxelize_reference(rank: Tensor, max_voxels: int | None = None) -> Voxels:
     if rank.dim() > 1:
         examples = [voxelize_reference(example, max_voxels) for example in rank]
         return Voxels(*(torch.stack(parts) for parts in zip(*examples)))
-    ranks = rank[rank >= 0].long().unique()
+    inside = rank >= 0
+    ranks, number = rank[inside].long().unique(return_inverse=True)
+    inverse = torch.full_like(rank, -1, dtype=torch.int64)
+    inverse[inside] = number
     if max_voxels is not None:
         ranks = torch.nn.functional.pad(ranks[:max_voxels], (0, max(max_voxels - len(ranks), 0)), value=-1)
-    matches = (rank[:, None] == ranks) & (ranks >= 0)
-    inverse = (
-        torch.where(matches.any(1), matches.int().argmax(1), -1) if len(ranks) else torch.full_like(rank, -1).long()
-    )
+        inverse[inverse >= max_voxels] = -1
     perm, indptr = voxel_csr_reference(inverse, len(ranks))
-    return Voxels(ranks, inverse, matches.sum(0), perm, indptr)
+    return Voxels(ranks, inverse, indptr.diff(), perm, indptr)
 
 
 def hard_voxelize_reference(
