@@ -104,7 +104,7 @@ def lambda_loss(
         gain == "exponential",
         sigma,
         mu,
-        1 / math.log(log_base),
+        1 / (math.log(2) * math.log2(log_base)),  # Dynamo knows log2 of a symbolic number, but not log
         normalize,
     )
     use = {"ranknet": LabelUse.ORDER, "label_diff": LabelUse.DIFFERENCE}.get(weighting, GAINS[gain])

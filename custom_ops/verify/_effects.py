@@ -144,7 +144,7 @@ def memory_freed(case: Case) -> None:
         enabled = gc.isenabled()
         gc.disable()
         try:
-            gc.collect(0)  # what is young after this is new
+            gc.collect(0)  # an object that is young after this is new
             references = [reference for _ in range(_TIMES) for reference in _references(call)]
             kept = [name for name, ref in references if not ref.expired()]
             young = [weakref.ref(thing) for thing in gc.get_objects(generation=0) if issubclass(type(thing), Tensor)]

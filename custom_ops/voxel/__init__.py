@@ -1,6 +1,6 @@
 """Voxels: assign points to voxels and pool the points' features."""
 
-from custom_ops.voxel import compositions as _compositions  # noqa: F401 (registers what the ops are made of)
+from custom_ops.voxel import decompositions as _decompositions  # noqa: F401 (registers what the ops are made of)
 from custom_ops.voxel.adapters import (
     bevfusion_pool,
     dynamic_scatter,

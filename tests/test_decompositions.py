@@ -58,7 +58,7 @@ def test_compositions_equal_the_kernels():
                         grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
                         if info.family == "voxel" and any(g is not None and g.requires_grad for g in grads):
                             sum(g.square().sum() for g in grads if g is not None).backward()
-    of_voxels = {op for op in MADE_OF if MADE_OF[op].__module__ == "custom_ops.voxel.compositions"}
+    of_voxels = {op for op in MADE_OF if MADE_OF[op].__module__ == "custom_ops.voxel.decompositions"}
     assert of_voxels <= compared.seen
 
 

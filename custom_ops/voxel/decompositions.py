@@ -44,7 +44,7 @@ def _sums(x: Tensor, places: Tensor, size: int) -> Tensor:
     return zeros.scatter_add(-2, places[..., None].expand(x.shape), x)[..., :size, :]
 
 
-@library.composition(voxel_grid.voxel_index)
+@library.decomposition(voxel_grid.voxel_index)
 def _(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cells: int, truncate: bool) -> Tensor:
     if frame.dim() == 3:
         frame = frame.view(frame.shape[0], *[1] * (points.dim() - 2), 2, 3)
@@ -55,18 +55,18 @@ def _(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cells: int, t
     return torch.where(inside, (i * y_cells + j) * z_cells + k, -1)
 
 
-@library.composition(voxel_grid.voxel_sort)
+@library.decomposition(voxel_grid.voxel_sort)
 def _sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
     rank = rank.long()
     return _sorted_points(rank), _boundaries(_counts(torch.where(rank < 0, voxels, rank), voxels))
 
 
-@library.composition(voxel_grid.voxel_match)
+@library.decomposition(voxel_grid.voxel_match)
 def _(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return indptr.clone()
 
 
-@library.composition(voxel_grid.voxel_bounds)
+@library.decomposition(voxel_grid.voxel_bounds)
 def _(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
     before = torch.cat([ranks[:1] - 1, ranks[:-1]])
     first = ((ranks >= 0) & (ranks != before)).nonzero()[:, 0]
@@ -96,7 +96,7 @@ def _check_size(size: int) -> None:
         raise NotImplementedError("max_voxels: expected a number in a program for other runtimes, got None")
 
 
-@library.composition(voxel_grid.voxel_unique)
+@library.decomposition(voxel_grid.voxel_unique)
 def _(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_size(size)
     perm, ordered, inside, begins = _runs(rank)
@@ -105,7 +105,7 @@ def _(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _placed(ordered, number, size), inverse, *_sort(inverse, size)
 
 
-@library.composition(voxel_grid.voxel_slots)
+@library.decomposition(voxel_grid.voxel_slots)
 def _(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_size(size)
     perm, ordered, inside, begins = _runs(rank)
@@ -122,7 +122,7 @@ def _(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]
     return slot, _placed(ordered, voxel, size), _counts(torch.where(kept, voxel, size), size)
 
 
-@library.composition(intervals.interval_ranks)
+@library.decomposition(intervals.interval_ranks)
 def _(
     ranks_depth: Tensor,
     ranks_feat: Tensor,
@@ -171,7 +171,7 @@ def _divided(x: Tensor, indptr: Tensor, mean: bool) -> Tensor:
     return x / indptr.diff().clamp_min(1)[..., None].to(x.dtype) if mean else x
 
 
-@library.composition(voxel_segments.segment_reduce)
+@library.decomposition(voxel_segments.segment_reduce)
 def _reduce(
     x: Tensor, weight: Tensor | None, indptr: Tensor, perm: Tensor | None, mean: bool, bins: int, plane: int
 ) -> Tensor:
@@ -182,7 +182,7 @@ def _reduce(
     return _divided(sums, indptr, mean).to(x.dtype)
 
 
-@library.composition(voxel_segments.segment_spread)
+@library.decomposition(voxel_segments.segment_spread)
 def _spread(
     sums: Tensor,
     x: Tensor | None,
@@ -206,7 +206,7 @@ def _spread(
     return rows.to(sums.dtype), of_weight
 
 
-@library.composition(voxel_segments.segment_extreme)
+@library.decomposition(voxel_segments.segment_extreme)
 def _extreme(x: Tensor, indptr: Tensor, perm: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
     points = x.shape[-2]
     place, count = _segments(indptr, perm, x.shape[:-2], points)
@@ -229,7 +229,7 @@ def _extremes(x: Tensor, at: Tensor, count: int, reduce: str) -> Tensor:
     return zeros.scatter_reduce(-2, at, x, reduce, include_self=False)[..., :count, :]
 
 
-@library.composition(voxel_segments.segment_logsumexp)
+@library.decomposition(voxel_segments.segment_logsumexp)
 def _(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     largest, top, total = _exponential_sums(wide(x), indptr, perm)
     return torch.where(largest == float("inf"), largest, top + total.log()).to(x.dtype)
@@ -243,7 +243,7 @@ def _exponential_sums(x: Tensor, indptr: Tensor, perm: Tensor | None) -> tuple[T
     return largest, top, _sums((x - _looked_up(top, place)).exp(), place, count)
 
 
-@library.composition(voxel_segments.segment_softmax)
+@library.decomposition(voxel_segments.segment_softmax)
 def _(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     _, top, total = _exponential_sums(wide(x), indptr, perm)
     place, count = _segments(indptr, perm, x.shape[:-2], x.shape[-2])
@@ -251,7 +251,7 @@ def _(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     return torch.where((place < count)[..., None], softmax, 0).to(x.dtype)
 
 
-@library.composition(voxel_segments.segment_softmax_adjoint)
+@library.decomposition(voxel_segments.segment_softmax_adjoint)
 def _(grad: Tensor, y: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     g, wide_y = wide(grad), wide(y)
     dots = _reduce(g * wide_y, None, indptr, perm, False, 1, 1)
@@ -259,7 +259,7 @@ def _(grad: Tensor, y: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     return torch.where((place < count)[..., None], wide_y * (g - _looked_up(dots, place)), 0).to(grad.dtype)
 
 
-@library.composition(voxel_segments.segment_center)
+@library.decomposition(voxel_segments.segment_center)
 def _(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     place, count = _segments(indptr, perm, x.shape[:-2], x.shape[-2])
     mean = _reduce(wide(x), None, indptr, perm, True, 1, 1)
@@ -272,13 +272,13 @@ def _used(index: Tensor, ranks: Tensor, rows: int, segments: int) -> tuple[Tenso
     return torch.where(used, index, rows), torch.where(used, ranks, segments)
 
 
-@library.composition(voxel_segments.pair_reduce)
+@library.decomposition(voxel_segments.pair_reduce)
 def _(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments: int) -> Tensor:
     row, rank = (t.expand(weight.shape) for t in _used(rows, ranks, x.shape[-2], segments))
     return _sums(wide(weight)[..., None] * _looked_up(wide(x), row), rank, segments).to(x.dtype)
 
 
-@library.composition(voxel_segments.pair_dots)
+@library.decomposition(voxel_segments.pair_dots)
 def _(sums: Tensor, x: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
     row, rank = _used(rows, ranks, x.shape[-2], sums.shape[-2])
     row, rank = (t.expand(*x.shape[:-2], t.shape[-1]) for t in (row, rank))
