@@ -132,7 +132,8 @@ def scatter_amax_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tenso
 
 
 def torch_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
-    return torch.segment_reduce(x, reduce, offsets=indptr, initial=0)
+    out = torch.segment_reduce(x, reduce, offsets=indptr)
+    return out.masked_fill(out.isinf(), 0)  # of segments without points
 
 
 def graph_softmax(x: Tensor, indptr: Tensor) -> Tensor:

@@ -77,9 +77,10 @@ def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int
                    [4., 0.]]]]])
     """
     _has_coordinates("coords", coords, "[N, 4]")
+    _has_features("feats", feats, "coords", coords)
     shape = numbers_of("B, D, H, W", (B, D, H, W), 4, _checks.as_count)
     rank = voxel_ravel(coords[:, [3, 2, 0, 1]], shape)
-    out: Tensor = voxel_sum(feats, rank, shape[0] * shape[1] * shape[2] * shape[3])
+    out = voxel_sum(feats, rank, shape[0] * shape[1] * shape[2] * shape[3])
     return out.view(*shape, out.shape[-1]).permute(0, 4, 1, 2, 3)
 
 
@@ -115,6 +116,7 @@ def voxel_pooling_train(geom_xyz: Tensor, input_features: Tensor, voxel_num: Seq
     if input_features.shape[:-1] != geom_xyz.shape[:-1]:
         expected = f"{[*geom_xyz.shape[:-1], 'C']} as geom_xyz"
         raise ValueError(f"input_features: expected {expected}, got shape {list(input_features.shape)}")
+    _checks.same_device(geom_xyz=geom_xyz, input_features=input_features)
     grid = numbers_of("voxel_num", voxel_num, 3, _checks.as_count)
     rank = voxel_ravel(geom_xyz.flatten(1, -2), grid)
     rank = torch.where(rank < 0, -1, rank // max(grid[2], 1))
@@ -152,10 +154,7 @@ def dynamic_scatter(feats: Tensor, coors: Tensor, reduce_type: str = "max") -> t
     """
     _checks.is_one_of("reduce_type", reduce_type, ("max", "sum", "mean"))
     _has_coordinates("coors", coors, "[N, k]")
-    _checks.has_dtype("feats", feats, _checks.FLOATING)
-    _checks.same_device(feats=feats, coors=coors)
-    if feats.dim() != 2 or feats.shape[0] != coors.shape[0]:
-        raise ValueError(f"feats: expected [{coors.shape[0]}, C] as coors, got shape {list(feats.shape)}")
+    _has_features("feats", feats, "coors", coors)
     grid = [max(int(n) + 1, 1) for n in coors.amax(0).tolist()] if len(coors) else [1] * coors.shape[1]
     voxels = voxelize(voxel_ravel(coors, grid))
     reduced = segment_reduce(feats, voxels.indptr, reduce_type, voxels.perm)
@@ -205,6 +204,8 @@ def voxelization(
     if points.dim() != 2 or points.shape[1] < 3:
         raise ValueError(f"points: expected [N, 3 + k], got shape {list(points.shape)}")
     _checks.as_bool("deterministic", deterministic)
+    max_points = _checks.as_int("max_points", max_points)
+    max_voxels = _checks.as_int("max_voxels", max_voxels)
     size = numbers_of("voxel_size", voxel_size, 3, _checks.as_positive)
     corners = numbers_of("coors_range", coors_range, 6, _checks.as_float)
     grid = [round((high - low) / edge) for low, high, edge in zip(corners[:3], corners[3:], size)]
@@ -220,3 +221,11 @@ def _has_coordinates(name: str, coordinates: Tensor, layout: str) -> None:
     _checks.has_dtype(name, coordinates, _checks.INDEX)
     if coordinates.dim() != 2 or coordinates.shape[1] < 1 or ("4" in layout and coordinates.shape[1] != 4):
         raise ValueError(f"{name}: expected {layout}, got shape {list(coordinates.shape)}")
+
+
+def _has_features(name: str, feats: Tensor, of: str, coordinates: Tensor) -> None:
+    """Check the features of points whose coordinates have been checked."""
+    _checks.has_dtype(name, feats, _checks.FLOATING)
+    if feats.dim() != 2 or feats.shape[0] != coordinates.shape[0]:
+        raise ValueError(f"{name}: expected [{coordinates.shape[0]}, C] as {of}, got shape {list(feats.shape)}")
+    _checks.same_device(**{name: feats, of: coordinates})
