@@ -69,6 +69,10 @@ def _bevdet() -> list[tuple[Any, ...]]:
     ]
 
 
+def _places(*shape: int) -> Tensor:
+    return torch.arange(int(torch.tensor(shape).prod())).view(shape) % 2
+
+
 # These public functions aren't ops, so the registry doesn't have them.
 OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "ndcg": _lists,
@@ -76,6 +80,11 @@ OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     **dict.fromkeys(("precision", "recall", "f1_score", "hit_rate", "r_precision", "dcg", "err"), _lists),
     **dict.fromkeys(("average_precision", "auc"), lambda: [(s, (y > 0).long()) for s, y in _lists()]),
     "bev_pool_v2": _bevdet,
+    "bevfusion_pool": lambda: [(torch.randn(3, 2), _places(3, 4), 2, 2, 2, 2)],
+    "dynamic_scatter": lambda: [(torch.randn(3, 2), _places(3, 3), "mean")],
+    "voxel_image": lambda: [(torch.randn(2, 8, 3), (2, 2, 2), "cyx")],
+    "voxel_pooling_train": lambda: [(_places(1, 4, 3), torch.randn(1, 4, 2), (2, 2, 2))],
+    "voxelization": lambda: [(torch.rand(5, 4), (0.5, 0.5, 0.5), (0, 0, 0, 1, 1, 1), 2, 10, True)],
     "convert_activations": lambda: [(torch.nn.Sequential(torch.nn.ReLU()),)],
 }
 OPTIONS = {"err": {"max_label": 3.0}}

@@ -1,5 +1,13 @@
 """Ranking losses."""
 
+from custom_ops.ranking.catalogue import (
+    InfoNCELoss,
+    LinearCrossEntropy,
+    LinearLogProb,
+    info_nce_loss,
+    linear_cross_entropy,
+    linear_log_prob,
+)
 from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
 from custom_ops.ranking.listwise import (
     CoSENTLoss,
@@ -60,7 +68,10 @@ __all__ = [
     "BradleyTerryLoss",
     "CoSENTLoss",
     "DPOLoss",
+    "InfoNCELoss",
     "LambdaLoss",
+    "LinearCrossEntropy",
+    "LinearLogProb",
     "ListMLELoss",
     "ListNetLoss",
     "MarginRankingLoss",
@@ -87,7 +98,10 @@ __all__ = [
     "err",
     "f1_score",
     "hit_rate",
+    "info_nce_loss",
     "lambda_loss",
+    "linear_cross_entropy",
+    "linear_log_prob",
     "list_mle_loss",
     "list_net_loss",
     "margin_ranking_loss",
