@@ -17,7 +17,6 @@ from custom_ops.triton_kernels.lists import (
     WIDE,
     Lists,
     columns,
-    list_scale,
     reducing,
     relative_gains,
     share_of,
@@ -160,10 +159,9 @@ def lambda_pairs_kernel(
 
 
 def _pairs(
+    lists: Lists,
     scores: Tensor,
     labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
     v: Tensor | None,
     weighting: int,
     k: int,
@@ -175,7 +173,6 @@ def _pairs(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores, labels = scores.contiguous(), labels.contiguous()
-    lists = Lists(scores, valid, offsets)
     if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
         raise RuntimeError("labels, v: expected the shape and dtype of the scores")
     owners, stride = lists.owners()
@@ -201,10 +198,11 @@ def _pairs(
         labels_in = labels.double().masked_fill(~owned, 0)
         ones = labels_in.new_ones((*lists.batch, lists.lists))
         gains = relative_gains(labels_in, lists.to_items(lists.largest(labels_in)), exponential)
-        best = discount_of(lists.ranks(labels)).masked_fill(lists.ranks(labels) >= k, 0)
+        place = lists.ranks(labels)
+        best = discount_of(place).masked_fill(place >= k, 0)
         most = lists.sum((gains * best).masked_fill(~owned, 0))
         some = ~(most <= 0)
-        gain = list_scale(torch.where(some, ones / most, 0), gains, valid, offsets).to(scores.dtype)
+        gain = lists.scale(torch.where(some, ones / most, 0), gains).to(scores.dtype)
         discount = discount_of(rank).to(scores.dtype)
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
@@ -224,7 +222,7 @@ def _pairs(
     factor = torch.full_like(pairs, scale, dtype=torch.float64)
     if normalize:
         factor = factor / pairs.clamp_min(1)
-    moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
+    moved = lists.scale(factor * (sigma if v is None else sigma * sigma), slope)
     loss = torch.where(active, lists.sum(value) * factor, 0)
     return loss.to(scores.dtype), moved.to(scores.dtype), active
 
@@ -236,6 +234,7 @@ def discount_of(rank: Tensor) -> Tensor:
 
 @reducing
 def lambda_pairs(
+    lists: Lists,
     scores: Tensor,
     labels: Tensor,
     valid: Tensor | None,
@@ -249,7 +248,7 @@ def lambda_pairs(
     scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _pairs(scores, labels, valid, offsets, None, weighting, k, both, exponential, sigma, mu, scale, normalize)
+    return _pairs(lists, scores, labels, None, weighting, k, both, exponential, sigma, mu, scale, normalize)
 
 
 def lambda_pairs_slope(
@@ -267,4 +266,6 @@ def lambda_pairs_slope(
     scale: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(scores, labels, valid, offsets, v, weighting, k, both, exponential, sigma, mu, scale, normalize)[1]
+    return _pairs(
+        Lists(scores, valid, offsets), scores, labels, v, weighting, k, both, exponential, sigma, mu, scale, normalize
+    )[1]

@@ -190,10 +190,10 @@ class _SmoothRank:
 
     def __init__(
         self,
+        lists: Lists,
         scores: Tensor,
         labels: Tensor,
         valid: Tensor | None,
-        offsets: Tensor | None,
         temperature: float,
         metric: int,
     ) -> None:
@@ -203,7 +203,7 @@ class _SmoothRank:
         most = torch.finfo(scores.dtype).max
         # Differences of halves can't overflow, and infinite scores are larger than all others.
         self.halves = (scores / 2).clamp(-most, most).contiguous()
-        self.lists = lists = Lists(self.halves, valid, offsets)
+        self.lists = lists
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         if lists.several:
             exists = exists & (lists.ids >= 0)
@@ -304,12 +304,18 @@ class _SmoothRank:
 
 @reducing
 def smooth_rank(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, temperature: float, metric: int
+    lists: Lists,
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    temperature: float,
+    metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if scores.numel() == 0:
-        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
+        loss = lists.per_list(scores).zero_()
         return loss, scores.new_empty(scores.shape), loss.bool()
-    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
+    ranks = _SmoothRank(lists, scores, labels, valid, temperature, metric)
     return ranks.loss(), ranks.slope(), ranks.active
 
 
@@ -324,5 +330,5 @@ def smooth_rank_slope(
 ) -> Tensor:
     if scores.numel() == 0:
         return scores.new_empty(scores.shape)
-    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
+    ranks = _SmoothRank(Lists(scores, valid, offsets), scores, labels, valid, temperature, metric)
     return ranks.slope() if v is None else ranks.product(v)
