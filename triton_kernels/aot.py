@@ -121,7 +121,8 @@ def innermost_loop(sass: str) -> tuple[int, int]:
     for end, (_, name, operands) in enumerate(found):
         target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
         begin = place.get(int(target[1], 16), end) if target else end
-        if begin < end:
+        # A span with an exit is no loop: it lies out of line and jumps back.
+        if begin < end and not any(name.startswith("EXIT") for _, name, _ in found[begin:end]):
             loops.append((begin, end))
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     begin, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, -1))

@@ -99,7 +99,7 @@ class Kernel:
         warps = self._streams * _BYTES[dtype] // (ACCESS * lanes) if self._streams else self._num_warps
         options = {"num_warps": warps, "enable_fp_fusion": self._enable_fp_fusion}
         if self._registers and lanes == 32:  # AMD's compiler has no such option
-            options["maxnreg"] = self._registers * (2 if dtype == "fp64" else 1)
+            options["maxnreg"] = 255 if dtype == "fp64" else self._registers
         return options
 
     def _checked_dtype(self, args: Sequence[Any]) -> str:
@@ -146,7 +146,7 @@ def kernel(
     of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time arguments. If a program ``streams`` a number
     of elements, it has as many warps as give each thread 16 bytes of them, whatever the dtype; otherwise it has
     ``num_warps``. ``narrow`` is the reason why no load is that wide. A thread may take so many ``registers`` on
-    NVIDIA's GPUs, or twice as many in float64; by default their assembler chooses, and may spill what an outer loop
+    NVIDIA's GPUs, or all of them in float64; by default their assembler chooses, and may spill what an outer loop
     needs. ``budget`` is the largest number of instructions in the innermost loop on sm_90 for float32, which `aot`
     checks; such a loop may not wait for other threads.
 

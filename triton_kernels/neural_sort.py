@@ -49,7 +49,7 @@ def _tangents(slope, lead, u, q, other_lead, other_u, other_q, like):
     WIDE,
     _VARIANTS,
     narrow=PAIRS,
-    registers=96,
+    registers=128,
     budget=190,
 )
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
@@ -126,7 +126,7 @@ def neural_sort_rows_kernel(
     WIDE,
     _VARIANTS,
     narrow=PAIRS,
-    registers=96,
+    registers=128,
     budget=220,
 )
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
