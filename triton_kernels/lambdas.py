@@ -17,6 +17,7 @@ from custom_ops.triton_kernels.lists import (
     WIDE,
     Lists,
     columns,
+    list_scale,
     reducing,
     relative_gains,
     share_of,
@@ -159,9 +160,10 @@ def lambda_pairs_kernel(
 
 
 def _pairs(
-    lists: Lists,
     scores: Tensor,
     labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
     v: Tensor | None,
     weighting: int,
     k: int,
@@ -173,6 +175,7 @@ def _pairs(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores, labels = scores.contiguous(), labels.contiguous()
+    lists = Lists(scores, valid, offsets)
     if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
         raise RuntimeError("labels, v: expected the shape and dtype of the scores")
     owners, stride = lists.owners()
@@ -202,7 +205,7 @@ def _pairs(
         best = discount_of(place).masked_fill(place >= k, 0)
         most = lists.sum((gains * best).masked_fill(~owned, 0))
         some = ~(most <= 0)
-        gain = lists.scale(torch.where(some, ones / most, 0), gains).to(scores.dtype)
+        gain = list_scale(torch.where(some, ones / most, 0), gains, valid, offsets).to(scores.dtype)
         discount = discount_of(rank).to(scores.dtype)
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
@@ -222,7 +225,7 @@ def _pairs(
     factor = torch.full_like(pairs, scale, dtype=torch.float64)
     if normalize:
         factor = factor / pairs.clamp_min(1)
-    moved = lists.scale(factor * (sigma if v is None else sigma * sigma), slope)
+    moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
     loss = torch.where(active, lists.sum(value) * factor, 0)
     return loss.to(scores.dtype), moved.to(scores.dtype), active
 
@@ -234,7 +237,6 @@ def discount_of(rank: Tensor) -> Tensor:
 
 @reducing
 def lambda_pairs(
-    lists: Lists,
     scores: Tensor,
     labels: Tensor,
     valid: Tensor | None,
@@ -248,7 +250,7 @@ def lambda_pairs(
     scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _pairs(lists, scores, labels, None, weighting, k, both, exponential, sigma, mu, scale, normalize)
+    return _pairs(scores, labels, valid, offsets, None, weighting, k, both, exponential, sigma, mu, scale, normalize)
 
 
 def lambda_pairs_slope(
@@ -266,6 +268,4 @@ def lambda_pairs_slope(
     scale: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(
-        Lists(scores, valid, offsets), scores, labels, v, weighting, k, both, exponential, sigma, mu, scale, normalize
-    )[1]
+    return _pairs(scores, labels, valid, offsets, v, weighting, k, both, exponential, sigma, mu, scale, normalize)[1]

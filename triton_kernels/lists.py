@@ -97,15 +97,6 @@ class Lists:
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
 
-    def scale(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Return each valid item of x [..., T] times the weight [..., L] of its list, and 0 elsewhere."""
-        weight, x = weight.contiguous(), x.contiguous()
-        out = x.new_empty(x.shape)
-        blocks = triton.cdiv(self.items, _BLOCK)
-        pointers, sizes = (weight, x, out, self.valid, self.ids), (self.items, self.lists, blocks)
-        list_scale_kernel(self.examples * blocks, *pointers, *sizes, variant=self.variant)
-        return out
-
     def largest(self, x: Tensor, least: float = 0) -> Tensor:
         """Return the largest [..., L] of ``least`` and x [..., T] over each list, masked items included."""
         if not self.several:
@@ -316,10 +307,15 @@ def list_scale_kernel(
 
 
 def list_scale(weight: Tensor, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
+    weight, x = weight.contiguous(), x.contiguous()
     lists = Lists(x, valid, offsets)
     if weight.shape != (*lists.batch, lists.lists):
         raise RuntimeError("weight: expected one for each list")
-    return lists.scale(weight, x)
+    out = x.new_empty(x.shape)
+    blocks = triton.cdiv(lists.items, _BLOCK)
+    sizes = (lists.items, lists.lists, blocks)
+    list_scale_kernel(lists.examples * blocks, weight, x, out, lists.valid, lists.ids, *sizes, variant=lists.variant)
+    return out
 
 
 def list_dot(x: Tensor, y: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -350,7 +346,7 @@ def _over_active(x: Tensor, active: Tensor, mean: bool, dims: tuple[int, ...]) -
 
 
 def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return the launcher of a list loss, made of one that takes its `Lists` and returns the loss of each list."""
+    """Return the launcher of a list loss, made of one that returns the loss of each list."""
 
     def run(
         scores: Tensor,
@@ -361,8 +357,8 @@ def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[.
         batch_dims: int,
         *params: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        lists = Lists(scores, valid, offsets)
-        loss, slope, active = launch(lists, scores, labels, valid, offsets, *params)
+        loss, slope, active = launch(scores, labels, valid, offsets, *params)
+        lists = Lists(labels, valid, offsets)
         undefined = (labels.contiguous(), lists.valid, lists.bounds, loss, active.view(torch.uint8))
         list_undefined_kernel(lists.examples * lists.lists, *undefined, lists.items, lists.lists, variant=lists.masked)
         if reduction == Reduction.NONE:

@@ -110,17 +110,17 @@ class _Ordered:
 
     def __init__(
         self,
-        lists: Lists,
         scores: Tensor,
         labels: Tensor,
         valid: Tensor | None,
+        offsets: Tensor | None,
         by_score: bool = False,
         grouped: bool = True,
     ) -> None:
         if labels.shape != scores.shape or labels.dtype != scores.dtype:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
         self.dtype = scores.dtype
-        self.lists = lists
+        self.lists = lists = Lists(scores, valid, offsets)
         place = torch.arange(lists.items, device=scores.device)
         self.start, self.stop = lists.to_items(lists.bounds[:-1]), lists.to_items(lists.bounds[1:])
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
@@ -184,9 +184,9 @@ class _Ordered:
 
 class _ListSoftmax(_Ordered):
     def __init__(
-        self, lists: Lists, scores: Tensor, labels: Tensor, valid: Tensor | None, softmax_labels: bool
+        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, softmax_labels: bool
     ) -> None:
-        super().__init__(lists, scores, labels, valid)
+        super().__init__(scores, labels, valid, offsets)
         self.p = self.y
         if softmax_labels:
             self.p = self._total(self.y).share(self.y)
@@ -243,16 +243,16 @@ class _Competing(_Ordered):
 class _ListMle(_Competing):
     def __init__(
         self,
-        lists: Lists,
         scores: Tensor,
         labels: Tensor,
         valid: Tensor | None,
+        offsets: Tensor | None,
         ties: int,
         weights: int,
         k: int,
     ) -> None:
         ties, weights = Ties(ties), PositionWeights(weights)
-        super().__init__(lists, scores, labels, valid, by_score=ties == Ties.SCORE, grouped=ties == Ties.BRESLOW)
+        super().__init__(scores, labels, valid, offsets, by_score=ties == Ties.SCORE, grouped=ties == Ties.BRESLOW)
         place = (torch.arange(self.lists.items, device=scores.device) - self.start).double()
         w = torch.ones_like(self.s)
         if weights == PositionWeights.EXPONENTIAL:
@@ -287,8 +287,10 @@ class _ListMle(_Competing):
 
 
 class _UniqueSoftmax(_Competing):
-    def __init__(self, lists: Lists, scores: Tensor, labels: Tensor, valid: Tensor | None, exponential: bool) -> None:
-        super().__init__(lists, scores, labels, valid)
+    def __init__(
+        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, exponential: bool
+    ) -> None:
+        super().__init__(scores, labels, valid, offsets)
         self.active = self.active & ~(self.top <= 0)
         top = self.lists.to_items(self.top)
         self.w = relative_gains(self.y, top, exponential) / relative_gains(top, top, exponential)
@@ -327,9 +329,11 @@ def _term(worse: Tensor, better: Tensor, count: Tensor) -> _Term:
 
 
 class _Cosent(_Competing):
-    def __init__(self, lists: Lists, scores: Tensor, labels: Tensor, valid: Tensor | None, scale: float) -> None:
+    def __init__(
+        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, scale: float
+    ) -> None:
         self.scale = scale
-        super().__init__(lists, scores, labels, valid)
+        super().__init__(scores, labels, valid, offsets)
         self.most = _Term(*(self.lists.per_list(self.s).zero_() for _ in range(3)))
         term = _term(self.lower.top, self.s, self.lower.a)
         some = self.exists & (self.lower.a != 0)
@@ -384,20 +388,12 @@ class _Cosent(_Competing):
 # ---------------------------------------------------------------- launchers
 
 
-def _loss(
-    kind: Any,
-    lists: Lists,
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    *params: Any,
-) -> Any:
+def _loss(kind: Any, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, *params: Any) -> Any:
     if scores.numel() == 0:
-        loss = lists.per_list(scores).zero_()
+        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
         return loss, scores.new_empty(scores.shape), loss.bool()
-    ordered = kind(lists, scores, labels, valid, *params)
-    return ordered.results(ordered.loss(), ordered.slope())
+    lists = kind(scores, labels, valid, offsets, *params)
+    return lists.results(lists.loss(), lists.slope())
 
 
 def _slope(
@@ -411,8 +407,8 @@ def _slope(
 ) -> Any:
     if scores.numel() == 0:
         return scores.new_empty(scores.shape)
-    ordered = kind(Lists(scores, valid, offsets), scores, labels, valid, *params)
-    return ordered.result(ordered.slope() if v is None else ordered.product(ordered.sorted(v)))
+    lists = kind(scores, labels, valid, offsets, *params)
+    return lists.result(lists.slope() if v is None else lists.product(lists.sorted(v)))
 
 
 list_softmax, list_softmax_slope = reducing(partial(_loss, _ListSoftmax)), partial(_slope, _ListSoftmax)

@@ -207,10 +207,10 @@ class _NeuralSort:
 
     def __init__(
         self,
-        lists: Lists,
         scores: Tensor,
         labels: Tensor,
         valid: Tensor | None,
+        offsets: Tensor | None,
         temperature: float,
         k: int,
         exponential: bool,
@@ -218,7 +218,7 @@ class _NeuralSort:
         if labels.shape != scores.shape or labels.dtype != scores.dtype:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
         self.temperature, self.dtype = temperature, scores.dtype
-        self.lists = lists
+        self.lists = lists = Lists(scores, valid, offsets)
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         if lists.several:
             exists = exists & (lists.ids >= 0)
@@ -324,7 +324,6 @@ def _has_no_list(offsets: Tensor | None) -> bool:
 
 @reducing
 def neural_sort(
-    lists: Lists,
     scores: Tensor,
     labels: Tensor,
     valid: Tensor | None,
@@ -334,11 +333,11 @@ def neural_sort(
     exponential: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if scores.numel() == 0 or _has_no_list(offsets):
-        loss = lists.per_list(scores).zero_()
+        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
         return loss, torch.zeros_like(scores), loss.bool()
-    ordered = _NeuralSort(lists, scores, labels, valid, temperature, k, exponential)
-    rows = ordered.rows(ordered.x, ordered.x, tangent=False)
-    return ordered.loss(rows[1]), ordered.slope(rows, ordered.x, ordered.x, tangent=False), ordered.active
+    lists = _NeuralSort(scores, labels, valid, offsets, temperature, k, exponential)
+    rows = lists.rows(lists.x, lists.x, tangent=False)
+    return lists.loss(rows[1]), lists.slope(rows, lists.x, lists.x, tangent=False), lists.active
 
 
 def neural_sort_slope(
@@ -353,6 +352,6 @@ def neural_sort_slope(
 ) -> Tensor:
     if scores.numel() == 0 or _has_no_list(offsets):
         return torch.zeros_like(scores)
-    ordered = _NeuralSort(Lists(scores, valid, offsets), scores, labels, valid, temperature, k, exponential)
-    u, q = (ordered.x, ordered.x) if v is None else ordered.tangents(v)
-    return ordered.slope(ordered.rows(u, q, v is not None), u, q, v is not None)
+    lists = _NeuralSort(scores, labels, valid, offsets, temperature, k, exponential)
+    u, q = (lists.x, lists.x) if v is None else lists.tangents(v)
+    return lists.slope(lists.rows(u, q, v is not None), u, q, v is not None)

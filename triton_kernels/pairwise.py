@@ -15,6 +15,7 @@ from custom_ops.triton_kernels.lists import (
     WIDE,
     Lists,
     columns,
+    list_scale,
     reducing,
     share_of,
     sum_of_rows,
@@ -197,9 +198,10 @@ def pairwise_kernel(
 
 
 def _pairs(
-    lists: Lists,
     scores: Tensor,
     labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
     v: Tensor | None,
     phi: int,
     factor: float,
@@ -208,6 +210,7 @@ def _pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, slope (or Hessian times v) and number of pairs of the sum of phi(factor (s_i - s_j) + shift)."""
     scores, labels = scores.contiguous(), labels.contiguous()
+    lists = Lists(scores, valid, offsets)
     if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
         raise RuntimeError("labels, v: expected the shape and dtype of the scores")
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
@@ -222,13 +225,12 @@ def _pairs(
     loss, weight = lists.sum(value), torch.ones_like(pairs, dtype=torch.float64)
     if normalize:
         weight = weight / pairs.clamp_min(1)
-    slope = lists.scale((factor if v is None else factor * factor) * weight, slope)
+    slope = list_scale((factor if v is None else factor * factor) * weight, slope, valid, offsets)
     return (loss * weight).to(scores.dtype), slope.to(scores.dtype), pairs
 
 
 @reducing
 def pairwise(
-    lists: Lists,
     scores: Tensor,
     labels: Tensor,
     valid: Tensor | None,
@@ -237,7 +239,7 @@ def pairwise(
     sigma: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, slope, pairs = _pairs(lists, scores, labels, None, PairFunction(phi), sigma, 0.0, normalize)
+    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, PairFunction(phi), sigma, 0.0, normalize)
     return loss, slope, pairs > 0
 
 
@@ -251,7 +253,7 @@ def pairwise_slope(
     sigma: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(Lists(scores, valid, offsets), scores, labels, v, PairFunction(phi), sigma, 0.0, normalize)[1]
+    return _pairs(scores, labels, valid, offsets, v, PairFunction(phi), sigma, 0.0, normalize)[1]
 
 
 # ---------------------------------------------------------------- hinge
@@ -259,7 +261,6 @@ def pairwise_slope(
 
 @reducing
 def pairwise_hinge(
-    lists: Lists,
     scores: Tensor,
     labels: Tensor,
     valid: Tensor | None,
@@ -269,7 +270,7 @@ def pairwise_hinge(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     phi = SQUARED_HINGE.value if squared else HINGE.value
-    loss, slope, pairs = _pairs(lists, scores, labels, None, phi, 1.0, -margin, normalize)
+    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, 1.0, -margin, normalize)
     return loss, slope, pairs > 0
 
 
@@ -284,22 +285,22 @@ def pairwise_hinge_slope(
     normalize: bool,
 ) -> Tensor:
     phi = SQUARED_HINGE.value if squared else HINGE.value
-    return _pairs(Lists(scores, valid, offsets), scores, labels, v, phi, 1.0, -margin, normalize)[1]
+    return _pairs(scores, labels, valid, offsets, v, phi, 1.0, -margin, normalize)[1]
 
 
 # ---------------------------------------------------------------- squared error: no kernel of its own
 
 
-def _centred(x: Tensor, lists: Lists, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return x minus the mean of its list (0 for invalid items), and the number of valid items of each list."""
     ones = torch.ones_like(x)
     count = lists.sum(ones if valid is None else valid.to(x.dtype))
     mean = lists.sum(x if valid is None else x.masked_fill(~valid, 0)) / count.clamp_min(1)
-    x = x - lists.scale(mean, ones)
-    return lists.scale((count > 1).to(x.dtype), x), count
+    x = x - list_scale(mean, ones, valid, offsets)
+    return list_scale((count > 1).to(x.dtype), x, valid, offsets), count
 
 
-def _above_first(x: Tensor, lists: Lists) -> Tensor:
+def _above_first(x: Tensor, lists: Lists, valid: Tensor | None) -> Tensor:
     """Return x minus a valid item of its list, in float64, which keeps the digits of items far from 0."""
     x = x.double()
     if x.numel() == 0:
@@ -312,16 +313,12 @@ def _above_first(x: Tensor, lists: Lists) -> Tensor:
 
 @reducing
 def pairwise_mse(
-    lists: Lists,
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    normalize: bool,
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, count = _centred(_above_first(scores, lists) - _above_first(labels, lists), lists, valid)
+    lists = Lists(scores, valid, offsets)
+    x, count = _centred(_above_first(scores, lists, valid) - _above_first(labels, lists, valid), lists, valid, offsets)
     scale = 1 / (count - 1).clamp_min(1) if normalize else count
-    slope = lists.scale(4 * scale, x)
+    slope = list_scale(4 * scale, x, valid, offsets)
     return (2 * scale * lists.sum(x * x)).to(scores.dtype), slope.to(scores.dtype), count > 1
 
 
@@ -329,7 +326,7 @@ def pairwise_mse_slope(
     scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, normalize: bool
 ) -> Tensor:
     lists = Lists(scores, valid, offsets)
-    x = _above_first(scores, lists) - _above_first(labels, lists) if v is None else v.double()
-    x, count = _centred(x, lists, valid)
+    x = _above_first(scores, lists, valid) - _above_first(labels, lists, valid) if v is None else v.double()
+    x, count = _centred(x, lists, valid, offsets)
     scale = 1 / (count - 1).clamp_min(1) if normalize else count
-    return lists.scale(4 * scale, x).to(scores.dtype)
+    return list_scale(4 * scale, x, valid, offsets).to(scores.dtype)

@@ -190,10 +190,10 @@ class _SmoothRank:
 
     def __init__(
         self,
-        lists: Lists,
         scores: Tensor,
         labels: Tensor,
         valid: Tensor | None,
+        offsets: Tensor | None,
         temperature: float,
         metric: int,
     ) -> None:
@@ -203,7 +203,7 @@ class _SmoothRank:
         most = torch.finfo(scores.dtype).max
         # Differences of halves can't overflow, and infinite scores are larger than all others.
         self.halves = (scores / 2).clamp(-most, most).contiguous()
-        self.lists = lists
+        self.lists = lists = Lists(self.halves, valid, offsets)
         exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         if lists.several:
             exists = exists & (lists.ids >= 0)
@@ -304,18 +304,12 @@ class _SmoothRank:
 
 @reducing
 def smooth_rank(
-    lists: Lists,
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    temperature: float,
-    metric: int,
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, temperature: float, metric: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if scores.numel() == 0:
-        loss = lists.per_list(scores).zero_()
+        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
         return loss, scores.new_empty(scores.shape), loss.bool()
-    ranks = _SmoothRank(lists, scores, labels, valid, temperature, metric)
+    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
     return ranks.loss(), ranks.slope(), ranks.active
 
 
@@ -330,5 +324,5 @@ def smooth_rank_slope(
 ) -> Tensor:
     if scores.numel() == 0:
         return scores.new_empty(scores.shape)
-    ranks = _SmoothRank(Lists(scores, valid, offsets), scores, labels, valid, temperature, metric)
+    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
     return ranks.slope() if v is None else ranks.product(v)
