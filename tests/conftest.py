@@ -20,6 +20,8 @@ if os.environ["TRITON_INTERPRET"] == "1":
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Inductor would start compile processes, and each would import torch to compile a kernel or two.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Inductor would compile a program per instruction set with each new cache, to see whether the compiler knows it.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed|dtensor)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*")
 # Long tests start first, so no worker is left with one of them while the other is idle.

@@ -35,6 +35,7 @@ def property_of(info: OpInfo, examples: int, interpreted: bool = False, **option
     """Return a test with ``examples`` calls of the op; ``interpreted`` leaves out subnormals of bfloat16, which
     Triton's interpreter gets wrong.
     """
+    info = replace(info, samples=functools.cache(info.samples))
 
     @settings(
         max_examples=examples,

@@ -21,14 +21,16 @@ from benchmarks import exchange
 STEPS = {"rank": 3, "lift_splat": 5}
 PARALLEL = ("ddp", "fsdp", "tp")
 KILLED = {"ddp": "in a checkpoint", "fsdp": "in a step", "tp": "in a step"}
+KILLED_QUICKLY = ["ddp"]
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def jobs(tmp_path_factory: pytest.TempPathFactory, full: bool) -> dict[str, str]:
     """Return each job's output, with the error that ended it and the checkpoints at that time."""
-    command = [sys.executable, __file__, str(tmp_path_factory.mktemp("checkpoints"))]
+    killed = KILLED if full else KILLED_QUICKLY
+    command = [sys.executable, __file__, str(tmp_path_factory.mktemp("checkpoints")), *killed]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, check=False
     )
@@ -50,7 +52,9 @@ def test_two_processes_have_the_losses_of_one(task: str, parallel: str, jobs: di
     assert list(losses(output)) == [str(n + 1) for n in range(STEPS[task])]
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize(
+    "parallel", [pytest.param(p, marks=[] if p in KILLED_QUICKLY else pytest.mark.full) for p in PARALLEL]
+)
 def test_a_killed_worker_ends_the_job_and_a_second_start_resumes(parallel: str, jobs: dict[str, str]) -> None:
     died, resumed, killed = jobs[f"killed, {parallel}"], jobs[f"resumed, {parallel}"], KILLED[parallel]
     # The launcher names the process that it saw end first: the killed one, or one that lost its peer.
@@ -142,7 +146,7 @@ def start(name: str, killed: str, *arguments: str) -> None:
         print(error, flush=True)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, killed: list[str]) -> None:
     from examples import distributed
 
     distributed.rank = functools.cache(distributed.rank)  # its pairs take a second, and all jobs share them
@@ -150,13 +154,13 @@ def main(folder: Path) -> None:
     for task in STEPS:
         for parallel in PARALLEL:
             start(f"{task}, {parallel}", "", task, "--parallel", parallel)
-    for parallel, killed in KILLED.items():
+    for parallel in killed:
         checkpoints = folder / parallel
         arguments = ("lift_splat", "--parallel", parallel, "--checkpoint", str(checkpoints))
-        start(f"killed, {parallel}", killed, *arguments, "--every", "2")
+        start(f"killed, {parallel}", KILLED[parallel], *arguments, "--every", "2")
         print(f"checkpoints: {sorted(path.name for path in checkpoints.iterdir())}", flush=True)
         start(f"resumed, {parallel}", "", *arguments)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

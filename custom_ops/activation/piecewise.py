@@ -167,10 +167,10 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     v = x if bias is None else x + _spread(bias, inner, x.shape, batch_dims)
     keep = v > low
-    y = torch.where(keep, v, slope * v if slope else torch.where(v <= low, below, v))
+    y = torch.where(keep, v, slope * v if slope != 0 else torch.where(v <= low, library.as_tensor(below, v), v))
     if high is not None:
         keep = keep & (v < high)
-        y = torch.where(v >= high, above, y)
+        y = torch.where(v >= high, library.as_tensor(above, v), y)
     if nan_passes:
         keep = keep | (v != v)  # Inductor doesn't vectorise a negated comparison
     return y.to(x.dtype).contiguous(), pack(keep, batch_dims)
@@ -178,7 +178,7 @@ def _(
 
 @library.inductor(apply_mask)
 def _masked(x: Tensor, mask: Tensor, on: float, off: float) -> Tensor:
-    return torch.where(unpack(mask, x), on * x, off * x if off else 0).to(x.dtype).contiguous()
+    return torch.where(unpack(mask, x), on * x, off * x if off != 0 else 0).to(x.dtype).contiguous()
 
 
 @library.inductor(apply_mask_and_sum)

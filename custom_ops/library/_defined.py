@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +15,21 @@ from custom_ops.library._torch import OpOverload, fill_defaults, schema
 class Defined:
     """An operator's registrations.
 
-    ``body`` runs in place of a kernel below autograd, if the op is composed. ``apply`` runs the op at one level of
-    autograd, with the derivatives of ``function`` if one is attached.
+    ``body`` runs in place of a kernel below autograd, if the op is composed; otherwise ``fake`` is its fake kernel.
+    ``apply`` runs the op at one level of autograd, with the derivatives of ``function`` if one is attached. Compilers
+    get ``composition`` in place of the op, and programs for other runtimes ``decomposition``. ``rules`` register what
+    was given for the op on it and on ``symbolic``, its twin for symbolic numbers.
     """
 
     library: torch.library.Library
-    body: Callable[..., Any] | None
+    body: Callable[..., Any] | None = None
+    fake: Callable[..., Any] | None = None
     function: Any = None
     apply: Any = None
+    composition: Callable[..., Any] | None = None
+    decomposition: Callable[..., Any] | None = None
+    rules: list[Callable[[OpOverload], None]] = field(default_factory=list)
+    symbolic: OpOverload | None = None
 
 
 DEFINED: dict[OpOverload, Defined] = {}
@@ -33,6 +40,15 @@ def defined(op: OpOverload) -> Defined:
     if not isinstance(op, OpOverload) or op not in DEFINED:
         raise TypeError(f"op: expected an operator made by custom_ops.library.define, got {op!r}")
     return DEFINED[op]
+
+
+def add_rule(op: OpOverload, rule: Callable[[OpOverload], None]) -> None:
+    """Call ``rule`` with ``op`` and with its twin for symbolic numbers, now or when it is made."""
+    known = defined(op)
+    rule(op)
+    if known.symbolic is not None:
+        rule(known.symbolic)
+    known.rules.append(rule)
 
 
 def with_defaults(op: OpOverload, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -82,7 +82,9 @@ __all__ = [
     "compiled_autograd_key",
     "destroy",
     "dispatch_key_for_device",
+    "during_compilations",
     "fill_defaults",
+    "forget_constants",
     "forward_level",
     "forward_mode",
     "is_alias_of",
@@ -93,6 +95,7 @@ __all__ = [
     "opname",
     "processes_as_threads",
     "schema",
+    "set_call",
     "single_level",
     "transforms_are_active",
     "tree_map",
@@ -126,6 +129,13 @@ def schema(op: OpOverload) -> Any:
 def call_of(op: OpOverload) -> Any:
     """Return ``op`` without the Python frame of its ``__call__``."""
     return op._op
+
+
+def set_call(op: OpOverload, call: Any) -> None:
+    """Let calls of ``op`` from Python go to ``call``, which `call_of` then returns; torch has no hook before the
+    dispatcher, where a symbolic number has become a float.
+    """
+    op._op = op.overloadpacket._op = call
 
 
 def forward_level() -> int:
@@ -169,6 +179,22 @@ def _restore_autograd_cache(_: Any) -> None:
     for name, value in _settings.items():
         setattr(torch._functorch.config, name, value)
     _settings.clear()
+
+
+def during_compilations(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:
+    """Call ``begin`` and ``end`` at each compilation that Dynamo starts from now on; only its callbacks tell."""
+    from torch._dynamo.callback import callback_handler
+
+    if begin not in callback_handler.start_callbacks:  # torch.compiler.reset() clears the callbacks
+        callback_handler.register_start_callback(begin)
+        callback_handler.register_end_callback(end)
+
+
+def forget_constants() -> None:
+    """Let numbers be symbolic again that a compilation has made constants, which Dynamo remembers by their names."""
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    TensorifyState.clear()
 
 
 @contextmanager

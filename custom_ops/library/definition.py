@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import _dtensor
-from custom_ops.library._defined import DEFINED, Defined, defined, with_defaults
+from custom_ops.library._defined import DEFINED, defined, with_defaults
+from custom_ops.library._numbers import declare, keep_symbolic
 from custom_ops.library._torch import (
     CompileContext,
     OpOverload,
@@ -26,7 +27,6 @@ from custom_ops.library._torch import (
     opname,
     without_autograd_cache,
 )
-from custom_ops.library.function import autograd_kernel
 
 __all__ = ["compose", "define", "kernel", "override_kernel"]
 
@@ -58,7 +58,9 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
 
     def decorate(fake: Callable[..., Any]) -> OpOverload:
         op = _declare(name, fake)
-        torch.library.register_fake(name, _traced(_checked_fake(opname(op), fake)), lib=DEFINED[op].library)
+        known = DEFINED[op]
+        known.fake = _traced(_checked_fake(opname(op), fake))
+        torch.library.register_fake(name, known.fake, lib=known.library)
         return op
 
     return decorate
@@ -129,11 +131,8 @@ def _declare(
         if annotated == schema:
             raise ValueError(f"{like.__name__}: expected a tensor first and one as result, got {schema}")
         schema = annotated
-    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op: OpOverload = getattr(getattr(torch.ops, namespace), short).default
+    op = declare(lib, schema, body)
     op.__doc__ = like.__doc__
-    DEFINED[op] = Defined(lib, body)
-    lib.impl(short, with_defaults(op, autograd_kernel(op)), "Autograd")
     return op
 
 
@@ -306,6 +305,7 @@ def _traced(kernel: Callable[..., Any]) -> Callable[..., Any]:
         _dtensor.register_waiting()
         if CompileContext.try_get() is not None:
             without_autograd_cache()
+            keep_symbolic()
         return kernel(*args)
 
     return run

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import _dtensor
-from custom_ops.library._defined import DEFINED, Defined, defined
+from custom_ops.library._defined import DEFINED, Defined, add_rule, defined
 from custom_ops.library._torch import (
     FunctionMeta,
     OpOverload,
@@ -113,10 +113,15 @@ def _attach(function: type[Function], op: OpOverload) -> None:
             raise TypeError(f"{function.__name__}: expected no {name}, which is what library.{instead}({op}) is for")
     if known.function is not None:
         raise TypeError(f"op: {op} already has the Function {known.function.__name__}")
-    known.function = function
-    _build_later(op, known)
+    add_rule(op, lambda op: _derive(op, function))
     if "apply" not in function.__dict__:
         function.apply = staticmethod(lambda *args: op(*untraced(op, *args)))  # type: ignore[method-assign]
+
+
+def _derive(op: OpOverload, function: type[Function]) -> None:
+    known = DEFINED[op]
+    known.function = function
+    _build_later(op, known)
 
 
 def untraced(op: OpOverload, *args: Any) -> tuple[Any, ...]:

@@ -323,7 +323,7 @@ def vmap(case: Case) -> str | None:
                 remarks.add(f"not over argument {', '.join(map(str, keys))}: {reason}")
                 continue
             try:
-                _check_vmap(call, keys, batch, expected)
+                _check_vmap(call, keys, batch, expected, _in_dims(batch)[-1 if case.sparing else 0 :])
                 checked = True
             except AssertionError:
                 raise
@@ -374,13 +374,19 @@ def _loop(call: Call, keys: Sequence[Any], batch: Sequence[Tensor]) -> list[Tens
         raise NotApplicable("the examples' outputs differ in size") from None
 
 
-def _check_vmap(call: Call, keys: Sequence[Any], batch: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def _check_vmap(
+    call: Call,
+    keys: Sequence[Any],
+    batch: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    in_dims: Sequence[tuple[int, ...]],
+) -> None:
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(call.with_tensors(tensors, keys).run())
 
     what = f"{describe(call)} over arguments {list(keys)}"
     with no_vmap_fallback():
-        for dims in _in_dims(batch):
+        for dims in in_dims:
             actual = torch.vmap(function, in_dims=dims)(*(b.movedim(0, d) for b, d in zip(batch, dims)))
             check_close(actual, expected, f"vmap(in_dims={dims}) of {what}")
         one = torch.vmap(function)(*(b[:1] for b in batch))

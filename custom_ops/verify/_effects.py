@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -143,13 +144,14 @@ def memory_freed(case: Case) -> None:
         enabled = gc.isenabled()
         gc.disable()
         try:
-            tensors = _live_tensors()
+            gc.collect(0)  # an object that is young after this is new
             references = [reference for _ in range(_TIMES) for reference in _references(call)]
             kept = [name for name, ref in references if not ref.expired()]
-            if kept:
+            young = [weakref.ref(thing) for thing in gc.get_objects(generation=0) if issubclass(type(thing), Tensor)]
+            if kept or young:
                 gc.collect()
             still = [name for name, ref in references if not ref.expired()]
-            grown_by = _live_tensors() - tensors
+            grown_by = sum(reference() is not None for reference in young)
         finally:
             if enabled:
                 gc.enable()
@@ -166,10 +168,6 @@ def memory_freed(case: Case) -> None:
 _TIMES = 4
 
 
-def _live_tensors() -> int:
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-
-
 def _references(call: Call) -> list[tuple[str, StorageWeakRef]]:
     """Run the call with and without a backward pass, and return weak references to its memory."""
     names = ("input", "output", "gradient", "output")
@@ -184,7 +182,7 @@ def saved_memory(case: Case) -> str:
     """Backward keeps at most a quarter more memory than the reference's, or than inputs and outputs take."""
     most = 0.0
     for call in case.differentiable_calls(torch.float32):
-        big = grown(case, call, with_reference=True)
+        big = grown(case, call)
         own, arguments = _saved(big)
         reference, _ = _saved(case.reference(big))
         allowed = 1.25 * max(reference, arguments) + 1024  # a few more numbers for each row are fine
