@@ -17,8 +17,8 @@ class Defined:
 
     ``body`` runs in place of a kernel below autograd, if the op is composed; otherwise ``fake`` is its fake kernel.
     ``apply`` runs the op at one level of autograd, with the derivatives of ``function`` if one is attached. Compilers
-    get ``composition`` in place of the op. ``rules`` register what was given for the op on it and on ``symbolic``, its
-    twin for symbolic numbers.
+    get ``composition`` in place of the op, and programs for other runtimes ``decomposition``. ``rules`` register what
+    was given for the op on it and on ``symbolic``, its twin for symbolic numbers.
     """
 
     library: torch.library.Library
@@ -27,6 +27,7 @@ class Defined:
     function: Any = None
     apply: Any = None
     composition: Callable[..., Any] | None = None
+    decomposition: Callable[..., Any] | None = None
     rules: list[Callable[[OpOverload], None]] = field(default_factory=list)
     symbolic: OpOverload | None = None
 

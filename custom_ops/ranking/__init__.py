@@ -22,7 +22,19 @@ from custom_ops.ranking.listwise import (
     unique_softmax_loss,
 )
 from custom_ops.ranking.margin import MarginRankingLoss, MarginRankingLossFunction, margin_ranking_loss
-from custom_ops.ranking.metrics import average_precision, mrr, ndcg
+from custom_ops.ranking.metrics import (
+    auc,
+    average_precision,
+    dcg,
+    err,
+    f1_score,
+    hit_rate,
+    mrr,
+    ndcg,
+    precision,
+    r_precision,
+    recall,
+)
 from custom_ops.ranking.neural_sort import NeuralSortNDCGLoss, neural_sort_ndcg_loss
 from custom_ops.ranking.pairwise import (
     PairwiseExponentialLoss,
@@ -76,11 +88,16 @@ __all__ = [
     "UniqueSoftmaxLoss",
     "approx_mrr_loss",
     "approx_ndcg_loss",
+    "auc",
     "average_precision",
     "bpr_loss",
     "bradley_terry_loss",
     "cosent_loss",
+    "dcg",
     "dpo_loss",
+    "err",
+    "f1_score",
+    "hit_rate",
     "info_nce_loss",
     "lambda_loss",
     "linear_cross_entropy",
@@ -96,6 +113,9 @@ __all__ = [
     "pairwise_logistic_loss",
     "pairwise_mse_loss",
     "pairwise_soft_zero_one_loss",
+    "precision",
+    "r_precision",
+    "recall",
     "smooth_ap_loss",
     "soft_rank",
     "soft_sort",
