@@ -266,7 +266,7 @@ register(
             BadCall((_x, _x), r"mask: expected shape \[2, 2\], got \[2, 3\]", {**_warm, "mask": _x > 0}),
             BadCall((_x, _x), r"query_group: expected shape \[2\]", {**_warm, "query_group": torch.arange(3)}),
             BadCall((_x, _weight), "key_group: expected one for 2 queries", {**_warm, "query_group": _target}),
-            BadCall((_x, _x), "query_group: expected one beside key_group", {**_warm, "key_group": _target}),
+            BadCall((_x, _x), "key_group: expected a query_group beside it", {**_warm, "key_group": _target}),
             BadCall((_x, _x), "reduction: expected one of", {**_warm, "reduction": "avg"}),
         ],
     )
