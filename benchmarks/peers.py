@@ -133,7 +133,7 @@ def scatter_amax_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tenso
 
 def torch_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
     out = torch.segment_reduce(x, reduce, offsets=indptr)
-    return out.masked_fill(out.isinf(), 0)  # of segments without points
+    return out.masked_fill(out.isinf(), 0)  # segments without points have none
 
 
 def graph_softmax(x: Tensor, indptr: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def reduced(x: Tensor, indptr: Tensor, perm: Tensor | None, reduce: str) -> Tens
         return ops.segment_logsumexp(x, indptr, perm)
     if reduce in ("sum", "mean"):
         return ops.segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
-    squares = ops.segment_center(wide(x), indptr, perm).double().square()  # of numbers whose squares float32 lacks
+    squares = ops.segment_center(wide(x), indptr, perm).double().square()  # float32 lacks the squares of tiny numbers
     var = ops.segment_reduce(squares, None, indptr, perm, False, 1, 1) / (indptr.diff() - 1).clamp_min(1)[..., None]
     if reduce == "std":
         is_zero = var == 0  # where the slope of the root is infinite, but that of the result is taken as 0
