@@ -46,7 +46,8 @@ def functions() -> dict[str, list[Call]]:
             samples = FUNCTIONS[name].samples(torch.device("cpu"), torch.float32)
             found[name] = [(function, _bind(function, *s.args, **s.kwargs)) for s in samples]
         else:
-            found[name] = [(function, _bind(function, *args)) for args in OTHERS.get(name, list)()]
+            options = OPTIONS.get(name, {})
+            found[name] = [(function, _bind(function, *args, **options)) for args in OTHERS.get(name, list)()]
     return found
 
 
@@ -76,7 +77,8 @@ def _places(*shape: int) -> Tensor:
 OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "ndcg": _lists,
     "mrr": _lists,
-    "average_precision": lambda: [(s, (y > 0).long()) for s, y in _lists()],
+    **dict.fromkeys(("precision", "recall", "f1_score", "hit_rate", "r_precision", "dcg", "err"), _lists),
+    **dict.fromkeys(("average_precision", "auc"), lambda: [(s, (y > 0).long()) for s, y in _lists()]),
     "bev_pool_v2": _bevdet,
     "bevfusion_pool": lambda: [(torch.randn(3, 2), _places(3, 4), 2, 2, 2, 2)],
     "dynamic_scatter": lambda: [(torch.randn(3, 2), _places(3, 3), "mean")],
@@ -88,6 +90,7 @@ OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "voxelization": lambda: [(torch.rand(5, 4), (0.5, 0.5, 0.5), (0, 0, 0, 1, 1, 1), 2, 10, True)],
     "convert_activations": lambda: [(torch.nn.Sequential(torch.nn.ReLU()),)],
 }
+OPTIONS = {"err": {"max_label": 3.0}}
 
 
 def spoiled(argument: str, value: Any, call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
