@@ -168,7 +168,8 @@ def one_by_one_hard_voxelize(
     A dense grid holds each voxel's number, and the features are copied point by point.
     """
     voxels, ranks, counts = _one_by_one().run(points.detach(), rank, max_points, max_voxels)
-    return voxels, ranks, counts
+    found = int((ranks >= 0).sum())
+    return voxels[:found], ranks[:found], counts[:found]
 
 
 @functools.cache

@@ -112,19 +112,14 @@ def segment_reduce(
     has_reducible(x, reduce)
     if return_indices and reduce not in ("min", "max"):
         raise ValueError(f"return_indices: expected False, as no single point has the {reduce}, got True")
+    again: Callable[..., Any] = segment_reduce
     if x.dim() == 1:
-        return _of_column(lambda x: segment_reduce(x, indptr, reduce, perm, return_indices), x)
+        return _of_column(lambda x: again(x, indptr, reduce, perm, return_indices), x)
     if reduce == "sum":
         return segment_sum(x, indptr, perm)
     if shards.is_sharded(x):
         results = ("Vc", "Vc") if return_indices else ("Vc",)
-        return _in_shards(
-            lambda *given: segment_reduce(given[0], given[1], reduce, given[2], return_indices),
-            results,
-            x,
-            indptr,
-            perm,
-        )
+        return _in_shards(lambda x, at, perm: again(x, at, reduce, perm, return_indices), results, x, indptr, perm)
     check_points(x, indptr, perm)
     indptr, perm = indptr.long(), None if perm is None else perm.long()
     if not return_indices:
