@@ -71,7 +71,7 @@ def test_skewed_segments_are_right_on_any_number_of_threads(reduce):
         return (custom_ops.segment_reduce(x, indptr, reduce, perm),)
 
     (out,) = threads_agree(run)
-    torch.testing.assert_close(out.double(), run(x.double())[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.double(), run(x.double())[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("each_backend")
