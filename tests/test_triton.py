@@ -283,6 +283,9 @@ def test_reductions_of_infinities_and_integers():
                 voxel_segments.segment_extreme(*extremes), ops.segment_extreme.default(*extremes), strict=True
             ):
                 same(got, want)
+        wrong = torch.tensor([0, 3, 99])
+        with pytest.raises(RuntimeError, match="indptr, perm: expected valid segments"):
+            voxel_segments.segment_extreme(whole, wrong, order, True)
         sums = (whole, None, indptr, order, False, 1, 1)
         same(voxel_segments.segment_reduce(*sums), ops.segment_reduce.default(*sums))
 

@@ -89,7 +89,7 @@ def segment_reduce(
         ValueError: a wrong shape or value, or tensors on several devices.
         RuntimeError: on the CPU, for boundaries or points out of range, and in backward for a ``perm``
             that has a point twice. On a GPU, where an error would wait for the device, an index out of range
-            makes its segment NaN.
+            makes its segment NaN; for integers, an assertion fails on the device.
 
     DTensors may be sharded by leading dimensions and by columns, and for "sum" by points, too, as in `segment_sum`.
 
