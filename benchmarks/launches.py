@@ -82,7 +82,7 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.waits: set[str] = set()
-        self.calls: list[str] = []  # of torch's ops that run a kernel of their own
+        self.calls: list[str] = []  # torch's ops that run a kernel of their own
         self.launching = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

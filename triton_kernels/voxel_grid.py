@@ -196,7 +196,7 @@ def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return torch.where(matches, indptr, -1)
 
 
-def _runs(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def _sorted_runs(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """Sort by rank; return the sorted ranks, their points, the number of each's voxel, and how many voxels there are.
 
     Negative ranks come last, and their numbers, and those of voxels past ``size``, aren't below ``size``.
@@ -220,7 +220,7 @@ def _scattered(size: int, at: Tensor, values: Tensor | int, otherwise: int) -> T
 
 
 def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ordered, perm, number, count = _runs(rank, size)
+    ordered, perm, number, count = _sorted_runs(rank, size)
     kept = number < count
     # Points that are in no voxel follow in their order.
     inverse = torch.empty_like(perm).scatter(-1, perm, number.where(kept, -1))
@@ -236,7 +236,7 @@ def voxel_slots(rank: Tensor, max_points: int, size: int, padded: bool) -> tuple
     if padded and size < 0:
         raise RuntimeError("size: expected a number of voxels")
     points = rank.shape[-1]
-    ordered, perm, number, found = _runs(rank, points if padded else -1)
+    ordered, perm, number, found = _sorted_runs(rank, points if padded else -1)
     count = size if padded else found if size < 0 else min(found, size)
     outside = rank.gather(-1, perm) < 0
     place = torch.arange(points, device=rank.device) - torch.searchsorted(number, number)
