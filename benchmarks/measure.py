@@ -15,7 +15,7 @@ from benchmarks.answers import Answer, difference, first, in_double, tolerance
 from benchmarks.floor import Floor, least_traffic
 from benchmarks.memory import peak_bytes
 from benchmarks.table import Benchmark, TimedOp, Unavailable
-from benchmarks.timing import Call, interleave, median, seconds_of, spread
+from benchmarks.timing import Call, host_seconds_of, interleave, median, seconds_of, spread
 from custom_ops.registry import leaves
 
 OURS, FLOOR = "custom_ops", goals.FLOOR
@@ -63,6 +63,7 @@ class Row:
     peak_bytes: int | None = None  # peak of the extra memory; None for backward alone
     target: float | None = None
     note: str = ""
+    host_milliseconds: float | None = None  # on a GPU: until the call's kernels are queued
 
 
 @dataclass
@@ -167,6 +168,9 @@ def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory
             calls | {FLOOR: Call(floor)}, min(effort.seconds, left / 2), device, effort.rounds, effort.warm_ups
         )
         for name, values in times.items():
+            host = [
+                host_seconds_of(calls[name], device) for _ in range(7 if name in calls and device.type == "cuda" else 0)
+            ]
             row = Row(
                 op=cell.info.name,
                 family=cell.info.family,
@@ -184,6 +188,7 @@ def measure(cell: Cell, peers: dict[str, Function], device: torch.device, memory
                 peak_bytes=None if direction == "backward" or name == FLOOR else peak_bytes(calls[name], device),
                 target=_target(cell, name, direction, memory),
                 note=wrong.get(name, ""),
+                host_milliseconds=median(host) * 1e3 if host else None,
             )
             result.rows.append(row)
     return result

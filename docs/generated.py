@@ -24,7 +24,7 @@ import pictures  # noqa: E402
 from wrong_calls import answers  # noqa: E402
 from wrong_calls import markdown as wrong_calls_page  # noqa: E402
 
-from benchmarks import cost_page, plots  # noqa: E402
+from benchmarks import cost_page, gpu_day, plots  # noqa: E402
 from benchmarks.measure import FLOOR, OURS, Row, label  # noqa: E402
 from benchmarks.plan import elements  # noqa: E402
 from benchmarks.report import Report, read_json  # noqa: E402
@@ -264,11 +264,21 @@ def tour() -> str:
     return _body(autograd_tour.markdown()).replace("\n\n```\n", "\n```\n")
 
 
+def gpu_report() -> str:
+    """Return the report of a day on a GPU if one is committed, but not that of a rehearsal."""
+    path = RESULTS / "gpu" / "gpu_day.json"
+    report = json.loads(path.read_text()) if path.exists() else {"rehearsal": True}
+    if report["rehearsal"]:
+        return "**There is no report yet:** nothing has been run on a GPU."
+    return "\n".join(gpu_day.tables(report))
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "api": api,
     "cost": cost,
     "errors": errors,
     "fastest": fastest,
+    "gpu_report": gpu_report,
     "networks": networks,
     "ops": ops,
     "overhead": overhead,

@@ -258,6 +258,71 @@ def test_preparation_is_not_timed(clock):
     assert median(interleave({"a": call}, 0, CPU, rounds=3)["a"]) == pytest.approx(0.001)
 
 
+class Device:
+    """A CUDA device in virtual time: work that is queued runs after what was queued before, beside the host."""
+
+    def __init__(self, clock):
+        self.clock, self.free = clock, 0.0
+
+    def work(self, seconds):
+        self.free = max(self.free, self.clock.now) + seconds
+
+    def event(self, enable_timing):
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.device.work(0)
+        self.at = self.device.free
+
+    def query(self):
+        return self.at <= self.device.clock.now
+
+    def synchronize(self):
+        self.device.clock.now = max(self.device.clock.now, self.at)
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+@pytest.mark.parametrize("host", [0.00002, 0.0005, 0.03])
+def test_time_on_a_gpu_is_without_the_host(clock, monkeypatch, host):
+    """The device's time doesn't depend on the time that the host takes to queue each of the kernels."""
+    gpu = Device(clock)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(clock, "now", max(clock.now, gpu.free)))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.work(cycles / 2e9))
+
+    def run(_):
+        for _ in range(3):
+            clock.pass_(host)
+            gpu.work(0.00006)
+
+    device = torch.device("cuda")
+    assert timing.seconds_of(Call(run), device) == pytest.approx(3 * 0.00006)
+    assert timing.host_seconds_of(Call(run), device) == pytest.approx(3 * host + 0.001)  # reading the clock takes that
+
+
+def test_time_of_a_call_that_waits_for_the_gpu_includes_the_host(clock, monkeypatch):
+    gpu = Device(clock)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    wait = lambda device=None: setattr(clock, "now", max(clock.now, gpu.free))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.work(cycles / 2e9))
+
+    def run(_):
+        gpu.work(0.00006)
+        wait()
+        clock.pass_(0.0002)
+        gpu.work(0.00006)
+
+    assert timing.seconds_of(Call(run), torch.device("cuda")) == pytest.approx(0.00032)
+
+
 def test_spread_is_the_interquartile_range_over_the_median():
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == pytest.approx(1.0)
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from benchmarks.launches import resized
-from benchmarks.timing import Call, seconds_of
 from custom_ops.registry import FUNCTIONS, OpInfo, Sample
 
 WAITING = {"voxels_summing": "the number of voxels, its output's rows, has to be known on the host"}
@@ -165,27 +164,3 @@ def test_every_op(check: str) -> None:
         [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-5000:]
-
-
-def test_time_on_a_gpu_is_that_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness times the call without its preparation, by events; a clock of the test's own stands in for CUDA's."""
-    log: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            log.append("record")
-
-        def synchronize(self) -> None:
-            log.append("synchronize")
-
-        def elapsed_time(self, end: Event) -> float:
-            return 3.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("idle"))
-    call = Call(run=lambda state: log.append("run"), prepare=lambda: log.append("prepare"))
-    assert seconds_of(call, torch.device("cuda")) == 0.003
-    assert log == ["prepare", "idle", "record", "run", "record", "synchronize"]

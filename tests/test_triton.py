@@ -16,7 +16,17 @@ import triton
 
 import custom_ops
 from custom_ops.registry import FUNCTIONS, Sample
-from custom_ops.triton_kernels import aot, common, dropout, margin, piecewise, squared, voxel_grid, voxel_segments
+from custom_ops.triton_kernels import (
+    aot,
+    common,
+    dropout,
+    margin,
+    pairwise,
+    piecewise,
+    squared,
+    voxel_grid,
+    voxel_segments,
+)
 from custom_ops.verify import backend
 from custom_ops.verify import check as check_call
 
@@ -273,6 +283,9 @@ def test_reductions_of_infinities_and_integers():
                 voxel_segments.segment_extreme(*extremes), ops.segment_extreme.default(*extremes), strict=True
             ):
                 same(got, want)
+        wrong = torch.tensor([0, 3, 99])
+        with pytest.raises(RuntimeError, match="indptr, perm: expected valid segments"):
+            voxel_segments.segment_extreme(whole, wrong, order, True)
         sums = (whole, None, indptr, order, False, 1, 1)
         same(voxel_segments.segment_reduce(*sums), ops.segment_reduce.default(*sums))
 
@@ -293,7 +306,10 @@ def test_voxels_of_points(size):
             for given in (rank, rank.clamp_max(9).int(), torch.stack([rank, rank.flip(0)])):
                 if given.dim() > 1 and size < 0:
                     continue
-                for op, limits in (("voxel_unique", (size,)), ("voxel_slots", (2, size))):
+                slots = [("voxel_slots", (2, size, padded)) for padded in (False, True)]
+                for op, limits in (("voxel_unique", (size,)), *slots):
+                    if (limits[-1] is True and size < 0) or (limits[-1] is False and given.dim() > 1):
+                        continue
                     results = getattr(voxel_grid, op)(given, *limits), getattr(ops, op).default(given, *limits)
                     for got, want in zip(*results, strict=True):
                         same(got, want)
@@ -402,6 +418,9 @@ def test_every_kernel_compiles_without_spills(tmp_path, full):
     run = run_compiling(str(GPU_PAGE.with_name("gpu_page.py")), *options)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     compiled = set(re.findall(r"^(\w+)\s+(\w+)\[(\w+)\]", run.stdout, re.MULTILINE))
+    pairs = pairwise._ROWS * pairwise._COLUMNS // 128  # for each of a program's threads
+    for phi, loop in re.findall(r"^sm_90 +pairwise_kernel\[fp32\] PHI=(\d).* (\d+) +[\d.]+$", run.stdout, re.MULTILINE):
+        assert int(loop) <= pairs * (29 if int(phi) >= pairwise.HINGE.value else 66), phi
     expected = {(target, k.name, dtype) for target in aot.TARGETS for k in aot.kernels() for dtype in k.dtypes}
     if full:
         assert expected <= compiled
@@ -549,6 +568,48 @@ amdhsa.kernels:
     .vgpr_count:     38
     .vgpr_spill_count: {vgprs}
 """
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   SHFL.BFLY PT, R2, R3, 0x10, 0x1f ;
+        /*0020*/                   FADD R4, R4, R5 ;
+        /*0030*/              @!P0 FFMA R4, R4, R5, R6 ;
+        /*0040*/               @P1 BRA 0x20 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/               @P2 BRA 0x10 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   WARPSYNC.COLLECTIVE R7, 0x90 ;
+        /*0090*/                   BRA 0x50 ;
+"""
+
+
+def test_a_loop_over_budget_is_reported():
+    """The innermost loop has three instructions and waits for nothing; the one around it shuffles and has a barrier."""
+    assert aot.innermost_loop(SASS) == (3, 0)
+    assert aot.innermost_loop(SASS.replace("FADD R4", "SHFL.IDX R4")) == (3, 1)
+    assert aot.innermost_loop("/*0000*/ EXIT ;") == (0, 0)
+    for loop, waits, budget, ok in ((66, 0, 66, True), (67, 0, 66, False), (10, 1, 66, False), (999, 9, 0, True)):
+        report = aot.Report(
+            "k", "fp32", "", "sm_90", 4, aot.Resources(1, 0, 0, 0, loop=loop, waits=waits), budget=budget
+        )
+        assert report.ok == ok
+        assert ("OVER BUDGET" in str(report)) == (not ok)
+
+
+def test_a_launch_of_other_types_is_checked_again():
+    x, y = torch.ones(3), torch.empty(3)
+    for _ in range(2):
+        squared.squared_relu_forward_kernel(1, x, y, 3)
+    with pytest.raises(TypeError, match="squared_relu_forward_kernel: expected tensors of"):
+        squared.squared_relu_forward_kernel(1, x, y.double(), 3)
+
+
+def test_a_known_launch_is_not_checked_again(monkeypatch):
+    x, y = torch.ones(3), torch.empty(3)
+    squared.squared_relu_forward_kernel(1, x, y, 3)
+    monkeypatch.setattr(common.Kernel, "_checked_dtype", None)
+    squared.squared_relu_forward_kernel(1, x, y, 3)
 
 
 def test_planted_spills_are_reported(monkeypatch, capsys):

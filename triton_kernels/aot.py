@@ -1,7 +1,8 @@
 """``python -m custom_ops.triton_kernels.aot [PART OF A NAME]``: compile every kernel ahead of time, without a GPU.
 
-It prints the registers and memory of each kernel and the time that its compilation took. It exits with 1 if a kernel
-spills, uses local memory, or loads less than 16 bytes at a time without a reason.
+It prints the registers and memory of each kernel, the instructions of its innermost loop, and the time that its
+compilation took. It exits with 1 if a kernel spills, uses local memory, loads less than 16 bytes at a time without a
+reason, or has more instructions in its innermost loop than its budget, or shuffles or barriers there.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Resources:
     shared: int  # bytes per program
     load: int = 0  # bytes of the widest access of one thread to global memory
     store: int = 0
+    loop: int = 0  # instructions of the longest innermost loop in NVIDIA's machine code
+    waits: int = 0  # instructions among them that wait for other threads
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Report:
     resources: Resources
     seconds: float = 0.0  # CPU time of the compilation, 0 if Triton's cache had the kernel
     wide: bool = False  # it must load 16 bytes at a time
+    budget: int = 0  # the instructions that its innermost loop may have, if that is limited
 
     @property
     def spills(self) -> bool:
@@ -69,17 +73,21 @@ class Report:
         return self.wide and self.resources.load < ACCESS
 
     @property
+    def slow(self) -> bool:
+        return bool(self.budget and (self.resources.loop > self.budget or self.resources.waits))
+
+    @property
     def ok(self) -> bool:
-        return not self.spills and not self.narrow
+        return not self.spills and not self.narrow and not self.slow
 
     def __str__(self) -> str:
         r, name = self.resources, f"{self.kernel}[{self.dtype}] {self.variant}"
-        verdict = "" if self.ok else "  SPILLS" if self.spills else "  NARROW"
-        numbers = f"{r.registers:9} {r.spilled:7} {r.local:5} {r.shared:6} {self.seconds:7.2f}"
+        verdict = "" if self.ok else "  SPILLS" if self.spills else "  NARROW" if self.narrow else "  OVER BUDGET"
+        numbers = f"{r.registers:9} {r.spilled:7} {r.local:5} {r.shared:6} {r.loop:5} {self.seconds:7.2f}"
         return f"{self.target:7} {name:76} {numbers}{verdict}"
 
 
-HEADING = f"{'target':7} {'kernel':76} registers spilled local shared seconds"
+HEADING = f"{'target':7} {'kernel':76} registers spilled local shared  loop seconds"
 
 
 def parse_cuobjdump(text: str) -> Resources:
@@ -100,6 +108,25 @@ def parse_amdgcn(text: str) -> Resources:
         widest_of_amd(text, "load"),
         widest_of_amd(text, "store"),
     )
+
+
+_WAITS = ("SHFL", "BAR", "WARPSYNC", "REDUX", "VOTE")
+
+
+def innermost_loop(sass: str) -> tuple[int, int]:
+    """Return the number of instructions in the longest loop without another one inside, and of those that wait."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass)
+    place = {int(address, 16): i for i, (address, _, _) in enumerate(found)}
+    loops = []
+    for end, (_, name, operands) in enumerate(found):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        begin = place.get(int(target[1], 16), end) if target else end
+        # A span with an exit is no loop: it lies out of line and jumps back.
+        if begin < end and not any(name.startswith("EXIT") for _, name, _ in found[begin:end]):
+            loops.append((begin, end))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    begin, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    return end + 1 - begin, sum(name.split(".")[0] in _WAITS for _, name, _ in found[begin : end + 1])
 
 
 def widest(ptx: str, instruction: str) -> int:
@@ -148,10 +175,14 @@ def resources(compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        found = parse_cuobjdump(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    ptx = compiled.asm["ptx"]
-    return replace(found, load=widest(ptx, "ld"), store=widest(ptx, "st"))
+        usage, sass = (
+            subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    ptx, (loop, waits) = compiled.asm["ptx"], innermost_loop(sass)
+    return replace(parse_cuobjdump(usage), load=widest(ptx, "ld"), store=widest(ptx, "st"), loop=loop, waits=waits)
 
 
 def compile_one(kernel: Kernel, target: str, dtype: str, variant: str, source: ASTSource) -> Report:
@@ -160,7 +191,8 @@ def compile_one(kernel: Kernel, target: str, dtype: str, variant: str, source: A
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     seconds = _core_seconds() - begin
     found, wide = resources(compiled), not kernel.narrow
-    return Report(kernel.name, dtype, variant, target, options["num_warps"], found, seconds, wide)
+    budget = kernel.budget if dtype == "fp32" and target == MAIN else 0
+    return Report(kernel.name, dtype, variant, target, options["num_warps"], found, seconds, wide, budget)
 
 
 def _core_seconds() -> float:

@@ -80,9 +80,13 @@ class Kernel:
         streams: int,
         narrow: str,
         enable_fp_fusion: bool,
+        registers: int,
+        budget: int,
     ) -> None:
-        self.fn, self.dtypes, self.variants, self.narrow = fn, dtypes, variants, narrow
+        self.fn, self.dtypes, self.variants, self.narrow, self.budget = fn, dtypes, variants, narrow, budget
         self._num_warps, self._streams, self._enable_fp_fusion = num_warps, streams, enable_fp_fusion
+        self._registers = registers
+        self._seen: dict[Any, dict[str, Any]] = {}  # the options of a launch by its dtypes, once they were checked
         self.name: str = fn.__name__
         self.arguments = arguments.split()
         taken = len(inspect.signature(fn.fn).parameters) - len(next(iter(variants.values())))
@@ -93,7 +97,10 @@ class Kernel:
     def options(self, dtype: str, lanes: int = LANES) -> dict[str, Any]:
         """Return the options that Triton compiles it with, for elements of ``dtype`` and warps of ``lanes`` threads."""
         warps = self._streams * _BYTES[dtype] // (ACCESS * lanes) if self._streams else self._num_warps
-        return {"num_warps": warps, "enable_fp_fusion": self._enable_fp_fusion}
+        options = {"num_warps": warps, "enable_fp_fusion": self._enable_fp_fusion}
+        if self._registers and lanes == 32:  # AMD's compiler has no such option
+            options["maxnreg"] = 255 if dtype == "fp64" else self._registers
+        return options
 
     def _checked_dtype(self, args: Sequence[Any]) -> str:
         """Return T after checking that the tensors have the declared types, which were compiled ahead of time."""
@@ -107,11 +114,15 @@ class Kernel:
 
     def __call__(self, programs: int, *args: Any, variant: Any = None) -> None:
         """Launch over a one-dimensional grid, on the device of the first argument."""
-        dtype = self._checked_dtype(args)
+        key = (variant, *[a.dtype if isinstance(a, Tensor) else None for a in args])
+        options = self._seen.get(key)
+        if options is None:
+            options = self._seen[key] = {**self.variants[variant], **self.options(self._checked_dtype(args))}
         if programs:
             device = args[0].device
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                self.fn[(programs,)](*args, **self.variants[variant], **self.options(dtype))
+            elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+            with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+                self.fn[(programs,)](*args, **options)
 
 
 def _triton_name(value: Any) -> str:
@@ -126,13 +137,18 @@ def kernel(
     streams: int = 0,
     narrow: str = "",
     enable_fp_fusion: bool = True,
+    registers: int = 0,
+    budget: int = 0,
 ) -> Callable[[Any], Kernel]:
     """Declare the decorated ``@triton.jit`` function as a kernel.
 
     ``arguments`` are the types of its arguments before the compile-time ones, in Triton's notation: T stands for each
     of ``dtypes``, A for T's accumulator. ``variants`` are the compile-time arguments. If a program ``streams`` a number
     of elements, it has as many warps as give each thread 16 bytes of them, whatever the dtype; otherwise it has
-    ``num_warps``. ``narrow`` is the reason why no load is that wide.
+    ``num_warps``. ``narrow`` is the reason why no load is that wide. A thread may take so many ``registers`` on
+    NVIDIA's GPUs, or all of them in float64; by default their assembler chooses, and may spill what an outer loop
+    needs. ``budget`` is the largest number of instructions in the innermost loop on sm_90 for float32, which `aot`
+    checks; such a loop may not wait for other threads.
 
     Example:
         >>> import torch, triton
@@ -149,7 +165,9 @@ def kernel(
         >>> y
         tensor([-1., -1., -1.])
     """
-    return lambda fn: Kernel(fn, arguments, dtypes, variants, num_warps, streams, narrow, enable_fp_fusion)
+    return lambda fn: Kernel(
+        fn, arguments, dtypes, variants, num_warps, streams, narrow, enable_fp_fusion, registers, budget
+    )
 
 
 def constant(member: IntEnum) -> tl.constexpr:

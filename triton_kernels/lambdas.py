@@ -11,10 +11,22 @@ from torch import Tensor
 
 from custom_ops._enums import PairWeighting
 from custom_ops.triton_kernels.common import constant, kernel
-from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, list_scale, reducing, relative_gains
-from custom_ops.triton_kernels.pairwise import LOGISTIC, pair_value, sum_of_rows, wrong_order
+from custom_ops.triton_kernels.lists import (
+    PAIRS,
+    TILES,
+    WIDE,
+    Lists,
+    columns,
+    list_scale,
+    reducing,
+    relative_gains,
+    share_of,
+    sum_of_rows,
+    tiled_columns,
+)
+from custom_ops.triton_kernels.pairwise import LOGISTIC, both_orders, pair_value, wrong_order
 
-_ROWS, _COLUMNS = 32, 16
+_ROWS, _COLUMNS = 16, 32
 _RANKNET = constant(PairWeighting.RANKNET)
 _LAMBDARANK = constant(PairWeighting.LAMBDARANK)
 _NDCG1 = constant(PairWeighting.NDCG1)
@@ -31,13 +43,15 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
             "HESSIAN": hessian,
             "WEIGHTED": weighted,
             "ROWS": _ROWS,
-            "COLUMNS": _COLUMNS,
+            "COLUMNS": _COLUMNS // 2 if weighted else _COLUMNS,  # more of them spill in float64
         }
         for weighting in map(int, PairWeighting)
         for hessian in (False, True)
         for weighted in (False, True)
     },
     narrow=PAIRS,
+    registers=96,
+    budget=300,
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def lambda_pairs_kernel(
@@ -81,11 +95,11 @@ def lambda_pairs_kernel(
     gain_i = tl.load(gain_ptr + example + i, mask=valid_i, other=0)
     discount_i = tl.load(discount_ptr + example + i, mask=valid_i, other=0)
     slope, value = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    count = tl.full([ROWS], 0.0, s_i.dtype)
+    count = tl.zeros([ROWS], tl.float64 if WEIGHTED else tl.int32)
     if WEIGHTING == _NDCG1:  # each item with itself
         self_i = valid_i & (rank_i < 0)
         value = tl.where(self_i, gain_i * discount_i * 0.6931471805599453, 0.0).to(tl.float64)
-        count = tl.where(self_i, 1.0, 0.0).to(s_i.dtype)
+        count = self_i.to(count.dtype)
         if WEIGHTED:
             own = tl.load(weight_ptr + example + i, mask=valid_i, other=0)
             value *= own
@@ -94,69 +108,78 @@ def lambda_pairs_kernel(
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     twice = tl.full([1, 1], 2.0 * sigma, s_i.dtype)
     start, stop = columns(bounds_ptr, owner_i, items, lists, True)
-    for first in range(start, stop, COLUMNS):
-        j = first + tl.arange(0, COLUMNS)
-        owner_j = tl.load(owner_ptr + j, mask=j < stop, other=-1)
-        valid_j = owner_j >= 0
-        s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0) * 0.5
-        y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
-        rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
-        in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < 0
-        both = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :]) & in_top
-        if WEIGHTING == _NDCG1:  # all other pairs, in both orders
-            above = both & (i[:, None] != j[None, :])
-            below = above
-        else:
-            above = both & (y_i[:, None] > y_j[None, :])
-            below = both & (y_i[:, None] < y_j[None, :])
-        if WEIGHTING == _RANKNET:
-            w = tl.full([ROWS, COLUMNS], 1.0, s_i.dtype)
-        elif WEIGHTING == _LABEL_DIFF:
-            w = tl.abs(y_i[:, None] - y_j[None, :])
-        else:
-            gain_j = tl.load(gain_ptr + example + j, mask=valid_j, other=0)
-            discount_j = tl.load(discount_ptr + example + j, mask=valid_j, other=0)
-            if WEIGHTING != _NDCG1:
-                w = tl.abs(discount_i[:, None] - discount_j[None, :])
-                if WEIGHTING != _LAMBDARANK:
-                    a = tl.abs(rank_i[:, None] - rank_j[None, :])
-                    by = tl.load(distance_ptr + a, mask=above | below, other=0)
-                    w = by if WEIGHTING == _NDCG2 else w + by
-                w *= tl.abs(gain_i[:, None] - gain_j[None, :])
-        difference = s_i[:, None] - s_j[None, :]
-        if WEIGHTING == _NDCG1:
-            lead = difference * twice
-            w_i, w_j = (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :]
-            if WEIGHTED:
-                w_i = w_i * tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
-                w_j = w_j * tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
-            w = w_i + w_j
-        else:
-            lead = tl.where(below, -difference, difference) * twice
-            if WEIGHTED:
-                w *= tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
-        if WEIGHTED:
-            one = tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
-            count += tl.sum(tl.where(above, one, 0.0), axis=1)
-        else:
-            count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
-        above &= w != 0  # infinite scores with weight 0 change nothing
-        below &= w != 0
-        if HESSIAN:
-            v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
-            move = w * wrong_order(lead) * wrong_order(-lead) * (v_i[:, None] - v_j[None, :])
-            slope += sum_of_rows(tl.where(above | below, move, 0.0))
-        else:
-            if WEIGHTING == _NDCG1:
-                g = w_i * wrong_order(lead) - w_j * wrong_order(-lead)
-                slope -= sum_of_rows(tl.where(above, g, 0.0))
-                w = w_i
-                above &= w != 0
+    for tiles in range(start, stop, TILES * COLUMNS):
+        slopes, values = tl.zeros([ROWS, COLUMNS], s_i.dtype), tl.zeros([ROWS, COLUMNS], s_i.dtype)
+        counts = tl.zeros([ROWS, COLUMNS], s_i.dtype if WEIGHTED else tl.int32)
+        tiled = tiled_columns(tiles, stop, COLUMNS)
+        for first in range(0, tiled, COLUMNS):
+            place = first + tl.arange(0, COLUMNS)
+            j = tiles + place
+            owner_j = tl.load(owner_ptr + j, mask=place < tiled, other=-1)
+            valid_j = owner_j >= 0
+            s_j = tl.load(s_ptr + example + j, mask=valid_j, other=0) * 0.5
+            y_j = tl.load(y_ptr + example + j, mask=valid_j, other=0)
+            rank_j = tl.load(rank_ptr + example + j, mask=valid_j, other=0)
+            in_top = tl.minimum(rank_i[:, None], rank_j[None, :]) < 0
+            both = valid_i[:, None] & (owner_i[:, None] == owner_j[None, :]) & in_top
+            if WEIGHTING == _NDCG1:  # all other pairs, in both orders
+                above = both & (i[:, None] != j[None, :])
+                below = above
             else:
-                g = w * wrong_order(lead)
-                slope += sum_of_rows(tl.where(above, -g, tl.where(below, g, 0.0)))
-            wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
-            value += sum_of_rows(tl.where(above, w * pair_value(tl.abs(lead), LOGISTIC) + wrong, 0.0))
+                above = both & (y_i[:, None] > y_j[None, :])
+                below = both & (y_i[:, None] < y_j[None, :])
+            if WEIGHTING == _RANKNET:
+                w = tl.full([ROWS, COLUMNS], 1.0, s_i.dtype)
+            elif WEIGHTING == _LABEL_DIFF:
+                w = tl.abs(y_i[:, None] - y_j[None, :])
+            else:
+                gain_j = tl.load(gain_ptr + example + j, mask=valid_j, other=0)
+                discount_j = tl.load(discount_ptr + example + j, mask=valid_j, other=0)
+                if WEIGHTING != _NDCG1:
+                    w = tl.abs(discount_i[:, None] - discount_j[None, :])
+                    if WEIGHTING != _LAMBDARANK:
+                        a = tl.abs(rank_i[:, None] - rank_j[None, :])
+                        by = tl.load(distance_ptr + a, mask=above | below, other=0)
+                        w = by if WEIGHTING == _NDCG2 else w + by
+                    w *= tl.abs(gain_i[:, None] - gain_j[None, :])
+            if WEIGHTED:
+                weight_j = tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
+            difference = s_i[:, None] - s_j[None, :]
+            if WEIGHTING == _NDCG1:
+                lead = difference * twice
+                w_i, w_j = (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :]
+                if WEIGHTED:
+                    w_i, w_j = w_i * weight_j, w_j * weight_j
+                w = w_i + w_j
+            else:
+                lead = tl.where(below, -difference, difference) * twice
+                if WEIGHTED:
+                    w *= weight_j
+            if WEIGHTED:
+                counts += tl.where(above, weight_j, 0.0)
+            else:
+                counts += above.to(tl.int32)
+            above &= w != 0  # infinite scores with weight 0 change nothing
+            below &= w != 0
+            if HESSIAN:
+                v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
+                move = w * both_orders(lead) * (v_i[:, None] - v_j[None, :])
+                slopes += tl.where(above | below, move, 0.0) * share_of(COLUMNS)
+            else:
+                if WEIGHTING == _NDCG1:
+                    g = w_j * wrong_order(-lead) - w_i * wrong_order(lead)
+                    slopes += tl.where(above, g, 0.0) * share_of(COLUMNS)
+                    w = w_i
+                    above &= w != 0
+                else:
+                    g = w * wrong_order(lead)
+                    slopes += tl.where(above, -g, tl.where(below, g, 0.0)) * share_of(COLUMNS)
+                wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
+                terms = w * pair_value(tl.abs(lead), LOGISTIC) + wrong
+                values += tl.where(above, terms, 0.0) * share_of(COLUMNS)
+        slope += sum_of_rows(slopes)
+        value += sum_of_rows(values)
+        count += tl.sum(counts, axis=1)
     if WEIGHTED:
         weight = tl.load(weight_ptr + example + i, mask=valid_i, other=0)
         slope *= weight
@@ -164,7 +187,7 @@ def lambda_pairs_kernel(
         count *= weight
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)
-    tl.store(count_ptr + example + i, count, mask=i < items)
+    tl.store(count_ptr + example + i, count.to(s_i.dtype), mask=i < items)
 
 
 def _pairs(
@@ -211,7 +234,8 @@ def _pairs(
         labels_in = labels.double().masked_fill(~owned, 0)
         ones = labels_in.new_ones((*lists.batch, lists.lists))
         gains = relative_gains(labels_in, lists.to_items(lists.largest(labels_in)), exponential)
-        best = discount_of(lists.ranks(labels)).masked_fill(lists.ranks(labels) >= k, 0)
+        place = lists.ranks(labels)
+        best = discount_of(place).masked_fill(place >= k, 0)
         most = lists.sum((gains * best).masked_fill(~owned, 0))
         some = ~(most <= 0)
         gain = list_scale(torch.where(some, ones / most, 0), gains, valid, offsets).to(scores.dtype)

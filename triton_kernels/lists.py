@@ -21,6 +21,8 @@ from custom_ops.triton_kernels.common import kernel
 
 WIDE = ("fp32", "fp64")  # the dtypes of list losses
 _BLOCK = 512
+# A kernel of pairs adds up so many tiles of pairs before it sums their rows, which takes shuffles between threads.
+TILES = tl.constexpr(32)
 # These are the reasons why some kernels have no wide loads (see `kernel`).
 PAIRS = "computes on pairs: reads n numbers, which caches hold, for n² of them"
 _ANYWHERE = "a list begins at any place, on which its sums may not depend"
@@ -173,6 +175,26 @@ def columns(bounds_ptr, ids, items, lists, SEVERAL: tl.constexpr):
         return start, stop
     else:
         return (items * 0).to(tl.int64), items.to(tl.int64)
+
+
+@triton.jit
+def tiled_columns(first, stop, COLUMNS: tl.constexpr):
+    """Return the number of columns from ``first`` that TILES tiles cover; 32 bits leave registers to a loop over
+    them.
+    """
+    return tl.minimum(stop - first, TILES * COLUMNS).to(tl.int32)
+
+
+@triton.jit
+def share_of(COLUMNS: tl.constexpr):
+    """Return the share of a pair's term that is added up over TILES tiles: the sum of the shares can't overflow."""
+    return 1 / (TILES * COLUMNS)
+
+
+@triton.jit
+def sum_of_rows(shares):
+    """Return the rows' sums in float64 of the terms whose shares were added up over TILES tiles [ROWS, COLUMNS]."""
+    return tl.sum(shares, axis=1).to(tl.float64) * (TILES * shares.shape[1])
 
 
 @kernel("*T *T *i64 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}}, narrow=_ANYWHERE)

@@ -13,7 +13,7 @@ from torch import Tensor
 from custom_ops.triton_kernels.common import kernel
 from custom_ops.triton_kernels.lists import PAIRS, WIDE, Lists, columns, load_list, reducing, relative_gains
 
-_ROWS, _COLUMNS = 32, 16
+_ROWS, _COLUMNS = 16, 32
 _VANISHES = {torch.float32: 86.0, torch.float64: 745.0}  # at this distance no row has terms on both sides
 _VARIANTS: dict[Any, dict[str, Any]] = {
     (several, tangent): {"SEVERAL": several, "TANGENT": tangent, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
@@ -44,7 +44,14 @@ def _tangents(slope, lead, u, q, other_lead, other_u, other_q, like):
     return ((slope - other_lead) * other_u - (slope - lead) * u + (other_q - q)).to(like.dtype)
 
 
-@kernel("*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *i32 *T *T *T *T *i32 *i64 i32 i32 i32", WIDE, _VARIANTS, narrow=PAIRS)
+@kernel(
+    "*fp64 *fp64 *fp64 *fp64 *fp64 *fp64 *T *i32 *T *T *T *T *i32 *i64 i32 i32 i32",
+    WIDE,
+    _VARIANTS,
+    narrow=PAIRS,
+    registers=128,
+    budget=190,
+)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def neural_sort_rows_kernel(
     x_ptr,
@@ -80,7 +87,7 @@ def neural_sort_rows_kernel(
         lead = tl.load(lead_ptr + base + row, mask=kept, other=0)[:, None]
         u = tl.load(u_ptr + base + row, mask=kept, other=0)[:, None]
         q = tl.load(q_ptr + base + row, mask=kept, other=0)[:, None]
-    total = tl.zeros([ROWS], gain_ptr.dtype.element_ty)
+    total = tl.zeros([ROWS, COLUMNS], gain_ptr.dtype.element_ty)
     gained, moved, both = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
     start, stop = columns(bounds_ptr, ids, items, lists, SEVERAL)
     for first in range(start, stop, COLUMNS):
@@ -93,23 +100,25 @@ def neural_sort_rows_kernel(
         other_b = tl.load(b_ptr + base + column, mask=exists, other=0)[None, :]
         pair = (segment[:, None] == column_segment[None, :]) & kept[:, None]
         e = tl.where(pair, _terms(x, b, slope, other_x, other_b, gain), 0.0)
-        total += tl.sum(e, axis=1)
-        gained += tl.sum(tl.where(pair, e * gain[None, :], 0.0), axis=1)  # another list's gain may be NaN
+        total += e
+        gained += tl.where(pair, e * gain[None, :], 0.0)  # another list's gain may be NaN
         if TANGENT:
             other_lead = tl.load(lead_ptr + base + column, mask=exists, other=0)[None, :]
             other_u = tl.load(u_ptr + base + column, mask=exists, other=0)[None, :]
             other_q = tl.load(q_ptr + base + column, mask=exists, other=0)[None, :]
             e = tl.where(pair, e * _tangents(slope, lead, u, q, other_lead, other_u, other_q, gain), 0.0)
-            moved += tl.sum(e, axis=1)
-            both += tl.sum(tl.where(pair, e * gain[None, :], 0.0), axis=1)
-    inverse = 1.0 / tl.where(kept, total, 1.0)
+            moved += e
+            both += tl.where(pair, e * gain[None, :], 0.0)
+    terms = tl.sum(total, axis=1)
+    inverse = 1.0 / tl.where(kept, terms, 1.0)
+    found = tl.sum(gained, axis=1) * inverse
     inside = row < items
-    tl.store(sum_ptr + base + row, total, mask=inside)
-    tl.store(found_ptr + base + row, gained * inverse, mask=inside)
+    tl.store(sum_ptr + base + row, terms, mask=inside)
+    tl.store(found_ptr + base + row, found, mask=inside)
     if TANGENT:
-        moved *= inverse
-        tl.store(moved_ptr + base + row, moved, mask=inside)
-        tl.store(of_found_ptr + base + row, both * inverse - gained * inverse * moved, mask=inside)
+        mean = tl.sum(moved, axis=1) * inverse
+        tl.store(moved_ptr + base + row, mean, mask=inside)
+        tl.store(of_found_ptr + base + row, tl.sum(both, axis=1) * inverse - found * mean, mask=inside)
 
 
 @kernel(
@@ -117,6 +126,8 @@ def neural_sort_rows_kernel(
     WIDE,
     _VARIANTS,
     narrow=PAIRS,
+    registers=128,
+    budget=220,
 )
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def neural_sort_columns_kernel(
@@ -159,7 +170,7 @@ def neural_sort_columns_kernel(
     if TANGENT:
         u = tl.load(u_ptr + base + column, mask=exists, other=0)[:, None]
         q = tl.load(q_ptr + base + column, mask=exists, other=0)[:, None]
-    own, ahead = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    own, ahead = tl.zeros([ROWS, COLUMNS], tl.float64), tl.zeros([ROWS, COLUMNS], tl.float64)
     start, stop = columns(bounds_ptr, ids, items, lists, SEVERAL)
     for first in range(start, stop, COLUMNS):
         row = first + tl.arange(0, COLUMNS)
@@ -185,10 +196,10 @@ def neural_sort_columns_kernel(
         else:
             w *= beyond
         wide = tl.where(pair, w, 0.0).to(tl.float64)
-        own += tl.sum(wide, axis=1)
-        ahead += tl.sum(wide * (lead - slope), axis=1)
-    tl.store(own_ptr + base + column, own, mask=column < items)
-    tl.store(ahead_ptr + base + column, ahead, mask=column < items)
+        own += wide
+        ahead += wide * (lead - slope)
+    tl.store(own_ptr + base + column, tl.sum(own, axis=1), mask=column < items)
+    tl.store(ahead_ptr + base + column, tl.sum(ahead, axis=1), mask=column < items)
 
 
 class _NeuralSort:

@@ -24,7 +24,7 @@ from custom_ops.triton_kernels.lists import (
     relative_gains,
 )
 
-_ROWS, _COLUMNS = 32, 16
+_ROWS, _COLUMNS = 16, 32
 
 
 def _variants(flag: str) -> dict[Any, dict[str, Any]]:
@@ -55,7 +55,9 @@ def _compare(own, other, scale):
     return tl.where(d < 0, e, 1.0) * inverse, tl.where(d < 0, 1.0, e) * inverse
 
 
-@kernel("*T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("MOVES"), narrow=PAIRS)
+@kernel(
+    "*T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("MOVES"), narrow=PAIRS, registers=96, budget=168
+)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def smooth_rank_sum_kernel(
     halves_ptr,
@@ -84,8 +86,8 @@ def smooth_rank_sum_kernel(
     s = tl.load(halves_ptr + base + row, mask=valid, other=0)
     factor = tl.full([1, 1], scale, s.dtype)
     v = tl.load(v_ptr + base + row, mask=valid & MOVES, other=0)
-    of_all, of_relevant = tl.zeros([ROWS], s.dtype), tl.zeros([ROWS], s.dtype)
     start, stop = columns(bounds_ptr, ids, items, lists, SEVERAL)
+    terms, among = tl.zeros([ROWS, COLUMNS], s.dtype), tl.zeros([ROWS, COLUMNS], s.dtype)
     for first in range(start, stop, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         column_ids = load_list(ids_ptr, column, column < stop, SEVERAL)
@@ -97,13 +99,20 @@ def smooth_rank_sum_kernel(
             other_v = tl.load(v_ptr + base + column, mask=exists, other=0)
             p *= q * (other_v[None, :] - v[:, None])
         pair = (ids[:, None] == column_ids[None, :]) & exists[None, :]
-        of_all += tl.sum(tl.where(pair, p, 0.0), axis=1)
-        of_relevant += tl.sum(tl.where(pair & (gain != 0)[None, :], p, 0.0), axis=1)
-    tl.store(all_ptr + base + row, of_all, mask=valid)
-    tl.store(relevant_ptr + base + row, of_relevant, mask=valid)
+        terms += tl.where(pair, p, 0.0)
+        among += tl.where(pair & (gain != 0)[None, :], p, 0.0)
+    tl.store(all_ptr + base + row, tl.sum(terms, axis=1), mask=valid)
+    tl.store(relevant_ptr + base + row, tl.sum(among, axis=1), mask=valid)
 
 
-@kernel("*T *T *T *T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("PRODUCT"), narrow=PAIRS)
+@kernel(
+    "*T *T *T *T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32",
+    WIDE,
+    _variants("PRODUCT"),
+    narrow=PAIRS,
+    registers=96,
+    budget=252,
+)
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def smooth_rank_give_kernel(
     halves_ptr,
@@ -141,8 +150,8 @@ def smooth_rank_give_kernel(
     m_all = tl.load(moved_all_ptr + base + row, mask=valid & PRODUCT, other=0)
     m_relevant = tl.load(moved_relevant_ptr + base + row, mask=valid & PRODUCT, other=0)
     factor = tl.full([1, 1], scale, s.dtype)
-    total = tl.zeros([ROWS], s.dtype)
     start, stop = columns(bounds_ptr, ids, items, lists, SEVERAL)
+    terms = tl.zeros([ROWS, COLUMNS], s.dtype)
     for first in range(start, stop, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         column_ids = load_list(ids_ptr, column, column < stop, SEVERAL)
@@ -163,8 +172,8 @@ def smooth_rank_give_kernel(
             net += other_m[None, :] + tl.where(relevant[:, None], other_m_among[None, :], 0.0)
             net -= m_all[:, None] + tl.where(other_relevant[None, :], m_relevant[:, None], 0.0)
         pair = (ids[:, None] == column_ids[None, :]) & exists[None, :]
-        total += tl.sum(tl.where(pair, factor * p * q * net, 0.0), axis=1)
-    tl.store(out_ptr + base + row, tl.where(valid, total, 0.0), mask=row < items)
+        terms += tl.where(pair, factor * p * q * net, 0.0)
+    tl.store(out_ptr + base + row, tl.where(valid, tl.sum(terms, axis=1), 0.0), mask=row < items)
 
 
 class _Ranks(NamedTuple):
