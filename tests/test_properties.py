@@ -130,6 +130,8 @@ def test_labels_and_weights_of_random_calls():
     for dtype in (torch.float32, torch.float64):
         found = custom_ops.list_net_loss(scores.to(dtype), stamps, item_weights=weights)
         torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6, atol=0)
+    weights = torch.tensor([1.0, 1.5], dtype=torch.float64)
+    assert custom_ops.spearman_loss(scores[:2], torch.ones(2), item_weights=weights) == 0
     undefined = torch.tensor([1.0, 0.0, torch.nan, 0.0])
     assert custom_ops.smooth_ap_loss(scores, undefined).isnan()
     assert not custom_ops.smooth_ap_loss(scores, undefined, item_weights=torch.tensor([1.0, 1, 0, 1])).isnan()

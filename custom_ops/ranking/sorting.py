@@ -316,7 +316,7 @@ def spearman_loss(
         shared = share * theirs
         spread = list_dot(ours, share * ours, *where)
     of_labels = list_dot(theirs, shared, *where)
-    active = of_labels != 0
+    active = ~_tied(of_labels, count)  # weighted means are rounded
     defined = active & ~(_tied(spread, count) & (of_labels > 0))  # NaN labels give NaN even if the scores are tied
     scale = torch.where(defined, spread * of_labels, 1).rsqrt()
     loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, shared, *where) * scale, 0), 0)
