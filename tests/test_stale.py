@@ -341,7 +341,7 @@ IN_TRANSFORMS = {"grad", "vmap of grad", "hessian", "tangent of grad"}
 def test_any_op_with_a_number_is_compiled_twice(how):
     if how in IN_TRANSFORMS and torch.__version__ < (2, 13):
         pytest.skip("Dynamo 2.10 makes a number within torch.func a constant, with torch's ops too")
-    # Compiled code of 2.10 doesn't round to 16 bits where autocast does, with a constant number too.
+    # Compiled code of 2.10 leaves out the autocast rule, with a constant number too (docs/limits.md).
     compiled_twice(CALLS[how], exact=how != "autocast" or torch.__version__ >= (2, 13), rtol=0.01)
 
 
