@@ -172,7 +172,8 @@ def page(findings: Sequence[Finding], missing: Sequence[str]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     blocks.append("\n".join(lines))
     if missing:
-        blocks.append(f"Not installed, or without the function: {', '.join(f'`{path}`' for path in missing)}.")
+        names = ", ".join(f"`{path}`" for path in missing)
+        blocks.append(f"Not installed, or lacking a package that they need: {names}.")
     return "\n\n".join(blocks) + "\n"
 
 
@@ -197,6 +198,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         rows = options.rows or [*ROWS, *([] if public.package == "torch" else [COMPILED])]
         finding = examine(public, function, rows)
+        lacking = next((c.detail for c in finding.report.failures if "No module named" in c.detail), None)
+        if lacking:  # this is the fault of the installation, not of the function
+            missing.append(public.path)
+            print(f"{public.path}: {lacking.splitlines()[0]}", flush=True)
+            continue
         findings.append(finding)
         failed = "; ".join(f"{how}: {_names(finding, how)}" for how in finding.failed)
         print(f"{public.path}: {failed or 'passes'}{' (confirmed)' * bool(finding.shown)}", flush=True)

@@ -271,6 +271,37 @@ right = slope(lambda x: torch.func.grad(f, 1)(x, weight), x)
 print("func.hessian:\\n", got)
 print("by finite differences of the gradient:\\n", right)
 """,
+    "torch.nn.functional.batch_norm": """
+import torch
+"""
+    + _CENTRAL
+    + """
+x = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+weight = torch.tensor([2.0], dtype=torch.float64)
+
+def f(x, weight):
+    return torch.nn.functional.batch_norm(x.view(3, 1), None, None, weight, training=True)[1, 0] ** 2
+
+got = torch.func.hessian(f, (0, 1))(x, weight)[1][0]  # d2f / dweight dx
+right = slope(lambda x: torch.func.grad(f, 1)(x, weight), x)
+print("func.hessian:", got)
+print("by finite differences of the gradient:", right)
+""",
+    "torch.nn.functional.instance_norm": """
+import torch
+"""
+    + _CENTRAL
+    + """
+x = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+
+def f(x):
+    return torch.nn.functional.instance_norm(x.view(1, 1, 3))[0, 0, 1] ** 2
+
+got = torch.func.jacfwd(torch.func.jacfwd(f))(x)
+right = slope(torch.func.grad(f), x)
+print("jacfwd(jacfwd):\\n", got)
+print("by finite differences of the gradient:\\n", right)
+""",
     "torch.nn.functional.grid_sample": """
 import torch
 from torch.nn.functional import grid_sample
@@ -317,6 +348,24 @@ print("by finite differences:  ", right)
     "entmax.entmax15_loss": _ENTMAX_LOSS.replace("LOSS", "entmax15_loss"),
     "entmax.entmax15": _ENTMAX.replace("MAP", "entmax15"),
     "entmax.entmax_bisect": _ENTMAX.replace("MAP", "entmax_bisect"),
+    "torchsort.soft_rank": """
+import torch
+from torchsort import soft_rank
+"""
+    + _CENTRAL
+    + """
+x = torch.tensor([[0.3, 0.1, 0.6]], dtype=torch.float64, requires_grad=True)
+weight = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+
+def gradient(x, create_graph=False):
+    x = x if x.requires_grad else x.requires_grad_()
+    return torch.autograd.grad((soft_rank(x).pow(2) * weight).sum(), x, create_graph=create_graph)[0]
+
+(got,) = torch.autograd.grad((gradient(x, create_graph=True) * weight).sum(), x)  # Hessian times weight
+right = slope(lambda x: (gradient(x) * weight).sum(), x.detach()).view(1, 3)
+print("Hessian times a vector:", got)
+print("by finite differences: ", right)
+""",
     "liger_kernel.chunked_loss.functional.liger_fused_linear_simpo": """
 import torch
 from liger_kernel.chunked_loss.functional import liger_fused_linear_simpo
