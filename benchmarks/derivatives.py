@@ -53,8 +53,7 @@ HEAD = """# Silent gradients
 Written by `python -m benchmarks.derivatives --write docs/silent_gradients.md`, which runs rows of
 [the battery](verification.md) over public functions of PyTorch and of packages that extend it, on a CPU and with small
 float64 inputs. A row that fails has either *raised* an error, which tells the user that the derivative isn't there, or
-returned wrong numbers *silently*. The page is about the latter. The battery also refuses vmap's fallback, a slow loop
-for which PyTorch warns. Each of them is shown by lines of plain PyTorch, which
+returned wrong numbers *silently*. The page is about the latter. Each of them is shown by lines of plain PyTorch, which
 were run for this page and don't use the battery; what they print follows them. Most of these functions are meant for
 first-order training in reverse mode, where they are right; a package may document that it supports no more.
 
