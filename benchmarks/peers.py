@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -123,6 +124,87 @@ def compiled_index_add_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
 
 def segment_reduce_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
     return torch.segment_reduce(x, "sum", offsets=indptr)
+
+
+def scatter_amax_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
+    segment = segment_of_point(indptr)[:, None].expand_as(x)
+    return x.new_zeros(len(indptr) - 1, x.shape[1]).scatter_reduce(0, segment, x, "amax", include_self=False)
+
+
+def torch_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
+    out = torch.segment_reduce(x, reduce, offsets=indptr)
+    return out.masked_fill(out.isinf(), 0)  # of segments without points
+
+
+def graph_softmax(x: Tensor, indptr: Tensor) -> Tensor:
+    """Compute the softmax as PyTorch Geometric does where it has no kernel: scatter, gather, divide."""
+    segment, segments = segment_of_point(indptr), len(indptr) - 1
+    at = segment[:, None].expand_as(x)
+    largest = x.new_zeros(segments, x.shape[1]).scatter_reduce(0, at, x.detach(), "amax", include_self=False)
+    exponentials = (x - largest.index_select(0, segment)).exp()
+    total = x.new_zeros(segments, x.shape[1]).scatter_add(0, at, exponentials) + 1e-16
+    return exponentials / total.index_select(0, segment)
+
+
+compiled_graph_softmax = torch.compile(graph_softmax)
+
+
+def unique_rows_voxelize(rank: Tensor) -> tuple[Tensor, ...]:
+    """Find the voxels by their coordinates (x, y, z), which `voxel_unravel` gives."""
+    coordinates = torch.stack([rank // 4000, rank // 10 % 400, rank % 10], 1)
+    rows, inverse, counts = coordinates.unique(dim=0, return_inverse=True, return_counts=True)
+    return (rows[:, 0] * 400 + rows[:, 1]) * 10 + rows[:, 2], inverse, counts
+
+
+def unique_voxelize(rank: Tensor) -> tuple[Tensor, ...]:
+    return rank.unique(return_inverse=True, return_counts=True)
+
+
+def one_by_one_hard_voxelize(
+    points: Tensor, rank: Tensor, max_points: int, max_voxels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Voxelise one point after the other, as mmcv's deterministic form does, compiled from C++ on the first call.
+
+    A dense grid holds each voxel's number, and the features are copied point by point.
+    """
+    voxels, ranks, counts = _one_by_one().run(points.detach(), rank, max_points, max_voxels)
+    return voxels, ranks, counts
+
+
+@functools.cache
+def _one_by_one() -> Any:
+    from torch.utils.cpp_extension import load_inline
+
+    return load_inline(
+        "one_by_one_voxelization",
+        """
+        std::vector<torch::Tensor> run(torch::Tensor points, torch::Tensor rank, int64_t max_points,
+                                       int64_t max_voxels) {
+          const int64_t n = points.size(0), c = points.size(1), cells = n ? rank.max().item<int64_t>() + 1 : 0;
+          auto numbers = torch::full({cells}, -1, torch::kInt);
+          auto voxels = torch::zeros({max_voxels, max_points, c}, points.options());
+          auto ranks = torch::full({max_voxels}, -1, torch::kLong), counts = torch::zeros({max_voxels}, torch::kLong);
+          const float* x = points.data_ptr<float>();
+          const int64_t* r = rank.data_ptr<int64_t>();
+          int* number = numbers.data_ptr<int>();
+          float* out = voxels.data_ptr<float>();
+          int64_t *found = ranks.data_ptr<int64_t>(), *count = counts.data_ptr<int64_t>(), known = 0;
+          for (int64_t i = 0; i < n; ++i) {
+            if (r[i] < 0) continue;
+            int64_t voxel = number[r[i]];
+            if (voxel < 0) {
+              if (known >= max_voxels) continue;
+              voxel = known++, number[r[i]] = voxel, found[voxel] = r[i];
+            }
+            if (count[voxel] >= max_points) continue;
+            float* to = out + (voxel * max_points + count[voxel]++) * c;
+            for (int64_t k = 0; k < c; ++k) to[k] = x[i * c + k];
+          }
+          return {voxels, ranks, counts};
+        }""",
+        functions=["run"],
+        extra_cflags=["-O3"],
+    )
 
 
 def flat_rank(rank: Tensor, batch: int, num_voxels: int, outside: int) -> Tensor:

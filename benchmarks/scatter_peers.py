@@ -1,4 +1,4 @@
-"""PyTorch Scatter's sums, called as the op they are compared with."""
+"""PyTorch Scatter's reductions, called as the op they are compared with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from benchmarks.peers import flat_rank, segment_of_point
 
 def segment_csr_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
     return torch_scatter.segment_csr(x, indptr)
+
+
+def segment_csr_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
+    return torch_scatter.segment_csr(x, indptr, reduce=reduce)
 
 
 def scatter_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:

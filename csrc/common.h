@@ -125,7 +125,7 @@ struct Type {
 
 // The type of sums: float for 16-bit types, else the type itself.
 template <class T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using Accumulator = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<T, int64_t>, T, float>;
 
 template <class F>
 void dispatch_floating(const Tensor& t, const char* argument, const F& f) {

@@ -11,41 +11,46 @@
 
 namespace custom_ops {
 
-// Returns e^x for x <= 0 (or up to 80), and 0 where the result is near or below the smallest normal number.
-ALWAYS_INLINE inline double exp_nonpositive(double x) {
+// Return e^x for x <= 0 (or up to 80), and 0 where the result is near or below the smallest normal number. V is a
+// number or a vector of numbers, and Bits the unsigned integers of the same size.
+template <class V, class Bits>
+ALWAYS_INLINE inline V exp_nonpositive_double(const V& x) {
   constexpr double kRound = 6755399441055744;  // 1.5 * 2^52; adding it leaves the nearest integer in the low bits
-  const double shifted = x * 1.4426950408889634 + kRound, n = shifted - kRound;
-  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
+  const V shifted = x * 1.4426950408889634 + kRound, n = shifted - kRound;
+  const V r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;  // ln 2 in two parts
   // The polynomial is unrolled, because GCC 12 doesn't vectorise a loop around another one.
-  double y = 1 / 6227020800. * r + 1 / 479001600.;
+  V y = 1 / 6227020800. * r + 1 / 479001600.;
   y = (y * r + 1 / 39916800.) * r + 1 / 3628800.;
   y = (y * r + 1 / 362880.) * r + 1 / 40320.;
   y = (y * r + 1 / 5040.) * r + 1 / 720.;
   y = (y * r + 1 / 120.) * r + 1 / 24.;
   y = ((y * r + 1 / 6.) * r + 0.5) * r + 1.;
   y = y * r + 1.;
-  uint64_t bits;  // unsigned, because the sum may overflow outside of the interval, where the result isn't used
+  Bits bits;  // unsigned, because the sum may overflow outside of the interval, where the result isn't used
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << 52) + 0x3ff0000000000000u;
-  double power;
+  V power;
   std::memcpy(&power, &bits, sizeof(power));
-  return x < -700. ? 0. : y * power;
+  return x < -700. ? V{} : y * power;
 }
-ALWAYS_INLINE inline float exp_nonpositive(float x) {
+template <class V, class Bits>
+ALWAYS_INLINE inline V exp_nonpositive_float(const V& x) {
   constexpr float kRound = 12582912;  // 1.5 * 2^23; adding it leaves the nearest integer in the low bits
-  const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first with few bits
-  float y = 1 / 5040.f * r + 1 / 720.f;                         // unrolled as above
+  const V shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first with few bits
+  V y = 1 / 5040.f * r + 1 / 720.f;                         // unrolled as above
   y = (y * r + 1 / 120.f) * r + 1 / 24.f;
   y = ((y * r + 1 / 6.f) * r + 0.5f) * r + 1.f;
   y = y * r + 1.f;
-  uint32_t bits;
+  Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << 23) + 0x3f800000u;
-  float power;
+  V power;
   std::memcpy(&power, &bits, sizeof(power));
-  return x < -86.f ? 0.f : y * power;
+  return x < -86.f ? V{} : y * power;
 }
+ALWAYS_INLINE inline double exp_nonpositive(double x) { return exp_nonpositive_double<double, uint64_t>(x); }
+ALWAYS_INLINE inline float exp_nonpositive(float x) { return exp_nonpositive_float<float, uint32_t>(x); }
 
 // Returns log(1 + u) for 0 <= u <= 1 as 2 artanh(u / (2 + u)), which is accurate for small u too.
 ALWAYS_INLINE inline double log1p_unit(double u) { return std::log1p(u); }

@@ -20,6 +20,7 @@ struct Ranked {
   A* s;                // s / 2, whose differences can't overflow; u is computed from it if `wide`
   A twice;             // 2 sigma
   bool wide;
+  A* item;  // the items' weights, or null for 1; a pair is weighted by their product
   A* v;
 
   // Computes u for item i and the vector of items from j on.
@@ -58,11 +59,17 @@ struct Ranked {
     } else if constexpr (Form::kGains) {
       own = V{} + gain[i];
     }
+    if constexpr (Form::kItems) {
+      load<A>(label, item + j);
+      label *= item[i];
+      own *= label;
+      w *= label;
+    }
     first = higher ? own : V{};
     last = lower ? w : V{};
   }
 
-  // Adds the number of pairs of the same items: 0, 1, or both orders of every pair.
+  // Adds the number of pairs of the same items, or their weight: 0, 1, or both orders of every pair.
   template <class Form>
   ALWAYS_INLINE void count(int64_t i, int64_t j, const typename Vector<A>::I& inside, VectorOf<A>& pairs) const {
     using V = VectorOf<A>;
@@ -70,7 +77,12 @@ struct Ranked {
     V label;
     load<A>(label, y + j);
     const I paired = Form::kEvery ? inside : inside & ((label < y[i]) | (label > y[i]));
-    pairs += paired ? V{} + A(Form::kEvery ? 2 : 1) : V{};
+    V one = V{} + A(Form::kEvery ? 2 : 1);
+    if constexpr (Form::kItems) {
+      load<A>(label, item + j);
+      one *= label * item[i];
+    }
+    pairs += paired ? one : V{};
   }
 };
 
@@ -80,6 +92,11 @@ template <bool kG, bool kD, bool kDiscount, bool kDistance, bool kAll = false>
 struct Form {
   static constexpr bool kGains = kG, kDifferences = kD, kDiscounts = kDiscount, kDistances = kDistance;
   static constexpr bool kEvery = kAll;  // pairs of any labels, in both orders
+  static constexpr bool kItems = false;
+};
+template <class Form>
+struct WithItems : Form {
+  static constexpr bool kItems = true;
 };
 using Ones = Form<false, false, false, false>;
 using OneGain = Form<true, false, false, false>;
@@ -186,8 +203,13 @@ struct LambdaLoss {
       x.s[i] = list.s[x.order[i]] / 2;
     }
     x.twice = static_cast<A>(2 * sigma);
-    x.v = list.v ? scratch.get<A>(length) : nullptr;
-    for (int64_t i = 0; list.v && i < length; ++i) x.v[i] = i < n ? list.v[x.order[i]] : A(0);
+    const auto ranked = [&](const A* of_items) {
+      A* out = of_items ? scratch.get<A>(length) : nullptr;
+      for (int64_t i = 0; out && i < length; ++i) out[i] = i < n ? of_items[x.order[i]] : A(0);
+      return out;
+    };
+    x.item = ranked(list.w);
+    x.v = ranked(list.v);
     const Range range = list.range();
     x.wide = !has_ratios<A>(sigma * (range.high - range.low));
     if (!x.wide) {
@@ -262,9 +284,13 @@ struct LambdaLoss {
             [&]() ALWAYS_INLINE { of_parts[part] = sum_ranked<decltype(form), false, false>(x, part, parts, own); });
       };
       const auto rare = [&](auto form) {
-        multiversion([&]() ALWAYS_INLINE { of_parts[part] = sum_rare<decltype(form)>(x, part, parts, own, hessian); });
+        using Form = decltype(form);
+        multiversion([&]() ALWAYS_INLINE {
+          of_parts[part] = x.item ? sum_rare<WithItems<Form>>(x, part, parts, own, hessian)
+                                  : sum_rare<Form>(x, part, parts, own, hessian);
+        });
       };
-      if (x.wide || hessian) {
+      if (x.wide || hessian || x.item) {
         return weighting == PairWeighting::NDCG1     ? rare(EveryGain{})
                : weighting == PairWeighting::RANKNET ? rare(OneGain{})
                                                      : rare(Differences{});
@@ -281,18 +307,21 @@ struct LambdaLoss {
     for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
     // This adds the pair of each item with itself.
     for (int64_t i = 0; weighting == PairWeighting::NDCG1 && i < x.rows; ++i) {
-      total.loss += std::log(2.0) * static_cast<double>(x.gain[i]);
-      total.pairs += 1;
+      const double weight = x.item ? static_cast<double>(x.item[i]) * static_cast<double>(x.item[i]) : 1;
+      total.loss += std::log(2.0) * weight * static_cast<double>(x.gain[i]);
+      total.pairs += weight;
     }
     return sums;
   }
 
-  // Computes second derivatives, and slopes of scores without a common range.
+  // Computes second derivatives, and slopes with weights or of scores without a common range.
   template <class Form, class A>
   static ALWAYS_INLINE inline Sums sum_rare(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
                                             bool hessian) {
     if (x.wide && hessian) return sum_ranked<Form, true, true>(x, part, parts, sums);
     if (x.wide) return sum_ranked<Form, false, true>(x, part, parts, sums);
+    if constexpr (Form::kItems)
+      if (!hessian) return sum_ranked<Form, false, false>(x, part, parts, sums);
     return sum_ranked<Form, true, false>(x, part, parts, sums);
   }
 };
@@ -301,4 +330,5 @@ struct LambdaLoss {
 
 }  // namespace custom_ops
 
-CUSTOM_OPS_LIST_LOSS(lambda_pairs, LambdaLoss, PairWeighting, int64_t, bool, bool, double, double, double, bool)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(lambda_pairs, LambdaLoss, PairWeighting, int64_t, bool, bool, double, double, double,
+                              bool)

@@ -23,17 +23,20 @@ template <class A, class Put>
 void for_each_list(const ListInputs& in, const A* v, A* slope, const ListKernel& kernel, const Put& put) {
   const A* s = data<A>(in.scores);
   const A* y = data<A>(in.labels);
+  const A* w = in.item_weights ? data<A>(*in.item_weights) : nullptr;
   const bool* valid = in.lists.valid_data();
   in.lists.clear_outside(slope);
   in.lists.parallel(16, [&](int64_t index, int64_t begin, int64_t end, Scratch& scratch) {
     const int64_t items = end - begin;
     if (!valid) {
-      List<A> list{items, s + begin, y + begin, v ? v + begin : nullptr, slope + begin, scratch};
+      List<A> list{items,         s + begin, y + begin, w ? w + begin : nullptr, v ? v + begin : nullptr,
+                   slope + begin, scratch};
       if (items) run_list(list, kernel);
       return put(index, list);
     }
     A* compact_s = scratch.get<A>(items);
     A* compact_y = scratch.get<A>(items);
+    A* compact_w = scratch.get<A>(w ? items : 0);
     A* compact_v = scratch.get<A>(v ? items : 0);
     A* compact_slope = scratch.get<A>(items);
     int64_t n = 0;
@@ -41,10 +44,11 @@ void for_each_list(const ListInputs& in, const A* v, A* slope, const ListKernel&
       if (!valid[i]) continue;
       compact_s[n] = s[i];
       compact_y[n] = y[i];
+      if (w) compact_w[n] = w[i];
       if (v) compact_v[n] = v[i];
       ++n;
     }
-    List<A> list{n, compact_s, compact_y, v ? compact_v : nullptr, compact_slope, scratch};
+    List<A> list{n, compact_s, compact_y, w ? compact_w : nullptr, v ? compact_v : nullptr, compact_slope, scratch};
     if (n) run_list(list, kernel);
     for (int64_t i = begin, k = 0; i < end; ++i) slope[i] = valid[i] ? compact_slope[k++] : A(0);
     put(index, list);
@@ -54,10 +58,12 @@ void for_each_list(const ListInputs& in, const A* v, A* slope, const ListKernel&
 }  // namespace
 
 ListInputs::ListInputs(const Tensor& scores_in, const Tensor& labels_in, const std::optional<Tensor>& valid,
-                       const std::optional<Tensor>& offsets)
+                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& item_weights_in)
     : scores(dense(scores_in)),
       labels(alike("labels", labels_in)),
-      lists(scores, valid, offsets) {}
+      lists(scores, valid, offsets) {
+  if (item_weights_in) item_weights = alike("item_weights", *item_weights_in);
+}
 
 Tensor ListInputs::alike(const char* name, const Tensor& t) const {
   check(sizes(t) == sizes(scores) && t.scalar_type() == scores.scalar_type(), name,

@@ -21,6 +21,7 @@ struct List {
   int64_t n;
   const A* s;  // scores
   const A* y;  // labels
+  const A* w;  // the items' weights, or null for 1
   const A* v;  // the factor of the Hessian, or null if the slope is wanted
   A* slope;    // output: the slope, or the Hessian times v
   Scratch& scratch;
@@ -71,9 +72,10 @@ class ListKernel {
 struct ListInputs {
   Tensor scores, labels;
   Lists lists;
+  std::optional<Tensor> item_weights;
 
   ListInputs(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
-             const std::optional<Tensor>& offsets);
+             const std::optional<Tensor>& offsets, const std::optional<Tensor>& item_weights = std::nullopt);
   Tensor alike(const char* name, const Tensor& t) const;
 };
 
@@ -100,12 +102,32 @@ struct ListLoss {
   }
 };
 
+// The ops of a loss whose kernel reads the weights of the items.
+template <class Kernel, class... Arguments>
+struct WeightedListLoss {
+  static std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& scores, const Tensor& labels,
+                                                 const std::optional<Tensor>& valid,
+                                                 const std::optional<Tensor>& offsets,
+                                                 const std::optional<Tensor>& item_weights, Reduction reduction,
+                                                 int64_t batch_dims, Arguments... arguments) {
+    return list_loss({scores, labels, valid, offsets, item_weights}, reduction, batch_dims, Kernel{arguments...});
+  }
+
+  static Tensor slope(const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& valid,
+                      const std::optional<Tensor>& offsets, const std::optional<Tensor>& item_weights,
+                      const std::optional<Tensor>& v, Arguments... arguments) {
+    return list_slope({scores, labels, valid, offsets, item_weights}, v, Kernel{arguments...});
+  }
+};
+
 }  // namespace custom_ops
 
 // Registers the two ops of a list loss: CUSTOM_OPS_LIST_LOSS(name, Kernel, the types of Kernel's fields).
-#define CUSTOM_OPS_LIST_LOSS(name, ...)                   \
+#define CUSTOM_OPS_LIST_LOSS(name, ...) CUSTOM_OPS_LIST_LOSS_OF(name, ListLoss<__VA_ARGS__>)
+#define CUSTOM_OPS_WEIGHTED_LIST_LOSS(name, ...) CUSTOM_OPS_LIST_LOSS_OF(name, WeightedListLoss<__VA_ARGS__>)
+#define CUSTOM_OPS_LIST_LOSS_OF(name, ...)                \
   namespace custom_ops {                                  \
-  using name = ListLoss<__VA_ARGS__>;                     \
+  using name = __VA_ARGS__;                               \
   }                                                       \
   CUSTOM_OPS_CPU_KERNEL_OF(name, &custom_ops::name::loss) \
   CUSTOM_OPS_CPU_KERNEL_OF(name##_slope, &custom_ops::name::slope)

@@ -32,12 +32,12 @@ double defined(double sum, double top) {
 template <class A>
 ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
   const A largest = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return x[i]; });
-  for (int64_t i = 0; i < n; ++i) {
-    const A e = exp_nonpositive(x[i] - largest);
-    out[i] = x[i] == largest ? A(1) : e;  // exact even if the largest is infinite
-  }
   top = largest;
-  return defined(sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return out[i]; }), static_cast<double>(largest));
+  const double sum = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {
+    const A e = exp_nonpositive(x[i] - largest);
+    return out[i] = x[i] == largest ? A(1) : e;  // exact even if the largest is infinite
+  });
+  return defined(sum, static_cast<double>(largest));
 }
 
 // The sum of p_i (log sum e^s - s_i), where p is the labels or their softmax.
@@ -99,6 +99,7 @@ struct Scan {
   int64_t n, groups;
   const int64_t* first;  // first item of each group, and n; unused without groups
   const double* s;       // score of each item
+  const double* weight;  // the factor of each item's exponential, or null for 1
   double scale;
   double* share;  // e^(scale s - L) of each item, with its group's L
   double* later;  // per group: the share of all later groups in its L
@@ -106,11 +107,13 @@ struct Scan {
   double* top;    // per group: a score near the highest
   double* log;    // per group: L - scale top
 
-  Scan(const double* s, int64_t n, const int64_t* first, int64_t groups, double scale, Scratch& scratch)
+  Scan(const double* s, int64_t n, const int64_t* first, int64_t groups, double scale, Scratch& scratch,
+       const double* weight = nullptr)
       : n(n),
         groups(groups),
         first(first),
         s(s),
+        weight(weight),
         scale(scale),
         share(scratch.get<double>(n)),
         later(scratch.get<double>(groups)),
@@ -131,6 +134,7 @@ struct Scan {
   // Sums from the end, with exponentials relative to the highest score.
   ALWAYS_INLINE void sum_narrow(double highest) {
     for (int64_t i = 0; i < n; ++i) share[i] = exp_nonpositive(scale * (s[i] - highest));
+    for (int64_t i = 0; weight && i < n; ++i) share[i] *= weight[i];
     double sum = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
       later[g] = sum;
@@ -158,7 +162,7 @@ struct Scan {
       const double rest = sum;
       double own = 0;
       for (int64_t i = begin(g); i < begin(g + 1); ++i)
-        own += share[i] = s[i] == highest ? 1 : std::exp(scale * (s[i] - highest));
+        own += share[i] = (weight ? weight[i] : 1) * (s[i] == highest ? 1 : std::exp(scale * (s[i] - highest)));
       sum = rest + own;
       const double total = defined(sum, highest);
       for (int64_t i = begin(g); i < begin(g + 1); ++i) share[i] /= total;
@@ -202,7 +206,7 @@ struct Scan {
 // The items of a list in double, by descending label.
 struct Ordered {
   const int32_t* order;
-  double *s, *y, *v;  // y is set if grouped, and v is null if the slope is wanted
+  double *s, *y, *w, *v;  // y is set if grouped, w is null without weights, and v is null if the slope is wanted
   int64_t groups = 0;
   int64_t* first = nullptr;
 
@@ -220,6 +224,7 @@ struct Ordered {
       order = order_descending(list.y, n, scratch);
     }
     s = widened(list.s, n, scratch);
+    w = list.w ? widened(list.w, n, scratch) : nullptr;
     v = list.v ? widened(list.v, n, scratch) : nullptr;
     y = grouped ? widened(list.y, n, scratch) : nullptr;
     if (!grouped) {
@@ -287,6 +292,7 @@ struct ListMle {
             const double sum = std::accumulate(w + o.first[g], w + o.first[g + 1], 0.0);
             std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
           }
+          for (int64_t i = 0; o.w && i < n; ++i) w[i] *= o.w[i];
           if (!o.v) return slope(scan, w, out);
           product(scan, w, o.v, scan.means(o.v, scratch), out);
           return 0.0;
@@ -337,14 +343,15 @@ struct UniqueSoftmax {
         const double gain = relative_gain(o.y[o.first[g]], highest, exponential) / most;
         std::fill(w + o.first[g], w + o.first[g + 1], gain);
       }
-      if (!o.v) return slope(scan, w, out, scratch);
+      const int64_t gaining = std::find(w, w + n, 0.0) - w;  // items, which come first
+      for (int64_t i = 0; o.w && i < gaining; ++i) w[i] *= o.w[i];
+      if (!o.v) return slope(scan, w, gaining, out, scratch);
       product(scan, w, o.v, scan.means(o.v, scratch), out);
       return 0.0;
     });
   }
 
-  static double slope(const Scan<true>& scan, const double* w, double* out, Scratch& scratch) {
-    const int64_t gaining = std::find(w, w + scan.n, 0.0) - w;  // items, which come first
+  static double slope(const Scan<true>& scan, const double* w, int64_t gaining, double* out, Scratch& scratch) {
     double *p = scratch.get<double>(scan.n), *term = scratch.get<double>(gaining);
     scan.each([&](int64_t i, int64_t g) { p[i] = i < gaining ? scan.above(g + 1, scan.s[i]) : 0; });
     double loss;
@@ -405,12 +412,16 @@ struct Cosent {
     in_label_order(list, false, true, [&](const Ordered& o, int64_t n, Scratch& scratch, double* out) {
       const int64_t groups = o.groups;
       // `down` sums e^s over lower labels; `up`, on the reversed list, sums e^-s over higher labels.
-      const Scan<true> down(o.s, n, o.first, groups, scale, scratch);
+      const Scan<true> down(o.s, n, o.first, groups, scale, scratch, o.w);
+      double* log_weight = scratch.get<double>(n);
+      for (int64_t i = 0; i < n; ++i) log_weight[i] = o.w ? std::log(o.w[i]) : 0;
       double* reversed = scratch.get<double>(n);
+      double* reversed_w = scratch.get<double>(n);
+      for (int64_t i = 0; o.w && i < n; ++i) reversed_w[i] = o.w[n - 1 - i];
       int64_t* first = scratch.get<int64_t>(groups + 1);
       for (int64_t i = 0; i < n; ++i) reversed[i] = -o.s[n - 1 - i];
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
-      const Scan<true> up(reversed, n, first, groups, scale, scratch);
+      const Scan<true> up(reversed, n, first, groups, scale, scratch, o.w ? reversed_w : nullptr);
 
       // The largest term is kept as a difference and a logarithm, both 0 for the term 1. All terms are relative to it.
       Difference most(0, 0);
@@ -419,15 +430,15 @@ struct Cosent {
         return scale * Difference(worse, better).over(most) + (logarithm - log);
       };
       down.each([&](int64_t i, int64_t g) {
-        if (g + 1 < groups && exponent(down.top[g + 1], o.s[i], down.log[g + 1]) > 0)
-          most = Difference(down.top[g + 1], o.s[i]), log = down.log[g + 1];
+        if (g + 1 < groups && exponent(down.top[g + 1], o.s[i], down.log[g + 1] + log_weight[i]) > 0)
+          most = Difference(down.top[g + 1], o.s[i]), log = down.log[g + 1] + log_weight[i];
       });
       const double top = scale * most.high + log;
       // `lower` and `higher` sum the terms of an item's pairs with lower and with higher labels, over all terms.
       double *lower = scratch.get<double>(n), *higher = scratch.get<double>(n);
       down.each([&](int64_t i, int64_t g) {
-        lower[i] = g + 1 == groups ? -kInfinity : exponent(down.top[g + 1], o.s[i], down.log[g + 1]);
-        higher[i] = g == 0 ? -kInfinity : exponent(o.s[i], -up.top[groups - g], up.log[groups - g]);
+        lower[i] = g + 1 == groups ? -kInfinity : exponent(down.top[g + 1], o.s[i], down.log[g + 1] + log_weight[i]);
+        higher[i] = g == 0 ? -kInfinity : exponent(o.s[i], -up.top[groups - g], up.log[groups - g] + log_weight[i]);
       });
       double sum, whole;
       multiversion([&]() ALWAYS_INLINE {
@@ -461,6 +472,6 @@ struct Cosent {
 }  // namespace custom_ops
 
 CUSTOM_OPS_LIST_LOSS(list_softmax, ListSoftmax, bool)
-CUSTOM_OPS_LIST_LOSS(list_mle, ListMle, Ties, PositionWeights, int64_t)
-CUSTOM_OPS_LIST_LOSS(unique_softmax, UniqueSoftmax, bool)
-CUSTOM_OPS_LIST_LOSS(cosent, Cosent, double)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(list_mle, ListMle, Ties, PositionWeights, int64_t)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(unique_softmax, UniqueSoftmax, bool)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(cosent, Cosent, double)

@@ -57,18 +57,25 @@ struct ByLabel {
   int64_t n;
   const int32_t* order;
   const A* s;            // the scores
+  const A* w;            // the items' weights, or null for 1
   const A* v;            // null if the slope is wanted
   const int64_t* below;  // per item, the first item with a lower label
   double pairs = 0;
+  double weight = 0;  // of all pairs
 
   explicit ByLabel(List<A>& list) : n(list.n), order(order_descending(list.y, n, list.scratch)) {
     s = gather(list.s, order, n, list.scratch);
+    w = list.w ? gather(list.w, order, n, list.scratch) : nullptr;
     v = list.v ? gather(list.v, order, n, list.scratch) : nullptr;
     int64_t* end = list.scratch.template get<int64_t>(n);
+    double seen = 0, lower = 0;  // the weights of all items from i on, and of those with lower labels
     for (int64_t i = n - 1, next = n; i >= 0; --i) {
-      if (i + 1 < n && list.y[order[i]] > list.y[order[i + 1]]) next = i + 1;
+      if (i + 1 < n && list.y[order[i]] > list.y[order[i + 1]]) next = i + 1, lower = seen;
       end[i] = next;
       pairs += static_cast<double>(n - next);
+      const double own = w ? static_cast<double>(w[i]) : 1;
+      weight += own * lower;
+      seen += own;
     }
     below = end;
   }
@@ -218,15 +225,15 @@ constexpr int64_t kPairColumns = 512;  // columns whose sums stay in the accumul
 constexpr int64_t kPairRows = 64;      // ... for this many rows
 
 // Adds the slopes of an item's pairs to its sum or, with v, the curvatures times v_i - v_j. Returns the sum of the
-// values if v is null. A part takes every parts-th block of rows.
-template <class Phi, bool kHessian, class A, class Terms>
-ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const Terms& terms, int64_t part,
+// values if v is null. A part takes every parts-th block of rows. A pair counts by the product of its items' weights w.
+template <class Phi, bool kHessian, bool kWeighted, class A, class Terms>
+ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* w, const A* v, const Terms& terms, int64_t part,
                                       int64_t parts, double* sums) {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
   constexpr int64_t W = kWidth<A>;
   constexpr bool kLog = Phi::kLog && !kHessian;
-  constexpr bool kProduct = kLog && Terms::kProduct;
+  constexpr bool kProduct = kLog && Terms::kProduct && !kWeighted;
   A columns[kPairColumns];
   LogSum<A> product;
   double values = 0;
@@ -256,10 +263,19 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* v, const
           } else {
             g = Phi::slope(x);
           }
+          V weight = V{} + A(1);
+          if constexpr (kWeighted) {
+            load<A>(weight, w + j);
+            weight *= w[i];
+            g *= weight;
+          }
           if constexpr (kProduct) {
             product.add(x, t);
           } else if constexpr (kLog) {  // their mean can be finite when a sum in A isn't
+            if constexpr (kWeighted) t *= weight;
             for (int64_t l = 0; l < W; ++l) values += static_cast<double>(t[l]);
+          } else if constexpr (kWeighted && !kHessian) {
+            value += Phi::value(x) * weight;
           } else if constexpr (!kHessian) {
             value += Phi::value(x);
           }
@@ -300,13 +316,15 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
   Scratch& scratch = list.scratch;
   const Range range = list.range();
   const double width = sigma * (range.high - range.low);
-  const A* v = nullptr;
-  if (items.v) {
-    A* padded_v = scratch.get<A>(length);
-    std::copy(items.v, items.v + n, padded_v);
-    std::fill(padded_v + n, padded_v + length, A(0));
-    v = padded_v;
-  }
+  const auto padded_copy = [&](const A* x) -> const A* {
+    if (!x) return nullptr;
+    A* copy = scratch.get<A>(length);
+    std::copy(x, x + n, copy);
+    std::fill(copy + n, copy + length, A(0));
+    return copy;
+  };
+  const A* w = padded_copy(items.w);
+  const A* v = padded_copy(items.v);
   const A share = static_cast<A>(Phi::kUnbounded ? std::exchange(scale, 1) : 1);
   const int64_t parts = parts_of(items.pairs);
   double losses[kParts] = {};
@@ -314,12 +332,14 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
   const auto run = [&](const auto& terms) {
     sums = sum_parts(n, parts, scratch, [&](int64_t part, double* own) {
       multiversion([&]() ALWAYS_INLINE {
-        if (v) sum_pairs<Phi, true>(items, v, terms, part, parts, own);
-        else losses[part] = sum_pairs<Phi, false>(items, v, terms, part, parts, own);
+        if (w && v) sum_pairs<Phi, true, true>(items, w, v, terms, part, parts, own);
+        else if (w) losses[part] = sum_pairs<Phi, false, true>(items, w, v, terms, part, parts, own);
+        else if (v) sum_pairs<Phi, true, false>(items, w, v, terms, part, parts, own);
+        else losses[part] = sum_pairs<Phi, false, false>(items, w, v, terms, part, parts, own);
       });
     });
   };
-  if (has_ratios<A>(width)) {
+  if (has_ratios<A>(width) && !(Phi::kLog && w)) {  // a product has no weights
     const Ratios<A> ratios(items.s, n, length, sigma, range, scratch);
     const int64_t chunk = width >= 0 ? static_cast<int64_t>((Vector<A>::kLogMax - 1) / (width + 0.7)) : 1;
     A* down = scratch.get<A>(n);
@@ -333,7 +353,7 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
   }
   items.finish(list, sums, scale * (v ? sigma * sigma : sigma));
   list.loss = static_cast<A>(scale * std::accumulate(losses, losses + parts, 0.0));
-  list.active = items.pairs > 0;
+  list.active = items.weight > 0;
 }
 
 }  // namespace custom_ops

@@ -49,7 +49,7 @@ struct Pairwise {
   template <class A>
   void operator()(List<A>& list) const {
     const ByLabel<A> items(list);
-    const double scale = normalize && items.pairs > 0 ? 1 / items.pairs : 1;
+    const double scale = normalize && items.weight > 0 ? 1 / items.weight : 1;
     switch (phi) {
       case PairFunction::LOGISTIC: return pair_loss<Logistic>(list, items, sigma, scale);
       case PairFunction::SOFT_ZERO_ONE: return pair_loss<SoftZeroOne>(list, items, sigma, scale);
@@ -60,8 +60,9 @@ struct Pairwise {
 
 // ---------------------------------------------------------------- hinge
 
-// The pairs of an item with score `at` that violate the margin: their number and, if the template arguments ask for
-// them, the sum of the violations, the sum of their squares, and the sum of v over the other items.
+// The pairs of an item with score `at` that violate the margin, weighted by the other items: their number and, if the
+// template arguments ask for them, the sum of the violations, the sum of their squares, and the sum of v over the other
+// items.
 template <bool kSum, bool kSquares, bool kV>
 struct Violations {
   double count = 0, sum = 0, squares = 0, v = 0, at = 0;
@@ -76,11 +77,11 @@ struct Violations {
     }
     at = to;
   }
-  void add(double violation, double of_v) {
-    count += 1;
-    if constexpr (kSum) sum += violation;
-    if constexpr (kSquares) squares += violation * violation;
-    if constexpr (kV) v += of_v;
+  void add(double violation, double of_v, double w) {
+    count += w;
+    if constexpr (kSum) sum += w * violation;
+    if constexpr (kSquares) squares += w * violation * violation;
+    if constexpr (kV) v += w * of_v;
   }
   void operator+=(const Violations& o) { count += o.count, sum += o.sum, squares += o.squares, v += o.v; }
 };
@@ -94,8 +95,8 @@ class Counters {
   Counters(int64_t levels, Scratch& scratch) : levels_(levels), tree_(scratch.get<Of>(levels + 1)) {
     std::fill(tree_, tree_ + levels + 1, Of());
   }
-  void add(int64_t level, double violation, double v, double at) {
-    for (int64_t k = level + 1; k <= levels_; k += k & -k) tree_[k].move(at), tree_[k].add(violation, v);
+  void add(int64_t level, double violation, double v, double w, double at) {
+    for (int64_t k = level + 1; k <= levels_; k += k & -k) tree_[k].move(at), tree_[k].add(violation, v, w);
   }
   // Returns the violations of all levels before `level`.
   Of before(int64_t level, double at) {
@@ -117,14 +118,14 @@ class FewCounters {
  public:
   using Of = Violations<kSum, kSquares, kV>;
 
-  ALWAYS_INLINE void add(int64_t level, double violation, double v, double at) {
+  ALWAYS_INLINE void add(int64_t level, double violation, double v, double w, double at) {
     move(at);
-    const V one = {};
+    const V none = {};
     const I counted = I{0, 1, 2, 3} >= level;
-    count_ += counted ? one + 1 : one;
-    if constexpr (kSum) sum_ += counted ? one + violation : one;
-    if constexpr (kSquares) squares_ += counted ? one + violation * violation : one;
-    if constexpr (kV) v_ += counted ? one + v : one;
+    count_ += counted ? none + w : none;
+    if constexpr (kSum) sum_ += counted ? none + w * violation : none;
+    if constexpr (kSquares) squares_ += counted ? none + w * violation * violation : none;
+    if constexpr (kV) v_ += counted ? none + w * v : none;
   }
   ALWAYS_INLINE Of before(int64_t level, double at) {
     if (level == 0) return {};
@@ -164,11 +165,13 @@ struct PairwiseHinge {
     const int32_t* by_score = order_descending(list.s, n, scratch);
     int32_t* level = scratch.get<int32_t>(n);  // level 0 has the highest label
     int32_t levels = 0;
-    double pairs = 0;
-    for (int64_t k = 0, start = 0; k < n; ++k) {
-      if (k && list.y[by_label[k - 1]] > list.y[by_label[k]]) ++levels, start = k;
+    double pairs = 0, seen = 0, higher = 0;  // the weights of all pairs, of the items so far, and of higher labels
+    for (int64_t k = 0; k < n; ++k) {
+      if (k && list.y[by_label[k - 1]] > list.y[by_label[k]]) ++levels, higher = seen;
       level[by_label[k]] = levels;
-      pairs += static_cast<double>(start);
+      const double own = list.w ? static_cast<double>(list.w[by_label[k]]) : 1;
+      pairs += own * higher;
+      seen += own;
     }
     ++levels;
     list.active = pairs > 0;
@@ -188,8 +191,12 @@ struct PairwiseHinge {
       list.loss = std::numeric_limits<A>::quiet_NaN();
       return std::fill(list.slope, list.slope + n, list.loss);
     }
-    const Swept<A> items{gather(list.s, by_score, n, scratch), gather(level, by_score, n, scratch),
-                         list.v ? gather(list.v, by_score, n, scratch) : nullptr, n, levels};
+    const Swept<A> items{gather(list.s, by_score, n, scratch),
+                         gather(level, by_score, n, scratch),
+                         list.w ? gather(list.w, by_score, n, scratch) : nullptr,
+                         list.v ? gather(list.v, by_score, n, scratch) : nullptr,
+                         n,
+                         levels};
     double* sums = scratch.get<double>(n);
     std::fill(sums, sums + n, 0.0);
     double loss = 0;
@@ -214,6 +221,7 @@ struct PairwiseHinge {
   struct Swept {
     const A* s;
     const int32_t* level;
+    const A* w;  // or null for 1
     const A* v;  // or null
     int64_t n;
     int32_t levels;
@@ -230,6 +238,7 @@ struct PairwiseHinge {
       return kLower ? items.levels - 1 - items.level[k] : items.level[k];
     };
     const auto v = [&](int64_t k) ALWAYS_INLINE { return items.v ? static_cast<double>(items.v[k]) : 0; };
+    const auto w = [&](int64_t k) ALWAYS_INLINE { return items.w ? static_cast<double>(items.w[k]) : 1; };
     for (int64_t turn = 0, next = 0; turn < n; ++turn) {
       const int64_t i = at(turn);
       const double s = static_cast<double>(items.s[i]);
@@ -237,12 +246,12 @@ struct PairwiseHinge {
         const int64_t j = at(next);
         const double lead = sign * (s - static_cast<double>(items.s[j]));  // the lead of the better item of the two
         if (!(lead < margin)) break;
-        counters.add(place_of_level(j), margin - lead, v(j), s);
+        counters.add(place_of_level(j), margin - lead, v(j), w(j), s);
       }
       const auto c = counters.before(place_of_level(i), s);
-      if (kLower) loss += squared ? c.squares : c.sum;
-      if (!items.v) sums[i] -= sign * (squared ? 2 * c.sum : c.count);
-      else sums[i] += 2 * (c.count * v(i) - c.v);
+      if (kLower) loss += w(i) * (squared ? c.squares : c.sum);
+      if (!items.v) sums[i] -= w(i) * sign * (squared ? 2 * c.sum : c.count);
+      else sums[i] += w(i) * 2 * (c.count * v(i) - c.v);
     }
   }
 };
@@ -250,13 +259,16 @@ struct PairwiseHinge {
 // ---------------------------------------------------------------- squared error
 
 // The sum of (x_i - x_j)^2 over the ordered pairs is 2 n sum (x - mean)^2, with x = s - y, or x = v for the Hessian.
+// With weights n is their sum, and the mean and the sum are weighted.
 struct PairwiseMse {
   bool normalize;
 
   template <class A>
   void operator()(List<A>& list) const {
-    const double n = static_cast<double>(list.n);
-    const double scale = normalize ? 1 / (n - 1) : n;
+    const auto w = [&](int64_t i) ALWAYS_INLINE { return list.w ? static_cast<double>(list.w[i]) : 1; };
+    double n = 0, alone = 0;
+    for (int64_t i = 0; i < list.n; ++i) n += w(i), alone += w(i) * w(i);
+    const double scale = normalize ? n / (n * n - alone) : n;
     if (list.n < 2) return list.fill_slope(0);
     const auto x = [&](int64_t i) ALWAYS_INLINE {
       const auto apart = [&](const A* x)
@@ -265,11 +277,11 @@ struct PairwiseMse {
       return list.v ? apart(list.v) : apart(list.s) - apart(list.y);
     };
     double sum = 0, squares = 0;
-    for (int64_t i = 0; i < list.n; ++i) sum += x(i);
+    for (int64_t i = 0; i < list.n; ++i) sum += w(i) * x(i);
     for (int64_t i = 0; i < list.n; ++i) {
       const double centred = x(i) - sum / n;
-      squares += centred * centred;
-      list.slope[i] = static_cast<A>(4 * scale * centred);
+      squares += w(i) * centred * centred;
+      list.slope[i] = static_cast<A>(4 * scale * w(i) * centred);
     }
     list.loss = static_cast<A>(2 * scale * squares);
     list.active = true;
@@ -280,6 +292,6 @@ struct PairwiseMse {
 
 }  // namespace custom_ops
 
-CUSTOM_OPS_LIST_LOSS(pairwise, Pairwise, PairFunction, double, bool)
-CUSTOM_OPS_LIST_LOSS(pairwise_hinge, PairwiseHinge, double, bool, bool)
-CUSTOM_OPS_LIST_LOSS(pairwise_mse, PairwiseMse, bool)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(pairwise, Pairwise, PairFunction, double, bool)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(pairwise_hinge, PairwiseHinge, double, bool, bool)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(pairwise_mse, PairwiseMse, bool)

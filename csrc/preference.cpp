@@ -4,7 +4,7 @@
 
 namespace custom_ops {
 
-CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE)
+CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID)
 
 namespace {
 
@@ -44,6 +44,17 @@ struct LogisticLoss {
   }
 };
 
+// The same for q = 0, which takes a third less time.
+struct OneSidedLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A beta, A p, A) {
+    const Logistic<A> f(beta * d);
+    if constexpr (kOrder == 0) return p * f.low;
+    else if constexpr (kOrder == 1) return -(beta * p) * f.down;
+    else return LogisticLoss::at<kOrder>(d, beta, p, A(0));
+  }
+};
+
 // max(0, 1 - z); the gradient at the kink is 0
 struct HingeLoss {
   template <int kOrder, class A>
@@ -79,6 +90,19 @@ struct DivergenceLoss {
   }
 };
 
+// p sigmoid(-z) + q sigmoid(z), with z = beta d
+struct SigmoidLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A beta, A p, A q) {
+    const Logistic<A> f(beta * d);
+    const A both = f.up * f.down, slope = f.down - f.up;
+    if constexpr (kOrder == 0) return p * f.down + q * f.up;
+    else if constexpr (kOrder == 1) return beta * (q - p) * both;
+    else if constexpr (kOrder == 2) return beta * beta * (q - p) * (both * slope);
+    else return beta * beta * beta * (q - p) * (both * (slope * slope - 2 * both));
+  }
+};
+
 // Replaces the differences of a tile by the loss's derivatives of that order.
 template <class A>
 void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
@@ -96,10 +120,11 @@ void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, 
     }
   };
   switch (kind) {
-    case PreferenceLoss::LOGISTIC: return with_order(LogisticLoss{});
+    case PreferenceLoss::LOGISTIC: return q == 0 ? with_order(OneSidedLoss{}) : with_order(LogisticLoss{});
     case PreferenceLoss::HINGE: return with_order(HingeLoss{});
     case PreferenceLoss::SQUARED: return with_order(SquaredLoss{});
     case PreferenceLoss::DIVERGENCE: return with_order(DivergenceLoss{});
+    case PreferenceLoss::SIGMOID: return with_order(SigmoidLoss{});
   }
 }
 
@@ -120,19 +145,10 @@ struct Differences {
   }
 
   template <class T, class A>
-  ALWAYS_INLINE void tile(int64_t at, int64_t n, A* __restrict out) const {
-    const T* __restrict c = data<T>(chosen) + at;
-    A rest[kTile] = {};
-    for (int64_t i = 0; i < n; ++i) out[i] = kQuarter<A> * static_cast<A>(c[i]);
-    add(-kQuarter<A>, data<T>(rejected) + at, n, out, rest);
-    if (chosen_offset) add(-kQuarter<A>, data<T>(*chosen_offset) + at, n, out, rest);
-    if (rejected_offset) add(kQuarter<A>, data<T>(*rejected_offset) + at, n, out, rest);
-    const A m = kQuarter<A> * static_cast<A>(margin);
-    for (int64_t i = 0; i < n; ++i) {
-      add(-m, out[i], rest[i]);
-      const A whole = out[i] + rest[i];
-      out[i] = (whole == whole ? whole : out[i]) / kQuarter<A>;  // `rest` is NaN if a term is infinite
-    }
+  void tile(int64_t at, int64_t n, A* out) const {
+    if (rejected_offset) return margin == 0 ? sum<T, 2, false>(at, n, out) : sum<T, 2, true>(at, n, out);
+    if (chosen_offset) return margin == 0 ? sum<T, 1, false>(at, n, out) : sum<T, 1, true>(at, n, out);
+    return margin == 0 ? sum<T, 0, false>(at, n, out) : sum<T, 0, true>(at, n, out);
   }
 
  private:
@@ -144,9 +160,30 @@ struct Differences {
     const A before = sum, added = (sum += x) - before;
     rest += (before - (sum - added)) + (x - added);
   }
-  template <class T, class A>
-  ALWAYS_INLINE static void add(A factor, const T* __restrict x, int64_t n, A* __restrict out, A* __restrict rest) {
-    for (int64_t i = 0; i < n; ++i) add(factor * static_cast<A>(x[i]), out[i], rest[i]);
+
+  template <class T, int kOffsets, bool kMargin, class A>
+  void sum(int64_t at, int64_t n, A* to) const {
+    const T* c = data<T>(chosen) + at;
+    const T* r = data<T>(rejected) + at;
+    const T* own = kOffsets > 0 ? data<T>(*chosen_offset) + at : c;  // or a placeholder
+    const T* other = kOffsets > 1 ? data<T>(*rejected_offset) + at : c;
+    const A m = kQuarter<A> * static_cast<A>(margin);
+    multiversion([=]() ALWAYS_INLINE {
+      A* __restrict out = to;
+      if constexpr (kOffsets == 0 && !kMargin) {  // a single difference is rounded once
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(c[i]) - static_cast<A>(r[i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) {
+          A total = kQuarter<A> * static_cast<A>(c[i]), rest = 0;
+          add(-kQuarter<A> * static_cast<A>(r[i]), total, rest);
+          if constexpr (kOffsets > 0) add(-kQuarter<A> * static_cast<A>(own[i]), total, rest);
+          if constexpr (kOffsets > 1) add(kQuarter<A> * static_cast<A>(other[i]), total, rest);
+          if constexpr (kMargin) add(-m, total, rest);
+          const A whole = total + rest;
+          out[i] = (whole == whole ? whole : total) / kQuarter<A>;  // `rest` is NaN if a term is infinite
+        }
+      }
+    });
   }
 
   Tensor alike(const Tensor& t) const {
@@ -188,7 +225,7 @@ Tensor preference(const Tensor& chosen, const Tensor& rejected, const std::optio
       for (int64_t i = begin; i < end; i += kTile) {
         const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
         A v[kTile];
-        multiversion([&]() ALWAYS_INLINE { differences.tile<T>(at, n, v); });
+        differences.tile<T>(at, n, v);
         differentiate(kind, 0, v, n, b, wp, wq);
         multiversion([&]() ALWAYS_INLINE {
           if (reduce) total += sum(v, n);
@@ -230,7 +267,7 @@ Tensor preference_slope(const Tensor& weight_in, const Tensor& chosen, const Ten
       for (int64_t i = begin; i < end; i += kTile) {
         const int64_t n = std::min(kTile, end - i), at = example * layout.elements + i;
         A v[kTile];
-        multiversion([&]() ALWAYS_INLINE { differences.tile<T>(at, n, v); });
+        differences.tile<T>(at, n, v);
         differentiate(kind, order, v, n, b, fp, fq);
         multiversion([&]() ALWAYS_INLINE {
           if (reduce) {

@@ -141,10 +141,9 @@ int64_t relative_gains(SmoothMetric metric, const A* y, int64_t n, double* gain)
   double total = 0;
   int64_t relevant = 0;
   for (; relevant < n && !(y[relevant] <= 0); ++relevant) {
-    double g = 1;
+    double g;
     if (relevant > 0 && y[relevant] == y[relevant - 1]) g = gain[relevant - 1];
-    else if (metric != SmoothMetric::AVERAGE_PRECISION)
-      g = relative_gain(static_cast<double>(y[relevant]), static_cast<double>(y[0]), exponential);
+    else g = relative_gain(static_cast<double>(y[relevant]), static_cast<double>(y[0]), exponential);
     gain[relevant] = g;
     total += discounted ? g * discount_at(relevant) : g;
   }

@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
         return put(pools, count, [&](int64_t p, const ExponentialPool& pool) {
           if (!sort) return a[p] / pool.fit;
           const int64_t first = pool.begin;  // relative to `first` the rest is small if the pool has one item
-          return -s[first] + (std::log(pool.fit * (b[first] / a[first])) + sequences.places(first, p));
+          return -s[first] + (std::log(pool.fit / (a[first] / b[first])) + sequences.places(first, p));
         });
       }
       const auto weight = [&](int64_t p) { return sort ? 0 : std::log(static_cast<double>(m - p)); };

@@ -62,6 +62,89 @@ void counting_sort(const I* rank, int64_t n, int64_t voxels, int64_t* perm, int6
   });
 }
 
+// A point and its rank. Sorting takes half the time if both have 32 bits.
+template <class U>
+struct Ranked {
+  U rank, point;
+};
+
+// Sorts by rank, and points of equal ranks in their order, a digit of the rank after another from the lowest.
+template <class U>
+void radix_sort(std::vector<Ranked<U>>& items, U largest) {
+  constexpr int kBits = 11;
+  constexpr size_t kDigits = size_t{1} << kBits;
+  std::vector<Ranked<U>> other(items.size());
+  for (int shift = 0; shift < static_cast<int>(8 * sizeof(U)) && (largest >> shift) > 0; shift += kBits) {
+    const auto digit = [shift](const Ranked<U>& item) { return (item.rank >> shift) & (kDigits - 1); };
+    size_t places[kDigits] = {}, at = 0;
+    for (const Ranked<U>& item : items) ++places[digit(item)];
+    for (size_t& place : places) {
+      const size_t count = place;
+      place = at, at += count;
+    }
+    for (const Ranked<U>& item : items) other[places[digit(item)]++] = item;
+    std::swap(items, other);
+  }
+}
+
+// The voxels that have points, in the order of their ranks, and the points sorted by voxel.
+struct Distinct {
+  std::vector<int64_t> ranks, starts, points;
+
+  template <class I>
+  Distinct(const I* rank, int64_t n) {
+    int64_t largest = 0, inside = 0;
+    for (int64_t i = 0; i < n; ++i) largest = std::max<int64_t>(largest, rank[i]), inside += rank[i] >= 0;
+    if (std::max(largest, n) <= std::numeric_limits<uint32_t>::max())
+      fill<uint32_t>(rank, n, inside, static_cast<uint32_t>(largest));
+    else fill<uint64_t>(rank, n, inside, static_cast<uint64_t>(largest));
+  }
+
+ private:
+  template <class U, class I>
+  void fill(const I* rank, int64_t n, int64_t inside, U largest) {
+    std::vector<Ranked<U>> items;
+    items.reserve(inside);
+    for (int64_t i = 0; i < n; ++i)
+      if (rank[i] >= 0) items.push_back({static_cast<U>(rank[i]), static_cast<U>(i)});
+    radix_sort(items, largest);
+    points.resize(inside);
+    for (int64_t i = 0; i < inside; ++i) {
+      points[i] = static_cast<int64_t>(items[i].point);
+      if (i > 0 && items[i].rank == items[i - 1].rank) continue;
+      ranks.push_back(static_cast<int64_t>(items[i].rank)), starts.push_back(i);
+    }
+  }
+};
+
+// The voxels in the order of their first points, and the place of each point in its voxel.
+struct Slots {
+  std::vector<int64_t> ranks, counts;
+
+  // Stores voxel * max_points + place for each point, or -1 if its voxel or its place is past the limits.
+  template <class I>
+  Slots(const I* rank, int64_t n, int64_t max_points, int64_t max_voxels, int64_t* slot) {
+    int64_t size = 16;
+    while (size < 2 * n) size *= 2;
+    std::vector<int64_t> table(size, -1);  // the voxel, at or after the hash of its rank
+    for (int64_t i = 0; i < n; ++i) {
+      slot[i] = -1;
+      if (rank[i] < 0) continue;
+      const int64_t r = static_cast<int64_t>(rank[i]);
+      uint64_t hash = static_cast<uint64_t>(r) * 0x9E3779B97F4A7C15u;
+      int64_t at = static_cast<int64_t>((hash ^ hash >> 32) & static_cast<uint64_t>(size - 1));
+      while (table[at] >= 0 && ranks[table[at]] != r) at = (at + 1) & (size - 1);
+      if (table[at] < 0) {
+        if (static_cast<int64_t>(ranks.size()) == max_voxels) continue;
+        table[at] = static_cast<int64_t>(ranks.size());
+        ranks.push_back(r), counts.push_back(0);
+      }
+      const int64_t voxel = table[at];
+      if (counts[voxel] < max_points) slot[i] = voxel * max_points + counts[voxel]++;
+    }
+  }
+};
+
 // Ranks may also be floats, as some projects keep them.
 template <class F>
 void dispatch_ranks(const Tensor& ranks, const F& f) {
@@ -258,6 +341,95 @@ std::tuple<Tensor, Tensor> voxel_sort(const Tensor& rank_in, int64_t voxels) {
   return {perm, indptr};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> voxel_unique(const Tensor& rank_in, int64_t size) {
+  const Tensor rank = dense(rank_in);
+  const int64_t dims = rank.dim() - 1;
+  check(dims == 0 || (dims > 0 && size >= 0), "rank: expected [N], or [..., N] with a number of voxels");
+  const Shape batch = sizes(rank, 0, dims);
+  const int64_t n = rank.size(dims), examples = product(batch);
+  Tensor inverse = fresh(rank, sizes(rank), ScalarType::Long), perm = fresh(rank, sizes(rank), ScalarType::Long);
+  Tensor ranks, indptr;
+  dispatch_index(rank, "rank", [&](auto type) {
+    using I = typename decltype(type)::type;
+    const I* rp = data<I>(rank);
+    const auto find = [&](int64_t e) { return Distinct(rp + e * n, n); };
+    const auto write = [&](int64_t e, const Distinct& found, int64_t row) {
+      int64_t* to = mutable_data<int64_t>(ranks) + e * row;
+      int64_t* bounds = mutable_data<int64_t>(indptr) + e * (row + 1);
+      int64_t* order = mutable_data<int64_t>(perm) + e * n;
+      int64_t* voxel = mutable_data<int64_t>(inverse) + e * n;
+      const int64_t all = static_cast<int64_t>(found.ranks.size()), kept = std::min(all, row);
+      const int64_t end = kept < all ? found.starts[kept] : static_cast<int64_t>(found.points.size());
+      std::copy_n(found.ranks.begin(), kept, to);
+      std::fill(to + kept, to + row, -1);
+      std::copy_n(found.starts.begin(), kept, bounds);
+      std::fill(bounds + kept, bounds + row + 1, end);
+      std::copy_n(found.points.begin(), end, order);
+      std::fill_n(voxel, n, -1);
+      for (int64_t v = 0; v < kept; ++v)
+        for (int64_t i = bounds[v]; i < bounds[v + 1]; ++i) voxel[order[i]] = v;
+      for (int64_t i = 0, at = end; i < n; ++i)
+        if (voxel[i] < 0) order[at++] = i;
+    };
+    const auto allocate = [&](int64_t row) {
+      ranks = fresh(rank, append(batch, {row}), ScalarType::Long);
+      indptr = fresh(rank, append(batch, {row + 1}), ScalarType::Long);
+    };
+    if (size < 0) {
+      const Distinct found = find(0);
+      allocate(static_cast<int64_t>(found.ranks.size()));
+      write(0, found, ranks.numel());
+    } else {
+      allocate(size);
+      torch::stable::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e) write(e, find(e), size);
+      });
+    }
+  });
+  return {ranks, inverse, perm, indptr};
+}
+
+std::tuple<Tensor, Tensor, Tensor> voxel_slots(const Tensor& rank_in, int64_t max_points, int64_t size) {
+  const Tensor rank = dense(rank_in);
+  const int64_t dims = rank.dim() - 1;
+  check(dims == 0 || (dims > 0 && size >= 0), "rank: expected [N], or [..., N] with a number of voxels");
+  check(max_points >= 1, "max_points: expected at least 1, got ", max_points);
+  const Shape batch = sizes(rank, 0, dims);
+  const int64_t n = rank.size(dims), examples = product(batch);
+  Tensor slot = fresh(rank, sizes(rank), ScalarType::Long), ranks, counts;
+  dispatch_index(rank, "rank", [&](auto type) {
+    using I = typename decltype(type)::type;
+    const I* rp = data<I>(rank);
+    const auto find = [&](int64_t e) {
+      return Slots(rp + e * n, n, max_points, size, mutable_data<int64_t>(slot) + e * n);
+    };
+    const auto write = [&](int64_t e, const Slots& found, int64_t row) {
+      const int64_t kept = static_cast<int64_t>(found.ranks.size());
+      for (const auto& [to, from, rest] :
+           {std::tuple(&ranks, &found.ranks, int64_t{-1}), std::tuple(&counts, &found.counts, int64_t{0})}) {
+        int64_t* at = mutable_data<int64_t>(*to) + e * row;
+        std::copy(from->begin(), from->end(), at);
+        std::fill(at + kept, at + row, rest);
+      }
+    };
+    const auto allocate = [&](int64_t row) {
+      ranks = fresh(rank, append(batch, {row}), ScalarType::Long);
+      counts = fresh(rank, append(batch, {row}), ScalarType::Long);
+    };
+    if (size < 0) {
+      const Slots found = find(0);
+      allocate(static_cast<int64_t>(found.ranks.size()));
+      write(0, found, ranks.numel());
+    } else {
+      allocate(size);
+      torch::stable::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e) write(e, find(e), size);
+      });
+    }
+  });
+  return {slot, ranks, counts};
+}
+
 Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& indptr_in) {
   const Tensor rank = dense(rank_in), perm = dense(perm_in), indptr = dense(indptr_in);
   const int64_t dims = rank.dim() - 1;
@@ -292,4 +464,6 @@ Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& i
 CUSTOM_OPS_CPU_KERNEL(voxel_bounds)
 CUSTOM_OPS_CPU_KERNEL(voxel_index)
 CUSTOM_OPS_CPU_KERNEL(voxel_sort)
+CUSTOM_OPS_CPU_KERNEL(voxel_unique)
+CUSTOM_OPS_CPU_KERNEL(voxel_slots)
 CUSTOM_OPS_CPU_KERNEL(voxel_match)

@@ -22,15 +22,19 @@ struct Lanes {
 
   static ALWAYS_INLINE inline V all(A x) { return V{} + x; }
   static ALWAYS_INLINE inline Mask all_bits(Bits x) { return Mask{} + x; }
-  static ALWAYS_INLINE inline A get(const V& v, int k) { return v[k]; }
-  static ALWAYS_INLINE inline Bits get(const Mask& m, int k) { return m[k]; }
+  template <class X>
+  static ALWAYS_INLINE inline auto get(const X& v, int k) {
+    return v[k];
+  }
   static ALWAYS_INLINE inline A sum(const V& v) {
     if constexpr (kLanes == 8) return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
     else if constexpr (kLanes == 4) return (v[0] + v[2]) + (v[1] + v[3]);
     else return v[0] + v[1];
   }
-  static ALWAYS_INLINE inline V choose(const Mask& m, const V& yes, const V& no) { return m ? yes : no; }
-  static ALWAYS_INLINE inline Mask choose(const Mask& m, const Mask& yes, const Mask& no) { return m ? yes : no; }
+  template <class X>
+  static ALWAYS_INLINE inline X choose(const Mask& m, const X& yes, const X& no) {
+    return m ? yes : no;
+  }
   static ALWAYS_INLINE inline V load(const A* p) {
     V v;
     std::memcpy(&v, p, sizeof(v));
@@ -78,8 +82,10 @@ struct Lanes<A, 1> {
 
   static A all(A x) { return x; }
   static Bits all_bits(Bits x) { return x; }
-  static A get(A v, int) { return v; }
-  static Bits get(Bits m, int) { return m; }
+  template <class X>
+  static X get(X v, int) {
+    return v;
+  }
   static A sum(A v) { return v; }
   template <class X>
   static X choose(Bits m, X yes, X no) {

@@ -2,7 +2,9 @@
 //
 // Point p of P has the weight w[p], the row q(p) of x and the segment r(p) of sums. Every op here is a derivative of
 // T = sum of w[p] <sums[r(p)], x[q(p)]> over the points: segment_reduce that with respect to sums, segment_spread those
-// with respect to x and w.
+// with respect to x and w. Beside sums there are other reductions of the rows of a segment, and maps of its rows that
+// need a statistic of all of them.
+#include "elementary.h"
 #include "voxel_rows.h"
 
 #include <algorithm>
@@ -259,6 +261,7 @@ template <class T, bool kWeighted>
 struct Sum {
   using A = Accumulator<T>;
   static constexpr bool kIndexed = false;
+  static constexpr A kEmpty = 0;
 
   static ALWAYS_INLINE inline void rows(const Input<T>& in, int64_t columns, A* __restrict value, int64_t*) {
     for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
@@ -279,24 +282,28 @@ struct Sum {
   }
 
   static void merge(const A* values, const int64_t*, int64_t parts, int64_t columns, A* value, int64_t*) {
+    using Wide = std::conditional_t<std::is_same_v<T, int64_t>, T, double>;
     for (int64_t c = 0; c < columns; ++c) {
-      double total = 0;
-      for (int64_t k = 0; k < parts; ++k) total += static_cast<double>(values[k * columns + c]);
+      Wide total = 0;
+      for (int64_t k = 0; k < parts; ++k) total += static_cast<Wide>(values[k * columns + c]);
       value[c] = static_cast<A>(total);
     }
   }
 };
 
-// value[c] is the largest of the rows, where a NaN is above all; at[c] is the first point that has it, or -1.
-template <class T>
-struct Max {
+// Returns whether v comes before `best` among the largest, or the smallest, where a NaN comes before all numbers.
+template <bool kSmallest, class V>
+ALWAYS_INLINE inline auto precedes(const V& v, const V& best) {
+  if constexpr (kSmallest) return (v < best) | ((v != v) & (best == best));
+  else return (v > best) | ((v != v) & (best == best));
+}
+
+// value[c] is the largest or the smallest of the rows; at[c] is the first point that has it, or -1.
+template <class T, bool kSmallest>
+struct Extreme {
   using A = Accumulator<T>;
   static constexpr bool kIndexed = true;
-
-  template <class V>
-  static ALWAYS_INLINE inline auto above(const V& v, const V& best) {
-    return (v > best) | ((v != v) & (best == best));
-  }
+  static constexpr A kEmpty = 0;
 
   static ALWAYS_INLINE inline void rows(const Input<T>& in, int64_t columns, A* __restrict value,
                                         int64_t* __restrict at) {
@@ -313,7 +320,7 @@ struct Max {
         const auto here = L::all_bits(static_cast<typename L::Bits>(i));
         for (int k = 0; k < B::vectors; ++k) {
           const auto v = L::load(row + k * B::lanes);
-          const auto take = above(v, best[k]);
+          const auto take = precedes<kSmallest>(v, best[k]);
           best[k] = L::choose(take, v, best[k]);
           first[k] = L::choose(take, here, first[k]);
         }
@@ -327,9 +334,83 @@ struct Max {
     for (int64_t c = 0; c < columns; ++c) {
       int64_t best = 0;
       for (int64_t k = 1; k < parts; ++k)
-        if (above(values[k * columns + c], values[best * columns + c])) best = k;
+        if (precedes<kSmallest>(values[k * columns + c], values[best * columns + c])) best = k;
       value[c] = values[best * columns + c];
       at[c] = points[best * columns + c];
+    }
+  }
+};
+
+// Returns e^v of each lane, for v <= 0.
+template <class L>
+ALWAYS_INLINE inline typename L::V exp_lanes(const typename L::V& v) {
+  using V = typename L::V;
+  using A = std::decay_t<decltype(L::get(v, 0))>;
+  constexpr int kLanes = sizeof(V) / sizeof(A);
+  if constexpr (kLanes == 1) {
+    return exp_nonpositive(v);
+  } else if constexpr (std::is_same_v<A, float>) {
+    typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
+    return exp_nonpositive_float<V, Bits>(v);
+  } else {
+    typedef uint64_t Bits __attribute__((vector_size(sizeof(V))));
+    return exp_nonpositive_double<V, Bits>(v);
+  }
+}
+
+// Calls f(L, c, top, total) for the columns from c on: `top` is the largest of the rows, or 0 if all are -inf, and
+// `total` the sum of e^(x - top).
+template <class T, class F>
+ALWAYS_INLINE inline void exponential_sums(const Input<T>& in, int64_t columns, const F& f) {
+  using A = Accumulator<T>;
+  for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
+    using B = decltype(block);
+    using L = typename B::L;
+    for (int k = 0; k < B::vectors; ++k) {
+      const int64_t c = c0 + k * B::lanes;
+      auto top = L::load(in.row(0, columns) + c);
+      for (int64_t i = 1; i < in.n; ++i) {
+        if (c == 0) in.fetch_ahead(i, columns);
+        const auto v = L::load(in.row(i, columns) + c);
+        top = L::choose(precedes<false>(v, top), v, top);
+      }
+      top = L::choose(top == L::all(-std::numeric_limits<A>::infinity()), L::all(0), top);
+      auto total = L::all(0);
+      for (int64_t i = 0; i < in.n; ++i) total += exp_lanes<L>(L::load(in.row(i, columns) + c) - top);
+      f(L{}, c, top, total);
+    }
+  });
+}
+
+// value[c] is the logarithm of the sum of e^x.
+template <class T>
+struct LogSumExp {
+  using A = Accumulator<T>;
+  static constexpr bool kIndexed = false;
+  static constexpr A kEmpty = -std::numeric_limits<A>::infinity();
+
+  // The largest term of the total is 1, unless all are 0 or infinite.
+  static ALWAYS_INLINE inline A logarithm(A top, A total) {
+    const A log = top + static_cast<A>(log_normal(static_cast<double>(total)));
+    return total == 0 ? kEmpty : top == -kEmpty ? top : log;
+  }
+
+  static ALWAYS_INLINE inline void rows(const Input<T>& in, int64_t columns, A* __restrict value, int64_t*) {
+    exponential_sums(in, columns, [&](auto l, int64_t c, const auto& top, const auto& total) ALWAYS_INLINE {
+      using L = decltype(l);
+      for (int k = 0; k < static_cast<int>(sizeof(top) / sizeof(A)); ++k)
+        value[c + k] = logarithm(L::get(top, k), L::get(total, k));
+    });
+  }
+
+  static void merge(const A* values, const int64_t*, int64_t parts, int64_t columns, A* value, int64_t*) {
+    for (int64_t c = 0; c < columns; ++c) {
+      A top = values[c], total = 0;
+      for (int64_t k = 1; k < parts; ++k)
+        if (precedes<false>(values[k * columns + c], top)) top = values[k * columns + c];
+      if (top == kEmpty) top = 0;
+      for (int64_t k = 0; k < parts; ++k) total += exp_nonpositive(values[k * columns + c] - top);
+      value[c] = logarithm(top, total);
     }
   }
 };
@@ -392,7 +473,8 @@ void reduce(const Segments& segments, const Rows& rows, const Reduced<T>& io) {
       for (int64_t s = task.segment, next; s < task.end; s = next) {
         for (next = s; next < task.end && bounds[next + 1] == bounds[s];) ++next;
         if (next > s) {
-          io.writer.zero(io.out + (e * count + s) * columns, next - s);
+          if (Reduction::kEmpty == 0) io.writer.zero(io.out + (e * count + s) * columns, next - s);
+          else std::fill_n(io.out + (e * count + s) * columns, (next - s) * columns, static_cast<T>(Reduction::kEmpty));
           if (Reduction::kIndexed) std::fill_n(argmax(e, s), (next - s) * columns, -1);
           continue;
         }
@@ -538,6 +620,210 @@ void spread_rows(const Segments& segments, const Rows& rows, const int64_t* rank
   });
 }
 
+// ---------------------------------------------------------------- maps
+
+// A map computes a row for each point from the point's own row and a statistic of its segment.
+template <class T>
+struct Mapped {
+  const T* x;
+  const T* y;  // null for maps of one tensor
+  T* out;
+  int64_t columns;
+};
+
+// Calls f(L, c) for all vectors of columns.
+template <class A, class F>
+ALWAYS_INLINE inline void for_vectors(int64_t columns, const F& f) {
+  for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
+    using B = decltype(block);
+    for (int k = 0; k < B::vectors; ++k) f(typename B::L{}, c0 + k * B::lanes);
+  });
+}
+
+template <class V, class A>
+ALWAYS_INLINE inline V load_as(const A* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <class L, class T, class V>
+ALWAYS_INLINE inline void store(const V& v, T* to) {
+  if constexpr (std::is_same_v<T, std::decay_t<decltype(L::get(v, 0))>>) std::memcpy(to, &v, sizeof(v));
+  else
+    for (int k = 0; k < static_cast<int>(sizeof(V) / sizeof(L::get(v, 0))); ++k) to[k] = static_cast<T>(L::get(v, k));
+}
+
+// The row of a point is e^x divided by the sum over its segment; all are 0 where all x are -inf. The statistics are the
+// largest x and the sum of e^(x - largest), of which the second is inverted at the end.
+template <class T>
+struct Softmax {
+  using A = Accumulator<T>;
+  static constexpr int64_t kStatistics = 2;
+
+  static ALWAYS_INLINE inline void gather(const Mapped<T>& io, const int64_t* offsets, int64_t n, A* statistics) {
+    const Input<T> in{io.x, offsets, nullptr, nullptr, n};
+    exponential_sums(in, io.columns, [&](auto, int64_t c, const auto& top, const auto& total) ALWAYS_INLINE {
+      std::memcpy(statistics + c, &top, sizeof(top));
+      std::memcpy(statistics + io.columns + c, &total, sizeof(total));
+    });
+  }
+
+  static void merge(const A* parts, int64_t n, int64_t columns, A* statistics) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const A* tops = parts + c;
+      const A* totals = tops + columns;
+      // A part that is all -inf has the top 0 and the total 0.
+      A top = -std::numeric_limits<A>::infinity(), total = 0;
+      for (int64_t k = 0; k < n; ++k)
+        if (totals[2 * k * columns] != 0 && precedes<false>(tops[2 * k * columns], top)) top = tops[2 * k * columns];
+      for (int64_t k = 0; k < n; ++k)
+        if (totals[2 * k * columns] != 0)
+          total += totals[2 * k * columns] * exp_nonpositive(tops[2 * k * columns] - top);
+      statistics[c] = total == 0 ? A(0) : top, statistics[columns + c] = total;
+    }
+  }
+
+  static ALWAYS_INLINE inline void finish(int64_t, int64_t columns, A* statistics) {
+    A* total = statistics + columns;
+    for (int64_t c = 0; c < columns; ++c) total[c] = total[c] == 0 ? A(0) : 1 / total[c];
+  }
+
+  static ALWAYS_INLINE inline void write(const Mapped<T>& io, int64_t offset, const A* statistics) {
+    for_vectors<A>(io.columns, [&](auto l, int64_t c) ALWAYS_INLINE {
+      using L = decltype(l);
+      using V = typename L::V;
+      const V top = load_as<V>(statistics + c), inverse = load_as<V>(statistics + io.columns + c);
+      store<L>(V(inverse * exp_lanes<L>(V(L::load(io.x + offset + c) - top))), io.out + offset + c);
+    });
+  }
+};
+
+// The adjoint of Softmax: y (x - <x, y>) for the gradient x and the result y. The statistic is the dot product.
+template <class T>
+struct SoftmaxAdjoint {
+  using A = Accumulator<T>;
+  static constexpr int64_t kStatistics = 1;
+
+  static ALWAYS_INLINE inline void gather(const Mapped<T>& io, const int64_t* offsets, int64_t n, A* statistics) {
+    for_vectors<A>(io.columns, [&](auto l, int64_t c) ALWAYS_INLINE {
+      using L = decltype(l);
+      auto total = L::all(0);
+      for (int64_t i = 0; i < n; ++i) total += L::load(io.x + offsets[i] + c) * L::load(io.y + offsets[i] + c);
+      std::memcpy(statistics + c, &total, sizeof(total));
+    });
+  }
+
+  static void merge(const A* parts, int64_t n, int64_t columns, A* statistics) {
+    Sum<T, false>::merge(parts, nullptr, n, columns, statistics, nullptr);
+  }
+
+  static ALWAYS_INLINE inline void finish(int64_t, int64_t, A*) {}
+
+  static ALWAYS_INLINE inline void write(const Mapped<T>& io, int64_t offset, const A* statistics) {
+    for_vectors<A>(io.columns, [&](auto l, int64_t c) ALWAYS_INLINE {
+      using L = decltype(l);
+      using V = typename L::V;
+      const V difference = L::load(io.x + offset + c) - load_as<V>(statistics + c);
+      store<L>(V(L::load(io.y + offset + c) * difference), io.out + offset + c);
+    });
+  }
+};
+
+// The row of a point is its difference from the mean of its segment.
+template <class T>
+struct Center {
+  using A = Accumulator<T>;
+  static constexpr int64_t kStatistics = 1;
+
+  static ALWAYS_INLINE inline void gather(const Mapped<T>& io, const int64_t* offsets, int64_t n, A* statistics) {
+    Sum<T, false>::rows(Input<T>{io.x, offsets, nullptr, nullptr, n}, io.columns, statistics, nullptr);
+  }
+
+  static void merge(const A* parts, int64_t n, int64_t columns, A* statistics) {
+    Sum<T, false>::merge(parts, nullptr, n, columns, statistics, nullptr);
+  }
+
+  static ALWAYS_INLINE inline void finish(int64_t points, int64_t columns, A* statistics) {
+    for (int64_t c = 0; c < columns; ++c) statistics[c] /= static_cast<A>(points);
+  }
+
+  static ALWAYS_INLINE inline void write(const Mapped<T>& io, int64_t offset, const A* statistics) {
+    for_vectors<A>(io.columns, [&](auto l, int64_t c) ALWAYS_INLINE {
+      using L = decltype(l);
+      using V = typename L::V;
+      store<L>(V(L::load(io.x + offset + c) - load_as<V>(statistics + c)), io.out + offset + c);
+    });
+  }
+};
+
+// Maps whole segments at once. The parts of a long one come first, then its statistics, and its points at last. Points
+// in no segment get 0.
+template <class Map, class T>
+void map_segments(const Segments& segments, const Mapped<T>& io) {
+  using A = Accumulator<T>;
+  segments.check_permutation();
+  Plan plan(segments);
+  plan.add_outside(segments);
+  const int64_t columns = io.columns, width = Map::kStatistics * columns;
+  std::unique_ptr<A[]> parts(new A[std::max<int64_t>(plan.parts * width, 1)]);
+  const int64_t grain = std::max<int64_t>(1, kGrain / kTask / std::max<int64_t>(columns, 1));
+  std::vector<Task> pieces;
+  for (const Task& task : plan.tasks)
+    if (task.part >= 0) pieces.push_back(task);
+  const auto example = [&](int64_t e) {
+    Mapped<T> at = io;
+    const int64_t first = e * segments.points * columns;
+    at.x += first, at.out += first;
+    if (at.y) at.y += first;
+    return at;
+  };
+  const auto offsets_of = [&](const Task& task, int64_t* offsets) {
+    const int64_t *order = segments.order(task.example), n = task.stop - task.begin;
+    for (int64_t i = 0; i < n; ++i) offsets[i] = (order ? order[task.begin + i] : task.begin + i) * columns;
+    for (int64_t i = n; i < n + kAhead; ++i) offsets[i] = n ? offsets[n - 1] : 0;
+  };
+  for_each_task(plan.tasks, grain, [&](const Task& task) {
+    int64_t offsets[kTask + kAhead];
+    std::vector<A> statistics(width);
+    const Mapped<T> at = example(task.example);
+    offsets_of(task, offsets);
+    const int64_t* bounds = segments.at(task.example);
+    multiversion([&]() ALWAYS_INLINE {
+      if (task.segment < 0)
+        for (int64_t i = 0; i < task.stop - task.begin; ++i) std::fill_n(at.out + offsets[i], columns, T(0));
+      else if (task.part >= 0) Map::gather(at, offsets, task.stop - task.begin, parts.get() + task.part * width);
+      else
+        for (int64_t s = task.segment; s < task.end; ++s) {
+          const int64_t first = bounds[s] - task.begin, last = bounds[s + 1] - task.begin;
+          if (first == last) continue;
+          Map::gather(at, offsets + first, last - first, statistics.data());
+          Map::finish(last - first, columns, statistics.data());
+          for (int64_t i = first; i < last; ++i) Map::write(at, offsets[i], statistics.data());
+        }
+    });
+  });
+  // The statistics of a long segment take the place of its first part's.
+  std::vector<int64_t> first_part(plan.parts);
+  for (const Long& l : plan.longs) std::fill_n(first_part.begin() + l.part, l.parts, l.part);
+  for_each_task(plan.longs, grain, [&](const Long& l) {
+    std::vector<A> statistics(width);
+    Map::merge(parts.get() + l.part * width, l.parts, columns, statistics.data());
+    const int64_t* bounds = segments.at(l.example) + l.segment;
+    Map::finish(bounds[1] - bounds[0], columns, statistics.data());
+    std::copy(statistics.begin(), statistics.end(), parts.get() + l.part * width);
+  });
+  for_each_task(pieces, grain, [&](const Task& task) {
+    int64_t offsets[kTask + kAhead];
+    offsets_of(task, offsets);
+    const Mapped<T> at = example(task.example);
+    const A* statistics = parts.get() + first_part[task.part] * width;
+    multiversion([&]() ALWAYS_INLINE {
+      for (int64_t i = 0; i < task.stop - task.begin; ++i) Map::write(at, offsets[i], statistics);
+    });
+  });
+}
+
 template <class T>
 const T* data_or_null(const std::optional<Tensor>& t) {
   return t ? data<T>(*t) : nullptr;
@@ -546,6 +832,13 @@ const T* data_or_null(const std::optional<Tensor>& t) {
 std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   if (!t) return std::nullopt;
   return custom_ops::dense(*t);
+}
+
+// Sums and extremes are also those of integers.
+template <class F>
+void dispatch_numbers(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Long) f(Type<int64_t>{});
+  else dispatch_floating(t, "x", f);
 }
 
 struct Shapes {
@@ -592,7 +885,9 @@ Tensor segment_reduce(const Tensor& x_in, const std::optional<Tensor>& weight_in
   if (weight) check_like("weight", *weight, x, append(shapes.batch, {rows.points}));
   const Segments segments(indptr, perm, shapes.batch, rows.points);
   Tensor out = fresh(x, append(shapes.batch, {segments.count, shapes.columns}));
-  dispatch_floating(x, "x", [&](auto type) {
+  check(x.scalar_type() != ScalarType::Long || !(mean || weight),
+        "x: expected floating numbers with a mean or weights");
+  dispatch_numbers(x, [&](auto type) {
     using T = typename decltype(type)::type;
     const Reduced<T> io{data<T>(x), data_or_null<T>(weight),       mutable_data<T>(out), nullptr, shapes.columns,
                         mean,       RowWriter(out, shapes.columns)};
@@ -602,20 +897,70 @@ Tensor segment_reduce(const Tensor& x_in, const std::optional<Tensor>& weight_in
   return out;
 }
 
-std::tuple<Tensor, Tensor> segment_max(const Tensor& x_in, const Tensor& indptr, const std::optional<Tensor>& perm) {
+std::tuple<Tensor, Tensor> segment_extreme(const Tensor& x_in, const Tensor& indptr, const std::optional<Tensor>& perm,
+                                           bool largest) {
   const Tensor x = dense(x_in);
   const Shapes shapes(x, "x");
   const Rows rows(1, 1, shapes.rows);
   const Segments segments(indptr, perm, shapes.batch, shapes.rows);
   const Shape shape = append(shapes.batch, {segments.count, shapes.columns});
-  Tensor out = fresh(x, shape), argmax = fresh(x, shape, ScalarType::Long);
+  Tensor out = fresh(x, shape), index = fresh(x, shape, ScalarType::Long);
+  dispatch_numbers(x, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Reduced<T> io{data<T>(x),     nullptr, mutable_data<T>(out),          mutable_data<int64_t>(index),
+                        shapes.columns, false,   RowWriter(out, shapes.columns)};
+    if (largest) reduce<Extreme<T, false>>(segments, rows, io);
+    else reduce<Extreme<T, true>>(segments, rows, io);
+  });
+  return {out, index};
+}
+
+Tensor segment_logsumexp(const Tensor& x_in, const Tensor& indptr, const std::optional<Tensor>& perm) {
+  const Tensor x = dense(x_in);
+  const Shapes shapes(x, "x");
+  const Rows rows(1, 1, shapes.rows);
+  const Segments segments(indptr, perm, shapes.batch, shapes.rows);
+  Tensor out = fresh(x, append(shapes.batch, {segments.count, shapes.columns}));
   dispatch_floating(x, "x", [&](auto type) {
     using T = typename decltype(type)::type;
-    reduce<Max<T>>(segments, rows,
-                   Reduced<T>{data<T>(x), nullptr, mutable_data<T>(out), mutable_data<int64_t>(argmax), shapes.columns,
-                              false, RowWriter(out, shapes.columns)});
+    reduce<LogSumExp<T>>(segments, rows,
+                         Reduced<T>{data<T>(x), nullptr, mutable_data<T>(out), nullptr, shapes.columns, false,
+                                    RowWriter(out, shapes.columns)});
   });
-  return {out, argmax};
+  return out;
+}
+
+namespace {
+
+template <template <class> class Map>
+Tensor mapped(const Tensor& x_in, const std::optional<Tensor>& y_in, const Tensor& indptr,
+              const std::optional<Tensor>& perm) {
+  const Tensor x = custom_ops::dense(x_in);
+  const std::optional<Tensor> y = dense(y_in);
+  const Shapes shapes(x, "x");
+  if (y) check_like("y", *y, x, sizes(x));
+  const Segments segments(indptr, perm, shapes.batch, shapes.rows);
+  Tensor out = fresh(x, sizes(x));
+  dispatch_floating(x, "x", [&](auto type) {
+    using T = typename decltype(type)::type;
+    map_segments<Map<T>>(segments, Mapped<T>{data<T>(x), data_or_null<T>(y), mutable_data<T>(out), shapes.columns});
+  });
+  return out;
+}
+
+}  // namespace
+
+Tensor segment_softmax(const Tensor& x, const Tensor& indptr, const std::optional<Tensor>& perm) {
+  return mapped<Softmax>(x, std::nullopt, indptr, perm);
+}
+
+Tensor segment_softmax_adjoint(const Tensor& grad, const Tensor& y, const Tensor& indptr,
+                               const std::optional<Tensor>& perm) {
+  return mapped<SoftmaxAdjoint>(grad, y, indptr, perm);
+}
+
+Tensor segment_center(const Tensor& x, const Tensor& indptr, const std::optional<Tensor>& perm) {
+  return mapped<Center>(x, std::nullopt, indptr, perm);
 }
 
 std::tuple<Tensor, Tensor> segment_spread(const Tensor& sums_in, const std::optional<Tensor>& x_in,
@@ -706,7 +1051,11 @@ Tensor pair_dots(const Tensor& sums_in, const Tensor& x_in, const Tensor& ranks_
 }  // namespace custom_ops
 
 CUSTOM_OPS_CPU_KERNEL(segment_reduce)
-CUSTOM_OPS_CPU_KERNEL(segment_max)
+CUSTOM_OPS_CPU_KERNEL(segment_extreme)
+CUSTOM_OPS_CPU_KERNEL(segment_logsumexp)
+CUSTOM_OPS_CPU_KERNEL(segment_softmax)
+CUSTOM_OPS_CPU_KERNEL(segment_softmax_adjoint)
+CUSTOM_OPS_CPU_KERNEL(segment_center)
 CUSTOM_OPS_CPU_KERNEL(segment_spread)
 CUSTOM_OPS_CPU_KERNEL(pair_reduce)
 CUSTOM_OPS_CPU_KERNEL(pair_dots)

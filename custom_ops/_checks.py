@@ -14,6 +14,7 @@ from custom_ops._enums import Reduction
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
+INTEGER = (torch.uint8, torch.int8, torch.int16, *INDEX)
 REDUCTIONS = Reduction.options()
 
 

@@ -55,6 +55,18 @@ class PositionWeights(Choice):
     UNIFORM, EXPONENTIAL, DISCOUNT = range(3)
 
 
+class RankMetric(Choice):
+    """The metric of ``rank_metric``."""
+
+    PRECISION, RECALL, F1, HIT_RATE, R_PRECISION, RECIPROCAL_RANK, AVERAGE_PRECISION, DCG, NDCG, ERR, AUC = range(11)
+
+
+class TiedScores(Choice):
+    """The places of items with equal scores in ``rank_metric``."""
+
+    AVERAGE, INDEX, TOGETHER = range(3)
+
+
 class SmoothMetric(Choice):
     """The metric of ``smooth_rank``."""
 
@@ -70,7 +82,7 @@ class GroupValue(Choice):
 class PreferenceLoss(Choice):
     """The function of a pair's difference in ``preference``."""
 
-    LOGISTIC, HINGE, SQUARED, DIVERGENCE = range(4)
+    LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID = range(5)
 
 
 class SurrogateShape(Choice):

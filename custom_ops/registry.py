@@ -48,9 +48,10 @@ class Sharding:
     """A call of an op on sharded tensors, whose result must be that of one process.
 
     ``dims`` has the dimensions in which tensors are sharded, as {position in args or name in kwargs: dimension}; the
-    other tensors are replicated. ``result`` is the placement of the result: the dimension in which it is sharded, or
-    "partial" if it is the sum of the processes' results. ``exchanged`` counts all collectives of forward and backward,
-    as in {"all_reduce": 1}. A partial result hasn't been reduced yet, but the gradient of a replicated tensor has.
+    other tensors are replicated. ``result`` is the placement of the result: the dimension in which it is sharded,
+    "replicated", or "partial" if it is the sum of the processes' results. ``exchanged`` counts all collectives of
+    forward and backward, as in {"all_reduce": 1}. A partial result hasn't been reduced yet, but the gradient of a
+    replicated tensor has.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """Examples: each op beside the usual formula, then real models on real data. ``python -m examples.demo`` runs them.
 
 python -m examples.long_lists       losses of lists with thousands of documents, beside plain PyTorch
-python -m examples.pooling          Lift-Splat pooling and LiDAR sums, beside the formulas in use
+python -m examples.pooling          Lift-Splat pooling, LiDAR sums and pillars, beside the formulas in use
 python -m examples.activations      the memory of a training step with one-bit activations
 python -m examples.rank_mslr        learning to rank web pages
 python -m examples.recommend_ml100k recommending films

@@ -4,6 +4,10 @@ Lift-Splat sums the features of six cameras, weighted by their depths, on a grid
 features of all points, sorts them and takes differences of a cumulative sum (`QuickCumsum`); ours reads each pixel's
 features in place. The LiDAR example sums a scan's points, sorted by voxel, with FIERY's class of the same formula
 (`VoxelsSumming`) and with ours.
+
+The pillar encoder is that of PointPillars and CenterPoint: the points of each column of the grid get their offsets from
+the column's mean, a linear layer, and the maximum over the column, which is written into the picture. It is written
+with torch's unique and scatter as well.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ DEPTHS = torch.arange(4.0, 45.0)
 CHANNELS, GRID, CELL = 64, 200, 0.5
 GROUP = "Summing into a bird's-eye view, beside QuickCumsum and VoxelsSumming"
 VOXEL = 0.5  # metres per side, for the LiDAR scan
+PILLAR, SIDE = 0.25, 512  # metres per side of a pillar, and pillars per side of the picture
 
 
 def rig() -> tuple[Tensor, Tensor]:
@@ -55,10 +60,11 @@ def example(options: Options) -> Report:
     result = Report("Summing into a bird's-eye view", ("forward and backward", "ours", "theirs", "remark"))
     shown: dict[str, tuple[float, float]] = {}
     with options.progress() as progress:
-        task = progress.add_task("Voxel sums", total=2, note="")
+        task = progress.add_task("Voxel sums", total=3, note="")
         for name, whose, remark, contenders, agreement in (
             lift_splat(generator, 1 if options.quick else BATCH),
             lidar(generator),
+            pillars(generator),
         ):
             progress.update(task, note=name)
             times = milliseconds(contenders, rounds)
@@ -140,6 +146,53 @@ def lidar(generator: torch.Generator) -> tuple[str, str, str, Contenders, Agreem
     contenders = {"ours": custom_ops.voxels_summing, "theirs": cumulative_voxels_summing}
     runs = {who: partial(run, pool) for who, pool in contenders.items()}
     return "LiDAR sums", "VoxelsSumming", remark, runs, agreement
+
+
+def encode(points: Tensor, weight: Tensor) -> Tensor:
+    """Return the picture [pillars, channels] of a scan."""
+    corner = (-SIDE * PILLAR / 2, -SIDE * PILLAR / 2, -100)
+    rank = custom_ops.voxel_rank(points[:, :3], corner, (PILLAR, PILLAR, 200), (SIDE, SIDE, 1))
+    voxels = custom_ops.voxelize(rank)
+    mean = custom_ops.segment_reduce(points[:, :3], voxels.indptr, "mean", voxels.perm)
+    offset = points[:, :3] - custom_ops.voxel_gather(mean, voxels.inverse, voxels.csr)
+    x = custom_ops.relu(torch.cat((points, offset), 1) @ weight)
+    largest = custom_ops.segment_reduce(x, voxels.indptr, "max", voxels.perm)
+    return x.new_zeros(SIDE * SIDE, weight.shape[1]).index_copy(0, voxels.rank, largest)
+
+
+def encode_by_scatter(points: Tensor, weight: Tensor) -> Tensor:
+    """Return the same picture by torch's unique and scatter."""
+    cell = (points[:, :2] / PILLAR + SIDE / 2).floor().long()
+    inside = ((cell >= 0) & (cell < SIDE)).all(1)
+    points, cell = points[inside], cell[inside]
+    pillar, inverse = cell.unique(dim=0, return_inverse=True)
+
+    def reduced(x: Tensor, reduce: str) -> Tensor:
+        at = inverse[:, None].expand_as(x)
+        return x.new_zeros(len(pillar), x.shape[1]).scatter_reduce(0, at, x, reduce, include_self=False)
+
+    offset = points[:, :3] - reduced(points[:, :3], "mean")[inverse]
+    largest = reduced(torch.relu(torch.cat((points, offset), 1) @ weight), "amax")
+    return points.new_zeros(SIDE * SIDE, weight.shape[1]).index_copy(0, pillar[:, 0] * SIDE + pillar[:, 1], largest)
+
+
+def pillars(generator: torch.Generator) -> tuple[str, str, str, Contenders, Agreement]:
+    points = torch.from_numpy(load_lidar()[0])
+    weight = torch.randn(7, CHANNELS, generator=generator)
+    grad = torch.randn(SIDE * SIDE, CHANNELS, generator=generator)
+
+    def run(encoder: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (points, weight)]
+        picture = encoder(*inputs)
+        return [picture, *torch.autograd.grad(picture, inputs, grad.to(dtype))]
+
+    agreement = Agreement("Pillar encoder and its gradients beside unique and scatter, in float64")
+    mine, theirs = (run(encoder, torch.float64) for encoder in (encode, encode_by_scatter))
+    agreement.compare(mine[0], theirs[0], len(weight), theirs[0].abs().max())
+    agreement.compare_networks((mine[0].square().sum(), mine[1:]), (theirs[0].square().sum(), theirs[1:]), len(points))
+    remark = f"{len(points):,} points, {int((theirs[0] != 0).any(1).sum()):,} pillars, {CHANNELS} channels"
+    contenders = {"ours": partial(run, encode), "theirs": partial(run, encode_by_scatter)}
+    return "Pillar encoder", "unique, scatter", remark, contenders, agreement
 
 
 def draw(axis: Axes, shown: dict[str, tuple[float, float]]) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "peers"
 PARTS = {
     "allrank==1.4.3": ["allrank"],
+    "lightning-utilities==0.15.3": ["lightning_utilities"],
+    "torchmetrics==1.9.0": ["torchmetrics"],
     "pytorchltr==0.2.1": ["pytorchltr/__init__.py", "pytorchltr/loss", "pytorchltr/utils"],
 }
 COMPILED = "torchsort==0.1.10"

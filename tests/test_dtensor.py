@@ -90,7 +90,8 @@ def check(info: OpInfo, sharding: Sharding, mesh: Any, declared: bool) -> dict[s
         assert isinstance(ours, DTensor)
         torch.testing.assert_close(ours.full_tensor(), theirs)
         if ours.ndim and declared:
-            wanted = Partial() if sharding.result == "partial" else Shard(sharding.result)
+            named = {"partial": Partial(), "replicated": Replicate()}
+            wanted = named[sharding.result] if isinstance(sharding.result, str) else Shard(sharding.result)
             assert ours.placements == (wanted,), ours.placements
     if grads:
         torch.autograd.backward(differentiable(expected), grads)
@@ -116,6 +117,24 @@ def mixtures_agree() -> None:
         for reduce in ("sum", "mean"):
             sums = custom_ops.voxel_sum(ours, spread_rank, 5, reduce)
             torch.testing.assert_close(sums.full_tensor(), custom_ops.voxel_sum(x, rank, 5, reduce))
+
+
+def rows_and_words_agree() -> None:
+    """Check a loss over a catalogue whose rows and words are sharded in different dimensions of a mesh."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    x, weight, target = torch.randn(5, 3), torch.randn(7, 3), torch.tensor([0, 6, 3, -100, 2])
+    rows, words = [Shard(0), Replicate()], [Replicate(), Shard(0)]
+    spread = [distribute_tensor(t, mesh, p) for t, p in ((x, rows), (weight, words), (target, rows))]
+    of_spread, of_whole = [t.requires_grad_() for t in spread[:2]], [t.requires_grad_() for t in (x, weight)]
+    found = custom_ops.linear_log_prob(*of_spread, spread[2], scale=2.0)
+    expected = custom_ops.linear_log_prob(*of_whole, target, scale=2.0)
+    factors = torch.linspace(-1, 1, 5)
+    of_rows = distribute_tensor(factors, mesh, rows)
+    for ours, right in zip(found, expected):
+        torch.testing.assert_close(ours.full_tensor(), right)
+    own = torch.autograd.grad(sum((t * of_rows).sum() for t in found), of_spread)
+    for ours, right in zip(own, torch.autograd.grad(sum((t * factors).sum() for t in expected), of_whole)):
+        torch.testing.assert_close(ours.full_tensor(), right)
 
 
 def own_geometry_agrees() -> None:
@@ -189,6 +208,7 @@ def every_op_agrees() -> None:
             failures.append(f"{name}: nothing to spread")
     assert not failures, "\n".join(failures)
     mixtures_agree()
+    rows_and_words_agree()
     own_geometry_agrees()
 
 

@@ -105,8 +105,7 @@ def _corrupted(saved, place, wrong):
     return spoiled
 
 
-# These two have no gradient.
-@pytest.mark.parametrize("op", [op for op in FUNCTIONS if op not in ("voxel_rank", "voxel_csr")])
+@pytest.mark.parametrize("op", [op for op, info in FUNCTIONS.items() if info.differentiable])
 @pytest.mark.parametrize("wrong", [2**40, -(2**40)])
 def test_indices_corrupted_between_the_passes_reach_no_foreign_memory(op, wrong):
     """Corrupting any integer saved for a derivative, where autograd's version check doesn't see it, never leads

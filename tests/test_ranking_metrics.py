@@ -3,17 +3,62 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, label_ranking_average_precision_score, ndcg_score
+from sklearn.metrics import (
+    average_precision_score,
+    dcg_score,
+    label_ranking_average_precision_score,
+    ndcg_score,
+    roc_auc_score,
+)
 
 import custom_ops
 
 METRICS = [custom_ops.ndcg, custom_ops.mrr, custom_ops.average_precision]
+CUT = [  # the metrics with cutoffs and an average over ties
+    *METRICS,
+    custom_ops.dcg,
+    custom_ops.precision,
+    custom_ops.recall,
+    custom_ops.f1_score,
+    custom_ops.hit_rate,
+]
+ALL = {metric.__name__: metric for metric in [*CUT, custom_ops.r_precision, custom_ops.auc]}
+ALL["err"] = functools.partial(custom_ops.err, max_label=3)
+
+
+def by_hand(name, scores, labels, k):
+    """Return a metric of one list without ties, from its definition."""
+    y = [label for _, label in sorted(zip(scores, labels), key=lambda item: -item[0])]
+    total, places = sum(a > 0 for a in y), len(y) if k is None else k
+    hits = sum(a > 0 for a in y[:k])
+    if name == "auc":
+        pairs = [(i, j) for i in range(len(y)) for j in range(len(y)) if y[i] > 0 >= y[j]]
+        return sum(i < j for i, j in pairs) / len(pairs)
+    if name == "err":
+        stops = [(2**a - 1) / 8 for a in y]
+        return sum(stops[r] * math.prod(1 - p for p in stops[:r]) / (r + 1) for r in range(len(y[:k])))
+    ranks = [r for r, a in enumerate(y[:k], 1) if a > 0]
+    dcg, ideal = (
+        sum((2**a - 1) / math.log2(1 + r) for r, a in enumerate(z[:k], 1)) for z in (y, sorted(y, reverse=True))
+    )
+    return {
+        "ndcg": dcg / ideal,
+        "dcg": dcg,
+        "mrr": 1 / ranks[0] if ranks else 0,
+        "average_precision": sum((i + 1) / r for i, r in enumerate(ranks)) / min(total, places),
+        "precision": hits / places,
+        "recall": hits / total,
+        "f1_score": 2 * hits / (places + total),
+        "hit_rate": float(hits > 0),
+        "r_precision": sum(a > 0 for a in y[:total]) / total,
+    }[name]
 
 
 def draw(batch, n, seed=0, levels=None):
@@ -55,14 +100,147 @@ def test_mrr_equals_scikit_learns_label_ranking_average_precision(levels):
     assert custom_ops.mrr(scores, labels, ties="together").item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("k", [None, 1, 2, 4])
-@pytest.mark.parametrize("metric", METRICS)
-def test_tie_averaging_is_the_mean_over_all_orders_of_the_tied(metric, k):
-    for seed in range(6):
-        scores, labels = draw(1, 6, seed, levels=2)
-        orders = [list(order) for order in itertools.permutations(range(6))]
-        every = metric(scores[0, orders], labels[0, orders], k, ties="index", reduction="none")
-        assert metric(scores, labels, k).item() == pytest.approx(every.mean().item(), rel=1e-12)
+@pytest.mark.parametrize("name", ALL)
+def test_each_metric_is_its_definition_on_each_backend_and_in_each_form_of_lists(each_backend, name):
+    """Lists come padded, jagged and by the numbers of their queries, with one cutoff or several at once."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([9, 4, 6, 1])
+    scores, labels = torch.randn(4, 9, generator=generator), torch.randint(0, 4, (4, 9), generator=generator)
+    labels[:3, 0], labels[:3, 1], labels[3, 0] = 1, 0, 0
+    metric, ks = ALL[name], (1, 3, None, 7)
+    cut = {} if name in ("auc", "r_precision") else {"k": ks}
+    columns = ks if cut else (None,)
+    lists = [(s[:n].tolist(), y[:n].tolist()) for s, y, n in zip(scores, labels, lengths)]
+    expected = torch.tensor([[by_hand(name, *one, k) for k in columns] for one in lists[:3]] + [[0.0] * len(columns)])
+    expected = expected if cut else expected.squeeze(-1)
+
+    def same(ours, expected):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+
+    options = {"lengths": lengths, **cut}
+    same(metric(scores, labels, reduction="none", **options), expected)
+    same(metric(scores, labels, **options), expected[:3].mean(0))
+    same(metric(scores, labels, reduction="sum", **options), expected.sum(0))
+    valid = torch.arange(9) < lengths[:, None]
+    same(metric(scores, labels, reduction="none", mask=valid, **cut), expected)
+    flat = {"scores": scores[valid], "labels": labels[valid]}
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    weights = torch.tensor([1.0, 3.0, 0.0, 2.0])
+    same(metric(**flat, cu_lengths=bounds, reduction="none", **cut), expected)
+    same(metric(**flat, cu_lengths=bounds, weights=weights, **cut), (expected[0] + 3 * expected[1]) / 4)
+    same(
+        metric(**flat, cu_lengths=bounds, weights=weights, reduction="none", **cut),
+        torch.einsum("l,l...->l...", weights, expected),
+    )
+    shuffled = torch.randperm(len(flat["scores"]), generator=generator)
+    queries = torch.arange(40, 44).repeat_interleave(lengths)[shuffled]
+    mixed = {key: x[shuffled] for key, x in flat.items()}
+    same(metric(**mixed, index=queries, reduction="none", **cut), expected)
+    dropped = metric(**mixed, index=queries, mask=queries != 42, **cut)
+    same(dropped, expected[:2].mean(0))
+    for empty in (0.0, 1.0, math.nan):
+        filled = torch.cat([expected[:3], torch.full_like(expected[3:], empty)])
+        torch.testing.assert_close(
+            metric(scores, labels, empty=empty, reduction="none", **options), filled, equal_nan=True
+        )
+        torch.testing.assert_close(metric(scores, labels, empty=empty, **options), filled.mean(0), equal_nan=True)
+    assert metric(scores, labels, weights=weights, empty=math.nan, **options).isnan().all()
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0])  # a list of weight 0 doesn't count, whatever its value is
+    same(metric(scores, labels, weights=weights, empty=math.nan, **options), expected[0])
+    scores[1, 2] = math.nan
+    assert metric(scores, labels, reduction="none", **options).isnan().view(4, -1).any(-1).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+def test_auc_and_dcg_equal_scikit_learns(levels):
+    scores, labels = draw(7, 20, levels=levels)
+    expected = [roc_auc_score(y > 0, s) for s, y in zip(scores.numpy(), labels.numpy())]
+    np.testing.assert_allclose(custom_ops.auc(scores, labels, reduction="none"), expected, rtol=1e-12)
+    for k in (None, 3):
+        expected = dcg_score(labels.numpy(), scores.numpy(), k=k, log_base=3)
+        ours = custom_ops.dcg(scores, labels, k, gain="linear", discount=lambda rank: math.log(3) / (1 + rank).log())
+        assert ours.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("action", "empty"), [("skip", None), ("neg", 0.0), ("pos", 1.0)])
+def test_metrics_by_query_numbers_equal_torchmetrics(action, empty):
+    retrieval = pytest.importorskip("torchmetrics.retrieval", reason="torchmetrics isn't here: python tests/peers.py")
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(40).repeat_interleave(12)[torch.randperm(480, generator=generator)]
+    scores, grades = torch.rand(480, generator=generator), torch.randint(0, 4, (480,), generator=generator)
+    grades[index == 3] = 0
+    relevant = (grades > 1).long()
+    for theirs, ours, labels, k in [
+        (retrieval.RetrievalPrecision, custom_ops.precision, relevant, 5),
+        (retrieval.RetrievalRecall, custom_ops.recall, relevant, 5),
+        (retrieval.RetrievalHitRate, custom_ops.hit_rate, relevant, 2),
+        (retrieval.RetrievalRPrecision, custom_ops.r_precision, relevant, None),
+        (retrieval.RetrievalMAP, custom_ops.average_precision, relevant, None),
+        (retrieval.RetrievalMRR, custom_ops.mrr, relevant, 3),
+        (retrieval.RetrievalAUROC, custom_ops.auc, relevant, None),
+        (retrieval.RetrievalNormalizedDCG, functools.partial(custom_ops.ndcg, gain="linear"), grades, 5),
+    ]:
+        metric = theirs(empty_target_action=action, **({} if k is None else {"top_k": k}))
+        metric.update(scores, labels, indexes=index)
+        value = ours(scores, labels, index=index, empty=empty, **({} if k is None else {"k": k}))
+        torch.testing.assert_close(value, metric.compute(), rtol=1e-5, atol=1e-6)
+
+
+def test_gains_and_discounts_of_ones_own():
+    scores, labels = draw(4, 7)
+    for metric in (custom_ops.ndcg, custom_ops.dcg):
+        by_name = metric(scores, labels, (2, None))
+        by_function = metric(
+            scores, labels, (2, None), gain=lambda y: 2.0**y - 1, discount=lambda rank: 1 / (1 + rank).log2()
+        )
+        torch.testing.assert_close(by_function, by_name)
+        assert torch.equal(metric(scores, labels, 2, discount=lambda rank: 0 * rank), torch.zeros(()).double())
+        with pytest.raises(ValueError, match=r"gain: expected a real result of shape \[4, 7\], got \[4\]"):
+            metric(scores, labels, gain=lambda y: y[:, 0])
+        with pytest.raises(TypeError, match="discount: expected a function, got str"):
+            metric(scores, labels, discount="log2")
+        with pytest.raises(ValueError, match="gain: expected one of 'exponential', 'linear', got 'x'"):
+            metric(scores, labels, gain="x")
+
+
+def test_wrong_query_numbers_and_cutoffs():
+    x = torch.ones(3)
+    for options, message in {
+        "index: expected one of int32, int64, got float32": {"index": x},
+        r"index: expected shape \[3\], got \[2\]": {"index": torch.tensor([0, 1])},
+        "index: expected neither lengths nor cu_lengths": {"index": torch.arange(3), "lengths": torch.tensor(3)},
+        r"weights: expected shape \[2\], got \[3\]": {"index": torch.tensor([7, 2, 7]), "weights": x},
+        "k: expected at least 1, got 0": {"k": (1, 0)},
+        "k: expected an integer or None, got str": {"k": "10"},
+        "empty: expected a number, got str": {"empty": "skip"},
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=options):
+            custom_ops.ndcg(x, x, **message)
+    with pytest.raises(ValueError, match=r"scores: expected \[n\], got shape \[1, 3\]"):
+        custom_ops.ndcg(x[None], x[None], index=torch.arange(3))
+    with pytest.raises(ValueError, match="max_label: expected a positive number, got 0"):
+        custom_ops.err(x, x, max_label=0)
+    assert custom_ops.ndcg(x, x, ()).shape == (0,)
+
+
+def test_metrics_can_be_vmapped_and_compiled():
+    scores, labels = draw(6, 5, levels=3)
+    expected = custom_ops.ndcg(scores, labels, (1, 3), reduction="none")
+    vmapped = torch.vmap(lambda s, y: custom_ops.ndcg(s, y, (1, 3), reduction="none"))(scores, labels)
+    torch.testing.assert_close(vmapped, expected)
+    compiled = torch.compile(custom_ops.ndcg, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(scores, labels, (1, 3), reduction="none"), expected)
+
+
+@pytest.mark.parametrize("metric", CUT)
+def test_tie_averaging_is_the_mean_over_all_orders_of_the_tied(each_backend, metric):
+    """All lists and orders go into one call, since each call of the interpreted kernels takes long."""
+    scores, labels = draw(4, 4, 1, levels=2)
+    orders = [list(order) for order in itertools.permutations(range(4))]
+    ks = (None, 1, 2, 3)
+    every = metric(scores[:, orders], labels[:, orders], ks, ties="index", reduction="none")
+    torch.testing.assert_close(metric(scores, labels, ks, reduction="none"), every.mean(1), rtol=1e-12, atol=0)
 
 
 def test_ties_by_index_keep_the_order_they_came_in():
@@ -185,4 +363,4 @@ def test_wrong_calls(metric, options, message):
 
 def test_examples_of_docstrings():
     result = doctest.testmod(custom_ops.ranking.metrics)
-    assert (result.attempted, result.failed) == (6, 0)
+    assert (result.attempted, result.failed) == (23, 0)

@@ -208,3 +208,10 @@ def test_spearman_of_tied_scores_has_no_gradient(regularization, dtype):
     loss.backward()
     assert loss.item() == 1
     assert scores.grad.tolist() == [0] * 9
+
+
+@pytest.mark.parametrize("value", [2.8e-309, 1e-38, -3e-30])
+def test_items_alone_in_their_pools_keep_values_far_below_a_rounding_error(value):
+    """The constant of such a pool is exactly 0, where the logarithm of a quotient near 1 was 1e-16."""
+    x = torch.full((17,), value, dtype=torch.float64)
+    torch.testing.assert_close(custom_ops.soft_sort(x, "kl", 0.5), x, rtol=1e-12, atol=0)

@@ -332,8 +332,13 @@ CALLS = {
 }
 
 
+IN_TRANSFORMS = {"grad", "vmap of grad", "hessian", "tangent of grad"}
+
+
 @pytest.mark.parametrize("how", CALLS)
 def test_any_op_with_a_number_is_compiled_twice(how):
+    if how in IN_TRANSFORMS and torch.__version__ < (2, 13):
+        pytest.skip("Dynamo 2.10 makes a number within torch.func a constant, with torch's ops too")
     compiled_twice(CALLS[how])
 
 

@@ -220,10 +220,21 @@ def test_segments(name, dtype):
         perm = torch.randperm(points, generator=torch.Generator().manual_seed(0))
         for order in (None, perm):
             reduce_alike(x, None, indptr, order, mean=False)
-            for got, want in zip(
-                voxel_segments.segment_max(x, indptr, order), ops.segment_max.default(x, indptr, order), strict=True
+            for largest in (True, False):
+                extremes = (x, indptr, order, largest)
+                for got, want in zip(
+                    voxel_segments.segment_extreme(*extremes), ops.segment_extreme.default(*extremes), strict=True
+                ):
+                    same(got, want)
+            close(voxel_segments.segment_logsumexp(x, indptr, order), ops.segment_logsumexp.default(x, indptr, order))
+            softmax = ops.segment_softmax.default(x, indptr, order)
+            for op, operands in (
+                ("segment_softmax", (x,)),
+                ("segment_softmax_adjoint", (x, softmax)),
+                ("segment_center", (x,)),
             ):
-                same(got, want)
+                arguments = (*operands, indptr, order)
+                close(getattr(voxel_segments, op)(*arguments), getattr(ops, op).default(*arguments))
         reduce_alike(x, weight, indptr, perm, mean=True)
         reduce_alike(x, weight, indptr, None, mean=False)
 
@@ -242,9 +253,28 @@ def test_maximum_with_nan_ties_and_infinities():
     x[:4] = float("-inf")
     x[5:7] = float("nan")
     x[8 + 2 * CHUNK] = x[8 + CHUNK] = 9
-    out, argmax = voxel_segments.segment_max(x, indptr, None)
+    out, argmax = voxel_segments.segment_extreme(x, indptr, None, True)
     same(out, torch.tensor([[float("-inf")], [0], [float("nan")], [9]]))
     assert argmax.flatten().tolist() == [0, -1, 5, 8 + CHUNK]
+
+
+def test_reductions_of_infinities_and_integers():
+    indptr, perm = torch.tensor([0, 3, 5, 7, 7, 9]), torch.tensor([1, 0, 2, 4, 3, 6, 5, 8, 7, 9])
+    inf = float("inf")
+    x = torch.tensor([[-inf, -inf, -inf, -inf, 2.0, inf, 1.0, float("nan"), inf, float("nan")]]).T.contiguous()
+    assert voxel_segments.segment_logsumexp(x, indptr, perm)[:4].flatten().tolist() == [-inf, 2, inf, -inf]
+    for order in (None, perm):
+        for op in ("segment_logsumexp", "segment_softmax", "segment_center"):
+            same(getattr(voxel_segments, op)(x, indptr, order), getattr(ops, op).default(x, indptr, order))
+        whole = torch.randint(-3, 3, (2, 10, 2), generator=torch.Generator().manual_seed(0))
+        for largest in (True, False):
+            extremes = (whole, indptr, order, largest)
+            for got, want in zip(
+                voxel_segments.segment_extreme(*extremes), ops.segment_extreme.default(*extremes), strict=True
+            ):
+                same(got, want)
+        sums = (whole, None, indptr, order, False, 1, 1)
+        same(voxel_segments.segment_reduce(*sums), ops.segment_reduce.default(*sums))
 
 
 def test_segments_are_deterministic():
@@ -252,6 +282,21 @@ def test_segments_are_deterministic():
     x, indptr = draw((points, 3), torch.float32), torch.tensor(bounds)
     arguments = (x, None, indptr, None, False, 1, 1)
     assert torch.equal(voxel_segments.segment_reduce(*arguments), voxel_segments.segment_reduce(*arguments))
+
+
+@pytest.mark.parametrize("size", [-1, 0, 3, 40])
+def test_voxels_of_points(size):
+    generator = torch.Generator().manual_seed(1)
+    for ranks in (-1, 1, 5, 2**40):
+        for points in (0, 1, 30):
+            rank = torch.randint(-1, max(ranks, 0) + 1, (points,), generator=generator)
+            for given in (rank, rank.clamp_max(9).int(), torch.stack([rank, rank.flip(0)])):
+                if given.dim() > 1 and size < 0:
+                    continue
+                for op, limits in (("voxel_unique", (size,)), ("voxel_slots", (2, size))):
+                    results = getattr(voxel_grid, op)(given, *limits), getattr(ops, op).default(given, *limits)
+                    for got, want in zip(*results, strict=True):
+                        same(got, want)
 
 
 def test_no_segment_reaches_another():
@@ -273,7 +318,7 @@ def test_corrupted_boundaries_reach_no_other_memory(bounds):
     for perm in (None, torch.arange(points) * 7 - points):
         sums = voxel_segments.segment_reduce(x, None, indptr, perm, False, 1, 1)
         assert (sums.isnan() | (sums <= points) | long).all()
-        _, argmax = voxel_segments.segment_max(x, indptr, perm)
+        _, argmax = voxel_segments.segment_extreme(x, indptr, perm, True)
         assert ((argmax >= -1) & (argmax < points)).all()
         rows, dots = voxel_segments.segment_spread(
             torch.ones(len(bounds) - 1, 2), x, None, indptr, perm, points, False, 1, 1, True

@@ -9,7 +9,7 @@ import custom_ops
 from custom_ops.voxel.specs.pooling import bev_pool_reference
 from custom_ops.voxel.specs.sums import voxel_sum_reference
 from custom_ops.voxel.specs.voxel_grid import voxel_csr_reference
-from custom_ops.voxel.voxel_segments import segment_max, segment_reduce, segment_spread
+from custom_ops.voxel.voxel_segments import segment_extreme, segment_reduce, segment_spread
 
 NAN = float("nan")
 REDUCTIONS = ("sum", "mean", "max")
@@ -94,9 +94,9 @@ def test_max_goes_to_the_first_across_the_parts_of_a_long_voxel():
     x[[300, 4000], 2] = NAN
     perm = torch.randperm(5000)
     indptr = torch.tensor([0, 5000])
-    out, argmax = segment_max(x, indptr, None)
+    out, argmax = segment_extreme(x, indptr, None, True)
     assert argmax.tolist() == [[0, 700, 300]]
-    out, argmax = segment_max(x.index_select(0, perm.argsort()), indptr, perm)
+    out, argmax = segment_extreme(x.index_select(0, perm.argsort()), indptr, perm, True)
     assert argmax.tolist() == [[perm[0], perm[700], perm[300]]]
     assert out[0, 1] == 7 and out[0, 2].isnan()
 
@@ -269,7 +269,7 @@ def test_corrupted_points_never_reach_foreign_memory(perm):
     x, indptr, points = torch.ones(4, 2), torch.tensor([0, 4]), torch.tensor(perm)
     for run in (
         lambda: segment_reduce(x, None, indptr, points, False, 1, 1),
-        lambda: segment_max(x, indptr, points),
+        lambda: segment_extreme(x, indptr, points, True),
         lambda: segment_spread(torch.ones(1, 2), None, None, indptr, points, 4, False, 1, 1, True),
     ):
         with pytest.raises(RuntimeError, match=r"^perm: expected points within \[0, 4\)"):

@@ -46,7 +46,8 @@ def functions() -> dict[str, list[Call]]:
             samples = FUNCTIONS[name].samples(torch.device("cpu"), torch.float32)
             found[name] = [(function, _bind(function, *s.args, **s.kwargs)) for s in samples]
         else:
-            found[name] = [(function, _bind(function, *args)) for args in OTHERS.get(name, list)()]
+            options = OPTIONS.get(name, {})
+            found[name] = [(function, _bind(function, *args, **options)) for args in OTHERS.get(name, list)()]
     return found
 
 
@@ -68,14 +69,25 @@ def _bevdet() -> list[tuple[Any, ...]]:
     ]
 
 
+def _places(*shape: int) -> Tensor:
+    return torch.arange(int(torch.tensor(shape).prod())).view(shape) % 2
+
+
 # These public functions aren't ops, so the registry doesn't have them.
 OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "ndcg": _lists,
     "mrr": _lists,
-    "average_precision": lambda: [(s, (y > 0).long()) for s, y in _lists()],
+    **dict.fromkeys(("precision", "recall", "f1_score", "hit_rate", "r_precision", "dcg", "err"), _lists),
+    **dict.fromkeys(("average_precision", "auc"), lambda: [(s, (y > 0).long()) for s, y in _lists()]),
     "bev_pool_v2": _bevdet,
+    "bevfusion_pool": lambda: [(torch.randn(3, 2), _places(3, 4), 2, 2, 2, 2)],
+    "dynamic_scatter": lambda: [(torch.randn(3, 2), _places(3, 3), "mean")],
+    "voxel_image": lambda: [(torch.randn(2, 8, 3), (2, 2, 2), "cyx")],
+    "voxel_pooling_train": lambda: [(_places(1, 4, 3), torch.randn(1, 4, 2), (2, 2, 2))],
+    "voxelization": lambda: [(torch.rand(5, 4), (0.5, 0.5, 0.5), (0, 0, 0, 1, 1, 1), 2, 10, True)],
     "convert_activations": lambda: [(torch.nn.Sequential(torch.nn.ReLU()),)],
 }
+OPTIONS = {"err": {"max_label": 3.0}}
 
 
 def spoiled(argument: str, value: Any, call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -23,12 +23,19 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
 
 
 @kernel(
-    "*T *T *T *i32 *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32",
+    "*T *T *T *T *i32 *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32",
     WIDE,
     {
-        (weighting, hessian): {"WEIGHTING": weighting, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        (weighting, hessian, weighted): {
+            "WEIGHTING": weighting,
+            "HESSIAN": hessian,
+            "WEIGHTED": weighted,
+            "ROWS": _ROWS,
+            "COLUMNS": _COLUMNS,
+        }
         for weighting in map(int, PairWeighting)
         for hessian in (False, True)
+        for weighted in (False, True)
     },
     narrow=PAIRS,
 )
@@ -36,6 +43,7 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
 def lambda_pairs_kernel(
     s_ptr,
     y_ptr,
+    weight_ptr,
     v_ptr,
     rank_ptr,
     gain_ptr,
@@ -53,10 +61,14 @@ def lambda_pairs_kernel(
     blocks,
     WEIGHTING: tl.constexpr,
     HESSIAN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Store each item's slope, and the number and total value of its pairs with items that it should be above."""
+    """Store each item's slope, and the number and total value of its pairs with items that it should be above.
+
+    WEIGHTED counts a pair by the product of its items' weights; that of this item is multiplied at the end.
+    """
     program = tl.program_id(0).to(tl.int64)
     example = program // blocks * items
     owner_ptr += program // blocks * stride
@@ -74,6 +86,10 @@ def lambda_pairs_kernel(
         self_i = valid_i & (rank_i < 0)
         value = tl.where(self_i, gain_i * discount_i * 0.6931471805599453, 0.0).to(tl.float64)
         count = tl.where(self_i, 1.0, 0.0).to(s_i.dtype)
+        if WEIGHTED:
+            own = tl.load(weight_ptr + example + i, mask=valid_i, other=0)
+            value *= own
+            count *= own
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     twice = tl.full([1, 1], 2.0 * sigma, s_i.dtype)
@@ -111,10 +127,19 @@ def lambda_pairs_kernel(
         if WEIGHTING == _NDCG1:
             lead = difference * twice
             w_i, w_j = (gain_i * discount_i)[:, None], (gain_j * discount_j)[None, :]
+            if WEIGHTED:
+                w_i = w_i * tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
+                w_j = w_j * tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
             w = w_i + w_j
         else:
             lead = tl.where(below, -difference, difference) * twice
-        count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
+            if WEIGHTED:
+                w *= tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
+        if WEIGHTED:
+            one = tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
+            count += tl.sum(tl.where(above, one, 0.0), axis=1)
+        else:
+            count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
         above &= w != 0  # infinite scores with weight 0 change nothing
         below &= w != 0
         if HESSIAN:
@@ -132,6 +157,11 @@ def lambda_pairs_kernel(
                 slope += sum_of_rows(tl.where(above, -g, tl.where(below, g, 0.0)))
             wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
             value += sum_of_rows(tl.where(above, w * pair_value(tl.abs(lead), LOGISTIC) + wrong, 0.0))
+    if WEIGHTED:
+        weight = tl.load(weight_ptr + example + i, mask=valid_i, other=0)
+        slope *= weight
+        value *= weight
+        count *= weight
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)
     tl.store(count_ptr + example + i, count, mask=i < items)
@@ -142,6 +172,7 @@ def _pairs(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     v: Tensor | None,
     weighting: int,
     k: int,
@@ -154,8 +185,9 @@ def _pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores, labels = scores.contiguous(), labels.contiguous()
     lists = Lists(scores, valid, offsets)
-    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
-        raise RuntimeError("labels, v: expected the shape and dtype of the scores")
+    given = (labels, item_weights, v)
+    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in given):
+        raise RuntimeError("labels, item_weights, v: expected the shape and dtype of the scores")
     owners, stride = lists.owners()
     by_item = owners.reshape(lists.examples if stride else 1, lists.items)
     by_item = by_item.expand(lists.examples, lists.items).reshape(scores.shape)
@@ -168,7 +200,7 @@ def _pairs(
     distance = (distance[:-1] - distance[1:]) * (mu if weighting == PairWeighting.NDCG2PP else 1.0)
     distance = distance.to(scores.dtype)  # by distance of the ranks; distance 0 isn't read
     some = active = None
-    if both:  # True for a list with a pair, be it in the top or below
+    if both or item_weights is not None:  # True for a list with a pair, be it in the top or below
         if weighting == PairWeighting.NDCG1:
             active = lists.sum(owned.to(scores.dtype)) > 1
         else:
@@ -187,13 +219,13 @@ def _pairs(
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
-    vector = scores if v is None else v.contiguous()  # a placeholder that isn't read
+    weights, vector = (scores if x is None else x.contiguous() for x in (item_weights, v))  # or a placeholder
     from_top = (rank - min(k, lists.items)).to(torch.int32)  # negative in the top k
     lambda_pairs_kernel(
         lists.examples * blocks,
-        *(scores, labels, vector, from_top, gain, discount, distance, owners, lists.bounds),
+        *(scores, labels, weights, vector, from_top, gain, discount, distance, owners, lists.bounds),
         *(slope, value, count, sigma, lists.items, stride, lists.lists, blocks),
-        variant=(weighting, v is not None),
+        variant=(weighting, v is not None, item_weights is not None),
     )
     pairs = lists.sum(count)
     active = pairs > (1 if weighting == PairWeighting.NDCG1 else 0) if active is None else active
@@ -201,7 +233,7 @@ def _pairs(
         pairs, active = torch.where(some, pairs, 0), active & some
     factor = torch.full_like(pairs, scale, dtype=torch.float64)
     if normalize:
-        factor = factor / pairs.clamp_min(1)
+        factor = factor / torch.where(pairs > 0, pairs, 1)
     moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
     loss = torch.where(active, lists.sum(value) * factor, 0)
     return loss.to(scores.dtype), moved.to(scores.dtype), active
@@ -218,6 +250,7 @@ def lambda_pairs(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     weighting: int,
     k: int,
     both: bool,
@@ -227,7 +260,9 @@ def lambda_pairs(
     scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _pairs(scores, labels, valid, offsets, None, weighting, k, both, exponential, sigma, mu, scale, normalize)
+    return _pairs(
+        scores, labels, valid, offsets, item_weights, None, weighting, k, both, exponential, sigma, mu, scale, normalize
+    )
 
 
 def lambda_pairs_slope(
@@ -235,6 +270,7 @@ def lambda_pairs_slope(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     v: Tensor | None,
     weighting: int,
     k: int,
@@ -245,4 +281,6 @@ def lambda_pairs_slope(
     scale: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(scores, labels, valid, offsets, v, weighting, k, both, exponential, sigma, mu, scale, normalize)[1]
+    return _pairs(
+        scores, labels, valid, offsets, item_weights, v, weighting, k, both, exponential, sigma, mu, scale, normalize
+    )[1]

@@ -324,18 +324,17 @@ def _over_active(x: Tensor, active: Tensor, mean: bool, dims: tuple[int, ...]) -
 
 
 def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return the launcher of a list loss, made of one that returns the loss of each list."""
+    """Return the launcher of a list loss, made of one that returns the loss of each list.
+
+    Weights of the items come before the reduction.
+    """
 
     def run(
-        scores: Tensor,
-        labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
-        reduction: int,
-        batch_dims: int,
-        *params: Any,
+        scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, slope, active = launch(scores, labels, valid, offsets, *params)
+        given = 0 if isinstance(rest[0], int) else 1
+        reduction, batch_dims, *params = rest[given:]
+        loss, slope, active = launch(scores, labels, valid, offsets, *rest[:given], *params)
         lists = Lists(labels, valid, offsets)
         undefined = (labels.contiguous(), lists.valid, lists.bounds, loss, active.view(torch.uint8))
         list_undefined_kernel(lists.examples * lists.lists, *undefined, lists.items, lists.lists, variant=lists.masked)

@@ -114,11 +114,13 @@ class _Ordered:
         labels: Tensor,
         valid: Tensor | None,
         offsets: Tensor | None,
+        item_weights: Tensor | None = None,
         by_score: bool = False,
         grouped: bool = True,
     ) -> None:
-        if labels.shape != scores.shape or labels.dtype != scores.dtype:
-            raise RuntimeError("labels: expected the shape and dtype of the scores")
+        given = (labels, item_weights)
+        if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in given):
+            raise RuntimeError("labels, item_weights: expected the shape and dtype of the scores")
         self.dtype = scores.dtype
         self.lists = lists = Lists(scores, valid, offsets)
         place = torch.arange(lists.items, device=scores.device)
@@ -130,6 +132,7 @@ class _Ordered:
         scores, labels = (t.contiguous().masked_fill(~exists, 0).double() for t in (scores, labels))
         self.order = lists.sort(labels, scores if by_score else None).contiguous()
         self.s, self.y, self.exists = (t.gather(-1, self.order) for t in (scores, labels, exists))
+        self.weight = torch.ones_like(self.s) if item_weights is None else self.sorted(item_weights)
         count = lists.sum(self.exists.double()).long()
         end = self.start + lists.to_items(count)  # the end of the valid items
         begins = self.exists.clone()
@@ -219,13 +222,15 @@ class _Competing(_Ordered):
     """Groups that each compete with all items from itself on; L is the logarithm of the sum of their e^(scale s)."""
 
     scale = 1.0
+    exponents_are_weighted = False  # by the items' weights
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.exponents = self.weight if self.exponents_are_weighted else torch.ones_like(self.s)
         self.reach(torch.zeros_like(self.s))
 
     def reach(self, v: Tensor) -> None:
-        sums = self.scan(self.s, torch.ones_like(self.s), v, self.exists, self.scale, reverse=True)
+        sums = self.scan(self.s, self.exponents, self.exponents * v, self.exists, self.scale, reverse=True)
         self.own = self.at(sums, self.first, ~self.exists).defined()
         self.lower = self.at(sums, self.last + 1, self.final | ~self.exists)
         self.mean = self.own.mean
@@ -247,12 +252,14 @@ class _ListMle(_Competing):
         labels: Tensor,
         valid: Tensor | None,
         offsets: Tensor | None,
+        item_weights: Tensor | None,
         ties: int,
         weights: int,
         k: int,
     ) -> None:
         ties, weights = Ties(ties), PositionWeights(weights)
-        super().__init__(scores, labels, valid, offsets, by_score=ties == Ties.SCORE, grouped=ties == Ties.BRESLOW)
+        options = {"by_score": ties == Ties.SCORE, "grouped": ties == Ties.BRESLOW}
+        super().__init__(scores, labels, valid, offsets, item_weights, **options)
         place = (torch.arange(self.lists.items, device=scores.device) - self.start).double()
         w = torch.ones_like(self.s)
         if weights == PositionWeights.EXPONENTIAL:
@@ -267,8 +274,14 @@ class _ListMle(_Competing):
             self.whole = through.gather(-1, self.last.clamp_min(0)) - through.gather(-1, self.first)
             self.whole = self.whole + w.gather(-1, self.first)
             self.w = self.whole / (self.last - self.first + 1).clamp_min(1)
+            if item_weights is not None:
+                self.w = self.w * self.weight
+                through = self.lists.scan(self.w.masked_fill(~self.exists, 0))
+                self.whole = through.gather(-1, self.last.clamp_min(0)) - through.gather(-1, self.first)
+                self.whole = self.whole + self.w.gather(-1, self.first)
             self.miss = 1 - self.share
         else:
+            self.w = self.whole = w * self.weight
             self.miss = _weigh(self.lower.a, self.own.share(self.lower.top))  # 1 - share, without cancellation
 
     def loss(self) -> Tensor:
@@ -288,12 +301,18 @@ class _ListMle(_Competing):
 
 class _UniqueSoftmax(_Competing):
     def __init__(
-        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, exponential: bool
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        offsets: Tensor | None,
+        item_weights: Tensor | None,
+        exponential: bool,
     ) -> None:
-        super().__init__(scores, labels, valid, offsets)
+        super().__init__(scores, labels, valid, offsets, item_weights)
         self.active = self.active & ~(self.top <= 0)
         top = self.lists.to_items(self.top)
-        self.w = relative_gains(self.y, top, exponential) / relative_gains(top, top, exponential)
+        self.w = relative_gains(self.y, top, exponential) / relative_gains(top, top, exponential) * self.weight
         self.x = self.lower.above(self.s)
         self.p = _weigh(self.w, self.x.sigmoid())
 
@@ -329,13 +348,21 @@ def _term(worse: Tensor, better: Tensor, count: Tensor) -> _Term:
 
 
 class _Cosent(_Competing):
+    exponents_are_weighted = True
+
     def __init__(
-        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, scale: float
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        offsets: Tensor | None,
+        item_weights: Tensor | None,
+        scale: float,
     ) -> None:
         self.scale = scale
-        super().__init__(scores, labels, valid, offsets)
+        super().__init__(scores, labels, valid, offsets, item_weights)
         self.most = _Term(*(self.lists.per_list(self.s).zero_() for _ in range(3)))
-        term = _term(self.lower.top, self.s, self.lower.a)
+        term = _term(self.lower.top, self.s, self.lower.a * self.weight)
         some = self.exists & (self.lower.a != 0)
         place = torch.arange(self.lists.items, device=scores.device)
         for _ in range(2):  # the first pass finds the largest rounded exponent, which is near the largest
@@ -360,13 +387,14 @@ class _Cosent(_Competing):
 
     def reach(self, v: Tensor) -> None:
         super().reach(v)
-        sums = self.scan(-self.s, torch.ones_like(v), v, self.exists, self.scale)
+        sums = self.scan(-self.s, self.exponents, self.exponents * v, self.exists, self.scale)
         self.higher = self.at(sums, self.first - 1, (self.first == self.start) | ~self.exists)
 
     def _shares(self) -> tuple[Tensor, Tensor]:
         """Return the shares of an item's pairs with items of lower and of higher labels."""
         whole = self.lists.to_items(self.whole)
-        lower, higher = _term(self.lower.top, self.s, self.lower.a), _term(self.s, -self.higher.top, self.higher.a)
+        lower = _term(self.lower.top, self.s, self.lower.a * self.weight)
+        higher = _term(self.s, -self.higher.top, self.higher.a * self.weight)
         return self._over(self.lower, lower) / whole, self._over(self.higher, higher) / whole
 
     def loss(self) -> Tensor:
@@ -411,7 +439,15 @@ def _slope(
     return lists.result(lists.slope() if v is None else lists.product(lists.sorted(v)))
 
 
+def _weighted_slope(kind: Any, *args: Any) -> Any:
+    *lists, item_weights, v = args[:6]
+    return _slope(kind, *lists, v, item_weights, *args[6:])
+
+
 list_softmax, list_softmax_slope = reducing(partial(_loss, _ListSoftmax)), partial(_slope, _ListSoftmax)
-list_mle, list_mle_slope = reducing(partial(_loss, _ListMle)), partial(_slope, _ListMle)
-unique_softmax, unique_softmax_slope = reducing(partial(_loss, _UniqueSoftmax)), partial(_slope, _UniqueSoftmax)
-cosent, cosent_slope = reducing(partial(_loss, _Cosent)), partial(_slope, _Cosent)
+list_mle, list_mle_slope = reducing(partial(_loss, _ListMle)), partial(_weighted_slope, _ListMle)
+unique_softmax, unique_softmax_slope = (
+    reducing(partial(_loss, _UniqueSoftmax)),
+    partial(_weighted_slope, _UniqueSoftmax),
+)
+cosent, cosent_slope = reducing(partial(_loss, _Cosent)), partial(_weighted_slope, _Cosent)

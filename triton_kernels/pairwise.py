@@ -83,12 +83,19 @@ def sum_of_rows(x):
 
 
 @kernel(
-    "*T *T *T *i32 *i64 *fp64 *fp64 *T fp64 fp64 i32 i32 i32 i32",
+    "*T *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 fp64 i32 i32 i32 i32",
     WIDE,
     {
-        (phi, hessian): {"PHI": phi, "HESSIAN": hessian, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        (phi, hessian, weighted): {
+            "PHI": phi,
+            "HESSIAN": hessian,
+            "WEIGHTED": weighted,
+            "ROWS": _ROWS,
+            "COLUMNS": _COLUMNS,
+        }
         for phi in range(len(PairFunction) + 2)
         for hessian in (False, True)
+        for weighted in (False, True)
     },
     num_warps=8,  # some variants spill with 4 warps
     narrow=PAIRS,
@@ -97,6 +104,7 @@ def sum_of_rows(x):
 def pairwise_kernel(
     s_ptr,
     y_ptr,
+    weight_ptr,
     v_ptr,
     owner_ptr,
     bounds_ptr,
@@ -111,10 +119,14 @@ def pairwise_kernel(
     blocks,
     PHI: tl.constexpr,
     HESSIAN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Store each item's slope, and the number and total value of its pairs with items that it should be above."""
+    """Store each item's slope, and the number and total value of its pairs with items that it should be above.
+
+    WEIGHTED counts a pair by the product of its items' weights.
+    """
     program = tl.program_id(0).to(tl.int64)
     example = program // blocks * items
     owner_ptr += program // blocks * stride
@@ -141,15 +153,28 @@ def pairwise_kernel(
         below = together & (y_i[:, None] < y_j[None, :])
         difference = s_i[:, None] - s_j[None, :]
         d = tl.where(below, -difference, difference) * twice + offset
+        if WEIGHTED:
+            w = tl.load(weight_ptr + example + j, mask=valid_j, other=0)[None, :]
+        else:
+            w = tl.full([1, COLUMNS], 1.0, s_i.dtype)
         if HESSIAN:
             v_j = tl.load(v_ptr + example + j, mask=valid_j, other=0)
             move = pair_curvature(d, PHI) * (v_i[:, None] - v_j[None, :])
-            slope += sum_of_rows(tl.where(above | below, move, 0.0))
+            slope += sum_of_rows(tl.where(above | below, move * w if WEIGHTED else move, 0.0))
         else:
             g = pair_slope(d, PHI)
+            worth = pair_value(d, PHI)
+            if WEIGHTED:
+                g *= w
+                worth *= w
             slope += sum_of_rows(tl.where(above, g, tl.where(below, -g, 0.0)))
-            value += sum_of_rows(tl.where(above, pair_value(d, PHI), 0.0))
-        count += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
+            value += sum_of_rows(tl.where(above, worth, 0.0))
+        count += tl.sum(tl.where(above, w, 0.0), axis=1)
+    if WEIGHTED:
+        w_i = tl.load(weight_ptr + example + i, mask=valid_i, other=0)
+        slope *= w_i
+        value *= w_i
+        count *= w_i
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)
     tl.store(count_ptr + example + i, count, mask=i < items)
@@ -160,6 +185,7 @@ def _pairs(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     v: Tensor | None,
     phi: int,
     factor: float,
@@ -169,20 +195,22 @@ def _pairs(
     """Return loss, slope (or Hessian times v) and number of pairs of the sum of phi(factor (s_i - s_j) + shift)."""
     scores, labels = scores.contiguous(), labels.contiguous()
     lists = Lists(scores, valid, offsets)
-    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
-        raise RuntimeError("labels, v: expected the shape and dtype of the scores")
+    given = (labels, item_weights, v)
+    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in given):
+        raise RuntimeError("labels, item_weights, v: expected the shape and dtype of the scores")
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
-    vector = scores if v is None else v.contiguous()  # a placeholder that isn't read
+    weights, vector = (scores if x is None else x.contiguous() for x in (item_weights, v))  # or a placeholder
     owners, stride = lists.owners()
-    pointers = (scores, labels, vector, owners, lists.bounds, slope, value, count)
+    pointers = (scores, labels, weights, vector, owners, lists.bounds, slope, value, count)
     sizes = (lists.items, stride, lists.lists, blocks)
-    pairwise_kernel(lists.examples * blocks, *pointers, factor, shift, *sizes, variant=(phi, v is not None))
+    variant = (phi, v is not None, item_weights is not None)
+    pairwise_kernel(lists.examples * blocks, *pointers, factor, shift, *sizes, variant=variant)
     pairs = lists.sum(count)
     loss, weight = lists.sum(value), torch.ones_like(pairs, dtype=torch.float64)
     if normalize:
-        weight = weight / pairs.clamp_min(1)
+        weight = weight / torch.where(pairs > 0, pairs, 1)
     slope = list_scale((factor if v is None else factor * factor) * weight, slope, valid, offsets)
     return (loss * weight).to(scores.dtype), slope.to(scores.dtype), pairs
 
@@ -193,11 +221,14 @@ def pairwise(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     phi: int,
     sigma: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, PairFunction(phi), sigma, 0.0, normalize)
+    loss, slope, pairs = _pairs(
+        scores, labels, valid, offsets, item_weights, None, PairFunction(phi), sigma, 0.0, normalize
+    )
     return loss, slope, pairs > 0
 
 
@@ -206,12 +237,13 @@ def pairwise_slope(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     v: Tensor | None,
     phi: int,
     sigma: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(scores, labels, valid, offsets, v, PairFunction(phi), sigma, 0.0, normalize)[1]
+    return _pairs(scores, labels, valid, offsets, item_weights, v, PairFunction(phi), sigma, 0.0, normalize)[1]
 
 
 # ---------------------------------------------------------------- hinge
@@ -223,12 +255,13 @@ def pairwise_hinge(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     margin: float,
     squared: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     phi = SQUARED_HINGE.value if squared else HINGE.value
-    loss, slope, pairs = _pairs(scores, labels, valid, offsets, None, phi, 1.0, -margin, normalize)
+    loss, slope, pairs = _pairs(scores, labels, valid, offsets, item_weights, None, phi, 1.0, -margin, normalize)
     return loss, slope, pairs > 0
 
 
@@ -237,25 +270,31 @@ def pairwise_hinge_slope(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     v: Tensor | None,
     margin: float,
     squared: bool,
     normalize: bool,
 ) -> Tensor:
     phi = SQUARED_HINGE.value if squared else HINGE.value
-    return _pairs(scores, labels, valid, offsets, v, phi, 1.0, -margin, normalize)[1]
+    return _pairs(scores, labels, valid, offsets, item_weights, v, phi, 1.0, -margin, normalize)[1]
 
 
 # ---------------------------------------------------------------- squared error: no kernel of its own
 
 
-def _centred(x: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return x minus the mean of its list (0 for invalid items), and the number of valid items of each list."""
+def _centred(
+    x: Tensor, w: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x minus the weighted mean of its list (0 for invalid items), the sum of the weights, and which lists have
+    several items.
+    """
     ones = torch.ones_like(x)
     count = lists.sum(ones if valid is None else valid.to(x.dtype))
-    mean = lists.sum(x if valid is None else x.masked_fill(~valid, 0)) / count.clamp_min(1)
+    total = lists.sum(w)
+    mean = lists.sum(torch.where(w == 0, 0, w * x)) / torch.where(total == 0, 1, total)
     x = x - list_scale(mean, ones, valid, offsets)
-    return list_scale((count > 1).to(x.dtype), x, valid, offsets), count
+    return list_scale((count > 1).to(x.dtype), x, valid, offsets), total, count > 1
 
 
 def _above_first(x: Tensor, lists: Lists, valid: Tensor | None) -> Tensor:
@@ -269,22 +308,47 @@ def _above_first(x: Tensor, lists: Lists, valid: Tensor | None) -> Tensor:
     return x - x.gather(-1, first)
 
 
-@reducing
-def pairwise_mse(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, normalize: bool
+def _squares(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    item_weights: Tensor | None,
+    v: Tensor | None,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = Lists(scores, valid, offsets)
-    x, count = _centred(_above_first(scores, lists, valid) - _above_first(labels, lists, valid), lists, valid, offsets)
-    scale = 1 / (count - 1).clamp_min(1) if normalize else count
-    slope = list_scale(4 * scale, x, valid, offsets)
-    return (2 * scale * lists.sum(x * x)).to(scores.dtype), slope.to(scores.dtype), count > 1
+    w = torch.ones_like(scores, dtype=torch.float64) if item_weights is None else item_weights.double()
+    w = w if valid is None else w.masked_fill(~valid, 0)
+    x = _above_first(scores, lists, valid) - _above_first(labels, lists, valid) if v is None else v.double()
+    x, total, several = _centred(x, w, lists, valid, offsets)
+    scale = total
+    if normalize:
+        pairs = total * total - lists.sum(w * w)
+        scale = total / torch.where(several, pairs, 1)
+    slope = list_scale(4 * scale, w * x, valid, offsets)
+    return (2 * scale * lists.sum(w * x * x)).to(scores.dtype), slope.to(scores.dtype), several
+
+
+@reducing
+def pairwise_mse(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    item_weights: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _squares(scores, labels, valid, offsets, item_weights, None, normalize)
 
 
 def pairwise_mse_slope(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, v: Tensor | None, normalize: bool
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    item_weights: Tensor | None,
+    v: Tensor | None,
+    normalize: bool,
 ) -> Tensor:
-    lists = Lists(scores, valid, offsets)
-    x = _above_first(scores, lists, valid) - _above_first(labels, lists, valid) if v is None else v.double()
-    x, count = _centred(x, lists, valid, offsets)
-    scale = 1 / (count - 1).clamp_min(1) if normalize else count
-    return list_scale(4 * scale, x, valid, offsets).to(scores.dtype)
+    return _squares(scores, labels, valid, offsets, item_weights, v, normalize)[1]

@@ -15,6 +15,7 @@ from custom_ops.triton_kernels.common import BLOCK, FLOATING, accumulator, const
 LOGISTIC = constant(PreferenceLoss.LOGISTIC)
 HINGE = constant(PreferenceLoss.HINGE)
 SQUARED = constant(PreferenceLoss.SQUARED)
+SIGMOID = constant(PreferenceLoss.SIGMOID)
 
 
 @triton.jit
@@ -74,6 +75,16 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
                 return beta * beta * (p + q) * both
             else:
                 return beta * beta * beta * (p + q) * (both * (down - up))
+        elif KIND == SIGMOID:
+            slope = down - up
+            if ORDER == 0:
+                return p * down + q * up
+            elif ORDER == 1:
+                return beta * (q - p) * both
+            elif ORDER == 2:
+                return beta * beta * (q - p) * (both * slope)
+            else:
+                return beta * beta * beta * (q - p) * (both * (slope * slope - 2 * both))
         else:
             beyond = z - (q - p)
             slope = down - up

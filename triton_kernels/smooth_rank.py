@@ -200,14 +200,13 @@ class _SmoothRank:
             exists = exists & (lists.ids >= 0)
         self.exists = exists
         labels = labels.contiguous().masked_fill(~exists, 0)
-        if metric == SmoothMetric.AVERAGE_PRECISION:
-            labels = 1 - (labels <= 0).to(labels.dtype)
         ordered = labels.gather(-1, lists.sort(labels))
         starts = lists.bounds[:-1]
         count = lists.sum(exists.to(scores.dtype))
         last = (starts + count.long() - 1).clamp(0, lists.items - 1)
         top = ordered.gather(-1, starts.clamp_max(lists.items - 1).expand(count.shape))
-        tied = top == ordered.gather(-1, last)
+        lowest = ordered.gather(-1, last)
+        tied = lowest > 0 if metric == SmoothMetric.AVERAGE_PRECISION else top == lowest
 
         def gain_of(y: Tensor) -> Tensor:
             return relative_gains(y, lists.to_items(top), metric == SmoothMetric.NDCG)

@@ -194,3 +194,57 @@ def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     wrong_ends = (indptr[..., :1] != 0) | (indptr[..., -1:] > points)
     matches = ~wrong_ends & (indptr.diff() >= 0).all(-1, keepdim=True) & (wrong == 0).all(-1, keepdim=True)
     return torch.where(matches, indptr, -1)
+
+
+def _runs(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Sort by rank; return the sorted ranks, their points, the number of each's voxel, and how many voxels there are.
+
+    Negative ranks come last, and their numbers, and those of voxels past ``size``, aren't below ``size``.
+    """
+    if rank.dim() < 1 or (rank.dim() > 1 and size < 0):
+        raise RuntimeError("rank: expected [N], or [..., N] with a number of voxels")
+    ordered, perm = rank.long().masked_fill(rank < 0, 2**63 - 1).sort(dim=-1, stable=True)
+    begins = ordered != ordered.roll(1, -1)
+    begins[..., :1] = True
+    inside = rank.gather(-1, perm) >= 0
+    begins &= inside
+    number = begins.cumsum(-1) - 1
+    count = int(begins.sum()) if size < 0 else size  # waits for the device, as the result's size depends on it
+    return ordered, perm, number.where(inside, count), count
+
+
+def _scattered(size: int, at: Tensor, values: Tensor | int, otherwise: int) -> Tensor:
+    """Return [..., size] with ``values`` at the places below ``size``; equal places must have equal values."""
+    out = at.new_full((*at.shape[:-1], size + 1), otherwise)
+    return out.scatter(-1, at.clamp_max(size), values)[..., :size].contiguous()
+
+
+def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ordered, perm, number, count = _runs(rank, size)
+    kept = number < count
+    # Points that are in no voxel follow in their order.
+    inverse = torch.empty_like(perm).scatter(-1, perm, number.where(kept, -1))
+    perm = inverse.masked_fill(inverse < 0, count).sort(dim=-1, stable=True).indices
+    ranks = _scattered(count, number, ordered, -1)
+    edges = torch.arange(count + 1, device=rank.device).expand(*rank.shape[:-1], count + 1).contiguous()
+    return ranks, inverse, perm, torch.searchsorted(number.clamp_max(count), edges)
+
+
+def voxel_slots(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    if max_points < 1:
+        raise RuntimeError(f"max_points: expected at least 1, got {max_points}")
+    points = rank.shape[-1]
+    ordered, perm, number, _ = _runs(rank, size if size < 0 else points)
+    count = int(number.where(number < points, -1).amax() + 1) if size < 0 and points else max(size, 0)
+    outside = rank.gather(-1, perm) < 0
+    place = torch.arange(points, device=rank.device) - torch.searchsorted(number, number)
+    # A voxel's number in the order of first points is the rank of its first point among all first points.
+    first = (place == 0) & ~outside
+    of_point = torch.zeros_like(perm).scatter(-1, perm, first.long()).cumsum(-1) - 1
+    start = torch.arange(points, device=rank.device) - place
+    voxel = of_point.gather(-1, perm.gather(-1, start)).masked_fill(outside, count).clamp_max(count)
+    kept = (voxel < count) & (place < max_points)
+    slot = torch.empty_like(perm).scatter(-1, perm, (voxel * max_points + place).where(kept, -1))
+    ranks = _scattered(count, voxel, ordered, -1)
+    counts = voxel.new_zeros((*rank.shape[:-1], count + 1)).scatter_add(-1, voxel, kept.long())
+    return slot, ranks, counts[..., :count].contiguous()

@@ -1,4 +1,4 @@
-"""Sums over segments of points, weighted or not, and their adjoints; see custom_ops/voxel/voxel_segments.py."""
+"""Reductions over segments of points, and maps of the points; see custom_ops/voxel/voxel_segments.py."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ _TILE = 512
 _CHUNK = 128
 
 _NOWHERE = tl.constexpr(2**31 - 1)  # an index after all rows
+
+# The reductions: sums, the largest or the smallest row, and sums of exponentials of the rows less a shift.
+_SUM, _MAX, _MIN, _EXP = (tl.constexpr(kind) for kind in range(4))
+
+# The maps: x less the mean, the softmax, and its adjoint.
+_CENTER, _SOFTMAX, _ADJOINT = (tl.constexpr(kind) for kind in range(3))
 
 # This is the segment of a point that perm lacks, or of all points if the boundaries descend; its gradient is NaN.
 _UNKNOWN = tl.constexpr(-2)
@@ -83,11 +89,13 @@ def _sum_rows(
     bins,
     plane,
     column,
+    shift,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
     INDEX: tl.constexpr,
+    EXP: tl.constexpr,
 ):
     """Return the sums over the points from start to stop, for WIDTH columns, in the accumulator's dtype."""
     first = tl.arange(0, ROWS)
@@ -109,8 +117,19 @@ def _sum_rows(
             value = tl.where(inside[:, None], weight[:, None] * value, 0)
         elif PERM:
             value = tl.where(stray[:, None], float("nan"), value)
+        if EXP:
+            value = tl.where(exists, tl.exp(value - shift[None, :]), 0)
         total += value
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _shift(shift_ptr, row, columns, column, EXP: tl.constexpr):
+    """Return what a segment's rows are reduced by before they are exponents, if they are."""
+    if EXP:
+        return widen(tl.load(shift_ptr + row * columns + column, mask=column < columns, other=0))
+    else:
+        return column
 
 
 @triton.jit
@@ -125,9 +144,10 @@ def _max_rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PERM: tl.constexpr,
+    NEGATED: tl.constexpr,
 ):
     """Return the largest value from start to stop, for WIDTH columns, and the first position that has it, or -1 for
-    none.
+    none; the largest of the NEGATED values is that of the smallest.
 
     A NaN is larger than all numbers.
     """
@@ -142,7 +162,10 @@ def _max_rows(
         row, stray = _point(perm_ptr, position, inside, points, PERM)
         exists = inside[:, None] & (column < columns)[None, :]
         at = row[:, None] * columns + column[None, :]
-        value = widen(tl.load(x_ptr + at, mask=exists, other=float("-inf")))
+        if NEGATED:
+            value = -widen(tl.load(x_ptr + at, mask=exists, other=float("inf")))
+        else:
+            value = widen(tl.load(x_ptr + at, mask=exists, other=float("-inf")))
         if PERM:
             value = tl.where(stray[:, None], float("nan"), value)
         above = (best == best) & ~(value <= best)
@@ -157,13 +180,15 @@ def _max_rows(
     return tl.where(has_nan, float("nan"), largest), tl.where(start < stop, start + first, -1)
 
 
-# Each reduction is listed with the order, weights and rows that it may have: (PERM, WEIGHT, INDEX, MAX).
+# Each reduction is listed with the order, weights and rows that it may have: (PERM, WEIGHT, INDEX, KIND).
 _MODES = [
-    (False, False, False, False),
-    (True, False, False, False),
-    (True, True, False, False),
-    (True, True, True, False),
-    (True, False, False, True),
+    (False, False, False, _SUM.value),
+    (True, False, False, _SUM.value),
+    (True, True, False, _SUM.value),
+    (True, True, True, _SUM.value),
+    (True, False, False, _MAX.value),
+    (True, False, False, _MIN.value),
+    (True, False, False, _EXP.value),
 ]
 _REDUCE_VARIANTS = {
     (width, *mode): {
@@ -173,7 +198,7 @@ _REDUCE_VARIANTS = {
         "PERM": mode[0],
         "WEIGHT": mode[1],
         "INDEX": mode[2],
-        "MAX": mode[3],
+        "KIND": mode[3],
     }
     for width in _WIDTHS
     for mode in _MODES
@@ -183,7 +208,7 @@ _REDUCE_VARIANTS = {
 # A segment of more than CHUNK points starts in one chunk and reaches into the next. A chunk therefore has at most one
 # such segment that started before it and at most one that starts in it: parts 0 and 1 of partial.
 @kernel(
-    "*T *T *i64 *i64 *i64 *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    "*T *T *i64 *i64 *i64 *T *A *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     _REDUCE_VARIANTS,
     streams=_TILE,
@@ -195,6 +220,7 @@ def segment_reduce_chunks_kernel(
     indptr_ptr,
     perm_ptr,
     index_ptr,
+    shift_ptr,
     partial_ptr,
     partial_at_ptr,
     points,
@@ -213,7 +239,7 @@ def segment_reduce_chunks_kernel(
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
     INDEX: tl.constexpr,
-    MAX: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = program % pieces * WIDTH + tl.arange(0, WIDTH)
@@ -233,8 +259,10 @@ def segment_reduce_chunks_kernel(
             perm_ptr += example * own * points
             index_ptr += example * own * points
             begin, stop = tl.maximum(start, first), tl.minimum(stop, end)
-            if MAX:
-                total, where = _max_rows(x_ptr, perm_ptr, begin, stop, points, columns, column, ROWS, WIDTH, PERM)
+            if (KIND == _MAX) | (KIND == _MIN):
+                total, where = _max_rows(
+                    x_ptr, perm_ptr, begin, stop, points, columns, column, ROWS, WIDTH, PERM, KIND == _MIN
+                )
                 tl.store(partial_at_ptr + out_row * columns + column, where, mask=column < columns)
             else:
                 total = _sum_rows(
@@ -250,17 +278,19 @@ def segment_reduce_chunks_kernel(
                     bins,
                     plane,
                     column,
+                    _shift(shift_ptr, example * segments + segment, columns, column, KIND == _EXP),
                     ROWS,
                     WIDTH,
                     PERM,
                     WEIGHT,
                     INDEX,
+                    KIND == _EXP,
                 )
             tl.store(partial_ptr + out_row * columns + column, total, mask=column < columns)
 
 
 @kernel(
-    "*T *T *i64 *i64 *i64 *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    "*T *T *i64 *i64 *i64 *T *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     _REDUCE_VARIANTS,
     streams=_TILE,
@@ -272,6 +302,7 @@ def segment_reduce_kernel(
     indptr_ptr,
     perm_ptr,
     index_ptr,
+    shift_ptr,
     partial_ptr,
     partial_at_ptr,
     out_ptr,
@@ -292,7 +323,7 @@ def segment_reduce_kernel(
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
     INDEX: tl.constexpr,
-    MAX: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = program % pieces * WIDTH + tl.arange(0, WIDTH)
@@ -309,12 +340,14 @@ def segment_reduce_kernel(
     before = example * 2 * chunks * columns
     starting = before + (chunks + start // CHUNK) * columns + column
     begin, end = start // CHUNK + 1, (stop - 1) // CHUNK + 1
-    if MAX:
+    if (KIND == _MAX) | (KIND == _MIN):
         if stop - start <= CHUNK:
-            total, where = _max_rows(x_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM)
+            total, where = _max_rows(
+                x_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM, KIND == _MIN
+            )
         else:
             total, chunk = _max_rows(
-                partial_ptr + before, perm_ptr, begin, end, points, columns, column, ROWS, WIDTH, False
+                partial_ptr + before, perm_ptr, begin, end, points, columns, column, ROWS, WIDTH, False, False
             )
             first = tl.load(partial_ptr + starting, mask=exists, other=0)
             earlier = (first >= total) | (first != first)
@@ -324,7 +357,7 @@ def segment_reduce_kernel(
         filled = (where >= 0) & (where < points)  # a corrupted indptr may give any place
         point, _ = _point(perm_ptr, where, filled, points, PERM)
         tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
-        total = tl.where(filled, total, 0)
+        total = tl.where(filled, -total if KIND == _MIN else total, 0)
     else:
         if stop - start <= CHUNK:
             total = _sum_rows(
@@ -340,11 +373,13 @@ def segment_reduce_kernel(
                 bins,
                 plane,
                 column,
+                _shift(shift_ptr, out_row, columns, column, KIND == _EXP),
                 ROWS,
                 WIDTH,
                 PERM,
                 WEIGHT,
                 INDEX,
+                KIND == _EXP,
             )
         else:
             total = _sum_rows(
@@ -360,8 +395,10 @@ def segment_reduce_kernel(
                 bins,
                 plane,
                 column,
+                column,
                 ROWS,
                 WIDTH,
+                False,
                 False,
                 False,
                 False,
@@ -551,6 +588,55 @@ def pair_dots_kernel(
     tl.store(out_ptr + example * points + point, tl.where(past, float("nan"), total), mask=inside)
 
 
+# ---------------------------------------------------------------- maps
+
+
+@kernel(
+    "*T *T *T *i64 *T i32 i32 i32 i32 i32 i32",
+    ("fp32", "fp64"),
+    {
+        (width, kind.value): {**_SPREAD[width], "KIND": kind.value}
+        for width in _WIDTHS
+        for kind in (_CENTER, _SOFTMAX, _ADJOINT)
+    },
+    streams=_SPREAD_TILE,
+)
+@triton.jit(do_not_specialize=["points", "segments", "pieces", "blocks", "own"])
+def segment_map_kernel(
+    x_ptr,
+    statistic_ptr,
+    other_ptr,
+    rank_ptr,
+    out_ptr,
+    points,
+    segments,
+    columns,
+    pieces,
+    blocks,
+    own,
+    POINTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Map each point by a statistic of its segment; ``other`` has a factor of each segment (softmax) or of each point
+    (its adjoint).
+    """
+    program = tl.program_id(0)
+    column = program % pieces * WIDTH + tl.arange(0, WIDTH)
+    example, point, inside, _ = _points_of(program // pieces, blocks, points, 1, 1, POINTS)
+    segment = tl.load(rank_ptr + example * own * points + point, mask=inside, other=-1)
+    found = (segment >= 0)[:, None] & (column < columns)[None, :]
+    at = (example * points + point)[:, None] * columns + column[None, :]
+    of_segment = (example * segments + segment)[:, None] * columns + column[None, :]
+    value = tl.load(x_ptr + at, mask=found, other=0) - tl.load(statistic_ptr + of_segment, mask=found, other=0)
+    if KIND == _SOFTMAX:
+        value = tl.exp(value) * tl.load(other_ptr + of_segment, mask=found, other=0)
+    elif KIND == _ADJOINT:
+        value *= tl.load(other_ptr + at, mask=found, other=0)
+    value = tl.where((segment == _UNKNOWN)[:, None], float("nan"), value)
+    tl.store(out_ptr + at, value, mask=inside[:, None] & (column < columns)[None, :])
+
+
 # ---------------------------------------------------------------- launchers
 
 
@@ -605,26 +691,28 @@ def _reduce(
     mean: bool,
     bins: int,
     plane: int,
-    maximum: bool,
+    kind: tl.constexpr = _SUM,
     index: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     *batch, rows, columns = x.shape
     points, count = segments.points, segments.count
     out = x.new_empty((*batch, count, columns))
-    argmax = segments.indptr.new_empty(out.shape if maximum else (0,))
+    extreme, sums = kind in (_MAX, _MIN), kind == _SUM
+    argmax = segments.indptr.new_empty(out.shape if extreme else (0,))
     if out.numel() == 0:
         return out, argmax
     perm, ordered = segments.perm, segments.ordered
-    if (weight is not None or maximum) and not ordered:
+    if (weight is not None or not sums) and not ordered:
         perm = torch.arange(points, device=x.device).expand(segments.geometries, points).contiguous()
     examples, width = math.prod(batch), _width(columns)
     pieces = triton.cdiv(columns, width)
     chunks = triton.cdiv(points, _CHUNK) if points > _CHUNK else 0
     partial = x.new_empty((examples, 2, chunks, columns), dtype=accumulator(x.dtype))
-    partial_at = argmax.new_empty(partial.shape if maximum else (0,))
-    variant = (width, ordered or weight is not None or maximum, weight is not None, index is not None, maximum)
+    partial_at = argmax.new_empty(partial.shape if extreme else (0,))
+    variant = (width, ordered or weight is not None or not sums, weight is not None, index is not None, kind.value)
     geometry = (segments.indptr, perm, perm if index is None else index)
-    tensors = (x, x if weight is None else weight, *geometry, partial, partial_at)
+    tensors = (x, x if weight is None else weight, *geometry, x if shift is None else shift, partial, partial_at)
     sizes = (points, rows, count, columns, bins, plane, pieces, chunks)
     own = segments.own
     segment_reduce_chunks_kernel(examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, own, variant=variant)
@@ -639,16 +727,89 @@ def segment_reduce(
     *batch, rows, _ = x.shape
     points = rows * bins
     _rows(points, bins, plane)
+    if x.dtype == torch.int64:
+        return _reduce_integers(x, _Segments(indptr, perm, x.shape[:-2], points), "sum")
     if weight is not None:
         weight = _check_like("weight", weight, x, *batch, points)
     elif bins > 1:  # the kernels share rows among weighted points only
         weight = x.new_ones((*batch, points))
-    return _reduce(x, weight, _Segments(indptr, perm, x.shape[:-2], points), mean, bins, plane, False)[0]
+    return _reduce(x, weight, _Segments(indptr, perm, x.shape[:-2], points), mean, bins, plane)[0]
 
 
-def segment_max(x: Tensor, indptr: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
+def segment_extreme(x: Tensor, indptr: Tensor, perm: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    return _reduce(x, None, _Segments(indptr, perm, x.shape[:-2], x.shape[-2]), False, 1, 1, True)
+    segments = _Segments(indptr, perm, x.shape[:-2], x.shape[-2])
+    if x.dtype != torch.int64:
+        return _reduce(x, None, segments, False, 1, 1, _MAX if largest else _MIN)
+    values = _reduce_integers(x, segments, "amax" if largest else "amin")
+    rank = _ranks_of_rows(x, segments)
+    has_it = (rank >= 0) & (x == values.gather(-2, rank.clamp_min(0))) if segments.count else rank >= 0
+    positions = torch.arange(segments.points, device=x.device)
+    if segments.ordered:
+        positions = torch.empty_like(segments.perm).scatter(-1, segments.perm, positions.expand_as(segments.perm))
+    first = _reduce_integers(positions[..., None].where(has_it, segments.points), segments, "amin")
+    index = first.clamp_max(segments.points - 1)
+    if segments.ordered:
+        index = segments.perm[..., None].expand(x.shape).gather(-2, index) if segments.points else first
+    return values, index.where(segments.indptr.diff()[..., None] > 0, -1)
+
+
+def _ranks_of_rows(x: Tensor, segments: _Segments) -> Tensor:
+    rank = segments.ranks().view(*segments.indptr.shape[:-1], segments.points)
+    return rank.expand(x.shape[:-1])[..., None].expand(x.shape)
+
+
+def _reduce_integers(x: Tensor, segments: _Segments, reduce: str) -> Tensor:
+    """Reduce int64 numbers, whose atomic operations are deterministic; an empty segment gives 0."""
+    rank = _ranks_of_rows(x, segments)
+    at = rank.where(rank >= 0, segments.count)  # others go to an extra row at the end
+    out = x.new_zeros((*x.shape[:-2], segments.count + 1, x.shape[-1]))
+    return out.scatter_reduce(-2, at, x, reduce, include_self=reduce == "sum")[..., :-1, :].contiguous()
+
+
+def _exponential_sums(x: Tensor, segments: _Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each segment's largest x, the same but 0 instead of -inf, and the sum of e^(x - that)."""
+    largest, _ = _reduce(x, None, segments, False, 1, 1, _MAX)
+    top = largest.masked_fill(largest == float("-inf"), 0)
+    return largest, top, _reduce(x, None, segments, False, 1, 1, _EXP, shift=top)[0]
+
+
+def segment_logsumexp(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    wide = x.contiguous().to(accumulator(x.dtype))
+    largest, top, total = _exponential_sums(wide, _Segments(indptr, perm, x.shape[:-2], x.shape[-2]))
+    return torch.where(largest == float("inf"), largest, top + total.log()).to(x.dtype)
+
+
+def _map(x: Tensor, statistic: Tensor, other: Tensor, segments: _Segments, kind: tl.constexpr) -> Tensor:
+    *batch, points, columns = x.shape
+    out = torch.empty_like(x)
+    width = _width(columns)
+    pieces, blocks = triton.cdiv(columns, width), triton.cdiv(points, _SPREAD[width]["POINTS"])
+    sizes = (points, segments.count, columns, pieces, blocks, segments.own)
+    programs = math.prod(batch) * blocks * pieces
+    segment_map_kernel(programs, x, statistic, other, segments.ranks(), out, *sizes, variant=(width, kind.value))
+    return out
+
+
+def segment_softmax(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    wide, segments = x.contiguous().to(accumulator(x.dtype)), _Segments(indptr, perm, x.shape[:-2], x.shape[-2])
+    _, top, total = _exponential_sums(wide, segments)
+    return _map(wide, top, total.reciprocal().masked_fill(total == 0, 0), segments, _SOFTMAX).to(x.dtype)
+
+
+def segment_softmax_adjoint(grad: Tensor, y: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    grad = grad.contiguous()
+    y = _check_like("y", y, grad, *grad.shape)
+    segments = _Segments(indptr, perm, grad.shape[:-2], grad.shape[-2])
+    g, wide = grad.to(accumulator(grad.dtype)), y.to(accumulator(grad.dtype))
+    dots, _ = _reduce(g * wide, None, segments, False, 1, 1)
+    return _map(g, dots, wide, segments, _ADJOINT).to(grad.dtype)
+
+
+def segment_center(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    wide, segments = x.contiguous().to(accumulator(x.dtype)), _Segments(indptr, perm, x.shape[:-2], x.shape[-2])
+    mean, _ = _reduce(wide, None, segments, True, 1, 1)
+    return _map(wide, mean, wide, segments, _CENTER).to(x.dtype)
 
 
 def segment_spread(
@@ -703,7 +864,7 @@ def pair_reduce(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments
     perm, indptr = voxel_sort(ranks.where(rows >= 0, -1).masked_fill(past, segments), segments)
     weight = _check_like("weight", weight, x, *x.shape[:-2], rows.shape[-1])
     geometry = _Segments(indptr, perm, x.shape[:-2], rows.shape[-1])
-    return _reduce(x, weight, geometry, False, 1, 1, False, rows)[0]
+    return _reduce(x, weight, geometry, False, 1, 1, index=rows)[0]
 
 
 def pair_dots(sums: Tensor, x: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:

@@ -67,6 +67,41 @@ def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(scores, labels.to(scores.dtype).softmax(-1))
 
 
+def _catalogue(peers: Peers, targets: Sequence[Target] = ()) -> list[Benchmark]:
+    """Return the table of a loss over a catalogue, of (rows, dimensions, words)."""
+
+    def make(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, ...]:
+        rows, dims, words = size
+        x = torch.randn(rows, dims, device=device, requires_grad=True)
+        weight = (0.1 * torch.randn(words, dims, device=device)).requires_grad_()
+        return x, weight, torch.randint(words, (rows,), device=device)
+
+    sizes = ((512, 64, 1000), (4096, 64, 16_000), (2048, 256, 32_000))
+    return [Benchmark(sizes, make, peers, "rows, dimensions, words", targets)]
+
+
+def _logits_in_memory(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(x @ weight.T, target)
+
+
+def _in_chunks(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    functional, nn = torch.nn.functional, torch.nn
+    if not hasattr(functional, "linear_cross_entropy"):
+        raise NotImplementedError("this torch has no linear_cross_entropy")
+    return functional.linear_cross_entropy(x, weight, target, options=nn.LinearCrossEntropyOptions())
+
+
+def _similarities_in_memory(query: Tensor, key: Tensor) -> Tensor:
+    z = query @ key.T / 0.1
+    own = torch.arange(len(query), device=query.device)
+    return (torch.nn.functional.cross_entropy(z, own) + torch.nn.functional.cross_entropy(z.T, own)) / 2
+
+
+def _pairs_of_rows(size: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+    query, key = (torch.nn.functional.normalize(torch.randn(size, device=device), dim=-1) for _ in range(2))
+    return query.requires_grad_(), key.requires_grad_()
+
+
 _BESIDE_REFERENCE = (
     "softmax_loss",
     "unique_softmax_loss",
@@ -133,6 +168,24 @@ TABLES: dict[str, list[Benchmark]] = {name: _lists(_plain(name)) for name in _BE
         (20, 80, 100),
         temperature=1.0,
     ),
+    "linear_log_prob": _catalogue(_plain("linear_log_prob")),
+    "linear_cross_entropy": _catalogue(
+        {"F.cross_entropy": _logits_in_memory, "F.linear_cross_entropy": _in_chunks},
+        [
+            Target((512, 64, 1000), "F.cross_entropy", 1.1),
+            Target((4096, 64, 16_000), "F.cross_entropy", 0.55),
+            Target((2048, 256, 32_000), "F.cross_entropy", 0.85),
+        ],
+    ),
+    "info_nce_loss": [
+        Benchmark(
+            ((1024, 256), (8192, 256)),
+            _pairs_of_rows,
+            {"F.cross_entropy in both directions": _similarities_in_memory},
+            "pairs, dimensions",
+            kwargs={"temperature": 0.1},
+        )
+    ],
     "margin_ranking_loss": [
         Benchmark(
             unit="pairs",

@@ -90,6 +90,36 @@ def _ranks(points: int, device: torch.device) -> tuple[Tensor, int]:
     return torch.randint(-1, points // 8, (points,), generator=generator).to(device), points // 8
 
 
+def _largest(points: int, device: torch.device) -> tuple[Tensor, Tensor, str]:
+    return *_segments(points, device), "max"
+
+
+def _scores(columns: int) -> Callable[..., Any]:
+    """Return what makes features or scores of points in segments."""
+
+    def make(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        x, indptr = _segments(points, device)
+        return x.detach()[:, :columns].contiguous().requires_grad_(), indptr
+
+    return make
+
+
+def _occupied(points: int, device: torch.device) -> tuple[Tensor]:
+    """Return points in a grid of 400 x 400 x 10 voxels."""
+    generator = torch.Generator().manual_seed(points)
+    return (torch.randint(0, 1_600_000, (points,), generator=generator).to(device),)
+
+
+def _pillars(edge: float, device: torch.device) -> tuple[Any, ...]:
+    """Return the positions of two LiDAR scans, their columns of ``edge`` metres, and mmcv's usual limits."""
+    x, rank, _ = _scans(edge, device)
+    return x.detach()[:, :4].contiguous(), rank, 32, 40_000
+
+
+_OF_SOFTMAX: Peers = {
+    "PyTorch Geometric's composition": "benchmarks.peers:graph_softmax",
+    "PyTorch Geometric's composition, torch.compile": "benchmarks.peers:compiled_graph_softmax",
+}
 _OF_VOXEL_SUM: Peers = {
     LSS: "benchmarks.peers:lss_voxel_sum",
     "BEVFusion's intervals, in Triton": "benchmarks.interval_peers:interval_voxel_sum",
@@ -112,6 +142,57 @@ def _beside_all(size: Any) -> list[Target]:
 
 
 TABLES: dict[str, list[Benchmark]] = {
+    "segment_reduce": [
+        Benchmark(
+            unit="points of 64 features in order, 8 to a segment; their maximum",
+            sizes=SIZES,
+            make=_largest,
+            checked_at=_at_most_checked,
+            peers={
+                "scatter_reduce": "benchmarks.peers:scatter_amax_segment_reduce",
+                "torch.segment_reduce": "benchmarks.peers:torch_segment_reduce",
+                "torch_scatter.segment_csr": "benchmarks.scatter_peers:segment_csr_segment_reduce",
+            },
+            targets=[
+                Target(172_824, peer, 0.6, memory=memory)
+                for peer in ("scatter_reduce", "torch.segment_reduce", "torch_scatter.segment_csr")
+                for memory in ("fresh", "warm")
+            ],
+        )
+    ],
+    "segment_softmax": [
+        Benchmark(
+            unit=f"points in order, 8 to a segment; {columns} columns",
+            sizes=SIZES[:3],
+            make=_scores(columns),
+            checked_at=_at_most_checked,
+            peers=_OF_SOFTMAX,
+            targets=[Target(172_824, peer, 0.3, memory=memory) for peer in _OF_SOFTMAX for memory in ("fresh", "warm")],
+        )
+        for columns in (64, 8)
+    ],
+    "voxelize": [
+        Benchmark(
+            unit="points in a grid of 400 x 400 x 10 voxels",
+            sizes=SIZES[:3],
+            make=_occupied,
+            checked_at=_at_most_checked,
+            peers={
+                "torch.unique of coordinates": "benchmarks.peers:unique_rows_voxelize",
+                "torch.unique of ranks": "benchmarks.peers:unique_voxelize",
+            },
+            targets=[Target(172_824, "torch.unique of coordinates", 0.3, "forward")],
+        )
+    ],
+    "hard_voxelize": [
+        Benchmark(
+            unit="metres a pillar, 128,741 points of two real LiDAR scans, 4 features, 32 points a pillar",
+            sizes=(0.5, 0.2),
+            make=_pillars,
+            peers={"mmcv's deterministic form, rewritten": "benchmarks.peers:one_by_one_hard_voxelize"},
+            targets=[Target(0.2, "mmcv's deterministic form, rewritten", 0.5, "forward")],
+        )
+    ],
     "voxel_rank": [
         Benchmark(
             unit="points", sizes=SIZES, make=_cloud, peers={"PyTorch's own ops": "benchmarks.peers:eager_voxel_rank"}

@@ -42,13 +42,15 @@ dispatch key, where functorch unwraps every level; this also saves the re-dispat
 from custom_ops.library._numbers import as_tensor
 from custom_ops.library.definition import compose, define, kernel, override_kernel
 from custom_ops.library.function import Function, function_of
-from custom_ops.library.rules import autocast, inductor, sharding, to_front, vmap
+from custom_ops.library.rules import autocast, decomposition, decompositions, inductor, sharding, to_front, vmap
 
 __all__ = [
     "Function",
     "as_tensor",
     "autocast",
     "compose",
+    "decomposition",
+    "decompositions",
     "define",
     "function_of",
     "inductor",

@@ -19,9 +19,9 @@ class Defined:
 
     ``body`` runs in place of a kernel below autograd, if the op is composed; otherwise ``fake`` is its fake kernel.
     ``apply`` runs the op at one level of autograd, with the derivatives of ``function`` if one is attached. Compilers
-    get ``composition`` in place of the op, and ``vmap`` is its batching rule. ``rules`` register what was given for the
-    op on it and on ``symbolic``, its twin for symbolic numbers. An op that the bridge hasn't made is ``foreign`` and
-    has no such twin. The function at ``place`` has defined the op.
+    get ``composition`` in place of the op, programs for other runtimes ``decomposition``, and ``vmap`` is its batching
+    rule. ``rules`` register what was given for the op on it and on ``symbolic``, its twin for symbolic numbers. An op
+    that the bridge hasn't made is ``foreign`` and has no such twin. The function at ``place`` has defined the op.
     """
 
     library: torch.library.Library
@@ -32,6 +32,7 @@ class Defined:
     composition: Callable[..., Any] | None = None
     vmap: Callable[..., Any] | None = None
     foreign: bool = False
+    decomposition: Callable[..., Any] | None = None
     rules: list[Callable[[OpOverload], None]] = field(default_factory=list)
     symbolic: OpOverload | None = None
     place: tuple[str, str] | None = None

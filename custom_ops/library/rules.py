@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import _dtensor
-from custom_ops.library._defined import add_rule, defined, forget_compiled, with_defaults
+from custom_ops.library._defined import DEFINED, add_rule, defined, forget_compiled, with_defaults
 from custom_ops.library._torch import FunctionalTensor, FunctionalTensorMode, OpOverload, is_packaging
 
-__all__ = ["autocast", "inductor", "sharding", "to_front", "vmap"]
+__all__ = ["autocast", "decomposition", "decompositions", "inductor", "sharding", "to_front", "vmap"]
 
 
 def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -167,3 +167,53 @@ def compiled_as(op: OpOverload, library: torch.library.Library, run: Callable[..
             return run(*args)
 
     torch.library.register_torch_dispatch(op.name(), FunctionalTensorMode, in_its_place, lib=library)
+
+
+def decomposition(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated composition of PyTorch ops as what `decompositions` replaces ``op`` by.
+
+    It is for ops that keep their kernels under ``torch.compile`` and that other runtimes don't know. An op with a
+    composition for `inductor`, or one that `compose` made, needs none. The composition needs no derivative.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::quartered")
+        ... def quartered(x: Tensor) -> Tensor:
+        ...     return torch.empty_like(x)
+        >>> @library.decomposition(quartered)
+        ... def _(x):
+        ...     return x / 4
+        >>> library.decompositions()[quartered](torch.ones(1))
+        tensor([0.2500])
+    """
+
+    op, known = defined(op)
+
+    def decorate(made_of: Callable[..., Any]) -> Callable[..., Any]:
+        known.decomposition = with_defaults(op, made_of)
+        return made_of
+
+    return decorate
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """Return the composition of PyTorch ops of each op that has one, for ``ExportedProgram.run_decompositions``.
+
+    A program without custom ops runs where their kernels don't: convert it with ``torch.onnx.export``, or save it for a
+    process without this package. It is as slow as PyTorch's own ops.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> from custom_ops import library
+        >>> class Pool(torch.nn.Module):
+        ...     def forward(self, x, rank):
+        ...         return custom_ops.voxel_sum(x, rank, 2)
+        >>> program = torch.export.export(Pool(), (torch.ones(3, 1), torch.tensor([0, 1, 1])))
+        >>> program = program.run_decompositions(library.decompositions())
+        >>> {node.target.namespace for node in program.graph.nodes if node.op == "call_function"}
+        {'aten'}
+    """
+    made_of = {op: known.decomposition or known.composition or known.body for op, known in DEFINED.items()}
+    return {op: decomposition for op, decomposition in made_of.items() if decomposition is not None}

@@ -1,5 +1,13 @@
 """Ranking losses."""
 
+from custom_ops.ranking.catalogue import (
+    InfoNCELoss,
+    LinearCrossEntropy,
+    LinearLogProb,
+    info_nce_loss,
+    linear_cross_entropy,
+    linear_log_prob,
+)
 from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
 from custom_ops.ranking.listwise import (
     CoSENTLoss,
@@ -14,7 +22,19 @@ from custom_ops.ranking.listwise import (
     unique_softmax_loss,
 )
 from custom_ops.ranking.margin import MarginRankingLoss, MarginRankingLossFunction, margin_ranking_loss
-from custom_ops.ranking.metrics import average_precision, mrr, ndcg
+from custom_ops.ranking.metrics import (
+    auc,
+    average_precision,
+    dcg,
+    err,
+    f1_score,
+    hit_rate,
+    mrr,
+    ndcg,
+    precision,
+    r_precision,
+    recall,
+)
 from custom_ops.ranking.neural_sort import NeuralSortNDCGLoss, neural_sort_ndcg_loss
 from custom_ops.ranking.pairwise import (
     PairwiseExponentialLoss,
@@ -48,7 +68,10 @@ __all__ = [
     "BradleyTerryLoss",
     "CoSENTLoss",
     "DPOLoss",
+    "InfoNCELoss",
     "LambdaLoss",
+    "LinearCrossEntropy",
+    "LinearLogProb",
     "ListMLELoss",
     "ListNetLoss",
     "MarginRankingLoss",
@@ -65,12 +88,20 @@ __all__ = [
     "UniqueSoftmaxLoss",
     "approx_mrr_loss",
     "approx_ndcg_loss",
+    "auc",
     "average_precision",
     "bpr_loss",
     "bradley_terry_loss",
     "cosent_loss",
+    "dcg",
     "dpo_loss",
+    "err",
+    "f1_score",
+    "hit_rate",
+    "info_nce_loss",
     "lambda_loss",
+    "linear_cross_entropy",
+    "linear_log_prob",
     "list_mle_loss",
     "list_net_loss",
     "margin_ranking_loss",
@@ -82,6 +113,9 @@ __all__ = [
     "pairwise_logistic_loss",
     "pairwise_mse_loss",
     "pairwise_soft_zero_one_loss",
+    "precision",
+    "r_precision",
+    "recall",
     "smooth_ap_loss",
     "soft_rank",
     "soft_sort",

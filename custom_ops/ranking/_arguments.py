@@ -17,7 +17,7 @@ from custom_ops._enums import LabelUse, Reduction
 from custom_ops._wide import under_autocast
 from custom_ops.library._torch import OpOverload, transforms_are_active
 from custom_ops.ranking._inputs import in_dtype, list_valid
-from custom_ops.ranking._list_loss import no_gradient
+from custom_ops.ranking._list_loss import WEIGHTED, no_gradient
 from custom_ops.ranking._lists import list_total
 
 _NO_LIMIT = 2**31 - 1
@@ -32,6 +32,9 @@ _ARGUMENTS = """
     cu_lengths: int ``[L + 1]``, non-decreasing: the last dimension holds L lists, and list l has the items from
         ``cu_lengths[l]`` to before ``cu_lengths[l + 1]``.
     weights: floating ``[...]``, with ``cu_lengths`` ``[..., L]``: one for each list.
+    item_weights: floating ``[..., n]``, not negative, without gradient: one for each item, such as an inverse
+        propensity. The term of a pair is multiplied by the weights of both items, and the gain of an item, or its own
+        term, by its weight.
     reduction: "mean" over the lists that contribute (weighted by ``weights``; 0 if there is none), "sum" or "none".
 """
 
@@ -57,19 +60,20 @@ def _entries(arguments: str) -> dict[str, str]:
     return {entry.split()[0].strip(":,"): entry.strip("\n") for entry in _ENTRY.split(arguments) if entry.strip()}
 
 
-def documented(function: F) -> F:
+def documented(function: F, arguments: str = "", returns: str = _RETURNS) -> F:
     """Complete the docstring of a function of lists with the parts that all of them share.
 
     In the source, ``Args`` has the function's own arguments, and those shared ones that have another meaning there.
-    ``Returns`` and ``Raises`` are those of all list losses, unless the source has such a section.
+    ``Returns`` and ``Raises`` are those of all list losses, unless the source has such a section. ``arguments`` has
+    further shared arguments, or the same ones with another meaning.
     """
     if function.__doc__ is None:  # under python -OO there is no docstring
         return function
     description, *sections = (part.strip() for part in _SECTION.split(inspect.cleandoc(function.__doc__)))
     own = {section.partition(":")[0]: section for section in sections}
-    entries = _entries(_ARGUMENTS) | _entries(own.pop("Args", "Args:").removeprefix("Args:"))
-    arguments = [entries[name] for name in inspect.signature(function).parameters if name in entries]
-    complete = {"Args": "\n".join(["Args:", *arguments]), "Returns": _RETURNS, "Raises": _RAISES} | own
+    entries = _entries(_ARGUMENTS) | _entries(arguments) | _entries(own.pop("Args", "Args:").removeprefix("Args:"))
+    described = [entries[name] for name in inspect.signature(function).parameters if name in entries]
+    complete = {"Args": "\n".join(["Args:", *described]), "Returns": returns, "Raises": _RAISES} | own
     function.__doc__ = "\n\n".join([description, *complete.values()])
     return function
 
@@ -93,21 +97,35 @@ def list_loss(
     lengths: Tensor | None,
     cu_lengths: Tensor | None,
     weights: Tensor | None,
+    item_weights: Tensor | None,
     reduction: str,
+    of_pairs: bool = False,
 ) -> Tensor:
     """Check the arguments of all list losses, call ``op`` on them and its own ``params``, and reduce over the lists.
 
     ``use`` says how the loss uses its labels; see `custom_ops.ranking._inputs`. If it needs more than their order,
-    float64 labels are computed in float64, whatever the scores' dtype is.
+    float64 labels are computed in float64, whatever the scores' dtype is. Weights of the items are an argument of the
+    op, or multiply the labels' gains if it has no such argument. In a loss ``of_pairs`` an item of weight 0 is in no
+    pair.
     """
-    valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction, item_weights=item_weights)
     wide = torch.promote_types(scores.dtype, torch.float32)
     dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
     # A DTensor stays sharded until only the losses of its lists need to be communicated.
     whole = weights is None and type(scores) in (Tensor, Parameter)
     by_op = _checks.REDUCTIONS[reduction] if whole else Reduction.NONE.value
+    given: tuple[Tensor | None, ...] = (valid, offsets)
+    if item_weights is not None and op not in WEIGHTED:
+        labels = weighted_labels(labels, item_weights.to(dtype), use)
+    elif op in WEIGHTED:
+        if item_weights is not None:
+            item_weights = item_weights.to(dtype)
+            if of_pairs:
+                some = item_weights != 0
+                valid = some if valid is None else valid & some
+        given = (valid, offsets, item_weights)
     labels = in_dtype(labels, dtype, valid, offsets, use)
-    loss, _, active = op(scores.to(dtype), labels, valid, offsets, by_op, 0, *params)
+    loss, _, active = op(scores.to(dtype), labels, *given, by_op, 0, *params)
     if by_op == Reduction.NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
@@ -115,13 +133,26 @@ def list_loss(
     return rounded(loss, wide if under_autocast(scores) else scores.dtype)
 
 
+def weighted_labels(labels: Tensor, item_weights: Tensor, use: int) -> Tensor:
+    """Return the labels whose gains, values or exponentials, by ``use``, are those of ``labels`` times the weights."""
+    y = labels.to(item_weights.dtype)
+    if use == LabelUse.DIFFERENCE:  # their exponentials are the targets
+        return y + item_weights.log()
+    if use == LabelUse.VALUE:
+        return torch.where(item_weights == 0, 0, y * item_weights)
+    # 2^z - 1 = w (2^y - 1) for z = y + log2(w + (1 - w) 2^-y), in which nothing overflows.
+    raised = y + (item_weights + (1 - item_weights) * torch.exp2(-y)).log2()
+    return torch.where(y <= 0, y, torch.where(item_weights == 0, 0, raised))
+
+
 def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the loss in ``dtype``; warn of a sum over pairs that float16 can't hold, unless that would wait for a
     device.
     """
     out = loss.to(dtype)
-    eager = type(out) is Tensor and not (torch.compiler.is_compiling() or transforms_are_active())
-    if dtype == torch.float16 and out.device.type == "cpu" and eager and bool(out.isinf().any()):
+    if dtype != torch.float16 or type(out) is not Tensor or torch.compiler.is_compiling() or transforms_are_active():
+        return out
+    if out.device.type == "cpu" and bool(out.isinf().any()):
         warnings.warn(
             "the loss is beyond the range of float16, or near it: where the loss is a sum over pairs, pass "
             "normalize=True to divide by their number; or pass float32 scores",
@@ -139,6 +170,7 @@ def checked(
     weights: Tensor | None,
     reduction: str,
     dtypes: Sequence[torch.dtype] = _checks.FLOATING,
+    item_weights: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check all arguments and return the result of `valid_items`."""
     not_nested("scores", scores)
@@ -155,6 +187,13 @@ def checked(
         _checks.has_dtype("weights", weights, _checks.FLOATING)
         per_list = scores.shape[:-1] if offsets is None else (*scores.shape[:-1], offsets.shape[0] - 1)
         _has_shape("weights", weights, scores, torch.Size(per_list))
+    if item_weights is not None:
+        _checks.has_dtype("item_weights", item_weights, _checks.FLOATING)
+        _has_shape("item_weights", item_weights, scores, scores.shape)
+        if item_weights.requires_grad:
+            raise ValueError(
+                "item_weights: expected a tensor without gradient, as the loss has none in them; detach it"
+            )
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     return valid, offsets
 
@@ -257,8 +296,10 @@ class ListLossModule(torch.nn.Module):
         lengths: Tensor | None = None,
         cu_lengths: Tensor | None = None,
         weights: Tensor | None = None,
+        item_weights: Tensor | None = None,
     ) -> Tensor:
         where: dict[str, Any] = {"mask": mask, "lengths": lengths, "cu_lengths": cu_lengths, "weights": weights}
+        where["item_weights"] = item_weights
         return type(self).function(scores, labels, **where, reduction=self.reduction, **self.own)
 
     def extra_repr(self) -> str:

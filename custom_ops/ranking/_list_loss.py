@@ -5,7 +5,8 @@ The ops are called ``op`` and ``slope_op`` here. The last dimension of ``scores 
     op(scores, labels, valid, offsets, reduction, batch_dims, *params) -> (loss, slope [..., T], active [..., L])
     slope_op(scores, labels, valid, offsets, v, *params) -> [..., T]
 
-`list_op` declares both for given parameters.
+`list_op` declares both for given parameters. The ops of a ``weighted`` loss take ``item_weights [..., T]`` after
+``offsets``.
 
 The loss is that of each list [..., L] or, by ``reduction``, a mean or sum for each example of the first ``batch_dims``
 dimensions (0 except under ``vmap``). The mean is over the lists that contribute, which ``active`` marks. The slope is
@@ -57,7 +58,10 @@ def _slope(
     return scores.new_empty(scores.shape)
 
 
-def list_op(third_is_zero: bool = False) -> Callable[[Callable[..., None]], OpOverload]:
+WEIGHTED: set[OpOverload] = set()  # the ops of list losses whose kernels take weights of the items
+
+
+def list_op(third_is_zero: bool = False, weighted: bool = False) -> Callable[[Callable[..., None]], OpOverload]:
     """Define the two ops of a list loss, ``name`` and ``name_slope``, with all their rules, and return the first.
 
     The decorated function has the name, the formula for each list, and the parameters that follow the common arguments.
@@ -65,29 +69,35 @@ def list_op(third_is_zero: bool = False) -> Callable[[Callable[..., None]], OpOv
     """
 
     def decorate(declared: Callable[..., None]) -> OpOverload:
-        op = define(_fake(_loss, declared, declared.__name__))
-        _attach(op, define(_fake(_slope, declared, f"{declared.__name__}_slope")), third_is_zero)
+        op = define(_fake(_loss, declared, declared.__name__, weighted))
+        slope_op = define(_fake(_slope, declared, f"{declared.__name__}_slope", weighted))
+        _attach(op, slope_op, 5 if weighted else 4, third_is_zero)
+        if weighted:
+            WEIGHTED.add(op)
         return op
 
     return decorate
 
 
-def _fake(common: Callable[..., Any], declared: Callable[..., None], name: str) -> Callable[..., Any]:
+def _fake(common: Callable[..., Any], declared: Callable[..., None], name: str, weighted: bool) -> Callable[..., Any]:
     """Return the fake kernel of that name, with the arguments of ``common`` and then those of ``declared``."""
 
     def fake(*args: Any) -> Any:
-        return common(*args)
+        return common(*args[:4], *args[4 + weighted :])
 
     signature = inspect.signature(common, eval_str=True)
+    shared = list(signature.parameters.values())[:-1]
+    if weighted:
+        shared.insert(4, shared[3].replace(name="item_weights"))
     own = inspect.signature(declared, eval_str=True).parameters.values()
-    parameters = [*list(signature.parameters.values())[:-1], *own]
+    parameters = [*shared, *own]
     fake.__name__, fake.__module__, fake.__doc__ = name, declared.__module__, declared.__doc__
     fake.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return fake
 
 
-def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -> None:
-    """Give a list loss its first and second derivatives, batching rules and sharding rules.
+def _attach(op: OpOverload, slope_op: OpOverload, given: int, third_is_zero: bool) -> None:
+    """Give a list loss, of so many ``given`` tensors, its first and second derivatives, batching and sharding rules.
 
     A third derivative raises, unless ``third_is_zero`` says that it vanishes because the loss is piecewise quadratic.
     """
@@ -96,8 +106,8 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             no_gradient(ctx.needs_input_grad[1])  # requested by an outer transform
-            *tensors, ctx.reduction, ctx.batch_dims = inputs[:6]
-            ctx.params = inputs[6:]
+            *tensors, ctx.reduction, ctx.batch_dims = inputs[: given + 2]
+            ctx.params = inputs[given + 2 :]
             _, slope, active = output
             ctx.mark_non_differentiable(slope, active)
             ctx.save_for_backward(*tensors, slope, active)
@@ -105,10 +115,11 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-            scores, labels, valid, offsets, slope, active = ctx.saved_tensors
+            *tensors, slope, active = ctx.saved_tensors
+            valid, offsets = tensors[2:4]
             whole = ctx.reduction != Reduction.NONE
             if is_differentiated():
-                slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
+                slope = slope_op(*tensors, None, *ctx.params)
                 of_lists = list_share(grad, active, ctx.reduction == Reduction.MEAN) if whole else grad
                 of_scores = list_scale(of_lists, slope, valid, offsets)
             elif not whole:
@@ -119,14 +130,14 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
                     of_scores = of_lists * slope
                 else:  # items in no list get 0, whatever the gradient is
                     of_scores = list_scale(of_lists.expand(active.shape), slope, valid, offsets)
-            return of_scores, *[None] * (5 + len(ctx.params))
+            return of_scores, *[None] * (given + 1 + len(ctx.params))
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, of_labels: Tensor | None, *_: None) -> tuple[Tensor, None, None]:
             no_gradient(of_labels is not None)
-            scores, labels, valid, offsets, active = ctx.saved_tensors
-            slope = slope_op(scores, labels, valid, offsets, None, *ctx.params)
-            moved = list_dot(slope, tangent, valid, offsets)
+            *tensors, active = ctx.saved_tensors
+            slope = slope_op(*tensors, None, *ctx.params)
+            moved = list_dot(slope, tangent, *tensors[2:4])
             if ctx.reduction != Reduction.NONE:
                 moved = list_total(moved, active, ctx.reduction == Reduction.MEAN, ctx.batch_dims)
             return moved, None, None
@@ -134,7 +145,7 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
     class ListSlope(Function, op=slope_op):
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            *tensors, ctx.params = *inputs[:5], inputs[5:]
+            *tensors, ctx.params = *inputs[: given + 1], inputs[given + 1 :]
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
 
@@ -147,14 +158,14 @@ def _attach(op: OpOverload, slope_op: OpOverload, third_is_zero: bool = False) -
             else:
                 if ctx.needs_input_grad[0] and not third_is_zero:
                     raise _no_third(op)
-                if ctx.needs_input_grad[4]:
+                if ctx.needs_input_grad[given]:
                     of_v = slope_op(*where, grad, *ctx.params)
-            return of_scores, None, None, None, of_v, *[None] * len(ctx.params)
+            return of_scores, *[None] * (given - 1), of_v, *[None] * len(ctx.params)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
             *where, v = ctx.saved_tensors
-            of_scores, of_v = tangents[0], tangents[4]
+            of_scores, of_v = tangents[0], tangents[given]
             if v is not None and of_scores is not None and not third_is_zero:
                 raise _no_third(op)
             moved = of_scores if v is None else of_v

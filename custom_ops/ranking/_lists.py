@@ -124,6 +124,8 @@ def _(info: Any, in_dims: Any, grad: Tensor, active: Tensor, mean: bool) -> Any:
 
 # ---------------------------------------------------------------- rules that ops over lists share
 
+WHOLE = ("offsets", "cutoffs", "discounts")  # the tensors that all lists share
+
 
 def batch(op: OpOverload) -> None:
     """Register a rule that lets every tensor but the offsets be vmapped."""
@@ -137,7 +139,7 @@ def batch(op: OpOverload) -> None:
                 return arg + 1
             if name == "offsets" and dim is not None:
                 raise RuntimeError("cu_lengths: can't be vmapped, because each example would have lists of its own")
-            is_batch = isinstance(arg, Tensor) and name != "offsets"
+            is_batch = isinstance(arg, Tensor) and name not in WHOLE
             return library.to_front(arg, dim, info.batch_size) if is_batch else arg
 
         result = op(*map(front, names, args, in_dims))
@@ -158,7 +160,7 @@ def shard(op: OpOverload) -> None:
         def placed(name: str, arg: Any, placement: Any) -> Any:
             if not hasattr(arg, "placements"):
                 return None
-            return Replicate() if name == "offsets" else placement
+            return Replicate() if name in WHOLE else placement
 
         whole = any(name == "reduction" and arg != Reduction.NONE for name, arg in zip(names, args))
         free = [Replicate(), *(Shard(d) for d in range(0 if whole else args[0].ndim - 1))]

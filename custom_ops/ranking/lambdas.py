@@ -17,7 +17,7 @@ WEIGHTINGS = PairWeighting.options()
 _TOPK_MODES = ("or", "and")
 
 
-@list_op()
+@list_op(weighted=True)
 def lambda_pairs(
     weighting: int, k: int, both: bool, exponential: bool, sigma: float, mu: float, scale: float, normalize: bool
 ) -> None:
@@ -33,6 +33,7 @@ def lambda_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     weighting: str = "lambdarank",
     k: int | None = None,
@@ -108,7 +109,7 @@ def lambda_loss(
         normalize,
     )
     use = {"ranknet": LabelUse.ORDER, "label_diff": LabelUse.DIFFERENCE}.get(weighting, GAINS[gain])
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return list_loss(lambda_pairs, params, use, *given)
 
 

@@ -21,17 +21,17 @@ def list_softmax(softmax_labels: bool) -> None:
     """Return the sum of p_i (logsumexp(s) - s_i) for each list, where p is the labels or their softmax."""
 
 
-@list_op()
+@list_op(weighted=True)
 def list_mle(ties: int, weighting: int, k: int) -> None:
     """Return the sum of w_i (logsumexp_{j >= i} s_j - s_i) over the first k items in label order."""
 
 
-@list_op()
+@list_op(weighted=True)
 def unique_softmax(exponential: bool) -> None:
     """Return the sum of gain_i softplus(logsumexp of s at lower labels - s_i) for each list."""
 
 
-@list_op()
+@list_op(weighted=True)
 def cosent(scale: float) -> None:
     """Return log(1 + sum of e^(scale (s_j - s_i)) over the pairs with y_i > y_j) for each list."""
 
@@ -48,6 +48,7 @@ def list_net_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Return ListNet's loss: the cross entropy of the scores' softmax relative to the labels'.
@@ -66,7 +67,7 @@ def list_net_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.4614), tensor([ 0.4861, -0.4533, -0.0328]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return list_loss(list_softmax, (True,), LabelUse.DIFFERENCE, *given)
 
 
@@ -79,6 +80,7 @@ def softmax_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Return the softmax cross entropy with the labels as weights: ``sum_i y_i (logsumexp(s) - s_i)``.
@@ -97,7 +99,7 @@ def softmax_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.5514), tensor([ 0.5761, -0.7881,  0.2119]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return list_loss(list_softmax, (False,), LabelUse.VALUE, *given)
 
 
@@ -110,6 +112,7 @@ def list_mle_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     k: int | None = None,
     position_weights: str = "uniform",
@@ -143,7 +146,7 @@ def list_mle_loss(
     first = limit(k)
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return list_loss(list_mle, (_TIES[ties], _POSITION_WEIGHTS[position_weights], first), LabelUse.ORDER, *given)
 
 
@@ -156,6 +159,7 @@ def unique_softmax_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     gain: str = "exponential",
 ) -> Tensor:
@@ -181,7 +185,7 @@ def unique_softmax_loss(
         (tensor(1.9892), tensor([ 0.8198, -0.7881, -0.0317]))
     """
     _checks.is_one_of("gain", gain, GAINS)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return list_loss(unique_softmax, (gain == "exponential",), GAINS[gain], *given)
 
 
@@ -194,6 +198,7 @@ def cosent_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     scale: float = 20.0,
 ) -> Tensor:
@@ -217,8 +222,8 @@ def cosent_loss(
         (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
     scale = _checks.as_positive("scale", scale)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(cosent, (scale,), LabelUse.ORDER, *given)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    return list_loss(cosent, (scale,), LabelUse.ORDER, *given, of_pairs=True)
 
 
 # ---------------------------------------------------------------- modules

@@ -1,4 +1,4 @@
-"""Ranking metrics: plain PyTorch on batches of lists, in float64, without a gradient.
+"""Ranking metrics of batches of lists, in float64, without a gradient.
 
 Items with tied scores have no order. ``ties="average"`` is the mean over all orders of the tied items, in closed form
 (McSherry and Najork, 2008); "index" keeps them in their given order; "together" retrieves the tied items at once, at
@@ -7,168 +7,405 @@ the rank of the last of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops.ranking._arguments import checked, documented
-from custom_ops.ranking._gains import GAINS, relative_gains
-from custom_ops.ranking._lists import list_dot
+from custom_ops._enums import LabelUse, RankMetric, TiedScores
+from custom_ops._native import define
+from custom_ops.ranking._arguments import checked, documented, limit
+from custom_ops.ranking._gains import GAINS
+from custom_ops.ranking._inputs import in_dtype
+from custom_ops.ranking._lists import batch, per_list, shard
 
-_ALL_TIES = ("average", "index", "together")
+_TIES = TiedScores.options()
 _REAL = (*_checks.FLOATING, torch.uint8, torch.int8, torch.int16, *_checks.INDEX)
 
-
-class _Ranked:
-    """The items of all lists in the order of their scores, invalid items last, with the quantities that metrics need.
-
-    The items of a list stay between its bounds. `place`, `start` and `end` count from the beginning of the list. A
-    group is a run of tied items, or one item under ``ties="index"``. Everything takes O(T log T) time and O(T) memory
-    for T items, however they are distributed over lists.
-    """
-
-    def __init__(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        k: int | None,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        cu_lengths: Tensor | None,
-        ties: str,
-        choices: tuple[str, ...],
-        reduction: str,
-    ) -> None:
-        self.k = _checks.as_limit("k", k)
-        _checks.is_tensor("labels", labels)
-        labels = labels.detach()
-        valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, None, reduction, _REAL)
-        _checks.is_one_of("ties", ties, choices)
-        scores, n = scores.detach(), scores.shape[-1]
-        self.reduction = reduction
-        self.dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        self.offsets, self.is_one = offsets, offsets is None
-        place = torch.arange(n, device=scores.device)
-        self.list: Tensor | None = None
-        if offsets is not None:
-            self.bounds = offsets.clamp(0, n).cummax(0).values
-            self.list = torch.searchsorted(self.bounds, place, right=True) - 1  # -1 before all lists, L after them
-            place = place - self.bounds[self.list.clamp(min=0)]
-        self.place = place.expand(scores.shape)
-        self.valid = valid
-        undefined = labels.isnan() | scores.isnan()
-        self.undefined = self.total(undefined.double(), valid) > 0  # this also checks the offsets
-
-        order = self.order(scores)
-        self.labels = labels.gather(-1, order)
-        self.ranked = None if valid is None else valid.gather(-1, order)
-        scores = scores.gather(-1, order)
-        first = torch.ones_like(scores, dtype=torch.bool)
-        if ties != "index":
-            first[..., 1:] = scores[..., 1:] != scores[..., :-1]
-            first = first | (self.place == 0)
-        if self.ranked is not None:
-            first = first | ~self.ranked
-        at = torch.arange(n, device=scores.device)
-        begin = torch.where(first, at, 0).cummax(-1).values  # the beginning of each item's group
-        last = torch.ones_like(first)
-        last[..., :-1] = first[..., 1:]
-        end = torch.where(last, at + 1, n).flip(-1).cummin(-1).values.flip(-1)
-        self.begin, self.start, self.end = begin, self.place - (at - begin), self.place + (end - at)
-
-    def order(self, key: Tensor) -> Tensor:
-        """Return the order of each list's items by descending key, ties by position, invalid items last."""
-        order = key.argsort(dim=-1, descending=True, stable=True)
-        later = torch.zeros_like(order) if self.valid is None else (~self.valid).long()
-        if self.list is not None:
-            later = later + 2 * self.list
-        if self.list is None and self.valid is None:
-            return order
-        return order.gather(-1, later.gather(-1, order).argsort(dim=-1, stable=True))
-
-    def total(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Return the sum of x over each list's valid items, [..., L]."""
-        total: Tensor = list_dot(x, torch.ones_like(x), valid, self.offsets)
-        return total
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over each list's valid items of x, which is in the order of the scores."""
-        return self.total(x, self.ranked)
-
-    def of_items(self, x: Tensor) -> Tensor:
-        """Return for each item the value that x [..., L] has for its list; items in no list get an arbitrary value."""
-        if self.list is None or x.shape[-1] == 0:
-            return x[..., :1].expand(self.place.shape) if x.shape[-1] else x.new_zeros(self.place.shape)
-        return x[..., self.list.clamp(0, x.shape[-1] - 1)]
-
-    def relevant(self) -> Tensor:
-        """Return 1 for the valid items with a label above 0, else 0, in the order of the scores."""
-        relevant = self.labels > 0
-        return (relevant if self.ranked is None else relevant & self.ranked).double()
-
-    def over_group(self, count: Tensor) -> Tensor:
-        """Return the sum of whole numbers over each item's group."""
-        ends = self.begin + (self.end - self.start)
-        return self.before(count, ends) - self.before(count, self.begin)
-
-    def before_group(self, count: Tensor) -> Tensor:
-        """Return the sum of whole numbers over the items of the list that come before each item's group."""
-        return self.before(count, self.begin) - self.before(count, self.begin - self.start)
-
-    @staticmethod
-    def before(count: Tensor, at: Tensor) -> Tensor:
-        """Return the sum of whole numbers over all items before those ``at``."""
-        return torch.nn.functional.pad(count.cumsum(-1), (1, 0)).gather(-1, at)
-
-    def within(self, place: Tensor) -> Tensor:
-        """Return whether places, counted from 0, are in the top k."""
-        return torch.ones_like(place, dtype=torch.bool) if self.k is None else place < self.k
-
-    def reduce(self, metric: Tensor, counts: Tensor) -> Tensor:
-        """Reduce ``metric``, which is 0 for lists outside of ``counts`` and NaN for lists with a NaN score or label."""
-        metric = torch.where(counts, metric, 0).masked_fill(self.undefined, torch.nan)
-        counts = counts | self.undefined
-        if self.is_one:
-            metric, counts = metric.squeeze(-1), counts.squeeze(-1)
-        if self.reduction == "sum":
-            metric = metric.sum()
-        elif self.reduction == "mean":
-            metric = metric.sum() / counts.sum().clamp(min=1)
-        return metric.to(self.dtype)
+Cutoff = int | Sequence[int | None] | None
 
 
-@documented
-def ndcg(
+@define
+def rank_metric(
     scores: Tensor,
     labels: Tensor,
-    k: int | None = None,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    cutoffs: Tensor,
+    discounts: Tensor | None,
+    metric: int,
+    ties: int,
+    exponential: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the metric [..., L, K] of each list at each of ``cutoffs`` [K], and whether it is defined [..., L].
+
+    A cutoff of 2^31 - 1 lets all places count. The float64 ``labels`` are gains for DCG, and for ERR the probabilities
+    that an item satisfies. ``discounts`` has the weight of each place for DCG and NDCG; None for 1 / log2(1 + rank).
+    """
+    active = torch.empty_like(per_list(scores, offsets), dtype=torch.bool)
+    return labels.new_empty((*active.shape, *cutoffs.shape)), active
+
+
+batch(rank_metric)
+shard(rank_metric)
+
+_ARGUMENTS = """
+    scores: ``[..., n]``, of any real dtype. They get no gradient.
+    labels: ``[..., n]``, of any real dtype. An item is relevant if its label is above 0.
+    k: only the first k ranks count; None for all. Several at once, such as ``(1, 5, 10)``, give the result a last
+        dimension, with one number for each.
+    index: int ``[n]``, the query of each item, in any order, for ``scores [n]``: there is a list for each query, by
+        ascending number. It isn't used together with ``lengths`` or ``cu_lengths``.
+    ties: "average" over the orders of items tied in score, or "index" for their given order.
+    empty: the value of a list for which the metric isn't defined, such as 0.0, 1.0 or ``math.nan``, which then is in
+        the mean. With None such a list isn't in the mean, and its value is 0 for "none".
+    weights: floating ``[...]``, with ``cu_lengths`` or ``index`` ``[..., L]``: one for each list.
+    reduction: "mean" over the lists (weighted by ``weights``; 0 if there is none), "sum", or "none" for one number
+        for each list.
+"""
+
+_RETURNS = """Returns:
+    A scalar, or for "none" one number for each list, and for several k one number for each; float64 for float64
+    scores, else float32. NaN for a list with a NaN score or label.
+
+The metric takes O(n log n) time and O(n) memory for n items in total, in lists of any lengths."""
+
+_documented: Any = partial(documented, arguments=_ARGUMENTS, returns=_RETURNS)
+
+
+def _evaluate(
+    metric: RankMetric,
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_lengths: Tensor | None,
+    index: Tensor | None,
+    weights: Tensor | None,
+    ties: str,
+    empty: float | None,
+    reduction: str,
+    choices: Collection[str] = ("average", "index"),
+    gain: str | Callable[[Tensor], Tensor] = "linear",
+    discount: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Check all arguments, and return the metric at each k, reduced over the lists."""
+    several = isinstance(k, Sequence) and not isinstance(k, str)
+    each: Sequence[Any] = k if isinstance(k, Sequence) and several else [k]
+    cutoffs = [limit(one) for one in each]
+    _checks.is_tensor("labels", labels)
+    _checks.is_one_of("ties", ties, choices)
+    if empty is not None:
+        empty = float("nan") if _checks.plain(empty) != _checks.plain(empty) else _checks.as_float("empty", empty)
+    if isinstance(scores, Tensor):
+        scores = scores.detach()
+    labels = labels.detach()
+    if index is not None:
+        scores, labels, mask, cu_lengths = _by_query(scores, labels, mask, lengths, cu_lengths, index)
+    valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction, _REAL)
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if not isinstance(gain, str):
+        labels = _number_of_each("gain", gain, labels)
+    discounts = None
+    if discount is not None:
+        ranks = torch.arange(1, scores.shape[-1] + 1, dtype=torch.float64, device=scores.device)
+        discounts = _number_of_each("discount", discount, ranks)
+    value, active = rank_metric(
+        in_dtype(scores, dtype, valid, offsets, LabelUse.ORDER),
+        labels.double(),
+        valid,
+        offsets,
+        torch.tensor(cutoffs, dtype=torch.int64, device=scores.device),
+        discounts,
+        metric.value,
+        _TIES[ties],
+        gain == "exponential",
+    )
+    if offsets is None:
+        value, active = value.squeeze(-2), active.squeeze(-1)
+    active = active.unsqueeze(-1)
+    if empty is not None:
+        value, active = torch.where(active, value, empty), torch.ones_like(active)
+    value = value if several else value.squeeze(-1)
+    active = active if several else active.squeeze(-1)
+    if reduction == "none":
+        value = value if weights is None else value * (weights.unsqueeze(-1) if several else weights)
+        return value.to(dtype)
+    dims = tuple(range(value.dim() - several))
+    share = active.double()
+    if weights is not None:
+        weights = weights.detach().double()
+        share = share * (weights.unsqueeze(-1) if several else weights)
+        value = torch.where(share == 0, 0, value)  # a list of weight 0 doesn't count, whatever its value is
+    total = (value * share).sum(dims) if dims else value * share
+    if reduction == "mean":
+        count = share.sum(dims) if dims else share
+        total = total / torch.where(count == 0, 1, count)
+    return total.to(dtype)
+
+
+def _by_query(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_lengths: Tensor | None,
+    index: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the items in the order of their queries, and the bounds of the queries."""
+    if lengths is not None or cu_lengths is not None:
+        raise ValueError("index: expected neither lengths nor cu_lengths beside it")
+    _checks.has_dtype("scores", scores, _REAL)
+    _checks.has_dims("scores", scores, "[n]")
+    _checks.has_dtype("index", index, _checks.INDEX)
+    given = {"index": index, "labels": labels} | ({} if mask is None else {"mask": mask})
+    for name, tensor in given.items():
+        _checks.is_tensor(name, tensor)
+        if tensor.shape != scores.shape:
+            raise ValueError(f"{name}: expected shape {list(scores.shape)}, got {list(tensor.shape)}")
+    _checks.same_device(scores=scores, **given)
+    queries, order = index.sort(stable=True)
+    counts = torch.unique_consecutive(queries, return_counts=True)[1]
+    bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return scores[order], labels[order], None if mask is None else mask[order], bounds
+
+
+def _number_of_each(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return what the user's function gives for each element of x, in float64."""
+    if not callable(function):
+        raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
+    given = function(x)
+    _checks.is_tensor(f"the result of {name}", given)
+    if given.shape != x.shape or given.is_complex():
+        raise ValueError(f"{name}: expected a real result of shape {list(x.shape)}, got {list(given.shape)}")
+    return given.detach().double()
+
+
+@_documented
+def precision(
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff = None,
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
-    gain: str = "exponential",
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
     ties: str = "average",
+    empty: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return normalised discounted cumulative gain: the sum of gain / log2(1 + rank), over that of the ideal order.
+    """Return the share of relevant items among the first k.
 
-    For ``gain="linear"`` it equals ``sklearn.metrics.ndcg_score``, whose ``ignore_ties`` is ``ties="index"`` up to the
-    order that it gives tied items.
+    It divides by k, also in a list of fewer items, as trec_eval does; for None by the number of items. It isn't defined
+    for a list without a relevant item.
 
-    The metric takes O(n log n) time and O(n) memory for n items in total, in lists of any lengths.
+    Source: Manning, Raghavan, Schütze, "Introduction to Information Retrieval", 2008, chapter 8.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.precision(torch.tensor([0.9, 0.3, 0.2]), torch.tensor([1, 0, 1]), k=(1, 2))
+        tensor([1.0000, 0.5000])
+    """
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.PRECISION, scores, labels, k, *lists, ties, empty, reduction)
+
+
+@_documented
+def recall(
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff = None,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    ties: str = "average",
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the share of the relevant items that are among the first k.
+
+    It isn't defined for a list without a relevant item.
+
+    Source: Manning, Raghavan, Schütze, "Introduction to Information Retrieval", 2008, chapter 8.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.recall(torch.tensor([0.9, 0.3, 0.2]), torch.tensor([1, 0, 1]), k=2)
+        tensor(0.5000)
+    """
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.RECALL, scores, labels, k, *lists, ties, empty, reduction)
+
+
+@_documented
+def f1_score(
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff = None,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    ties: str = "average",
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the harmonic mean of `precision` and `recall` at k: 2 hits / (k + the number of relevant items).
+
+    It isn't defined for a list without a relevant item.
+
+    Source: van Rijsbergen, "Information Retrieval", 1979.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.f1_score(torch.tensor([0.9, 0.3, 0.2]), torch.tensor([1, 0, 1]), k=1)
+        tensor(0.6667)
+    """
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.F1, scores, labels, k, *lists, ties, empty, reduction)
+
+
+@_documented
+def hit_rate(
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff = None,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    ties: str = "average",
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the share of the lists with a relevant item among the first k.
+
+    With ties it is the probability of that over their orders. It isn't defined for a list without a relevant item.
+
+    Source: Deshpande and Karypis, "Item-based top-N recommendation algorithms", TOIS 2004.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> scores = torch.tensor([[0.9, 0.3, 0.2], [0.1, 0.4, 0.3]])
+        >>> custom_ops.hit_rate(scores, torch.tensor([[1, 0, 1], [1, 0, 0]]), k=[1, 3])
+        tensor([0.5000, 1.0000])
+    """
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.HIT_RATE, scores, labels, k, *lists, ties, empty, reduction)
+
+
+@_documented
+def r_precision(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    ties: str = "average",
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return `precision` at the number of relevant items of each list, where it equals the recall.
+
+    It isn't defined for a list without a relevant item.
+
+    Source: Manning, Raghavan, Schütze, "Introduction to Information Retrieval", 2008, chapter 8.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.r_precision(torch.tensor([0.9, 0.3, 0.2]), torch.tensor([1, 0, 1]))
+        tensor(0.5000)
+    """
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.R_PRECISION, scores, labels, None, *lists, ties, empty, reduction)
+
+
+@_documented
+def dcg(
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff = None,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    gain: str | Callable[[Tensor], Tensor] = "exponential",
+    discount: Callable[[Tensor], Tensor] | None = None,
+    ties: str = "average",
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return discounted cumulative gain: the sum of gain / log2(1 + rank).
+
+    It isn't defined for a list without a gain. Exponential gains overflow beyond a label of 1023.
 
     Args:
-        scores: ``[..., n]``, of any real dtype. They get no gradient.
-        labels: ``[..., n]``, of any real dtype; one below 0 has gain 0.
-        k: only the first k ranks count; None for all.
-        gain: "exponential", 2^label - 1 (for labels of any size), or "linear", the label.
-        ties: "average" over the orders of items tied in score, or "index" for their given order.
-        reduction: "mean" over the lists that have a gain (0 if none does), "sum", or "none" for one number for
-            each list, 0 where it has no gain.
+        gain: "exponential", 2^label - 1, "linear", the label, or a function that returns the
+            gain of each label. A gain below 0 counts as 0.
+        discount: a function that returns the weight of each rank 1, 2, ..., n, given in float64; None for
+            1 / log2(1 + rank).
 
-    Returns:
-        A scalar, or for "none" one number for each list; float64 for float64 scores, else float32. NaN for a list with
-        a NaN score or label.
+    Source: Järvelin and Kekäläinen, 2002; exponential gains: Burges et al., 2005.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.dcg(torch.tensor([0.1, 0.3, 0.2]), torch.tensor([2, 0, 1]), k=2)
+        tensor(0.6309)
+    """
+    if isinstance(gain, str):
+        _checks.is_one_of("gain", gain, GAINS)
+    _checks.is_tensor("labels", labels)
+    gains = labels.double() if isinstance(gain, str) else _number_of_each("gain", gain, labels)
+    gains = torch.exp2(gains) - 1 if gain == "exponential" else gains
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.DCG, scores, gains, k, *lists, ties, empty, reduction, discount=discount)
+
+
+@_documented
+def ndcg(
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff = None,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    gain: str | Callable[[Tensor], Tensor] = "exponential",
+    discount: Callable[[Tensor], Tensor] | None = None,
+    ties: str = "average",
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return normalised discounted cumulative gain: `dcg` over that of the ideal order.
+
+    For ``gain="linear"`` it equals ``sklearn.metrics.ndcg_score``, whose ``ignore_ties`` is ``ties="index"`` up to the
+    order that it gives tied items. It isn't defined for a list without a gain.
+
+    Args:
+        gain: "exponential", 2^label - 1 (for labels of any size), "linear", the label, or a function that returns the
+            gain of each label. A gain below 0 counts as 0.
+        discount: a function that returns the weight of each rank 1, 2, ..., n, given in float64; None for
+            1 / log2(1 + rank).
 
     Source: Järvelin and Kekäläinen, 2002; exponential gains: Burges et al., 2005.
 
@@ -177,53 +414,77 @@ def ndcg(
         >>> custom_ops.ndcg(torch.tensor([0.1, 0.3, 0.2]), torch.tensor([2, 0, 1]), k=2)
         tensor(0.1738)
     """
-    _checks.is_one_of("gain", gain, GAINS)
-    ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, ("average", "index"), reduction)
-    discounts = 1 / (torch.arange(scores.shape[-1], device=scores.device).double() + 2).log2()
-    discounts = torch.where(ranked.within(torch.arange(len(discounts), device=scores.device)), discounts, 0)
-    before = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
-    labels = labels.detach().double().clamp(min=0)
-    best = labels.gather(-1, ranked.order(labels))
-    begins = ranked.place == 0
-    largest = ranked.of_items(ranked.total(torch.where(begins, best, 0).nan_to_num(), None))
-
-    in_group = (before[ranked.end] - before[ranked.start]) / (ranked.end - ranked.start)
-    dcg = ranked.sum(relative_gains(ranked.labels.double(), largest, gain) * in_group)
-    ideal = ranked.sum(relative_gains(best, largest, gain) * discounts[ranked.place])
-    return ranked.reduce(dcg / ideal, ideal != 0)
+    if isinstance(gain, str):
+        _checks.is_one_of("gain", gain, GAINS)
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.NDCG, scores, labels, k, *lists, ties, empty, reduction, gain=gain, discount=discount)
 
 
-@documented
-def mrr(
+@_documented
+def err(
     scores: Tensor,
     labels: Tensor,
-    k: int | None = None,
+    k: Cutoff = None,
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    max_label: float,
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return expected reciprocal rank: of the item at which a user stops who goes down the list.
+
+    An item satisfies the user with probability ``(2^label - 1) / 2^max_label``. The metric is the sum over the ranks r
+    of 1 / r times the probability that the user stops there. Tied items keep their given order. It isn't defined for a
+    list without a relevant item.
+
+    Args:
+        max_label: the highest label of the scale, such as 4 for labels 0 to 4, and 1 for binary ones. A label above it
+            counts like it.
+
+    Source: Chapelle, Metzler, Zhang, Grinspan, "Expected Reciprocal Rank for Graded Relevance", CIKM 2009.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.err(torch.tensor([0.1, 0.3, 0.2]), torch.tensor([2, 0, 1]), max_label=2)
+        tensor(0.3125)
+    """
+    most = _checks.as_positive("max_label", max_label)
+    _checks.is_tensor("labels", labels)
+    grades = labels.double().clamp(0, most)
+    stops = torch.exp2(grades - most) - 2.0**-most
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.ERR, scores, stops, k, *lists, "index", empty, reduction)
+
+
+@_documented
+def mrr(
+    scores: Tensor,
+    labels: Tensor,
+    k: Cutoff = None,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
     ties: str = "average",
+    empty: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Return the mean reciprocal rank: 1 over the rank of the first relevant item, whose label is above 0.
 
     With ``ties="together"`` and one relevant item per list it equals
-    ``sklearn.metrics.label_ranking_average_precision_score``.
-
-    The metric takes O(n log n) time and O(n) memory for n items in total, in lists of any lengths.
+    ``sklearn.metrics.label_ranking_average_precision_score``. It isn't defined for a list without a relevant item.
 
     Args:
-        scores: ``[..., n]``, of any real dtype. They get no gradient.
-        labels: ``[..., n]``, of any real dtype.
-        k: a list whose first relevant item has a rank beyond k counts 0; None for no limit.
+        k: a list whose first relevant item has a rank beyond k counts 0; None for no limit. Several at once give the
+            result a last dimension.
         ties: "average" over the orders of items tied in score; "index" for their given order; or
             "together", with each at the last rank of the tied items.
-        reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
-            number for each list, 0 where it has none.
-
-    Returns:
-        A scalar, or for "none" one number for each list; float64 for float64 scores, else float32. NaN for a list with
-        a NaN score or label.
 
     Source: Voorhees, 1999; ties: McSherry and Najork, 2008.
 
@@ -232,61 +493,35 @@ def mrr(
         >>> custom_ops.mrr(torch.tensor([[0.1, 0.3, 0.2], [1.0, 1.0, 0.0]]), torch.tensor([[0, 0, 1], [1, 0, 0]]))
         tensor(0.6250)
     """
-    ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, _ALL_TIES, reduction)
-    relevant = ranked.relevant()
-    hits = ranked.over_group(relevant)
-    is_first = (hits > 0) & (ranked.before_group(relevant) == 0)  # the group of the first relevant item
-    if ties == "together":
-        share = (ranked.place == ranked.start) & ranked.within(ranked.end - 1)
-        reciprocal = ranked.sum(torch.where(is_first & share, 1 / ranked.end.double(), 0))
-    else:
-        # The first of `hits` among `size` tied items is j places after the start with the probability that none came
-        # before, times that of a hit there, hits / (size - j).
-        size, j = (ranked.end - ranked.start).double(), (ranked.place - ranked.start).double()
-        misses = size - hits
-        none_before = torch.exp(_log_falling(misses, j) - _log_falling(size, j))
-        chance = torch.where(j <= misses, none_before * hits / (size - j), 0)
-        inside = is_first & ranked.within(ranked.place)
-        reciprocal = ranked.sum(torch.where(inside, chance / (ranked.place + 1), 0))
-    return ranked.reduce(reciprocal, ranked.sum(relevant) > 0)
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.RECIPROCAL_RANK, scores, labels, k, *lists, ties, empty, reduction, choices=_TIES)
 
 
-def _log_falling(n: Tensor, j: Tensor) -> Tensor:
-    """Return the logarithm of n (n - 1) ... (n - j + 1), for j up to n."""
-    return torch.lgamma(n + 1) - torch.lgamma((n - j).clamp(min=0) + 1)
-
-
-@documented
+@_documented
 def average_precision(
     scores: Tensor,
     labels: Tensor,
-    k: int | None = None,
+    k: Cutoff = None,
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
     ties: str = "average",
+    empty: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Return the mean, over the relevant items (label above 0), of the precision at each one's rank.
 
-    With ``ties="together"`` it equals ``sklearn.metrics.average_precision_score`` of each list.
-
-    The metric takes O(n log n) time and O(n) memory for n items in total, in lists of any lengths.
+    With ``ties="together"`` it equals ``sklearn.metrics.average_precision_score`` of each list. It isn't defined for a
+    list without a relevant item.
 
     Args:
-        scores: ``[..., n]``, of any real dtype. They get no gradient.
-        labels: ``[..., n]``, of any real dtype.
         k: only the first k ranks count, and the sum is divided by the number of relevant items or by k, whichever
-            is less, so that a perfect order has 1; None for all.
+            is less, so that a perfect order has 1; None for all. Several at once give the result a last dimension.
         ties: "average" over the orders of items tied in score; "index" for their given order; or
             "together", with each at the last rank of the tied items.
-        reduction: "mean" over the lists that have a relevant item (0 if none does), "sum", or "none" for one
-            number for each list, 0 where it has none.
-
-    Returns:
-        A scalar, or for "none" one number for each list; float64 for float64 scores, else float32. NaN for a list with
-        a NaN score or label.
 
     Source: ties: McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
     Presence of Tied Scores", 2008.
@@ -296,19 +531,35 @@ def average_precision(
         >>> custom_ops.average_precision(torch.tensor([0.9, 0.3, 0.2]), torch.tensor([1, 0, 1]))
         tensor(0.8333)
     """
-    ranked = _Ranked(scores, labels, k, mask, lengths, cu_lengths, ties, _ALL_TIES, reduction)
-    relevant = ranked.relevant()
-    hits, before = ranked.over_group(relevant), ranked.before_group(relevant)
-    if ties == "together":
-        precision = (before + hits) / ranked.end
-        share = torch.where(ranked.within(ranked.end - 1), relevant, 0)
-    else:
-        # Here `share` is the probability that a relevant item is at a place of the group, and `others` the expected
-        # number of relevant items before it.
-        size = ranked.end - ranked.start
-        others = (ranked.place - ranked.start) * (hits - 1) / (size - 1).clamp(min=1)
-        precision = (before + others + 1) / (ranked.place + 1)
-        share = torch.where(ranked.within(ranked.place), hits / size, 0)
-    total = ranked.sum(relevant)
-    found = ranked.sum(share * precision)
-    return ranked.reduce(found / (total if ranked.k is None else total.clamp(max=ranked.k)), total > 0)
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.AVERAGE_PRECISION, scores, labels, k, *lists, ties, empty, reduction, choices=_TIES)
+
+
+@_documented
+def auc(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_lengths: Tensor | None = None,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    empty: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the area under the ROC curve of each list.
+
+    It is the share of the pairs of a relevant and an irrelevant item in which the relevant one has the higher score;
+    tied scores count half. It equals ``sklearn.metrics.roc_auc_score`` of each list, and isn't defined for a list of
+    which all items or none are relevant.
+
+    Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.auc(torch.tensor([0.9, 0.3, 0.2]), torch.tensor([1, 0, 1]))
+        tensor(0.5000)
+    """
+    lists = (mask, lengths, cu_lengths, index, weights)
+    return _evaluate(RankMetric.AUC, scores, labels, None, *lists, "average", empty, reduction)

@@ -24,6 +24,7 @@ def neural_sort_ndcg_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     k: int | None = None,
     temperature: float = 1.0,
@@ -64,7 +65,7 @@ def neural_sort_ndcg_loss(
     first = limit(k)
     temperature = _checks.as_positive("temperature", temperature)
     _checks.is_one_of("gain", gain, GAINS)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return list_loss(neural_sort, (temperature, first, gain == "exponential"), GAINS[gain], *given)
 
 

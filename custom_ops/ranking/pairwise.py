@@ -14,17 +14,17 @@ from custom_ops.ranking._arguments import ListLossModule, documented, list_loss
 from custom_ops.ranking._list_loss import list_op
 
 
-@list_op()
+@list_op(weighted=True)
 def pairwise(phi: int, sigma: float, normalize: bool) -> None:
     """Return the sum of phi(sigma (s_i - s_j)) over the pairs of each list, or its mean if ``normalize``."""
 
 
-@list_op(third_is_zero=True)
+@list_op(third_is_zero=True, weighted=True)
 def pairwise_hinge(margin: float, squared: bool, normalize: bool) -> None:
     """Return the sum of max(0, margin - (s_i - s_j)), or of its square, over the pairs of each list."""
 
 
-@list_op(third_is_zero=True)
+@list_op(third_is_zero=True, weighted=True)
 def pairwise_mse(normalize: bool) -> None:
     """Return the sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
 
@@ -38,6 +38,7 @@ def pairwise_logistic_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     sigma: float = 1.0,
     normalize: bool = False,
@@ -66,8 +67,8 @@ def pairwise_logistic_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise, (PairFunction.LOGISTIC.value, sigma, normalize), LabelUse.ORDER, *given)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    return list_loss(pairwise, (PairFunction.LOGISTIC.value, sigma, normalize), LabelUse.ORDER, *given, of_pairs=True)
 
 
 @documented
@@ -79,6 +80,7 @@ def pairwise_soft_zero_one_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     sigma: float = 1.0,
     normalize: bool = False,
@@ -101,8 +103,10 @@ def pairwise_soft_zero_one_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise, (PairFunction.SOFT_ZERO_ONE.value, sigma, normalize), LabelUse.ORDER, *given)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    return list_loss(
+        pairwise, (PairFunction.SOFT_ZERO_ONE.value, sigma, normalize), LabelUse.ORDER, *given, of_pairs=True
+    )
 
 
 @documented
@@ -114,6 +118,7 @@ def pairwise_exponential_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     sigma: float = 1.0,
     normalize: bool = False,
@@ -136,8 +141,10 @@ def pairwise_exponential_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise, (PairFunction.EXPONENTIAL.value, sigma, normalize), LabelUse.ORDER, *given)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    return list_loss(
+        pairwise, (PairFunction.EXPONENTIAL.value, sigma, normalize), LabelUse.ORDER, *given, of_pairs=True
+    )
 
 
 @documented
@@ -149,6 +156,7 @@ def pairwise_hinge_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     margin: float = 1.0,
     squared: bool = False,
@@ -180,8 +188,8 @@ def pairwise_hinge_loss(
     margin = _checks.as_float("margin", margin)
     squared = _checks.as_bool("squared", squared)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise_hinge, (margin, squared, normalize), LabelUse.ORDER, *given)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    return list_loss(pairwise_hinge, (margin, squared, normalize), LabelUse.ORDER, *given, of_pairs=True)
 
 
 @documented
@@ -193,6 +201,7 @@ def pairwise_mse_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
 ) -> Tensor:
@@ -215,8 +224,8 @@ def pairwise_mse_loss(
         (tensor(13.), tensor([-14.,  10.,   4.]))
     """
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
-    return list_loss(pairwise_mse, (normalize,), LabelUse.DIFFERENCE, *given)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    return list_loss(pairwise_mse, (normalize,), LabelUse.DIFFERENCE, *given, of_pairs=True)
 
 
 class PairwiseLogisticLoss(ListLossModule):

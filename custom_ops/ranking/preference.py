@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from custom_ops import _checks, library
 from custom_ops._bilinear import add
 from custom_ops._enums import PreferenceLoss
 from custom_ops._native import define
-from custom_ops._wide import wide
+from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
 
 _SIGNS = (1, -1, -1, 1)  # the signs of chosen, rejected, chosen_offset and rejected_offset in the difference
@@ -38,10 +38,10 @@ def preference(
 
     Without a ``rejected_offset`` it is ``(chosen - rejected) - chosen_offset - margin``.
 
-    ``kind`` selects the loss, with z = beta d: p softplus(-z) + q softplus(z); max(0, 1 - z); (d - p)^2; or sigmoid(z)
-    (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q). The first ``batch_dims`` dimensions are the batch.
-    ``reduce`` sums over the others and, if ``divisor`` isn't 0, divides by it; the caller gives ``divisor`` because the
-    elements may be sharded.
+    ``kind`` selects the loss, with z = beta d: p softplus(-z) + q softplus(z); max(0, 1 - z); (d - p)^2; sigmoid(z)
+    (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q); or p sigmoid(-z) + q sigmoid(z). The first ``batch_dims``
+    dimensions are the batch. ``reduce`` sums over the others and, if ``divisor`` isn't 0, divides by it; the caller
+    gives ``divisor`` because the elements may be sharded.
     """
     return chosen.new_empty(chosen.shape[:batch_dims] if reduce else chosen.shape)
 
@@ -211,7 +211,7 @@ def _smoothing(value: Any, limit: float) -> float:
     return smoothing
 
 
-def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
+def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean", *, mask: Tensor | None = None) -> Tensor:
     """Return ``-log sigmoid(positive - negative)``: a chosen item should score above one that the user didn't choose.
 
     It is `bradley_terry_loss` without a margin, at ``beta = 1``, and all that is said there holds: dtypes, errors, the
@@ -221,6 +221,8 @@ def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Ten
         positive, negative: scores; float16, bfloat16, float32 or float64. The shapes broadcast: [B, 1]
             beside [B, K] compares each positive with K negatives.
         reduction: "mean", "sum" or "none"; the mean over no pair is 0.
+        mask: bool, of a shape that broadcasts with those: True for the pairs that count. The others have a loss and a
+            gradient of 0, whatever their scores are, and aren't in the mean.
 
     Returns:
         A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
@@ -241,7 +243,24 @@ def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Ten
         >>> positive.grad
         tensor([-0.1192, -1.0000])
     """
-    return _loss({"positive": positive, "negative": negative}, PreferenceLoss.LOGISTIC.value, reduction)
+    if mask is None:
+        return _loss({"positive": positive, "negative": negative}, PreferenceLoss.LOGISTIC.value, reduction)
+    for name, tensor in (("positive", positive), ("negative", negative)):
+        _checks.has_dtype(name, tensor, _checks.FLOATING)
+    _checks.has_dtype("mask", mask, (torch.bool,))
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    dtype = torch.promote_types(positive.dtype, negative.dtype)
+    given = {"positive": positive.to(dtype), "negative": negative.to(dtype), "mask": mask}
+    shape = _checks.broadcast(positive=given["positive"], negative=given["negative"], mask=mask.to(dtype))[0].shape
+    mask = mask.expand(shape)
+    # The difference of a masked pair is infinite, where the loss and its slope are 0.
+    won, lost = torch.where(mask, given["positive"], 0), torch.where(mask, given["negative"], -torch.inf)
+    pairs: dict[str, Tensor | None] = {"positive": won, "negative": lost}
+    if reduction != "mean":
+        return _loss(pairs, PreferenceLoss.LOGISTIC.value, reduction)
+    total = _loss({"positive": wide(won), "negative": wide(lost)}, PreferenceLoss.LOGISTIC.value, "sum")
+    mean = total / mask.sum().clamp(min=1)
+    return mean if under_autocast(positive) else mean.to(dtype)
 
 
 def bradley_terry_loss(
@@ -296,7 +315,27 @@ def bradley_terry_loss(
     )
 
 
-DPO_LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo", "exo_pair")
+DPO_LOSS_TYPES = (
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "apo_zero",
+    "apo_down",
+    "sppo_hard",
+)
+
+
+class _Term(NamedTuple):
+    """A function of the difference of both log ratios ("pair"), or of one of them."""
+
+    of: str
+    kind: PreferenceLoss
+    p: float
+    q: float
 
 
 def dpo_loss(
@@ -305,33 +344,45 @@ def dpo_loss(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    beta: float | Tensor = 0.1,
+    loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    loss_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Return the loss of direct preference optimisation, by which a policy learns to prefer the chosen completion.
 
-    Let ``d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``, b = ``beta``, e =
-    ``label_smoothing`` and s(z) = -log sigmoid(z). The loss depends on ``loss_type``:
+    Let ``c = chosen_logps - ref_chosen_logps``, ``r = rejected_logps - ref_rejected_logps``, ``d = c - r``, b =
+    ``beta``, e = ``label_smoothing``, s(z) = -log sigmoid(z) and u(z) = sigmoid(z). The loss depends on ``loss_type``:
 
     * "sigmoid": (1 - e) s(b d) + e s(-b d); with e > 0 this is conservative DPO
     * "robust": ((1 - e) s(b d) - e s(-b d)) / (1 - 2 e), unbiased under labels wrong with probability e < 1/2
     * "hinge": max(0, 1 - b d)
     * "ipo": (d - 1 / (2 b))^2; meant for log probabilities averaged over a completion's tokens
     * "exo_pair": KL of (sigmoid(b d), sigmoid(-b d)) from (1 - e, e); needs e > 0
+    * "nca_pair": s(b c) + (s(-b c) + s(-b r)) / 2
+    * "bco_pair": s(b c) + s(-b r)
+    * "apo_zero": u(-b c) + u(b r), for chosen completions better than what the policy writes; with a reference point
+      subtracted from both log ratios it is KTO's loss
+    * "apo_down": u(b c) + u(-b d), for chosen completions worse than that
+    * "sppo_hard": (c - 1 / (2 b))^2 + (r + 1 / (2 b))^2
 
-    The loss is exact at any difference. It is differentiable to third order and in forward mode; hinge's gradient at
-    its kink is 0. 16-bit inputs are computed in float32 and rounded once; under autocast the loss is float32.
+    With several types the loss is their sum, weighted by ``loss_weights``. The loss is exact at any difference. It is
+    differentiable to third order and in forward mode; hinge's gradient at its kink is 0. 16-bit inputs are computed in
+    float32 and rounded once; under autocast the loss is float32.
 
     Args:
         chosen_logps, rejected_logps: the policy's log probability of each pair's completions; float16,
             bfloat16, float32 or float64. All shapes broadcast.
         ref_chosen_logps, ref_rejected_logps: the reference's; without them the reference is uniform. They get a
             gradient if they require one; those of a frozen reference don't.
-        beta: the strength of the pull towards the reference, > 0.
-        label_smoothing: the probability that a label is wrong, in [0, 1), for "robust" in [0, 1/2).
+        beta: the strength of the pull towards the reference, > 0: a number, or a tensor with one for each pair, which
+            isn't checked to be positive and gets a gradient if it requires one. "ipo" and "sppo_hard" take a number.
+        loss_type: one of the above, or several.
+        label_smoothing: the probability that a label is wrong, in [0, 1), for "robust" in [0, 1/2). Among several
+            types it applies to those that have one.
         reduction: "mean", "sum" or "none"; the mean over no pair is 0.
+        loss_weights: one number for each of several types; None for 1.
 
     Returns:
         A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
@@ -341,12 +392,13 @@ def dpo_loss(
         ValueError: only one of the references, shapes that don't broadcast, several devices, a parameter out
             of its range or without effect, an unknown ``loss_type`` or ``reduction``.
 
-    The loss takes O(n) time without temporaries and keeps its arguments for backward. An expanded input is copied in
-    full.
+    The loss takes O(n) time, without temporaries for a loss of d alone, and keeps its arguments for backward. An
+    expanded input is copied in full.
 
     Source: Rafailov et al., "Direct Preference Optimization", 2023; robust: Chowdhury et al., 2024; hinge:
-    Zhao et al., "SLiC-HF", 2023; ipo: Azar et al., 2023; exo_pair: Ji et al., 2024, Eq. 16. The names are
-    those of TRL's DPOTrainer.
+    Zhao et al., "SLiC-HF", 2023; ipo: Azar et al., 2023; exo_pair: Ji et al., 2024, Eq. 16; nca_pair: Chen et al.,
+    2024; bco_pair: Jung et al., 2024; apo: D'Oosterlinck et al., 2024; sppo_hard: Wu et al., 2024. The names are those
+    of TRL's DPOTrainer.
 
     Example:
         >>> import torch, custom_ops
@@ -354,6 +406,8 @@ def dpo_loss(
         >>> reference = torch.tensor([-11.0, -11.0]), torch.tensor([-13.0, -12.0])
         >>> custom_ops.dpo_loss(*policy, *reference, beta=0.5, reduction="none")
         tensor([0.3133, 1.3133])
+        >>> custom_ops.dpo_loss(*policy, *reference, loss_type=("sigmoid", "apo_zero"), loss_weights=(1.0, 0.5))
+        tensor(1.1981)
     """
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or neither")
@@ -363,28 +417,77 @@ def dpo_loss(
         "ref_chosen_logps": ref_chosen_logps,
         "ref_rejected_logps": ref_rejected_logps,
     }
-    return _loss(tensors, reduction=reduction, **_dpo_parameters(beta, loss_type, label_smoothing))
+    of_pairs = isinstance(beta, Tensor) and (beta.dim() > 0 or beta.requires_grad or beta.device.type != "cpu")
+    scale = 1.0 if of_pairs else _checks.as_positive("beta", beta)
+    terms = _dpo_terms(None if of_pairs else scale, loss_type, label_smoothing, loss_weights)
+    if len(terms) == 1 and terms[0][1].of == "pair" and terms[0][0] == 1 and not of_pairs:
+        term = terms[0][1]
+        return _loss(tensors, term.kind.value, reduction, beta=scale, p=term.p, q=term.q)
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    given = {name: t for name, t in tensors.items() if t is not None} | ({"beta": beta} if of_pairs else {})
+    for name, t in given.items():
+        _checks.has_dtype(name, t, _checks.FLOATING)  # type: ignore[arg-type]
+    expanded = dict(zip(given, _checks.broadcast(**given)))  # type: ignore[arg-type]
+    dtype = expanded["chosen_logps"].dtype
+    factor = expanded.pop("beta", None)
+    each = [wide(t) if factor is None else wide(t) * wide(factor) for t in expanded.values()]
+    chosen, rejected, *references = each
+    zero = torch.zeros_like(chosen)
+    of_chosen, of_rejected = references or (None, None)
+    parts: dict[str, dict[str, Tensor | None]] = {
+        "pair": {"chosen": chosen, "rejected": rejected, "of_chosen": of_chosen, "of_rejected": of_rejected},
+        "chosen": {"chosen": chosen, "rejected": zero if of_chosen is None else of_chosen},
+        "rejected": {"chosen": rejected, "rejected": zero if of_rejected is None else of_rejected},
+    }
+    losses = [
+        weight * _loss(parts[term.of], term.kind.value, reduction, beta=scale, p=term.p, q=term.q)
+        for weight, term in terms
+    ]
+    total = sum(losses[1:], losses[0])
+    return total if under_autocast(chosen_logps) else total.to(dtype)
 
 
-def _dpo_parameters(beta: float, loss_type: str, label_smoothing: float) -> dict[str, Any]:
-    beta = _checks.as_positive("beta", beta)
-    _checks.is_one_of("loss_type", loss_type, DPO_LOSS_TYPES)
-    e = _smoothing(label_smoothing, 0.5 if loss_type == "robust" else 1.0)
-    if e and loss_type in ("hinge", "ipo"):
-        raise ValueError(f"label_smoothing: expected 0, {loss_type!r} has none, got {label_smoothing}")
-    if loss_type == "sigmoid":
-        kind, p, q = PreferenceLoss.LOGISTIC.value, 1 - e, e
-    elif loss_type == "robust":
-        kind, p, q = PreferenceLoss.LOGISTIC.value, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e)
-    elif loss_type == "hinge":
-        kind, p, q = PreferenceLoss.HINGE.value, 0.0, 0.0
-    elif loss_type == "ipo":
-        kind, p, q = PreferenceLoss.SQUARED.value, 0.5 / beta, 0.0
-    elif e > 0:
-        kind, p, q = PreferenceLoss.DIVERGENCE.value, -math.log1p(-e), -math.log(e)
-    else:
+def _dpo_terms(
+    beta: float | None, loss_type: str | Sequence[str], label_smoothing: Any, loss_weights: Sequence[float] | None
+) -> list[tuple[float, _Term]]:
+    """Return the weighted terms of all types; ``beta`` is None if each pair has its own."""
+    types = [loss_type] if isinstance(loss_type, str) or not isinstance(loss_type, Sequence) else list(loss_type)
+    if not types:
+        raise ValueError("loss_type: expected at least one type, got none")
+    for one in types:
+        _checks.is_one_of("loss_type", one, DPO_LOSS_TYPES)
+    weights = (
+        [1.0] * len(types) if loss_weights is None else [_checks.as_float("loss_weights", w) for w in loss_weights]
+    )
+    if len(weights) != len(types):
+        raise ValueError(f"loss_weights: expected one for each of {len(types)} types, got {len(weights)}")
+    smoothed = {"sigmoid", "robust", "exo_pair"}
+    e = _smoothing(label_smoothing, 0.5 if "robust" in types else 1.0)
+    if e and not smoothed.intersection(types):
+        raise ValueError(f"label_smoothing: expected 0, {types[0]!r} has none, got {label_smoothing}")
+    return [(weight, term) for one, weight in zip(types, weights) for term in _terms_of(one, beta, e)]
+
+
+def _terms_of(loss_type: str, beta: float | None, e: float) -> list[_Term]:
+    logistic, sigmoid, squared = PreferenceLoss.LOGISTIC, PreferenceLoss.SIGMOID, PreferenceLoss.SQUARED
+    if loss_type in ("ipo", "sppo_hard") and beta is None:
+        raise ValueError(f"beta: expected a number for {loss_type!r}, got a tensor")
+    if loss_type == "exo_pair" and e == 0:
         raise ValueError("label_smoothing: expected more than 0 for 'exo_pair', got 0")
-    return {"kind": kind, "beta": beta, "p": p, "q": q}
+    aim = 0.5 / (1.0 if beta is None else beta)
+    terms: dict[str, Callable[[], list[_Term]]] = {
+        "sigmoid": lambda: [_Term("pair", logistic, 1 - e, e)],
+        "robust": lambda: [_Term("pair", logistic, (1 - e) / (1 - 2 * e), -e / (1 - 2 * e))],
+        "hinge": lambda: [_Term("pair", PreferenceLoss.HINGE, 0.0, 0.0)],
+        "ipo": lambda: [_Term("pair", squared, aim, 0.0)],
+        "exo_pair": lambda: [_Term("pair", PreferenceLoss.DIVERGENCE, -math.log1p(-e), -math.log(e))],
+        "nca_pair": lambda: [_Term("chosen", logistic, 1.0, 0.5), _Term("rejected", logistic, 0.0, 0.5)],
+        "bco_pair": lambda: [_Term("chosen", logistic, 1.0, 0.0), _Term("rejected", logistic, 0.0, 1.0)],
+        "apo_zero": lambda: [_Term("chosen", sigmoid, 1.0, 0.0), _Term("rejected", sigmoid, 0.0, 1.0)],
+        "apo_down": lambda: [_Term("chosen", sigmoid, 0.0, 1.0), _Term("pair", sigmoid, 1.0, 0.0)],
+        "sppo_hard": lambda: [_Term("chosen", squared, aim, 0.0), _Term("rejected", squared, -aim, 0.0)],
+    }
+    return terms[loss_type]()
 
 
 class BPRLoss(torch.nn.Module):
@@ -401,8 +504,8 @@ class BPRLoss(torch.nn.Module):
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
         self.reduction = reduction
 
-    def forward(self, positive: Tensor, negative: Tensor) -> Tensor:
-        return bpr_loss(positive, negative, self.reduction)
+    def forward(self, positive: Tensor, negative: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return bpr_loss(positive, negative, self.reduction, mask=mask)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
@@ -442,14 +545,19 @@ class DPOLoss(torch.nn.Module):
     """
 
     def __init__(
-        self, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, reduction: str = "mean"
+        self,
+        beta: float = 0.1,
+        loss_type: str | Sequence[str] = "sigmoid",
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        loss_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        _dpo_parameters(beta, loss_type, label_smoothing)
-        self.beta = _checks.as_float("beta", beta)
+        self.beta = _checks.as_positive("beta", beta)
+        _dpo_terms(self.beta, loss_type, label_smoothing, loss_weights)
         self.label_smoothing = _checks.as_float("label_smoothing", label_smoothing)
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.loss_type, self.reduction = loss_type, reduction
+        self.loss_type, self.reduction, self.loss_weights = loss_type, reduction, loss_weights
 
     def forward(
         self,
@@ -460,6 +568,7 @@ class DPOLoss(torch.nn.Module):
     ) -> Tensor:
         tensors = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
         options: dict[str, Any] = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        options["loss_weights"] = self.loss_weights
         return dpo_loss(*tensors, loss_type=self.loss_type, reduction=self.reduction, **options)
 
     def extra_repr(self) -> str:

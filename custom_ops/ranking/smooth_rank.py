@@ -28,6 +28,7 @@ def approx_ndcg_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     temperature: float = 0.1,
     gain: str = "exponential",
@@ -57,7 +58,7 @@ def approx_ndcg_loss(
         (tensor(0.3803), tensor([ 0.2046, -0.1863, -0.0183]))
     """
     _checks.is_one_of("gain", gain, _NDCG)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return _smooth_rank(_NDCG[gain], temperature, *given)
 
 
@@ -70,6 +71,7 @@ def approx_mrr_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     temperature: float = 0.1,
 ) -> Tensor:
@@ -91,7 +93,7 @@ def approx_mrr_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.6171), tensor([ 0.1539, -0.4421,  0.2882]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return _smooth_rank(SmoothMetric.MRR.value, temperature, *given)
 
 
@@ -104,6 +106,7 @@ def smooth_ap_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     temperature: float = 0.01,
 ) -> Tensor:
@@ -127,13 +130,16 @@ def smooth_ap_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.3514), tensor([ 0.4451, -0.1860, -0.2591]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
     return _smooth_rank(SmoothMetric.AVERAGE_PRECISION.value, temperature, *given)
 
 
-def _smooth_rank(metric: int, temperature: float, *given: Any) -> Tensor:
+def _smooth_rank(metric: int, temperature: float, scores: Tensor, labels: Tensor, *given: Any) -> Tensor:
     use = LabelUse.EXPONENTIAL if metric == SmoothMetric.NDCG else LabelUse.VALUE
-    return list_loss(smooth_rank, (_checks.as_positive("temperature", temperature), metric), use, *given)
+    if metric == SmoothMetric.AVERAGE_PRECISION and isinstance(labels, Tensor) and not labels.is_complex():
+        labels = labels.sign()  # every relevant item has the gain 1
+    params = _checks.as_positive("temperature", temperature), metric
+    return list_loss(smooth_rank, params, use, scores, labels, *given)
 
 
 class ApproxNDCGLoss(ListLossModule):

@@ -275,13 +275,15 @@ def spearman_loss(
     lengths: Tensor | None = None,
     cu_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    item_weights: Tensor | None = None,
     reduction: str = "mean",
     regularization: str = "l2",
     regularization_strength: float = 1.0,
 ) -> Tensor:
     """Return 1 - Spearman's rank correlation, of the soft ranks of the scores with the ranks of the labels.
 
-    It is 1 - the Pearson correlation of `soft_rank` with the labels' ranks, where tied labels share theirs. It is 0 for
+    It is 1 - the Pearson correlation of `soft_rank` with the labels' ranks, where tied labels share theirs; with
+    ``item_weights`` it is the weighted correlation of the same ranks. It is 0 for
     the same order and 2 for the reverse. A list whose labels are all tied, or with fewer than two items, doesn't
     contribute; if all scores are tied, the correlation counts as 0, without a gradient. The derivatives are those of
     `soft_rank`. The loss takes O(n log n) time and O(n) memory.
@@ -296,19 +298,28 @@ def spearman_loss(
         >>> custom_ops.spearman_loss(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1, 3, 2]))
         tensor(0.5000)
     """
-    where = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction)
+    where = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction, item_weights=item_weights)
     options = *_regularization(regularization, regularization_strength), False
     ranks = _fitted(wide(scores), *where, *options).double()
     wanted = _by_lists(_ranks, labels.detach(), *where).masked_fill(labels.isnan(), torch.nan)
     ones = torch.ones_like(wanted)
     count = list_dot(ones, ones, *where)
-    mean = list_scale((count + 1) / 2, ones, *where)  # the mean of both kinds of ranks
-    ours, theirs = ranks - mean, wanted - mean
-    spread, of_labels = list_dot(ours, ours, *where), list_dot(theirs, theirs, *where)
+    if item_weights is None:
+        mean = list_scale((count + 1) / 2, ones, *where)  # the mean of both kinds of ranks
+        ours, theirs = ranks - mean, wanted - mean
+        shared = theirs
+        spread = list_dot(ours, ours, *where)
+    else:
+        total = list_dot(item_weights.double(), ones, *where)
+        share = list_scale(torch.where(total > 0, count / total, 0), item_weights.double(), *where)
+        ours, theirs = (x - list_scale(list_dot(share, x, *where) / count, ones, *where) for x in (ranks, wanted))
+        shared = share * theirs
+        spread = list_dot(ours, share * ours, *where)
+    of_labels = list_dot(theirs, shared, *where)
     active = of_labels != 0
     defined = active & ~(_tied(spread, count) & (of_labels > 0))  # NaN labels give NaN even if the scores are tied
     scale = torch.where(defined, spread * of_labels, 1).rsqrt()
-    loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, theirs, *where) * scale, 0), 0)
+    loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, shared, *where) * scale, 0), 0)
     if cu_lengths is None:
         loss, active = loss.squeeze(-1), active.squeeze(-1)
     loss = reduce(loss, active, weights, reduction)

@@ -10,15 +10,13 @@ from torch import Tensor
 from custom_ops import _checks, shards
 from custom_ops._wide import wide
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
+from custom_ops.voxel.segments import REDUCTIONS, has_reducible, reduced
 from custom_ops.voxel.voxel_grid import as_voxels, voxel_csr, voxel_match
-from custom_ops.voxel.voxel_segments import segment_max, segment_reduce
-
-_REDUCTIONS = ("sum", "mean", "max")
+from custom_ops.voxel.voxel_segments import segment_softmax
 
 
 def _ranks_of(x: Tensor, rank: Tensor, mask: Tensor | None) -> Tensor:
-    """Check the arguments, and return ``rank`` with -1 where ``mask`` is False."""
-    _checks.has_dtype("x", x, _checks.FLOATING)
+    """Check all arguments but x's dtype, and return ``rank`` with -1 where ``mask`` is False."""
     if x.dim() < 2:
         raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
     _checks.has_dtype("rank", rank, _checks.INDEX)
@@ -59,8 +57,8 @@ def csr_of(rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> 
     return perm, voxel_match(rank, perm, indptr)
 
 
-def _pool(x: Tensor, csr: Csr, reduce: str) -> Tensor:
-    """Pool the points of each voxel; leading dimensions of x and of the geometry are broadcast against each other."""
+def _aligned(x: Tensor, csr: Csr) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, ``indptr`` and ``perm`` with leading dimensions that are broadcast against each other."""
     perm, indptr = csr
     lead, own = x.shape[:-2], perm.shape[:-1]
     if own not in (lead, ()):
@@ -71,9 +69,7 @@ def _pool(x: Tensor, csr: Csr, reduce: str) -> Tensor:
             x, perm, indptr = (
                 t.expand(*lead, *t.shape[len(t.shape) - dims :]) for t, dims in ((x, 2), (perm, 1), (indptr, 1))
             )
-    if reduce == "max":
-        return segment_max(x, indptr, perm)[0]
-    return segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
+    return x, indptr, perm
 
 
 def voxel_sum(
@@ -86,18 +82,19 @@ def voxel_sum(
 ) -> Tensor:
     """Pool the features of the points of each voxel, in any order, into a grid of static size.
 
-    ``out[..., v, :]`` is the sum, mean or largest of ``x[..., n, :]`` over the points with
+    ``out[..., v, :]`` is the sum, or another reduction, of ``x[..., n, :]`` over the points with
     ``rank[..., n] = v``. A point with a negative rank or a False ``mask`` contributes nothing, even if
     its features are NaN, and its gradient is exactly zero.
 
     Args:
         x: point features ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or
-            float64. Sums of 16-bit features are accumulated in float32.
+            float64, or integers for "sum", "min" and "max". Sums of 16-bit features are accumulated in float32.
         rank: voxel number of each point ``[..., N]``, or ``[N]`` for all examples alike; int32 or int64,
             as from `voxel_rank`. The leading dimensions of x, rank and mask are broadcast.
         num_voxels: the number V of voxels.
-        reduce: "sum", "mean" or "max". A voxel without points gets 0. The gradient of "max" goes to the
-            first point with the largest value; a NaN is larger than all numbers.
+        reduce: "sum", "mean", "min", "max", "logsumexp", "var" or "std", as in `segment_reduce`. A voxel without
+            points gets 0, or -inf from "logsumexp". The gradient of "max" goes to the first point with the largest
+            value; a NaN is larger than all numbers.
         mask: bool ``[..., N]``, True for the points that count.
         csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. Each call compares all of it
             with ``rank``, voxel by voxel; the layer `VoxelSum` compares ranks in their own
@@ -114,9 +111,9 @@ def voxel_sum(
             point is in another voxel. On a GPU, where an error would wait for the device, that example's
             result and gradients are NaN.
 
-    DTensors may be sharded by leading dimensions, by columns and, except for "max", by points: each process then sums
-    its own points, and the result is ``Partial``. ``rank`` and ``mask`` are sharded as x is; a ``csr`` is then that of
-    the process's own points, ``voxel_csr(rank.to_local(), num_voxels)`` with ``rank`` sharded as x is.
+    DTensors may be sharded by leading dimensions, by columns and, for "sum" and "mean", by points: each process then
+    sums its own points, and the result is ``Partial``. ``rank`` and ``mask`` are sharded as x is; a ``csr`` is then
+    that of the process's own points, ``voxel_csr(rank.to_local(), num_voxels)`` with ``rank`` sharded as x is.
 
     The op takes O(N C + V C) time, and the work is divided by points rather than by voxels. The result doesn't depend
     on the number of threads or on the order in which they run.
@@ -132,15 +129,67 @@ def voxel_sum(
                 [0.],
                 [5.]])
     """
-    _checks.is_one_of("reduce", reduce, _REDUCTIONS)
-    if mask is not None and csr is not None:
-        raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
+    has_reducible(x, reduce)
+    _has_one_mask(mask, csr)
     num_voxels = as_voxels("num_voxels", num_voxels)
     if shards.is_sharded(x):
         return _in_shards(x, rank, num_voxels, reduce, mask, csr)
-    if isinstance(x, Tensor) and x.dim() == 1:
+    if x.dim() == 1:
         return voxel_sum(x[:, None], rank, num_voxels, reduce, mask, csr)[..., 0]
-    return _pool(x, csr_of(_ranks_of(x, rank, mask), num_voxels, csr), reduce)
+    return reduced(*_aligned(x, csr_of(_ranks_of(x, rank, mask), num_voxels, csr)), reduce)
+
+
+def _has_one_mask(mask: Tensor | None, csr: tuple[Tensor, Tensor] | None) -> None:
+    if mask is not None and csr is not None:
+        raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
+
+
+def voxel_softmax(
+    x: Tensor,
+    rank: Tensor,
+    num_voxels: int,
+    mask: Tensor | None = None,
+    csr: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Compute the softmax of each column over the points of each voxel, in any order.
+
+    ``out[..., n, c] = exp(x[..., n, c]) / sum of exp(x[..., m, c])`` over the points with ``rank[..., m] =
+    rank[..., n]``. A point with a negative rank or a False ``mask`` counts nowhere and gets 0. It is `segment_softmax`
+    for points that are numbered by segment, such as the edges of a graph by their target.
+
+    Args:
+        x: ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or float64. 16-bit numbers are
+            computed in float32.
+        rank, num_voxels, mask, csr: as in `voxel_sum`.
+
+    Returns:
+        The shape and dtype of x. Differentiable to any order in ``x``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `voxel_sum`.
+
+    DTensors may be sharded by leading dimensions and by columns.
+
+    The op takes O(N C + V) time. The result doesn't depend on the number of threads.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.voxel_softmax(torch.tensor([0.0, 5.0, 0.0, 1.0]), torch.tensor([2, 0, 2, -1]), 3)
+        tensor([0.5000, 1.0000, 0.5000, 0.0000])
+    """
+    _checks.has_dtype("x", x, _checks.FLOATING)
+    _has_one_mask(mask, csr)
+    num_voxels = as_voxels("num_voxels", num_voxels)
+    if shards.is_sharded(x):
+
+        def run(x: Tensor, rank: Tensor, mask: Tensor | None, perm: Tensor | None, indptr: Tensor | None) -> Tensor:
+            return voxel_softmax(x, rank, num_voxels, mask, None if perm is None or indptr is None else (perm, indptr))
+
+        labels = f"{_labels(x, rank, mask, 'P')}->{shards.batch_labels(x.dim() - 2)}Pc"
+        return shards.in_shards(run, labels, x, rank, mask, *(csr or (None, None)))
+    if x.dim() == 1:
+        return voxel_softmax(x[:, None], rank, num_voxels, mask, csr)[..., 0]
+    return segment_softmax(*_aligned(x, csr_of(_ranks_of(x, rank, mask), num_voxels, csr)))
 
 
 def _in_shards(
@@ -155,11 +204,15 @@ def _in_shards(
         own = None if perm is None or indptr is None else (perm, indptr)
         return voxel_sum(x, rank, num_voxels, reduce, mask, own)
 
-    lead = shards.batch_labels(points)
-    p = "P" if reduce == "max" else "p"
+    labels = _labels(x, rank, mask, "p" if reduce == "sum" else "P")
+    return shards.in_shards(run, f"{labels}->{shards.batch_labels(points)}Vc", x, rank, mask, *(csr or (None, None)))
+
+
+def _labels(x: Tensor, rank: Tensor, mask: Tensor | None, p: str) -> str:
+    """Return the labels of x, rank, mask, perm and indptr for `shards.in_shards`, where ``p`` is that of points."""
+    lead = shards.batch_labels(x.dim() - 2)
     of_rank, of_mask = (lead if t is not None and t.dim() > 1 else "" for t in (rank, mask))
-    labels = f"{lead}{p}c,{of_rank}{p},{of_mask}{p},{of_rank}N,{of_rank}V->{lead}Vc"
-    return shards.in_shards(run, labels, x, rank, mask, *(csr or (None, None)))
+    return f"{lead}{p}c,{of_rank}{p},{of_mask}{p},{of_rank}N,{of_rank}V"
 
 
 def _mean_of_parts(
@@ -205,7 +258,7 @@ class VoxelSum(KeepsGeometry):
     def __init__(self, num_voxels: int, reduce: str = "sum") -> None:
         super().__init__()
         self.num_voxels = as_voxels("num_voxels", num_voxels)
-        _checks.is_one_of("reduce", reduce, _REDUCTIONS)
+        _checks.is_one_of("reduce", reduce, REDUCTIONS)
         self.reduce = reduce
 
     def forward(
@@ -215,7 +268,8 @@ class VoxelSum(KeepsGeometry):
         mask: Tensor | None = None,
         csr: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if isinstance(x, Tensor) and x.dim() == 1:
+        has_reducible(x, self.reduce)
+        if x.dim() == 1:
             return self(x[:, None], rank, mask, csr)[..., 0]
         if rank is None:
             if mask is not None or csr is not None:
@@ -228,7 +282,7 @@ class VoxelSum(KeepsGeometry):
         if shards.is_sharded(x):
             return voxel_sum(x, geometry.rank, self.num_voxels, self.reduce, csr=geometry.csr)
         _ranks_of(x, geometry.rank, None)
-        return _pool(x, geometry.csr, self.reduce)
+        return reduced(*_aligned(x, geometry.csr), self.reduce)
 
     def set_geometry(self, rank: Tensor) -> None:
         """Keep these ranks, ``[..., N]`` or ``[N]``, for calls without any; no call changes them."""

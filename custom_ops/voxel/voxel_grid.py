@@ -52,6 +52,51 @@ def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return torch.empty_like(indptr, memory_format=torch.contiguous_format)
 
 
+def _dynamic_size() -> int:
+    return torch.library.get_ctx().new_dynamic_size(min=1 if forward_level() >= 0 else 0)  # as above
+
+
+@define
+def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the different ranks in order, the place of each point's rank among them, and their `voxel_sort`.
+
+    There are ``size`` of them, [..., size], where the first are kept, and -1 stands for the missing; or, if it is -1,
+    as many as there are. A negative rank, or one that isn't kept, has the place -1.
+    """
+    count = size if size >= 0 else _dynamic_size()
+    points, batch = torch.empty_like(rank, dtype=torch.int64, memory_format=torch.contiguous_format), rank.shape[:-1]
+    ranks, indptr = (rank.new_empty((*batch, n), dtype=torch.int64) for n in (count, count + 1))
+    return ranks, points, torch.empty_like(points), indptr
+
+
+@define
+def voxel_slots(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each point's place in its voxel, plus the voxel's number times ``max_points``; the voxels' ranks and
+    numbers of points.
+
+    Voxels are numbered, and have places, in the order of points. A point past ``max_points`` of its voxel, or in a
+    voxel past ``size`` of them, gets -1, like a negative rank. ``size`` is that of `voxel_unique`.
+    """
+    count = size if size >= 0 else _dynamic_size()
+    slot = torch.empty_like(rank, dtype=torch.int64, memory_format=torch.contiguous_format)
+    ranks, counts = (rank.new_empty((*rank.shape[:-1], count), dtype=torch.int64) for _ in range(2))
+    return slot, ranks, counts
+
+
+def _batch_of_sizes(op: Any, outputs: int) -> None:
+    @library.vmap(op)
+    def _(info: Any, in_dims: Any, rank: Tensor, *sizes: int) -> Any:
+        if sizes[-1] < 0:
+            raise RuntimeError(
+                "rank: can't be vmapped without max_voxels, because each example would have another number of voxels"
+            )
+        return op(library.to_front(rank, in_dims[0], info.batch_size), *sizes), (0,) * outputs
+
+
+_batch_of_sizes(voxel_unique, 4)
+_batch_of_sizes(voxel_slots, 3)
+
+
 @library.vmap(voxel_bounds)
 def _(info: Any, in_dims: Any, ranks: Tensor, check_sorted: bool) -> Any:
     raise RuntimeError(

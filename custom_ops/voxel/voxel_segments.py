@@ -1,11 +1,12 @@
-"""Sums over segments of points, weighted or not, with all their derivatives.
+"""Reductions over segments of points, and maps of the points that need all of their segment, with all derivatives.
 
 Point p has a weight w[p], a row x[q(p)] and a segment r(p). Every op here is a derivative of the form
 
     T = sum over p of w[p] <sums[r(p)], x[q(p)]>
 
 `segment_reduce` is its derivative with respect to ``sums``, and `segment_spread` returns those with respect to ``x``
-and ``w``. Their own derivatives are these ops again.
+and ``w``. Their own derivatives are these ops again. The other reductions and maps have derivatives that are made of
+these and of each other.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from custom_ops import _checks, library, shards
 from custom_ops._bilinear import add, bilinear
 from custom_ops._native import define
+from custom_ops._wide import wide
 from custom_ops.library import Function
 
 
@@ -58,10 +60,36 @@ def segment_spread(
 
 
 @define
-def segment_max(x: Tensor, indptr: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the largest x[..., p, c] of each segment and the first point that has it; 0 and -1 if it is empty."""
+def segment_extreme(x: Tensor, indptr: Tensor, perm: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
+    """Return each segment's largest or smallest x[..., p, c] and the first point that has it; 0 and -1 if it is
+    empty.
+    """
     shape = (*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1])
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+@define
+def segment_logsumexp(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    """Return the logarithm of the sum of e^x over each segment, -inf if it is empty."""
+    return x.new_empty((*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1]))
+
+
+@define
+def segment_softmax(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    """Return e^x divided by its sum over the segment; 0 for points in no segment and where all x are -inf."""
+    return x.new_empty(x.shape)
+
+
+@define
+def segment_softmax_adjoint(grad: Tensor, y: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    """Return y (grad - sum of grad y over the segment), the adjoint of `segment_softmax` with the result y."""
+    return grad.new_empty(grad.shape)
+
+
+@define
+def segment_center(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    """Return the difference of x from its mean over the segment; 0 for points in no segment."""
+    return x.new_empty(x.shape)
 
 
 @define
@@ -198,8 +226,8 @@ def _pick(x: Tensor, argmax: Tensor) -> Tensor:
     return x.gather(-2, argmax.clamp_min(0)).where(argmax >= 0, 0)
 
 
-class SegmentMax(Function, op=segment_max):
-    """The op is linear in x for a constant argmax."""
+class SegmentExtreme(Function, op=segment_extreme):
+    """The op is linear in x for a constant index."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -209,15 +237,106 @@ class SegmentMax(Function, op=segment_max):
         ctx.save_for_forward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
-        (argmax,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
+        (index,) = ctx.saved_tensors
         # Empty segments write to an extra row after the points. No element is written twice.
         zeros = grad.new_zeros((*grad.shape[:-2], ctx.points + 1, grad.shape[-1]))
-        return zeros.scatter(-2, argmax.where(argmax >= 0, ctx.points), grad)[..., :-1, :], None, None
+        return zeros.scatter(-2, index.where(index >= 0, ctx.points), grad)[..., :-1, :], None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
         return _pick(tangent, *ctx.saved_tensors), None
+
+
+class SegmentLogsumexp(Function, op=segment_logsumexp):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.points = inputs[0].shape[-2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, *geometry = ctx.saved_tensors
+        spread, _ = segment_spread(grad, None, None, *geometry, ctx.points, False, 1, 1, True)
+        return segment_softmax(x, *geometry) * spread, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        x, *geometry = ctx.saved_tensors
+        return _sums(segment_softmax(x, *geometry) * tangent, *geometry)
+
+
+class SegmentSoftmax(Function, op=segment_softmax):
+    """The Jacobian is symmetric within each segment."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output, *inputs[1:])
+        ctx.save_for_forward(output, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return segment_softmax_adjoint(grad, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return segment_softmax_adjoint(tangent, *ctx.saved_tensors)
+
+
+class SegmentSoftmaxAdjoint(Function, op=segment_softmax_adjoint):
+    """The op is linear and symmetric in grad, and quadratic in y."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        grad, y, *geometry = ctx.saved_tensors
+        in_grad = segment_softmax_adjoint(u, y, *geometry) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return in_grad, None, None, None
+        u, g, wide_y = wide(u), wide(grad), wide(y)
+        in_y = u * (g - _totals(g * wide_y, *geometry)) - g * _totals(u * wide_y, *geometry)
+        return in_grad, in_y.to(y.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_t: Tensor | None, y_t: Tensor | None, *_: None) -> Tensor | None:
+        grad, y, *geometry = ctx.saved_tensors
+        of_y = None
+        if y_t is not None:
+            g, wide_y, t = wide(grad), wide(y), wide(y_t)
+            of_y = t * (g - _totals(g * wide_y, *geometry)) - wide_y * _totals(g * t, *geometry)
+            of_y = of_y.to(y.dtype)
+        return add(None if grad_t is None else segment_softmax_adjoint(grad_t, y, *geometry), of_y)
+
+
+class SegmentCenter(Function, op=segment_center):
+    """The op is linear and symmetric."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return segment_center(grad, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return segment_center(tangent, *ctx.saved_tensors)
+
+
+def _sums(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    return segment_reduce(x, None, indptr, perm, False, 1, 1)
+
+
+def _totals(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    """Return, for each point, the sum of x over its segment."""
+    return segment_spread(_sums(x, indptr, perm), None, None, indptr, perm, x.shape[-2], False, 1, 1, True)[0]
 
 
 # ---------------------------------------------------------------- batching
@@ -262,9 +381,19 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     return pair_dots(*_batched(info, in_dims, args)), 0
 
 
-@library.vmap(segment_max)
+@library.vmap(segment_extreme)
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    return segment_max(*_batched(info, in_dims, args)), (0, 0)
+    return segment_extreme(*_batched(info, in_dims[:3], args[:3]), args[3]), (0, 0)
+
+
+def _batch(op: Any) -> None:
+    @library.vmap(op)
+    def _(info: Any, in_dims: Any, *args: Any) -> Any:
+        return op(*_batched(info, in_dims, args)), 0
+
+
+for _op in (segment_logsumexp, segment_softmax, segment_softmax_adjoint, segment_center):
+    _batch(_op)
 
 
 # ---------------------------------------------------------------- segment_sum
@@ -288,6 +417,16 @@ def check_segments(x: Tensor, indptr: Tensor, perm: Tensor | None, lead: int) ->
         raise ValueError("indptr: expected at least one boundary, got none")
 
 
+def check_points(x: Tensor, indptr: Tensor, perm: Tensor | None) -> None:
+    """Check x ``[..., N, C]`` and its segments; its dtype has been checked."""
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
+    check_segments(x, indptr, perm, x.dim() - 2)
+    if perm is not None and perm.shape[-1] != x.shape[-2]:
+        raise ValueError(f"perm: expected {x.shape[-2]} points as in x, got {perm.shape[-1]}")
+    _checks.same_device(x=x, indptr=indptr, **({} if perm is None else {"perm": perm}))
+
+
 def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Sum the rows of each segment, in any order and optionally weighted: the building block of this family.
 
@@ -296,8 +435,8 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
     exactly zero.
 
     Args:
-        x: ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or float64. Sums of 16-bit
-            features are accumulated in float32.
+        x: ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or float64, or integers if
+            there are no weights. Sums of 16-bit features are accumulated in float32.
         indptr: int32 or int64 boundaries ``[..., V + 1]``, non-decreasing, from 0 to at most N; or ``[V + 1]`` for
             all examples alike.
         perm: int32 or int64 ``[..., N]`` or ``[N]``, like ``indptr``: a permutation of the points, as from
@@ -306,8 +445,8 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
             torch.
 
     Returns:
-        ``[..., V, C]``, or ``[V]`` for x ``[N]``; 0 for an empty segment. Differentiable to any order in ``x``
-        and ``weight``.
+        ``[..., V, C]``, or ``[V]`` for x ``[N]``; 0 for an empty segment. Sums of integers are int64, as in torch.
+        Differentiable to any order in ``x`` and ``weight``.
 
     Raises:
         TypeError: a wrong dtype, or not a tensor.
@@ -331,29 +470,24 @@ def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: T
                 [0.],
                 [2.]])
     """
-    _checks.has_dtype("x", x, _checks.FLOATING)
+    _checks.has_dtype("x", x, _checks.FLOATING if weight is not None else (*_checks.FLOATING, *_checks.INTEGER))
     if x.dim() == 1:
         return segment_sum(x[:, None], indptr, perm, weight)[..., 0]
-    if x.dim() < 2:
-        raise ValueError(f"x: expected [..., N, C], got shape {list(x.shape)}")
     if shards.is_sharded(x):
         return _segment_sum_in_shards(x, indptr, perm, weight)
-    check_segments(x, indptr, perm, x.dim() - 2)
-    if perm is not None and perm.shape[-1] != x.shape[-2]:
-        raise ValueError(f"perm: expected {x.shape[-2]} points as in x, got {perm.shape[-1]}")
+    check_points(x, indptr, perm)
     if weight is not None:
         _checks.has_dtype("weight", weight, _checks.FLOATING)
+        _checks.same_device(x=x, weight=weight)
         try:
             weight = weight.expand(x.shape[:-1])
         except RuntimeError:
             raise ValueError(
                 f"weight: expected shape {list(x.shape[:-1])} as x without its columns, got {list(weight.shape)}"
             ) from None
-    given = {"x": x, "indptr": indptr, "perm": perm, "weight": weight}
-    _checks.same_device(**{name: t for name, t in given.items() if t is not None})
-    if weight is not None:
         dtype = torch.promote_types(x.dtype, weight.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
+    x = x if x.is_floating_point() else x.long()
     return segment_reduce(x, weight, indptr.long(), None if perm is None else perm.long(), False, 1, 1)
 
 

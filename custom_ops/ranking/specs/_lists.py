@@ -25,13 +25,14 @@ def rounded_off(a: Tensor, b: Tensor) -> Tensor:
 def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Callable[..., Tensor]:
     """Return a reference made of ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
 
-    Invalid items are dropped first. The loss of a list that doesn't contribute is replaced by 0, and that of a list
-    with a NaN label by NaN. ``one_list`` is vmapped over whole lists.
+    Weights of the items are one of its ``own`` arguments, ``w [n]``. Invalid items are dropped first. The loss of a
+    list that doesn't contribute is replaced by 0, and that of a list with a NaN label by NaN. ``one_list`` is vmapped
+    over whole lists.
     """
 
-    def loss_of(s: Tensor, y: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
+    def loss_of(s: Tensor, y: Tensor, *w: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
         undefined = y.isnan().any()
-        loss, contributes = one_list(s, y.nan_to_num(), **own)
+        loss, contributes = one_list(s, y.nan_to_num(), **(own | dict(zip("w", w))))
         active = torch.as_tensor(contributes, device=s.device) | undefined
         return torch.where(undefined, torch.nan, torch.where(active, loss, s[:0].sum())), active
 
@@ -43,25 +44,29 @@ def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Calla
         lengths: Tensor | None = None,
         cu_lengths: Tensor | None = None,
         weights: Tensor | None = None,
+        item_weights: Tensor | None = None,
         reduction: str = "mean",
         **own: Any,
     ) -> Tensor:
         *batch, n = scores.shape
-        labels = labels.to(scores.dtype)
+        given = [scores, labels.to(scores.dtype)]
+        if item_weights is not None:
+            given.append(item_weights.to(scores.dtype))
         bounds = [0, n] if cu_lengths is None else cu_lengths.tolist()
         if lengths is not None:
             begun = torch.arange(n, device=scores.device) < lengths.unsqueeze(-1)
             mask = begun if mask is None else mask & begun
         losses, actives = [], []
         for start, stop in pairwise(bounds):
-            s, y = (t[..., start:stop].reshape(math.prod(batch), stop - start) for t in (scores, labels))
+            items = [t[..., start:stop].reshape(math.prod(batch), stop - start) for t in given]
+            s = items[0]
             if s.numel() == 0:
                 loss, active = s.sum(-1), torch.zeros(len(s), dtype=torch.bool, device=s.device)
             elif mask is None:
-                loss, active = torch.vmap(partial(loss_of, **own))(s, y)
+                loss, active = torch.vmap(partial(loss_of, **own))(*items)
             else:
                 kept = mask[..., start:stop].reshape(s.shape)
-                rows = [(a[k], b[k]) for a, b, k in zip(s, y, kept)]
+                rows = [[t[k] for t in row] for *row, k in zip(*items, kept)]
                 none = s[:0].sum(), torch.tensor(False, device=s.device)
                 loss, active = map(torch.stack, zip(*(loss_of(*row, **own) if len(row[0]) else none for row in rows)))
             losses.append(loss)
@@ -92,9 +97,10 @@ def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = Fa
         return torch.tensor(values, device=device, **options)
 
     mask = tensor([True, False, True, True], [True, True, True, True])
+    item_weights = tensor([0.5, 1.0, 2.0, 1.5], [1.0, 3.0, 0.0, 0.25], dtype=dtype)
     return [
         Sample(draw(2, 5), own, dynamic=dict.fromkeys((0, 1), int(grow_items))),
-        Sample(draw(2, 4), {**own, "mask": mask, "reduction": "none"}),
+        Sample(draw(2, 4), {**own, "mask": mask, "item_weights": item_weights, "reduction": "none"}),
         Sample(draw(3, 4), {**own, "lengths": tensor(4, 1, 3), "reduction": "sum"}),
         Sample(draw(6), {**own, "cu_lengths": tensor(0, 3, 3, 6), "weights": tensor(1.0, 2.0, 0.5, dtype=dtype)}),
         Sample(draw(2, 0), own),
@@ -122,5 +128,12 @@ def list_bad_calls() -> list[BadCall]:
         BadCall((x, y), "cu_lengths: expected at least one element", {"cu_lengths": two[:0]}),
         BadCall((x, y), "weights: expected one of float16", {"weights": two}),
         BadCall((x, y), r"weights: expected shape \[2\], got \[2, 3\]", {"weights": y}),
+        BadCall((x, y), "item_weights: expected one of float16", {"item_weights": x > 0}),
+        BadCall((x, y), r"item_weights: expected shape \[2, 3\], got \[3\]", {"item_weights": y[0]}),
+        BadCall(
+            (x, y),
+            "item_weights: expected a tensor without gradient",
+            {"item_weights": y.clone().requires_grad_()},
+        ),
         BadCall((x, y), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'", {"reduction": "avg"}),
     ]

@@ -26,6 +26,7 @@ def _lambda_loss_of_one_list(
     mu: float = 10.0,
     log_base: float = 2.0,
     normalize: bool = False,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     n = len(s)
     at = torch.arange(1, n + 1, device=s.device, dtype=s.dtype)
@@ -54,8 +55,12 @@ def _lambda_loss_of_one_list(
     if weighting == "ndcg1":  # each item with itself counts only if it is in the top
         pairs = pairs & (top[:, None] | others)
     apart = torch.where(pairs & others & (weight != 0), s[:, None] - s, 0)
-    values = torch.where(pairs, weight * softplus(-sigma * apart, threshold=60), 0).sum() / math.log(log_base)
-    loss = values / pairs.sum().clamp_min(1) if normalize else values
+    of_items = torch.ones_like(swap) if w is None else w[:, None] * w
+    values = torch.where(pairs, of_items * weight * softplus(-sigma * apart, threshold=60), 0).sum() / math.log(
+        log_base
+    )
+    total = torch.where(pairs, of_items, 0).sum()
+    loss = values / torch.where(total > 0, total, 1) if normalize else values
     contributes = (y != y[0]).any() if weighting != "ndcg1" else torch.tensor(n > 1, device=s.device)
     return loss, contributes & (ideal > 0 if weighting not in ("ranknet", "label_diff") else True)
 

@@ -30,11 +30,13 @@ def _contributes(y: Tensor) -> Tensor:
     return (y != y[0]).any()
 
 
-def _list_net_of_one_list(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return -(y.softmax(0) * s.log_softmax(0)).sum(), _contributes(y)
+def _list_net_of_one_list(s: Tensor, y: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    target = y.softmax(0) if w is None else w * y.softmax(0) / (w * y.softmax(0)).sum()
+    return -(target * s.log_softmax(0)).sum(), _contributes(y if w is None else y + w.log())
 
 
-def _softmax_of_one_list(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_of_one_list(s: Tensor, y: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    y = y if w is None else y * w
     return -torch.where(y == 0, 0, y * s.log_softmax(0)).sum(), _contributes(y)
 
 
@@ -52,9 +54,15 @@ def _logsumexp_among(s: Tensor, among: Tensor) -> Tensor:
 
 
 def _list_mle_of_one_list(
-    s: Tensor, y: Tensor, k: int | None = None, position_weights: str = "uniform", ties: str = "index"
+    s: Tensor,
+    y: Tensor,
+    k: int | None = None,
+    position_weights: str = "uniform",
+    ties: str = "index",
+    w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     n = len(s)
+    of_items = torch.ones_like(s) if w is None else w
     place = torch.arange(1, n + 1, device=s.device).to(s.dtype)
     if position_weights == "exponential":
         w = (2 ** (n - place) - 1) / max(2.0 ** (n - 1) - 1, 1)
@@ -63,38 +71,43 @@ def _list_mle_of_one_list(
     w = w * (place <= (k or n))
     if ties == "score":
         order = s.detach().sort(descending=True, stable=True).indices
-        s, y = s[order], y[order]
+        s, y, of_items = s[order], y[order], of_items[order]
     order = y.sort(descending=True, stable=True).indices
-    s, y = s[order], y[order]
+    s, y, of_items = s[order], y[order], of_items[order]
     if ties == "breslow":
         same = (y == y.unsqueeze(-1)).to(s.dtype)
         w = (same @ w) / same.sum(-1)
         among = y <= y.unsqueeze(-1)
     else:
         among = place >= place.unsqueeze(-1)
+    w = w * of_items
     return torch.where(w == 0, 0, w * _logsumexp_among(s, among)).sum(), _contributes(y)
 
 
-def _unique_softmax_of_one_list(s: Tensor, y: Tensor, gain: str = "exponential") -> tuple[Tensor, Tensor]:
+def _unique_softmax_of_one_list(
+    s: Tensor, y: Tensor, gain: str = "exponential", w: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     g = relative_gains(y, y.max(), gain)
     among = y < y.unsqueeze(-1)
     some = among.any(-1)
     lower = _logsumexp_among(s, among | ~some.unsqueeze(-1))
-    terms = torch.where(some & (g > 0), g * -torch.nn.functional.logsigmoid(-lower), 0)
+    of_items = g if w is None else g * w
+    terms = torch.where(some & (of_items > 0), of_items * -torch.nn.functional.logsigmoid(-lower), 0)
     most = g.max()
     return terms.sum() / torch.where(most > 0, most, 1), _contributes(y) & (most > 0)
 
 
-def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0) -> tuple[Tensor, Tensor]:
-    lower, fixed = y.unsqueeze(-1) > y, s.detach()
+def _cosent_of_one_list(s: Tensor, y: Tensor, scale: float = 20.0, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    weights = torch.ones_like(s.unsqueeze(-1) - s) if w is None else w.unsqueeze(-1) * w
+    lower, fixed = (y.unsqueeze(-1) > y) & (weights != 0), s.detach()
     high = s - s.unsqueeze(-1)
     low = rounded_off(fixed, fixed.unsqueeze(-1))
     first = torch.where(lower, high.detach(), 0).amax()
     # `then` is the largest rounding error among the differences that round to the largest.
     then = torch.where(lower & (high == first), low, -torch.inf).amax()
     then = torch.where(then.isfinite(), then, 0)
-    terms = torch.where(lower, scale * ((high - first) + (low - then)), -torch.inf).exp().sum()
-    return scale * first + (terms + (-scale * first).exp()).log(), _contributes(y)
+    terms = (weights * torch.where(lower, scale * ((high - first) + (low - then)), -torch.inf).exp()).sum()
+    return scale * first + (terms + (-scale * first).exp()).log(), lower.any()
 
 
 def _listwise(

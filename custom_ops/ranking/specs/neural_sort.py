@@ -34,9 +34,15 @@ def _nearer(s: Tensor, gap: float) -> Tensor:
 
 
 def _neural_sort_ndcg_of_one_list(
-    s: Tensor, y: Tensor, k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
+    s: Tensor,
+    y: Tensor,
+    k: int | None = None,
+    temperature: float = 1.0,
+    gain: str = "exponential",
+    w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     g = relative_gains(y, y.max(), gain)
+    y, g = (y, g) if w is None else (w * g, w * g)
     discounts = 1 / (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
     discounts = discounts * (torch.arange(len(y), device=y.device) < (k or len(y)))
     ideal = (g.sort(descending=True).values * discounts).sum()

@@ -29,18 +29,28 @@ from custom_ops.registry import BadCall, OpInfo, register
 def reference_of_pairs(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the reference of the sum of ``phi(s_i - s_j, **own)`` over the pairs."""
 
-    def one_list(s: Tensor, y: Tensor, normalize: bool = False, **own: float) -> tuple[Tensor, Tensor]:
-        pairs = y[:, None] > y
+    def one_list(
+        s: Tensor, y: Tensor, normalize: bool = False, w: Tensor | None = None, **own: float
+    ) -> tuple[Tensor, Tensor]:
+        weights = torch.ones_like(s[:, None] - s) if w is None else w[:, None] * w
+        pairs = (y[:, None] > y) & (weights != 0)
         apart = torch.where(pairs, s[:, None] - s, 0)
-        values = torch.where(pairs, phi(apart, **own), 0).sum()
-        return values / pairs.sum().clamp_min(1) if normalize else values, pairs.any()
+        values = torch.where(pairs, weights * phi(apart, **own), 0).sum()
+        total = torch.where(pairs, weights, 0).sum()
+        return values / torch.where(total > 0, total, 1) if normalize else values, pairs.any()
 
     return reference_of(one_list)
 
 
-def _pairwise_mse_of_one_list(s: Tensor, y: Tensor, normalize: bool = False) -> tuple[Tensor, bool]:
+def _pairwise_mse_of_one_list(
+    s: Tensor, y: Tensor, normalize: bool = False, w: Tensor | None = None
+) -> tuple[Tensor, bool | Tensor]:
     n = len(s)
     above = (s - s[:1]) - (y - y[:1])
+    if w is not None:
+        weights = (w[:, None] * w) * ~torch.eye(n, dtype=torch.bool, device=s.device)
+        values, total = (weights * (above[:, None] - above).square()).sum(), weights.sum()
+        return values / torch.where(total > 0, total, 1) if normalize else values, total > 0
     squares = (above - above.mean()).square().sum()
     return 2 * n * squares / (n * (n - 1) if normalize and n > 1 else 1), n > 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,18 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
 
 
-def bpr_loss_reference(positive: Tensor, negative: Tensor, reduction: str = "mean") -> Tensor:
-    return _reduced(-torch.nn.functional.logsigmoid(positive - negative), reduction)
+def bpr_loss_reference(
+    positive: Tensor, negative: Tensor, reduction: str = "mean", *, mask: Tensor | None = None
+) -> Tensor:
+    loss = -torch.nn.functional.logsigmoid(positive - negative)
+    if mask is None:
+        return _reduced(loss, reduction)
+    loss = torch.where(mask, loss, 0)
+    return (
+        _reduced(loss, "sum") / mask.expand(loss.shape).sum().clamp(min=1)
+        if reduction == "mean"
+        else _reduced(loss, reduction)
+    )
 
 
 def bradley_terry_loss_reference(
@@ -54,28 +65,38 @@ def dpo_loss_reference(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    beta: float | Tensor = 0.1,
+    loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    loss_weights: Sequence[float] | None = None,
 ) -> Tensor:
     references = (
         () if ref_chosen_logps is None or ref_rejected_logps is None else (-ref_chosen_logps, ref_rejected_logps)
     )
     d = _sum(chosen_logps, -rejected_logps, *references)
+    c, r = _sum(chosen_logps, *references[:1]), _sum(rejected_logps, *(-x for x in references[1:]))
     e, z = label_smoothing, beta * d
-    if loss_type == "sigmoid":
-        loss = _smoothed(z, e)
-    elif loss_type == "robust":
-        loss = (_smoothed(z, 0.0) * (1 - e) - _smoothed(-z, 0.0) * e) / (1 - 2 * e)
-    elif loss_type == "hinge":
-        loss = torch.relu(1 - z)
-    elif loss_type == "ipo":
-        loss = (d - 1 / (2 * beta)) ** 2
-    else:
-        log_sigmoid = torch.nn.functional.logsigmoid
-        loss = z.sigmoid() * (log_sigmoid(z) - math.log1p(-e)) + (-z).sigmoid() * (log_sigmoid(-z) - math.log(e))
-    return _reduced(loss, reduction)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    losses = {
+        "sigmoid": lambda: _smoothed(z, e),
+        "robust": lambda: (_smoothed(z, 0.0) * (1 - e) - _smoothed(-z, 0.0) * e) / (1 - 2 * e),
+        "hinge": lambda: torch.relu(1 - z),
+        "ipo": lambda: (d - 1 / (2 * beta)) ** 2,
+        "exo_pair": lambda: (
+            z.sigmoid() * (log_sigmoid(z) - math.log1p(-e)) + (-z).sigmoid() * (log_sigmoid(-z) - math.log(e))
+        ),
+        "nca_pair": lambda: -log_sigmoid(beta * c) - log_sigmoid(-beta * c) / 2 - log_sigmoid(-beta * r) / 2,
+        "bco_pair": lambda: -log_sigmoid(beta * c) - log_sigmoid(-beta * r),
+        "apo_zero": lambda: 1 - (beta * c).sigmoid() + (beta * r).sigmoid(),
+        "apo_down": lambda: (beta * c).sigmoid() + 1 - z.sigmoid(),
+        "sppo_hard": lambda: (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2,
+    }
+    types = [loss_type] if isinstance(loss_type, str) else loss_type
+    weights = loss_weights or [1.0] * len(types)
+    return sum(
+        (weight * _reduced(losses[one]() + 0 * d, reduction) for one, weight in zip(types, weights)), d.new_zeros(())
+    )
 
 
 class _Draw:
@@ -96,6 +117,7 @@ def _bpr_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         Sample(draw((3, 4), (3, 4)), dynamic={0: 0, 1: 0}),
         Sample((*draw((5,), (5,)), "sum")),
         Sample((*draw((2, 1), (2, 3)), "none")),
+        Sample(draw((2, 1), (2, 3)), {"mask": torch.tensor([[True, False, True], [True, True, False]], device=device)}),
         Sample((*draw((0, 2), (0, 2)), "mean")),
     ]
 
@@ -127,6 +149,12 @@ def _dpo_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         Sample(away_from_the_kink(), {"beta": 1.0, "loss_type": "hinge", "reduction": "sum"}),
         Sample(draw(*shapes), {"beta": 0.4, "loss_type": "ipo", "reduction": "none"}),
         Sample(draw(*shapes), {"beta": 0.8, "loss_type": "exo_pair", "label_smoothing": 0.1}),
+        Sample(draw(*shapes), {"beta": 0.6, "loss_type": "apo_down", "reduction": "none"}),
+        Sample(
+            (*draw(*shapes[:2]), *draw((1,), (1,))),
+            {"beta": 0.9, "loss_type": ["nca_pair", "apo_zero", "sppo_hard"], "loss_weights": [1.0, 0.5, 0.25]},
+        ),
+        Sample(draw(*shapes), {"beta": torch.tensor([0.5, 1.0, 2.0], device=device, dtype=dtype)}),
         Sample(draw((2, 2), (2, 2)), {"label_smoothing": 0.3}),
         Sample(draw((0,), (0,))),
     ]
@@ -148,6 +176,7 @@ _bpr_loss = OpInfo(
         BadCall((_two, _three), r"positive, negative: expected shapes that broadcast, got \[2\], \[3\]"),
         BadCall((_two, _two.to("meta")), "negative: expected on cpu as positive, got meta"),
         BadCall((_two, _two, "avg"), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'"),
+        BadCall((_two, _two), "mask: expected one of bool", {"mask": _two}),
     ],
 )
 
@@ -179,7 +208,7 @@ register(
 register(
     OpInfo(
         name="dpo_loss",
-        summary="Direct preference optimisation: sigmoid, robust, hinge, IPO, EXO",
+        summary="Direct preference optimisation: ten losses of TRL, by name",
         function=dpo_loss,
         not_fuzzed={"infinite": "inf - inf"},
         reference=dpo_loss_reference,
@@ -199,6 +228,12 @@ register(
             BadCall((_two, _two), "label_smoothing: .* less than 0.5", {"loss_type": "robust", "label_smoothing": 0.5}),
             BadCall((_two, _two), "label_smoothing: expected 0, 'ipo'", {"loss_type": "ipo", "label_smoothing": 0.1}),
             BadCall((_two, _two), "label_smoothing: expected more than 0", {"loss_type": "exo_pair"}),
+            BadCall((_two, _two), "loss_type: expected at least one type, got none", {"loss_type": []}),
+            BadCall((_two, _two), "loss_weights: expected one for each of 1 types, got 2", {"loss_weights": [1, 2]}),
+            BadCall(
+                (_two, _two), "beta: expected a number for 'ipo', got a tensor", {"loss_type": "ipo", "beta": _two}
+            ),
+            BadCall((_two, _two), "beta: expected one of float16", {"beta": torch.ones(2, dtype=torch.int64)}),
             BadCall((_two, _two), "reduction: expected one of", {"reduction": "avg"}),
         ],
     )

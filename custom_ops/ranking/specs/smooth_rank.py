@@ -34,25 +34,34 @@ def _contributes(y: Tensor) -> Tensor:
 
 
 def _approx_ndcg_of_one_list(
-    s: Tensor, y: Tensor, temperature: float = 0.1, gain: str = "exponential"
+    s: Tensor, y: Tensor, temperature: float = 0.1, gain: str = "exponential", w: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     g = relative_gains(y, y.max(), gain)
+    y, g = (y, g) if w is None else (w * g, w * g)
     discounts = (torch.arange(len(y), device=y.device) + 2).to(y.dtype).log2()
     ideal = (g.sort(descending=True).values / discounts).sum()
     found = (g / (1 + _smooth_ranks(s, y, y == y, temperature)).log2()).sum()
     return 1 - found / torch.where(ideal > 0, ideal, 1), _contributes(y)
 
 
-def _approx_mrr_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
+def _approx_mrr_of_one_list(
+    s: Tensor, y: Tensor, temperature: float = 0.1, w: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    y = y if w is None else y * w
     g = relative_gains(y, y.max(), "linear")
     found = (g / _smooth_ranks(s, y, y == y, temperature)).sum()
     return 1 - found / torch.where(_contributes(y), g.sum(), 1), _contributes(y)
 
 
-def _smooth_ap_of_one_list(s: Tensor, y: Tensor, temperature: float = 0.01) -> tuple[Tensor, Tensor]:
+def _smooth_ap_of_one_list(
+    s: Tensor, y: Tensor, temperature: float = 0.01, w: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    y = y if w is None else torch.where(y > 0, w, 0)
     all_ranks, ranks = (_smooth_ranks(s, y, among, temperature) for among in (y == y, y > 0))
     relevant = (y > 0).to(s.dtype)  # only this counts, so a list of relevant items only has nothing to rank
-    return 1 - (relevant * ranks / all_ranks).sum() / relevant.sum().clamp_min(1), _contributes(relevant)
+    gain = relevant if w is None else y
+    total = torch.where(gain.sum() > 0, gain.sum(), 1)
+    return 1 - (gain * ranks / all_ranks).sum() / total, _contributes(relevant)
 
 
 def _bad_calls() -> list[BadCall]:

@@ -110,15 +110,21 @@ def _soft_reference(sort: bool) -> Callable[..., Tensor]:
 
 
 def _spearman_of_one_list(
-    s: Tensor, y: Tensor, regularization: str = "l2", regularization_strength: float = 1.0
+    s: Tensor,
+    y: Tensor,
+    regularization: str = "l2",
+    regularization_strength: float = 1.0,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     below, above = (y[:, None] > y).sum(1), (y[:, None] < y).sum(1)
     theirs = (below - above).to(s) / 2
     ours = _soft_row(s, regularization_strength, regularization == "kl", False) - (len(s) + 1) / 2
-    spread = ours.pow(2).sum()
+    w = torch.ones_like(s) if w is None else w * len(s) / w.sum()
+    ours, theirs = (x - (w * x).mean() for x in (ours, theirs))
+    spread = (w * ours.pow(2)).sum()
     defined = (theirs != 0).any() & ~_tied(spread, len(s))
-    scale = torch.where(defined, spread * theirs.pow(2).sum(), 1)
-    return 1 - torch.where(defined, (ours * theirs).sum() / scale.sqrt(), 0), bool((theirs != 0).any())
+    scale = torch.where(defined, spread * (w * theirs.pow(2)).sum(), 1)
+    return 1 - torch.where(defined, (w * ours * theirs).sum() / scale.sqrt(), 0), bool((theirs != 0).any())
 
 
 def spearman_loss_reference(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 from custom_ops.voxel.sums import VoxelSum, voxel_sum
+from custom_ops.voxel.voxelize import voxel_gather
 
 
 def voxel_sum_reference(
@@ -34,6 +35,26 @@ def voxel_sum_reference(
     if reduce == "mean":
         sums = sums / torch.zeros_like(sums).scatter_add(-2, at, torch.ones_like(x)).clamp_min(1)
     return sums[..., :-1, :]
+
+
+def voxel_gather_reference(x: Tensor, rank: Tensor, csr: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    rank = rank.long().expand(*x.shape[:-2], rank.shape[-1])
+    rows = torch.nn.functional.pad(x, (0, 0, 0, 1))  # an extra row of zeros
+    at = torch.where(rank < 0, x.shape[-2], rank)[..., None]
+    return rows.gather(-2, at.expand(*at.shape[:-1], x.shape[-1]))
+
+
+def _gathers(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    rank = torch.randint(-1, 4, (2, 8), device=device)
+    return [
+        Sample((_leaf(device, dtype, 4, 3), rank[0]), dynamic={1: 0}),
+        Sample((_leaf(device, dtype, 2, 5, 2), rank.int())),
+        Sample((_leaf(device, dtype, 2, 4, 1), rank[1])),
+    ]
+
+
+def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
@@ -88,13 +109,14 @@ register(
         ],
         bad_calls=lambda: [
             BadCall((None, _rank, 2), "x: expected a tensor, got NoneType"),
-            BadCall((_x.int(), _rank, 2), "x: expected one of float16"),
+            BadCall((_x.int(), _rank, 2, "mean"), "x: expected one of float16"),
+            BadCall((_x > 0, _rank, 2), "x: expected one of float16"),
             BadCall((_x[0, 0], _rank, 2), r"x: expected \[..., N, C\], got shape \[\]"),
             BadCall((_x, _rank.float(), 2), "rank: expected one of int32, int64, got float32"),
             BadCall((_x, _rank[1:], 2), r"rank: expected shape \[3\], got \[2\]"),
             BadCall((_x, _rank, -1), "num_voxels: expected at least 0, got -1"),
             BadCall((_x, _rank, 2.0), "num_voxels: expected an integer, got float"),
-            BadCall((_x, _rank, 2, "min"), "reduce: expected one of 'sum', 'mean', 'max', got 'min'"),
+            BadCall((_x, _rank, 2, "median"), "reduce: expected one of 'sum', 'mean', 'min', .*, got 'median'"),
             BadCall((_x, _rank, 2, "sum", _rank), "mask: expected one of bool, got int64"),
             BadCall((_x, _rank, 2, "sum", _rank[1:] > 0), r"mask: expected shape \[3\]"),
             BadCall((_x, _rank, 2, "sum", _rank > 0, _csr), "mask: expected None with csr"),
@@ -104,5 +126,24 @@ register(
             BadCall((_x, _rank, 3, "sum", None, _csr), r"csr: expected perm \[3\] and indptr \[4\]"),
             BadCall((_x, _rank.to("meta"), 2), "rank: expected on cpu as x, got meta"),
         ],
+        variants=(
+            OpInfo(
+                name="voxel_gather",
+                summary="The features of each point's voxel",
+                function=voxel_gather,
+                reference=voxel_gather_reference,
+                samples=_gathers,
+                bad_calls=lambda: [
+                    BadCall((None, _rank), "x: expected a tensor, got NoneType"),
+                    BadCall((_x, _rank.float()), "rank: expected one of int32, int64, got float32"),
+                    BadCall((_x[0], _rank), r"x: expected \[..., V, C\], got shape \[2\]"),
+                    BadCall(
+                        (_x, _rank[None]), r"rank: expected \[..., N\] with the leading dimensions \[\] of x or none"
+                    ),
+                    BadCall((_x, _rank, _rank), r"csr: expected \(perm, indptr\) as from voxel_csr, got Tensor"),
+                    BadCall((_x, _rank.to("meta")), "rank: expected on cpu as x, got meta"),
+                ],
+            ),
+        ),
     )
 )

@@ -1,0 +1,214 @@
+"""Losses over a catalogue beyond the battery: blocks, memory, ignored rows, digits, parts of the words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import custom_ops
+from benchmarks.memory import peak_bytes
+from custom_ops.ranking.catalogue import catalogue_backward, catalogue_log_prob
+from custom_ops.ranking.specs.catalogue import linear_cross_entropy_reference, linear_log_prob_reference
+from custom_ops.triton_kernels import catalogue as launchers
+from custom_ops.verify._backends import backend
+
+# NumPy warns while it interprets a kernel
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+FUNCTIONS = {
+    "linear_log_prob": (custom_ops.linear_log_prob, linear_log_prob_reference),
+    "linear_cross_entropy": (custom_ops.linear_cross_entropy, linear_cross_entropy_reference),
+}
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def each_backend(request):
+    with backend(request.param):
+        yield request.param
+
+
+def drawn(rows, words, dims, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, dims, generator=generator).to(dtype).requires_grad_() for n in (rows, words))
+    target = torch.randint(words, (rows,), generator=generator)
+    target[1::3] = -100
+    return x, weight, target
+
+
+def to_second_order(function, x, weight, target, **options):
+    """Return the results, their gradients and the second derivatives, for cotangents that differ between rows."""
+    results = function(x, weight, target, **options)
+    results = [results] if isinstance(results, torch.Tensor) else list(results)
+    loss = sum((y * torch.linspace(-1, 1, y.numel() + 1)[1:].view(y.shape).to(y)).sum() for y in results)
+    first = torch.autograd.grad(loss, (x, weight), create_graph=True)
+    square = sum((g.square() * torch.linspace(0, 1, g.shape[0]).unsqueeze(-1).to(g)).sum() for g in first)
+    return [t.detach() for t in (*results, *first, *torch.autograd.grad(square, (x, weight)))]
+
+
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(launchers, "_LOGITS", 8)
+    monkeypatch.setattr(launchers, "_LEAST_ROWS", 3)
+    monkeypatch.setattr(launchers, "_WORDS", 4)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_rows_and_words_add_up(name, dtype, each_backend, monkeypatch):
+    """There are several blocks of rows, in which ignored rows lie; words of 16 bits are widened in several parts."""
+    small_blocks(monkeypatch)
+    rows, words = (200, 40_000) if each_backend == "cpp" else (11, 13)
+    arguments = drawn(rows, words, 2, dtype)
+    own, reference = FUNCTIONS[name]
+    exact = [t.detach().double().requires_grad_() for t in arguments[:2]]
+    rtol = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for ours, right in zip(to_second_order(own, *arguments), to_second_order(reference, *exact, arguments[2])):
+        scale = right.abs().max().item()
+        torch.testing.assert_close(ours.double(), right, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_tensor_of_rows_times_words_is_allocated(name):
+    """The logits would take 100 MiB; a block takes 16."""
+    arguments = drawn(1310, 20_000, 2)
+    function = FUNCTIONS[name][0]
+    assert peak_bytes(lambda: to_second_order(function, *arguments), torch.device("cpu")) < 20 << 20
+
+
+def test_the_similarities_of_a_batch_are_not_in_memory():
+    """They would take 64 MiB in each direction; groups leave out pairs without a mask of their size."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(4096, 2, generator=generator, requires_grad=True) for _ in range(2))
+    group = torch.arange(4096) // 2
+
+    def run():
+        loss = custom_ops.info_nce_loss(query, key, temperature=0.5, query_group=group)
+        torch.autograd.grad(loss, (query, key))
+
+    assert peak_bytes(run, torch.device("cpu")) < 20 << 20
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_launchers_allocate_no_tensor_of_rows_times_words(name, monkeypatch):
+    small_blocks(monkeypatch)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            found = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            sizes.extend(t.numel() * t.element_size() for t in found)
+            return result
+
+    rows, words = 9, 17
+    for op in ("catalogue_log_prob", "catalogue_backward", "catalogue_second", "catalogue_loss"):
+        original = getattr(launchers, op)
+
+        def within(*args, original=original):
+            with Sizes():
+                return original(*args)
+
+        monkeypatch.setattr(launchers, op, within)
+    with backend("triton"):
+        to_second_order(FUNCTIONS[name][0], *drawn(rows, words, 2))
+    assert 0 < max(sizes) < rows * words * 4
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ignored_rows_are_never_read(name, each_backend):
+    x, weight, target = drawn(7, 5, 3)
+    own, reference = FUNCTIONS[name]
+    expected = to_second_order(reference, x, weight, target)
+    with torch.no_grad():
+        x[target == -100] = math.nan
+    for ours, right in zip(to_second_order(own, x, weight, target), expected):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    if name == "linear_cross_entropy":
+        smooth = own(x, weight, target, label_smoothing=0.5)
+        assert torch.autograd.grad(smooth, x)[0].isfinite().all()
+    nothing = to_second_order(own, x, weight, torch.full_like(target, -100))
+    assert all(not t.any() for t in nothing)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_a_likely_target_keeps_its_digits_and_far_words_are_harmless():
+    weight = torch.tensor([[1000.0], [985.0], [-1000.0]], requires_grad=True)
+    x = torch.ones(1, 1, requires_grad=True)
+    found = custom_ops.linear_log_prob(x, weight, torch.tensor([0]))
+    # The logits are rounded to 6e-5, as is their logsumexp; the difference isn't.
+    assert found.log_prob.item() == pytest.approx(-math.log1p(math.exp(-15)), abs=6e-8)
+    assert found.lse.item() == 1000
+    assert found.entropy.item() == pytest.approx(16 * math.exp(-15), rel=2e-2)
+    for result in to_second_order(custom_ops.linear_log_prob, x, weight, torch.tensor([0])):
+        assert result.isfinite().all()
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_a_bias_of_minus_infinity_leaves_a_word_out():
+    x, weight, _ = drawn(4, 6, 3)
+    target = torch.tensor([0, 1, 3, 3])
+    bias = torch.zeros(6)
+    bias[2] = -math.inf
+    own = to_second_order(custom_ops.linear_log_prob, x, weight, target, bias=bias)
+    rest = torch.tensor([0, 1, 3, 4, 5])
+    fewer = weight.detach()[rest].requires_grad_()
+    without = to_second_order(custom_ops.linear_log_prob, x, fewer, target - (target > 2).long())
+    for ours, right in zip(own[:4], without[:4]):
+        torch.testing.assert_close(ours, right)
+    torch.testing.assert_close(own[4][rest], without[4])
+    assert not own[4][2].any()
+    assert all(t.isfinite().all() for t in own)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_parts_of_the_words_make_up_the_whole():
+    """Each part knows its words' lse, and the score of a target that it has; elsewhere the target's score is 0."""
+    x, weight, target = drawn(6, 7, 2)
+    whole = custom_ops.linear_log_prob(x, weight, target)
+    parts = [
+        catalogue_log_prob(x[None], weight[None, a:b], None, target[None], None, None, None, 1.0, -100, a, 7)
+        for a, b in ((0, 3), (3, 4), (4, 7))
+    ]
+    counts = target != -100
+    lse = torch.where(counts, torch.cat([part[2] for part in parts]).logsumexp(0), 0)
+    torch.testing.assert_close(lse, whole.lse)
+    scores = sum(part[0] + part[2] for part in parts)[0]
+    torch.testing.assert_close(scores - lse, whole.log_prob)
+
+
+def test_the_gradient_of_float16_survives_a_loss_scale():
+    """The forward pass computes the gradient before the scale is known, and float16 couldn't hold it."""
+    x, weight, target = drawn(2000, 1000, 4)
+    with torch.autocast("cpu", torch.float16):
+        loss = custom_ops.linear_cross_entropy(x, weight, target)
+    (gradient,) = torch.autograd.grad(loss * 65536.0, weight)
+    (right,) = torch.autograd.grad(linear_cross_entropy_reference(x, weight, target) * 65536.0, weight)
+    assert ((gradient - right).norm(dim=1) <= 3e-3 * right.norm(dim=1)).all()
+
+
+def test_the_gradient_found_in_forward_and_that_found_anew_agree():
+    x, weight, target = drawn(50, 30, 4, torch.float64)
+    loss = custom_ops.linear_cross_entropy(x, weight, target)
+    known = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0, dtype=torch.float64), retain_graph=True)
+    anew = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0, dtype=torch.float64), create_graph=True)
+    torch.testing.assert_close(known, tuple(t.detach() for t in anew))
+    assert all(t.requires_grad for t in anew)
+    frozen = custom_ops.linear_cross_entropy(x.detach(), weight, target)
+    torch.testing.assert_close(torch.autograd.grad(3 * frozen, weight)[0], known[1])
+
+
+def test_a_result_that_nobody_uses_costs_nothing():
+    given = []
+
+    class Cotangents(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is catalogue_backward:
+                given.append([t is not None for t in args[:3]])
+            return function(*args, **(kwargs or {}))
+
+    x, weight, target = drawn(5, 6, 3)
+    for at in range(3):
+        with Cotangents():
+            custom_ops.linear_log_prob(x, weight, target)[at].sum().backward()
+    assert given == [[at == i for i in range(3)] for at in range(3)]

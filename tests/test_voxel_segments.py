@@ -1,0 +1,201 @@
+"""Reductions and softmax over segments, voxelisation, and the calls of other projects, beyond the battery."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_voxel_sums import lidar_like, threads_agree
+
+import custom_ops
+
+NAN, INF = float("nan"), float("inf")
+REDUCTIONS = ("sum", "mean", "min", "max", "logsumexp", "var", "std")
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("reduce", [*REDUCTIONS, "softmax"])
+def test_points_in_no_segment_count_nowhere_even_as_nan(reduce):
+    """Points before the first segment, between and behind them; segments without points; any order."""
+    indptr, perm = torch.tensor([1, 3, 3, 6, 7]), torch.randperm(9)
+    clean = torch.randn(9, 2, dtype=torch.float64)
+    dirty = clean.clone()
+    dirty[perm[[0, 7, 8]]] = NAN
+    results = []
+    for x in (clean.requires_grad_(), dirty.requires_grad_()):
+        if reduce == "softmax":
+            out = custom_ops.segment_softmax(x, indptr, perm)
+        else:
+            out = custom_ops.segment_reduce(x, indptr, reduce, perm)
+            assert (out[1] == (-INF if reduce == "logsumexp" else 0)).all()
+        (grad,) = torch.autograd.grad(out.where(out.isfinite(), 0).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), x)
+        results.append((out.detach(), grad.detach(), second))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert (results[1][1][perm[[0, 7, 8]]] == 0).all()
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_equal_values_have_a_deviation_without_slope():
+    x = torch.tensor([[2.0], [2.0], [5.0]], requires_grad=True)
+    out = custom_ops.segment_reduce(x, torch.tensor([0, 2, 3]), "std")
+    assert out.tolist() == [[0], [0]]
+    assert torch.autograd.grad(out.sum(), x)[0].tolist() == [[0], [0], [0]]
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_integers(dtype):
+    x, indptr = torch.tensor([3, 1, 200, 100, 9]).to(dtype), torch.tensor([0, 2, 2, 4])
+    if dtype == torch.int64:
+        x = x + 2**60  # float64 would round it
+    big = 2**60 if dtype == torch.int64 else 0
+    total = custom_ops.segment_sum(x, indptr)
+    assert total.dtype == torch.int64
+    assert total.tolist() == [4 + 2 * big, 0, 300 + 2 * big]
+    low, at = custom_ops.segment_reduce(x, indptr, "min", return_indices=True)
+    assert low.dtype == dtype
+    assert (low.tolist(), at.tolist()) == ([1 + big, 0, 100 + big], [1, -1, 3])
+    rank = torch.tensor([1, 0, 1, -1, 0])
+    assert custom_ops.voxel_sum(x, rank, 2, "max").tolist() == [9 + big, 200 + big]
+
+
+@pytest.mark.parametrize("reduce", [*REDUCTIONS, "softmax"])
+def test_skewed_segments_are_right_on_any_number_of_threads(reduce):
+    rank, x = lidar_like(20_000, 300), torch.randn(20_000, 5)
+    perm, indptr = custom_ops.voxel_csr(rank, 300)
+
+    def run(x=x):
+        if reduce == "softmax":
+            return (custom_ops.segment_softmax(x, indptr, perm),)
+        return (custom_ops.segment_reduce(x, indptr, reduce, perm),)
+
+    (out,) = threads_agree(run)
+    torch.testing.assert_close(out.double(), run(x.double())[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_softmax_of_large_numbers_is_exact_to_rounding():
+    x = torch.tensor([[10_000.0], [10_001.0], [-1e30], [1e30], [-INF]])
+    out = custom_ops.segment_softmax(x, torch.tensor([0, 2, 4, 5]))
+    expected = torch.tensor([[1 / (1 + torch.e)], [torch.e / (1 + torch.e)], [0], [1], [0]])
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("max_voxels", [None, 0, 40, 5000])
+def test_voxels_are_those_of_unique(max_voxels):
+    rank = lidar_like(3000, 10_000) * 7_000_000_000
+    voxels = custom_ops.voxelize(rank, max_voxels)
+    unique, counts = rank[rank >= 0].unique(return_counts=True)
+    kept = len(unique) if max_voxels is None else min(max_voxels, len(unique))
+    assert torch.equal(voxels.rank[:kept], unique[:kept])
+    assert torch.equal(voxels.counts[:kept], counts[:kept])
+    assert (voxels.rank[kept:] == -1).all() and (voxels.counts[kept:] == 0).all()
+    inside = (rank >= 0) & (rank <= unique[kept - 1]) if kept else torch.zeros_like(rank, dtype=torch.bool)
+    assert torch.equal(voxels.inverse >= 0, inside)
+    assert torch.equal(voxels.rank[voxels.inverse[inside]], rank[inside])
+    for a, b in zip(voxels.csr, custom_ops.voxel_csr(voxels.inverse, len(voxels.rank)), strict=True):
+        assert torch.equal(a, b)
+    # The csr is what the pooling of the same points takes.
+    x = torch.randn(3000, 2)
+    pooled = custom_ops.voxel_sum(x, voxels.inverse, len(voxels.rank), "mean", csr=voxels.csr)
+    assert torch.equal(custom_ops.segment_reduce(x, voxels.indptr, "mean", voxels.perm), pooled)
+    back = custom_ops.voxel_gather(pooled, voxels.inverse, voxels.csr)
+    assert torch.equal(back[inside], pooled[voxels.inverse[inside]])
+    assert (back[~inside] == 0).all()
+
+
+def _mmcv(points, size, low, grid, max_points, max_voxels):
+    """Voxelise one point after the other, with coordinates z, y, x."""
+    found = {}
+    for point in points.tolist():
+        cell = tuple(int((p - o) // s) for p, o, s in zip(point, low, size))
+        if any(c < 0 or c >= n for c, n in zip(cell, grid)):
+            continue
+        if cell not in found and len(found) >= max_voxels:
+            continue
+        if len(found.setdefault(cell, [])) < max_points:
+            found[cell].append(point)
+    padded = [rows + [[0.0] * points.shape[1]] * (max_points - len(rows)) for rows in found.values()]
+    counts = [len(rows) for rows in found.values()]
+    return torch.tensor(padded), torch.tensor([cell[::-1] for cell in found]), torch.tensor(counts)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_calls_of_mmcv():
+    points = (torch.randint(-4, 20, (200, 4)) / 4).float()  # multiples of a quarter, whose voxels are exact
+    size, low, grid = (0.5, 1.0, 2.0), (0.0, 0.5, -0.25), (6, 3, 2)
+    corners = (*low, *(o + s * n for o, s, n in zip(low, size, grid)))
+    for limits in ((3, 10), (35, 1000), (1, 1)):
+        for got, want in zip(
+            custom_ops.voxelization(points, size, corners, *limits),
+            _mmcv(points, size, low, grid, *limits),
+            strict=True,
+        ):
+            assert torch.equal(got, want.to(got.dtype))
+    coors = custom_ops.voxelization(points, size, torch.tensor(corners), -1, -1)
+    assert coors.dtype == torch.int32
+    inside = (coors >= 0).all(1)
+    assert torch.equal(coors[inside][:, 2].long(), (points[inside, 0] / 0.5).floor().long())
+    for reduce in ("max", "sum", "mean"):
+        feats, places = custom_ops.dynamic_scatter(points, coors, reduce)
+        unique, inverse = coors[inside].unique(dim=0, return_inverse=True)
+        assert torch.equal(places, unique)
+        for i, row in enumerate(feats):
+            members = points[inside][inverse == i]
+            expected = members.amax(0) if reduce == "max" else getattr(members, reduce)(0)
+            torch.testing.assert_close(row, expected)
+    empty = custom_ops.dynamic_scatter(points[:0], coors[:0])
+    assert [t.shape for t in empty] == [(0, 4), (0, 3)]
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_calls_of_bevfusion_and_bevdepth():
+    x = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
+    coords = torch.stack([torch.randint(-1, n + 1, (50,)) for n in (4, 5, 2, 2)], 1)
+    out = custom_ops.bevfusion_pool(x, coords, B=2, D=2, H=4, W=5)
+    expected = torch.zeros(2, 3, 2, 4, 5, dtype=torch.float64)
+    for row, (h, w, d, b) in zip(x.detach(), coords.tolist()):
+        if 0 <= h < 4 and 0 <= w < 5 and 0 <= d < 2 and 0 <= b < 2:
+            expected[b, :, d, h, w] += row
+    torch.testing.assert_close(out, expected)
+    places = torch.stack([torch.randint(-1, n + 1, (2, 6, 4)) for n in (4, 5, 2)], -1).int()
+    features = torch.randn(2, 6, 4, 3)
+    pooled = custom_ops.voxel_pooling_train(places, features, torch.tensor([4, 5, 2]))
+    expected = torch.zeros(2, 3, 5, 4)
+    for b, n, k in torch.cartesian_prod(*(torch.arange(size) for size in (2, 6, 4))).tolist():
+        i, j, z = places[b, n, k].tolist()
+        if 0 <= i < 4 and 0 <= j < 5 and 0 <= z < 2:
+            expected[b, :, j, i] += features[b, n, k]
+    torch.testing.assert_close(pooled, expected)
+
+
+def test_layouts_of_a_grid():
+    x = torch.arange(2 * 24 * 5).view(2, 24, 5)  # 2 x 3 x 4 voxels
+    for layout in ("cyx", "xyc", "czyx", "zcxy"):
+        image = custom_ops.voxel_image(x, (2, 3, 4), layout)
+        for i, j, k, c in ((0, 0, 0, 0), (1, 2, 3, 4), (1, 0, 2, 3)):
+            at = {"x": i, "y": j, "z": k, "c": c if "z" in layout else k * 5 + c}
+            assert image[(1, *(at[axis] for axis in layout))] == x[1, (i * 3 + j) * 4 + k, c]
+    with pytest.raises(ValueError, match='layout: expected an order of "cxy" or "cxyz", got \'cx\''):
+        custom_ops.voxel_image(x, (2, 3, 4), "cx")
+    with pytest.raises(ValueError, match=r"x: expected \[..., 12, C\]"):
+        custom_ops.voxel_image(x, (2, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, i: custom_ops.bevfusion_pool(x, i, 1, 1, 2, 2), r"coords: expected \[N, 4\], got shape \[3, 3\]"),
+        (lambda x, i: custom_ops.voxel_pooling_train(i, x, (1, 1, 1)), r"geom_xyz: expected \[B, ..., 3\], got"),
+        (lambda x, i: custom_ops.voxel_pooling_train(i[None], x, (1, 1, 1)), "input_features: expected"),
+        (lambda x, i: custom_ops.dynamic_scatter(x, i, "min"), "reduce_type: expected one of 'max', 'sum', 'mean'"),
+        (lambda x, i: custom_ops.dynamic_scatter(x[1:], i), r"feats: expected \[3, C\] as coors, got shape \[2, 2\]"),
+        (lambda x, i: custom_ops.voxelization(x, (1, 1, 1), (0, 0, 0, 1, 1, 1)), r"points: expected \[N, 3 \+ k\]"),
+        (lambda x, i: custom_ops.voxelization(i.float(), (1, 0, 1), (0, 0, 0, 1, 1, 1)), "voxel_size: expected a pos"),
+    ],
+)
+def test_wrong_calls_of_adapters(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(3, 2), torch.zeros(3, 3, dtype=torch.int64))

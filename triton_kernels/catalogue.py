@@ -1,0 +1,534 @@
+"""Losses over a catalogue: torch multiplies blocks of rows with the words, and the kernels turn blocks of logits into
+the rows' results or, in place, into their cotangents.
+
+The products are in float32 for 16-bit arguments too, of which a part is widened at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.library._torch import assert_async
+from custom_ops.triton_kernels.common import accumulator, kernel
+from custom_ops.triton_kernels.lists import WIDE
+
+_BLOCK = 1024  # logits that a program reads at a time; with twice as many, one kernel spills registers
+_LOGITS = 1 << 26  # logits per block of rows, but at least _LEAST_ROWS rows
+_LEAST_ROWS = 128
+_WORDS = 1 << 14  # the words of a 16-bit catalogue that are widened at a time
+_NARROW = "a row begins at any place, as the number of words needn't be a multiple of four"
+
+# ---------------------------------------------------------------- rows
+
+
+@triton.jit
+def _shifted(x):
+    """Return x and e^x for x <= 0, with finite numbers for minus infinity, so that x e^x is 0 there. e^0 is exact."""
+    LOWEST: tl.constexpr = -750.0 if x.dtype == tl.float64 else -100.0
+    low = x < LOWEST
+    return tl.where(low, LOWEST, x), tl.where(low, 0.0, tl.where(x == 0, 1.0, tl.exp(x)))
+
+
+@triton.jit
+def _place(target_ptr, words, first, ignored):
+    """Return whether this program's row counts, and the place of its target, which is negative if it isn't here."""
+    target = tl.load(target_ptr + tl.program_id(0))
+    at = target - first
+    return target != ignored, tl.where(at < words, at, -1)
+
+
+@kernel(
+    "*T *i64 *u8 i32 i64",
+    WIDE,
+    {None: {"BLOCK": _BLOCK}},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first"])
+def catalogue_mask_kernel(z_ptr, target_ptr, mask_ptr, words, first, BLOCK: tl.constexpr):
+    """Set the logits of a row to minus infinity where its mask is 0, except for the target."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.load(target_ptr + row) - first
+    for begin in range(0, words, BLOCK):
+        v = begin + tl.arange(0, BLOCK)
+        counts = tl.load(mask_ptr + row * words + v, mask=v < words, other=1)
+        out = tl.full([BLOCK], float("-inf"), z_ptr.dtype.element_ty)
+        tl.store(z_ptr + row * words + v, out, mask=(v < words) & (counts == 0) & (v != at))
+
+
+@kernel(
+    "*T *i64 *i64 *i64 i32 i64",
+    WIDE,
+    {None: {"BLOCK": _BLOCK}},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first"])
+def catalogue_group_kernel(z_ptr, target_ptr, row_group_ptr, word_group_ptr, words, first, BLOCK: tl.constexpr):
+    """Set the logits of a row to minus infinity for the words of its own group, except for the target."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.load(target_ptr + row) - first
+    own = tl.load(row_group_ptr + row)
+    for begin in range(0, words, BLOCK):
+        v = begin + tl.arange(0, BLOCK)
+        group = tl.load(word_group_ptr + v, mask=v < words, other=0)
+        out = tl.full([BLOCK], float("-inf"), z_ptr.dtype.element_ty)
+        tl.store(z_ptr + row * words + v, out, mask=(v < words) & (group == own) & (v != at))
+
+
+@kernel(
+    "*T *i64 *T *T *T *T i32 i64 i64",
+    WIDE,
+    {None: {"BLOCK": _BLOCK}},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first", "ignored"])
+def catalogue_rows_kernel(
+    z_ptr,
+    target_ptr,
+    log_prob_ptr,
+    entropy_ptr,
+    lse_ptr,
+    stats_ptr,
+    words,
+    first,
+    ignored,
+    BLOCK: tl.constexpr,
+):
+    """Store the results and the stats of a row of logits."""
+    row = tl.program_id(0).to(tl.int64)
+    counts, at = _place(target_ptr, words, first, ignored)
+    if counts:
+        none = float("-inf")
+        best = tl.full([BLOCK], none, z_ptr.dtype.element_ty)
+        undefined = tl.zeros([BLOCK], tl.int32)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + row * words + v, mask=v < words, other=none)
+            best = tl.where(z > best, z, best)
+            undefined |= (z != z).to(tl.int32)
+        top = tl.max(best)
+        total, moment = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        chosen = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + row * words + v, mask=v < words, other=none)
+            x, p = _shifted(z - top)
+            total += tl.where(v < words, p, 0.0).to(tl.float64)
+            moment += tl.where(v < words, p * x, 0.0).to(tl.float64)
+            chosen = tl.where(v == at, z - top, chosen)
+        whole = tl.sum(total)
+        log_sum = tl.where(words > 0, tl.log(whole), 0.0)
+        entropy = tl.where(words > 0, log_sum - tl.sum(moment) / whole, 0.0)
+        log_sum, entropy = log_sum.to(top.dtype), entropy.to(top.dtype)
+        log_prob = tl.where(at >= 0, tl.sum(chosen), -top) - log_sum
+        infinite = ((top == none) | (top == -none)) & (tl.max(undefined) == 0)
+        tl.store(log_prob_ptr + row, log_prob)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(lse_ptr + row, tl.where(infinite, top, top + log_sum))
+        tl.store(stats_ptr + 3 * row, top)
+        tl.store(stats_ptr + 3 * row + 1, log_sum)
+        tl.store(stats_ptr + 3 * row + 2, entropy)
+
+
+@triton.jit
+def _row(stats_ptr, of_ptr, row):
+    """Return the stats of a row, and the cotangents of its log_prob, entropy and lse."""
+    stats, of = stats_ptr + 3 * row, of_ptr + 3 * row
+    top, log_sum, entropy = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2)
+    return top, log_sum, entropy, tl.load(of), tl.load(of + 1), tl.load(of + 2)
+
+
+@kernel(
+    "*T *i64 *T *T i32 i64 i64",
+    WIDE,
+    {None: {"BLOCK": _BLOCK}},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first", "ignored"])
+def catalogue_cotangent_kernel(z_ptr, target_ptr, stats_ptr, of_ptr, words, first, ignored, BLOCK: tl.constexpr):
+    """Turn a row of logits into its cotangent."""
+    row = tl.program_id(0).to(tl.int64)
+    counts, at = _place(target_ptr, words, first, ignored)
+    if counts:
+        top, log_sum, entropy, of_log_prob, of_entropy, of_lse = _row(stats_ptr, of_ptr, row)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
+            log_p, p = _shifted((z - top) - log_sum)
+            bent = tl.where(of_entropy == 0, 0.0, of_entropy * (log_p + entropy))
+            out = p * ((of_lse - of_log_prob) - bent) + tl.where(v == at, of_log_prob, 0.0)
+            tl.store(z_ptr + row * words + v, out, mask=v < words)
+    else:
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            tl.store(z_ptr + row * words + v, tl.zeros([BLOCK], z_ptr.dtype.element_ty), mask=v < words)
+
+
+@kernel(
+    "*T *T *i64 *T *T *T *T *T i32 i64 i64",
+    WIDE,
+    {turned: {"TURNED": turned, "BLOCK": _BLOCK} for turned in (False, True)},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first", "ignored"])
+def catalogue_tangent_kernel(
+    z_ptr,
+    move_ptr,
+    target_ptr,
+    stats_ptr,
+    of_ptr,
+    log_prob_t_ptr,
+    entropy_t_ptr,
+    lse_t_ptr,
+    words,
+    first,
+    ignored,
+    TURNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the tangents of a row's results for the tangent ``move`` of its logits.
+
+    If TURNED, the logits become their cotangent, and ``move`` the tangent of that.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    counts, at = _place(target_ptr, words, first, ignored)
+    if counts:
+        top, log_sum, entropy, of_log_prob, of_entropy, of_lse = _row(stats_ptr, of_ptr, row)
+        total, product = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        chosen = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
+            move = tl.load(move_ptr + row * words + v, mask=v < words, other=0)
+            log_p, p = _shifted((z - top) - log_sum)
+            total += tl.where(v < words, p * move, 0.0).to(tl.float64)
+            product += tl.where(v < words, p * log_p * move, 0.0).to(tl.float64)
+            chosen = tl.where(v == at, move, chosen)
+        mean = tl.sum(total)
+        entropy_t = -(tl.sum(product) + entropy.to(tl.float64) * mean)
+        mean, entropy_t = mean.to(top.dtype), entropy_t.to(top.dtype)
+        tl.store(log_prob_t_ptr + row, tl.sum(chosen) - mean)
+        tl.store(entropy_t_ptr + row, entropy_t)
+        tl.store(lse_t_ptr + row, mean)
+        if TURNED:
+            for begin in range(0, words, BLOCK):
+                v = begin + tl.arange(0, BLOCK)
+                z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
+                move = tl.load(move_ptr + row * words + v, mask=v < words, other=0)
+                log_p, p = _shifted((z - top) - log_sum)
+                of = (of_lse - of_log_prob) - of_entropy * (log_p + entropy)
+                change = move - mean
+                tl.store(z_ptr + row * words + v, p * of + tl.where(v == at, of_log_prob, 0.0), mask=v < words)
+                turned = p * (change * of - of_entropy * (change + entropy_t))
+                tl.store(move_ptr + row * words + v, turned, mask=v < words)
+    else:
+        if TURNED:
+            for begin in range(0, words, BLOCK):
+                v = begin + tl.arange(0, BLOCK)
+                nothing = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
+                tl.store(z_ptr + row * words + v, nothing, mask=v < words)
+                tl.store(move_ptr + row * words + v, nothing, mask=v < words)
+
+
+# ---------------------------------------------------------------- passes
+
+
+class _Catalogue(NamedTuple):
+    """The arguments that all ops share."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    mask: Tensor | None
+    row_group: Tensor | None
+    word_group: Tensor | None
+    scale: float
+    ignored: int
+    first: int
+    total: int
+
+    @property
+    def wide(self) -> torch.dtype:
+        return accumulator(self.x.dtype)
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        return self.weight.shape[1], self.first, self.ignored
+
+    def check(self) -> None:
+        x, weight, target = self.x, self.weight, self.target
+        examples, rows, dims = x.shape
+        if weight.shape[::2] != (examples, dims) or target.shape != (examples, rows) or target.dtype != torch.int64:
+            raise RuntimeError("x, weight, target: expected [B, N, D], [B, V, D] and int64 [B, N]")
+        if self.bias is not None and (self.bias.shape != weight.shape[:2] or self.bias.dtype != self.wide):
+            raise RuntimeError("bias: expected [B, V] in the wide dtype")
+        if self.mask is not None and (
+            self.mask.shape != (examples, rows, weight.shape[1]) or self.mask.dtype != torch.bool
+        ):
+            raise RuntimeError("mask: expected bool [B, N, V]")
+        if (self.row_group is None) != (self.word_group is None):
+            raise RuntimeError("row_group, word_group: expected both or neither")
+        if self.row_group is not None and self.word_group is not None:
+            shapes = self.row_group.shape, self.word_group.shape
+            if shapes != (target.shape, weight.shape[:2]) or self.row_group.dtype != self.word_group.dtype:
+                raise RuntimeError("row_group, word_group: expected int64 [B, N] and [B, V]")
+        inside = ((target >= 0) & (target < self.total)) | (target == self.ignored)
+        assert_async(inside.all(), f"target: expected 0 to {self.total - 1} or ignore_index {self.ignored}")
+
+    def of_rows(self, *tail: int) -> Tensor:
+        return self.x.new_zeros((*self.target.shape, *tail), dtype=self.wide)
+
+    def weights(self, *of: Tensor | None) -> Tensor:
+        """Return the cotangents of the rows' results [B, N, 3]; a missing one is 0."""
+        return torch.stack([self.of_rows() if t is None else t for t in of], -1)
+
+    def blocks(self) -> Iterator[tuple[int, slice]]:
+        """Yield examples and their blocks of rows."""
+        examples, rows, _ = self.x.shape
+        block = max(_LEAST_ROWS, _LOGITS // max(1, self.weight.shape[1]))
+        for example in range(examples):
+            for begin in range(0, rows, block):
+                yield example, slice(begin, min(begin + block, rows))
+
+    def rows_of(self, matrix: Tensor, at: tuple[int, slice]) -> Tensor:
+        """Return a block of rows in the wide dtype, with zeros for the ignored ones."""
+        counts = self.target[at] != self.ignored
+        return torch.where(counts.unsqueeze(-1), matrix[at], 0).to(self.wide)
+
+    def add_logits(self, z: Tensor, rows: Tensor, words: Tensor) -> None:
+        """Add the products of the rows and the words, times the scale, to z."""
+        for part in _parts(words):
+            z[:, part].addmm_(rows, words[part].to(z.dtype).t(), alpha=self.scale)
+
+    def logits(self, rows: Tensor, at: tuple[int, slice]) -> Tensor:
+        """Return a block's logits, which are minus infinity for the words that are left out of a row."""
+        z = rows.new_zeros((rows.shape[0], self.weight.shape[1]))
+        if self.bias is not None:
+            z += self.bias[at[0]]
+        self.add_logits(z, rows, self.weight[at[0]])
+        if self.mask is not None:
+            counts = self.mask[at].contiguous().view(torch.uint8)
+            catalogue_mask_kernel(len(z), z, self.target[at].contiguous(), counts, *self.places[:2])
+        if self.row_group is not None and self.word_group is not None:
+            groups = self.row_group[at].contiguous(), self.word_group[at[0]].contiguous()
+            catalogue_group_kernel(len(z), z, self.target[at].contiguous(), *groups, *self.places[:2])
+        return z
+
+
+def _parts(words: Tensor) -> Iterator[slice]:
+    whole = words.shape[0]
+    step = max(1, whole) if words.dtype in (torch.float32, torch.float64) else _WORDS
+    for begin in range(0, whole, step):
+        yield slice(begin, min(begin + step, whole))
+
+
+class _Sums:
+    """The derivatives that a pass returns, for those of x, weight and bias for which they are wanted."""
+
+    def __init__(self, catalogue: _Catalogue, of_x: bool, of_weight: bool, of_bias: bool) -> None:
+        def zeros(like: Tensor, shape: tuple[int, ...], wanted: bool, dtype: torch.dtype) -> Tensor:
+            return like.new_zeros(shape if wanted else (0,), dtype=dtype)
+
+        self.catalogue = catalogue
+        self.of_x, self.of_weight, self.of_bias = of_x, of_weight, of_bias
+        x, weight = catalogue.x, catalogue.weight
+        self.x = zeros(x, x.shape, of_x, catalogue.wide)
+        self.weight = zeros(weight, weight.shape, of_weight, catalogue.wide)
+        self.bias = zeros(x, weight.shape[:2], of_bias, torch.float64)
+
+    @property
+    def wanted(self) -> bool:
+        return self.of_x or self.of_weight or self.of_bias
+
+    def add_to_rows(self, at: tuple[int, slice], cotangent: Tensor, words: Tensor) -> None:
+        if self.of_x:
+            for part in _parts(words):
+                product = cotangent[:, part] @ words[part].to(cotangent.dtype)
+                self.x[at].add_(product, alpha=self.catalogue.scale)
+
+    def add_to_words(self, at: tuple[int, slice], cotangent: Tensor, rows: Tensor) -> None:
+        if self.of_weight:
+            self.weight[at[0]].addmm_(cotangent.t(), rows, alpha=self.catalogue.scale)
+
+    def add_to_bias(self, at: tuple[int, slice], cotangent: Tensor) -> None:
+        if self.of_bias:
+            self.bias[at[0]] += cotangent.sum(0)
+
+    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = self.catalogue.x, self.catalogue.weight
+        return self.x.to(x.dtype), self.weight.to(weight.dtype), self.bias.to(self.catalogue.wide)
+
+
+def _first_order(
+    catalogue: _Catalogue, sums: _Sums, stats_of: Callable[[tuple[int, slice], Tensor, Tensor], Tensor], of: Tensor
+) -> None:
+    """Add the derivatives for the cotangents ``of`` [B, N, 3]; ``stats_of(at, z, target)`` returns a block's stats."""
+    for at in catalogue.blocks():
+        rows, target = catalogue.rows_of(catalogue.x, at), catalogue.target[at].contiguous()
+        z = catalogue.logits(rows, at)
+        stats = stats_of(at, z, target)
+        if sums.wanted:
+            block_of = of[at].contiguous()
+            catalogue_cotangent_kernel(len(rows), z, target, stats, block_of, *catalogue.places)
+            sums.add_to_rows(at, z, catalogue.weight[at[0]])
+            sums.add_to_words(at, z, rows)
+            sums.add_to_bias(at, z)
+
+
+class _Results(NamedTuple):
+    log_prob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    stats: Tensor
+
+    @staticmethod
+    def of(catalogue: _Catalogue) -> _Results:
+        return _Results(*(catalogue.of_rows() for _ in range(3)), catalogue.of_rows(3))
+
+    def store(self, catalogue: _Catalogue) -> Callable[[tuple[int, slice], Tensor, Tensor], Tensor]:
+        def run(at: tuple[int, slice], z: Tensor, target: Tensor) -> Tensor:
+            found = [t[at] for t in self]
+            catalogue_rows_kernel(len(z), z, target, *found, *catalogue.places)
+            return found[-1]
+
+        return run
+
+
+def catalogue_log_prob(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    ignore_index: int,
+    first: int,
+    total: int,
+) -> _Results:
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    catalogue.check()
+    results = _Results.of(catalogue)
+    nothing = _Sums(catalogue, False, False, False)
+    _first_order(catalogue, nothing, results.store(catalogue), results.stats)
+    return results
+
+
+def catalogue_backward(
+    of_log_prob: Tensor | None,
+    of_entropy: Tensor | None,
+    of_lse: Tensor | None,
+    stats: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    ignore_index: int,
+    first: int,
+    total: int,
+    of_x: bool,
+    of_weight: bool,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    catalogue.check()
+    sums = _Sums(catalogue, of_x, of_weight, of_bias)
+    of = catalogue.weights(of_log_prob, of_entropy, of_lse)
+    _first_order(catalogue, sums, lambda at, z, target: stats[at].contiguous(), of)
+    return sums.rounded()
+
+
+def catalogue_second(
+    of_log_prob: Tensor | None,
+    of_entropy: Tensor | None,
+    of_lse: Tensor | None,
+    stats: Tensor,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    ignore_index: int,
+    first: int,
+    total: int,
+    of_x: bool,
+    of_weight: bool,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    catalogue.check()
+    sums = _Sums(catalogue, of_x, of_weight, of_bias)
+    of = catalogue.weights(of_log_prob, of_entropy, of_lse)
+    moved = [catalogue.of_rows() for _ in range(3)]
+    for at in catalogue.blocks():
+        rows, block_target = catalogue.rows_of(x, at), target[at].contiguous()
+        z = catalogue.logits(rows, at)
+        move = torch.zeros_like(z) if bias_t is None else bias_t[at[0]].expand_as(z).contiguous()
+        rows_t = None if x_t is None else catalogue.rows_of(x_t, at)
+        if rows_t is not None:
+            catalogue.add_logits(move, rows_t, weight[at[0]])
+        if weight_t is not None:
+            catalogue.add_logits(move, rows, weight_t[at[0]])
+        pointers = (z, move, block_target, stats[at].contiguous(), of[at].contiguous(), *(t[at] for t in moved))
+        catalogue_tangent_kernel(len(rows), *pointers, *catalogue.places, variant=sums.wanted)
+        if sums.wanted:
+            sums.add_to_rows(at, move, weight[at[0]])
+            sums.add_to_words(at, move, rows)
+            sums.add_to_bias(at, move)
+            if weight_t is not None:
+                sums.add_to_rows(at, z, weight_t[at[0]])
+            if rows_t is not None:
+                sums.add_to_words(at, z, rows_t)
+    return moved[0], moved[1], moved[2], *sums.rounded()
+
+
+def catalogue_loss(
+    of_log_prob: Tensor,
+    of_lse: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    ignore_index: int,
+    first: int,
+    total: int,
+    of_x: bool,
+    of_weight: bool,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    catalogue.check()
+    results = _Results.of(catalogue)
+    sums = _Sums(catalogue, of_x, of_weight, of_bias)
+    _first_order(catalogue, sums, results.store(catalogue), catalogue.weights(of_log_prob, None, of_lse))
+    terms = _weighed(of_log_prob, results.log_prob, catalogue)
+    if of_lse is not None:
+        terms = terms + _weighed(of_lse, results.lse, catalogue)
+    loss = terms.sum(-1, dtype=torch.float64).to(catalogue.wide)
+    return loss, results.stats, sums.x, sums.weight, sums.bias.to(catalogue.wide)
+
+
+def _weighed(weight: Tensor, value: Tensor, catalogue: _Catalogue) -> Tensor:
+    counts = (catalogue.target != catalogue.ignored) & (weight != 0)
+    return torch.where(counts, weight * value, 0)
