@@ -98,7 +98,9 @@ class OpInfo:
 
     A second derivative that is ``not_applicable`` must raise. Rows that are ``not_comparable`` aren't run, because the
     op's result differs from theirs by design. ``not_fuzzed`` are kinds of `custom_ops.verify.VALUES` for which the op's
-    results aren't specified or its reference's aren't right.
+    results aren't specified or its reference's aren't right. ``term_size`` takes the reference's arguments and returns,
+    for an op whose output is a sum of terms that may cancel, the sum of their absolute values: random calls allow for
+    rounding errors relative to it.
 
     If an op isn't ``differentiable``, no sample of it requires grad. ``autocast`` is the dtype that its outputs have
     under autocast: float32, or any 16-bit dtype for the one that autocast chooses. By default it isn't checked.
@@ -130,6 +132,7 @@ class OpInfo:
     not_applicable: dict[str, str] = field(default_factory=dict)  # capability: reason
     not_comparable: dict[str, str] = field(default_factory=dict)  # capability: reason, for ops that shape gradients
     not_fuzzed: dict[str, str] = field(default_factory=dict)  # kind of values: reason
+    term_size: Callable[..., Tensor] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     shardings: Callable[[], list[Sharding]] | None = None
     not_sharded: str = ""

@@ -116,6 +116,8 @@ def list_loss(
     by_op = _checks.REDUCTIONS[reduction] if whole else Reduction.NONE.value
     given: tuple[Tensor | None, ...] = (valid, offsets)
     if item_weights is not None and op not in WEIGHTED:
+        if use != LabelUse.VALUE and not labels.is_floating_point():
+            labels = in_dtype(labels, torch.float32, valid, offsets, use)  # time stamps as their exact differences
         labels = weighted_labels(labels, item_weights.to(dtype), use)
     elif op in WEIGHTED:
         if item_weights is not None:

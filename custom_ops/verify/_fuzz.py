@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from custom_ops import registry
 from custom_ops.registry import OpInfo, Sample
-from custom_ops.verify._case import TOLERANCE, Call, Case, describe
+from custom_ops.verify._case import TOLERANCE, Call, Case, describe, flatten, grads
 from custom_ops.verify._values import EXPANDED, LAYOUTS, Layout, double, resized, run_leaves
 
 Choose = Callable[[Sequence[Any]], Any]
@@ -170,8 +173,8 @@ def check(info: OpInfo, sample: Sample) -> None:
     """Check values and gradients against the reference in float64 on the same numbers.
 
     Where the reference is NaN, infinite or beyond the dtype, the op must be too. A gradient is compared where the input
-    and the reference's gradient are finite, since equivalent formulas may differ in 0 * inf; it may also be NaN if an
-    output is NaN or beyond the dtype.
+    and the reference's gradient are finite, since equivalent formulas may differ in 0 * inf; it may also be NaN where
+    it depends on an output that is NaN or beyond the dtype.
 
     Example:
         >>> import torch, custom_ops
@@ -183,8 +186,9 @@ def check(info: OpInfo, sample: Sample) -> None:
         raise ValueError(f"info: {info.name} has no reference")
     call = Call(info.function, sample)
     wide = call.with_tensors([double(t) for t in call.tensors])
+    reference = Call(info.reference, wide.sample)
     try:
-        expected = run_leaves(Call(info.reference, wide.sample), wide.tensors)
+        expected = run_leaves(reference, wide.tensors)
     except Exception:
         if call.is_empty:
             return  # not every op is defined for it
@@ -199,20 +203,46 @@ def check(info: OpInfo, sample: Sample) -> None:
     # A result that cancels to 0 has the rounding error of numbers of this size.
     numbers = [t for t in (*wide.inputs, *_named("labels", info, wide)) if t.numel()]
     size = min(1.0, max((t.double().nan_to_num(0, 0, 0).abs().max().item() for t in numbers), default=0.0))
-    undefined = any(_leaves(e, a.dtype) for a, e in zip(actual[:outputs], expected))
+    sizes: list[Tensor | float] = [size] * len(actual)
+    if info.term_size is not None:
+        terms = flatten(info.term_size(*wide.sample.args, **wide.sample.kwargs))
+        sizes[:outputs] = [t.detach().nan_to_num(0, 0, 0).clamp_min(size) for t in terms]
+    outside = [_outside(e, a.dtype) for a, e in zip(actual[:outputs], expected)]
+    allowed = _reached(reference, wide.tensors, outside) if any(o.any() for o in outside) else [None] * len(inputs)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        what = f"output {i}" if i < outputs else f"gradient {i - outputs}"
-        x = inputs[i - outputs] if i >= outputs else None
-        _compare(a, e, x, undefined, size, f"{what} of {info.name}{describe(call)}")
+        if i < outputs:
+            _compare(a, e, sizes[i], f"output {i} of {info.name}{describe(call)}")
+        else:
+            j = i - outputs
+            _compare(a, e, sizes[i], f"gradient {j} of {info.name}{describe(call)}", inputs[j], allowed[j])
 
 
-def _leaves(expected: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether there is a NaN or a number beyond the dtype's range."""
-    return expected.is_floating_point() and not bool((expected.abs() < torch.finfo(dtype).max).all())
+def _outside(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return which numbers are NaN or beyond the dtype's range."""
+    if not expected.is_floating_point():
+        return torch.zeros_like(expected, dtype=torch.bool)
+    return ~(expected.abs() < torch.finfo(dtype).max)
+
+
+def _reached(reference: Call, tensors: Sequence[Tensor], outside: Sequence[Tensor]) -> list[Tensor]:
+    """Return which elements of the gradients depend on the outputs that are ``outside``: a NaN that is the cotangent of
+    these reaches them.
+    """
+    pairs = [(y, o) for y, o in zip(reference.with_tensors(tensors).run(), outside) if y.requires_grad]
+    inputs = [t for t in tensors if t.requires_grad]
+    if not pairs or not inputs:
+        return [torch.zeros_like(x, dtype=torch.bool) for x in inputs]
+    found = grads([y for y, _ in pairs], inputs, [torch.where(o, math.nan, torch.zeros_like(y)) for y, o in pairs])
+    return [g.isnan() for g in found]
 
 
 def _compare(
-    actual: Tensor, expected: Tensor, gradient_in: Tensor | None, undefined: bool, size: float, what: str
+    actual: Tensor,
+    expected: Tensor,
+    size: Tensor | float,
+    what: str,
+    gradient_in: Tensor | None = None,
+    may_be_nan: Tensor | None = None,
 ) -> None:
     if actual.shape != expected.shape:
         raise AssertionError(f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}")
@@ -226,10 +256,12 @@ def _compare(
     rtol = 2 * limits.eps if half else max(64 * limits.eps, TOLERANCE)
     atol = 64 * torch.finfo(torch.float32).eps if half and gradient_in is None else rtol
     inside = e.abs() < limits.max / 2
-    scale = max(size, e[inside].abs().max().item() if inside.any() else 0.0)
+    scale = torch.as_tensor(size, dtype=torch.float64).clamp_min(e[inside].abs().max().item() if inside.any() else 0.0)
     close = (a - e).abs() <= rtol * e.abs() + atol * scale + 2 * limits.smallest_normal * limits.eps
     if gradient_in is not None:
-        good = close | ~inside | ~gradient_in.isfinite() | (a.isnan() if undefined else False)
+        good = close | ~inside | ~gradient_in.isfinite()
+        if may_be_nan is not None:
+            good |= may_be_nan & a.isnan()
     else:
         beyond = a * e.sign() > limits.max / 4
         good = torch.where(e.isnan(), a.isnan(), torch.where(inside, close, beyond))
@@ -237,8 +269,11 @@ def _compare(
         raise AssertionError(f"{what}:\n{actual.detach()}\nexpected\n{expected.detach()}")
 
 
-def script(info: OpInfo, sample: Sample) -> str:
+def script(info: OpInfo, sample: Sample, only: Sequence[str] = ()) -> str:
     """Return a program that makes the same call and checks it.
+
+    The program runs `check` on a function of this package. It runs the rows ``only`` of `verify` on any other
+    function, whose dotted name must be the name of ``info``.
 
     Example:
         >>> import torch, custom_ops
@@ -257,8 +292,17 @@ def script(info: OpInfo, sample: Sample) -> str:
         check(FUNCTIONS['relu'], Sample((t0, ), {}))
     """
     call = Call(info.function, sample)
-    lines = ["import torch", "from torch import inf, nan", "", "import custom_ops  # registers the ops"]
-    lines += ["from custom_ops.registry import FUNCTIONS, Sample", "from custom_ops.verify import check", ""]
+    ours = registry.FUNCTIONS.get(info.name) is info
+    lines = ["import torch", "from torch import inf, nan", ""]
+    if ours:
+        lines += ["import custom_ops  # registers the ops", "from custom_ops.registry import FUNCTIONS, Sample"]
+        lines += ["from custom_ops.verify import check", ""]
+    else:
+        parts = info.name.split(".")
+        module = next(m for i in range(len(parts), 0, -1) if (m := ".".join(parts[:i])) in sys.modules)
+        described = [v for v in (*sample.args, *sample.kwargs.values()) if is_dataclass(v)]
+        lines += [f"from {type(v).__module__} import {type(v).__name__}" for v in described]
+        lines += [f"import {module}", "from custom_ops.verify import Sample, verify", ""]
     for i, tensor in enumerate(call.tensors):
         flat = torch.as_strided(tensor.detach(), (_extent(tensor),), (1,), tensor.storage_offset())
         place = f"{tuple(tensor.shape)}, {tensor.stride()}"
@@ -272,7 +316,10 @@ def script(info: OpInfo, sample: Sample) -> str:
 
     args = "".join(f"{shown(a)}, " for a in sample.args)
     kwargs = ", ".join(f"{name!r}: {shown(a)}" for name, a in sample.kwargs.items())
-    lines += ["", f"check(FUNCTIONS[{info.name!r}], Sample(({args}), {{{kwargs}}}))"]
+    called = f"Sample(({args}), {{{kwargs}}})"
+    checked = f"check(FUNCTIONS[{info.name!r}], {called})"
+    verified = f"verify({info.name}, [{called}], only={list(only) or None}, quick=True).raise_on_failure()"
+    lines += ["", checked if ours else verified]
     return "\n".join(lines) + "\n"
 
 

@@ -22,19 +22,24 @@ def rounded_off(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(difference.isfinite(), (a - (difference + subtracted)) + (subtracted - b), 0)
 
 
-def reference_of(one_list: Callable[..., tuple[Tensor, bool | Tensor]]) -> Callable[..., Tensor]:
+def reference_of(
+    one_list: Callable[..., tuple[Tensor, bool | Tensor]], weightless_labels: bool = True
+) -> Callable[..., Tensor]:
     """Return a reference made of ``one_list(s [n], y [n], **own) -> (loss, whether it contributes)`` in plain PyTorch.
 
     Weights of the items are one of its ``own`` arguments, ``w [n]``. Invalid items are dropped first. The loss of a
-    list that doesn't contribute is replaced by 0, and that of a list with a NaN label by NaN. ``one_list`` is vmapped
+    list that doesn't contribute is replaced by 0, and that of a list with a NaN label by NaN. Labels
+    of items of weight 0 count only if ``weightless_labels``. A NaN loss has NaN derivatives. ``one_list`` is vmapped
     over whole lists.
     """
 
     def loss_of(s: Tensor, y: Tensor, *w: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
-        undefined = y.isnan().any()
+        undefined = (y.isnan() if weightless_labels or not w else y.isnan() & (w[0] != 0)).any()
         loss, contributes = one_list(s, y.nan_to_num(), **(own | dict(zip("w", w))))
-        active = torch.as_tensor(contributes, device=s.device) | undefined
-        return torch.where(undefined, torch.nan, torch.where(active, loss, s[:0].sum())), active
+        contributes = torch.as_tensor(contributes, device=s.device)
+        undefined = undefined | (contributes & loss.isnan())
+        loss = torch.where(contributes & ~undefined, loss, torch.where(undefined, s, 0).sum())
+        return loss * torch.where(undefined, torch.nan, 1), contributes | undefined
 
     def reference(
         scores: Tensor,

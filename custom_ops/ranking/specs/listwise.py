@@ -35,9 +35,18 @@ def _list_net_of_one_list(s: Tensor, y: Tensor, w: Tensor | None = None) -> tupl
     return -(target * s.log_softmax(0)).sum(), _contributes(y if w is None else y + w.log())
 
 
+def _softmax_terms(s: Tensor, y: Tensor) -> Tensor:
+    return -torch.where(y == 0, 0, y * s.log_softmax(0))
+
+
 def _softmax_of_one_list(s: Tensor, y: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
     y = y if w is None else y * w
-    return -torch.where(y == 0, 0, y * s.log_softmax(0)).sum(), _contributes(y)
+    return _softmax_terms(s, y).sum(), _contributes(y)
+
+
+def _softmax_size_of_one_list(s: Tensor, y: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    y = y if w is None else y * w
+    return _softmax_terms(s, y).abs().sum(), _contributes(y)
 
 
 def _logsumexp_among(s: Tensor, among: Tensor) -> Tensor:
@@ -118,6 +127,8 @@ def _listwise(
     *owns: dict[str, Any],
     base: dict[str, Any] | None = None,
     bad: tuple[tuple[str, Any], ...] = (),
+    size_of_one_list: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    weightless_labels: bool = True,
     not_fuzzed: dict[str, str] | None = None,
     variants: tuple[OpInfo, ...] = (),
 ) -> OpInfo:
@@ -131,7 +142,8 @@ def _listwise(
         name=function.__name__,
         summary=summary,
         function=function,
-        reference=reference_of(one_list),
+        reference=reference_of(one_list, weightless_labels),
+        term_size=None if size_of_one_list is None else reference_of(size_of_one_list, weightless_labels),
         not_fuzzed={"infinite": "inf - inf", **(not_fuzzed or {})},
         samples=lambda device, dtype: [
             *list_samples(device, dtype, **base),
@@ -156,6 +168,8 @@ register(
         SoftmaxLoss,
         _softmax_of_one_list,
         "Softmax cross entropy weighted with the labels",
+        size_of_one_list=_softmax_size_of_one_list,
+        weightless_labels=False,
         not_fuzzed={"time stamps": "as weights they cancel"},
         variants=(_list_net,),
     )
@@ -197,6 +211,7 @@ register(
         "Smooth maximum over all misordered pairs",
         {"scale": 5.0},
         base={"scale": 2.0},
+        weightless_labels=False,
         bad=(("scale: expected a positive number, got 0", 0),),
     )
 )

@@ -62,7 +62,7 @@ register(
         not_fuzzed={"time stamps": "as weights they cancel"},
         summary="NDCG of a list sorted softly by NeuralSort",
         function=neural_sort_ndcg_loss,
-        reference=reference_of(_neural_sort_ndcg_of_one_list),
+        reference=reference_of(_neural_sort_ndcg_of_one_list, weightless_labels=False),
         samples=lambda device, dtype: [*list_samples(device, dtype), *list_samples(device, dtype, **_options)[:2]],
         modules=lambda: [
             (NeuralSortNDCGLoss(), {}),

@@ -39,25 +39,26 @@ def reference_of_pairs(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
         total = torch.where(pairs, weights, 0).sum()
         return values / torch.where(total > 0, total, 1) if normalize else values, pairs.any()
 
-    return reference_of(one_list)
+    return reference_of(one_list, weightless_labels=False)
 
 
 def _pairwise_mse_of_one_list(
     s: Tensor, y: Tensor, normalize: bool = False, w: Tensor | None = None
 ) -> tuple[Tensor, bool | Tensor]:
     n = len(s)
-    above = (s - s[:1]) - (y - y[:1])
     if w is not None:
         weights = (w[:, None] * w) * ~torch.eye(n, dtype=torch.bool, device=s.device)
-        values, total = (weights * (above[:, None] - above).square()).sum(), weights.sum()
+        apart = torch.where(w[:, None] * w != 0, (s[:, None] - s) - (y[:, None] - y), 0)
+        values, total = (weights * apart.square()).sum(), weights.sum()
         return values / torch.where(total > 0, total, 1) if normalize else values, total > 0
+    above = (s - s[:1]) - (y - y[:1])
     squares = (above - above.mean()).square().sum()
     return 2 * n * squares / (n * (n - 1) if normalize and n > 1 else 1), n > 1
 
 
 _x, _y = torch.ones(2), torch.ones(2)
 
-_pairwise_mse_reference = reference_of(_pairwise_mse_of_one_list)
+_pairwise_mse_reference = reference_of(_pairwise_mse_of_one_list, weightless_labels=False)
 
 
 def _of_scaled(

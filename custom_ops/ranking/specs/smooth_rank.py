@@ -88,7 +88,7 @@ def _at_smooth_ranks(
         name=function.__name__,
         summary=summary,
         function=function,
-        reference=reference_of(one_list),
+        reference=reference_of(one_list, weightless_labels=False),
         samples=lambda device, dtype: [
             *list_samples(device, dtype, temperature=0.5),
             *list_samples(device, dtype, **own)[:1],
