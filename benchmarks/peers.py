@@ -133,7 +133,7 @@ def scatter_amax_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tenso
 
 def torch_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
     out = torch.segment_reduce(x, reduce, offsets=indptr)
-    return out.masked_fill(out.isinf(), 0)  # of segments without points
+    return out.masked_fill(out.isinf(), 0)  # segments without points have none
 
 
 def graph_softmax(x: Tensor, indptr: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ def one_by_one_hard_voxelize(
     A dense grid holds each voxel's number, and the features are copied point by point.
     """
     voxels, ranks, counts = _one_by_one().run(points.detach(), rank, max_points, max_voxels)
-    return voxels, ranks, counts
+    found = int((ranks >= 0).sum())
+    return voxels[:found], ranks[:found], counts[:found]
 
 
 @functools.cache

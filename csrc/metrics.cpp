@@ -31,7 +31,7 @@ struct Metric {
   TiedScores ties;
   bool exponential;
   const int64_t* cutoffs;
-  int64_t count;            // of the cutoffs
+  int64_t count;            // the number of cutoffs
   const double* discounts;  // by place, or null for 1 / log2(1 + rank)
 
   double discount(int64_t place) const { return discounts ? discounts[place] : discount_at(place); }
@@ -54,7 +54,7 @@ struct Metric {
     if (!relevant || (metric == RankMetric::AUC && relevant == n)) return false;
     const int32_t* order = order_descending(list.s, n, scratch);
     double* sums = scratch.get<double>(n + 1);  // over the places before each
-    double* value = scratch.get<double>(n);     // what an item adds to the sum
+    double* value = scratch.get<double>(n);     // each item's gain or relevance
     const bool graded = metric == RankMetric::DCG || metric == RankMetric::NDCG || metric == RankMetric::ERR;
     for (int64_t p = 0; p < n; ++p) {
       const double y = list.y[order[p]];

@@ -61,7 +61,7 @@ struct ByLabel {
   const A* v;            // null if the slope is wanted
   const int64_t* below;  // per item, the first item with a lower label
   double pairs = 0;
-  double weight = 0;  // of all pairs
+  double weight = 0;  // the total of all pairs
 
   explicit ByLabel(List<A>& list) : n(list.n), order(order_descending(list.y, n, list.scratch)) {
     s = gather(list.s, order, n, list.scratch);

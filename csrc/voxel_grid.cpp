@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 
@@ -389,10 +390,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> voxel_unique(const Tensor& rank_in, i
   return {ranks, inverse, perm, indptr};
 }
 
-std::tuple<Tensor, Tensor, Tensor> voxel_slots(const Tensor& rank_in, int64_t max_points, int64_t size) {
+std::tuple<Tensor, Tensor, Tensor> voxel_slots(const Tensor& rank_in, int64_t max_points, int64_t size, bool padded) {
   const Tensor rank = dense(rank_in);
   const int64_t dims = rank.dim() - 1;
-  check(dims == 0 || (dims > 0 && size >= 0), "rank: expected [N], or [..., N] with a number of voxels");
+  check(dims == 0 || (dims > 0 && padded), "rank: expected [N], or [..., N] with a number of voxels");
+  check(size >= 0 || !padded, "size: expected a number of voxels");
   check(max_points >= 1, "max_points: expected at least 1, got ", max_points);
   const Shape batch = sizes(rank, 0, dims);
   const int64_t n = rank.size(dims), examples = product(batch);
@@ -416,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor> voxel_slots(const Tensor& rank_in, int64_t ma
       ranks = fresh(rank, append(batch, {row}), ScalarType::Long);
       counts = fresh(rank, append(batch, {row}), ScalarType::Long);
     };
-    if (size < 0) {
+    if (!padded) {
       const Slots found = find(0);
       allocate(static_cast<int64_t>(found.ranks.size()));
       write(0, found, ranks.numel());
@@ -428,6 +430,63 @@ std::tuple<Tensor, Tensor, Tensor> voxel_slots(const Tensor& rank_in, int64_t ma
     }
   });
   return {slot, ranks, counts};
+}
+
+namespace {
+
+// Calls f(row, at) for all points with a place, where `at` is the row of its place, and f(row, -1) for the others.
+template <class F>
+void for_places(const Tensor& place, int64_t rows, const F& f) {
+  const int64_t dims = place.dim() - 1, n = place.size(dims);
+  const int64_t* pp = data<int64_t>(place);
+  std::atomic<bool> inside{true};
+  Chunks(place.numel(), 1 << 13).parallel([&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (pp[i] >= rows) inside = false;
+      else f(i, pp[i] < 0 ? -1 : i / n * rows + pp[i]);
+    }
+  });
+  check(inside, "place: expected values below ", rows);
+}
+
+// Checks the places of rows [..., N, C] and returns the bytes of a row.
+int64_t check_places(const Tensor& x, const Tensor& place, bool of_rows) {
+  const int64_t dims = x.dim() - 1;
+  check(dims >= 1 && place.dim() == dims && place.scalar_type() == ScalarType::Long &&
+            sizes(place, 0, of_rows ? dims : dims - 1) == sizes(x, 0, of_rows ? dims : dims - 1),
+        "place: expected an int64 tensor [..., N] with the leading dimensions of x");
+  return x.size(dims) * static_cast<int64_t>(x.element_size());
+}
+
+}  // namespace
+
+Tensor voxel_place(const Tensor& x_in, const Tensor& place_in, int64_t rows) {
+  const Tensor x = dense(x_in), place = dense(place_in);
+  const int64_t bytes = check_places(x, place, true);
+  check(rows >= 0, "rows: expected at least 0, got ", rows);
+  Tensor out = fresh(x, append(sizes(x, 0, x.dim() - 2), {rows, x.size(x.dim() - 1)}));
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  Chunks(out.numel() * static_cast<int64_t>(out.element_size()), 1 << 18).parallel([&](int64_t, int64_t b, int64_t e) {
+    std::memset(to + b, 0, static_cast<size_t>(e - b));
+  });
+  for_places(place, rows, [&](int64_t row, int64_t at) {
+    if (at >= 0) std::memcpy(to + at * bytes, from + row * bytes, static_cast<size_t>(bytes));
+  });
+  return out;
+}
+
+Tensor voxel_take(const Tensor& x_in, const Tensor& place_in) {
+  const Tensor x = dense(x_in), place = dense(place_in);
+  const int64_t bytes = check_places(x, place, false);
+  Tensor out = fresh(x, append(sizes(place), {x.size(x.dim() - 1)}));
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  for_places(place, x.size(x.dim() - 2), [&](int64_t row, int64_t at) {
+    if (at >= 0) std::memcpy(to + row * bytes, from + at * bytes, static_cast<size_t>(bytes));
+    else std::memset(to + row * bytes, 0, static_cast<size_t>(bytes));
+  });
+  return out;
 }
 
 Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& indptr_in) {
@@ -466,4 +525,6 @@ CUSTOM_OPS_CPU_KERNEL(voxel_index)
 CUSTOM_OPS_CPU_KERNEL(voxel_sort)
 CUSTOM_OPS_CPU_KERNEL(voxel_unique)
 CUSTOM_OPS_CPU_KERNEL(voxel_slots)
+CUSTOM_OPS_CPU_KERNEL(voxel_place)
+CUSTOM_OPS_CPU_KERNEL(voxel_take)
 CUSTOM_OPS_CPU_KERNEL(voxel_match)

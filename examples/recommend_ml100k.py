@@ -1,4 +1,4 @@
-"""Recommending films: a matrix factorisation trained with `bpr_loss` and `pairwise_logistic_loss`.
+"""Recommending films: a matrix factorisation trained with four losses.
 
 The task is to recommend, of the films that a user hasn't rated yet, those that they will like (rate 4 or 5). The last
 fifth of each user's liked films is held out. Quality is recall@10 and NDCG@10 on those, averaged over the users; the
@@ -6,10 +6,12 @@ baseline recommends the films that most users liked.
 
 The data are MovieLens 100K; `examples.data` has their source and terms.
 
-BPR compares a liked film with a random one. The pairwise logistic loss compares each liked film with every other one at
-once: the pairs of one user would fill a table of films by films, but none of it is stored. Both are compared with
-torch's own formulas on the scores of the training: BPR at each step, the other for a few users at some of the steps,
-since a table of all pairs takes time and much memory.
+`bpr_loss` compares a liked film with a random one. `pairwise_logistic_loss` compares each liked film with every other
+one at once: the pairs of one user would fill a table of films by films, but none of it is stored.
+`linear_cross_entropy` asks for the liked film among all films (the whole catalogue), or among the films that were liked
+in the same batch, whose scores are lowered by the logarithm of their popularity (a sample with logQ correction). All
+are compared with torch's own formulas on the scores of the training: BPR at each step, the others at some of the steps,
+the pairs of a few users only, since a table of all pairs takes time and much memory.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ K = 10
 STEPS = 240
 MEASURED = 48  # steps between two evaluations on the held-out films
 BATCH = 8192  # pairs per step of BPR
+ROWS = 1024  # pairs per step of the softmax over the whole catalogue
+SAMPLE = 512  # pairs per step of the softmax over the films of these pairs
 USERS = 128  # users per step of the pairwise logistic loss
-LEAST_GAIN = 0.02  # over four seeds, NDCG@10 was 0.063 to 0.074 above that of the most liked films
+LEAST_GAIN = 0.02  # over four seeds, NDCG@10 of the first two was 0.063 to 0.074 above that of the most liked films
 FEW = 4  # users whose pairs are compared with torch's formula
-ALL_PAIRS = "#2a9d5c"
+COLOURS = (OURS, "#2a9d5c", "#8e5bb5", "#d1662b")
 
 
 class Factors(nn.Module):
@@ -89,8 +93,8 @@ Scores = tuple[Tensor, ...]
 
 @dataclass
 class Variant:
-    """One model and its loss; ``score`` returns the loss's arguments: scores of pairs of films, or scores of all
-    films.
+    """One model and its loss; ``score`` returns the loss's arguments: scores of pairs of films or of all films, or the
+    factors that they are made of.
     """
 
     name: str
@@ -173,11 +177,28 @@ def example(options: Options) -> Report:
     def logistic(scores: Tensor) -> Tensor:
         return custom_ops.pairwise_logistic_loss(scores, split.train[users], normalize=True)
 
+    def factors(model: Factors) -> Scores:
+        return model.users[batch[0][:ROWS]], model.items, model.bias
+
+    def whole(rows: Tensor, items: Tensor, bias: Tensor) -> Tensor:
+        return custom_ops.linear_cross_entropy(rows, items, batch[1][:ROWS], linear_bias=bias)
+
+    def sample(model: Factors) -> Scores:
+        of, positive, _ = (t[:SAMPLE] for t in batch)
+        return model.users[of], model.items[positive], model.bias[positive] - log_share[positive]
+
+    def corrected(rows: Tensor, items: Tensor, bias: Tensor) -> Tensor:
+        return custom_ops.linear_cross_entropy(rows, items, torch.arange(len(rows)), linear_bias=bias)
+
+    log_share = (split.train.sum(0) / split.train.sum()).log()
     bpr = Variant("BPR", copy.deepcopy(start), pairs, custom_ops.bpr_loss)
     all_pairs = Variant("pairwise logistic", copy.deepcopy(start), lists, logistic)
-    variants = [bpr, all_pairs]
+    softmax = Variant("softmax", copy.deepcopy(start), factors, whole)
+    sampled = Variant("sampled softmax", copy.deepcopy(start), sample, corrected)
+    variants = [bpr, all_pairs, softmax, sampled]
     everyone = torch.arange(len(split.train))
     agreement = Agreement("bpr_loss and its gradient beside torch's logsigmoid, at each step")
+    agreement_of_rows = Agreement("linear_cross_entropy and its gradient beside torch's, with the logits in memory")
     agreement_of_lists = Agreement("pairwise_logistic_loss and its gradient beside the table of all pairs")
 
     def measure(model: Factors) -> tuple[float, float]:
@@ -195,6 +216,10 @@ def example(options: Options) -> Report:
             for s, gradient in zip(scores, torch.autograd.grad(expected, leaves)):
                 agreement.compare(s.grad, gradient, 1)
             _, (scores,) = all_pairs.step()
+            if step % MEASURED == 0 or step == steps:
+                compare_rows(factors(softmax.model), batch[1][:ROWS], agreement_of_rows)
+            softmax.step()
+            sampled.step()
             if step % MEASURED == 0 or step == steps:
                 compare_few(scores[:FEW], split.train[users[:FEW]], agreement_of_lists)
                 for v in variants:
@@ -224,10 +249,12 @@ def example(options: Options) -> Report:
     remarks = {
         bpr.name: f"{bpr.milliseconds:.1f} ms a step of {BATCH:,} pairs (median)",
         all_pairs.name: f"{all_pairs.milliseconds:.1f} ms a step of {USERS * pairs_of_a_user:,.0f} pairs",
+        softmax.name: f"{softmax.milliseconds:.1f} ms a step of {ROWS:,} liked films, each among all",
+        sampled.name: f"{sampled.milliseconds:.1f} ms a step of {SAMPLE:,} liked films, each among these",
     }
     for name, (ndcg, recall) in qualities.items():
         result.rows.append((name, f"{ndcg:.3f}", f"{recall:.3f}", remarks.get(name, "")))
-    result.checks += [agreement.check(), agreement_of_lists.check()]
+    result.checks += [agreement.check(), agreement_of_lists.check(), agreement_of_rows.check()]
     if not options.quick:
         for v in variants:
             gain = qualities[v.name][0] - qualities["most liked by all"][0]
@@ -242,15 +269,23 @@ def compare_few(scores: Tensor, liked: Tensor, into: Agreement) -> None:
             liked, into)  # fmt: skip
 
 
+def compare_rows(arguments: Scores, target: Tensor, into: Agreement) -> None:
+    ours, theirs = ([t.detach().double().requires_grad_() for t in arguments] for _ in range(2))
+    loss = custom_ops.linear_cross_entropy(*ours[:2], target, linear_bias=ours[2])
+    expected = nn.functional.cross_entropy(nn.functional.linear(*theirs), target)
+    found, right = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, theirs)
+    into.compare_networks((loss, found), (expected, right), len(target))
+
+
 def draw(variants: Sequence[Variant], qualities: dict[str, tuple[float, float]], path: Path) -> Path:
     figure = report.new_figure(3, title="Recommending films of MovieLens 100K: matrix factorisation")
     curves, progress, bars = figure.axes
-    colours = {v.name: colour for v, colour in zip(variants, (OURS, ALL_PAIRS))}
+    colours = {v.name: colour for v, colour in zip(variants, COLOURS)}
 
     for v in variants:
         curves.plot(v.losses, color=colours[v.name], label=v.name)
         progress.plot(*zip(*v.curve), color=colours[v.name], label=v.name)
-    curves.set(xlabel="step", ylabel="loss, mean over pairs", title="Training loss")
+    curves.set(xlabel="step", ylabel="loss, mean over pairs or films", title="Training loss")
     curves.legend(frameon=False)
     progress.axhline(qualities["most liked by all"][0], color=NEUTRAL, label="most liked by all")
     progress.set(xlabel="step", ylabel=f"NDCG@{K}, mean over users", title="Held-out films")

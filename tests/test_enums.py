@@ -60,4 +60,4 @@ def test_a_mismatch_stops_the_import() -> None:
 def test_an_op_takes_no_other_integer(value: int) -> None:
     scores = torch.zeros(2, 3)
     with pytest.raises(RuntimeError, match=f"Ties: expected 0 to 2, got {value}"):
-        torch.ops.custom_ops.list_mle(scores, scores, None, None, 0, 0, value, 0, 0)
+        torch.ops.custom_ops.list_mle(scores, scores, None, None, None, 0, 0, value, 0, 0)

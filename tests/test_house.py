@@ -86,9 +86,6 @@ assert len(REGISTRY) > 30 and [name for name in sys.modules if ".specs" in name]
 ALIASES: dict[str, Callable[..., Any]] = {
     "relu6": lambda x, inplace=False: custom_ops.hardtanh(x, 0.0, 6.0, inplace),
     "reverse_gradient": lambda x, lambda_=1.0: custom_ops.scale_gradient(x, -lambda_),
-    "bpr_loss": lambda positive, negative, reduction="mean": custom_ops.bradley_terry_loss(
-        positive, negative, reduction=reduction
-    ),
 }
 VARIANTS = [(info, variant) for info in REGISTRY.values() for variant in info.variants]
 

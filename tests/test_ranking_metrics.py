@@ -217,7 +217,7 @@ def test_wrong_query_numbers_and_cutoffs():
     }.items():
         with pytest.raises((TypeError, ValueError), match=options):
             custom_ops.ndcg(x, x, **message)
-    with pytest.raises(ValueError, match=r"scores: expected \[n\], got shape \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"index: expected scores \[n\] beside it, got shape \[1, 3\]"):
         custom_ops.ndcg(x[None], x[None], index=torch.arange(3))
     with pytest.raises(ValueError, match="max_label: expected a positive number, got 0"):
         custom_ops.err(x, x, max_label=0)

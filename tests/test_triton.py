@@ -283,6 +283,9 @@ def test_reductions_of_infinities_and_integers():
                 voxel_segments.segment_extreme(*extremes), ops.segment_extreme.default(*extremes), strict=True
             ):
                 same(got, want)
+        wrong = torch.tensor([0, 3, 99])
+        with pytest.raises(RuntimeError, match="indptr, perm: expected valid segments"):
+            voxel_segments.segment_extreme(whole, wrong, order, True)
         sums = (whole, None, indptr, order, False, 1, 1)
         same(voxel_segments.segment_reduce(*sums), ops.segment_reduce.default(*sums))
 
@@ -303,7 +306,10 @@ def test_voxels_of_points(size):
             for given in (rank, rank.clamp_max(9).int(), torch.stack([rank, rank.flip(0)])):
                 if given.dim() > 1 and size < 0:
                     continue
-                for op, limits in (("voxel_unique", (size,)), ("voxel_slots", (2, size))):
+                slots = [("voxel_slots", (2, size, padded)) for padded in (False, True)]
+                for op, limits in (("voxel_unique", (size,)), *slots):
+                    if (limits[-1] is True and size < 0) or (limits[-1] is False and given.dim() > 1):
+                        continue
                     results = getattr(voxel_grid, op)(given, *limits), getattr(ops, op).default(given, *limits)
                     for got, want in zip(*results, strict=True):
                         same(got, want)

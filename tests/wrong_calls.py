@@ -84,6 +84,9 @@ OTHERS: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "dynamic_scatter": lambda: [(torch.randn(3, 2), _places(3, 3), "mean")],
     "voxel_image": lambda: [(torch.randn(2, 8, 3), (2, 2, 2), "cyx")],
     "voxel_pooling_train": lambda: [(_places(1, 4, 3), torch.randn(1, 4, 2), (2, 2, 2))],
+    "voxel_ravel": lambda: [(_places(3, 2), (2, 2))],
+    "voxel_softmax": lambda: [(torch.randn(3, 2), _places(3), 2), (torch.randn(3, 2), _places(3), 2, _places(3) > 0)],
+    "voxel_unravel": lambda: [(_places(3), (2, 2))],
     "voxelization": lambda: [(torch.rand(5, 4), (0.5, 0.5, 0.5), (0, 0, 0, 1, 1, 1), 2, 10, True)],
     "convert_activations": lambda: [(torch.nn.Sequential(torch.nn.ReLU()),)],
 }

@@ -125,7 +125,7 @@ def log1p_unit(u):
             "HESSIAN": hessian,
             "WEIGHTED": weighted,
             "ROWS": _ROWS,
-            "COLUMNS": _COLUMNS,
+            "COLUMNS": _COLUMNS // 2 if weighted else _COLUMNS,  # more of them spill in float64
         }
         for phi in range(len(PairFunction) + 2)
         for hessian in (False, True)

@@ -196,7 +196,7 @@ def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return torch.where(matches, indptr, -1)
 
 
-def _runs(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def _sorted_runs(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """Sort by rank; return the sorted ranks, their points, the number of each's voxel, and how many voxels there are.
 
     Negative ranks come last, and their numbers, and those of voxels past ``size``, aren't below ``size``.
@@ -220,7 +220,7 @@ def _scattered(size: int, at: Tensor, values: Tensor | int, otherwise: int) -> T
 
 
 def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ordered, perm, number, count = _runs(rank, size)
+    ordered, perm, number, count = _sorted_runs(rank, size)
     kept = number < count
     # Points that are in no voxel follow in their order.
     inverse = torch.empty_like(perm).scatter(-1, perm, number.where(kept, -1))
@@ -230,12 +230,14 @@ def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return ranks, inverse, perm, torch.searchsorted(number.clamp_max(count), edges)
 
 
-def voxel_slots(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def voxel_slots(rank: Tensor, max_points: int, size: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     if max_points < 1:
         raise RuntimeError(f"max_points: expected at least 1, got {max_points}")
+    if padded and size < 0:
+        raise RuntimeError("size: expected a number of voxels")
     points = rank.shape[-1]
-    ordered, perm, number, _ = _runs(rank, size if size < 0 else points)
-    count = int(number.where(number < points, -1).amax() + 1) if size < 0 and points else max(size, 0)
+    ordered, perm, number, found = _sorted_runs(rank, points if padded else -1)
+    count = size if padded else found if size < 0 else min(found, size)
     outside = rank.gather(-1, perm) < 0
     place = torch.arange(points, device=rank.device) - torch.searchsorted(number, number)
     # A voxel's number in the order of first points is the rank of its first point among all first points.
@@ -248,3 +250,21 @@ def voxel_slots(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tenso
     ranks = _scattered(count, voxel, ordered, -1)
     counts = voxel.new_zeros((*rank.shape[:-1], count + 1)).scatter_add(-1, voxel, kept.long())
     return slot, ranks, counts[..., :count].contiguous()
+
+
+def _check_places(x: Tensor, place: Tensor, dims: int) -> None:
+    if x.dim() < 2 or place.dim() != x.dim() - 1 or place.shape[:dims] != x.shape[:dims] or place.dtype != torch.int64:
+        raise RuntimeError("place: expected an int64 tensor [..., N] with the leading dimensions of x")
+
+
+def voxel_place(x: Tensor, place: Tensor, rows: int) -> Tensor:
+    _check_places(x, place, x.dim() - 1)
+    at = torch.where(place < 0, rows, place)[..., None].expand(x.shape)  # dropped rows go to an extra one at the end
+    return x.new_zeros((*x.shape[:-2], rows + 1, x.shape[-1])).scatter(-2, at, x)[..., :rows, :].contiguous()
+
+
+def voxel_take(x: Tensor, place: Tensor) -> Tensor:
+    _check_places(x, place, x.dim() - 2)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    at = torch.where(place < 0, x.shape[-2], place)[..., None]
+    return padded.gather(-2, at.expand(*place.shape, x.shape[-1]))

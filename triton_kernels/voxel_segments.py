@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops.library._torch import assert_async
 from custom_ops.triton_kernels.common import FLOATING, accumulator, kernel, widen
 from custom_ops.triton_kernels.voxel_grid import voxel_sort
 
@@ -756,6 +757,8 @@ def segment_extreme(x: Tensor, indptr: Tensor, perm: Tensor | None, largest: boo
 
 def _ranks_of_rows(x: Tensor, segments: _Segments) -> Tensor:
     rank = segments.ranks().view(*segments.indptr.shape[:-1], segments.points)
+    valid = (segments.indptr[..., -1] <= segments.points).all() & (rank != _UNKNOWN.value).all()
+    assert_async(valid, "indptr, perm: expected valid segments, as integers have no NaN")
     return rank.expand(x.shape[:-1])[..., None].expand(x.shape)
 
 

@@ -813,18 +813,18 @@ def _left_out(
         if mask.shape != (query.shape[0], key.shape[0]):
             raise ValueError(f"mask: expected shape {[query.shape[0], key.shape[0]]}, got {list(mask.shape)}")
         given["mask"] = mask
-    if key_group is None and query_group is not None:
-        if query.shape[0] != key.shape[0]:
-            raise ValueError(f"key_group: expected one for {query.shape[0]} queries and {key.shape[0]} keys, got None")
-        key_group = query_group
-    if query_group is None and key_group is not None:
-        raise ValueError("query_group: expected one beside key_group, got None")
     for name, group, rows in (("query_group", query_group, query), ("key_group", key_group, key)):
         if group is not None:
             _checks.has_dtype(name, group, _checks.INDEX)
             if group.shape != rows.shape[:1]:
                 raise ValueError(f"{name}: expected shape {list(rows.shape[:1])}, got {list(group.shape)}")
             given[name] = group
+    if query_group is None and key_group is not None:
+        raise ValueError("key_group: expected a query_group beside it, got None")
+    if key_group is None and query_group is not None:
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(f"key_group: expected one for {query.shape[0]} queries and {key.shape[0]} keys, got None")
+        key_group = query_group
     _checks.same_device(**given)
     batched = [None if group is None else group.to(torch.int64).unsqueeze(0) for group in (query_group, key_group)]
     return None if mask is None else mask.unsqueeze(0), batched[0], batched[1]

@@ -99,8 +99,10 @@ def _evaluate(
     cutoffs = [limit(one) for one in each]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
-    if empty is not None:
-        empty = float("nan") if _checks.plain(empty) != _checks.plain(empty) else _checks.as_float("empty", empty)
+    value = _checks.plain(empty)
+    if empty is not None and not (isinstance(value, float) and value != value):
+        value = _checks.as_float("empty", empty)
+    empty = value
     if isinstance(scores, Tensor):
         scores = scores.detach()
     labels = labels.detach()
@@ -160,8 +162,9 @@ def _by_query(
     if lengths is not None or cu_lengths is not None:
         raise ValueError("index: expected neither lengths nor cu_lengths beside it")
     _checks.has_dtype("scores", scores, _REAL)
-    _checks.has_dims("scores", scores, "[n]")
     _checks.has_dtype("index", index, _checks.INDEX)
+    if scores.dim() != 1:
+        raise ValueError(f"index: expected scores [n] beside it, got shape {list(scores.shape)}")
     given = {"index": index, "labels": labels} | ({} if mask is None else {"mask": mask})
     for name, tensor in given.items():
         _checks.is_tensor(name, tensor)

@@ -456,9 +456,10 @@ def _dpo_terms(
         raise ValueError("loss_type: expected at least one type, got none")
     for one in types:
         _checks.is_one_of("loss_type", one, DPO_LOSS_TYPES)
-    weights = (
-        [1.0] * len(types) if loss_weights is None else [_checks.as_float("loss_weights", w) for w in loss_weights]
-    )
+    given = [1.0] * len(types) if loss_weights is None else loss_weights
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"loss_weights: expected a sequence of numbers, got {type(given).__name__}")
+    weights = [_checks.as_float("loss_weights", weight) for weight in given]
     if len(weights) != len(types):
         raise ValueError(f"loss_weights: expected one for each of {len(types)} types, got {len(weights)}")
     smoothed = {"sigmoid", "robust", "exo_pair"}

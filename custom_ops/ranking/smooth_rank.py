@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from custom_ops import _checks
@@ -136,8 +137,10 @@ def smooth_ap_loss(
 
 def _smooth_rank(metric: int, temperature: float, scores: Tensor, labels: Tensor, *given: Any) -> Tensor:
     use = LabelUse.EXPONENTIAL if metric == SmoothMetric.NDCG else LabelUse.VALUE
-    if metric == SmoothMetric.AVERAGE_PRECISION and isinstance(labels, Tensor) and not labels.is_complex():
-        labels = labels.sign()  # every relevant item has the gain 1
+    if metric == SmoothMetric.AVERAGE_PRECISION:  # every relevant item has the gain 1
+        _checks.is_tensor("labels", labels)
+        if not labels.is_complex():
+            labels = (labels if labels.dtype in (torch.int64, torch.float64) else labels.float()).sign()
     params = _checks.as_positive("temperature", temperature), metric
     return list_loss(smooth_rank, params, use, scores, labels, *given)
 

@@ -16,7 +16,7 @@ from custom_ops.voxel.summing import VoxelsSumming, VoxelsSummingLayer, voxels_s
 from custom_ops.voxel.sums import VoxelSum, voxel_softmax, voxel_sum
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
 from custom_ops.voxel.voxel_segments import segment_sum
-from custom_ops.voxel.voxelize import Voxels, hard_voxelize, voxel_gather, voxel_ravel, voxel_unravel, voxelize
+from custom_ops.voxel.voxelize import hard_voxelize, voxel_gather, voxel_ravel, voxel_unravel, voxelize
 
 # The names are spelled out, as mypy can't follow `__all__ += module.__all__` through two levels and would see none of
 # them.
@@ -24,7 +24,6 @@ __all__ = [
     "BEVPool",
     "LiftSplat",
     "VoxelSum",
-    "Voxels",
     "VoxelsSumming",
     "VoxelsSummingLayer",
     "bev_pool",

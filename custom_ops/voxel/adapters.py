@@ -181,7 +181,7 @@ def voxelization(
 
     Returns:
         The points ``[M, P, 3 + k]`` of the M voxels that have points, their coordinates (z, y, x), int32 ``[M, 3]``,
-        and their numbers of points, int32 ``[M]``: `hard_voxelize`, without voxels that have no points. If
+        and their numbers of points, int32 ``[M]``, as from `hard_voxelize`. If
         ``max_points`` or ``max_voxels`` is -1, only the coordinates (z, y, x) of each point, int32 ``[N, 3]``, -1
         outside of the grid.
 
@@ -189,7 +189,7 @@ def voxelization(
         TypeError: a wrong dtype, or not a tensor.
         ValueError: a wrong shape or value.
 
-    Reading the number of voxels waits for a GPU. `hard_voxelize` has a result of static size.
+    The number of voxels depends on the data, and reading it waits for a GPU. `hard_voxelize` can return a static one.
 
     Source: ``Voxelization`` in OpenMMLab's mmcv.
 
@@ -212,9 +212,8 @@ def voxelization(
     rank = voxel_rank(points[:, :3], corners[:3], size, grid)
     if -1 in (max_points, max_voxels):
         return voxel_unravel(rank, grid).flip(-1).int()
-    voxels, ranks, counts = hard_voxelize(points, rank, max_points, max_voxels)
-    filled = int((ranks >= 0).sum())
-    return voxels[:filled], voxel_unravel(ranks[:filled], grid).flip(-1).int(), counts[:filled].int()
+    voxels, ranks, counts = hard_voxelize(points, rank, max_points, max_voxels, padded=False)
+    return voxels, voxel_unravel(ranks, grid).flip(-1).int(), counts.int()
 
 
 def _has_coordinates(name: str, coordinates: Tensor, layout: str) -> None:

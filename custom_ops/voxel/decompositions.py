@@ -106,8 +106,8 @@ def _(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @library.decomposition(voxel_grid.voxel_slots)
-def _(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_size(size)
+def _(rank: Tensor, max_points: int, size: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_size(size if padded else -1)
     perm, ordered, inside, begins = _runs(rank)
     at = torch.arange(rank.shape[-1], device=rank.device).expand(rank.shape)
     number = torch.where(inside, begins.long().cumsum(-1) - 1, rank.shape[-1])
@@ -120,6 +120,16 @@ def _(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]
     kept = (voxel < size) & (place < max_points)
     slot = torch.zeros_like(perm).scatter(-1, perm, torch.where(kept, voxel * max_points + place, -1))
     return slot, _placed(ordered, voxel, size), _counts(torch.where(kept, voxel, size), size)
+
+
+@library.decomposition(voxel_grid.voxel_place)
+def _(x: Tensor, place: Tensor, rows: int) -> Tensor:
+    return _sums(x, torch.where(place < 0, rows, place), rows)
+
+
+@library.decomposition(voxel_grid.voxel_take)
+def _(x: Tensor, place: Tensor) -> Tensor:
+    return _looked_up(x, torch.where(place < 0, x.shape[-2], place))
 
 
 @library.decomposition(intervals.interval_ranks)

@@ -34,7 +34,7 @@ def reduced(x: Tensor, indptr: Tensor, perm: Tensor | None, reduce: str) -> Tens
         return ops.segment_logsumexp(x, indptr, perm)
     if reduce in ("sum", "mean"):
         return ops.segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
-    squares = ops.segment_center(wide(x), indptr, perm).double().square()  # of numbers whose squares float32 lacks
+    squares = ops.segment_center(wide(x), indptr, perm).double().square()  # float32 lacks the squares of tiny numbers
     var = ops.segment_reduce(squares, None, indptr, perm, False, 1, 1) / (indptr.diff() - 1).clamp_min(1)[..., None]
     if reduce == "std":
         is_zero = var == 0  # where the slope of the root is infinite, but that of the result is taken as 0
@@ -89,7 +89,7 @@ def segment_reduce(
         ValueError: a wrong shape or value, or tensors on several devices.
         RuntimeError: on the CPU, for boundaries or points out of range, and in backward for a ``perm``
             that has a point twice. On a GPU, where an error would wait for the device, an index out of range
-            makes its segment NaN.
+            makes its segment NaN; for integers, an assertion fails on the device.
 
     DTensors may be sharded by leading dimensions and by columns, and for "sum" by points, too, as in `segment_sum`.
 
@@ -112,19 +112,14 @@ def segment_reduce(
     has_reducible(x, reduce)
     if return_indices and reduce not in ("min", "max"):
         raise ValueError(f"return_indices: expected False, as no single point has the {reduce}, got True")
+    again: Callable[..., Any] = segment_reduce
     if x.dim() == 1:
-        return _of_column(lambda x: segment_reduce(x, indptr, reduce, perm, return_indices), x)
+        return _of_column(lambda x: again(x, indptr, reduce, perm, return_indices), x)
     if reduce == "sum":
         return segment_sum(x, indptr, perm)
     if shards.is_sharded(x):
         results = ("Vc", "Vc") if return_indices else ("Vc",)
-        return _in_shards(
-            lambda *given: segment_reduce(given[0], given[1], reduce, given[2], return_indices),
-            results,
-            x,
-            indptr,
-            perm,
-        )
+        return _in_shards(lambda x, at, perm: again(x, at, reduce, perm, return_indices), results, x, indptr, perm)
     check_points(x, indptr, perm)
     indptr, perm = indptr.long(), None if perm is None else perm.long()
     if not return_indices:

@@ -1,4 +1,4 @@
-"""The voxel of each point, and the points of each voxel. These are integers, so nothing here has a gradient."""
+"""The voxel of each point, the points of each voxel, and rows that are moved to and from their places in voxels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return torch.empty_like(indptr, memory_format=torch.contiguous_format)
 
 
-def _dynamic_size() -> int:
+def _dynamic_size() -> Any:
     return torch.library.get_ctx().new_dynamic_size(min=1 if forward_level() >= 0 else 0)  # as above
 
 
@@ -70,31 +70,94 @@ def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 @define
-def voxel_slots(rank: Tensor, max_points: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def voxel_slots(rank: Tensor, max_points: int, size: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return each point's place in its voxel, plus the voxel's number times ``max_points``; the voxels' ranks and
     numbers of points.
 
     Voxels are numbered, and have places, in the order of points. A point past ``max_points`` of its voxel, or in a
-    voxel past ``size`` of them, gets -1, like a negative rank. ``size`` is that of `voxel_unique`.
+    voxel past ``size`` of them, gets -1, like a negative rank; a ``size`` of -1 is no limit. The result has ``size``
+    voxels if it is ``padded``, with the ranks -1, or else as many as there are.
     """
-    count = size if size >= 0 else _dynamic_size()
+    count = size if padded else _dynamic_size()
     slot = torch.empty_like(rank, dtype=torch.int64, memory_format=torch.contiguous_format)
     ranks, counts = (rank.new_empty((*rank.shape[:-1], count), dtype=torch.int64) for _ in range(2))
     return slot, ranks, counts
 
 
-def _batch_of_sizes(op: Any, outputs: int) -> None:
+@define
+def voxel_place(x: Tensor, place: Tensor, rows: int) -> Tensor:
+    """Return [..., rows, C] with the rows of x at their places [..., N], which all differ, or at none for -1; else
+    0.
+    """
+    return x.new_empty((*x.shape[:-2], rows, x.shape[-1]))
+
+
+@define
+def voxel_take(x: Tensor, place: Tensor) -> Tensor:
+    """Return the row of x at each place [..., N], or 0 for -1: the adjoint of `voxel_place`."""
+    return x.new_empty((*place.shape, x.shape[-1]))
+
+
+class VoxelPlace(library.Function, op=voxel_place):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, place, ctx.rows = inputs
+        ctx.save_for_backward(place)
+        ctx.save_for_forward(place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return voxel_take(grad, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return voxel_place(tangent, *ctx.saved_tensors, ctx.rows)
+
+
+class VoxelTake(library.Function, op=voxel_take):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, place = inputs
+        ctx.rows = x.shape[-2]
+        ctx.save_for_backward(place)
+        ctx.save_for_forward(place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return voxel_place(grad, *ctx.saved_tensors, ctx.rows), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return voxel_take(tangent, *ctx.saved_tensors)
+
+
+def _batch_of_places(op: Any) -> None:
     @library.vmap(op)
-    def _(info: Any, in_dims: Any, rank: Tensor, *sizes: int) -> Any:
-        if sizes[-1] < 0:
-            raise RuntimeError(
-                "rank: can't be vmapped without max_voxels, because each example would have another number of voxels"
-            )
-        return op(library.to_front(rank, in_dims[0], info.batch_size), *sizes), (0,) * outputs
+    def _(info: Any, in_dims: Any, x: Tensor, place: Tensor, *rows: int) -> Any:
+        return op(*(library.to_front(t, d, info.batch_size) for t, d in zip((x, place), in_dims)), *rows), 0
 
 
-_batch_of_sizes(voxel_unique, 4)
-_batch_of_sizes(voxel_slots, 3)
+_batch_of_places(voxel_place)
+_batch_of_places(voxel_take)
+
+
+def _check_batch(static: bool) -> None:
+    if not static:
+        raise RuntimeError(
+            "rank: can't be vmapped without max_voxels, because each example would have another number of voxels"
+        )
+
+
+@library.vmap(voxel_unique)
+def _(info: Any, in_dims: Any, rank: Tensor, size: int) -> Any:
+    _check_batch(size >= 0)
+    return voxel_unique(library.to_front(rank, in_dims[0], info.batch_size), size), (0,) * 4
+
+
+@library.vmap(voxel_slots)
+def _(info: Any, in_dims: Any, rank: Tensor, max_points: int, size: int, padded: bool) -> Any:
+    _check_batch(padded)
+    return voxel_slots(library.to_front(rank, in_dims[0], info.batch_size), max_points, size, padded), (0,) * 3
 
 
 @library.vmap(voxel_bounds)

@@ -12,7 +12,7 @@ from torch import Tensor
 from custom_ops import _checks, shards
 from custom_ops.voxel._geometry import Csr
 from custom_ops.voxel.sums import csr_of
-from custom_ops.voxel.voxel_grid import as_voxels, numbers_of, voxel_slots, voxel_unique
+from custom_ops.voxel.voxel_grid import as_voxels, numbers_of, voxel_place, voxel_slots, voxel_unique
 from custom_ops.voxel.voxel_segments import segment_spread
 
 _NOT_SHARDED = "the voxels of each process would be numbered on their own"
@@ -41,15 +41,16 @@ def _has_ranks(rank: Tensor) -> None:
         raise ValueError("rank: expected [..., N], got a scalar")
 
 
-def _size_of(rank: Tensor, max_voxels: int | None) -> int:
-    if max_voxels is not None:
-        return as_voxels("max_voxels", max_voxels)
-    if rank.dim() != 1:
+def _limit_of(rank: Tensor, max_voxels: int | None, padded: bool = True) -> int:
+    """Return the number of voxels, or -1 for no limit."""
+    limit = -1 if max_voxels is None else as_voxels("max_voxels", max_voxels)
+    if rank.dim() != 1 and (limit < 0 or not padded):
+        name, expected = ("max_voxels", "a number") if limit < 0 else ("padded", "True")
         raise ValueError(
-            f"max_voxels: expected a number for ranks of shape {list(rank.shape)}, whose examples may have different "
-            "numbers of voxels, got None"
+            f"{name}: expected {expected} for ranks of shape {list(rank.shape)}, whose examples may have different "
+            "numbers of voxels"
         )
-    return -1
+    return limit
 
 
 def voxelize(rank: Tensor, max_voxels: int | None = None) -> Voxels:
@@ -93,12 +94,12 @@ def voxelize(rank: Tensor, max_voxels: int | None = None) -> Voxels:
         tensor([2.0000, 4.5000])
     """
     _has_ranks(rank)
-    ranks, inverse, perm, indptr = voxel_unique(rank, _size_of(rank, max_voxels))
+    ranks, inverse, perm, indptr = voxel_unique(rank, _limit_of(rank, max_voxels))
     return Voxels(ranks, inverse, indptr.diff(), perm, indptr)
 
 
 def hard_voxelize(
-    points: Tensor, rank: Tensor, max_points: int, max_voxels: int | None = None
+    points: Tensor, rank: Tensor, max_points: int, max_voxels: int | None = None, padded: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Collect the first points of each voxel, in voxels that are numbered in the order of their first points.
 
@@ -107,9 +108,10 @@ def hard_voxelize(
         rank: the voxel of each point, ``[..., N]``, as from `voxel_rank`; int32 or int64. A point with a negative rank
             is in no voxel.
         max_points: the number P of points that a voxel keeps; further ones are dropped.
-        max_voxels: the number M of voxels. Points of further voxels are dropped; if there are fewer, the rest have no
-            points, so the size of the result is static. If None, M is the number of voxels that have points, and
+        max_voxels: the largest number of voxels; points of further ones are dropped. If None, there is no limit, and
             ``rank`` is ``[N]``.
+        padded: return ``max_voxels`` voxels even if fewer have points, so that the size of the result is static. If
+            False, or without ``max_voxels``, M is the number of voxels that have points, and ``rank`` is ``[N]``.
 
     Returns:
         ``(voxels [..., M, P, C], rank [..., M], counts [..., M])``: the points of each voxel, then zeros; its rank, -1
@@ -144,12 +146,9 @@ def hard_voxelize(
         )
     _checks.same_device(points=points, rank=rank)
     max_points = _checks.as_count("max_points", max_points, 1)
-    slot, ranks, counts = voxel_slots(rank, max_points, _size_of(rank, max_voxels))
-    places = ranks.shape[-1] * max_points
-    # Dropped points go to an extra place at the end. No other place is written twice.
-    at = torch.where(slot < 0, places, slot)[..., None].expand(points.shape)
-    zeros = points.new_zeros((*rank.shape[:-1], places + 1, points.shape[-1]))
-    voxels = zeros.scatter(-2, at, points)[..., :-1, :]
+    padded = _checks.as_bool("padded", padded) and max_voxels is not None
+    slot, ranks, counts = voxel_slots(rank, max_points, _limit_of(rank, max_voxels, padded), padded)
+    voxels = voxel_place(points, slot, ranks.shape[-1] * max_points)
     return voxels.unflatten(-2, (ranks.shape[-1], max_points)), ranks, counts
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 from custom_ops.voxel.segments import segment_reduce, segment_softmax
-from custom_ops.voxel.specs.voxel_grid import voxel_csr_reference
-from custom_ops.voxel.sums import voxel_softmax
 
 
 def reduce_rows(x: Tensor, reduce: str) -> Tensor:
@@ -22,9 +20,10 @@ def reduce_rows(x: Tensor, reduce: str) -> Tensor:
         return (x.min(0) if reduce == "min" else x.max(0)).values
     if reduce in ("var", "std") and len(x) == 1:
         return 0 * x[0]
-    return {"sum": torch.sum, "mean": torch.mean, "logsumexp": torch.logsumexp, "var": torch.var, "std": torch.std}[
-        reduce
-    ](x, 0)
+    if reduce == "logsumexp":
+        return x.logsumexp(0)
+    result: Tensor = getattr(x, reduce)(0)
+    return result
 
 
 def _examples(x: Tensor, indptr: Tensor, perm: Tensor | None) -> list[tuple[Tensor, list[Tensor]]]:
@@ -73,19 +72,6 @@ def segment_softmax_reference(x: Tensor, indptr: Tensor, perm: Tensor | None = N
     return torch.stack(results).view(x.shape) if results else x.clone()
 
 
-def voxel_softmax_reference(
-    x: Tensor,
-    rank: Tensor,
-    num_voxels: int,
-    mask: Tensor | None = None,
-    csr: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape[:-1], rank.shape, x.shape[:-1] if mask is None else mask.shape)
-    x, rank = x.expand(*shape, x.shape[-1]), rank.expand(shape)
-    perm, indptr = voxel_csr_reference(rank if mask is None else torch.where(mask, rank, -1), num_voxels)
-    return segment_softmax_reference(x, indptr, perm)
-
-
 def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
@@ -117,16 +103,6 @@ def _softmaxes(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         Sample((_leaf(device, dtype, 7, 2), indptr), dynamic={0: 0}),
         Sample((_leaf(device, dtype, 2, 7, 1), both, perm)),
         Sample((_leaf(device, dtype, 2, 7, 2), indptr)),
-    ]
-
-
-def _of_voxels(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    rank = torch.randint(-1, 4, (2, 8), device=device)
-    mask = torch.rand(2, 8, device=device) > 0.3
-    return [
-        Sample((_leaf(device, dtype, 8, 3), rank[0], 4), dynamic={0: 0, 1: 0}),
-        Sample((_leaf(device, dtype, 2, 8, 2), rank, 5, mask)),
-        Sample((_leaf(device, dtype, 2, 8, 1), rank[1].int(), 4)),
     ]
 
 
@@ -183,20 +159,5 @@ register(
         samples=_softmaxes,
         shardings=lambda: _shardings("softmax"),
         bad_calls=lambda: [*_same_bad_calls(), BadCall((_x.int(), _indptr), "x: expected one of float16")],
-        variants=(
-            OpInfo(
-                name="voxel_softmax",
-                summary="Softmax over the points of each voxel",
-                function=voxel_softmax,
-                reference=voxel_softmax_reference,
-                samples=_of_voxels,
-                bad_calls=lambda: [
-                    BadCall((None, _indptr, 4), "x: expected a tensor, got NoneType"),
-                    BadCall((_x, _indptr.float(), 4), "rank: expected one of int32, int64, got float32"),
-                    BadCall((_x, _indptr, -1), "num_voxels: expected at least 0, got -1"),
-                    BadCall((_x, _indptr, 4, _indptr > 0, (_indptr, _indptr)), "mask: expected None with csr"),
-                ],
-            ),
-        ),
     )
 )

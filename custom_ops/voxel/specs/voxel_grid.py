@@ -9,7 +9,6 @@ from torch import Tensor
 
 from custom_ops.registry import BadCall, OpInfo, Sample, Sharding, register
 from custom_ops.voxel.voxel_grid import voxel_csr, voxel_rank
-from custom_ops.voxel.voxelize import voxel_ravel, voxel_unravel
 
 
 def voxel_rank_reference(
@@ -32,19 +31,6 @@ def voxel_rank_reference(
         inside = inside & (batch >= 0)
         rank = rank + batch * grid.prod()
     return rank.where(inside, -1)
-
-
-def voxel_ravel_reference(coordinates: Tensor, grid_size: Sequence[int]) -> Tensor:
-    grid = torch.tensor(grid_size, device=coordinates.device)
-    strides = torch.cat([grid[1:].flip(0).cumprod(0).flip(0), torch.ones_like(grid[:1])])
-    inside = ((coordinates >= 0) & (coordinates < grid)).all(-1)
-    return (coordinates * strides).sum(-1).where(inside, -1)
-
-
-def voxel_unravel_reference(rank: Tensor, grid_size: Sequence[int]) -> Tensor:
-    cells = torch.cartesian_prod(*(torch.arange(n, device=rank.device) for n in grid_size)).view(-1, len(grid_size))
-    outside = (rank < 0) | (rank >= len(cells))
-    return torch.cat([cells, -torch.ones_like(cells[:1])])[torch.where(outside, len(cells), rank)]
 
 
 def voxel_csr_reference(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
@@ -119,40 +105,6 @@ register(
             BadCall((_p, _one, _one, _one, None, "round"), "rounding: expected one of 'floor', 'trunc', got 'round'"),
             BadCall((_p, torch.ones(3).to("meta"), _one, _one), "origin: expected on cpu as points, got meta"),
         ],
-        variants=(
-            OpInfo(
-                name="voxel_ravel",
-                differentiable=False,
-                summary="The number of the voxel with given coordinates",
-                function=voxel_ravel,
-                reference=voxel_ravel_reference,
-                samples=lambda device, dtype: [
-                    Sample((torch.randint(-1, 4, (9, 3), device=device), (4, 2, 3)), dynamic={0: 0}),
-                    Sample((torch.randint(-1, 4, (2, 5, 4), device=device).int(), (2, 3, 3, 3))),
-                ],
-                bad_calls=lambda: [
-                    BadCall((_p, _one), "coordinates: expected one of int32, int64, got float32"),
-                    BadCall((_rank, (2, 3)), "grid_size: expected 3 numbers"),
-                    BadCall((_rank, (2, 3, -1)), "grid_size: expected at least 0, got -1"),
-                    BadCall((_rank[0], ()), r"coordinates: expected \[..., k\], got shape \[\]"),
-                ],
-            ),
-            OpInfo(
-                name="voxel_unravel",
-                differentiable=False,
-                summary="The coordinates of the voxel with a given number",
-                function=voxel_unravel,
-                reference=voxel_unravel_reference,
-                samples=lambda device, dtype: [
-                    Sample((torch.randint(-1, 25, (9,), device=device), (4, 2, 3)), dynamic={0: 0}),
-                    Sample((torch.randint(-1, 25, (2, 5), device=device).int(), (24,))),
-                ],
-                bad_calls=lambda: [
-                    BadCall((_p, _one), "rank: expected one of int32, int64, got float32"),
-                    BadCall((_rank, 3), "grid_size: expected 1 numbers, got 3"),
-                ],
-            ),
-        ),
     )
 )
 

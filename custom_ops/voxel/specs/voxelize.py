@@ -26,7 +26,7 @@ def voxelize_reference(rank: Tensor, max_voxels: int | None = None) -> Voxels:
 
 
 def hard_voxelize_reference(
-    points: Tensor, rank: Tensor, max_points: int, max_voxels: int | None = None
+    points: Tensor, rank: Tensor, max_points: int, max_voxels: int | None = None, padded: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take one point after the other, as mmcv does."""
     if rank.dim() > 1:
@@ -38,13 +38,13 @@ def hard_voxelize_reference(
         known = voxel in members or max_voxels is None or len(members) < max_voxels
         if voxel >= 0 and known and len(members.setdefault(voxel, [])) < max_points:
             members[voxel].append(point)
-    count = len(members) if max_voxels is None else max_voxels
+    count = max_voxels if padded and max_voxels is not None else len(members)
     listed = [*members.values(), *[[]] * (count - len(members))]
     index = [row + [len(rank)] * (max_points - len(row)) for row in listed]  # an extra point of zeros
-    padded = torch.cat([points, torch.zeros_like(points[:1]) if len(points) else points.new_zeros(1, points.shape[1])])
+    rows = torch.cat([points, torch.zeros_like(points[:1]) if len(points) else points.new_zeros(1, points.shape[1])])
     at = torch.tensor(index, dtype=torch.int64, device=rank.device).view(count, max_points)
     ranks = torch.tensor([*members, *[-1] * (count - len(members))], dtype=torch.int64, device=rank.device)
-    return padded[at], ranks, torch.tensor([len(row) for row in listed], dtype=torch.int64, device=rank.device)
+    return rows[at], ranks, torch.tensor([len(row) for row in listed], dtype=torch.int64, device=rank.device)
 
 
 def _ranks(device: torch.device, dtype: torch.dtype) -> list[Sample]:
@@ -69,6 +69,7 @@ def _points(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         Sample((leaf(9, 2), 5 * rank[1], 3)),
         Sample((leaf(2, 9, 1), rank.int(), 2, 3)),
         Sample((leaf(2, 9, 2), rank, 4, 6)),
+        Sample((leaf(9, 2), rank[0], 2, 3), {"padded": False}),
     ]
 
 
@@ -109,6 +110,8 @@ register(
             BadCall((_x, _rank[1:], 2), r"points: expected \[..., N, C\] with a rank for each point"),
             BadCall((_x, _rank, 0), "max_points: expected at least 1, got 0"),
             BadCall((_x, _rank, 2, -1), "max_voxels: expected at least 0, got -1"),
+            BadCall((_x[None], _rank[None], 2, 3, False), "padded: expected True for ranks of shape"),
+            BadCall((_x, _rank, 2, 3, 1), "padded: expected True or False, got 1"),
             BadCall((_x[None], _rank[None], 2), "max_voxels: expected a number for ranks of shape"),
             BadCall((_x, _rank.to("meta"), 2), "rank: expected on cpu as points, got meta"),
         ],
