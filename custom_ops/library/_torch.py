@@ -29,14 +29,19 @@ from torch._C import _dispatch_key_for_device as dispatch_key_for_device
 # Fake tensors have no address to compare, but they can share memory.
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 
+# A view has its own rule for functionalize, which holds at the outermost level of torch.func alone.
+from torch._C._functorch import maybe_current_level as current_level
+
 # Functorch refuses a Function that is applied at a single level, except within this context.
 from torch._functorch.utils import enable_single_level_autograd_function as single_level
 
 # Only this context, in which Dynamo compiles, shows that Dynamo is tracing a call.
 from torch._guards import CompileContext
 
-# torch.library.custom_op returns the first, which keeps its operator, and the second finds it by that operator.
+# This is what torch.library.custom_op returns, which keeps its operator.
 from torch._library.custom_ops import CustomOpDef
+
+# This finds it by that operator.
 from torch._library.custom_ops import _maybe_get_opdef as opdef_of
 
 # The dispatcher drops arguments that equal their default, and kernels, rules and Functions want all of them.
@@ -87,6 +92,7 @@ __all__ = [
     "check",
     "compiled_afresh",
     "compiled_autograd_key",
+    "current_level",
     "destroy",
     "dispatch_key_for_device",
     "during_compilations",

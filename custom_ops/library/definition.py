@@ -20,6 +20,7 @@ from custom_ops.library._numbers import declare, keep_symbolic
 from custom_ops.library._torch import (
     CompileContext,
     OpOverload,
+    current_level,
     destroy,
     dispatch_key_for_device,
     forward_level,
@@ -106,6 +107,8 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
         run = _traced(_viewing(body) if view else functional(name, body))
         op = _declare(name, body, run, view)
         DEFINED[op].library.impl(opname(op), with_defaults(op, run), "CompositeExplicitAutograd")
+        if view:
+            DEFINED[op].library.impl(opname(op), with_defaults(op, _functionalized(name, run)), "Functionalize")
         return op
 
     return decorate
@@ -247,6 +250,17 @@ def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iter
         yield
     finally:
         destroy(lib)
+
+
+def _functionalized(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a view's kernel for ``torch.func.functionalize``, below which derivatives would be those of ``run``."""
+
+    def kernel(*args: Any) -> Any:
+        if (current_level() or 1) > 1:
+            raise RuntimeError(f"{name}: expected torch.func.functionalize around all other transforms, got it inside")
+        return run(*args)
+
+    return kernel
 
 
 def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:

@@ -308,7 +308,7 @@ def _by_position(op: OpOverload) -> Callable[..., Any]:
     call = call_of(op)
     names = [argument.name for argument in schema(op).arguments if argument.kwarg_only]
     if not names:
-        return call  # type: ignore[no-any-return]
+        return call
     first = len(schema(op).arguments) - len(names)
     return lambda *args: call(*args[:first], **dict(zip(names, args[first:])))
 
