@@ -85,6 +85,56 @@ def test_a_failure_prints_a_script_that_repeats_it(monkeypatch, capsys, tmp_path
     assert "check(FUNCTIONS['relu']" in capsys.readouterr().out
 
 
+def test_terms_that_cancel_hide_no_other_fault():
+    """A sum of terms of 1e9 is compared relative to them, and the loss of another list relative to its own."""
+    scores = torch.tensor([[1e9, -1e9, 1.5, 0.5], [0.25, -1.0, 1.5, 0.5]], requires_grad=True)
+    labels = torch.tensor([[-1, -1, 2, 0], [-1, 0, 2, 1]])
+    info, sample = FUNCTIONS["softmax_loss"], Sample((scores, labels), {"reduction": "none"})
+    check(info, sample)
+    with pytest.raises(AssertionError, match="output 0"):
+        check(replace(info, term_size=None), sample)
+    wrong = replace(info, function=lambda *args, **own: info.function(*args, **own) + torch.tensor([0, 1e-3]))
+    with pytest.raises(AssertionError, match="output 0"):
+        check(wrong, sample)
+
+
+@pytest.mark.parametrize("nan_in", ["labels", "scores"])
+@pytest.mark.parametrize("op", ["softmax_loss", "pairwise_hinge_loss"])
+def test_a_nan_gradient_counts_where_its_loss_is_a_number(op, nan_in):
+    scores, labels = torch.tensor([[0.5, 1.0, 2.0]] * 2), torch.tensor([[0.0, 1.0, 2.0]] * 2)
+    (labels if nan_in == "labels" else scores)[0, 1] = torch.nan
+    info, sample = FUNCTIONS[op], Sample((scores.requires_grad_(), labels), {"reduction": "none"})
+    check(info, sample)
+
+    class NaNGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.new_zeros(2)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.full((2, 3), torch.nan)
+
+    def spoilt(scores, labels, **own):
+        return info.function(scores, labels, **own) + NaNGradient.apply(scores)
+
+    with pytest.raises(AssertionError, match="gradient 0"):
+        check(replace(info, function=spoilt), sample)
+
+
+def test_labels_and_weights_of_random_calls():
+    """Time stamps keep their differences beside weights of the items, and a NaN label makes its list's loss NaN."""
+    scores, stamps = torch.tensor([0.5, 0.25, 0.0, 1.0]), 1_700_000_000 + torch.tensor([0, 3, 1, 2])
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0])
+    expected = custom_ops.list_net_loss(scores, stamps - 1_700_000_000, item_weights=weights)
+    for dtype in (torch.float32, torch.float64):
+        found = custom_ops.list_net_loss(scores.to(dtype), stamps, item_weights=weights)
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6, atol=0)
+    undefined = torch.tensor([1.0, 0.0, torch.nan, 0.0])
+    assert custom_ops.smooth_ap_loss(scores, undefined).isnan()
+    assert not custom_ops.smooth_ap_loss(scores, undefined, item_weights=torch.tensor([1.0, 1, 0, 1])).isnan()
+
+
 @pytest.mark.parametrize("op", ["relu", "segment_sum", "pairwise_hinge_loss"])
 def test_a_script_makes_the_same_call(op, monkeypatch):
     """A printed script has the values, strides and dtypes of every tensor."""

@@ -140,7 +140,8 @@ def _smooth_rank(metric: int, temperature: float, scores: Tensor, labels: Tensor
     if metric == SmoothMetric.AVERAGE_PRECISION:  # every relevant item has the gain 1
         _checks.is_tensor("labels", labels)
         if not labels.is_complex():
-            labels = (labels if labels.dtype in (torch.int64, torch.float64) else labels.float()).sign()
+            labels = labels if labels.dtype in (torch.int64, torch.float64) else labels.float()
+            labels = torch.where(labels.isnan(), labels, labels.sign())  # the sign of NaN is 0
     params = _checks.as_positive("temperature", temperature), metric
     return list_loss(smooth_rank, params, use, scores, labels, *given)
 

@@ -201,8 +201,7 @@ def check(info: OpInfo, sample: Sample) -> None:
     inputs = [t.detach() for t in call.tensors if t.requires_grad]
     outputs = len(actual) - len(inputs)
     # A result that cancels to 0 has the rounding error of numbers of this size.
-    numbers = [t for t in (*wide.inputs, *_named("labels", info, wide)) if t.numel()]
-    size = min(1.0, max((t.double().nan_to_num(0, 0, 0).abs().max().item() for t in numbers), default=0.0))
+    size = min(1.0, max((t.nan_to_num(0, 0, 0).abs().max().item() for t in wide.inputs if t.numel()), default=0.0))
     sizes: list[Tensor | float] = [size] * len(actual)
     if info.term_size is not None:
         terms = flatten(info.term_size(*wide.sample.args, **wide.sample.kwargs))

@@ -54,8 +54,8 @@ def _lambda_loss_of_one_list(
     others = at[:, None] != at
     if weighting == "ndcg1":  # each item with itself counts only if it is in the top
         pairs = pairs & (top[:, None] | others)
-    apart = torch.where(pairs & others & (weight != 0), s[:, None] - s, 0)
     of_items = torch.ones_like(swap) if w is None else w[:, None] * w
+    apart = torch.where(pairs & others & (of_items * weight != 0), s[:, None] - s, 0)
     values = torch.where(pairs, of_items * weight * softplus(-sigma * apart, threshold=60), 0).sum() / math.log(
         log_base
     )

@@ -120,11 +120,12 @@ def _spearman_of_one_list(
     theirs = (below - above).to(s) / 2
     ours = _soft_row(s, regularization_strength, regularization == "kl", False) - (len(s) + 1) / 2
     w = torch.ones_like(s) if w is None else w * len(s) / w.sum()
+    differ = torch.where(w > 0, theirs, -torch.inf).amax() > torch.where(w > 0, theirs, torch.inf).amin()
     ours, theirs = (x - (w * x).mean() for x in (ours, theirs))
     spread = (w * ours.pow(2)).sum()
-    defined = (theirs != 0).any() & ~_tied(spread, len(s))
+    defined = differ & ~_tied(spread, len(s))
     scale = torch.where(defined, spread * (w * theirs.pow(2)).sum(), 1)
-    return 1 - torch.where(defined, (w * ours * theirs).sum() / scale.sqrt(), 0), bool((theirs != 0).any())
+    return 1 - torch.where(defined, (w * ours * theirs).sum() / scale.sqrt(), 0), bool(differ)
 
 
 def spearman_loss_reference(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:

@@ -21,7 +21,10 @@ def reduce_rows(x: Tensor, reduce: str) -> Tensor:
     if reduce in ("var", "std") and len(x) == 1:
         return 0 * x[0]
     if reduce == "logsumexp":
-        return x.logsumexp(0)
+        # Beside large numbers torch's own derivative loses the logarithm of the number of equal ones.
+        top = x.detach().amax(0)
+        top = torch.where(top.isfinite(), top, 0)
+        return top + (x - top).exp().sum(0).log()
     result: Tensor = getattr(x, reduce)(0)
     return result
 
