@@ -34,6 +34,17 @@ def test_no_call_waits_for_the_device(op):
     assert waits == WAITING.get(op, set())
 
 
+ALONE = ("relu", "leaky_relu", "bias_relu", "relu_dropout", "squared_relu", "margin_ranking_loss", "surrogate_gradient")
+
+
+@pytest.mark.parametrize("op", ALONE)
+def test_pointwise_ops_launch_nothing_but_their_own_kernels(op):
+    """Beside our kernels, forward calls no op of torch that runs a kernel, and backward at most three."""
+    forward, backward = trace_of(REGISTRY[op], samples(REGISTRY[op])[0])
+    assert forward.launches and not forward.calls
+    assert backward.launches and len(backward.calls) <= 3
+
+
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_new_sizes_compile_nothing(op):
     """Each kernel has at most three variants: for size 1, for multiples of 16 and for all other sizes."""

@@ -361,7 +361,7 @@ def test_a_name_that_is_taken(name):
 )
 @pytest.mark.parametrize("op", [torch.ops.aten.relu.default, torch.ops.aten.relu, len, [], "custom_ops_test::cube"])
 def test_what_is_not_an_operator_of_ours_is_refused_at_once(use, op):
-    with pytest.raises(TypeError, match="op: expected an operator made by custom_ops.library.define, got "):
+    with pytest.raises(TypeError, match="op: expected an operator made by custom_ops.library.define, or .*, got "):
         use(op)
 
 
@@ -411,7 +411,7 @@ def test_a_method_that_would_never_be_called_is_refused(name, instead):
 def test_attaching_twice_or_to_a_foreign_op_is_refused():
     with pytest.raises(TypeError, match="already has the Function Cube"):
         type(library.Function)("Again", (library.Function,), {}, op=cube)
-    with pytest.raises(TypeError, match="made by custom_ops.library.define"):
+    with pytest.raises(TypeError, match="aten.relu.default has a derivative already"):
         type(library.Function)("Foreign", (library.Function,), {}, op=torch.ops.aten.relu.default)
 
 

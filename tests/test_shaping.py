@@ -357,3 +357,21 @@ def test_raw_slopes_are_checked():
         slope(x.double(), x, 0, 1.0)
     with pytest.raises(RuntimeError, match="SurrogateShape: expected 0 to 3, got 4"):
         slope(x, x, 4, 1.0)
+
+
+@pytest.mark.parametrize("shape", [custom_ops.scale_gradient, custom_ops.clip_gradient_norm], ids=lambda f: f.__name__)
+def test_functionalize(shape):
+    functionalize, grad = torch.func.functionalize, torch.func.grad
+    x = torch.randn(3, 4)
+    loss = lambda x: (3 * shape(2 * x, 0.5)).sum()  # noqa: E731
+    assert torch.equal(functionalize(lambda x: shape(x, 0.5))(x), x)
+    assert torch.equal(functionalize(grad(loss))(x), grad(loss)(x))
+
+    def written(x):
+        base = x.clone()
+        shape(base, 0.5).add_(1)
+        return base
+
+    assert torch.equal(functionalize(written)(x), x + 1)
+    with pytest.raises(RuntimeError, match="expected torch.func.functionalize around all other transforms"):
+        grad(functionalize(loss))(x)

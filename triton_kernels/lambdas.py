@@ -51,7 +51,7 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
     },
     narrow=PAIRS,
     registers=96,
-    budget=300,
+    budget=400,
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def lambda_pairs_kernel(

@@ -133,7 +133,7 @@ def log1p_unit(u):
     },
     narrow=PAIRS,
     registers=96,
-    budget=232,
+    budget=248,
 )
 @triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
 def pairwise_kernel(

@@ -19,6 +19,11 @@ def register_later(op: OpOverload, rule: Callable[..., Any]) -> None:
     _waiting[op] = rule
 
 
+def forget(op: OpOverload) -> None:
+    """Forget the rule of an op that has ended."""
+    _waiting.pop(op, None)
+
+
 def register_waiting() -> None:
     """Register the waiting rules if DTensor has been imported.
 

@@ -80,7 +80,7 @@ def keep_symbolic() -> None:
 
 def _begin(_: Any) -> None:
     for op in [*DEFINED]:
-        if op not in _calls and (places := _floats(op)):
+        if op not in _calls and not DEFINED[op].foreign and (places := _floats(op)):
             _calls[op] = call_of(op)
             set_call(op, _SymbolicOr(op, places))
 

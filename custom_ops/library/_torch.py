@@ -6,6 +6,7 @@ uses a private one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -28,17 +29,26 @@ from torch._C import _dispatch_key_for_device as dispatch_key_for_device
 # Fake tensors have no address to compare, but they can share memory.
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 
+# A view has its own rule for functionalize, which holds at the outermost level of torch.func alone.
+from torch._C._functorch import maybe_current_level as current_level
+
 # Functorch refuses a Function that is applied at a single level, except within this context.
 from torch._functorch.utils import enable_single_level_autograd_function as single_level
 
 # Only this context, in which Dynamo compiles, shows that Dynamo is tracing a call.
 from torch._guards import CompileContext
 
+# This is what torch.library.custom_op returns, which keeps its operator.
+from torch._library.custom_ops import CustomOpDef
+
+# This finds it by that operator.
+from torch._library.custom_ops import _maybe_get_opdef as opdef_of
+
 # The dispatcher drops arguments that equal their default, and kernels, rules and Functions want all of them.
 from torch._library.utils import fill_defaults
 
-# This is the type of what `define` returns, which has no public name.
-from torch._ops import OpOverload
+# These are the types of operators, which have no public names.
+from torch._ops import OpOverload, OpOverloadPacket
 
 # The battery runs ops under a mode without data, to read the shapes that a fake kernel gives.
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -64,12 +74,14 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     "CompileContext",
+    "CustomOpDef",
     "DynamicOutputShapeException",
     "FakeTensorMode",
     "FunctionMeta",
     "FunctionalTensor",
     "FunctionalTensorMode",
     "OpOverload",
+    "OpOverloadPacket",
     "SingleLevelFunction",
     "TorchDispatchMode",
     "any_requires_grad",
@@ -80,6 +92,7 @@ __all__ = [
     "check",
     "compiled_afresh",
     "compiled_autograd_key",
+    "current_level",
     "destroy",
     "dispatch_key_for_device",
     "during_compilations",
@@ -87,12 +100,17 @@ __all__ = [
     "forget_constants",
     "forward_level",
     "forward_mode",
+    "has_kernel",
+    "implement",
     "is_alias_of",
     "is_composed",
     "is_packaging",
     "no_recompiles",
     "no_vmap_fallback",
+    "opdef_of",
+    "operators_of",
     "opname",
+    "own_library",
     "processes_as_threads",
     "schema",
     "set_call",
@@ -129,6 +147,35 @@ def schema(op: OpOverload) -> Any:
 def call_of(op: OpOverload) -> Any:
     """Return ``op`` without the Python frame of its ``__call__``."""
     return op._op
+
+
+def operators_of(value: Any) -> list[OpOverload]:
+    """Return the operators under the name that ``value`` has in ``torch.ops`` or as ``torch.library.custom_op``."""
+    if isinstance(value, CustomOpDef):
+        return [value._opoverload]
+    if isinstance(value, OpOverloadPacket):
+        return [getattr(value, overload) for overload in value.overloads()]
+    return [value] if isinstance(value, OpOverload) else []
+
+
+def own_library(op: OpOverload) -> tuple[torch.library.Library | None, bool]:
+    """Return the library of an op by ``torch.library.custom_op``, which ends with the op, and whether the op has a
+    derivative already.
+    """
+    made = opdef_of(op)
+    return (None, False) if made is None else (made._lib, made._backward_fn is not None)
+
+
+def has_kernel(op: OpOverload, key: str) -> bool:
+    """Return whether ``op`` has a kernel under a dispatch key, for which torch.library has no query."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
+
+def implement(library: torch.library.Library, name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Register ``kernel`` in place of a former one, for which older versions want a word and all warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library.impl(name, kernel, key, allow_override=True)
 
 
 def set_call(op: OpOverload, call: Any) -> None:

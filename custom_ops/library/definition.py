@@ -6,8 +6,7 @@ import functools
 import importlib
 import inspect
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,16 +14,20 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import _dtensor
-from custom_ops.library._defined import DEFINED, defined, with_defaults
+from custom_ops.library._defined import DEFINED, defined, forget_compiled, functional, with_defaults
+from custom_ops.library._defined import place as _place
 from custom_ops.library._numbers import declare, keep_symbolic
 from custom_ops.library._torch import (
     CompileContext,
     OpOverload,
+    current_level,
     destroy,
     dispatch_key_for_device,
     forward_level,
-    is_alias_of,
+    implement,
+    operators_of,
     opname,
+    set_call,
     without_autograd_cache,
 )
 
@@ -42,7 +45,9 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
     Ops are functional: they neither mutate nor alias their inputs. A derivative of the op raises until a `Function` is
     attached.
 
-    Returns the operator itself, ``torch.ops.namespace.op.default``.
+    Returns the operator itself, ``torch.ops.namespace.op.default``. Defining it again by the same function, as when the
+    cell of a notebook is run once more or a module is reloaded, ends the former operator with all that was registered
+    for it. Calls of the former go to the new one.
 
     Example:
         >>> import torch
@@ -99,9 +104,11 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
     _split(name)
 
     def decorate(body: Callable[..., Any]) -> OpOverload:
-        run = _traced(_viewing(body) if view else _functional(name, body))
+        run = _traced(_viewing(body) if view else functional(name, body))
         op = _declare(name, body, run, view)
         DEFINED[op].library.impl(opname(op), with_defaults(op, run), "CompositeExplicitAutograd")
+        if view:
+            DEFINED[op].library.impl(opname(op), with_defaults(op, _functionalized(name, run)), "Functionalize")
         return op
 
     return decorate
@@ -122,23 +129,43 @@ def _declare(
     for parameter in inspect.signature(like).parameters.values():
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
             raise ValueError(f"{like.__name__}: expected positional arguments only, got {parameter}")
-    if hasattr(getattr(torch.ops, namespace), short):
-        raise ValueError(f"name: expected a new one, and there is an operator {name} already")
-    lib = _library(namespace)
+    former = _former(name, like)
     schema = _schema(short, like)
     if view:
         annotated = re.sub(r"\(Tensor (.*) -> Tensor$", r"(Tensor(a) \1 -> Tensor(a)", schema)
         if annotated == schema:
             raise ValueError(f"{like.__name__}: expected a tensor first and one as result, got {schema}")
         schema = annotated
-    op = declare(lib, schema, body)
+    if former is not None:
+        _end(former)
+    op = declare(torch.library.Library(namespace, "FRAGMENT"), schema, body)  # noqa: TOR901 (kept as long as its op)
+    if former is not None:
+        set_call(former, op)  # torch would crash in a call of an operator that is no more
     op.__doc__ = like.__doc__
+    DEFINED[op].place = _place(like)
     return op
 
 
-@functools.cache
-def _library(namespace: str) -> torch.library.Library:
-    return torch.library.Library(namespace, "FRAGMENT")  # noqa: TOR901 (kept as long as its ops)
+def _former(name: str, like: Callable[..., Any]) -> OpOverload | None:
+    """Return the operator of this name that the same function made before; raise if another has made it."""
+    namespace, short = _split(name)
+    packet = getattr(getattr(torch.ops, namespace), short, None)
+    if packet is None:
+        return None
+    (former, *_) = operators_of(packet)
+    if former not in DEFINED or DEFINED[former].place != _place(like):
+        raise ValueError(f"name: expected a new one, and there is an operator {name} already")
+    return former
+
+
+def _end(op: OpOverload) -> None:
+    """End ``op`` and its twins."""
+    library = DEFINED[op].library
+    for other in [other for other, known in DEFINED.items() if known.library is library]:
+        _dtensor.forget(other)
+        del DEFINED[other]
+    destroy(library)
+    forget_compiled()
 
 
 def _schema(short: str, like: Callable[..., Any]) -> str:
@@ -169,7 +196,7 @@ def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
     """Register the decorated callable as ``op``'s kernel on ``devices`` ("cpu", "cuda", ...).
 
     ``kernel(op, "cuda")("package.module:function")`` imports the kernel on its first call, so defining the op imports
-    nothing.
+    nothing. A kernel for the same device replaces the former one.
 
     Example:
         >>> import torch
@@ -184,15 +211,15 @@ def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:
         >>> negated(torch.ones(2))
         tensor([-1., -1.])
     """
-    library = defined(op).library
+    op, known = defined(op)
     if not devices or not all(isinstance(device, str) for device in devices):
         raise ValueError(f'devices: expected some of "cpu", "cuda", ..., got {devices}')
 
     def decorate(fn: Any) -> Any:
         run = _imported_on_first_call(fn) if isinstance(fn, str) else _callable(fn)
-        run = with_defaults(op, _functional(op.name(), run))
+        run = with_defaults(op, functional(op.name(), run))
         for device in devices:
-            library.impl(opname(op), run, dispatch_key_for_device(device))
+            implement(known.library, opname(op), run, dispatch_key_for_device(device))
         return fn
 
     return decorate
@@ -216,15 +243,24 @@ def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iter
         ...     times(torch.ones(2), 1.75)
         tensor([2., 2.])
     """
-    defined(op)
+    op, _ = defined(op)
     lib = torch.library.Library(op.namespace, "IMPL")  # noqa: TOR901 (destroyed below)
     try:
-        with warnings.catch_warnings():  # torch warns that a kernel is overridden
-            warnings.simplefilter("ignore")
-            lib.impl(opname(op), with_defaults(op, fn), dispatch_key_for_device(device), allow_override=True)
+        implement(lib, opname(op), with_defaults(op, fn), dispatch_key_for_device(device))
         yield
     finally:
         destroy(lib)
+
+
+def _functionalized(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a view's kernel for ``torch.func.functionalize``, below which derivatives would be those of ``run``."""
+
+    def kernel(*args: Any) -> Any:
+        if (current_level() or 1) > 1:
+            raise RuntimeError(f"{name}: expected torch.func.functionalize around all other transforms, got it inside")
+        return run(*args)
+
+    return kernel
 
 
 def _viewing(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,34 +299,6 @@ def _checked_fake(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
-
-
-def _functional(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``kernel`` to raise if it returns memory of an argument, which autograd and the compiler would take for
-    fresh.
-    """
-
-    def run(*args: Any) -> Any:
-        result = kernel(*args)
-        for output in _tensors((result,)):
-            if any(output is given or is_alias_of(output, given) for given in _tensors(args)):
-                raise RuntimeError(
-                    f"{name}: expected a kernel that returns tensors of its own, got memory of an argument"
-                )
-        return result
-
-    return run
-
-
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors among ``values`` and in the lists among them."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [element for element in value if isinstance(element, Tensor)]
-    return found
 
 
 def _traced(kernel: Callable[..., Any]) -> Callable[..., Any]:

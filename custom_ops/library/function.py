@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import _dtensor
-from custom_ops.library._defined import DEFINED, Defined, add_rule, defined
+from custom_ops.library._defined import DEFINED, Defined, add_rule, forget_compiled, functional, place, with_defaults
 from custom_ops.library._torch import (
+    CompileContext,
     FunctionMeta,
     OpOverload,
     SingleLevelFunction,
@@ -21,10 +22,15 @@ from custom_ops.library._torch import (
     compiled_autograd_key,
     forward_level,
     forward_mode,
+    has_kernel,
+    implement,
+    operators_of,
     opname,
+    own_library,
     schema,
     single_level,
     transforms_are_active,
+    without_autograd_cache,
 )
 
 __all__ = ["Function", "function_of"]
@@ -55,10 +61,15 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
 
     Undefined gradients arrive as ``None`` (there is no ``set_materialize_grads`` to call), but at least one of them is
     defined. Whatever ``backward`` and ``jvp`` compute may be differentiated again, so anything that they save besides
-    inputs must be an integer or bit mask, or carry its own derivative. Save tensors with ``save_for_backward`` and
-    ``save_for_forward``, never as attributes of ``ctx``. A missing ``jvp`` or ``backward`` raises where it is needed.
+    inputs must be an integer or bit mask, or carry its own derivative. Save tensors with ``save_for_backward``, never
+    as attributes of ``ctx``; ``jvp`` gets the same ones, unless ``save_for_forward`` saves others for it. A missing
+    ``jvp`` or ``backward`` raises where it is needed.
 
-    Raises ``TypeError`` if ``op`` wasn't made by `define` or already has a Function.
+    The op may be anyone's: one by `define` or `compose`, ``torch.library.custom_op``, ``torch.library.triton_op`` or
+    C++. What belongs to the op, such as `vmap`, can be registered once it has its Function. Arguments by keyword only
+    come last in ``inputs``. Writing the same class again replaces the former one.
+
+    Raises ``TypeError`` if ``op`` isn't an operator, mutates or aliases an argument, or already has a derivative.
 
     Example:
         >>> import torch
@@ -81,13 +92,13 @@ class Function(torch.autograd.Function, metaclass=_FunctionMeta):
         tensor([2., 2.])
     """
 
-    def __init_subclass__(cls, op: OpOverload | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, op: Any = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if op is not None:
             _attach(cls, op)
 
 
-def function_of(op: OpOverload) -> type[Function] | None:
+def function_of(op: Any) -> type[Function] | None:
     """Return the Function attached to ``op``, or None.
 
     Example:
@@ -102,20 +113,74 @@ def function_of(op: OpOverload) -> type[Function] | None:
         >>> library.function_of(shown)
         <class 'custom_ops.library.function.Shown'>
     """
-    known = DEFINED.get(op)
-    return None if known is None else known.function
+    return next((DEFINED[op].function for op in operators_of(op) if op in DEFINED), None)
 
 
-def _attach(function: type[Function], op: OpOverload) -> None:
-    known = defined(op)
+def _attach(function: type[Function], op: Any) -> None:
+    op = _operator(op)
     for name, instead in (("forward", "kernel"), ("vmap", "vmap")):  # torch would never call them
         if getattr(function, name) is not getattr(torch.autograd.Function, name):
             raise TypeError(f"{function.__name__}: expected no {name}, which is what library.{instead}({op}) is for")
-    if known.function is not None:
-        raise TypeError(f"op: {op} already has the Function {known.function.__name__}")
+    former = DEFINED[op].function
+    if former is not None:
+        if place(former) != place(function):
+            raise TypeError(f"op: {op} already has the Function {former.__name__}")
+        forget_compiled()
     add_rule(op, lambda op: _derive(op, function))
     if "apply" not in function.__dict__:
-        function.apply = staticmethod(lambda *args: op(*untraced(op, *args)))  # type: ignore[method-assign]
+        function.apply = staticmethod(lambda *args, **kw: op(*untraced(op, *args), **kw))  # type: ignore[method-assign]
+
+
+def _operator(value: Any) -> OpOverload:
+    """Return the operator that ``value`` is; make a record of it if the bridge hasn't made it."""
+    operators = operators_of(value)
+    if len(operators) != 1:
+        told = " or ".join(f"torch.ops.{op}" for op in operators)
+        raise TypeError(f"op: expected an operator{told and ', '}{told}, got {value!r}")
+    (op,) = operators
+    if op not in DEFINED:
+        _adopt(op)
+    return op
+
+
+def _adopt(op: OpOverload) -> None:
+    _refuse_memory_of_arguments(op)
+    library, derived = own_library(op)
+    if library is None:
+        if has_kernel(op, "CompositeImplicitAutograd"):
+            raise TypeError(
+                f"op: {op} has a kernel for all devices that autograd differentiates by itself: register it for "
+                '"CPU", "CUDA", ... instead, to give the op a derivative of its own'
+            )
+        derived = any(has_kernel(op, key) for key in ("Autograd", "AutogradCPU", "AutogradCUDA"))
+        library = torch.library.Library(op.namespace, "FRAGMENT")  # noqa: TOR901 (kept as long as the process)
+    if derived:
+        raise TypeError(
+            f"op: {op} has a derivative already: take away its register_autograd or its kernel for Autograd, and "
+            "write the derivative as a library.Function"
+        )
+    for former in [former for former in DEFINED if former.name() == op.name()]:
+        del DEFINED[former]  # torch.library.custom_op has defined it again
+    DEFINED[op] = Defined(library, foreign=True)
+    implement(library, opname(op), with_defaults(op, autograd_kernel(op)), "Autograd")
+
+
+def _refuse_memory_of_arguments(op: OpOverload) -> None:
+    arguments = schema(op).arguments
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    if written:
+        names, tensors = ", ".join(a.name for a in arguments), ", ".join(written)
+        copies = ", ".join(f"{name}.clone()" for name in written)
+        raise TypeError(
+            f"op: expected one that writes to no argument, and {op} writes to {tensors}. Give the Function to an op "
+            f"that calls it on copies, by library.compose: def functional({names}): {tensors} = {copies}; "
+            f"torch.ops.{op}({names}); return {tensors}"
+        )
+    if any(value.alias_info is not None for value in (*arguments, *schema(op).returns)):
+        raise TypeError(
+            f"op: expected one that returns tensors of its own, and {op} returns memory of an argument. Give the "
+            "Function to an op by library.compose that calls it and returns a copy"
+        )
 
 
 def _derive(op: OpOverload, function: type[Function]) -> None:
@@ -157,8 +222,8 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
         method = getattr(function, name, None)
         return None if method is getattr(torch.autograd.Function, name) else method
 
-    call = call_of(op)
-    below = DEFINED[op].body or call
+    call = _by_position(op)
+    below = _below(op, DEFINED[op])
     setup_context, backward, jvp = own("setup_context"), own("backward"), own("jvp")
     lists = bool(_lists_of_tensors(op))
 
@@ -177,6 +242,8 @@ def _twin(op: OpOverload, function: type[Function] | None) -> Any:
             output = tuple(output)  # autograd wouldn't take the elements of a list for outputs
         if setup_context is not None:
             setup_context(ctx, args, output)
+            if jvp is not None and ctx.to_save and not ctx.saved_for_forward:
+                ctx.save_for_forward(*ctx.to_save)
         return output
 
     def backward_of_defined(ctx: Any, *grads: Tensor | None) -> Any:
@@ -228,6 +295,22 @@ class _Primals:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
+
+
+def _below(op: OpOverload, known: Defined) -> Callable[..., Any]:
+    """Return what runs ``op`` below autograd. The kernels of a foreign op haven't been checked yet."""
+    call = known.body or _by_position(op)
+    return functional(op.name(), call) if known.foreign else call
+
+
+def _by_position(op: OpOverload) -> Callable[..., Any]:
+    """Return ``op``'s call, which takes all arguments by position."""
+    call = call_of(op)
+    names = [argument.name for argument in schema(op).arguments if argument.kwarg_only]
+    if not names:
+        return call
+    first = len(schema(op).arguments) - len(names)
+    return lambda *args: call(*args[:first], **dict(zip(names, args[first:])))
 
 
 def _lists_of_tensors(op: OpOverload) -> list[bool]:
@@ -286,11 +369,13 @@ def autograd_kernel(op: OpOverload) -> Callable[..., Any]:
     """
     known = DEFINED[op]
     _build_later(op, known)
-    below = known.body or call_of(op)
+    below = _below(op, known)
     lists = _lists_of_tensors(op)
 
     def run(*args: Any) -> Any:
         _dtensor.register_waiting()
+        if known.foreign and CompileContext.try_get() is not None:
+            without_autograd_cache()
         flat = args
         if lists:
             lengths = tuple(len(a) if of_tensors and a is not None else None for of_tensors, a in zip(lists, args))

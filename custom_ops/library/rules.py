@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import _dtensor
-from custom_ops.library._defined import DEFINED, add_rule, defined, with_defaults
+from custom_ops.library._defined import DEFINED, add_rule, defined, forget_compiled, with_defaults
 from custom_ops.library._torch import FunctionalTensor, FunctionalTensorMode, OpOverload, is_packaging
 
 __all__ = ["autocast", "decomposition", "decompositions", "inductor", "sharding", "to_front", "vmap"]
@@ -35,13 +35,20 @@ def vmap(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         tensor([[2.],
                 [2.]])
     """
-    library = defined(op).library
+    op, known = defined(op)
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
-        def run(info: Any, in_dims: Any, *args: Any) -> Any:
-            return with_defaults(op, functools.partial(rule, info, in_dims))(*args)
+        registered = known.vmap is not None
+        known.vmap = rule
 
-        add_rule(op, lambda op: torch.library.register_vmap(op.name(), run, lib=library))
+        def run(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+            assert known.vmap is not None
+            return with_defaults(op, functools.partial(known.vmap, info, in_dims))(*args, **kwargs)
+
+        if registered:
+            forget_compiled()
+        else:
+            add_rule(op, lambda op: torch.library.register_vmap(op.name(), run, lib=known.library))
         return rule
 
     return decorate
@@ -74,11 +81,11 @@ def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu"
         ...     in_half(torch.ones(2)).dtype
         torch.bfloat16
     """
-    library = defined(op).library
+    op, known = defined(op)
 
     def rule(op: OpOverload) -> None:
         for device in devices:
-            torch.library.register_autocast(op.name(), device, dtype, lib=library)
+            torch.library.register_autocast(op.name(), device, dtype, lib=known.library)
 
     add_rule(op, rule)
 
@@ -106,7 +113,7 @@ def sharding(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
         ...
         ...     return [([p], [p]) for p in (Replicate(), *(Shard(d) for d in range(x.ndim)))]
     """
-    defined(op)
+    op, _ = defined(op)
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
         add_rule(op, lambda op: _dtensor.register_later(op, rule))
@@ -134,11 +141,15 @@ def inductor(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any
         ... def _(x):
         ...     return x * x * x
     """
-    known = defined(op)
+    op, known = defined(op)
 
     def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
+        registered = known.composition is not None
         known.composition = with_defaults(op, composition)
-        compiled_as(op, known.library, known.composition)
+        if registered:
+            forget_compiled()
+        else:
+            compiled_as(op, known.library, lambda *args: known.composition(*args))  # type: ignore[misc]
         return composition
 
     return decorate
@@ -178,7 +189,7 @@ def decomposition(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[...
         tensor([0.2500])
     """
 
-    known = defined(op)
+    op, known = defined(op)
 
     def decorate(made_of: Callable[..., Any]) -> Callable[..., Any]:
         known.decomposition = with_defaults(op, made_of)

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from custom_ops import registry
 from custom_ops.registry import OpInfo, Sample
 from custom_ops.verify._case import TOLERANCE, Call, Case, describe, flatten, grads
 from custom_ops.verify._values import EXPANDED, LAYOUTS, Layout, double, resized, run_leaves
@@ -265,8 +268,11 @@ def _compare(
         raise AssertionError(f"{what}:\n{actual.detach()}\nexpected\n{expected.detach()}")
 
 
-def script(info: OpInfo, sample: Sample) -> str:
+def script(info: OpInfo, sample: Sample, only: Sequence[str] = ()) -> str:
     """Return a program that makes the same call and checks it.
+
+    The program runs `check` on a function of this package. It runs the rows ``only`` of `verify` on any other
+    function, whose dotted name must be the name of ``info``.
 
     Example:
         >>> import torch, custom_ops
@@ -285,8 +291,17 @@ def script(info: OpInfo, sample: Sample) -> str:
         check(FUNCTIONS['relu'], Sample((t0, ), {}))
     """
     call = Call(info.function, sample)
-    lines = ["import torch", "from torch import inf, nan", "", "import custom_ops  # registers the ops"]
-    lines += ["from custom_ops.registry import FUNCTIONS, Sample", "from custom_ops.verify import check", ""]
+    ours = info.name in registry.FUNCTIONS
+    lines = ["import torch", "from torch import inf, nan", ""]
+    if ours:
+        lines += ["import custom_ops  # registers the ops", "from custom_ops.registry import FUNCTIONS, Sample"]
+        lines += ["from custom_ops.verify import check", ""]
+    else:
+        parts = info.name.split(".")
+        module = next(m for i in range(len(parts), 0, -1) if (m := ".".join(parts[:i])) in sys.modules)
+        described = [v for v in (*sample.args, *sample.kwargs.values()) if is_dataclass(v)]
+        lines += [f"from {type(v).__module__} import {type(v).__name__}" for v in described]
+        lines += [f"import {module}", "from custom_ops.verify import Sample, verify", ""]
     for i, tensor in enumerate(call.tensors):
         flat = torch.as_strided(tensor.detach(), (_extent(tensor),), (1,), tensor.storage_offset())
         place = f"{tuple(tensor.shape)}, {tensor.stride()}"
@@ -300,7 +315,10 @@ def script(info: OpInfo, sample: Sample) -> str:
 
     args = "".join(f"{shown(a)}, " for a in sample.args)
     kwargs = ", ".join(f"{name!r}: {shown(a)}" for name, a in sample.kwargs.items())
-    lines += ["", f"check(FUNCTIONS[{info.name!r}], Sample(({args}), {{{kwargs}}}))"]
+    called = f"Sample(({args}), {{{kwargs}}})"
+    checked = f"check(FUNCTIONS[{info.name!r}], {called})"
+    verified = f"verify({info.name}, [{called}], only={list(only) or None}, quick=True).raise_on_failure()"
+    lines += ["", checked if ours else verified]
     return "\n".join(lines) + "\n"
 
 

@@ -53,6 +53,11 @@ def _gathers(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def _sharded_gathers() -> list[Sharding]:
+    call = Sample((torch.randn(2, 5, 4, requires_grad=True), torch.randint(-1, 5, (2, 9))))
+    return [Sharding("examples", call, {0: 0, 1: 0}, 0), Sharding("columns", call, {0: 2}, 2)]
+
+
 def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
@@ -133,6 +138,7 @@ register(
                 function=voxel_gather,
                 reference=voxel_gather_reference,
                 samples=_gathers,
+                shardings=_sharded_gathers,
                 bad_calls=lambda: [
                     BadCall((None, _rank), "x: expected a tensor, got NoneType"),
                     BadCall((_x, _rank.float()), "rank: expected one of int32, int64, got float32"),
