@@ -288,11 +288,11 @@ def test_offsets_past_2_to_the_31_in_the_triton_kernels():
     out, at = torch.empty(1, width, dtype=torch.float16), torch.empty(1, width, dtype=torch.int64)
     partial, partial_at = nothing.float(), nothing.long()
     sizes = (rows, rows, 1, width, 1, 1, 1, 0, 0, 0)  # points, rows, segments, columns, bins, plane, pieces, ...
-    for ordered, largest in ((False, False), (True, False), (True, True)):
-        tensors = (x, x, indptr, perm, perm, partial, partial_at, out, at)
-        kernels.segment_reduce_kernel(1, *tensors, *sizes, variant=(width, ordered, False, False, largest))
-        assert out.eq(5 if largest else 8).all()
-        if largest:
+    for ordered, kind in ((False, kernels._SUM), (True, kernels._SUM), (True, kernels._MAX)):
+        tensors = (x, x, indptr, perm, perm, x, partial, partial_at, out, at)
+        kernels.segment_reduce_kernel(1, *tensors, *sizes, variant=(width, ordered, False, False, kind.value))
+        assert out.eq(5 if kind == kernels._MAX else 8).all()
+        if kind == kernels._MAX:
             assert at.eq(rows - 1).all()
     # The spreading kernels read two rows of x in the last segments.
     rank, bounds = torch.tensor([rows - 1, rows - 2]), torch.from_numpy(np.zeros(rows + 1, np.int64))
