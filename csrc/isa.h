@@ -10,6 +10,10 @@
 
 #define ALWAYS_INLINE __attribute__((always_inline))
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // all functions that pass vectors are inlined
+#endif
+
 namespace custom_ops {
 
 #ifdef CUSTOM_OPS_AVX2

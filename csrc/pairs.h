@@ -9,10 +9,6 @@
 
 #include <cmath>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // all functions that pass vectors are inlined
-#endif
-
 namespace custom_ops {
 
 template <class A>

@@ -5,10 +5,6 @@
 
 #include <cstring>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // all functions that pass vectors are inlined
-#endif
-
 namespace custom_ops {
 
 // ---------------------------------------------------------------- registers
