@@ -313,6 +313,12 @@ ALWAYS_INLINE inline A above_lowest(A x) {
   return x < kLowest<A> ? kLowest<A> : x;
 }
 
+// Returns the logarithm of the probability of logit z in that row. A word that is left out has none, even beside NaN.
+template <class A, class R>
+ALWAYS_INLINE inline A log_probability(A z, const R& row) {
+  return z == -std::numeric_limits<A>::infinity() ? kLowest<A> : above_lowest((z - row.top) - row.log_sum);
+}
+
 // The stats of a row are the largest logit, the logarithm of the sum of e^(z - top), and the entropy.
 template <class A>
 struct Row {
@@ -372,10 +378,10 @@ void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row, Weights<A> g) {
   multiversion([=]() ALWAYS_INLINE {
     if (g.entropy == 0) {
       for (int64_t i = 0; i < n; ++i)
-        z[i] = exp_nonpositive(above_lowest((z[i] - row.top) - row.log_sum)) * (g.lse - g.log_prob);
+        z[i] = exp_nonpositive(log_probability(z[i], row)) * (g.lse - g.log_prob);
     } else {
       for (int64_t i = 0; i < n; ++i) {
-        const A log_p = above_lowest((z[i] - row.top) - row.log_sum);
+        const A log_p = log_probability(z[i], row);
         z[i] = exp_nonpositive(log_p) * g.of(row, log_p);
       }
     }
@@ -392,7 +398,7 @@ Weights<A> tangent_of(A* z, A* move, int64_t n, int64_t at, Row<A> row, Weights<
     two_sums<A>(
         n,
         [=](int64_t i, A& m, A& c) ALWAYS_INLINE {
-          const A log_p = above_lowest((z[i] - row.top) - row.log_sum), p = exp_nonpositive(log_p);
+          const A log_p = log_probability(z[i], row), p = exp_nonpositive(log_p);
           m += p * move[i], c += p * log_p * move[i];
         },
         mean, product);
@@ -402,7 +408,7 @@ Weights<A> tangent_of(A* z, A* move, int64_t n, int64_t at, Row<A> row, Weights<
   if (!turned) return out;
   multiversion([=]() ALWAYS_INLINE {
     for (int64_t i = 0; i < n; ++i) {
-      const A log_p = above_lowest((z[i] - row.top) - row.log_sum), p = exp_nonpositive(log_p);
+      const A log_p = log_probability(z[i], row), p = exp_nonpositive(log_p);
       const A of = g.of(row, log_p), change = move[i] - lse;
       z[i] = p * of;
       move[i] = p * (change * of - g.entropy * (change + entropy));

@@ -159,7 +159,7 @@ def catalogue_cotangent_kernel(z_ptr, target_ptr, stats_ptr, of_ptr, words, firs
         for begin in range(0, words, BLOCK):
             v = begin + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
-            log_p, p = _shifted((z - top) - log_sum)
+            log_p, p = _shifted(tl.where(z == -float("inf"), z, (z - top) - log_sum))
             bent = tl.where(of_entropy == 0, 0.0, of_entropy * (log_p + entropy))
             out = p * ((of_lse - of_log_prob) - bent) + tl.where(v == at, of_log_prob, 0.0)
             tl.store(z_ptr + row * words + v, out, mask=v < words)
@@ -205,7 +205,7 @@ def catalogue_tangent_kernel(
             v = begin + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
             move = tl.load(move_ptr + row * words + v, mask=v < words, other=0)
-            log_p, p = _shifted((z - top) - log_sum)
+            log_p, p = _shifted(tl.where(z == -float("inf"), z, (z - top) - log_sum))
             total += tl.where(v < words, p * move, 0.0).to(tl.float64)
             product += tl.where(v < words, p * log_p * move, 0.0).to(tl.float64)
             chosen = tl.where(v == at, move, chosen)
@@ -220,7 +220,7 @@ def catalogue_tangent_kernel(
                 v = begin + tl.arange(0, BLOCK)
                 z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
                 move = tl.load(move_ptr + row * words + v, mask=v < words, other=0)
-                log_p, p = _shifted((z - top) - log_sum)
+                log_p, p = _shifted(tl.where(z == -float("inf"), z, (z - top) - log_sum))
                 of = (of_lse - of_log_prob) - of_entropy * (log_p + entropy)
                 change = move - mean
                 tl.store(z_ptr + row * words + v, p * of + tl.where(v == at, of_log_prob, 0.0), mask=v < words)
