@@ -377,8 +377,7 @@ template <class A>
 void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row, Weights<A> g) {
   multiversion([=]() ALWAYS_INLINE {
     if (g.entropy == 0) {
-      for (int64_t i = 0; i < n; ++i)
-        z[i] = exp_nonpositive(log_probability(z[i], row)) * (g.lse - g.log_prob);
+      for (int64_t i = 0; i < n; ++i) z[i] = exp_nonpositive(log_probability(z[i], row)) * (g.lse - g.log_prob);
     } else {
       for (int64_t i = 0; i < n; ++i) {
         const A log_p = log_probability(z[i], row);

@@ -529,7 +529,8 @@ def _checked(
         x, weight = x.double(), weight.double()
     dtype = _wide_dtype(x)
     if isinstance(scale, Tensor):
-        x, scale = wide(x) * scale.to(dtype), 1.0
+        # A row that is ignored isn't scaled, so that it has no part in a derivative, whatever it and the scale hold.
+        x, scale = wide(x) * torch.where(target != ignored, scale.to(dtype), 1).unsqueeze(-1), 1.0
     words = weight.shape[0]
     return _Arguments(
         (
