@@ -28,6 +28,7 @@ from custom_ops.registry import FUNCTIONS, leaves
 from custom_ops.verify._case import Case, randn_like
 
 CPU = torch.device("cpu")
+SIZED_BY_DATA = {"voxels_summing", "voxelize", "hard_voxelize"}  # in those of their calls that name no size
 MODULES = {type(module): module for info in FUNCTIONS.values() for module, _ in info.modules()}
 
 
@@ -160,11 +161,16 @@ def test_gradients_accumulate(op):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("op", [op for op in FUNCTIONS if op != "voxels_summing"])  # its size depends on the data
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_shapes_on_the_meta_device(op, dtype):
     """The public function works on meta tensors; the battery tests the ops that it calls."""
     for call in calls(op, dtype):
-        on_meta = call.with_tensors([t.to("meta") for t in call.tensors]).run()
+        try:
+            on_meta = call.with_tensors([t.to("meta") for t in call.tensors]).run()
+        except RuntimeError as error:
+            if op not in SIZED_BY_DATA or "data-dependent shape" not in str(error):
+                raise
+            continue
         assert [(y.shape, y.dtype) for y in on_meta] == [(y.shape, y.dtype) for y in call.run()]
         assert all(y.is_meta for y in on_meta)
 

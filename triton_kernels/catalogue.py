@@ -360,9 +360,15 @@ class _Sums:
         if self.of_bias:
             self.bias[at[0]] += cotangent.sum(0)
 
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums in the wide dtype. An ignored row's is 0, whatever words its zeros were multiplied with."""
+        counts = (self.catalogue.target != self.catalogue.ignored).unsqueeze(-1)
+        x = torch.where(counts, self.x, 0) if self.of_x else self.x
+        return x, self.weight, self.bias.to(self.catalogue.wide)
+
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = self.catalogue.x, self.catalogue.weight
-        return self.x.to(x.dtype), self.weight.to(weight.dtype), self.bias.to(self.catalogue.wide)
+        x, weight, bias = self.finished()
+        return x.to(self.catalogue.x.dtype), weight.to(self.catalogue.weight.dtype), bias
 
 
 def _first_order(
@@ -526,7 +532,7 @@ def catalogue_loss(
     if of_lse is not None:
         terms = terms + _weighed(of_lse, results.lse, catalogue)
     loss = terms.sum(-1, dtype=torch.float64).to(catalogue.wide)
-    return loss, results.stats, sums.x, sums.weight, sums.bias.to(catalogue.wide)
+    return loss, results.stats, *sums.finished()
 
 
 def _weighed(weight: Tensor, value: Tensor, catalogue: _Catalogue) -> Tensor:

@@ -39,7 +39,7 @@ def reference_of(
         contributes = torch.as_tensor(contributes, device=s.device)
         undefined = undefined | (contributes & loss.isnan())
         loss = torch.where(contributes & ~undefined, loss, torch.where(undefined, s, 0).sum())
-        return loss * torch.where(undefined, torch.nan, 1), contributes | undefined
+        return loss * torch.where(undefined, torch.nan, 1).to(loss.dtype), contributes | undefined
 
     def reference(
         scores: Tensor,
