@@ -162,55 +162,68 @@ ALWAYS_INLINE inline bool is_whole(R rank) {
   return (rank < static_cast<R>(int64_t{1} << std::numeric_limits<R>::digits)) & (std::trunc(rank) == rank);
 }
 
-// Returns whether the positions [begin, end) hold the points that a stable sort puts there, with the right boundaries,
-// and copies these to `out`. Position n stands for a point outside, after all others, so every boundary is at the
-// position of some point. Points that are sorted by voxel, and strictly within a voxel, are all different, hence a
-// permutation. Where a voxel's points begin, its boundary and the one after the previous voxel must be; those between
-// must not decrease. Signs of differences are collected instead of branching, because one misprediction takes longer
-// than the rest of a point.
+// Copies the boundaries [begin, end) and returns whether they don't decrease, from 0 to at most n.
+bool copy_boundaries(const int64_t* at, int64_t* out, int64_t n, int64_t voxels, int64_t begin, int64_t end) {
+  const int64_t last = std::min(end, voxels);
+  int64_t drops = 0;
+  multiversion([=, &drops]() ALWAYS_INLINE {
+    int64_t found = 0;  // negative if there is an error
+    for (int64_t v = begin; v < last; ++v) {
+      found |= at[v + 1] - at[v];
+      out[v] = at[v];
+    }
+    drops = found;
+  });
+  if (end > voxels) out[voxels] = at[voxels];
+  return drops >= 0 && at[0] == 0 && at[voxels] <= n;
+}
+
+// Returns whether the positions [begin, end) hold the points that a stable sort puts there, given boundaries that don't
+// decrease. Points that are in the voxel of their position, or in none, and strictly in order within it are all
+// different, hence a permutation. Differences are collected instead of branching, because one misprediction takes
+// longer than the rest of a point.
 template <class I>
-bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t* out, int64_t n, int64_t voxels,
-             int64_t begin, int64_t end) {
-  constexpr int64_t kBlock = 1024;
-  int64_t block[kBlock + 1], runs[kBlock + 1], wrong = 0;
-  for (int64_t first = begin; first < end && !wrong; first += kBlock) {
-    multiversion([=, &wrong, voxel = block + 1, run = static_cast<int64_t*>(runs)]() ALWAYS_INLINE {
-      const int64_t count = std::min(kBlock, end - first), points = std::min(count, n - first);
-      const int64_t from = first > 0 ? -1 : 0;  // reads the previous position again
-      const int64_t* point = perm + first;
-      int64_t found = 0;  // negative if there is an error
-      for (int64_t k = from; k < points; ++k) found |= -static_cast<int64_t>((point[k] < 0) | (point[k] >= n));
-      if ((wrong = found < 0)) return;
-      for (int64_t k = from; k < points; ++k) {
-        const int64_t r = static_cast<int64_t>(rank[point[k]]);
-        found |= -static_cast<int64_t>(r >= voxels);
-        voxel[k] = r < 0 ? voxels : r;
+bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t n, int64_t voxels, int64_t begin,
+             int64_t end) {
+  constexpr int64_t kBlock = 1024, kRun = 8;
+  int64_t block[1 + kBlock + kRun], ranks[kBlock], voxel = std::upper_bound(at, at + voxels + 1, begin) - at - 1;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    int64_t wrong = 0;
+    multiversion([=, &wrong, &voxel, expected = block + 1, found = static_cast<int64_t*>(ranks)]() ALWAYS_INLINE {
+      const int64_t count = std::min(kBlock, end - first), *point = perm + first;
+      int64_t strays = 0, others = 0, order = 0;
+      for (int64_t k = 0; k < count; ++k) strays |= -static_cast<int64_t>((point[k] < 0) | (point[k] >= n));
+      if ((wrong = strays)) return;
+      for (int64_t k = 0; k < count; ++k) found[k] = static_cast<int64_t>(rank[point[k]]);
+      int64_t v = voxel;
+      expected[-1] = at[v] >= first ? -2 : v < voxels ? v : -1;
+      for (int64_t k = 0; k < count; ++v) {
+        const int64_t stop = v < voxels ? std::min(count, at[v + 1] - first) : count, is = v < voxels ? v : -1;
+        for (int64_t i = 0; i < kRun; ++i) expected[k + i] = is;
+        for (int64_t i = k + kRun; i < stop; ++i) expected[i] = is;
+        k = stop;
       }
-      for (int64_t k = from + 1; k < points; ++k) {
-        const int64_t up = voxel[k] - voxel[k - 1];
-        found |= up | (up == 0 ? point[k] - point[k - 1] - 1 : 0);
-      }
-      if ((wrong = found < 0)) return;
-      if (first == 0) voxel[-1] = -1;
-      if (points < count) voxel[points] = voxels;
-      int64_t starts = 0;
-      for (int64_t k = 0; k < count; ++k) {
-        run[starts] = k;
-        starts += voxel[k] != voxel[k - 1];
-      }
-      for (int64_t i = 0; i < starts; ++i) {
-        const int64_t k = run[i], begins = first + k;
-        found |= -static_cast<int64_t>((at[voxel[k - 1] + 1] != begins) | (at[voxel[k]] != begins));
-      }
-      const int64_t v0 = voxel[-1] + 1, v1 = voxel[count - 1] + 1;
-      for (int64_t v = v0; v < v1; ++v) {
-        found |= -static_cast<int64_t>(v > 0 && at[v] < at[v - 1]);
-        out[v] = at[v];
-      }
-      wrong = found < 0;
+      voxel = v - 1;
+      for (int64_t k = 0; k < count; ++k) others |= (found[k] < 0 ? -1 : found[k]) ^ expected[k];
+      for (int64_t k = first > 0 ? 0 : 1; k < count; ++k)
+        order |= expected[k] == expected[k - 1] ? point[k] - point[k - 1] - 1 : 0;
+      wrong = others | (order < 0);
     });
+    if (wrong) return false;
   }
-  return !wrong;
+  return true;
+}
+
+// Calls f(example, begin, end) for ranges that together cover n elements of each example.
+template <class F>
+void for_ranges(int64_t examples, int64_t n, const F& f) {
+  Chunks(examples * n, 1 << 14).parallel([&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t at = begin, stop; at < end; at = stop) {
+      const int64_t e = at / n, first = e * n;
+      stop = std::min(end, first + n);
+      f(e, at - first, stop - first);
+    }
+  });
 }
 
 }  // namespace
@@ -504,14 +517,12 @@ Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& i
   dispatch_index(rank, "rank", [&](auto type) {
     using I = typename decltype(type)::type;
     const I* rp = data<I>(rank);
-    const int64_t positions = n + 1;
-    Chunks(examples * positions, 1 << 14).parallel([&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t at = begin, stop; at < end; at = stop) {
-        const int64_t e = at / positions, first = e * positions;
-        stop = std::min(end, first + positions);
-        if (!follows(rp + e * n, pp + e * n, ip + e * row, op + e * row, n, row - 1, at - first, stop - first))
-          matches = false;
-      }
+    for_ranges(examples, row, [&](int64_t e, int64_t begin, int64_t end) {
+      if (!copy_boundaries(ip + e * row, op + e * row, n, row - 1, begin, end)) matches = false;
+    });
+    if (!matches) return;
+    for_ranges(examples, n, [&](int64_t e, int64_t begin, int64_t end) {
+      if (!follows(rp + e * n, pp + e * n, ip + e * row, n, row - 1, begin, end)) matches = false;
     });
   });
   check(matches, "csr: expected voxel_csr(rank, num_voxels), got one of other ranks");
