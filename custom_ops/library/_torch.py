@@ -112,6 +112,7 @@ __all__ = [
     "opname",
     "own_library",
     "processes_as_threads",
+    "register_autocast",
     "schema",
     "set_call",
     "single_level",
@@ -132,6 +133,17 @@ compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
 # This turns forward mode on again where it is off; torch.autograd.forward_ad has no function for that.
 forward_mode = forward_ad._set_fwd_grad_enabled
+
+
+def register_autocast(op: OpOverload, device: str, dtype: torch.dtype, library: torch.library.Library) -> None:
+    """Cast ``op``'s tensors of a device under autocast.
+
+    Torch 2.10 overwrites the kernels of the other devices that AOTAutograd traces, and they then cast no tensor.
+    """
+    own = torch._C.DispatchKey.__members__["Autocast" + dispatch_key_for_device(device)]
+    others = {key: kernel for key, kernel in op.py_kernels.items() if key != own}
+    torch.library.register_autocast(op.name(), device, dtype, lib=library)
+    op.py_kernels.update(others)
 
 
 def opname(op: OpOverload) -> str:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from custom_ops.library import _dtensor
 from custom_ops.library._defined import DEFINED, add_rule, defined, forget_compiled, with_defaults
-from custom_ops.library._torch import FunctionalTensor, FunctionalTensorMode, OpOverload, is_packaging
+from custom_ops.library._torch import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    OpOverload,
+    is_packaging,
+    register_autocast,
+)
 
 __all__ = ["autocast", "decomposition", "decompositions", "inductor", "sharding", "to_front", "vmap"]
 
@@ -85,7 +91,7 @@ def autocast(op: OpOverload, dtype: torch.dtype, devices: Sequence[str] = ("cpu"
 
     def rule(op: OpOverload) -> None:
         for device in devices:
-            torch.library.register_autocast(op.name(), device, dtype, lib=known.library)
+            register_autocast(op, device, dtype, known.library)
 
     add_rule(op, rule)
 
