@@ -358,8 +358,9 @@ struct UniqueSoftmax {
     multiversion([&]() ALWAYS_INLINE {
       for (int64_t i = 0; i < gaining; ++i) {
         const double x = p[i], e = exp_nonpositive(x < 0 ? x : -x), t = 1 + e;
-        p[i] = w[i] * ((x < 0 ? e : 1) / t);
-        term[i] = w[i] * ((x < 0 ? 0 : x) + (log_normal(t) + (e - (t - 1)) / t));
+        const double share = (x < 0 ? e : 1) / t, log = (x < 0 ? 0 : x) + (log_normal(t) + (e - (t - 1)) / t);
+        p[i] = w[i] == 0 ? 0 : w[i] * share;
+        term[i] = w[i] == 0 ? 0 : w[i] * log;
       }
       loss = sum_of<double>(gaining, [&](int64_t i) ALWAYS_INLINE { return term[i]; });
     });
