@@ -153,7 +153,7 @@ struct NeuralSortRows {
   }
 };
 
-// Returns whether a score is NaN, or two items with different labels are at the same infinity, so their order has no
+// Returns whether a score is NaN, or two items with different gains are at the same infinity, so their order has no
 // limit.
 template <class A>
 bool undefined(const List<A>& list) {
@@ -163,8 +163,9 @@ bool undefined(const List<A>& list) {
     if (list.s[i] != list.s[i]) return true;
     if (!std::isinf(list.s[i])) continue;
     const bool up = list.s[i] > 0;
-    if (std::exchange(found[up], true) && label[up] != list.y[i]) return true;
-    label[up] = list.y[i];
+    const A gaining = std::max(list.y[i], A(0));  // a label below 0 has no gain
+    if (std::exchange(found[up], true) && label[up] != gaining) return true;
+    label[up] = gaining;
   }
   return false;
 }

@@ -182,8 +182,8 @@ def lambda_pairs_kernel(
         count += tl.sum(counts, axis=1)
     if WEIGHTED:
         weight = tl.load(weight_ptr + example + i, mask=valid_i, other=0)
-        slope *= weight
-        value *= weight
+        slope = tl.where(weight == 0, 0.0, slope * weight)  # 0 even beside infinite scores
+        value = tl.where(weight == 0, 0.0, value * weight)
         count *= weight
     tl.store(slope_ptr + example + i, slope, mask=i < items)
     tl.store(value_ptr + example + i, value, mask=i < items)

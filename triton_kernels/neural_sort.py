@@ -231,10 +231,10 @@ class _NeuralSort:
         if lists.several:
             self.kept &= lists.ids >= 0
 
-        # A NaN has no place, and items with different labels at the same infinity have no order.
+        # A NaN has no place, and items with different gains at the same infinity have no order.
         self.order = lists.sort(scores)
         wrong, ordered = scores.isnan(), scores.gather(-1, self.order)
-        relevance = labels.gather(-1, self.order)
+        relevance = labels.gather(-1, self.order).clamp_min(0)  # a label below 0 has no gain
         same = self._like_before(ordered, place) & (relevance.diff(dim=-1, prepend=relevance[..., :1]) != 0)
         self.undefined = lists.sum((wrong | (same & ordered.isinf())).double()) > 0
         ordered = ordered.masked_fill(lists.to_items(self.undefined), 0)

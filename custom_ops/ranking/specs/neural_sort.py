@@ -47,7 +47,8 @@ def _neural_sort_ndcg_of_one_list(
     discounts = discounts * (torch.arange(len(y), device=y.device) < (k or len(y)))
     ideal = (g.sort(descending=True).values * discounts).sum()
     found = (neural_sort_matrix(_nearer(s, 800 * temperature), temperature) @ g * discounts).sum()
-    undefined = (s.isinf().unsqueeze(-1) & (s == s.unsqueeze(-1)) & (y != y.unsqueeze(-1))).any()
+    gaining = y.clamp_min(0)
+    undefined = (s.isinf().unsqueeze(-1) & (s == s.unsqueeze(-1)) & (gaining != gaining.unsqueeze(-1))).any()
     found = torch.where(undefined, torch.nan, found)
     return 1 - found / torch.where(ideal > 0, ideal, 1), (y > 0).any() & (y != y[0]).any()
 
