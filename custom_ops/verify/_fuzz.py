@@ -7,8 +7,9 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -113,9 +114,41 @@ _LAYOUTS: dict[str, Layout] = {"in order": _in_order, **LAYOUTS, "stepped": _ste
 _SIZES = (0, 1, 2, 3, 5, 8, 9, 17)
 
 
+def _of_lists(info: OpInfo, call: Call, dtype: torch.dtype, choose: Choose) -> Call:
+    """Return a call of an op of lists with lists of any lengths in any form, and with options of any of its samples."""
+    generator = torch.Generator().manual_seed(choose(range(1 << 16)))
+
+    def numbers(*shape: int) -> Tensor:
+        return _pick((0, 0.25, 1, 3))(torch.Size(shape), dtype, generator).to(dtype)
+
+    options: dict[str, list[Any]] = {}
+    for sample in info.samples(torch.device("cpu"), dtype):
+        for name, value in sample.kwargs.items():
+            if not isinstance(value, Tensor):
+                options.setdefault(name, []).append(value)
+    kwargs = {name: choose(values) for name, values in options.items() if choose((False, True))}
+    shape = choose(((5,), (3, 9), (2, 2, 4), (2, 33), ()))
+    lists = shape[:-1]
+    if not shape:  # one long list among many short ones
+        lengths = [choose((0, 1, 2, 3)) for _ in range(choose((1, 4, 12)))]
+        lengths[choose(range(len(lengths)))] = choose((3, 33))
+        kwargs["cu_lengths"] = torch.tensor([0, *accumulate(lengths)])
+        shape, lists = (sum(lengths),), (len(lengths),)
+    elif choose((False, True)):
+        kwargs["lengths"] = torch.randint(0, shape[-1] + 1, lists, generator=generator)
+    accepted = inspect.signature(info.function).parameters
+    for name, of in (("mask", shape), ("weights", lists), ("item_weights", shape)):
+        if name in accepted and choose((False, True)):
+            kwargs[name] = numbers(*of) > 0 if name == "mask" else numbers(*of)
+    args = [torch.zeros(shape, dtype=dtype, requires_grad=True)]
+    args += [torch.randint(0, 4, shape, generator=generator).to(dtype)] * ("labels" in accepted)
+    return replace(call, sample=Sample((*args, *call.sample.args[len(args) :]), kwargs))
+
+
 def random_sample(info: OpInfo, choose: Choose) -> Sample:
     """Return a random call of the op: one of its samples with another size, other values, layouts and dtypes.
 
+    Half of the calls of an op of lists have lists of other lengths, in another form, and options of several samples.
     Tensors that require a gradient take values of any of the `VALUES` that the op doesn't exclude. ``labels`` are the
     given ones, or below 0, time stamps or partly NaN; ``rank`` is the given one, or mostly outside or in one voxel.
     Other floating or boolean tensors are drawn from their own elements, and integers stay as they are.
@@ -135,6 +168,8 @@ def random_sample(info: OpInfo, choose: Choose) -> Sample:
     call = Call(info.function, choose(Case(info, torch.device("cpu"), quick=True).samples(dtype)))
     if call.sample.dynamic:
         call = resized(call, choose((1, 0, 2, 3, 4)))
+    if "cu_lengths" in inspect.signature(info.function).parameters and choose((False, True)):
+        call = _of_lists(info, call, dtype, choose)
     shapes = {t.shape for t in call.tensors}
     if len(shapes) == 1 and all(t.requires_grad for t in call.tensors):
         (shape,) = shapes
@@ -200,9 +235,9 @@ def check(info: OpInfo, sample: Sample) -> None:
             raise AssertionError(f"{info.name}{describe(call)} changed an argument")
     inputs = [t.detach() for t in call.tensors if t.requires_grad]
     outputs = len(actual) - len(inputs)
-    # A result that cancels to 0 has the rounding error of numbers of this size.
-    size = min(1.0, max((t.nan_to_num(0, 0, 0).abs().max().item() for t in wide.inputs if t.numel()), default=0.0))
-    sizes: list[Tensor | float] = [size] * len(actual)
+    # A result that cancels to 0 has the rounding error of numbers of this size. A gradient may have that of any factor.
+    size, of_factors = (_largest(t for t in tensors if t.is_floating_point()) for tensors in (wide.inputs, wide.tensors))
+    sizes: list[Tensor | float] = [size] * outputs + [of_factors] * len(inputs)
     if info.term_size is not None:
         terms = flatten(info.term_size(*wide.sample.args, **wide.sample.kwargs))
         sizes[:outputs] = [t.detach().nan_to_num(0, 0, 0).clamp_min(size) for t in terms]
@@ -214,6 +249,11 @@ def check(info: OpInfo, sample: Sample) -> None:
         else:
             j = i - outputs
             _compare(a, e, sizes[i], f"gradient {j} of {info.name}{describe(call)}", inputs[j], allowed[j])
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    """Return the largest finite magnitude, or 1 if it is larger."""
+    return min(1.0, max((t.detach().nan_to_num(0, 0, 0).abs().max().item() for t in tensors if t.numel()), default=0.0))
 
 
 def _outside(expected: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,6 +82,7 @@ _x, _y = torch.ones(2), torch.ones(2)
 register(
     OpInfo(
         name="lambda_loss",
+        not_fuzzed={"time stamps": "as gains y they are rounded to float32"},
         summary="LambdaRank, NDCG-Loss 1, 2 and 2++: pairs weighted by their effect on NDCG",
         function=lambda_loss,
         reference=reference_of(_lambda_loss_of_one_list),
