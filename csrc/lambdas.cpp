@@ -211,8 +211,8 @@ struct LambdaLoss {
     x.item = ranked(list.w);
     x.v = ranked(list.v);
     const Range range = list.range();
-    // The range leaves out NaN, which comes first in the order; with weight 0 it changes nothing, like infinity.
-    x.wide = !has_ratios<A>(sigma * (range.high - range.low)) || x.s[0] != x.s[0];
+    // NaN, which isn't in the range, or infinity comes first in the order. With weight 0 both change nothing.
+    x.wide = !has_ratios<A>(sigma * (range.high - range.low)) || !std::isfinite(x.s[0]);
     if (!x.wide) {
       const Ratios<A> ratios(gather(list.s, x.order, n, scratch), n, length, sigma, range, scratch);
       x.up = ratios.up, x.down = ratios.down;

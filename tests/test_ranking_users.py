@@ -442,6 +442,36 @@ def test_fills_of_items_that_no_term_reads():
             torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("score", [math.nan, INF, -INF])
+def test_scores_of_items_of_weight_0(score):
+    """A score that no term of weight above 0 reads may be NaN or infinite; NaN comes first in the order."""
+    moderate = -4000.0 if score < 0 else 4000.0
+    labels, own = tensor([0.0, 2.0, 1.0, 2.0]), {"item_weights": tensor([1.0, 0.0, 1.0, 0.5])}
+    for function, options in (
+        (custom_ops.lambda_loss, {}),
+        (custom_ops.lambda_loss, {"weighting": "ndcg1", "k": 2}),
+        (custom_ops.lambda_loss, {"weighting": "ndcg2pp", "normalize": True}),
+        (custom_ops.unique_softmax_loss, {}),
+    ):
+        found, expected = (
+            computed(function, tensor([0.4, s, 0.9, -0.3]), labels, tensor([1.0, 0, 0.5, -1]), **own, **options)
+            for s in (score, moderate)
+        )
+        for a, e in zip(found, expected):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7, msg=f"{function} {options}")
+
+
+def test_padding_at_minus_infinity_with_labels_below_0():
+    """Labels below 0 are alike in having no gain, and pairs without a gain have no weight."""
+    scores, v = tensor([0.5, -INF, 0.25, -INF]), tensor([1.0, 0.0, -1.0, 0.5])
+    for function in (custom_ops.neural_sort_ndcg_loss, custom_ops.approx_ndcg_loss):
+        found, expected = (computed(function, scores, tensor([2.0, a, 1.0, 0.0]), v) for a in (-1.0, 0.0))
+        for a, e in zip(found, expected):
+            torch.testing.assert_close(a, e, rtol=0, atol=0)
+    low, labels = torch.full((5,), -INF), tensor([-1.0, -1.0, 0.0, 1.0, 2.0])
+    assert custom_ops.lambda_loss(low, labels, k=3, topk_mode="and") == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_labels_of_any_size(dtype):
     """Gains of tiny labels are as exact as others, and gains of huge labels are finite (R9)."""

@@ -236,7 +236,9 @@ def check(info: OpInfo, sample: Sample) -> None:
     inputs = [t.detach() for t in call.tensors if t.requires_grad]
     outputs = len(actual) - len(inputs)
     # A result that cancels to 0 has the rounding error of numbers of this size. A gradient may have that of any factor.
-    size, of_factors = (_largest(t for t in tensors if t.is_floating_point()) for tensors in (wide.inputs, wide.tensors))
+    size, of_factors = (
+        _largest(t for t in tensors if t.is_floating_point()) for tensors in (wide.inputs, wide.tensors)
+    )
     sizes: list[Tensor | float] = [size] * outputs + [of_factors] * len(inputs)
     if info.term_size is not None:
         terms = flatten(info.term_size(*wide.sample.args, **wide.sample.kwargs))
