@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from fractions import Fraction
 
@@ -71,6 +72,14 @@ def test_metrics_of_padding_labels_lie_between_0_and_1(name):
 
 
 # ---------------------------------------------------------------- the order of labels
+
+
+@pytest.mark.parametrize("gain", ["exponential", "linear", lambda y: y - 0.5])
+def test_dcg_of_labels_below_0_and_near_0(gain):
+    scores, labels = T([0.4, 0.3, 0.2, 0.1]), T([1.0, -1.0, 0.0, -2.5])
+    same(co.dcg(scores, labels, gain=gain), co.dcg(scores, labels.clamp_min(0), gain=gain))
+    if gain == "exponential":
+        same(co.dcg(scores.double(), 1e-17 * labels.double()), 1e-17 * T(math.log(2)).double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", OF_ORDER)

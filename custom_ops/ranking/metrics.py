@@ -7,6 +7,7 @@ the rank of the last of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -377,7 +378,9 @@ def dcg(
         _checks.is_one_of("gain", gain, GAINS)
     _checks.is_tensor("labels", labels)
     gains = labels.double() if isinstance(gain, str) else _number_of_each("gain", gain, labels)
-    gains = torch.exp2(gains) - 1 if gain == "exponential" else gains
+    if gain == "exponential":  # expm1 keeps labels near 0, and the other whole gains
+        gains = torch.where(gains < 0.5, torch.expm1(math.log(2) * gains), torch.exp2(gains) - 1)
+    gains = gains.clamp_min(0)
     lists = (mask, lengths, cu_lengths, index, weights)
     return _evaluate(RankMetric.DCG, scores, gains, k, *lists, ties, empty, reduction, discount=discount)
 
