@@ -188,23 +188,15 @@ class _Ranks(NamedTuple):
 class _SmoothRank:
     """The metric's formulas and the launches, as in csrc/smooth_rank.cpp."""
 
-    def __init__(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
-        temperature: float,
-        metric: int,
-    ) -> None:
+    def __init__(self, lists: Lists, scores: Tensor, labels: Tensor, temperature: float, metric: int) -> None:
         if labels.shape != scores.shape or labels.dtype != scores.dtype:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
         self.metric, self.scale = SmoothMetric(metric), 1 / temperature
         most = torch.finfo(scores.dtype).max
         # Differences of halves can't overflow, and infinite scores are larger than all others.
         self.halves = (scores / 2).clamp(-most, most).contiguous()
-        self.lists = lists = Lists(self.halves, valid, offsets)
-        exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        self.lists = lists
+        exists = lists.valid != 0 if lists.masked else torch.ones_like(scores, dtype=torch.bool)
         if lists.several:
             exists = exists & (lists.ids >= 0)
         self.exists = exists
@@ -303,13 +295,14 @@ class _SmoothRank:
 
 @reducing
 def smooth_rank(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, temperature: float, metric: int
+    lists: Lists, scores: Tensor, labels: Tensor, temperature: float, metric: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if scores.numel() == 0:
-        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
-        return loss, scores.new_empty(scores.shape), loss.bool()
-    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
-    return ranks.loss(), ranks.slope(), ranks.active
+        return lists.no_items(scores)
+    ranks = _SmoothRank(lists, scores, labels, temperature, metric)
+    loss, slope = ranks.loss(), ranks.slope()
+    lists.mark_undefined(labels, loss, ranks.active)
+    return loss, slope, ranks.active
 
 
 def smooth_rank_slope(
@@ -323,5 +316,5 @@ def smooth_rank_slope(
 ) -> Tensor:
     if scores.numel() == 0:
         return scores.new_empty(scores.shape)
-    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
+    ranks = _SmoothRank(Lists(scores, valid, offsets), scores, labels, temperature, metric)
     return ranks.slope() if v is None else ranks.product(v)
