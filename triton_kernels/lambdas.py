@@ -204,10 +204,7 @@ def _pairs(
     scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores, labels = scores.contiguous(), labels.contiguous()
-    given = (labels, item_weights, v)
-    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in given):
-        raise RuntimeError("labels, item_weights, v: expected the shape and dtype of the scores")
+    scores, labels, weights, vector = lists.operands(scores, labels, item_weights, v)
     owners, stride = lists.owners()
     by_item = owners.reshape(lists.examples if stride else 1, lists.items)
     by_item = by_item.expand(lists.examples, lists.items).reshape(scores.shape)
@@ -240,7 +237,6 @@ def _pairs(
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
-    weights, vector = (scores if x is None else x.contiguous() for x in (item_weights, v))  # or a placeholder
     from_top = (rank - min(k, lists.items)).to(torch.int32)  # negative in the top k
     lambda_pairs_kernel(
         lists.examples * blocks,

@@ -90,6 +90,19 @@ class Lists:
             at = at - self.bounds[self.places.clamp(0, self.lists)]
         return torch.empty_like(order).scatter_(-1, order, at.expand(order.shape))
 
+    def operands(self, scores: Tensor, labels: Tensor, *optional: Tensor | None) -> list[Tensor]:
+        """Return the tensors for a kernel. The scores stand for one that is missing, which the kernel doesn't read."""
+        given = [scores if x is None else x for x in (labels, *optional)]
+        if any(x.shape != scores.shape or x.dtype != scores.dtype for x in given):
+            raise RuntimeError("labels, item_weights, v: expected the shape and dtype of the scores")
+        return [x.contiguous() for x in (scores, *given)]
+
+    def results(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return room for the losses, the slope and the marks of a kernel that writes the items of all lists."""
+        loss = self.per_list(scores)
+        slope = (torch.zeros if self.several else torch.empty)(scores.shape, dtype=scores.dtype, device=scores.device)
+        return loss, slope, torch.empty_like(loss, dtype=torch.bool)
+
     def per_list(self, x: Tensor) -> Tensor:
         return x.new_empty((*self.batch, self.lists))
 

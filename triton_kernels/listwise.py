@@ -302,16 +302,9 @@ def list_softmax_kernel(
 def _softmax(
     lists: Lists, scores: Tensor, labels: Tensor, v: Tensor | None, softmax_labels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores, labels = scores.contiguous(), labels.contiguous()
-    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in (labels, v)):
-        raise RuntimeError("labels, v: expected the shape and dtype of the scores")
-    loss = lists.per_list(scores)
-    slope, active = (
-        (torch.zeros_like if lists.several else torch.empty_like)(scores),
-        torch.empty_like(loss, dtype=torch.bool),
-    )
-    vector = scores if v is None else v.contiguous()  # or a placeholder
-    pointers = (scores, labels, vector, lists.valid, lists.bounds, loss, slope, active.view(torch.uint8))
+    given = lists.operands(scores, labels, v)
+    loss, slope, active = lists.results(scores)
+    pointers = (*given, lists.valid, lists.bounds, loss, slope, active.view(torch.uint8))
     variant = (lists.masked, softmax_labels, v is not None)
     list_softmax_kernel(loss.numel(), *pointers, lists.items, lists.lists, variant=variant)
     return loss, slope, active
