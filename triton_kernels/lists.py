@@ -184,6 +184,19 @@ def relative_gains(labels: Tensor, highest: Tensor, exponential: bool) -> Tensor
     return gains.masked_fill(labels <= 0, 0)
 
 
+@triton.jit
+def relative_gain(label, highest, EXPONENTIAL: tl.constexpr):
+    """Return what `relative_gains` does, in a kernel."""
+    if EXPONENTIAL:
+        x = label * -0.693147180559945309
+        u = tl.exp(x)  # e^x - 1 = (u - 1) x / log u, in which the error of u cancels
+        less = tl.where(u == 1, x, tl.where(u - 1 == -1, -1.0, (u - 1) * x / tl.log(u)))
+        gain = -less * tl.exp2(label - highest)
+    else:
+        gain = label / highest
+    return tl.where(label <= 0, 0.0, gain)
+
+
 VARIANTS: dict[Any, dict[str, Any]] = {
     (masked, several): {"MASKED": masked, "SEVERAL": several} for masked in (False, True) for several in (False, True)
 }
