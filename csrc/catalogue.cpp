@@ -19,10 +19,8 @@ constexpr int64_t kWords = 4096;  // the words of a 16-bit catalogue that are wi
 
 // ---------------------------------------------------------------- matrices
 
-Tensor part(const Tensor& t, int64_t dim, int64_t begin, int64_t length) {
-  AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_narrow(t.get(), dim, begin, length, &out));
-  return Tensor(out);
+Tensor part(Tensor t, int64_t dim, int64_t begin, int64_t length) {
+  return torch::stable::narrow(t, dim, begin, length);
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }

@@ -105,3 +105,20 @@ def test_each_private_name_has_its_reason():
     for node in ast.parse(FILE.read_text()).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+# Each of these names is in the headers of torch 2.10, the oldest that the C++ compiles against.
+OF_TORCH_2_10 = {
+    "AOTI_TORCH_SUCCESS", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK", "TORCH_BOX", "aoti_torch_cpu_addmm_out",
+    "aoti_torch_device_type_cpu", "aoti_torch_empty_strided", "torch::headeronly::BFloat16", "torch::headeronly::Half",
+    "torch::headeronly::ScalarType", "torch::headeronly::toString", "torch::stable::Tensor",
+    "torch::stable::contiguous", "torch::stable::copy_", "torch::stable::narrow", "torch::stable::parallel_for",
+    "torch::stable::select", "torch::stable::transpose", "torch::stable::zero_",
+}  # fmt: skip
+OF_TORCH = re.compile(r"\b(?:torch::(?:stable|headeronly)::\w+|aoti_torch_\w+(?=\()|(?:AOTI|STABLE|STD|TORCH)_[A-Z_]+)")
+
+
+def test_the_kernels_use_names_of_the_oldest_torch():
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*.h")]
+    used = {name for path in sources for name in OF_TORCH.findall(path.read_text())}
+    assert used == OF_TORCH_2_10
