@@ -159,6 +159,8 @@ def numbers() -> list[tuple[str, str]]:
 
 # Inductor's composition of these isn't bit for bit what the kernel or eager mode computes.
 ROUNDED = {"surrogate_gradient", "clip_gradient_norm"}
+COMPUTED = "Dynamo 2.10 makes a number that Python computes with a constant"
+COMPUTED_WITH = {"info_nce_loss temperature", "lambda_loss log_base"}
 AT_LEAST = {"log_base": 1.0, "regularization_strength": 10.0}
 # The first samples don't depend on these numbers, or draw at random.
 GIVEN = {
@@ -202,6 +204,8 @@ def test_every_number_of_a_public_function_is_found():
 @pytest.mark.parametrize(("name", "number"), numbers())
 def test_a_schedule_of_numbers_is_compiled_twice(name, number):
     """A number compiles the program once, and once more when it turns out to vary; that program is right for all."""
+    if name + " " + number in COMPUTED_WITH and torch.__version__ < (2, 13):
+        pytest.skip(COMPUTED)
     info = FUNCTIONS[name]
     sample = next(s for s in info.samples(torch.device("cpu"), torch.float32) if s.args[0].numel() > 2)
     names = [*inspect.signature(info.function).parameters]
@@ -339,6 +343,8 @@ IN_TRANSFORMS = {"grad", "vmap of grad", "hessian", "tangent of grad"}
 def test_any_op_with_a_number_is_compiled_twice(how):
     if how in IN_TRANSFORMS and torch.__version__ < (2, 13):
         pytest.skip("Dynamo 2.10 makes a number within torch.func a constant, with torch's ops too")
+    if how == "another" and torch.__version__ < (2, 13):
+        pytest.skip(COMPUTED)
     compiled_twice(CALLS[how])
 
 

@@ -239,7 +239,7 @@ def check(info: OpInfo, sample: Sample) -> None:
     size, of_factors = (
         _largest(t for t in tensors if t.is_floating_point()) for tensors in (wide.inputs, wide.tensors)
     )
-    sizes: list[Tensor | float] = [size] * outputs + [of_factors] * len(inputs)
+    sizes: list[Tensor | float] = [*([size] * outputs), *([of_factors] * len(inputs))]
     if info.term_size is not None:
         terms = flatten(info.term_size(*wide.sample.args, **wide.sample.kwargs))
         sizes[:outputs] = [t.detach().nan_to_num(0, 0, 0).clamp_min(size) for t in terms]
