@@ -33,15 +33,15 @@ HEAD = [
     "# Launches",
     "",
     "Written by `make docs` from `python -m benchmarks.launches`, which runs the Triton kernels under the "
-    "interpreter; nothing here was measured on a GPU. Each row shows the op's first sample with a dynamic size, in "
-    f"float32 and grown to about {ELEMENTS:,} elements. It has the launches of our kernels in forward and in "
-    "backward; the number of variants that Triton compiles on the first call (other sizes add at most two for each "
-    "kernel, for multiples of 16 and for other sizes); the bytes of the launches' tensors, as a multiple of the "
-    "least that must be moved; and the torch ops on the way that wait for the device or copy from the host, which "
-    "keep the call out of a CUDA graph.",
+    "interpreter; nothing here was measured on a GPU. Each row shows the op's first sample with a dynamic size, "
+    f"in float32 and grown to about {ELEMENTS:,} elements. It has the launches of our kernels in forward and in "
+    "backward; the calls of torch's own kernels beside them in forward; the number of variants that Triton "
+    "compiles on the first call (other sizes add at most two for each kernel, for multiples of 16 and for other "
+    "sizes); the bytes of the launches' tensors, as a multiple of the least that must be moved; and the torch ops"
+    " on the way that wait for the device or copy from the host, which keep the call out of a CUDA graph.",
     "",
-    "| op | forward | backward | compiled | bytes × least | waits |",
-    "|---|--:|--:|--:|--:|---|",
+    "| op | forward | backward | torch's | compiled | bytes × least | waits |",
+    "|---|--:|--:|--:|--:|--:|---|",
 ]
 
 AIMS = [
@@ -195,7 +195,8 @@ def row(info: OpInfo) -> str | None:
     arguments = (*sample.args, *sample.kwargs.values())
     least = sum(map(sum, least_traffic(arguments, call(info, sample)[0], leaves(arguments))))
     moved = sum(launch.bytes for launch in launches)
-    counts = [len(forward.launches), len(backward.launches), len({launch.compiled for launch in launches})]
+    compiled = {launch.compiled for launch in launches}
+    counts = [len(forward.launches), len(backward.launches), len(forward.calls), len(compiled)]
     waits = ", ".join(f"`{name}`" for name in sorted(forward.waits | backward.waits))
     return f"| `{info.name}` | {' | '.join(map(str, counts))} | {moved / least:.2f} | {waits} |"
 

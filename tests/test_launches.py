@@ -45,6 +45,18 @@ def test_pointwise_ops_launch_nothing_but_their_own_kernels(op):
     assert backward.launches and len(backward.calls) <= 3
 
 
+FEW = ("softmax_loss", "list_net_loss", *(op for op in FUNCTIONS if op.startswith("pairwise") and "mse" not in op))
+
+
+@pytest.mark.parametrize("op", FEW)
+def test_list_losses_are_few_kernels(op):
+    """Forward of a padded batch is at most 3 launches of our kernels and 15 of torch's."""
+    for sample in samples(FUNCTIONS[op]):
+        if "cu_lengths" not in sample.kwargs:
+            forward, _ = trace_of(FUNCTIONS[op], sample)
+            assert len(forward.launches) <= 3 and len(forward.calls) <= 15, forward.calls
+
+
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_new_sizes_compile_nothing(op):
     """Each kernel has at most three variants: for size 1, for multiples of 16 and for all other sizes."""

@@ -322,6 +322,9 @@ def test_numbers_of_any_kind(k, two):
         same(loss(SCORES, LABELS, **{option: two}), loss(SCORES, LABELS, **{option: 2.0}))
     for name in ("list_mle_loss", "neural_sort_ndcg_loss", *METRICS):
         same(getattr(co, name)(SCORES, LABELS, k=k), getattr(co, name)(SCORES, LABELS, k=2))
+    for name in METRICS:
+        for several in ([k, 1], (k, T(1)), np.array([2, 1]), T([2, 1])):
+            same(getattr(co, name)(SCORES, LABELS, k=several), getattr(co, name)(SCORES, LABELS, k=[2, 1]))
 
 
 @pytest.mark.parametrize("half", [np.float16(0.5), T(0.5), Fraction(1, 2), np.array(0.5)])

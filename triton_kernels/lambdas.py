@@ -17,7 +17,6 @@ from custom_ops.triton_kernels.lists import (
     WIDE,
     Lists,
     columns,
-    list_scale,
     reducing,
     relative_gains,
     share_of,
@@ -191,10 +190,9 @@ def lambda_pairs_kernel(
 
 
 def _pairs(
+    lists: Lists,
     scores: Tensor,
     labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
     item_weights: Tensor | None,
     v: Tensor | None,
     weighting: int,
@@ -206,11 +204,7 @@ def _pairs(
     scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores, labels = scores.contiguous(), labels.contiguous()
-    lists = Lists(scores, valid, offsets)
-    given = (labels, item_weights, v)
-    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in given):
-        raise RuntimeError("labels, item_weights, v: expected the shape and dtype of the scores")
+    scores, labels, weights, vector = lists.operands(scores, labels, item_weights, v)
     owners, stride = lists.owners()
     by_item = owners.reshape(lists.examples if stride else 1, lists.items)
     by_item = by_item.expand(lists.examples, lists.items).reshape(scores.shape)
@@ -238,12 +232,11 @@ def _pairs(
         best = discount_of(place).masked_fill(place >= k, 0)
         most = lists.sum((gains * best).masked_fill(~owned, 0))
         some = ~(most <= 0)
-        gain = list_scale(torch.where(some, ones / most, 0), gains, valid, offsets).to(scores.dtype)
+        gain = lists.scale(torch.where(some, ones / most, 0), gains).to(scores.dtype)
         discount = discount_of(rank).to(scores.dtype)
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
-    weights, vector = (scores if x is None else x.contiguous() for x in (item_weights, v))  # or a placeholder
     from_top = (rank - min(k, lists.items)).to(torch.int32)  # negative in the top k
     lambda_pairs_kernel(
         lists.examples * blocks,
@@ -258,7 +251,7 @@ def _pairs(
     factor = torch.full_like(pairs, scale, dtype=torch.float64)
     if normalize:
         factor = factor / torch.where(pairs > 0, pairs, 1)
-    moved = list_scale(factor * (sigma if v is None else sigma * sigma), slope, valid, offsets)
+    moved = lists.scale(factor * (sigma if v is None else sigma * sigma), slope)
     loss = torch.where(active, lists.sum(value) * factor, 0)
     return loss.to(scores.dtype), moved.to(scores.dtype), active
 
@@ -270,10 +263,9 @@ def discount_of(rank: Tensor) -> Tensor:
 
 @reducing
 def lambda_pairs(
+    lists: Lists,
     scores: Tensor,
     labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
     item_weights: Tensor | None,
     weighting: int,
     k: int,
@@ -284,9 +276,11 @@ def lambda_pairs(
     scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _pairs(
-        scores, labels, valid, offsets, item_weights, None, weighting, k, both, exponential, sigma, mu, scale, normalize
+    loss, slope, active = _pairs(
+        lists, scores, labels, item_weights, None, weighting, k, both, exponential, sigma, mu, scale, normalize
     )
+    lists.mark_undefined(labels, loss, active)
+    return loss, slope, active
 
 
 def lambda_pairs_slope(
@@ -305,6 +299,7 @@ def lambda_pairs_slope(
     scale: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(
-        scores, labels, valid, offsets, item_weights, v, weighting, k, both, exponential, sigma, mu, scale, normalize
-    )[1]
+    lists = Lists(scores, valid, offsets)
+    return _pairs(lists, scores, labels, item_weights, v, weighting, k, both, exponential, sigma, mu, scale, normalize)[
+        1
+    ]

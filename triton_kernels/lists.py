@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _BLOCK = 512
 TILES = tl.constexpr(32)
 # These are the reasons why some kernels have no wide loads (see `kernel`).
 PAIRS = "computes on pairs: reads n numbers, which caches hold, for n² of them"
-_ANYWHERE = "a list begins at any place, on which its sums may not depend"
+ANYWHERE = "a list begins at any place, on which its sums may not depend"
 
 
 class Lists:
@@ -39,12 +40,14 @@ class Lists:
         self.examples, self.items = math.prod(self.batch), x.shape[-1]
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape):
             raise RuntimeError("mask: expected bool of the shape of the scores")
-        self.masked = valid is not None
-        # These aren't read without a mask or with a single list.
-        self.valid = x.new_ones(1, dtype=torch.uint8) if valid is None else valid.contiguous().view(torch.uint8)
+        self.masked, self.device = valid is not None, x.device
+        # It isn't read without a mask.
+        self.valid = x.new_empty(1, dtype=torch.uint8) if valid is None else valid.contiguous().view(torch.uint8)
         if offsets is None:
-            self.bounds = torch.arange(2, device=x.device) * self.items
-            self.ids = self.bounds.new_zeros(1, dtype=torch.int32)
+            n = self.items
+            self.bounds = (
+                torch.arange(0, n + 1, n, device=x.device) if n else torch.zeros(2, dtype=torch.int64, device=x.device)
+            )
             self.lists, self.several = 1, False
         else:
             if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
@@ -52,10 +55,19 @@ class Lists:
             self.bounds = offsets.clamp(0, self.items).cummax(0).values
             expected = f"cu_lengths: expected non-decreasing values from 0 to {self.items}"
             assert_async((self.bounds == offsets).all(), expected)
-            at = torch.arange(self.items, device=x.device)
-            self.places = torch.searchsorted(self.bounds, at, right=True) - 1  # -1 before all lists, L after them
             self.lists, self.several = offsets.shape[0] - 1, True
-            self.ids = torch.where(self.places < self.lists, self.places, -1).to(torch.int32)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Return the list [T] of each item of several lists: -1 before all lists, L after them."""
+        return torch.searchsorted(self.bounds, torch.arange(self.items, device=self.device), right=True) - 1
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Return the list [T] of each item, or -1 outside of all. With a single list nothing reads it."""
+        if not self.several:
+            return self.bounds.new_empty(1, dtype=torch.int32)
+        return torch.where(self.places < self.lists, self.places, -1).to(torch.int32)
 
     @property
     def variant(self) -> tuple[bool, bool]:
@@ -65,10 +77,10 @@ class Lists:
         """Return each item's list (-1 if it isn't valid or in no list), and the distance between examples in that
         tensor.
         """
-        ids = self.ids if self.several else self.ids.expand(self.items)
+        ids = self.ids if self.several else self.bounds.new_zeros(self.items, dtype=torch.int32)
         if self.masked:
             ids = torch.where(self.valid != 0, ids, -1)
-        return ids.contiguous(), self.items if self.masked else 0
+        return ids, self.items if self.masked else 0
 
     def ranks(self, key: Tensor) -> Tensor:
         """Return the place [..., T] of each item in its list by descending key, from 0, ties by position."""
@@ -78,8 +90,26 @@ class Lists:
             at = at - self.bounds[self.places.clamp(0, self.lists)]
         return torch.empty_like(order).scatter_(-1, order, at.expand(order.shape))
 
+    def operands(self, scores: Tensor, labels: Tensor, *optional: Tensor | None) -> list[Tensor]:
+        """Return the tensors for a kernel. The scores stand for one that is missing, which the kernel doesn't read."""
+        given = [scores if x is None else x for x in (labels, *optional)]
+        if any(x.shape != scores.shape or x.dtype != scores.dtype for x in given):
+            raise RuntimeError("labels, item_weights, v: expected the shape and dtype of the scores")
+        return [x.contiguous() for x in (scores, *given)]
+
+    def results(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return room for the losses, the slope and the marks of a kernel that writes the items of all lists."""
+        loss = self.per_list(scores)
+        slope = (torch.zeros if self.several else torch.empty)(scores.shape, dtype=scores.dtype, device=scores.device)
+        return loss, slope, torch.empty_like(loss, dtype=torch.bool)
+
     def per_list(self, x: Tensor) -> Tensor:
         return x.new_empty((*self.batch, self.lists))
+
+    def no_items(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the results of a loss of lists without items."""
+        loss = self.per_list(x).zero_()
+        return loss, torch.zeros_like(x), loss.bool()
 
     def to_items(self, x: Tensor) -> Tensor:
         """Return for each item [..., T] the value that x [..., L] has for its list; an item in no list gets an
@@ -96,6 +126,20 @@ class Lists:
         out = self.per_list(x)
         list_sum_kernel(self.examples * self.lists, x.contiguous(), out, self.bounds, self.items, self.lists)
         return out
+
+    def scale(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Return x [..., T] times its list's weight [..., L], or 0 where that is 0 and for an item of no list."""
+        out = x.new_empty(x.shape)
+        blocks = triton.cdiv(self.items, _BLOCK)
+        pointers = (weight.contiguous(), x.contiguous(), out, self.valid, self.ids)
+        sizes = (self.items, self.lists, blocks)
+        list_scale_kernel(self.examples * blocks, *pointers, *sizes, variant=self.variant)
+        return out
+
+    def mark_undefined(self, labels: Tensor, loss: Tensor, active: Tensor) -> None:
+        """Make the loss of each list with a NaN label NaN, in place."""
+        pointers = (labels.contiguous(), self.valid, self.bounds, loss, active.view(torch.uint8))
+        list_undefined_kernel(self.examples * self.lists, *pointers, self.items, self.lists, variant=self.masked)
 
     def largest(self, x: Tensor, least: float = 0) -> Tensor:
         """Return the largest [..., L] of ``least`` and x [..., T] over each list, masked items included."""
@@ -138,6 +182,19 @@ def relative_gains(labels: Tensor, highest: Tensor, exponential: bool) -> Tensor
     labels, highest = labels.double(), highest.double()
     gains = -torch.expm1(-math.log(2) * labels) * torch.exp2(labels - highest) if exponential else labels / highest
     return gains.masked_fill(labels <= 0, 0)
+
+
+@triton.jit
+def relative_gain(label, highest, EXPONENTIAL: tl.constexpr):
+    """Return what `relative_gains` does, in a kernel."""
+    if EXPONENTIAL:
+        x = label * -0.693147180559945309
+        u = tl.exp(x)  # e^x - 1 = (u - 1) x / log u, in which the error of u cancels
+        less = tl.where(u == 1, x, tl.where(u - 1 == -1, -1.0, (u - 1) * x / tl.log(u)))
+        gain = -less * tl.exp2(label - highest)
+    else:
+        gain = label / highest
+    return tl.where(label <= 0, 0.0, gain)
 
 
 VARIANTS: dict[Any, dict[str, Any]] = {
@@ -197,7 +254,7 @@ def sum_of_rows(shares):
     return tl.sum(shares, axis=1).to(tl.float64) * (TILES * shares.shape[1])
 
 
-@kernel("*T *T *i64 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}}, narrow=_ANYWHERE)
+@kernel("*T *T *i64 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}}, narrow=ANYWHERE)
 @triton.jit(do_not_specialize=["items", "lists"])
 def list_sum_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
@@ -211,7 +268,7 @@ def list_sum_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexp
     tl.store(out_ptr + program, tl.sum(total).to(x_ptr.dtype.element_ty))
 
 
-@kernel("*fp64 *fp64 *i64 i32 i32", ("fp64",), {None: {"BLOCK": _BLOCK}}, narrow=_ANYWHERE)
+@kernel("*fp64 *fp64 *i64 i32 i32", ("fp64",), {None: {"BLOCK": _BLOCK}}, narrow=ANYWHERE)
 @triton.jit(do_not_specialize=["items", "lists"])
 def list_scan_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
@@ -229,7 +286,7 @@ def list_scan_kernel(x_ptr, out_ptr, bounds_ptr, items, lists, BLOCK: tl.constex
     "*T *T *T *u8 *i64 i32 i32",
     WIDE,
     {masked: {"MASKED": masked, "BLOCK": _BLOCK} for masked in (False, True)},
-    narrow=_ANYWHERE,
+    narrow=ANYWHERE,
 )
 @triton.jit(do_not_specialize=["items", "lists"])
 def list_dot_kernel(
@@ -252,7 +309,7 @@ def list_dot_kernel(
     "*T *u8 *i64 *T *u8 i32 i32",
     WIDE,
     {masked: {"MASKED": masked, "BLOCK": _BLOCK} for masked in (False, True)},
-    narrow=_ANYWHERE,
+    narrow=ANYWHERE,
 )
 @triton.jit(do_not_specialize=["items", "lists"])
 def list_undefined_kernel(
@@ -307,15 +364,10 @@ def list_scale_kernel(
 
 
 def list_scale(weight: Tensor, x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
-    weight, x = weight.contiguous(), x.contiguous()
     lists = Lists(x, valid, offsets)
     if weight.shape != (*lists.batch, lists.lists):
         raise RuntimeError("weight: expected one for each list")
-    out = x.new_empty(x.shape)
-    blocks = triton.cdiv(lists.items, _BLOCK)
-    sizes = (lists.items, lists.lists, blocks)
-    list_scale_kernel(lists.examples * blocks, weight, x, out, lists.valid, lists.ids, *sizes, variant=lists.variant)
-    return out
+    return lists.scale(weight, x)
 
 
 def list_dot(x: Tensor, y: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -346,7 +398,7 @@ def _over_active(x: Tensor, active: Tensor, mean: bool, dims: tuple[int, ...]) -
 
 
 def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return the launcher of a list loss, made of one that returns the loss of each list.
+    """Return the launcher of a list loss, made of one that takes `Lists` and returns the loss of each list.
 
     Weights of the items come before the reduction.
     """
@@ -356,16 +408,14 @@ def reducing(launch: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[.
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = 0 if isinstance(rest[0], int) else 1
         reduction, batch_dims, *params = rest[given:]
-        loss, slope, active = launch(scores, labels, valid, offsets, *rest[:given], *params)
-        lists = Lists(labels, valid, offsets)
-        undefined = (labels.contiguous(), lists.valid, lists.bounds, loss, active.view(torch.uint8))
-        list_undefined_kernel(lists.examples * lists.lists, *undefined, lists.items, lists.lists, variant=lists.masked)
+        loss, slope, active = launch(Lists(scores, valid, offsets), scores, labels, *rest[:given], *params)
         if reduction == Reduction.NONE:
             return loss, slope, active
-        mean, dims = Reduction(reduction) == Reduction.MEAN, tuple(range(batch_dims, active.dim()))
-        total = list_total(loss, active, mean, batch_dims)
-        if mean:
-            slope = (slope / active.sum(dims, keepdim=True).clamp_min(1)).to(slope.dtype)
-        return total, slope, active
+        dims = tuple(range(batch_dims, active.dim()))
+        total = loss.sum(dims, dtype=torch.float64) if dims else loss.double()
+        if Reduction(reduction) == Reduction.MEAN:
+            count = (active.sum(dims, keepdim=True) if dims else active.long()).clamp_min(1)
+            total, slope = total / count.view(total.shape), (slope / count).to(slope.dtype)
+        return total.to(loss.dtype), slope, active
 
     return run

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from custom_ops._enums import PositionWeights, Ties
 from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import Lists, reducing, relative_gains
+from custom_ops.triton_kernels.lists import ANYWHERE, WIDE, Lists, load_valid, reducing, relative_gains
 
 
 @kernel(
@@ -110,10 +110,9 @@ class _Ordered:
 
     def __init__(
         self,
+        lists: Lists,
         scores: Tensor,
         labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
         item_weights: Tensor | None = None,
         by_score: bool = False,
         grouped: bool = True,
@@ -122,10 +121,10 @@ class _Ordered:
         if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in given):
             raise RuntimeError("labels, item_weights: expected the shape and dtype of the scores")
         self.dtype = scores.dtype
-        self.lists = lists = Lists(scores, valid, offsets)
+        self.lists = lists
         place = torch.arange(lists.items, device=scores.device)
         self.start, self.stop = lists.to_items(lists.bounds[:-1]), lists.to_items(lists.bounds[1:])
-        exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        exists = lists.valid != 0 if lists.masked else torch.ones_like(scores, dtype=torch.bool)
         if lists.several:
             exists = exists & (lists.ids >= 0)
         exists = exists.contiguous()
@@ -185,34 +184,146 @@ class _Ordered:
 # ---------------------------------------------------------------- softmax cross entropy
 
 
-class _ListSoftmax(_Ordered):
-    def __init__(
-        self, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, softmax_labels: bool
-    ) -> None:
-        super().__init__(scores, labels, valid, offsets)
-        self.p = self.y
-        if softmax_labels:
-            self.p = self._total(self.y).share(self.y)
-        self.total = self.sum(self.p)
-        self.sums = self._total(self.s)
-        self.q = self.sums.share(self.s)
+@triton.jit
+def _below(x, top):
+    """Return e^(x - top), which is 1 at an infinite top."""
+    return tl.where(x == top, 1.0, tl.exp(x - top))
 
-    def _total(self, x: Tensor) -> _Sums:
-        """Return the sums of e^x over the whole list, at each of its items."""
-        ones = torch.ones_like(x)
-        sums = self.scan(x, ones, ones, self.exists)
-        return self.at(sums, (self.stop - 1).expand(x.shape), ~self.exists).defined()
 
-    def loss(self) -> Tensor:
-        below = torch.where(self.s == self.sums.top, 0, self.sums.top / 2 - self.s / 2)  # halves can't overflow
-        return self.sum(2 * _weigh(self.p, below) + self.p * self.sums.a.log())
+@triton.jit
+def _defined(top, mass):
+    """Return a sum of e^(x - top), or NaN where several items are at an infinite top and have no difference."""
+    return tl.where((tl.abs(top) == float("inf")) & (mass > 1), float("nan"), mass)
 
-    def slope(self) -> Tensor:
-        return self.lists.to_items(self.total) * self.q - self.p
 
-    def product(self, v: Tensor) -> Tensor:
-        mean = self.sum(self.q * v)
-        return self.lists.to_items(self.total) * self.q * (v - self.lists.to_items(mean))
+@kernel(
+    "*T *T *T *u8 *i64 *T *T *u8 i32 i32",
+    WIDE,
+    {
+        (masked, softmax_labels, product): {
+            "MASKED": masked,
+            "SOFTMAX_LABELS": softmax_labels,
+            "PRODUCT": product,
+            "BLOCK": 256,
+        }
+        for masked in (False, True)
+        for softmax_labels in (False, True)
+        for product in (False, True)
+    },
+    narrow=ANYWHERE,
+)
+@triton.jit(do_not_specialize=["items", "lists"])
+def list_softmax_kernel(
+    score_ptr,
+    label_ptr,
+    v_ptr,
+    valid_ptr,
+    bounds_ptr,
+    loss_ptr,
+    slope_ptr,
+    active_ptr,
+    items,
+    lists,
+    MASKED: tl.constexpr,
+    SOFTMAX_LABELS: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a list's loss, whether it contributes, and its slope, or the product of its Hessian and v."""
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    none = float("-inf")
+    best = tl.full([BLOCK], none, score_ptr.dtype.element_ty)
+    high, low = best, -best
+    count, undefined = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        at = base + first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, at, at < base + stop, MASKED)
+        s = tl.load(score_ptr + at, mask=valid, other=none)
+        y = tl.load(label_ptr + at, mask=valid, other=0)
+        best = tl.where(s > best, s, best)
+        high = tl.where(valid & (y > high), y, high)
+        low = tl.where(valid & (y < low), y, low)
+        undefined |= (y != y).to(tl.int32)
+        count += valid.to(tl.int32)
+    top, highest = tl.max(best), tl.max(high)
+    wrong = tl.max(undefined) > 0
+    contributes = (tl.sum(count) > 1) & (wrong | (highest != tl.min(low)))
+
+    masses, labels = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        at = base + first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, at, at < base + stop, MASKED)
+        s = tl.load(score_ptr + at, mask=valid, other=none)
+        y = tl.load(label_ptr + at, mask=valid, other=0)
+        masses += tl.where(valid, _below(s, top), 0.0).to(tl.float64)
+        if SOFTMAX_LABELS:
+            labels += tl.where(valid, _below(y, highest), 0.0).to(tl.float64)
+        else:
+            labels += y.to(tl.float64)
+    mass, total = _defined(top, tl.sum(masses)), tl.sum(labels)
+    divisor = mass.to(top.dtype)
+    whole = divisor  # the sum of the labels' exponentials
+    if SOFTMAX_LABELS:
+        whole = _defined(highest, total).to(top.dtype)
+        total = total / total
+    means, terms = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    if PRODUCT:
+        for first in range(start, stop, BLOCK):
+            at = base + first + tl.arange(0, BLOCK)
+            valid = load_valid(valid_ptr, at, at < base + stop, MASKED)
+            s = tl.load(score_ptr + at, mask=valid, other=none)
+            v = tl.load(v_ptr + at, mask=valid, other=0)
+            means += tl.where(valid, _below(s, top) / divisor * v, 0.0).to(tl.float64)
+    mean, weight = tl.sum(means).to(top.dtype), total.to(top.dtype)
+    for first in range(start, stop, BLOCK):
+        at = base + first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, at, at < base + stop, MASKED)
+        s = tl.load(score_ptr + at, mask=valid, other=none)
+        q = _below(s, top) / divisor
+        if PRODUCT:
+            slope = weight * q * (tl.load(v_ptr + at, mask=valid, other=0) - mean)
+        else:
+            p = tl.load(label_ptr + at, mask=valid, other=0)
+            if SOFTMAX_LABELS:
+                p = _below(p, highest) / whole
+            half = tl.where(s == top, 0.0, 0.5 * top - 0.5 * s)  # halves can't overflow
+            terms += tl.where(valid & (p != 0), p * half, 0.0).to(tl.float64)
+            slope = weight * q - p
+        tl.store(slope_ptr + at, tl.where(valid & contributes, slope, 0.0), mask=at < base + stop)
+    if not PRODUCT:
+        loss = 2.0 * tl.sum(terms) + total * tl.log(mass)
+        loss = tl.where(wrong, float("nan"), tl.where(contributes, loss, 0.0))
+        tl.store(loss_ptr + program, loss.to(top.dtype))
+        tl.store(active_ptr + program, (contributes | wrong).to(tl.uint8))
+
+
+def _softmax(
+    lists: Lists, scores: Tensor, labels: Tensor, v: Tensor | None, softmax_labels: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = lists.operands(scores, labels, v)
+    loss, slope, active = lists.results(scores)
+    pointers = (*given, lists.valid, lists.bounds, loss, slope, active.view(torch.uint8))
+    variant = (lists.masked, softmax_labels, v is not None)
+    list_softmax_kernel(loss.numel(), *pointers, lists.items, lists.lists, variant=variant)
+    return loss, slope, active
+
+
+@reducing
+def list_softmax(lists: Lists, scores: Tensor, labels: Tensor, softmax_labels: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _softmax(lists, scores, labels, None, softmax_labels)
+
+
+def list_softmax_slope(
+    scores: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    v: Tensor | None,
+    softmax_labels: bool,
+) -> Tensor:
+    return _softmax(Lists(scores, valid, offsets), scores, labels, v, softmax_labels)[1]
 
 
 # ---------------------------------------------------------------- scans in label order
@@ -248,10 +359,9 @@ class _Competing(_Ordered):
 class _ListMle(_Competing):
     def __init__(
         self,
+        lists: Lists,
         scores: Tensor,
         labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
         item_weights: Tensor | None,
         ties: int,
         weights: int,
@@ -259,7 +369,7 @@ class _ListMle(_Competing):
     ) -> None:
         ties, weights = Ties(ties), PositionWeights(weights)
         options = {"by_score": ties == Ties.SCORE, "grouped": ties == Ties.BRESLOW}
-        super().__init__(scores, labels, valid, offsets, item_weights, **options)
+        super().__init__(lists, scores, labels, item_weights, **options)
         place = (torch.arange(self.lists.items, device=scores.device) - self.start).double()
         w = torch.ones_like(self.s)
         if weights == PositionWeights.EXPONENTIAL:
@@ -302,14 +412,13 @@ class _ListMle(_Competing):
 class _UniqueSoftmax(_Competing):
     def __init__(
         self,
+        lists: Lists,
         scores: Tensor,
         labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
         item_weights: Tensor | None,
         exponential: bool,
     ) -> None:
-        super().__init__(scores, labels, valid, offsets, item_weights)
+        super().__init__(lists, scores, labels, item_weights)
         self.active = self.active & ~(self.top <= 0)
         top = self.lists.to_items(self.top)
         self.w = relative_gains(self.y, top, exponential) / relative_gains(top, top, exponential) * self.weight
@@ -352,15 +461,14 @@ class _Cosent(_Competing):
 
     def __init__(
         self,
+        lists: Lists,
         scores: Tensor,
         labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
         item_weights: Tensor | None,
         scale: float,
     ) -> None:
         self.scale = scale
-        super().__init__(scores, labels, valid, offsets, item_weights)
+        super().__init__(lists, scores, labels, item_weights)
         self.most = _Term(*(self.lists.per_list(self.s).zero_() for _ in range(3)))
         term = _term(self.lower.top, self.s, self.lower.a * self.weight)
         some = self.exists & (self.lower.a != 0)
@@ -416,12 +524,13 @@ class _Cosent(_Competing):
 # ---------------------------------------------------------------- launchers
 
 
-def _loss(kind: Any, scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, *params: Any) -> Any:
+def _loss(kind: Any, lists: Lists, scores: Tensor, labels: Tensor, *params: Any) -> tuple[Tensor, Tensor, Tensor]:
     if scores.numel() == 0:
-        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
-        return loss, scores.new_empty(scores.shape), loss.bool()
-    lists = kind(scores, labels, valid, offsets, *params)
-    return lists.results(lists.loss(), lists.slope())
+        return lists.no_items(scores)
+    ordered = kind(lists, scores, labels, *params)
+    loss, slope, active = ordered.results(ordered.loss(), ordered.slope())
+    lists.mark_undefined(labels, loss, active)
+    return loss, slope, active
 
 
 def _slope(
@@ -430,24 +539,16 @@ def _slope(
     labels: Tensor,
     valid: Tensor | None,
     offsets: Tensor | None,
+    item_weights: Tensor | None,
     v: Tensor | None,
     *params: Any,
-) -> Any:
+) -> Tensor:
     if scores.numel() == 0:
         return scores.new_empty(scores.shape)
-    lists = kind(scores, labels, valid, offsets, *params)
-    return lists.result(lists.slope() if v is None else lists.product(lists.sorted(v)))
+    ordered = kind(Lists(scores, valid, offsets), scores, labels, item_weights, *params)
+    return ordered.result(ordered.slope() if v is None else ordered.product(ordered.sorted(v)))
 
 
-def _weighted_slope(kind: Any, *args: Any) -> Any:
-    *lists, item_weights, v = args[:6]
-    return _slope(kind, *lists, v, item_weights, *args[6:])
-
-
-list_softmax, list_softmax_slope = reducing(partial(_loss, _ListSoftmax)), partial(_slope, _ListSoftmax)
-list_mle, list_mle_slope = reducing(partial(_loss, _ListMle)), partial(_weighted_slope, _ListMle)
-unique_softmax, unique_softmax_slope = (
-    reducing(partial(_loss, _UniqueSoftmax)),
-    partial(_weighted_slope, _UniqueSoftmax),
-)
-cosent, cosent_slope = reducing(partial(_loss, _Cosent)), partial(_weighted_slope, _Cosent)
+list_mle, list_mle_slope = reducing(partial(_loss, _ListMle)), partial(_slope, _ListMle)
+unique_softmax, unique_softmax_slope = reducing(partial(_loss, _UniqueSoftmax)), partial(_slope, _UniqueSoftmax)
+cosent, cosent_slope = reducing(partial(_loss, _Cosent)), partial(_slope, _Cosent)

@@ -207,10 +207,9 @@ class _NeuralSort:
 
     def __init__(
         self,
+        lists: Lists,
         scores: Tensor,
         labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
         temperature: float,
         k: int,
         exponential: bool,
@@ -218,8 +217,8 @@ class _NeuralSort:
         if labels.shape != scores.shape or labels.dtype != scores.dtype:
             raise RuntimeError("labels: expected the shape and dtype of the scores")
         self.temperature, self.dtype = temperature, scores.dtype
-        self.lists = lists = Lists(scores, valid, offsets)
-        exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        self.lists = lists
+        exists = lists.valid != 0 if lists.masked else torch.ones_like(scores, dtype=torch.bool)
         if lists.several:
             exists = exists & (lists.ids >= 0)
         first = lists.to_items(lists.bounds[:-1].clamp_max(lists.items - 1))
@@ -318,26 +317,17 @@ class _NeuralSort:
         return u, self.opposed(u)
 
 
-def _has_no_list(offsets: Tensor | None) -> bool:
-    return offsets is not None and offsets.shape[0] == 1
-
-
 @reducing
 def neural_sort(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    temperature: float,
-    k: int,
-    exponential: bool,
+    lists: Lists, scores: Tensor, labels: Tensor, temperature: float, k: int, exponential: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if scores.numel() == 0 or _has_no_list(offsets):
-        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
-        return loss, torch.zeros_like(scores), loss.bool()
-    lists = _NeuralSort(scores, labels, valid, offsets, temperature, k, exponential)
-    rows = lists.rows(lists.x, lists.x, tangent=False)
-    return lists.loss(rows[1]), lists.slope(rows, lists.x, lists.x, tangent=False), lists.active
+    if scores.numel() == 0 or lists.lists == 0:
+        return lists.no_items(scores)
+    ordered = _NeuralSort(lists, scores, labels, temperature, k, exponential)
+    rows = ordered.rows(ordered.x, ordered.x, tangent=False)
+    loss, slope = ordered.loss(rows[1]), ordered.slope(rows, ordered.x, ordered.x, tangent=False)
+    lists.mark_undefined(labels, loss, ordered.active)
+    return loss, slope, ordered.active
 
 
 def neural_sort_slope(
@@ -350,8 +340,9 @@ def neural_sort_slope(
     k: int,
     exponential: bool,
 ) -> Tensor:
-    if scores.numel() == 0 or _has_no_list(offsets):
+    lists = Lists(scores, valid, offsets)
+    if scores.numel() == 0 or lists.lists == 0:
         return torch.zeros_like(scores)
-    lists = _NeuralSort(scores, labels, valid, offsets, temperature, k, exponential)
-    u, q = (lists.x, lists.x) if v is None else lists.tangents(v)
-    return lists.slope(lists.rows(u, q, v is not None), u, q, v is not None)
+    ordered = _NeuralSort(lists, scores, labels, temperature, k, exponential)
+    u, q = (ordered.x, ordered.x) if v is None else ordered.tangents(v)
+    return ordered.slope(ordered.rows(u, q, v is not None), u, q, v is not None)

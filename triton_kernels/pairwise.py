@@ -10,12 +10,13 @@ from torch import Tensor
 from custom_ops._enums import PairFunction
 from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import (
+    ANYWHERE,
     PAIRS,
     TILES,
     WIDE,
     Lists,
     columns,
-    list_scale,
+    load_valid,
     reducing,
     share_of,
     sum_of_rows,
@@ -23,6 +24,7 @@ from custom_ops.triton_kernels.lists import (
 )
 
 _ROWS, _COLUMNS = 16, 32
+_BLOCK = 256  # items of a list at a time
 
 # These are the functions of a pair's difference d, in `pairwise` and in `pairwise_hinge`, whose d has the margin
 # subtracted.
@@ -225,11 +227,58 @@ def pairwise_kernel(
     tl.store(count_ptr + example + i, count.to(s_i.dtype), mask=i < items)
 
 
+@kernel(
+    "*fp64 *T *T *u8 *i64 *T *fp64 *u8 fp64 i32 i32",
+    WIDE,
+    {
+        (masked, normalize): {"MASKED": masked, "NORMALIZE": normalize, "BLOCK": _BLOCK}
+        for masked in (False, True)
+        for normalize in (False, True)
+    },
+    narrow=ANYWHERE,
+)
+@triton.jit(do_not_specialize=["items", "lists"])
+def pairwise_lists_kernel(
+    value_ptr,
+    count_ptr,
+    label_ptr,
+    valid_ptr,
+    bounds_ptr,
+    loss_ptr,
+    weight_ptr,
+    active_ptr,
+    factor: tl.float64,
+    items,
+    lists,
+    MASKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a list's loss, the weight of its items' slopes, and whether it has a pair or a NaN label."""
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    values, counts = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    undefined = tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        values += tl.load(value_ptr + base + item, mask=item < stop, other=0)
+        counts += tl.load(count_ptr + base + item, mask=item < stop, other=0)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        label = tl.load(label_ptr + base + item, mask=valid, other=0)
+        undefined |= (label != label).to(tl.int32)
+    pairs, wrong = tl.sum(counts), tl.max(undefined) > 0
+    share = 1.0 / tl.where(pairs > 0, pairs, 1.0) if NORMALIZE else pairs * 0 + 1
+    loss = tl.where(wrong, float("nan"), tl.sum(values) * share)
+    tl.store(loss_ptr + program, loss.to(label_ptr.dtype.element_ty))
+    tl.store(weight_ptr + program, factor * share)
+    tl.store(active_ptr + program, ((pairs > 0) | wrong).to(tl.uint8))
+
+
 def _pairs(
+    lists: Lists,
     scores: Tensor,
     labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
     item_weights: Tensor | None,
     v: Tensor | None,
     phi: int,
@@ -237,44 +286,38 @@ def _pairs(
     shift: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, slope (or Hessian times v) and number of pairs of the sum of phi(factor (s_i - s_j) + shift)."""
-    scores, labels = scores.contiguous(), labels.contiguous()
-    lists = Lists(scores, valid, offsets)
-    given = (labels, item_weights, v)
-    if any(x is not None and (x.shape != scores.shape or x.dtype != scores.dtype) for x in given):
-        raise RuntimeError("labels, item_weights, v: expected the shape and dtype of the scores")
+    """Return loss, slope (or Hessian times v) and contribution of the sum of phi(factor (s_i - s_j) + shift)."""
+    scores, labels, weights, vector = lists.operands(scores, labels, item_weights, v)
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
-    weights, vector = (scores if x is None else x.contiguous() for x in (item_weights, v))  # or a placeholder
     owners, stride = lists.owners()
     pointers = (scores, labels, weights, vector, owners, lists.bounds, slope, value, count)
     sizes = (lists.items, stride, lists.lists, blocks)
     variant = (phi, v is not None, item_weights is not None)
     pairwise_kernel(lists.examples * blocks, *pointers, factor, shift, *sizes, variant=variant)
-    pairs = lists.sum(count)
-    loss, weight = lists.sum(value), torch.ones_like(pairs, dtype=torch.float64)
-    if normalize:
-        weight = weight / torch.where(pairs > 0, pairs, 1)
-    slope = list_scale((factor if v is None else factor * factor) * weight, slope, valid, offsets)
-    return (loss * weight).to(scores.dtype), slope.to(scores.dtype), pairs
+    loss = lists.per_list(scores)
+    weight, active = (torch.empty_like(loss, dtype=dtype) for dtype in (torch.float64, torch.bool))
+    pairwise_lists_kernel(
+        loss.numel(),
+        *(value, count, labels, lists.valid, lists.bounds, loss, weight, active.view(torch.uint8)),
+        *(factor if v is None else factor * factor, lists.items, lists.lists),
+        variant=(lists.masked, normalize),
+    )
+    return loss, lists.scale(weight, slope).to(scores.dtype), active
 
 
 @reducing
 def pairwise(
+    lists: Lists,
     scores: Tensor,
     labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
     item_weights: Tensor | None,
     phi: int,
     sigma: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, slope, pairs = _pairs(
-        scores, labels, valid, offsets, item_weights, None, PairFunction(phi), sigma, 0.0, normalize
-    )
-    return loss, slope, pairs > 0
+    return _pairs(lists, scores, labels, item_weights, None, PairFunction(phi), sigma, 0.0, normalize)
 
 
 def pairwise_slope(
@@ -288,7 +331,8 @@ def pairwise_slope(
     sigma: float,
     normalize: bool,
 ) -> Tensor:
-    return _pairs(scores, labels, valid, offsets, item_weights, v, PairFunction(phi), sigma, 0.0, normalize)[1]
+    lists = Lists(scores, valid, offsets)
+    return _pairs(lists, scores, labels, item_weights, v, PairFunction(phi), sigma, 0.0, normalize)[1]
 
 
 # ---------------------------------------------------------------- hinge
@@ -296,18 +340,16 @@ def pairwise_slope(
 
 @reducing
 def pairwise_hinge(
+    lists: Lists,
     scores: Tensor,
     labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
     item_weights: Tensor | None,
     margin: float,
     squared: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     phi = SQUARED_HINGE.value if squared else HINGE.value
-    loss, slope, pairs = _pairs(scores, labels, valid, offsets, item_weights, None, phi, 1.0, -margin, normalize)
-    return loss, slope, pairs > 0
+    return _pairs(lists, scores, labels, item_weights, None, phi, 1.0, -margin, normalize)
 
 
 def pairwise_hinge_slope(
@@ -322,69 +364,131 @@ def pairwise_hinge_slope(
     normalize: bool,
 ) -> Tensor:
     phi = SQUARED_HINGE.value if squared else HINGE.value
-    return _pairs(scores, labels, valid, offsets, item_weights, v, phi, 1.0, -margin, normalize)[1]
+    return _pairs(Lists(scores, valid, offsets), scores, labels, item_weights, v, phi, 1.0, -margin, normalize)[1]
 
 
-# ---------------------------------------------------------------- squared error: no kernel of its own
+# ---------------------------------------------------------------- squared error: sums over the items
 
 
-def _centred(
-    x: Tensor, w: Tensor, lists: Lists, valid: Tensor | None, offsets: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x minus the weighted mean of its list (0 for invalid items), the sum of the weights, and which lists have
-    several items.
-    """
-    ones = torch.ones_like(x)
-    count = lists.sum(ones if valid is None else valid.to(x.dtype))
-    total = lists.sum(w)
-    mean = lists.sum(torch.where(w == 0, 0, w * x)) / torch.where(total == 0, 1, total)
-    x = x - list_scale(mean, ones, valid, offsets)
-    return list_scale((count > 1).to(x.dtype), x, valid, offsets), total, count > 1
+@triton.jit
+def _error(s_ptr, y_ptr, v_ptr, at, valid, first_s, first_y, HESSIAN: tl.constexpr):
+    """Return score minus label, both relative to an item of the list, which keeps the digits far from 0; or v."""
+    if HESSIAN:
+        return tl.load(v_ptr + at, mask=valid, other=0).to(tl.float64)
+    else:
+        s = tl.load(s_ptr + at, mask=valid, other=0).to(tl.float64) - first_s
+        return s - (tl.load(y_ptr + at, mask=valid, other=0).to(tl.float64) - first_y)
 
 
-def _above_first(x: Tensor, lists: Lists, valid: Tensor | None) -> Tensor:
-    """Return x minus a valid item of its list, in float64, which keeps the digits of items far from 0."""
-    x = x.double()
-    if x.numel() == 0:
-        return x
-    first = lists.sort(torch.zeros_like(x)).gather(
-        -1, lists.to_items(lists.bounds[:-1].clamp_max(lists.items - 1)).expand(x.shape)
-    )
-    return x - x.gather(-1, first)
+@triton.jit
+def _weight(weight_ptr, at, valid, WEIGHTED: tl.constexpr):
+    if WEIGHTED:
+        return tl.load(weight_ptr + at, mask=valid, other=0).to(tl.float64)
+    else:
+        return valid.to(tl.float64)
+
+
+@kernel(
+    "*T *T *T *T *u8 *i64 *T *T *u8 i32 i32",
+    WIDE,
+    {
+        (masked, weighted, hessian, normalize): {
+            "MASKED": masked,
+            "WEIGHTED": weighted,
+            "HESSIAN": hessian,
+            "NORMALIZE": normalize,
+            "BLOCK": _BLOCK,
+        }
+        for masked in (False, True)
+        for weighted in (False, True)
+        for hessian in (False, True)
+        for normalize in (False, True)
+    },
+    narrow=ANYWHERE,
+    registers=96,
+)
+@triton.jit(do_not_specialize=["items", "lists"])
+def pairwise_mse_kernel(
+    s_ptr,
+    y_ptr,
+    weight_ptr,
+    v_ptr,
+    valid_ptr,
+    bounds_ptr,
+    loss_ptr,
+    slope_ptr,
+    active_ptr,
+    items,
+    lists,
+    MASKED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    HESSIAN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a list's loss, whether it contributes, and its slope, or the product of its Hessian and v."""
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    begin = tl.full([BLOCK], 0, tl.int64) + stop
+    count, undefined = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    weights, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        y = tl.load(y_ptr + base + item, mask=valid, other=0)
+        w = _weight(weight_ptr, base + item, valid, WEIGHTED)
+        undefined |= (y != y).to(tl.int32)
+        begin = tl.where(valid & (item < begin), item, begin)
+        count += valid.to(tl.int32)
+        weights += w
+        squares += w * w
+    some = tl.min(begin)
+    first_s = tl.load(s_ptr + base + some, mask=some < stop, other=0).to(tl.float64)
+    first_y = tl.load(y_ptr + base + some, mask=some < stop, other=0).to(tl.float64)
+    several, wrong, total = tl.sum(count) > 1, tl.max(undefined) > 0, tl.sum(weights)
+    errors = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        w = _weight(weight_ptr, base + item, valid, WEIGHTED)
+        x = _error(s_ptr, y_ptr, v_ptr, base + item, valid, first_s, first_y, HESSIAN)
+        errors += tl.where(w == 0, 0.0, w * x)
+    mean = tl.sum(errors) / tl.where(total == 0, 1.0, total)
+    scale = total
+    if NORMALIZE:
+        scale = total / tl.where(several, total * total - tl.sum(squares), 1.0)
+    terms = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        w = _weight(weight_ptr, base + item, valid, WEIGHTED)
+        x = _error(s_ptr, y_ptr, v_ptr, base + item, valid, first_s, first_y, HESSIAN) - mean
+        counts = valid & several & (w != 0)
+        terms += tl.where(counts, w * x * x, 0.0)
+        slope = tl.where(counts, 4.0 * scale * (w * x), 0.0)
+        tl.store(slope_ptr + base + item, slope.to(s_ptr.dtype.element_ty), mask=item < stop)
+    loss = tl.where(wrong, float("nan"), 2.0 * scale * tl.sum(terms))
+    tl.store(loss_ptr + program, loss.to(s_ptr.dtype.element_ty))
+    tl.store(active_ptr + program, (several | wrong).to(tl.uint8))
 
 
 def _squares(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    item_weights: Tensor | None,
-    v: Tensor | None,
-    normalize: bool,
+    lists: Lists, scores: Tensor, labels: Tensor, item_weights: Tensor | None, v: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lists = Lists(scores, valid, offsets)
-    w = torch.ones_like(scores, dtype=torch.float64) if item_weights is None else item_weights.double()
-    w = w if valid is None else w.masked_fill(~valid, 0)
-    x = _above_first(scores, lists, valid) - _above_first(labels, lists, valid) if v is None else v.double()
-    x, total, several = _centred(x, w, lists, valid, offsets)
-    scale = total
-    if normalize:
-        pairs = total * total - lists.sum(w * w)
-        scale = total / torch.where(several, pairs, 1)
-    slope = list_scale(4 * scale, w * x, valid, offsets)
-    return (2 * scale * lists.sum(w * x * x)).to(scores.dtype), slope.to(scores.dtype), several
+    given = lists.operands(scores, labels, item_weights, v)
+    loss, slope, active = lists.results(scores)
+    pointers = (*given, lists.valid, lists.bounds, loss, slope, active.view(torch.uint8))
+    variant = (lists.masked, item_weights is not None, v is not None, normalize)
+    pairwise_mse_kernel(loss.numel(), *pointers, lists.items, lists.lists, variant=variant)
+    return loss, slope, active
 
 
 @reducing
 def pairwise_mse(
-    scores: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    item_weights: Tensor | None,
-    normalize: bool,
+    lists: Lists, scores: Tensor, labels: Tensor, item_weights: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _squares(scores, labels, valid, offsets, item_weights, None, normalize)
+    return _squares(lists, scores, labels, item_weights, None, normalize)
 
 
 def pairwise_mse_slope(
@@ -396,4 +500,4 @@ def pairwise_mse_slope(
     v: Tensor | None,
     normalize: bool,
 ) -> Tensor:
-    return _squares(scores, labels, valid, offsets, item_weights, v, normalize)[1]
+    return _squares(Lists(scores, valid, offsets), scores, labels, item_weights, v, normalize)[1]

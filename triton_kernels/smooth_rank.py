@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops._enums import SmoothMetric
-from custom_ops.triton_kernels.common import kernel
+from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import (
+    ANYWHERE,
     PAIRS,
     VARIANTS,
     WIDE,
@@ -21,10 +22,15 @@ from custom_ops.triton_kernels.lists import (
     load_list,
     load_valid,
     reducing,
-    relative_gains,
+    relative_gain,
 )
 
 _ROWS, _COLUMNS = 16, 32
+_BLOCK = 256  # items of a list at a time
+_DISCOUNTED = (SmoothMetric.NDCG, SmoothMetric.NDCG_LINEAR)
+_NDCG = constant(SmoothMetric.NDCG)
+_MRR, _AVERAGE_PRECISION = constant(SmoothMetric.MRR), constant(SmoothMetric.AVERAGE_PRECISION)
+_LN2 = tl.constexpr(math.log(2))
 
 
 def _variants(flag: str) -> dict[Any, dict[str, Any]]:
@@ -56,15 +62,152 @@ def _compare(own, other, scale):
 
 
 @kernel(
-    "*T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32", WIDE, _variants("MOVES"), narrow=PAIRS, registers=96, budget=168
+    "*T *T *i64 *u8 *i64 *T *T *u8 *u8 i32 i32",
+    WIDE,
+    {
+        (metric, masked): {
+            "METRIC": metric,
+            "DISCOUNTED": metric in _DISCOUNTED,
+            "MASKED": masked,
+            "BLOCK": _BLOCK,
+        }
+        for metric in map(int, SmoothMetric)
+        for masked in (False, True)
+    },
+    narrow=ANYWHERE,
+    registers=96,
+)
+@triton.jit(do_not_specialize=["items", "lists"])
+def smooth_rank_gain_kernel(
+    score_ptr,
+    label_ptr,
+    order_ptr,
+    valid_ptr,
+    bounds_ptr,
+    half_ptr,
+    gain_ptr,
+    active_ptr,
+    undefined_ptr,
+    items,
+    lists,
+    METRIC: tl.constexpr,
+    DISCOUNTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store halves of a list's scores, its gains over the total of the ideal ranking, and whether it contributes.
+
+    A list is undefined by a NaN label, or by a relevant item and another one at the same infinity, which have no order.
+    ``order`` is that of the labels; only metrics with a discount read it.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    none = float("-inf")
+    high = tl.full([BLOCK], none, label_ptr.dtype.element_ty)
+    low = -high
+    count, wrong = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        y = tl.load(label_ptr + base + item, mask=valid, other=0)
+        high = tl.where(valid & (y > high), y, high)
+        low = tl.where(valid & (y < low), y, low)
+        wrong |= (y != y).to(tl.int32)
+        count += valid.to(tl.int32)
+    top, lowest, there, nan = tl.max(high), tl.min(low), tl.sum(count), tl.max(wrong) > 0
+    highest = top.to(tl.float64)
+    totals = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        if DISCOUNTED:
+            exists = item < start + there  # the valid items come first in the order
+            at = tl.load(order_ptr + base + item, mask=exists, other=0)
+            y = tl.load(label_ptr + base + at, mask=exists, other=0)
+            gain = relative_gain(y.to(tl.float64), highest, METRIC == _NDCG)
+            totals += gain / tl.log2((item - start + 2).to(tl.float64))
+        else:
+            valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+            y = tl.load(label_ptr + base + item, mask=valid, other=0)
+            totals += relative_gain(y.to(tl.float64), highest, False)
+    total = tl.sum(totals)
+    ranks = top != lowest  # whether the order of the items matters
+    if METRIC == _AVERAGE_PRECISION:
+        ranks = lowest <= 0
+    active = (there > 0) & (ranks | nan) & ((total > 0) | (total != total))
+    most = tl.full([1], 1.7976931348623157e308 if top.dtype == tl.float64 else 3.4028234663852886e38, top.dtype)
+    above, relevant_above = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    below, relevant_below = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        y = tl.load(label_ptr + base + item, mask=valid, other=0).to(tl.float64)
+        gain = tl.where(valid & active, relative_gain(y, highest, METRIC == _NDCG) / total, 0.0).to(top.dtype)
+        s = tl.load(score_ptr + base + item, mask=valid, other=0)
+        above += (s == -none).to(tl.int32)
+        below += (s == none).to(tl.int32)
+        relevant_above += ((s == -none) & (gain != 0)).to(tl.int32)
+        relevant_below += ((s == none) & (gain != 0)).to(tl.int32)
+        # Differences of halves can't overflow, and infinite scores are larger than all others.
+        half = tl.where(s == -none, most, tl.where(s == none, -most, 0.5 * s))
+        tl.store(half_ptr + base + item, half, mask=item < stop)
+        tl.store(gain_ptr + base + item, gain, mask=item < stop)
+    conflict = (tl.sum(above) > 1) & (tl.sum(relevant_above) > 0)
+    conflict |= (tl.sum(below) > 1) & (tl.sum(relevant_below) > 0)
+    tl.store(active_ptr + program, (active | nan).to(tl.uint8))
+    tl.store(undefined_ptr + program, (nan | (active & conflict)).to(tl.uint8))
+
+
+@triton.jit
+def _first_order(rank, relevant_rank, gain, METRIC: tl.constexpr):
+    """Return an item's share of the metric, and the loss's derivatives with respect to its ranks."""
+    share = gain / rank
+    if METRIC == _MRR:
+        return share, share / rank, tl.zeros_like(share)
+    elif METRIC == _AVERAGE_PRECISION:
+        return share * relevant_rank, share * relevant_rank / rank, -share
+    else:
+        log = tl.log(1.0 + rank)
+        share = gain * _LN2 / log
+        return share, share / ((1.0 + rank) * log), tl.zeros_like(share)
+
+
+@triton.jit
+def _second_order(rank, relevant_rank, gain, moved, moved_relevant, METRIC: tl.constexpr):
+    """Return the tangents of the derivatives along the ranks' tangents."""
+    share = gain / rank
+    if METRIC == _MRR:
+        return -2.0 * share / (rank * rank) * moved, tl.zeros_like(share)
+    elif METRIC == _AVERAGE_PRECISION:
+        return share / rank * (moved_relevant - 2.0 * relevant_rank / rank * moved), share / rank * moved
+    else:
+        log = tl.log(1.0 + rank)
+        share = gain * _LN2 / log
+        return -share * (log + 2.0) / ((1.0 + rank) * log) / ((1.0 + rank) * log) * moved, tl.zeros_like(share)
+
+
+@kernel(
+    "*T *T *T *T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32",
+    WIDE,
+    {
+        (metric, *key): {"METRIC": metric, **variant}
+        for metric in map(int, SmoothMetric)
+        for key, variant in _variants("MOVES").items()
+    },
+    narrow=PAIRS,
+    registers=96,
+    budget=176,
 )
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
 def smooth_rank_sum_kernel(
     halves_ptr,
     gain_ptr,
     v_ptr,
-    all_ptr,
-    relevant_ptr,
+    share_ptr,
+    of_all_ptr,
+    of_relevant_ptr,
+    moved_all_ptr,
+    moved_relevant_ptr,
     valid_ptr,
     ids_ptr,
     bounds_ptr,
@@ -72,15 +215,17 @@ def smooth_rank_sum_kernel(
     items,
     lists,
     blocks,
+    METRIC: tl.constexpr,
     MASKED: tl.constexpr,
     SEVERAL: tl.constexpr,
     MOVES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Store, for each item, the sums over the items of its list and over the relevant ones.
+    """Store each item's share of the metric, and the loss's derivatives with respect to its ranks among all items and
+    among the relevant ones.
 
-    The terms are sigmoid((s_j - s_i) scale) or, with MOVES, its derivative times v_j - v_i.
+    A rank is a sum of sigmoid((s_j - s_i) scale). With MOVES also the derivatives' tangents along v are stored.
     """
     base, row, ids, valid = _rows(valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
     s = tl.load(halves_ptr + base + row, mask=valid, other=0)
@@ -88,6 +233,7 @@ def smooth_rank_sum_kernel(
     v = tl.load(v_ptr + base + row, mask=valid & MOVES, other=0)
     start, stop = columns(bounds_ptr, ids, items, lists, SEVERAL)
     terms, among = tl.zeros([ROWS, COLUMNS], s.dtype), tl.zeros([ROWS, COLUMNS], s.dtype)
+    moves, moves_among = tl.zeros([ROWS, COLUMNS], s.dtype), tl.zeros([ROWS, COLUMNS], s.dtype)
     for first in range(start, stop, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         column_ids = load_list(ids_ptr, column, column < stop, SEVERAL)
@@ -95,22 +241,36 @@ def smooth_rank_sum_kernel(
         other = tl.load(halves_ptr + base + column, mask=exists, other=0)
         gain = tl.load(gain_ptr + base + column, mask=exists, other=0)
         p, q = _compare(s, other, factor)
+        pair = (ids[:, None] == column_ids[None, :]) & exists[None, :]
+        relevant = pair & (gain != 0)[None, :]
+        terms += tl.where(pair, p, 0.0)
+        among += tl.where(relevant, p, 0.0)
         if MOVES:
             other_v = tl.load(v_ptr + base + column, mask=exists, other=0)
-            p *= q * (other_v[None, :] - v[:, None])
-        pair = (ids[:, None] == column_ids[None, :]) & exists[None, :]
-        terms += tl.where(pair, p, 0.0)
-        among += tl.where(pair & (gain != 0)[None, :], p, 0.0)
-    tl.store(all_ptr + base + row, tl.sum(terms, axis=1), mask=valid)
-    tl.store(relevant_ptr + base + row, tl.sum(among, axis=1), mask=valid)
+            move = p * q * (other_v[None, :] - v[:, None])
+            moves += tl.where(pair, move, 0.0)
+            moves_among += tl.where(relevant, move, 0.0)
+    own = tl.load(gain_ptr + base + row, mask=valid, other=0)
+    # The item itself counts as 1, not as sigmoid(0).
+    rank, relevant_rank = tl.sum(terms, axis=1) + 0.5, tl.sum(among, axis=1) + 0.5
+    share, of_all, of_relevant = _first_order(rank, relevant_rank, own, METRIC)
+    tl.store(share_ptr + base + row, share, mask=valid)
+    tl.store(of_all_ptr + base + row, of_all, mask=valid)
+    tl.store(of_relevant_ptr + base + row, of_relevant, mask=valid)
+    if MOVES:
+        unit = tl.full([1], scale, s.dtype)
+        moved, moved_relevant = unit * tl.sum(moves, axis=1), unit * tl.sum(moves_among, axis=1)
+        moved, moved_relevant = _second_order(rank, relevant_rank, own, moved, moved_relevant, METRIC)
+        tl.store(moved_all_ptr + base + row, moved, mask=valid)
+        tl.store(moved_relevant_ptr + base + row, moved_relevant, mask=valid)
 
 
 @kernel(
-    "*T *T *T *T *T *T *T *T *u8 *i32 *i64 fp64 i32 i32 i32",
+    "*T *T *T *T *T *T *T *T *u8 *u8 *i32 *i64 fp64 i32 i32 i32",
     WIDE,
     _variants("PRODUCT"),
     narrow=PAIRS,
-    registers=96,
+    registers=104,
     budget=252,
 )
 @triton.jit(do_not_specialize=["items", "lists", "blocks"])
@@ -123,6 +283,7 @@ def smooth_rank_give_kernel(
     moved_all_ptr,
     moved_relevant_ptr,
     out_ptr,
+    undefined_ptr,
     valid_ptr,
     ids_ptr,
     bounds_ptr,
@@ -173,143 +334,75 @@ def smooth_rank_give_kernel(
             net -= m_all[:, None] + tl.where(other_relevant[None, :], m_relevant[:, None], 0.0)
         pair = (ids[:, None] == column_ids[None, :]) & exists[None, :]
         terms += tl.where(pair, factor * p * q * net, 0.0)
-    tl.store(out_ptr + base + row, tl.where(valid, tl.sum(terms, axis=1), 0.0), mask=row < items)
+    owner = tl.program_id(0).to(tl.int64) // blocks * lists + ids
+    undefined = tl.load(undefined_ptr + owner, mask=valid, other=0) != 0
+    slope = tl.where(undefined, float("nan"), tl.where(valid, tl.sum(terms, axis=1), 0.0))
+    tl.store(out_ptr + base + row, slope, mask=row < items)
 
 
-class _Ranks(NamedTuple):
-    """Ranks among all and among the relevant items, or their tangents, or the loss's derivatives with respect to
-    them.
-    """
+@kernel(
+    "*T *u8 *u8 *u8 *i64 *T i32 i32",
+    WIDE,
+    {masked: {"MASKED": masked, "BLOCK": _BLOCK} for masked in (False, True)},
+    narrow=ANYWHERE,
+)
+@triton.jit(do_not_specialize=["items", "lists"])
+def smooth_rank_loss_kernel(
+    share_ptr,
+    active_ptr,
+    undefined_ptr,
+    valid_ptr,
+    bounds_ptr,
+    loss_ptr,
+    items,
+    lists,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store 1 minus the sum of a list's shares."""
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    shares = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        shares += tl.load(share_ptr + base + item, mask=valid, other=0)
+    loss = tl.where(tl.load(active_ptr + program) != 0, 1.0 - tl.sum(shares), 0.0)
+    loss = tl.where(tl.load(undefined_ptr + program) != 0, float("nan"), loss)
+    tl.store(loss_ptr + program, loss.to(share_ptr.dtype.element_ty))
 
-    all: Tensor
-    relevant: Tensor
 
-
-class _SmoothRank:
-    """The metric's formulas and the launches, as in csrc/smooth_rank.cpp."""
-
-    def __init__(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        valid: Tensor | None,
-        offsets: Tensor | None,
-        temperature: float,
-        metric: int,
-    ) -> None:
-        if labels.shape != scores.shape or labels.dtype != scores.dtype:
-            raise RuntimeError("labels: expected the shape and dtype of the scores")
-        self.metric, self.scale = SmoothMetric(metric), 1 / temperature
-        most = torch.finfo(scores.dtype).max
-        # Differences of halves can't overflow, and infinite scores are larger than all others.
-        self.halves = (scores / 2).clamp(-most, most).contiguous()
-        self.lists = lists = Lists(self.halves, valid, offsets)
-        exists = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-        if lists.several:
-            exists = exists & (lists.ids >= 0)
-        self.exists = exists
-        labels = labels.contiguous().masked_fill(~exists, 0)
-        ordered = labels.gather(-1, lists.sort(labels))
-        starts = lists.bounds[:-1]
-        count = lists.sum(exists.to(scores.dtype))
-        last = (starts + count.long() - 1).clamp(0, lists.items - 1)
-        top = ordered.gather(-1, starts.clamp_max(lists.items - 1).expand(count.shape))
-        lowest = ordered.gather(-1, last)
-        tied = lowest > 0 if metric == SmoothMetric.AVERAGE_PRECISION else top == lowest
-
-        def gain_of(y: Tensor) -> Tensor:
-            return relative_gains(y, lists.to_items(top), metric == SmoothMetric.NDCG)
-
-        ideal = gain_of(ordered)
-        if metric in (SmoothMetric.NDCG, SmoothMetric.NDCG_LINEAR):
-            place = torch.arange(lists.items, device=scores.device) - lists.to_items(starts)
-            ideal = ideal / (place + 2).double().log2()
-        total = lists.sum(ideal)
-        self.active = ~tied & (count > 0) & ~(total <= 0)
-        per_gain = torch.where(self.active, 1 / total, 0)
-        gain = lists.to_items(per_gain) * gain_of(labels)
-        self.gain = gain.masked_fill(~exists, 0).to(scores.dtype).contiguous()
-        self.undefined = torch.zeros_like(self.active)
-        # A relevant item and another one at the same infinity have no order.
-        for infinite in (scores == math.inf, scores == -math.inf):
-            there = infinite & exists
-            both = (lists.sum((there & (self.gain != 0)).double()) > 0) & (lists.sum(there.double()) > 1)
-            self.undefined |= both & self.active
-        sums = self._sum(self.halves, moves=False)
-        # The item itself counts as 1, not as sigmoid(0).
-        self.rank = _Ranks(sums.all + 0.5, sums.relevant + 0.5)
-
-    def _launch(self, kernel: Any, variant: bool, *pointers: Tensor) -> None:
-        lists = self.lists
-        blocks = triton.cdiv(lists.items, _ROWS)
-        where = (lists.valid, lists.ids, lists.bounds, self.scale, lists.items, lists.lists, blocks)
-        kernel(lists.examples * blocks, *pointers, *where, variant=(*lists.variant, variant))
-
-    def _sum(self, v: Tensor, moves: bool) -> _Ranks:
-        out = _Ranks(torch.zeros_like(self.halves), torch.zeros_like(self.halves))
-        self._launch(smooth_rank_sum_kernel, moves, self.halves, self.gain, v, *out)
-        return out
-
-    def _give(self, v: Tensor, weights: _Ranks, moved: _Ranks, product: bool) -> Tensor:
-        out = torch.empty_like(self.halves)
-        pointers = (self.halves, self.gain, v, *weights, *moved, out)
-        self._launch(smooth_rank_give_kernel, product, *pointers)
-        return out.masked_fill(self.lists.to_items(self.undefined) & self.exists, math.nan)
-
-    def loss(self) -> Tensor:
-        rank, relevant_rank = self.rank
-        if self.metric == SmoothMetric.MRR:
-            value = self.gain / rank
-        elif self.metric == SmoothMetric.AVERAGE_PRECISION:
-            value = self.gain * relevant_rank / rank
-        else:
-            value = self.gain * math.log(2) / rank.log1p()
-        found = self.lists.sum(value.masked_fill(~self.exists, 0))
-        return torch.where(self.active, 1 - found, 0).masked_fill(self.undefined, math.nan)
-
-    def _derivative(self) -> _Ranks:
-        rank, relevant_rank = self.rank
-        if self.metric == SmoothMetric.AVERAGE_PRECISION:
-            return _Ranks(self.gain * relevant_rank / rank.square(), -self.gain / rank)
-        if self.metric == SmoothMetric.MRR:
-            of_rank = self.gain / rank.square()
-        else:
-            of_rank = self.gain * math.log(2) / ((1 + rank) * rank.log1p().square())
-        return _Ranks(of_rank, torch.zeros_like(rank))
-
-    def _second(self, moves: _Ranks) -> _Ranks:
-        """Return the tangent of the derivative along the ranks' tangent."""
-        rank, relevant_rank = self.rank
-        if self.metric == SmoothMetric.AVERAGE_PRECISION:
-            of_rank = self.gain * (moves.relevant - 2 * relevant_rank / rank * moves.all) / rank.square()
-            return _Ranks(of_rank, self.gain * moves.all / rank.square())
-        if self.metric == SmoothMetric.MRR:
-            of_rank = -2 * self.gain / rank.pow(3) * moves.all
-        else:
-            log = rank.log1p()
-            of_rank = -self.gain * math.log(2) * (log + 2) / ((1 + rank).square() * log.pow(3)) * moves.all
-        return _Ranks(of_rank, torch.zeros_like(rank))
-
-    def slope(self) -> Tensor:
-        weights = self._derivative()
-        return self._give(self.halves, weights, weights, product=False)
-
-    def product(self, v: Tensor) -> Tensor:
-        v = v.contiguous()
-        moves = self._sum(v, moves=True)
-        moved = self._second(_Ranks(self.scale * moves.all, self.scale * moves.relevant))
-        return self._give(v, self._derivative(), moved, product=True)
+def _losses(
+    lists: Lists, scores: Tensor, labels: Tensor, v: Tensor | None, temperature: float, metric: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses, the slope or its tangent along v, and the marks, as in csrc/smooth_rank.cpp."""
+    scores, labels, vector = lists.operands(scores, labels, v)
+    loss, slope, active = lists.results(scores)
+    undefined = torch.empty_like(active, dtype=torch.uint8)
+    marks = (active.view(torch.uint8), undefined)
+    halves, gain, share, *derivatives = (torch.empty_like(scores) for _ in range(7))
+    order = lists.sort(labels) if metric in _DISCOUNTED else lists.bounds  # or a placeholder
+    sizes, moves = (lists.items, lists.lists), v is not None
+    pointers = (scores, labels, order, lists.valid, lists.bounds, halves, gain, *marks)
+    smooth_rank_gain_kernel(loss.numel(), *pointers, *sizes, variant=(metric, lists.masked))
+    blocks = triton.cdiv(lists.items, _ROWS)
+    where = (lists.valid, lists.ids, lists.bounds, 1 / temperature, *sizes, blocks)
+    pointers = (halves, gain, vector, share, *derivatives, *where)
+    smooth_rank_sum_kernel(lists.examples * blocks, *pointers, variant=(metric, *lists.variant, moves))
+    pointers = (halves, gain, vector, *derivatives, slope, undefined, *where)
+    smooth_rank_give_kernel(lists.examples * blocks, *pointers, variant=(*lists.variant, moves))
+    if not moves:
+        pointers = (share, *marks, lists.valid, lists.bounds, loss)
+        smooth_rank_loss_kernel(loss.numel(), *pointers, *sizes, variant=lists.masked)
+    return loss, slope, active
 
 
 @reducing
 def smooth_rank(
-    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, temperature: float, metric: int
+    lists: Lists, scores: Tensor, labels: Tensor, temperature: float, metric: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if scores.numel() == 0:
-        loss = Lists(scores, valid, offsets).per_list(scores).zero_()
-        return loss, scores.new_empty(scores.shape), loss.bool()
-    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
-    return ranks.loss(), ranks.slope(), ranks.active
+    return _losses(lists, scores, labels, None, temperature, metric)
 
 
 def smooth_rank_slope(
@@ -321,7 +414,4 @@ def smooth_rank_slope(
     temperature: float,
     metric: int,
 ) -> Tensor:
-    if scores.numel() == 0:
-        return scores.new_empty(scores.shape)
-    ranks = _SmoothRank(scores, labels, valid, offsets, temperature, metric)
-    return ranks.slope() if v is None else ranks.product(v)
+    return _losses(Lists(scores, valid, offsets), scores, labels, v, temperature, metric)[1]

@@ -191,7 +191,7 @@ def isotonic(
     start = lists.to_items(lists.bounds[:-1].clamp_max(n - 1))
     place = torch.arange(n, device=x.device)
     left = lists.to_items(count) - (place - start)  # the number of the list's items from this place on
-    holds = (left > 0) & (lists.ids >= 0)
+    holds = (left > 0) & (lists.ids >= 0) if lists.several else left > 0
     s = torch.where(holds, key.gather(-1, order), 0).contiguous()
     alpha, beta = (1.0, 1 / strength) if sort else (1 / strength, 1.0)
     if kl:

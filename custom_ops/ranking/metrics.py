@@ -95,8 +95,10 @@ def _evaluate(
     discount: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Check all arguments, and return the metric at each k, reduced over the lists."""
-    several = isinstance(k, Sequence) and not isinstance(k, str)
-    each: Sequence[Any] = k if isinstance(k, Sequence) and several else [k]
+    several = False
+    if not (k is None or isinstance(k, (int, torch.SymInt, str))):  # an array or a 1-d tensor is a sequence too
+        several = isinstance(k, Sequence) or getattr(k, "ndim", 0) == 1
+    each: Any = k if several else [k]
     cutoffs = [limit(one) for one in each]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
