@@ -42,7 +42,7 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
             "HESSIAN": hessian,
             "WEIGHTED": weighted,
             "ROWS": _ROWS,
-            "COLUMNS": _COLUMNS // 2 if weighted else _COLUMNS,  # more of them spill in float64
+            "COLUMNS": _COLUMNS // 2 if weighted or not hessian else _COLUMNS,  # more of them spill in float64
         }
         for weighting in map(int, PairWeighting)
         for hessian in (False, True)
