@@ -131,7 +131,7 @@ def smooth_rank_gain_kernel(
             y = tl.load(label_ptr + base + item, mask=valid, other=0)
             totals += relative_gain(y.to(tl.float64), highest, False)
     total = tl.sum(totals)
-    ranks = top != lowest  # whether the order of the items matters
+    ranks = top != lowest
     if METRIC == _AVERAGE_PRECISION:
         ranks = lowest <= 0
     active = (there > 0) & (ranks | nan) & ((total > 0) | (total != total))
