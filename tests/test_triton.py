@@ -413,7 +413,7 @@ def run_compiling(*arguments):
 
 
 def test_every_kernel_compiles_without_spills(tmp_path, full):
-    """`make test` compiles one dtype for sm_90, and each kernel's largest variant for one other target."""
+    """`make test` compiles a few variants of one dtype for sm_90, and the largest of them for one other target."""
     options = [str(tmp_path / "gpu.md"), *([] if full else ["--quick"])]
     run = run_compiling(str(GPU_PAGE.with_name("gpu_page.py")), *options)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
