@@ -212,3 +212,25 @@ def test_a_result_that_nobody_uses_costs_nothing():
         with Cotangents():
             custom_ops.linear_log_prob(x, weight, target)[at].sum().backward()
     assert given == [[at == i for i in range(3)] for at in range(3)]
+
+
+def test_an_int32_target_is_not_equal_to_an_ignore_index_of_more_bits():
+    x, weight, _ = drawn(3, 4, 2)
+    scale = torch.tensor(2.0, requires_grad=True)
+    target, options = torch.zeros(3, dtype=torch.int32), {"scale": scale, "ignore_index": 2**32}
+    found = custom_ops.linear_log_prob(x, weight, target, **options).log_prob.sum()
+    right = linear_log_prob_reference(x, weight, target.long(), **options)[0].sum()
+    for ours, expected in zip(*(torch.autograd.grad(loss, (x, scale)) for loss in (found, right))):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_a_mean_over_weights_of_0_is_nan_and_ignored_rows_have_no_part_in_it():
+    x, weight, target = drawn(4, 5, 3)
+    own, right = (
+        function(x, weight, target, weight=torch.zeros(5), label_smoothing=0.5)
+        for function in (custom_ops.linear_cross_entropy, linear_cross_entropy_reference)
+    )
+    assert own.isnan() and right.isnan()
+    (gradient,) = torch.autograd.grad(own, x)
+    assert not gradient[target == -100].any() and gradient[target != -100].isnan().all()

@@ -456,6 +456,7 @@ def _in_shards(
         return torch.where(is_own.view(-1, *[1] * own.dim()), own, 0)
 
     def joined(of_parts: Tensor, target: Tensor) -> Any:
+        target = target.to(torch.int64)
         score, entropy, lse = of_parts.unbind(1)
         whole = lse.logsumexp(0)
         has_words = lse.isfinite()
@@ -510,6 +511,7 @@ def _checked(
         raise ValueError(f"{weight_name}: expected [V, {x.shape[-1]}] as {x_name}, got {list(weight.shape)}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target: expected shape {list(x.shape[:-1])}, got {list(target.shape)}")
+    target = target.to(torch.int64)  # an int32 is never equal to an ignore_index of more bits
     tensors = {x_name: x, weight_name: weight, "target": target}
     if bias is not None:
         _checks.has_dtype(bias_name, bias, _checks.FLOATING)
@@ -537,7 +539,7 @@ def _checked(
             x.reshape(1, -1, x.shape[-1]) if x.numel() else x.reshape(1, target.numel(), x.shape[-1]),
             weight.unsqueeze(0),
             None if bias is None else bias.to(dtype).unsqueeze(0),
-            target.to(torch.int64).reshape(1, -1),
+            target.reshape(1, -1),
             *(None, None, None),
         ),
         (scale, ignored, 0, words),
@@ -571,12 +573,12 @@ def linear_cross_entropy(
 
     ``(1 - e) w_target (lse - z_target) + e / V sum_v w_v (lse - z_v)``
 
-    The mean is that over the weights of the rows' targets. For "mean" and "sum" the forward pass computes the
-    derivatives too, as they are known up to a factor, so that backward takes no product of matrices. Under a transform,
-    or if the gradient is differentiated again, they are computed anew. The loss is differentiable in input,
-    linear_weight, linear_bias and scale, twice and in forward mode. All that is said at `linear_log_prob` of dtypes,
-    ignored rows, autocast, errors and memory holds here too; the loss has the dtype of the arguments, under autocast
-    float32. DTensors are taken without class weights and label smoothing.
+    The mean is that over the weights of the rows' targets, NaN if these are all 0. For "mean" and "sum" the forward
+    pass computes the derivatives too, as they are known up to a factor, so that backward takes no product of matrices.
+    Under a transform, or if the gradient is differentiated again, they are computed anew. The loss is differentiable in
+    input, linear_weight, linear_bias and scale, twice and in forward mode. All that is said at `linear_log_prob` of
+    dtypes, ignored rows, autocast, errors and memory holds here too; the loss has the dtype of the arguments, under
+    autocast float32. DTensors are taken without class weights and label smoothing.
 
     Args:
         input: ``[..., D]``, the rows; float16, bfloat16, float32 or float64.
@@ -618,7 +620,7 @@ def linear_cross_entropy(
         log_prob = linear_log_prob(
             input, linear_weight, target, bias=linear_bias, scale=scale, ignore_index=ignored
         ).log_prob
-        return reduce_by_torch(-log_prob, target != ignored, None, reduction)
+        return reduce_by_torch(-log_prob, target.to(torch.int64) != ignored, None, reduction)
     named = ("input", input), ("linear_weight", linear_weight), target, ("linear_bias", linear_bias)
     tensors, options = _checked(*named, scale, ignored)
     x, words, bias, at = tensors[:4]
@@ -628,12 +630,10 @@ def linear_cross_entropy(
     if weight is not None:
         weight = _class_weights(weight, linear_weight).to(dtype)
         of_rows = torch.where(counts, weight[at.clamp(0, max(total - 1, 0))], 0) if total else of_rows
+    shared = counts.to(dtype)
     if reduction == "mean":
-        whole = of_rows.sum(dtype=torch.float64)
-        divisor = torch.where(whole == 0, 1, whole).to(dtype)
-        of_rows, shared = of_rows / divisor, counts / divisor
-    else:
-        shared = counts.to(dtype)
+        whole = torch.where(counts.any(), of_rows.sum(dtype=torch.float64), 1).to(dtype)
+        of_rows, shared = (torch.where(counts, of / whole, 0) for of in (of_rows, shared))
     of_log_prob = (e - 1) * of_rows
     of_lse = shared * (e / max(total, 1) * (total if weight is None else weight.sum())) if e else None
     if reduction == "none":
