@@ -52,19 +52,22 @@ struct Catalogue {
   std::optional<Tensor> bias, mask, row_group, word_group;
   double scale;
   int64_t ignored, first, total;
+  bool binary;
   int64_t examples, rows, words, dims;
   ScalarType wide;  // the dtype of logits and sums
 
   Catalogue(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& target_in,
             const std::optional<Tensor>& mask_in, const std::optional<Tensor>& row_group_in,
-            const std::optional<Tensor>& word_group_in, double scale, int64_t ignored, int64_t first, int64_t total)
+            const std::optional<Tensor>& word_group_in, double scale, int64_t ignored, int64_t first, int64_t total,
+            bool binary)
       : x(x_in),
         weight(weight_in),
         target(dense(target_in)),
         scale(scale),
         ignored(ignored),
         first(first),
-        total(total) {
+        total(total),
+        binary(binary) {
     check(x.dim() == 3 && weight.dim() == 3 && target.dim() == 2, "x, weight, target: expected 3, 3 and 2 dimensions");
     examples = x.size(0), rows = x.size(1), dims = x.size(2), words = weight.size(1);
     check(weight.size(0) == examples && weight.size(2) == dims && target.size(0) == examples && target.size(1) == rows,
@@ -75,8 +78,8 @@ struct Catalogue {
     wide = is_double ? ScalarType::Double : ScalarType::Float;
     if (bias_in) bias = of_words("bias", *bias_in);
     if (mask_in) {
-      check(sizes(*mask_in) == Shape{examples, rows, words} && mask_in->scalar_type() == ScalarType::Bool,
-            "mask: expected bool [B, N, V]");
+      check(sizes(*mask_in) == Shape{examples, rows, words} && mask_in->scalar_type() == ScalarType::Byte,
+            "mask: expected uint8 [B, N, V]");
       mask = dense(*mask_in);
     }
     check(row_group_in.has_value() == word_group_in.has_value(), "row_group, word_group: expected both or neither");
@@ -108,16 +111,30 @@ struct Catalogue {
   void leave_out(A* z, int64_t i, int64_t at) const {
     constexpr A kOut = -std::numeric_limits<A>::infinity();
     const A target = at >= 0 ? z[at] : 0;
-    if (mask) {
-      const bool* counts = data<bool>(*mask) + i * words;
-      for (int64_t v = 0; v < words; ++v) z[v] = counts[v] ? z[v] : kOut;
-    }
+    const uint8_t* counts = mask ? data<uint8_t>(*mask) + i * words : nullptr;
     if (row_group) {
       const int64_t own = data<int64_t>(*row_group)[i];
       const int64_t* group = data<int64_t>(*word_group) + i / rows * words;
-      for (int64_t v = 0; v < words; ++v) z[v] = group[v] != own ? z[v] : kOut;
+      if (mask) {
+        for (int64_t v = 0; v < words; ++v) z[v] = counts[v] == 2 || group[v] != own ? z[v] : kOut;
+      } else {
+        for (int64_t v = 0; v < words; ++v) z[v] = group[v] != own ? z[v] : kOut;
+      }
     }
+    if (mask)
+      for (int64_t v = 0; v < words; ++v) z[v] = counts[v] ? z[v] : kOut;
     if (at >= 0) z[at] = target;
+  }
+
+  // Changes the signs of the right words of row i.
+  template <class A>
+  void turn(A* z, int64_t i, int64_t at) const {
+    const A target = at >= 0 ? z[at] : 0;
+    if (mask) {
+      const uint8_t* counts = data<uint8_t>(*mask) + i * words;
+      for (int64_t v = 0; v < words; ++v) z[v] = counts[v] == 2 ? -z[v] : z[v];
+    }
+    if (at >= 0) z[at] = -target;
   }
 
   void check_alike(const char* name, const std::optional<Tensor>& t, const Tensor& like) const {
@@ -415,6 +432,56 @@ Weights<A> tangent_of(A* z, A* move, int64_t n, int64_t at, Row<A> row, Weights<
   return out;
 }
 
+// ---------------------------------------------------------------- binary rows
+
+// The logits of these rows have been turned: log_prob is minus the sum of log(1 + e^z), whose derivative is sigmoid(z).
+
+// Returns e^-|z|, of which both are made.
+template <class A>
+ALWAYS_INLINE inline A smaller_odds(A z) {
+  return exp_nonpositive(z > 0 ? -z : z);
+}
+
+template <class A>
+ALWAYS_INLINE inline A sigmoid(A z) {
+  const A e = smaller_odds(z);
+  return (z > 0 ? 1 : e) / (1 + e);
+}
+
+template <class A>
+A binary_log_prob(const A* z, int64_t n) {
+  double sum;
+  multiversion([&]() ALWAYS_INLINE {
+    sum = sum_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return (z[i] > 0 ? z[i] : 0) + log1p_unit(smaller_odds(z[i])); });
+  });
+  return static_cast<A>(-sum);
+}
+
+// Turns a row of logits into its cotangent, for a cotangent g of its log_prob.
+template <class A>
+void binary_cotangent(A* z, int64_t n, A g) {
+  multiversion([=]() ALWAYS_INLINE {
+    for (int64_t i = 0; i < n; ++i) z[i] = -g * sigmoid(z[i]);
+  });
+}
+
+// Returns the tangent of log_prob for the tangent `move` of the turned logits. If `turned`, the logits become their
+// cotangent, and `move` the tangent of that.
+template <class A>
+A binary_tangent(A* z, A* move, int64_t n, A g, bool turned) {
+  double sum;
+  multiversion([&]() ALWAYS_INLINE {
+    sum = sum_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return sigmoid(z[i]) * move[i]; });
+    if (!turned) return;
+    for (int64_t i = 0; i < n; ++i) {
+      const A e = smaller_odds(z[i]), p = 1 / (1 + e);
+      move[i] = -g * (e * p * p) * move[i];
+      z[i] = -g * (z[i] > 0 ? p : e * p);
+    }
+  });
+  return static_cast<A>(-sum);
+}
+
 // ---------------------------------------------------------------- passes
 
 // The cotangents of the rows' results; a missing one is 0.
@@ -495,6 +562,13 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
         each_row(block, [&](int64_t r, int64_t i, int64_t at) {
           A* const logits = mutable_data<A>(z) + r * in.words;
           in.leave_out(logits, i, at);
+          if (in.binary) {
+            in.turn(logits, i, at);
+            if (results) mutable_data<A>(results->log_prob)[i] = binary_log_prob(logits, in.words);
+            if (!to.wanted()) return;
+            binary_cotangent(logits, in.words, weights.at<A>(i).log_prob);
+            return in.turn(logits, i, at);
+          }
           Row<A> row;
           if (stats) {
             const A* s = data<A>(*stats) + 3 * i;
@@ -516,13 +590,11 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> catalogue_log_prob(const Tensor& x, const Tensor& weight,
-                                                              const std::optional<Tensor>& bias, const Tensor& target,
-                                                              const std::optional<Tensor>& mask,
-                                                              const std::optional<Tensor>& row_group,
-                                                              const std::optional<Tensor>& word_group, double scale,
-                                                              int64_t ignore_index, int64_t first, int64_t total) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+std::tuple<Tensor, Tensor, Tensor, Tensor> catalogue_log_prob(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group,
+    double scale, int64_t ignore_index, int64_t first, int64_t total, bool binary) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
   const Results results(in);
   first_order(in, &results, nullptr, {}, Gradients(in, false, false, false));
   return {results.log_prob, results.entropy, results.lse, results.stats};
@@ -533,8 +605,8 @@ std::tuple<Tensor, Tensor, Tensor> catalogue_backward(
     const std::optional<Tensor>& of_lse, const Tensor& stats_in, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
-    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+    int64_t first, int64_t total, bool binary, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), in.of_rows("of_entropy", of_entropy),
                            in.of_rows("of_lse", of_lse)};
   const Tensor stats = dense(stats_in);
@@ -550,8 +622,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
     const std::optional<Tensor>& weight_t, const std::optional<Tensor>& bias_t, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
-    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+    int64_t first, int64_t total, bool binary, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), in.of_rows("of_entropy", of_entropy),
                            in.of_rows("of_lse", of_lse)};
   const Tensor stats = dense(stats_in);
@@ -592,6 +664,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
           A* const logits = mutable_data<A>(z) + r * in.words;
           A* const moves = mutable_data<A>(move) + r * in.words;
           in.leave_out(logits, i, at);
+          if (in.binary) {
+            in.turn(logits, i, at), in.turn(moves, i, at);
+            mutable_data<A>(moved.log_prob)[i] =
+                binary_tangent(logits, moves, in.words, weights.at<A>(i).log_prob, to.wanted());
+            return in.turn(logits, i, at), in.turn(moves, i, at);
+          }
           const Weights<A> t =
               tangent_of<A>(logits, moves, in.words, at, {s[0], s[1], s[2]}, weights.at<A>(i), to.wanted());
           mutable_data<A>(moved.log_prob)[i] = t.log_prob;
@@ -615,8 +693,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_loss(
     const Tensor& of_log_prob, const std::optional<Tensor>& of_lse, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
-    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+    int64_t first, int64_t total, bool binary, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), std::nullopt, in.of_rows("of_lse", of_lse)};
   const Gradients to(in, of_x, of_weight, of_bias, true);
   const Results results(in);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import custom_ops
 from benchmarks.memory import peak_bytes
 from custom_ops.ranking.catalogue import catalogue_backward, catalogue_log_prob
-from custom_ops.ranking.specs.catalogue import linear_cross_entropy_reference, linear_log_prob_reference
+from custom_ops.ranking.specs.catalogue import (
+    info_nce_loss_reference,
+    linear_cross_entropy_reference,
+    linear_log_prob_reference,
+    sigmoid_contrastive_loss_reference,
+)
 from custom_ops.triton_kernels import catalogue as launchers
 from custom_ops.verify._backends import backend
 
@@ -20,6 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 FUNCTIONS = {
     "linear_log_prob": (custom_ops.linear_log_prob, linear_log_prob_reference),
     "linear_cross_entropy": (custom_ops.linear_cross_entropy, linear_cross_entropy_reference),
+}
+PAIRS = {
+    "info_nce_loss": (custom_ops.info_nce_loss, info_nce_loss_reference),
+    "sigmoid_contrastive_loss": (custom_ops.sigmoid_contrastive_loss, sigmoid_contrastive_loss_reference),
 }
 
 
@@ -68,6 +78,19 @@ def test_blocks_of_rows_and_words_add_up(name, dtype, each_backend, monkeypatch)
         torch.testing.assert_close(ours.double(), right, rtol=rtol, atol=rtol * scale)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_blocks_of_pairs_add_up(name, each_backend, monkeypatch):
+    small_blocks(monkeypatch)
+    queries, keys = (70, 33_000) if each_backend == "cpp" else (7, 9)
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(n, 2, generator=generator).double().requires_grad_() for n in (queries, keys))
+    target = torch.randint(keys, (queries,), generator=generator)
+    mask = torch.rand(queries, keys, generator=generator) < 0.7
+    own, reference = (partial(f, temperature=0.8, mask=mask, reduction="none") for f in PAIRS[name])
+    for ours, right in zip(to_second_order(own, query, key, target), to_second_order(reference, query, key, target)):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9 * right.abs().max().item())
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_tensor_of_rows_times_words_is_allocated(name):
     """The logits would take 100 MiB; a block takes 16."""
@@ -76,14 +99,15 @@ def test_no_tensor_of_rows_times_words_is_allocated(name):
     assert peak_bytes(lambda: to_second_order(function, *arguments), torch.device("cpu")) < 20 << 20
 
 
-def test_the_similarities_of_a_batch_are_not_in_memory():
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_similarities_of_a_batch_are_not_in_memory(name):
     """They would take 64 MiB in each direction; groups leave out pairs without a mask of their size."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(4096, 2, generator=generator, requires_grad=True) for _ in range(2))
     group = torch.arange(4096) // 2
 
     def run():
-        loss = custom_ops.info_nce_loss(query, key, temperature=0.5, query_group=group)
+        loss = PAIRS[name][0](query, key, temperature=0.5, query_group=group)
         torch.autograd.grad(loss, (query, key))
 
     assert peak_bytes(run, torch.device("cpu")) < 20 << 20
@@ -167,7 +191,7 @@ def test_parts_of_the_words_make_up_the_whole():
     x, weight, target = drawn(6, 7, 2)
     whole = custom_ops.linear_log_prob(x, weight, target)
     parts = [
-        catalogue_log_prob(x[None], weight[None, a:b], None, target[None], None, None, None, 1.0, -100, a, 7)
+        catalogue_log_prob(x[None], weight[None, a:b], None, target[None], None, None, None, 1.0, -100, a, 7, False)
         for a, b in ((0, 3), (3, 4), (4, 7))
     ]
     counts = target != -100
@@ -234,3 +258,17 @@ def test_a_mean_over_weights_of_0_is_nan_and_ignored_rows_have_no_part_in_it():
     assert own.isnan() and right.isnan()
     (gradient,) = torch.autograd.grad(own, x)
     assert not gradient[target == -100].any() and gradient[target != -100].isnan().all()
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_binary_problems_keep_the_digits_of_likely_pairs_and_of_far_ones():
+    query = torch.tensor([[40.0], [-1000.0]], requires_grad=True)
+    options = {"temperature": 1.0, "reduction": "none"}
+    found = custom_ops.sigmoid_contrastive_loss(query, torch.tensor([[1.0], [-0.5]]), **options)
+    expected = [math.exp(-40) + math.exp(-20), 0.0]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    (slope,) = torch.autograd.grad(found.sum(), query)
+    assert slope[0].item() == pytest.approx(-math.exp(-40) - 0.5 * math.exp(-20), rel=1e-5)
+    assert slope[1].item() == 0
+    wrong = custom_ops.sigmoid_contrastive_loss(query, torch.tensor([[-1.0], [1.0]]), **options)
+    assert wrong.tolist() == pytest.approx([80, 2000])

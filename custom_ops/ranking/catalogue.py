@@ -22,8 +22,12 @@ from custom_ops.ranking._list_loss import is_differentiated
 # are never returned, and the results of rows are [B, N]. B is 1 except under vmap. The bias and the results are in
 # float64 if x and weight are, else in float32. If the catalogue has ``total`` words, of which ``weight`` has those from
 # ``first`` on, the target is a word of the whole, and a target that isn't among the V has the score 0. Rows with the
-# target ``ignore_index`` are never read. A word other than the target is left out of a row where ``mask`` [B, N, V] is
-# False, or if its ``word_group`` [B, V] is the row's ``row_group`` [B, N].
+# target ``ignore_index`` are never read. A word other than the target is left out of a row where ``mask``, which is
+# uint8 [B, N, V], is 0, or if its ``word_group`` [B, V] is the row's ``row_group`` [B, N].
+#
+# If ``binary``, each pair of a row and a word is a problem of its own: log_prob is the sum of log sigmoid(z) over the
+# right words, which are the target and those where ``mask`` is 2, and of log sigmoid(-z) over the others. Then entropy,
+# lse and stats are 0, and have no derivative.
 
 
 @define
@@ -39,6 +43,7 @@ def catalogue_log_prob(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return each row's log_prob, entropy and lse, and its ``stats`` [B, N, 3], with which backward starts.
 
@@ -64,6 +69,7 @@ def catalogue_backward(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
@@ -95,6 +101,7 @@ def catalogue_second(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
@@ -122,6 +129,7 @@ def catalogue_loss(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
@@ -179,7 +187,7 @@ class CatalogueLogProb(Function, op=catalogue_log_prob):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         found = catalogue_backward(*grads[:3], *ctx.saved_tensors, *ctx.options, *needed)
-        return *_wanted(found, needed), *[None] * 8
+        return *_wanted(found, needed), *[None] * 9
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -210,7 +218,7 @@ class CatalogueBackward(Function, op=catalogue_backward):
         moves = [move if wanted else None for move, wanted in zip(cotangents, asked)]
         saved = ctx.saved_tensors
         found = catalogue_second(*saved[:4], *moves, *saved[4:], *ctx.options, *needed)
-        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, *_wanted(found[3:], needed), *[None] * 11
+        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, *_wanted(found[3:], needed), *[None] * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -257,7 +265,7 @@ class CatalogueSecond(Function, op=catalogue_second):
                 found = catalogue_second(*of_rows, stats, *moves, *where, *ctx.options, *of_where)
                 of_primals = _wanted(found[3:], of_where)
         sums = [add(*some) for some in zip(*parts)]
-        return *[None] * 4, *_wanted(sums, of_moves), *of_primals, *[None] * 11
+        return *[None] * 4, *_wanted(sums, of_moves), *of_primals, *[None] * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
@@ -274,10 +282,10 @@ class CatalogueLoss(Function, op=catalogue_loss):
         if any(ctx.needs_input_grad[:2]):
             raise NotImplementedError("catalogue_loss has no derivative in the weights of the rows")
         of_log_prob, of_lse, *where = inputs[:9]
-        ctx.options = inputs[9:13]
+        ctx.options = inputs[9:14]
         _, stats, *gradients = output
         ctx.mark_non_differentiable(stats, *gradients)
-        ctx.found = inputs[13:]
+        ctx.found = inputs[14:]
         ctx.save_for_backward(of_log_prob, of_lse, stats, *where, *gradients)
         ctx.save_for_forward(of_log_prob, of_lse, stats, *where)
 
@@ -294,7 +302,7 @@ class CatalogueLoss(Function, op=catalogue_loss):
                 (grad.reshape(-1, *[1] * (found.dim() - 1)) * found).to(like.dtype) if needs else None
                 for found, like, needs in pairs
             ]
-        return None, None, *_wanted(gradients, needed), *[None] * 11
+        return None, None, *_wanted(gradients, needed), *[None] * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -446,7 +454,7 @@ def _in_shards(
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Any:
         tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignored)
-        found = catalogue_log_prob(*tensors, *options[:2], first, total)[:3]
+        found = catalogue_log_prob(*tensors, *options[:2], first, total, False)[:3]
         log_prob, entropy, lse = (t.reshape(target.shape) for t in found)
         if place is None:
             return log_prob, entropy, lse
@@ -488,7 +496,7 @@ class _Arguments(NamedTuple):
     """The arguments as ops take them."""
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
-    options: tuple[float, int, int, int]
+    options: tuple[float, int, int, int, bool]
 
 
 def _checked(
@@ -542,7 +550,7 @@ def _checked(
             target.reshape(1, -1),
             *(None, None, None),
         ),
-        (scale, ignored, 0, words),
+        (scale, ignored, 0, words, False),
     )
 
 
@@ -762,23 +770,13 @@ def info_nce_loss(
     both = _checks.as_bool("symmetric", symmetric)
     if shards.is_sharded(query, key, target, mask, query_group, key_group):
         raise NotImplementedError("info_nce_loss: expected plain tensors, got a DTensor; gather the keys first")
-    _checks.has_dtype("query", query, _checks.FLOATING)
-    _checks.has_dtype("key", key, _checks.FLOATING)
-    _checks.has_dims("query", query, "[N, D]")
-    _checks.has_dims("key", key, "[M, D]")
+    _are_pairs(query, key, target)
     rows, keys, dtype = query.shape[0], key.shape[0], torch.promote_types(query.dtype, key.dtype)
-    if keys < rows if target is None else keys == 0 < rows:
-        raise ValueError(f"key: expected one for each of {rows} queries, got {keys}")
     places = torch.arange(rows, device=query.device)
     own = places if target is None else target
     left_out = _left_out(query, key, mask, query_group, key_group)
     lowered = under_autocast(query)
-    if isinstance(temperature, Tensor):
-        divisor = _one_number("temperature", temperature, query)
-        _checks.same_device(query=query, temperature=divisor)
-        query, scale = wide(query) / torch.where(divisor > 0, divisor, torch.nan), 1.0
-    else:
-        scale = 1.0 / _checks.as_positive("temperature", temperature)
+    query, scale = _heated(query, temperature)
     nothing: Any = ("bias", None), scale, _NONE_IGNORED
     tensors, options = _checked(("query", query), ("key", key), own, *nothing)
     found = [((*tensors[:4], *left_out), options)]
@@ -801,6 +799,136 @@ def info_nce_loss(
     return loss.reshape(query.shape[:1] if reduction == "none" else ())
 
 
+def sigmoid_contrastive_loss(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor = 0.0,
+    positive: Tensor | None = None,
+    mask: Tensor | None = None,
+    query_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return SigLIP's loss: each pair of a query and a key is a binary problem of its own.
+
+    With the similarities ``z_ij = query_i key_j / temperature + bias``, the loss of query i is
+
+    ``sum_j log(1 + e^(-z_ij))`` over its own keys, ``+ sum_j log(1 + e^(z_ij))`` over the others.
+
+    Similarities are products as they are: normalise the rows of both if cosines are meant. The authors start with a
+    temperature of 0.1 and a bias of -10, and learn both. The matrix of similarities is never in memory, unless it is
+    for ``positive`` or ``mask``. The loss is differentiable in query, key, temperature and bias, twice and in forward
+    mode. All that is said at `linear_cross_entropy` of dtypes, autocast, derivatives in the forward pass and memory
+    holds here too.
+
+    Args:
+        query: ``[N, D]``; float16, bfloat16, float32 or float64.
+        key: ``[M, D]``: the keys of the queries, and others.
+        target: int32 or int64 ``[N]``, the place of each query's key; by default query i has the key i.
+        temperature: a positive number, or a tensor of one number, which may need a gradient; where a tensor isn't
+            positive, the loss is NaN.
+        bias: a number, or a tensor of one number, which may need a gradient.
+        positive: bool ``[N, M]``, True for a query's own keys, of which it may have none or several; instead of
+            ``target``.
+        mask: bool ``[N, M]``, False for the keys that aren't compared with a query, such as false negatives. A query
+            is always compared with its own keys.
+        query_group, key_group: int32 or int64 ``[N]`` and ``[M]``. A query isn't compared with other keys of its group,
+            which takes no memory of N x M. The keys of N queries have the groups of the queries by default.
+        reduction: "mean" over the queries, "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" one loss for each query. The mean over no query is 0.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes that don't match, fewer keys than queries have, tensors on several devices, a temperature
+            that isn't positive, both ``target`` and ``positive``, a ``key_group`` alone, an unknown ``reduction``.
+        RuntimeError: a target out of range; on a GPU it is an assertion on the device.
+
+    Source: Zhai, Mustafa, Kolesnikov, Beyer, "Sigmoid loss for language image pre-training", 2023.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> query = torch.eye(2, requires_grad=True)
+        >>> loss = custom_ops.sigmoid_contrastive_loss(query, torch.eye(2), temperature=0.5, bias=-1.0)
+        >>> loss.backward()
+        >>> loss.detach(), query.grad
+        (tensor(0.6265), tensor([[-0.2689,  0.2689],
+                [ 0.2689, -0.2689]]))
+    """
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    if shards.is_sharded(query, key, target, positive, mask, query_group, key_group):
+        raise NotImplementedError("sigmoid_contrastive_loss: expected plain tensors, got a DTensor")
+    _are_pairs(query, key, target, positive is not None)
+    left_out = _left_out(query, key, mask, query_group, key_group)
+    lowered, dtype = under_autocast(query), torch.promote_types(query.dtype, key.dtype)
+    rows, keys = query.shape[0], key.shape[0]
+    own = torch.arange(rows, device=query.device) if target is None else target
+    if positive is not None:
+        if target is not None:
+            raise ValueError("positive: expected no target beside it, got both")
+        own = torch.full_like(own, keys)  # no single key is the right one
+        left_out = _with_positive(query, key, positive, left_out[0]), *left_out[1:]
+    query, scale = _heated(query, temperature)
+    if isinstance(bias, Tensor):
+        shift = _one_number("bias", bias, query)
+        _checks.same_device(query=query, bias=shift)
+        # The bias is spread in float64, as is the sum of its gradient, since torch's sums depend on the threads.
+        of_keys: Tensor | None = (
+            shift.double().expand(keys).to(torch.promote_types(_wide_dtype(query), _wide_dtype(key)))
+        )
+    else:
+        number = _checks.as_float("bias", bias)
+        of_keys = None if number == 0 else query.new_full((keys,), number, dtype=torch.float64)
+    named = ("query", query), ("key", key), own, ("bias", of_keys)
+    tensors, (scale, ignored, first, total, _) = _checked(*named, scale, _NONE_IGNORED)
+    arguments = *tensors[:4], *left_out
+    options = scale, ignored, first, total + (positive is not None), True
+    share = torch.full_like(own, -1, dtype=_wide_dtype(tensors[0])).unsqueeze(0)
+    if reduction == "none":
+        loss = share * catalogue_log_prob(*arguments, *options)[0]
+    else:
+        loss = _summed(share / max(rows, 1) if reduction == "mean" else share, None, arguments, options)
+    if not lowered:
+        loss = loss.to(dtype)
+    return loss.reshape(query.shape[:1] if reduction == "none" else ())
+
+
+def _are_pairs(query: Tensor, key: Tensor, target: Tensor | None, any_number: bool = False) -> None:
+    _checks.has_dtype("query", query, _checks.FLOATING)
+    _checks.has_dtype("key", key, _checks.FLOATING)
+    _checks.has_dims("query", query, "[N, D]")
+    _checks.has_dims("key", key, "[M, D]")
+    rows, keys = query.shape[0], key.shape[0]
+    if not any_number and (keys < rows if target is None else keys == 0 < rows):
+        raise ValueError(f"key: expected one for each of {rows} queries, got {keys}")
+
+
+def _heated(query: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:
+    """Return queries and a factor whose product is the query divided by the temperature."""
+    if not isinstance(temperature, Tensor):
+        return query, 1.0 / _checks.as_positive("temperature", temperature)
+    divisor = _one_number("temperature", temperature, query)
+    _checks.same_device(query=query, temperature=divisor)
+    return wide(query) / torch.where(divisor > 0, divisor, torch.nan), 1.0
+
+
+def _of_pairs(name: str, value: Tensor, query: Tensor, key: Tensor) -> None:
+    _checks.has_dtype(name, value, (torch.bool,))
+    if value.shape != (query.shape[0], key.shape[0]):
+        raise ValueError(f"{name}: expected shape {[query.shape[0], key.shape[0]]}, got {list(value.shape)}")
+
+
+def _with_positive(query: Tensor, key: Tensor, positive: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mask as ops take it, with the number 2 for a query's own keys."""
+    _of_pairs("positive", positive, query, key)
+    _checks.same_device(query=query, positive=positive)
+    return (positive.to(torch.uint8) + 1).unsqueeze(0) if mask is None else mask.masked_fill(positive, 2)
+
+
 _NONE_IGNORED = -(2**63)  # no target is equal to it
 
 
@@ -810,9 +938,7 @@ def _left_out(
     """Check the arguments that leave keys out, and return them as ops take them."""
     given: dict[str, Tensor] = {"query": query}
     if mask is not None:
-        _checks.has_dtype("mask", mask, (torch.bool,))
-        if mask.shape != (query.shape[0], key.shape[0]):
-            raise ValueError(f"mask: expected shape {[query.shape[0], key.shape[0]]}, got {list(mask.shape)}")
+        _of_pairs("mask", mask, query, key)
         given["mask"] = mask
     for name, group, rows in (("query_group", query_group, query), ("key_group", key_group, key)):
         if group is not None:
@@ -828,7 +954,7 @@ def _left_out(
         key_group = query_group
     _checks.same_device(**given)
     batched = [None if group is None else group.to(torch.int64).unsqueeze(0) for group in (query_group, key_group)]
-    return None if mask is None else mask.unsqueeze(0), batched[0], batched[1]
+    return None if mask is None else mask.to(torch.uint8).unsqueeze(0), batched[0], batched[1]
 
 
 # ---------------------------------------------------------------- layers
@@ -926,3 +1052,37 @@ class InfoNCELoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, symmetric={self.symmetric}, reduction={self.reduction!r}"
+
+
+class SigmoidContrastiveLoss(torch.nn.Module):
+    """Apply `sigmoid_contrastive_loss` as a layer with a fixed temperature and bias.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.SigmoidContrastiveLoss(temperature=0.5, bias=-1.0)(torch.eye(2), torch.eye(2))
+        tensor(0.6265)
+    """
+
+    def __init__(self, temperature: float, bias: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.temperature = _checks.as_positive("temperature", temperature)
+        self.bias = _checks.as_float("bias", bias)
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+        self.reduction = reduction
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        target: Tensor | None = None,
+        positive: Tensor | None = None,
+        mask: Tensor | None = None,
+        query_group: Tensor | None = None,
+        key_group: Tensor | None = None,
+    ) -> Tensor:
+        pairs: dict[str, Any] = {"positive": positive, "mask": mask, "query_group": query_group, "key_group": key_group}
+        options: dict[str, Any] = {"temperature": self.temperature, "bias": self.bias, "reduction": self.reduction}
+        return sigmoid_contrastive_loss(query, key, target, **pairs, **options)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, bias={self.bias}, reduction={self.reduction!r}"
