@@ -13,7 +13,6 @@ from custom_ops._bilinear import add
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
-from custom_ops.ranking._arguments import reduce_by_torch
 from custom_ops.ranking._list_loss import is_differentiated
 
 # ---------------------------------------------------------------- ops
@@ -445,51 +444,73 @@ def _in_shards(
     Only three numbers of each row are exchanged for sharded words: its logsumexp, its entropy and its target's score
     among the words of each process.
     """
-    total, ignored, row = weight.shape[0], _ignored(ignore_index), shards.batch_labels(x.dim() - 1)
+    ignored, row = _ignored(ignore_index), shards.batch_labels(x.dim() - 1)
     if isinstance(scale, Tensor):
         x, scale = wide(x) * scale, 1.0
-    place = _place_of_words(weight, bias)
-    index, parts = (0, 1) if place is None else place
-    first = min(index * -(-total // parts), total)
+    words = _Words.of(x, weight, bias)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Any:
         tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignored)
-        found = catalogue_log_prob(*tensors, *options[:2], first, total, False)[:3]
+        found = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False)[:3]
         log_prob, entropy, lse = (t.reshape(target.shape) for t in found)
-        if place is None:
-            return log_prob, entropy, lse
-        here = (target >= first) & (target < first + weight.shape[0])
-        own = torch.stack([torch.where(here, log_prob + lse, 0), entropy, lse])
-        is_own = torch.arange(parts, device=own.device) == index
-        return torch.where(is_own.view(-1, *[1] * own.dim()), own, 0)
+        return (
+            (log_prob, entropy, lse)
+            if words.parts == 1
+            else words.own(words.score(log_prob, lse, target), entropy, lse)
+        )
 
     def joined(of_parts: Tensor, target: Tensor) -> Any:
-        target = target.to(torch.int64)
         score, entropy, lse = of_parts.unbind(1)
         whole = lse.logsumexp(0)
         has_words = lse.isfinite()
         below = torch.where(has_words, whole - lse, 0)
         share = torch.where(has_words, (-below).exp(), 0)
-        found = score.sum(0) - whole, (share * (entropy + below)).sum(0), whole
-        return tuple(torch.where(target != ignored, t, 0) for t in found)
+        results = score.sum(0) - whole, (share * (entropy + below)).sum(0), whole
+        counts = target.to(torch.int64) != ignored
+        return tuple(torch.where(counts, t, 0) for t in results)
 
     inputs, results = f"{row}D,vD,v,{row}", ",".join([row] * 3)
-    if place is None:
+    if words.parts == 1:
         return LogProbs(*shards.in_shards(run, f"{inputs}->{results}", x, weight, bias, target))
     of_parts = shards.summed_up(shards.in_shards(run, f"{inputs}->KT{row}", x, weight, bias, target))
     return LogProbs(*shards.in_shards(joined, f"KT{row},{row}->{results}", of_parts, target))
 
 
-def _place_of_words(*tensors: Any) -> tuple[int, int] | None:
-    """Return which part of the words this process has, and the number of parts; None if they aren't sharded."""
-    for t in tensors:
-        if shards.is_sharded(t):
-            cuts = [at for at, placement in enumerate(t.placements) if placement.is_shard(0)]
+class _Words(NamedTuple):
+    """The words of this process: they are those from ``first`` on, in part ``part`` of ``parts``."""
+
+    part: int
+    parts: int
+    first: int
+    total: int
+
+    @staticmethod
+    def of(rows: Tensor, *words: Any) -> _Words:
+        """Return the place in the first of ``words`` that is sharded where the rows aren't; all have it then."""
+        total = words[0].shape[0]
+        for t in words:
+            cuts = [at for at, p in enumerate(getattr(t, "placements", ())) if p.is_shard(0) and not _is_cut(rows, at)]
             if len(cuts) > 1:
                 raise NotImplementedError("weight: expected words sharded in one dimension of the mesh, got several")
             if cuts:
-                return t.device_mesh.get_local_rank(cuts[0]), t.device_mesh.size(cuts[0])
-    return None
+                part, parts = t.device_mesh.get_local_rank(cuts[0]), t.device_mesh.size(cuts[0])
+                return _Words(part, parts, min(part * -(-total // parts), total), total)
+        return _Words(0, 1, 0, total)
+
+    def own(self, *numbers: Tensor) -> Tensor:
+        """Return [parts, K, ...] with this process's K numbers of each row in its place; the sum has those of all."""
+        stacked = torch.stack(numbers)
+        is_own = torch.arange(self.parts, device=stacked.device) == self.part
+        return torch.where(is_own.view(-1, *[1] * stacked.dim()), stacked, 0)
+
+    def score(self, log_prob: Tensor, lse: Tensor, target: Tensor) -> Tensor:
+        """Return the target's score, or 0 if it isn't among this process's words."""
+        words = -(-self.total // self.parts)
+        return torch.where((target >= self.first) & (target < self.first + words), log_prob + lse, 0)
+
+
+def _is_cut(t: Any, at: int) -> bool:
+    return hasattr(t, "placements") and bool(t.placements[at].is_shard(0))
 
 
 class _Arguments(NamedTuple):
@@ -586,7 +607,7 @@ def linear_cross_entropy(
     Under a transform, or if the gradient is differentiated again, they are computed anew. The loss is differentiable in
     input, linear_weight, linear_bias and scale, twice and in forward mode. All that is said at `linear_log_prob` of
     dtypes, ignored rows, autocast, errors and memory holds here too; the loss has the dtype of the arguments, under
-    autocast float32. DTensors are taken without class weights and label smoothing.
+    autocast float32. For sharded words, DTensors exchange five numbers of each row at most.
 
     Args:
         input: ``[..., D]``, the rows; float16, bfloat16, float32 or float64.
@@ -622,13 +643,9 @@ def linear_cross_entropy(
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     e = _smoothing(label_smoothing)
     ignored = -100 if ignore_index is None else ignore_index
-    if shards.is_sharded(input, linear_weight, target, linear_bias):
-        if weight is not None or e:
-            raise NotImplementedError("linear_cross_entropy: expected no weight and no label_smoothing for DTensors")
-        log_prob = linear_log_prob(
-            input, linear_weight, target, bias=linear_bias, scale=scale, ignore_index=ignored
-        ).log_prob
-        return reduce_by_torch(-log_prob, target.to(torch.int64) != ignored, None, reduction)
+    if shards.is_sharded(input, linear_weight, target, linear_bias, weight):
+        given = input, linear_weight, linear_bias, weight, target
+        return _cross_entropy_in_shards(*given, reduction, _ignored(ignored), e, scale)
     named = ("input", input), ("linear_weight", linear_weight), target, ("linear_bias", linear_bias)
     tensors, options = _checked(*named, scale, ignored)
     x, words, bias, at = tensors[:4]
@@ -655,6 +672,67 @@ def linear_cross_entropy(
     if not under_autocast(input):
         loss = loss.to(torch.promote_types(input.dtype, linear_weight.dtype))
     return loss.reshape(target.shape if reduction == "none" else ())
+
+
+def _cross_entropy_in_shards(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignored: int,
+    e: float,
+    scale: float | Tensor,
+) -> Tensor:
+    """Return the loss for DTensors, of which rows and words may be sharded.
+
+    For sharded words at most five numbers of each row are exchanged: its logsumexp, its target's score and weight, the
+    weighted sum of scores, and the sum of weights, all among the words of each process.
+    """
+    row, dtype = shards.batch_labels(input.dim() - 1), torch.promote_types(input.dtype, linear_weight.dtype)
+    if isinstance(scale, Tensor):
+        input, scale = wide(input) * scale, 1.0
+    words = _Words.of(input, linear_weight, linear_bias, weight)
+
+    def run(x: Tensor, linear: Tensor, bias: Tensor | None, weight: Tensor | None, target: Tensor) -> Any:
+        named = ("input", x), ("linear_weight", linear), target, ("linear_bias", bias)
+        tensors, options = _checked(*named, scale, ignored)
+        x, linear, bias, at = tensors[:4]
+        log_prob, _, lse, _ = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False)
+        counts, here = at != ignored, at - words.first
+        numbers = [log_prob if words.parts == 1 else words.score(log_prob, lse, at), lse]
+        if weight is not None:
+            weight = _class_weights(weight, linear[0]).to(lse.dtype)
+            chosen = weight[here.clamp(0, max(len(weight) - 1, 0))] if len(weight) else torch.zeros_like(lse)
+            numbers.append(torch.where(counts & (here >= 0) & (here < len(weight)), chosen, 0))
+        if e:
+            mean = _mean_score(x, linear, bias, weight, options[0], counts.to(lse.dtype), False)
+            whole = linear.shape[1] if weight is None else weight.sum()
+            numbers += [(mean * linear.shape[1]).to(lse.dtype), torch.zeros_like(lse) + whole]
+        return words.own(*(t.reshape(target.shape) for t in numbers))
+
+    def joined(of_parts: Tensor, target: Tensor) -> Any:
+        score, lse, *others = of_parts.unbind(1)
+        lse, counts = lse.logsumexp(0), target.to(torch.int64) != ignored
+        of_rows = counts.to(lse.dtype) if weight is None else others.pop(0).sum(0)
+        loss = (e - 1) * of_rows * (score[0] if words.parts == 1 else score.sum(0) - lse)
+        if e:
+            scores, whole = (t.sum(0) for t in others)
+            loss = loss + e / max(words.total, 1) * (whole * lse - scores)
+        return torch.where(counts, loss, 0), of_rows.double(), counts.double()
+
+    tensors = input, linear_weight, linear_bias, weight, target
+    of_parts = shards.summed_up(shards.in_shards(run, f"{row}D,vD,v,v,{row}->KT{row}", *tensors))
+    loss, of_rows, counted = shards.in_shards(joined, f"KT{row},{row}->{row},{row},{row}", of_parts, target)
+    if reduction == "none":
+        return loss if under_autocast(input) else loss.to(dtype)
+    total = loss.sum(dtype=torch.float64)
+    if reduction == "mean":
+        sums = shards.in_shards(lambda *t: torch.stack(t).flatten(1).sum(1), f"{row},{row}->S", of_rows, counted)
+        whole, number = shards.summed_up(sums)
+        total = total / torch.where(number == 0, 1, whole)
+    return total.to(loss.dtype if under_autocast(input) else dtype)
 
 
 def _summed(of_log_prob: Tensor, of_lse: Tensor | None, tensors: Sequence[Any], options: Sequence[Any]) -> Tensor:
@@ -768,35 +846,180 @@ def info_nce_loss(
     """
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     both = _checks.as_bool("symmetric", symmetric)
-    if shards.is_sharded(query, key, target, mask, query_group, key_group):
-        raise NotImplementedError("info_nce_loss: expected plain tensors, got a DTensor; gather the keys first")
     _are_pairs(query, key, target)
+    if shards.is_sharded(query, key, target, mask, query_group, key_group, temperature):
+        kept = mask, query_group, key_group
+        return _contrastive_in_shards(both, query, key, target, temperature, None, None, *kept, reduction)
     rows, keys, dtype = query.shape[0], key.shape[0], torch.promote_types(query.dtype, key.dtype)
     places = torch.arange(rows, device=query.device)
     own = places if target is None else target
-    left_out = _left_out(query, key, mask, query_group, key_group)
-    lowered = under_autocast(query)
-    query, scale = _heated(query, temperature)
-    nothing: Any = ("bias", None), scale, _NONE_IGNORED
-    tensors, options = _checked(("query", query), ("key", key), own, *nothing)
-    found = [((*tensors[:4], *left_out), options)]
+    found = [_similarities(query, key, own, temperature, None, None, mask, query_group, key_group)]
     if both:
-        chosen = slice(rows) if target is None else tensors[3][0].clamp(0, max(keys - 1, 0))
-        tensors, options = _checked(("key", key[chosen]), ("query", query), places, *nothing)
-        compared, of_query, of_key = left_out
-        compared = None if compared is None else compared[..., chosen].transpose(1, 2)
-        of_key = None if of_key is None else of_key[:, chosen]
-        found.append(((*tensors[:4], compared, of_key, of_query), options))
-    share = torch.full_like(places, 1, dtype=_wide_dtype(tensors[0])).unsqueeze(0) / len(found)
+        chosen = slice(rows) if target is None else own.to(torch.int64).clamp(0, max(keys - 1, 0))
+        compared = None if mask is None else mask[:, chosen].T
+        of_key = query_group if key_group is None else key_group
+        of_key = None if of_key is None else of_key[chosen]
+        found.append(_similarities(key[chosen], query, places, temperature, None, None, compared, of_key, query_group))
+    share = torch.full_like(places, -1, dtype=_wide_dtype(found[0][0][0])).unsqueeze(0) / len(found)
+    return _contrastive(found, share, reduction, dtype, under_autocast(query))
+
+
+def _contrastive(found: Sequence[Any], share: Tensor, reduction: str, dtype: torch.dtype, lowered: bool) -> Tensor:
+    """Return the loss of the arguments ``found`` of one or two directions, whose rows' log_prob have that ``share``."""
     if reduction == "none":
-        losses = [-share * catalogue_log_prob(*arguments, *numbers)[0] for arguments, numbers in found]
+        losses = [share[0] * catalogue_log_prob(*arguments, *options)[0][0] for arguments, options in found]
     else:
-        share = -share / max(rows, 1) if reduction == "mean" else -share
-        losses = [_summed(share, None, arguments, numbers) for arguments, numbers in found]
+        share = share / max(share.shape[1], 1) if reduction == "mean" else share
+        losses = [_summed(share, None, arguments, options)[0] for arguments, options in found]
     loss = sum(losses[1:], losses[0])
-    if not lowered:
-        loss = loss.to(dtype)
-    return loss.reshape(query.shape[:1] if reduction == "none" else ())
+    return loss if lowered else loss.to(dtype)
+
+
+def _similarities(
+    query: Tensor,
+    key: Tensor,
+    own: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor | None,
+    positive: Tensor | None,
+    mask: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    words: _Words | None = None,
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return tensors and options as ops take them. The problem is binary if there is a bias.
+
+    ``words`` says which of all keys these are.
+    """
+    left_out = _left_out(query, key, mask, query_group, key_group)
+    keys = key.shape[0]
+    if positive is not None:
+        left_out = _with_positive(query, key, positive, left_out[0]), *left_out[1:]
+    query, scale = _heated(query, temperature)
+    of_keys: Tensor | None = None
+    if isinstance(bias, Tensor):
+        shift = _one_number("bias", bias, query)
+        _checks.same_device(query=query, bias=shift)
+        # The bias is spread in float64, as is the sum of its gradient, since torch's sums depend on the threads.
+        of_keys = shift.double().expand(keys).to(torch.promote_types(_wide_dtype(query), _wide_dtype(key)))
+    elif bias is not None and (number := _checks.as_float("bias", bias)) != 0:
+        of_keys = query.new_full((keys,), number, dtype=torch.float64)
+    named = ("query", query), ("key", key), own, ("bias", of_keys)
+    tensors, (scale, ignored, first, total, _) = _checked(*named, scale, _NONE_IGNORED)
+    if words is not None:
+        first, total = words.first, words.total
+    # With several right keys, or none, the target is one beyond the last.
+    return (*tensors[:4], *left_out), (scale, ignored, first, total + (positive is not None), bias is not None)
+
+
+def _contrastive_in_shards(
+    both: bool,
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None,
+    temperature: float | Tensor,
+    bias: float | Tensor | None,
+    positive: Tensor | None,
+    mask: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Return a contrastive loss for DTensors, of which queries and keys may be sharded.
+
+    Where both are in the same dimension of the mesh, the keys are gathered, and for the second direction the queries.
+    """
+    given = [
+        t for t in (query, key, target, positive, mask, query_group, key_group, temperature, bias) if t is not None
+    ]
+    like = next(t for t in given if shards.is_sharded(t))
+
+    def spread(t: Any) -> Any:
+        return shards.replicated(t, like) if isinstance(t, Tensor) and not shards.is_sharded(t) else t
+
+    dtype, rows = torch.promote_types(query.dtype, key.dtype), query.shape[0]
+    lowered, is_own = under_autocast(query), target is None and rows == key.shape[0]
+    query, key, temperature, bias = (spread(t) for t in (query, key, temperature, bias))
+    places = spread(torch.arange(rows, device=query.device))
+    own = places if target is None else spread(target)
+    if positive is not None:
+        own = own * 0 + key.shape[0]
+    key_group = query_group if key_group is None else key_group
+    positive, mask, query_group, key_group = (spread(t) for t in (positive, mask, query_group, key_group))
+    log_prob = _in_one_direction(query, key, own, temperature, bias, positive, mask, query_group, key_group)
+    if both:
+        chosen = key
+        if not is_own:
+            chosen, key_group = _picked(key, own), None if key_group is None else _picked(key_group, own)
+        if mask is not None:
+            compared = mask if is_own else shards.in_shards(lambda m, k: m[:, k], "nV,k->nk", _whole(mask, 1), own)
+            mask = shards.in_shards(lambda m: m.T, "nv->vn", compared)
+        turned = _in_one_direction(chosen, query, places, temperature, None, None, mask, key_group, query_group)
+        log_prob = (log_prob + turned) / 2
+    loss = -log_prob
+    if reduction != "none":
+        loss = loss.sum(dtype=torch.float64) / (max(rows, 1) if reduction == "mean" else 1)
+    return loss.to(torch.promote_types(dtype, torch.float32) if lowered else dtype)
+
+
+def _whole(t: Any, dim: int) -> Any:
+    """Return the DTensor without shards in that dimension."""
+    from torch.distributed.tensor import Replicate
+
+    return t.redistribute(placements=[Replicate() if p.is_shard(dim) else p for p in t.placements])
+
+
+def _picked(t: Any, at: Any) -> Any:
+    """Return the rows ``at`` of the DTensor t, whose rows may be sharded."""
+    words, tail = _Words.of(at * 0, t), "D" * (t.dim() - 1)
+
+    def run(t: Tensor, at: Tensor) -> Tensor:
+        here = at.to(torch.int64) - words.first
+        found = t[here.clamp(0, max(len(t) - 1, 0))] if len(t) else t.new_zeros(len(at), *t.shape[1:])
+        is_here = (here >= 0) & (here < len(t))
+        return torch.where(is_here.view(-1, *[1] * (t.dim() - 1)), found, 0)
+
+    return shards.summed_up(shards.in_shards(run, f"v{tail},n->n{tail}", t, at))
+
+
+def _in_one_direction(
+    query: Any, key: Any, own: Any, temperature: Any, bias: Any, positive: Any, mask: Any, of_query: Any, of_key: Any
+) -> Any:
+    """Return the log-probability of each row's own keys, for DTensors."""
+    from torch.distributed.tensor import Replicate
+
+    words = _Words.of(query, key)
+
+    def along(t: Any) -> Any:
+        """Return t without shards where neither queries nor keys have any."""
+        if t is None:
+            return None
+        cut = [_is_cut(query, at) or _is_cut(key, at) for at in range(len(t.placements))]
+        return t.redistribute(placements=[p if is_cut else Replicate() for p, is_cut in zip(t.placements, cut)])
+
+    def run(query: Tensor, key: Tensor, own: Tensor, *others: Any) -> Tensor:
+        given = iter(others)
+        heat, shift = (next(given) if isinstance(number, Tensor) else number for number in (temperature, bias))
+        right, kept, of_rows, of_words = given
+        arguments, numbers = _similarities(query, key, own, heat, shift, right, kept, of_rows, of_words, words)
+        log_prob, _, lse, _ = catalogue_log_prob(*arguments, *numbers)
+        if numbers[-1] or words.parts == 1:
+            return log_prob[0]
+        return words.own(words.score(log_prob[0], lse[0], own.to(torch.int64)), lse[0])
+
+    numbers = [number for number in (temperature, bias) if isinstance(number, Tensor)]
+    pairs = [along(t) for t in (positive, mask, of_query, of_key)]
+    labels = "nD,vD,n" + "," * len(numbers) + ",nv,nv,n,v"
+    tensors = query, key, along(own), *numbers, *pairs
+    if bias is not None or words.parts == 1:
+        return shards.in_shards(run, f"{labels}->n", *tensors)
+    of_parts = shards.summed_up(shards.in_shards(run, f"{labels}->KTn", *tensors))
+
+    def joined(of_parts: Tensor) -> Tensor:
+        score, lse = of_parts.unbind(1)
+        return score.sum(0) - lse.logsumexp(0)
+
+    return shards.in_shards(joined, "KTn->n", of_parts)
 
 
 def sigmoid_contrastive_loss(
@@ -860,41 +1083,21 @@ def sigmoid_contrastive_loss(
                 [ 0.2689, -0.2689]]))
     """
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-    if shards.is_sharded(query, key, target, positive, mask, query_group, key_group):
-        raise NotImplementedError("sigmoid_contrastive_loss: expected plain tensors, got a DTensor")
     _are_pairs(query, key, target, positive is not None)
-    left_out = _left_out(query, key, mask, query_group, key_group)
-    lowered, dtype = under_autocast(query), torch.promote_types(query.dtype, key.dtype)
-    rows, keys = query.shape[0], key.shape[0]
-    own = torch.arange(rows, device=query.device) if target is None else target
+    if positive is not None and target is not None:
+        raise ValueError("positive: expected no target beside it, got both")
+    if not isinstance(bias, Tensor):
+        bias = _checks.as_float("bias", bias)
+    if shards.is_sharded(query, key, target, positive, mask, query_group, key_group, temperature, bias):
+        pairs = positive, mask, query_group, key_group
+        return _contrastive_in_shards(False, query, key, target, temperature, bias, *pairs, reduction)
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    own = torch.arange(query.shape[0], device=query.device) if target is None else target
     if positive is not None:
-        if target is not None:
-            raise ValueError("positive: expected no target beside it, got both")
-        own = torch.full_like(own, keys)  # no single key is the right one
-        left_out = _with_positive(query, key, positive, left_out[0]), *left_out[1:]
-    query, scale = _heated(query, temperature)
-    if isinstance(bias, Tensor):
-        shift = _one_number("bias", bias, query)
-        _checks.same_device(query=query, bias=shift)
-        # The bias is spread in float64, as is the sum of its gradient, since torch's sums depend on the threads.
-        of_keys: Tensor | None = (
-            shift.double().expand(keys).to(torch.promote_types(_wide_dtype(query), _wide_dtype(key)))
-        )
-    else:
-        number = _checks.as_float("bias", bias)
-        of_keys = None if number == 0 else query.new_full((keys,), number, dtype=torch.float64)
-    named = ("query", query), ("key", key), own, ("bias", of_keys)
-    tensors, (scale, ignored, first, total, _) = _checked(*named, scale, _NONE_IGNORED)
-    arguments = *tensors[:4], *left_out
-    options = scale, ignored, first, total + (positive is not None), True
-    share = torch.full_like(own, -1, dtype=_wide_dtype(tensors[0])).unsqueeze(0)
-    if reduction == "none":
-        loss = share * catalogue_log_prob(*arguments, *options)[0]
-    else:
-        loss = _summed(share / max(rows, 1) if reduction == "mean" else share, None, arguments, options)
-    if not lowered:
-        loss = loss.to(dtype)
-    return loss.reshape(query.shape[:1] if reduction == "none" else ())
+        own = torch.full_like(own, key.shape[0])
+    found = _similarities(query, key, own, temperature, bias, positive, mask, query_group, key_group)
+    share = torch.full_like(own, -1, dtype=_wide_dtype(found[0][0])).unsqueeze(0)
+    return _contrastive([found], share, reduction, dtype, under_autocast(query))
 
 
 def _are_pairs(query: Tensor, key: Tensor, target: Tensor | None, any_number: bool = False) -> None:

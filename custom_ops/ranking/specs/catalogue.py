@@ -164,12 +164,38 @@ def _log_prob_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 def _shardings(one_result: bool) -> list[Sharding]:
     """Return rows and words that are sharded; one number is the mean of the rows' losses."""
     x, weight, _, bias = _tensors(torch.device("cpu"), torch.float32, (5,), 5, 3)
-    sample = Sample((x, weight, torch.tensor([4, 0, -100, 2, 3])), {"linear_bias" if one_result else "bias": bias})
+    target = torch.tensor([4, 0, -100, 2, 3])
+    sample = Sample((x, weight, target), {"linear_bias" if one_result else "bias": bias})
     counted = int(one_result)
     words: dict[int | str, int] = {1: 0, "linear_bias" if one_result else "bias": 0}
-    return [
+    found = [
         Sharding("rows", sample, {0: 0, 2: 0}, "partial" if one_result else 0, {"all_reduce": 2 + counted}),
         Sharding("words", sample, words, "replicated", {"all_reduce": 2}),
+    ]
+    if one_result:
+        factors = {"weight": torch.tensor([1.0, 0.5, 2.0, 0.0, 1.5]), "label_smoothing": 0.25}
+        weighted = Sample((x, weight, target), {"linear_bias": bias, **factors})
+        found += [
+            Sharding("rows, weighted", weighted, {0: 0, 2: 0}, "partial", {"all_reduce": 4}),
+            Sharding("words, weighted", weighted, {**words, "weight": 0}, "replicated", {"all_reduce": 2}),
+        ]
+    return found
+
+
+def _contrastive_shardings(symmetric: bool) -> list[Sharding]:
+    """Return queries and keys that are sharded, alone and both in the same dimension of the mesh."""
+    query, key, _, _ = _tensors(torch.device("cpu"), torch.float32, (5,), 5, 3)
+    options: dict[str, Any] = {"temperature": torch.tensor(0.75, requires_grad=True)}
+    if not symmetric:
+        options["bias"] = torch.tensor(-1.0, requires_grad=True)
+    sample = Sample((query, key), options)
+    alone = {"all_reduce": 5 if symmetric else 3}  # a number of each row, and gradients; both directions have theirs
+    directions = 1 + int(symmetric)
+    gathered = {"all_gather_into_tensor": directions, "reduce_scatter_tensor": directions, "all_reduce": 2}
+    return [
+        Sharding("queries", sample, {0: 0}, "partial", alone),
+        Sharding("keys", sample, {1: 0}, "partial", alone),
+        Sharding("both", sample, {0: 0, 1: 0}, "partial", gathered),
     ]
 
 
@@ -301,7 +327,7 @@ register(
         function=info_nce_loss,
         reference=info_nce_loss_reference,
         samples=_info_nce_samples,
-        not_sharded="each process would need all keys",
+        shardings=lambda: _contrastive_shardings(True),
         not_applicable={"forward over forward": _FORWARD_OVER_FORWARD},
         not_fuzzed=_NOT_FUZZED | {"tiny": "a quotient of two of them, whose difference is lost"},
         autocast=torch.float32,
@@ -339,7 +365,7 @@ register(
         function=sigmoid_contrastive_loss,
         reference=sigmoid_contrastive_loss_reference,
         samples=_sigmoid_samples,
-        not_sharded="each process would need all keys",
+        shardings=lambda: _contrastive_shardings(False),
         not_applicable={"forward over forward": _FORWARD_OVER_FORWARD},
         not_fuzzed=_NOT_FUZZED | {"tiny": "a quotient of two of them, whose difference is lost"},
         autocast=torch.float32,
