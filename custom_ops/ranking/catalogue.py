@@ -847,7 +847,7 @@ def info_nce_loss(
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     both = _checks.as_bool("symmetric", symmetric)
     _are_pairs(query, key, target)
-    if shards.is_sharded(query, key, target, mask, query_group, key_group, temperature):
+    if shards.is_sharded(query, key, target, mask, query_group, key_group):
         kept = mask, query_group, key_group
         return _contrastive_in_shards(both, query, key, target, temperature, None, None, *kept, reduction)
     rows, keys, dtype = query.shape[0], key.shape[0], torch.promote_types(query.dtype, key.dtype)
@@ -1088,7 +1088,7 @@ def sigmoid_contrastive_loss(
         raise ValueError("positive: expected no target beside it, got both")
     if not isinstance(bias, Tensor):
         bias = _checks.as_float("bias", bias)
-    if shards.is_sharded(query, key, target, positive, mask, query_group, key_group, temperature, bias):
+    if shards.is_sharded(query, key, target, positive, mask, query_group, key_group):
         pairs = positive, mask, query_group, key_group
         return _contrastive_in_shards(False, query, key, target, temperature, bias, *pairs, reduction)
     dtype = torch.promote_types(query.dtype, key.dtype)
