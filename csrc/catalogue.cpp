@@ -13,7 +13,7 @@ namespace {
 
 // A block of logits has about so many bytes, but at least kLeastRows rows. Forward and backward of 4096 rows x 16,000
 // words x 64 take 15 % longer with a quarter of it.
-constexpr int64_t kBlockBytes = int64_t{16} << 20;
+constexpr int64_t kBlockBytes = int64_t{24} << 20;
 constexpr int64_t kLeastRows = 64;
 constexpr int64_t kWords = 4096;  // the words of a 16-bit catalogue that are widened at a time
 
@@ -358,24 +358,30 @@ ALWAYS_INLINE inline void two_sums(int64_t n, const Term& term, double& first, d
 }
 
 template <class A>
-Row<A> row_of(const A* z, int64_t n) {
-  Row<A> out;
-  double sum, moment;
+A top_of(const A* z, int64_t n) {
+  A top;
+  multiversion([&]() ALWAYS_INLINE { top = largest_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return z[i]; }); });
+  return top;
+}
+
+// Returns the stats of a row of logits, and the sum of e^(z - top). If `kept`, the logits become these exponentials.
+template <bool kept, class A>
+Row<A> row_of(A* z, int64_t n, A top_in, double& sum) {
+  double moment;
   multiversion([&]() ALWAYS_INLINE {
-    out.top = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return z[i]; });
-    const A top = out.top;
+    const A top = top_in;
+    A* const at = z;
     two_sums<A>(
         n,
         [=](int64_t i, A& e, A& m) ALWAYS_INLINE {
-          const A x = above_lowest(z[i] - top), p = exp_nonpositive(x);
+          const A x = above_lowest(at[i] - top), p = exp_nonpositive(x);
+          if constexpr (kept) at[i] = at[i] == -std::numeric_limits<A>::infinity() ? A(0) : p;
           e += p, m += p * x;
         },
         sum, moment);
   });
-  out.log_sum = static_cast<A>(std::log(sum));
-  out.entropy = static_cast<A>(std::log(sum) - moment / sum);
-  if (n == 0) out.log_sum = out.entropy = 0;
-  return out;
+  if (n == 0) return {top_in, 0, 0};
+  return {top_in, static_cast<A>(std::log(sum)), static_cast<A>(std::log(sum) - moment / sum)};
 }
 
 // The cotangents of a row's log_prob, entropy and lse.
@@ -389,16 +395,30 @@ struct Weights {
 
 // Turns a row of logits into its cotangent; `at` is the target's place, or negative if it isn't here.
 template <class A>
-void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row, Weights<A> g) {
+void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row_in, Weights<A> g_in) {
   multiversion([=]() ALWAYS_INLINE {
+    // Stores to z can't change these copies, so that the loops vectorise.
+    const Row<A> row = row_in;
+    const Weights<A> g = g_in;
     if (g.entropy == 0) {
-      for (int64_t i = 0; i < n; ++i) z[i] = exp_nonpositive(log_probability(z[i], row)) * (g.lse - g.log_prob);
+      const A factor = g.lse - g.log_prob;
+      for (int64_t i = 0; i < n; ++i) z[i] = exp_nonpositive(log_probability(z[i], row)) * factor;
     } else {
       for (int64_t i = 0; i < n; ++i) {
         const A log_p = log_probability(z[i], row);
         z[i] = exp_nonpositive(log_p) * g.of(row, log_p);
       }
     }
+  });
+  if (at >= 0) z[at] += g_in.log_prob;
+}
+
+// Turns a row of e^(z - top), whose sum is known, into its cotangent, which has no part of the entropy.
+template <class A>
+void scale_to_cotangent(A* z, int64_t n, int64_t at, double sum, Weights<A> g) {
+  multiversion([=]() ALWAYS_INLINE {
+    const A factor = static_cast<A>((g.lse - g.log_prob) / sum);
+    for (int64_t i = 0; i < n; ++i) z[i] *= factor;
   });
   if (at >= 0) z[at] += g.log_prob;
 }
@@ -421,11 +441,14 @@ Weights<A> tangent_of(A* z, A* move, int64_t n, int64_t at, Row<A> row, Weights<
   const Weights<A> out{(at >= 0 ? move[at] : A(0)) - lse, entropy, lse};
   if (!turned) return out;
   multiversion([=]() ALWAYS_INLINE {
+    const Row<A> own = row;  // as above
+    const Weights<A> of_row = g;
+    const A mean = lse, bend = entropy;
     for (int64_t i = 0; i < n; ++i) {
-      const A log_p = log_probability(z[i], row), p = exp_nonpositive(log_p);
-      const A of = g.of(row, log_p), change = move[i] - lse;
+      const A log_p = log_probability(z[i], own), p = exp_nonpositive(log_p);
+      const A of = of_row.of(own, log_p), change = move[i] - mean;
       z[i] = p * of;
-      move[i] = p * (change * of - g.entropy * (change + entropy));
+      move[i] = p * (change * of - of_row.entropy * (change + bend));
     }
   });
   if (at >= 0) z[at] += g.log_prob;
@@ -461,7 +484,8 @@ A binary_log_prob(const A* z, int64_t n) {
 template <class A>
 void binary_cotangent(A* z, int64_t n, A g) {
   multiversion([=]() ALWAYS_INLINE {
-    for (int64_t i = 0; i < n; ++i) z[i] = -g * sigmoid(z[i]);
+    const A factor = -g;
+    for (int64_t i = 0; i < n; ++i) z[i] = factor * sigmoid(z[i]);
   });
 }
 
@@ -473,10 +497,11 @@ A binary_tangent(A* z, A* move, int64_t n, A g, bool turned) {
   multiversion([&]() ALWAYS_INLINE {
     sum = sum_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return sigmoid(z[i]) * move[i]; });
     if (!turned) return;
+    const A factor = -g;
     for (int64_t i = 0; i < n; ++i) {
       const A e = smaller_odds(z[i]), p = 1 / (1 + e);
-      move[i] = -g * (e * p * p) * move[i];
-      z[i] = -g * (z[i] > 0 ? p : e * p);
+      move[i] = factor * (e * p * p) * move[i];
+      z[i] = factor * (z[i] > 0 ? p : e * p);
     }
   });
   return static_cast<A>(-sum);
@@ -519,17 +544,19 @@ struct Results {
         lse(rows(in, {})),
         stats(rows(in, {3})) {}
 
-  template <class A>
-  Row<A> store(int64_t i, const A* z, int64_t n, int64_t at) const {
-    const Row<A> row = row_of(z, n);
-    const A target = at >= 0 ? z[at] - row.top : -row.top;
+  // Returns the sum of e^(z - top), which the logits become if `kept`.
+  template <bool kept, class A>
+  double store(int64_t i, A* z, int64_t n, int64_t at) const {
+    const A top = top_of(z, n), target = (at >= 0 ? z[at] : A(0)) - top;
+    const bool infinite = std::isinf(top) && std::none_of(z, z + n, [](A x) { return x != x; });
+    double sum;
+    const Row<A> row = row_of<kept>(z, n, top, sum);
     mutable_data<A>(log_prob)[i] = target - row.log_sum;
     mutable_data<A>(entropy)[i] = row.entropy;
-    const bool infinite = std::isinf(row.top) && std::none_of(z, z + n, [](A x) { return x != x; });
     mutable_data<A>(lse)[i] = infinite ? row.top : row.top + row.log_sum;
     A* s = mutable_data<A>(stats) + 3 * i;
     s[0] = row.top, s[1] = row.log_sum, s[2] = row.entropy;
-    return row;
+    return sum;
   }
 
  private:
@@ -569,14 +596,15 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
             binary_cotangent(logits, in.words, weights.at<A>(i).log_prob);
             return in.turn(logits, i, at);
           }
-          Row<A> row;
           if (stats) {
             const A* s = data<A>(*stats) + 3 * i;
-            row = {s[0], s[1], s[2]};
+            cotangent_of(logits, in.words, at, {s[0], s[1], s[2]}, weights.at<A>(i));
+          } else if (to.wanted()) {
+            const double sum = results->store<true>(i, logits, in.words, at);
+            scale_to_cotangent(logits, in.words, at, sum, weights.at<A>(i));
           } else {
-            row = results->store(i, logits, in.words, at);
+            results->store<false>(i, logits, in.words, at);
           }
-          if (to.wanted()) cotangent_of(logits, in.words, at, row, weights.at<A>(i));
         });
         if (!to.wanted()) continue;
         sums.add_to_rows(block, z, example.weight);
