@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import custom_ops
 from benchmarks.memory import peak_bytes
@@ -272,3 +273,93 @@ def test_binary_problems_keep_the_digits_of_likely_pairs_and_of_far_ones():
     assert slope[1].item() == 0
     wrong = custom_ops.sigmoid_contrastive_loss(query, torch.tensor([[-1.0], [1.0]]), **options)
     assert wrong.tolist() == pytest.approx([80, 2000])
+
+
+def _again(f, x, v):
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(f(x), x, create_graph=True)
+    return torch.autograd.grad((first * v).sum(), x)[0]
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, f, x):
+        super().__init__()
+        self.f, self.x = f, torch.nn.Parameter(x)
+
+    def forward(self, shift):
+        return self.f(self.x + shift)
+
+
+def _exported(f, x, v):
+    program = torch.export.export(_Loss(f, x), (v,)).module()
+    return torch.autograd.grad(program(v), program.parameters())[0]
+
+
+def _checkpointed(f, x, v):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(checkpoint(f, x, use_reentrant=False), x)[0]
+
+
+# Each fails or is silently wrong in torch's or TRL's losses in chunks; the function has cotangents of its own for each
+# row's log-probability and entropy.
+COMPOSITIONS = {
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
+    "func.grad": lambda f, x, v: torch.func.grad(f)(x),
+    "hessian": lambda f, x, v: torch.func.hessian(f)(x),
+    "compile(vmap(grad))": lambda f, x, v: torch.compile(
+        torch.func.vmap(torch.func.grad(f)), backend="aot_eager", fullgraph=True
+    )(torch.stack([x, v])),
+    "double backward": _again,
+    "checkpoint": _checkpointed,
+    "export": _exported,
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_compositions(name):
+    x, weight, target = drawn(4, 5, 3, torch.float64)
+    of_rows = torch.linspace(-1, 1, 8, dtype=torch.float64)
+
+    def loss(x, function):
+        log_prob, entropy, _ = function(x, weight.detach(), target, scale=1.5)
+        return (log_prob * of_rows[:4]).sum() + (entropy.exp() * of_rows[4:]).sum()
+
+    x, v = x.detach(), x.detach().flip(0)
+    own, right = (
+        COMPOSITIONS[name](partial(loss, function=function), x, v)
+        for function in (custom_ops.linear_log_prob, linear_log_prob_reference)
+    )
+    torch.testing.assert_close(own, right)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("name", [*FUNCTIONS, *PAIRS])
+def test_no_rows_and_one_word_give_defined_results(name):
+    own, reference = (FUNCTIONS | PAIRS)[name]
+    options = {"temperature": 0.5} if name in PAIRS else {}
+    for rows in (0, 1):
+        x, weight, _ = drawn(rows, 1, 3)
+        target = torch.zeros(rows, dtype=torch.int64)
+        expected = to_second_order(reference, x, weight, target, **options)
+        for ours, right in zip(to_second_order(own, x, weight, target, **options), expected):
+            torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_temperature_tensor_that_is_not_positive_gives_nan(name):
+    for temperature in (0.0, -1.0):
+        assert PAIRS[name][0](torch.eye(2), torch.eye(2), temperature=torch.tensor(temperature)).isnan()
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("name", [*FUNCTIONS, *PAIRS])
+def test_mixed_dtypes_are_promoted(name):
+    own, reference = (FUNCTIONS | PAIRS)[name]
+    x, weight, target = drawn(3, 5, 4)
+    target, options = target.clamp(0), {"temperature": 0.5} if name in PAIRS else {}
+    for low, dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        rows = x.detach().to(low).requires_grad_()
+        words = weight.detach().to(dtype).requires_grad_()
+        expected = to_second_order(reference, rows, words, target, **options)
+        for ours, right in zip(to_second_order(own, rows, words, target, **options), expected):
+            torch.testing.assert_close(ours, right)
