@@ -413,12 +413,12 @@ void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row_in, Weights<A> g_in) {
   if (at >= 0) z[at] += g_in.log_prob;
 }
 
-// Turns a row of e^(z - top), whose sum is known, into its cotangent, which has no part of the entropy.
+// Makes z the cotangent of a row of which e^(z - top) and the sum of it are known. It has no part of the entropy.
 template <class A>
-void scale_to_cotangent(A* z, int64_t n, int64_t at, double sum, Weights<A> g) {
+void scale_to_cotangent(A* z, const A* e, int64_t n, int64_t at, double sum, Weights<A> g) {
   multiversion([=]() ALWAYS_INLINE {
     const A factor = static_cast<A>((g.lse - g.log_prob) / sum);
-    for (int64_t i = 0; i < n; ++i) z[i] *= factor;
+    for (int64_t i = 0; i < n; ++i) z[i] = e[i] * factor;
   });
   if (at >= 0) z[at] += g.log_prob;
 }
@@ -574,8 +574,10 @@ void dispatch_wide(const Catalogue& in, const F& f) {
 }
 
 // Computes the results, or with `stats` takes them as known, and the derivatives of their sum with these weights.
+//
+// Where `kept` isn't null, e^(z - top) is stored there, or with `stats` is taken from there.
 void first_order(const Catalogue& in, const Results* results, const Tensor* stats, const RowWeights& weights,
-                 const Gradients& to) {
+                 const Gradients& to, const Tensor* kept = nullptr) {
   dispatch_wide(in, [&](auto type) {
     using A = typename decltype(type)::type;
     for (int64_t b = 0; b < in.examples; ++b) {
@@ -585,9 +587,14 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
       for (int64_t k = 0; k < example.blocks(); ++k) {
         const Block block(example, k);
         const Tensor rows = block.gathered(example.x), z = part(buffer, 0, 0, block.rows());
-        logits_of(z, rows, example.weight, in.scale, false, example.bias ? &*example.bias : nullptr);
+        if (!kept || !stats)
+          logits_of(z, rows, example.weight, in.scale, false, example.bias ? &*example.bias : nullptr);
         each_row(block, [&](int64_t r, int64_t i, int64_t at) {
           A* const logits = mutable_data<A>(z) + r * in.words;
+          if (kept && stats) {
+            const double sum = std::exp(static_cast<double>(data<A>(*stats)[3 * i + 1]));
+            return scale_to_cotangent(logits, data<A>(*kept) + i * in.words, in.words, at, sum, weights.at<A>(i));
+          }
           in.leave_out(logits, i, at);
           if (in.binary) {
             in.turn(logits, i, at);
@@ -601,7 +608,10 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
             cotangent_of(logits, in.words, at, {s[0], s[1], s[2]}, weights.at<A>(i));
           } else if (to.wanted()) {
             const double sum = results->store<true>(i, logits, in.words, at);
-            scale_to_cotangent(logits, in.words, at, sum, weights.at<A>(i));
+            scale_to_cotangent(logits, logits, in.words, at, sum, weights.at<A>(i));
+          } else if (kept) {
+            results->store<true>(i, logits, in.words, at);
+            std::copy(logits, logits + in.words, mutable_data<A>(*kept) + i * in.words);
           } else {
             results->store<false>(i, logits, in.words, at);
           }
@@ -618,20 +628,22 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> catalogue_log_prob(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_log_prob(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group,
-    double scale, int64_t ignore_index, int64_t first, int64_t total, bool binary) {
+    double scale, int64_t ignore_index, int64_t first, int64_t total, bool binary, bool keep) {
   const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
+  check(!keep || !binary, "keep: expected false for binary problems");
   const Results results(in);
-  first_order(in, &results, nullptr, {}, Gradients(in, false, false, false));
-  return {results.log_prob, results.entropy, results.lse, results.stats};
+  const Tensor kept = fresh(x, keep ? Shape{in.examples, in.rows, in.words} : Shape{0}, in.wide);
+  first_order(in, &results, nullptr, {}, Gradients(in, false, false, false), keep ? &kept : nullptr);
+  return {results.log_prob, results.entropy, results.lse, results.stats, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> catalogue_backward(
     const std::optional<Tensor>& of_log_prob, const std::optional<Tensor>& of_entropy,
-    const std::optional<Tensor>& of_lse, const Tensor& stats_in, const Tensor& x, const Tensor& weight,
-    const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& of_lse, const Tensor& stats_in, const std::optional<Tensor>& kept_in, const Tensor& x,
+    const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
     int64_t first, int64_t total, bool binary, bool of_x, bool of_weight, bool of_bias) {
   const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
@@ -640,7 +652,13 @@ std::tuple<Tensor, Tensor, Tensor> catalogue_backward(
   const Tensor stats = dense(stats_in);
   check(sizes(stats) == Shape{in.examples, in.rows, 3} && stats.scalar_type() == in.wide, "stats: expected [B, N, 3]");
   const Gradients to(in, of_x, of_weight, of_bias);
-  first_order(in, nullptr, &stats, weights, to);
+  std::optional<Tensor> kept;
+  if (kept_in) {
+    check(sizes(*kept_in) == Shape{in.examples, in.rows, in.words} && kept_in->scalar_type() == in.wide,
+          "kept: expected [B, N, V] in the wide dtype");
+    if (!of_entropy && !binary) kept = dense(*kept_in);
+  }
+  first_order(in, nullptr, &stats, weights, to, kept ? &*kept : nullptr);
   return {to.x, to.weight, to.bias};
 }
 

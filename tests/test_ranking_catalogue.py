@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import custom_ops
 from benchmarks.memory import peak_bytes
+from custom_ops.ranking import catalogue
 from custom_ops.ranking.catalogue import catalogue_backward, catalogue_log_prob
 from custom_ops.ranking.specs.catalogue import (
     info_nce_loss_reference,
@@ -117,6 +118,7 @@ def test_the_similarities_of_a_batch_are_not_in_memory(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_launchers_allocate_no_tensor_of_rows_times_words(name, monkeypatch):
     small_blocks(monkeypatch)
+    monkeypatch.setattr(catalogue, "_KEPT", 0)
     sizes = []
 
     class Sizes(TorchDispatchMode):
@@ -192,7 +194,9 @@ def test_parts_of_the_words_make_up_the_whole():
     x, weight, target = drawn(6, 7, 2)
     whole = custom_ops.linear_log_prob(x, weight, target)
     parts = [
-        catalogue_log_prob(x[None], weight[None, a:b], None, target[None], None, None, None, 1.0, -100, a, 7, False)
+        catalogue_log_prob(
+            x[None], weight[None, a:b], None, target[None], None, None, None, 1.0, -100, a, 7, False, False
+        )
         for a, b in ((0, 3), (3, 4), (4, 7))
     ]
     counts = target != -100
@@ -221,6 +225,22 @@ def test_the_gradient_found_in_forward_and_that_found_anew_agree():
     assert all(t.requires_grad for t in anew)
     frozen = custom_ops.linear_cross_entropy(x.detach(), weight, target)
     torch.testing.assert_close(torch.autograd.grad(3 * frozen, weight)[0], known[1])
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_scores_that_are_kept_give_the_same_derivatives_as_those_computed_anew(monkeypatch):
+    x, weight, target = drawn(5, 6, 3, torch.float64)
+    bias = torch.tensor([0, -math.inf, 0, 1, 0, 2.0], dtype=torch.float64, requires_grad=True)
+    target[0] = 0
+    of_rows = torch.linspace(-1, 1, 5, dtype=torch.float64)
+
+    def gradients():
+        log_prob, _, lse = custom_ops.linear_log_prob(x, weight, target, bias=bias)
+        return torch.autograd.grad((log_prob * of_rows + lse * of_rows.flip(0)).sum(), (x, weight, bias))
+
+    kept = gradients()
+    monkeypatch.setattr(catalogue, "_KEPT", 0)
+    torch.testing.assert_close(kept, gradients())
 
 
 def test_a_result_that_nobody_uses_costs_nothing():

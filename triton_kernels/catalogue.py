@@ -495,25 +495,48 @@ class _Results(NamedTuple):
         return _Results(*(catalogue.of_rows() for _ in range(3)), catalogue.of_rows(3))
 
 
-def _first_order(catalogue: _Catalogue, sums: _Sums, of: Tensor, results: _Results, known: bool = False) -> None:
-    """Store the results, unless they are known, and add the derivatives for the cotangents ``of`` [B, N, 3]."""
+def _first_order(
+    catalogue: _Catalogue,
+    sums: _Sums,
+    of: Tensor,
+    results: _Results,
+    kept: Tensor | None = None,
+    known: bool = False,
+) -> None:
+    """Store the results, unless they are known, and add the derivatives for the cotangents ``of`` [B, N, 3].
+
+    Unless it is None, ``kept`` [B, N, V] gets e^(z - largest), or has it if the results are known.
+    """
     for at in catalogue.blocks():
         rows, target = catalogue.rows_of(catalogue.x, at), catalogue.target[at].contiguous()
-        z = catalogue.logits(rows, at)
         block_of, found = of[at].contiguous(), [t[at].contiguous() for t in results]
-        if catalogue.binary:
-            pointers = z, target, catalogue.mask_of(at), block_of, found[0]
-            variant = sums.wanted, catalogue.mask is not None
-            catalogue_binary_kernel(len(z), *pointers, *catalogue.places, variant=variant)
-        elif not known:
-            catalogue_rows_kernel(len(z), z, target, *found, *catalogue.places)
-        if not sums.wanted:
-            continue
-        if not catalogue.binary:
-            catalogue_cotangent_kernel(len(z), z, target, found[-1], block_of, *catalogue.places)
-        sums.add_to_rows(at, z, catalogue.weight[at[0]])
-        sums.add_to_words(at, z, rows)
-        sums.add_to_bias(at, z)
+        if known and kept is not None:
+            z = _from_kept(catalogue, kept[at], found[-1], block_of, target)
+        else:
+            z = catalogue.logits(rows, at)
+            if catalogue.binary:
+                pointers = z, target, catalogue.mask_of(at), block_of, found[0]
+                variant = sums.wanted, catalogue.mask is not None
+                catalogue_binary_kernel(len(z), *pointers, *catalogue.places, variant=variant)
+            elif not known:
+                catalogue_rows_kernel(len(z), z, target, *found, *catalogue.places)
+                if kept is not None:
+                    top = found[-1][:, :1]
+                    kept[at] = torch.where(z == -torch.inf, 0, (z - top).exp())
+            if sums.wanted and not catalogue.binary:
+                catalogue_cotangent_kernel(len(z), z, target, found[-1], block_of, *catalogue.places)
+        if sums.wanted:
+            sums.add_to_rows(at, z, catalogue.weight[at[0]])
+            sums.add_to_words(at, z, rows)
+            sums.add_to_bias(at, z)
+
+
+def _from_kept(catalogue: _Catalogue, kept: Tensor, stats: Tensor, of: Tensor, target: Tensor) -> Tensor:
+    """Return a block's cotangent, made of what forward has kept."""
+    counts = (target != catalogue.ignored).unsqueeze(1)
+    own = torch.arange(catalogue.first, catalogue.first + kept.shape[1], device=kept.device) == target.unsqueeze(1)
+    factor = (of[:, 2:] - of[:, :1]) * (-stats[:, 1:2]).exp()
+    return torch.where(counts, kept * factor + torch.where(own, of[:, :1], 0), 0)
 
 
 def catalogue_log_prob(
@@ -529,15 +552,17 @@ def catalogue_log_prob(
     first: int,
     total: int,
     binary: bool,
-) -> _Results:
+    keep: bool,
+) -> tuple[Tensor, ...]:
     catalogue = _Catalogue(
         x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
     )
     catalogue.check()
     results = _Results.of(catalogue)
     nothing = _Sums(catalogue, False, False, False)
-    _first_order(catalogue, nothing, results.stats, results)
-    return results
+    kept = catalogue.of_rows(weight.shape[1]) if keep else x.new_empty(0, dtype=catalogue.wide)
+    _first_order(catalogue, nothing, results.stats, results, kept if keep else None)
+    return *results, kept
 
 
 def catalogue_backward(
@@ -545,6 +570,7 @@ def catalogue_backward(
     of_entropy: Tensor | None,
     of_lse: Tensor | None,
     stats: Tensor,
+    kept: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -567,7 +593,8 @@ def catalogue_backward(
     catalogue.check()
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     of = catalogue.weights(of_log_prob, of_entropy, of_lse)
-    _first_order(catalogue, sums, of, _Results.of(catalogue)._replace(stats=stats), known=True)
+    kept = None if of_entropy is not None else kept
+    _first_order(catalogue, sums, of, _Results.of(catalogue)._replace(stats=stats), kept, known=True)
     return sums.rounded()
 
 

@@ -13,6 +13,7 @@ from custom_ops._bilinear import add
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
+from custom_ops.library._torch import transforms_are_active
 from custom_ops.ranking._list_loss import is_differentiated
 
 # ---------------------------------------------------------------- ops
@@ -43,12 +44,14 @@ def catalogue_log_prob(
     first: int,
     total: int,
     binary: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return each row's log_prob, entropy and lse, and its ``stats`` [B, N, 3], with which backward starts.
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return each row's log_prob, entropy and lse, its ``stats`` [B, N, 3], with which backward starts, and ``kept``.
 
-    The stats are the largest score, the logarithm of the sum of e^(z - largest), and the entropy.
+    The stats are the largest score, the logarithm of the sum of e^(z - largest), and the entropy. If ``keep``, which
+    isn't for binary problems, ``kept`` [B, N, V] has e^(z - largest); else it is empty.
     """
-    return *_results(x), _of_rows(x, 3)
+    return *_results(x), _of_rows(x, 3), _of_rows(x, weight.shape[1]) if keep else x.new_empty(0, dtype=_wide_dtype(x))
 
 
 @define
@@ -57,6 +60,7 @@ def catalogue_backward(
     of_entropy: Tensor | None,
     of_lse: Tensor | None,
     stats: Tensor,
+    kept: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -75,7 +79,8 @@ def catalogue_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the derivatives of ``sum(of_log_prob log_prob + of_entropy entropy + of_lse lse)`` in x, weight and bias.
 
-    One that isn't wanted is empty. The stats must be those of these arguments, and have no derivative of their own.
+    One that isn't wanted is empty. Stats and ``kept`` must be those of these arguments, and have no derivative
+    of their own.
     """
     return _gradients(x, weight, of_x, of_weight, of_bias)
 
@@ -177,21 +182,21 @@ def _no_third() -> Exception:
 class CatalogueLogProb(Function, op=catalogue_log_prob):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        stats, ctx.options = output[3], inputs[7:]
-        ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(stats, *inputs[:7])
+        (*_, stats, kept), ctx.options = output, inputs[7:12]
+        ctx.mark_non_differentiable(stats, kept)
+        ctx.save_for_backward(stats, kept if inputs[12] else None, *inputs[:7])
         ctx.save_for_forward(stats, *inputs[:7])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         found = catalogue_backward(*grads[:3], *ctx.saved_tensors, *ctx.options, *needed)
-        return *_wanted(found, needed), *[None] * 9
+        return *_wanted(found, needed), *[None] * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         stats, *where = ctx.saved_tensors
-        return *_tangents(stats, tangents[:3], where, ctx.options), None
+        return *_tangents(stats, tangents[:3], where, ctx.options), None, None
 
 
 def _tangents(stats: Tensor, moves: Sequence[Tensor | None], where: Sequence[Any], options: Sequence[Any]) -> Any:
@@ -206,27 +211,28 @@ class CatalogueBackward(Function, op=catalogue_backward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.of_x, ctx.of_weight, ctx.of_bias = inputs
+        del tensors[4]  # what was kept; the second order computes the scores again
         ctx.options = tensors[11:]
         ctx.save_for_backward(*tensors[:11])
         ctx.save_for_forward(*tensors[:11])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[4:7]
+        needed = ctx.needs_input_grad[5:8]
         asked = ctx.of_x, ctx.of_weight, ctx.of_bias
         moves = [move if wanted else None for move, wanted in zip(cotangents, asked)]
         saved = ctx.saved_tensors
         found = catalogue_second(*saved[:4], *moves, *saved[4:], *ctx.options, *needed)
-        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, *_wanted(found[3:], needed), *[None] * 12
+        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, None, *_wanted(found[3:], needed), *[None] * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        of_rows, moves = tangents[:3], tangents[4:7]
+        of_rows, moves = tangents[:3], tangents[5:8]
         asked = ctx.of_x, ctx.of_weight, ctx.of_bias
         saved = ctx.saved_tensors
         parts = []
         if any(t is not None for t in of_rows):
-            parts.append(catalogue_backward(*of_rows, *saved[3:], *ctx.options, *asked))
+            parts.append(catalogue_backward(*of_rows, saved[3], None, *saved[4:], *ctx.options, *asked))
         if any(t is not None for t in moves):
             parts.append(catalogue_second(*saved[:4], *moves, *saved[4:], *ctx.options, *asked)[3:])
         return tuple(add(*some) for some in zip(*parts)) if parts else (None,) * 3
@@ -259,7 +265,7 @@ class CatalogueSecond(Function, op=catalogue_second):
             parts.append(found[3:])
         of_primals: list[Tensor | None] = [None] * 3
         if any(t is not None for t in of_rows):
-            parts.append(catalogue_backward(*of_rows, stats, *where, *ctx.options, *of_moves))
+            parts.append(catalogue_backward(*of_rows, stats, None, *where, *ctx.options, *of_moves))
             if any(of_where):
                 found = catalogue_second(*of_rows, stats, *moves, *where, *ctx.options, *of_where)
                 of_primals = _wanted(found[3:], of_where)
@@ -294,7 +300,7 @@ class CatalogueLoss(Function, op=catalogue_loss):
         needed = ctx.needs_input_grad[2:5]
         if is_differentiated() or any(needs and not found for needs, found in zip(needed, ctx.found)):
             of_rows = [None if of is None else grad.unsqueeze(-1) * of for of in (of_log_prob, None, of_lse)]
-            gradients = catalogue_backward(*of_rows, *where, *ctx.options, *needed)
+            gradients = catalogue_backward(*of_rows, where[0], None, *where[1:], *ctx.options, *needed)
         else:  # the loss's derivatives are known up to the factor
             pairs = zip((of_x, of_words, of_bias), (where[1], where[2], of_log_prob), needed)
             gradients = [
@@ -315,19 +321,19 @@ class CatalogueLoss(Function, op=catalogue_loss):
 # ---------------------------------------------------------------- batching
 
 
-def _batch(op: Any, arguments: str, results: str) -> None:
+def _batch(op: Any, arguments: str, results: str, flagged: int) -> None:
     """Add a batching rule: the batch becomes examples, or if all share their words, more rows of the same example.
 
     ``arguments`` has an "r" for each tensor that has rows, and a "w" for each that has words. ``results`` likewise has
-    an "r" or "w", or an "e" for one with neither; the last three are those whose flags the op's last arguments are.
+    an "r" or "w", or an "e" for one with neither; the last ``flagged`` are those whose flags the op's last arguments
+    are.
     """
-    flagged = "w" in results
     tensors = len(arguments)
 
     @library.vmap(op)
     def _(info: Any, in_dims: Any, *args: Any) -> Any:
         size = info.batch_size
-        flags = [True] * len(results) if not flagged else [*[True] * (len(results) - 3), *args[-3:]]
+        flags = [*[True] * (len(results) - flagged), *args[-flagged:]]
         shared = all(dim is None for dim, kind in zip(in_dims, arguments) if kind == "w")
         as_rows = shared and not any(wanted for wanted, kind in zip(flags, results) if kind != "r")
         moved: list[Tensor | None] = []
@@ -345,10 +351,10 @@ def _batch(op: Any, arguments: str, results: str) -> None:
 
 
 _WHERE = "rwwrrrw"
-_batch(catalogue_log_prob, _WHERE, "rrrr")
-_batch(catalogue_backward, "rrrr" + _WHERE, "rww")
-_batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww")
-_batch(catalogue_loss, "rr" + _WHERE, "errww")
+_batch(catalogue_log_prob, _WHERE, "rrrrr", 1)
+_batch(catalogue_backward, "rrrrr" + _WHERE, "rww", 3)
+_batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww", 3)
+_batch(catalogue_loss, "rr" + _WHERE, "errww", 3)
 
 
 # ---------------------------------------------------------------- public functions
@@ -432,7 +438,7 @@ def linear_log_prob(
     if shards.is_sharded(x, weight, target, bias):
         return _in_shards(x, weight, target, bias, scale, ignore_index)
     tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignore_index)
-    found = catalogue_log_prob(*tensors, *options)
+    found = catalogue_log_prob(*tensors, *options, _keeps(tensors))
     return LogProbs(*(t.reshape(target.shape) for t in found[:3]))
 
 
@@ -451,7 +457,7 @@ def _in_shards(
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Any:
         tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignored)
-        found = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False)[:3]
+        found = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False, False)[:3]
         log_prob, entropy, lse = (t.reshape(target.shape) for t in found)
         return (
             (log_prob, entropy, lse)
@@ -511,6 +517,19 @@ class _Words(NamedTuple):
 
 def _is_cut(t: Any, at: int) -> bool:
     return hasattr(t, "placements") and bool(t.placements[at].is_shard(0))
+
+
+_KEPT = 1 << 22  # as many scores are kept for backward, where they cost less than the product that computes them anew
+
+
+def _keeps(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether forward should keep the scores for backward."""
+    x, weight = tensors[:2]
+    assert x is not None
+    assert weight is not None
+    if torch.compiler.is_compiling() or transforms_are_active() or not torch.is_grad_enabled():
+        return False
+    return x.shape[1] * weight.shape[1] <= _KEPT and any(t is not None and t.requires_grad for t in tensors[:3])
 
 
 class _Arguments(NamedTuple):
@@ -656,13 +675,15 @@ def linear_cross_entropy(
         weight = _class_weights(weight, linear_weight).to(dtype)
         of_rows = torch.where(counts, weight[at.clamp(0, max(total - 1, 0))], 0) if total else of_rows
     shared = counts.to(dtype)
-    if reduction == "mean":
+    if reduction == "mean" and weight is None:
+        of_rows = shared = shared / shared.sum(dtype=torch.float64).clamp_min(1).to(dtype)
+    elif reduction == "mean":  # weights that are all 0 give NaN, but rows that don't count have no part in it
         whole = torch.where(counts.any(), of_rows.sum(dtype=torch.float64), 1).to(dtype)
         of_rows, shared = (torch.where(counts, of / whole, 0) for of in (of_rows, shared))
     of_log_prob = (e - 1) * of_rows
     of_lse = shared * (e / max(total, 1) * (total if weight is None else weight.sum())) if e else None
     if reduction == "none":
-        log_prob, _, lse, _ = catalogue_log_prob(*tensors, *options)
+        log_prob, _, lse, *_ = catalogue_log_prob(*tensors, *options, _keeps(tensors))
         loss = of_log_prob * log_prob if of_lse is None else of_log_prob * log_prob + of_lse * lse
     else:
         loss = _summed(of_log_prob, of_lse, tensors, options)
@@ -699,7 +720,7 @@ def _cross_entropy_in_shards(
         named = ("input", x), ("linear_weight", linear), target, ("linear_bias", bias)
         tensors, options = _checked(*named, scale, ignored)
         x, linear, bias, at = tensors[:4]
-        log_prob, _, lse, _ = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False)
+        log_prob, _, lse, *_ = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False, False)
         counts, here = at != ignored, at - words.first
         numbers = [log_prob if words.parts == 1 else words.score(log_prob, lse, at), lse]
         if weight is not None:
@@ -867,7 +888,7 @@ def info_nce_loss(
 def _contrastive(found: Sequence[Any], share: Tensor, reduction: str, dtype: torch.dtype, lowered: bool) -> Tensor:
     """Return the loss of the arguments ``found`` of one or two directions, whose rows' log_prob have that ``share``."""
     if reduction == "none":
-        losses = [share[0] * catalogue_log_prob(*arguments, *options)[0][0] for arguments, options in found]
+        losses = [share[0] * catalogue_log_prob(*arguments, *options, False)[0][0] for arguments, options in found]
     else:
         share = share / max(share.shape[1], 1) if reduction == "mean" else share
         losses = [_summed(share, None, arguments, options)[0] for arguments, options in found]
@@ -1002,7 +1023,7 @@ def _in_one_direction(
         heat, shift = (next(given) if isinstance(number, Tensor) else number for number in (temperature, bias))
         right, kept, of_rows, of_words = given
         arguments, numbers = _similarities(query, key, own, heat, shift, right, kept, of_rows, of_words, words)
-        log_prob, _, lse, _ = catalogue_log_prob(*arguments, *numbers)
+        log_prob, _, lse, *_ = catalogue_log_prob(*arguments, *numbers, False)
         if numbers[-1] or words.parts == 1:
             return log_prob[0]
         return words.own(words.score(log_prob[0], lse[0], own.to(torch.int64)), lse[0])
