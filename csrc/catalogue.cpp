@@ -13,7 +13,7 @@ namespace {
 
 // A block of logits has about so many bytes, but at least kLeastRows rows. Forward and backward of 4096 rows x 16,000
 // words x 64 take 15 % longer with a quarter of it.
-constexpr int64_t kBlockBytes = int64_t{16} << 20;
+constexpr int64_t kBlockBytes = int64_t{24} << 20;
 constexpr int64_t kLeastRows = 64;
 constexpr int64_t kWords = 4096;  // the words of a 16-bit catalogue that are widened at a time
 
@@ -52,19 +52,22 @@ struct Catalogue {
   std::optional<Tensor> bias, mask, row_group, word_group;
   double scale;
   int64_t ignored, first, total;
+  bool binary;
   int64_t examples, rows, words, dims;
   ScalarType wide;  // the dtype of logits and sums
 
   Catalogue(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& target_in,
             const std::optional<Tensor>& mask_in, const std::optional<Tensor>& row_group_in,
-            const std::optional<Tensor>& word_group_in, double scale, int64_t ignored, int64_t first, int64_t total)
+            const std::optional<Tensor>& word_group_in, double scale, int64_t ignored, int64_t first, int64_t total,
+            bool binary)
       : x(x_in),
         weight(weight_in),
         target(dense(target_in)),
         scale(scale),
         ignored(ignored),
         first(first),
-        total(total) {
+        total(total),
+        binary(binary) {
     check(x.dim() == 3 && weight.dim() == 3 && target.dim() == 2, "x, weight, target: expected 3, 3 and 2 dimensions");
     examples = x.size(0), rows = x.size(1), dims = x.size(2), words = weight.size(1);
     check(weight.size(0) == examples && weight.size(2) == dims && target.size(0) == examples && target.size(1) == rows,
@@ -75,8 +78,8 @@ struct Catalogue {
     wide = is_double ? ScalarType::Double : ScalarType::Float;
     if (bias_in) bias = of_words("bias", *bias_in);
     if (mask_in) {
-      check(sizes(*mask_in) == Shape{examples, rows, words} && mask_in->scalar_type() == ScalarType::Bool,
-            "mask: expected bool [B, N, V]");
+      check(sizes(*mask_in) == Shape{examples, rows, words} && mask_in->scalar_type() == ScalarType::Byte,
+            "mask: expected uint8 [B, N, V]");
       mask = dense(*mask_in);
     }
     check(row_group_in.has_value() == word_group_in.has_value(), "row_group, word_group: expected both or neither");
@@ -108,16 +111,30 @@ struct Catalogue {
   void leave_out(A* z, int64_t i, int64_t at) const {
     constexpr A kOut = -std::numeric_limits<A>::infinity();
     const A target = at >= 0 ? z[at] : 0;
-    if (mask) {
-      const bool* counts = data<bool>(*mask) + i * words;
-      for (int64_t v = 0; v < words; ++v) z[v] = counts[v] ? z[v] : kOut;
-    }
+    const uint8_t* counts = mask ? data<uint8_t>(*mask) + i * words : nullptr;
     if (row_group) {
       const int64_t own = data<int64_t>(*row_group)[i];
       const int64_t* group = data<int64_t>(*word_group) + i / rows * words;
-      for (int64_t v = 0; v < words; ++v) z[v] = group[v] != own ? z[v] : kOut;
+      if (mask) {
+        for (int64_t v = 0; v < words; ++v) z[v] = counts[v] == 2 || group[v] != own ? z[v] : kOut;
+      } else {
+        for (int64_t v = 0; v < words; ++v) z[v] = group[v] != own ? z[v] : kOut;
+      }
     }
+    if (mask)
+      for (int64_t v = 0; v < words; ++v) z[v] = counts[v] ? z[v] : kOut;
     if (at >= 0) z[at] = target;
+  }
+
+  // Changes the signs of the right words of row i.
+  template <class A>
+  void turn(A* z, int64_t i, int64_t at) const {
+    const A target = at >= 0 ? z[at] : 0;
+    if (mask) {
+      const uint8_t* counts = data<uint8_t>(*mask) + i * words;
+      for (int64_t v = 0; v < words; ++v) z[v] = counts[v] == 2 ? -z[v] : z[v];
+    }
+    if (at >= 0) z[at] = -target;
   }
 
   void check_alike(const char* name, const std::optional<Tensor>& t, const Tensor& like) const {
@@ -341,24 +358,30 @@ ALWAYS_INLINE inline void two_sums(int64_t n, const Term& term, double& first, d
 }
 
 template <class A>
-Row<A> row_of(const A* z, int64_t n) {
-  Row<A> out;
-  double sum, moment;
+A top_of(const A* z, int64_t n) {
+  A top;
+  multiversion([&]() ALWAYS_INLINE { top = largest_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return z[i]; }); });
+  return top;
+}
+
+// Returns the stats of a row of logits, and the sum of e^(z - top). If `kept`, the logits become these exponentials.
+template <bool kept, class A>
+Row<A> row_of(A* z, int64_t n, A top_in, double& sum) {
+  double moment;
   multiversion([&]() ALWAYS_INLINE {
-    out.top = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return z[i]; });
-    const A top = out.top;
+    const A top = top_in;
+    A* const at = z;
     two_sums<A>(
         n,
         [=](int64_t i, A& e, A& m) ALWAYS_INLINE {
-          const A x = above_lowest(z[i] - top), p = exp_nonpositive(x);
+          const A x = above_lowest(at[i] - top), p = exp_nonpositive(x);
+          if constexpr (kept) at[i] = at[i] == -std::numeric_limits<A>::infinity() ? A(0) : p;
           e += p, m += p * x;
         },
         sum, moment);
   });
-  out.log_sum = static_cast<A>(std::log(sum));
-  out.entropy = static_cast<A>(std::log(sum) - moment / sum);
-  if (n == 0) out.log_sum = out.entropy = 0;
-  return out;
+  if (n == 0) return {top_in, 0, 0};
+  return {top_in, static_cast<A>(std::log(sum)), static_cast<A>(std::log(sum) - moment / sum)};
 }
 
 // The cotangents of a row's log_prob, entropy and lse.
@@ -372,16 +395,30 @@ struct Weights {
 
 // Turns a row of logits into its cotangent; `at` is the target's place, or negative if it isn't here.
 template <class A>
-void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row, Weights<A> g) {
+void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row_in, Weights<A> g_in) {
   multiversion([=]() ALWAYS_INLINE {
+    // Stores to z can't change these copies, so that the loops vectorise.
+    const Row<A> row = row_in;
+    const Weights<A> g = g_in;
     if (g.entropy == 0) {
-      for (int64_t i = 0; i < n; ++i) z[i] = exp_nonpositive(log_probability(z[i], row)) * (g.lse - g.log_prob);
+      const A factor = g.lse - g.log_prob;
+      for (int64_t i = 0; i < n; ++i) z[i] = exp_nonpositive(log_probability(z[i], row)) * factor;
     } else {
       for (int64_t i = 0; i < n; ++i) {
         const A log_p = log_probability(z[i], row);
         z[i] = exp_nonpositive(log_p) * g.of(row, log_p);
       }
     }
+  });
+  if (at >= 0) z[at] += g_in.log_prob;
+}
+
+// Makes z the cotangent of a row of which e^(z - top) and the sum of it are known. It has no part of the entropy.
+template <class A>
+void scale_to_cotangent(A* z, const A* e, int64_t n, int64_t at, double sum, Weights<A> g) {
+  multiversion([=]() ALWAYS_INLINE {
+    const A factor = static_cast<A>((g.lse - g.log_prob) / sum);
+    for (int64_t i = 0; i < n; ++i) z[i] = e[i] * factor;
   });
   if (at >= 0) z[at] += g.log_prob;
 }
@@ -404,15 +441,70 @@ Weights<A> tangent_of(A* z, A* move, int64_t n, int64_t at, Row<A> row, Weights<
   const Weights<A> out{(at >= 0 ? move[at] : A(0)) - lse, entropy, lse};
   if (!turned) return out;
   multiversion([=]() ALWAYS_INLINE {
+    const Row<A> own = row;  // as above
+    const Weights<A> of_row = g;
+    const A mean = lse, bend = entropy;
     for (int64_t i = 0; i < n; ++i) {
-      const A log_p = log_probability(z[i], row), p = exp_nonpositive(log_p);
-      const A of = g.of(row, log_p), change = move[i] - lse;
+      const A log_p = log_probability(z[i], own), p = exp_nonpositive(log_p);
+      const A of = of_row.of(own, log_p), change = move[i] - mean;
       z[i] = p * of;
-      move[i] = p * (change * of - g.entropy * (change + entropy));
+      move[i] = p * (change * of - of_row.entropy * (change + bend));
     }
   });
   if (at >= 0) z[at] += g.log_prob;
   return out;
+}
+
+// ---------------------------------------------------------------- binary rows
+
+// The logits of these rows have been turned: log_prob is minus the sum of log(1 + e^z), whose derivative is sigmoid(z).
+
+// Returns e^-|z|, of which both are made.
+template <class A>
+ALWAYS_INLINE inline A smaller_odds(A z) {
+  return exp_nonpositive(z > 0 ? -z : z);
+}
+
+template <class A>
+ALWAYS_INLINE inline A sigmoid(A z) {
+  const A e = smaller_odds(z);
+  return (z > 0 ? 1 : e) / (1 + e);
+}
+
+template <class A>
+A binary_log_prob(const A* z, int64_t n) {
+  double sum;
+  multiversion([&]() ALWAYS_INLINE {
+    sum = sum_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return (z[i] > 0 ? z[i] : 0) + log1p_unit(smaller_odds(z[i])); });
+  });
+  return static_cast<A>(-sum);
+}
+
+// Turns a row of logits into its cotangent, for a cotangent g of its log_prob.
+template <class A>
+void binary_cotangent(A* z, int64_t n, A g) {
+  multiversion([=]() ALWAYS_INLINE {
+    const A factor = -g;
+    for (int64_t i = 0; i < n; ++i) z[i] = factor * sigmoid(z[i]);
+  });
+}
+
+// Returns the tangent of log_prob for the tangent `move` of the turned logits. If `turned`, the logits become their
+// cotangent, and `move` the tangent of that.
+template <class A>
+A binary_tangent(A* z, A* move, int64_t n, A g, bool turned) {
+  double sum;
+  multiversion([&]() ALWAYS_INLINE {
+    sum = sum_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return sigmoid(z[i]) * move[i]; });
+    if (!turned) return;
+    const A factor = -g;
+    for (int64_t i = 0; i < n; ++i) {
+      const A e = smaller_odds(z[i]), p = 1 / (1 + e);
+      move[i] = factor * (e * p * p) * move[i];
+      z[i] = factor * (z[i] > 0 ? p : e * p);
+    }
+  });
+  return static_cast<A>(-sum);
 }
 
 // ---------------------------------------------------------------- passes
@@ -452,17 +544,19 @@ struct Results {
         lse(rows(in, {})),
         stats(rows(in, {3})) {}
 
-  template <class A>
-  Row<A> store(int64_t i, const A* z, int64_t n, int64_t at) const {
-    const Row<A> row = row_of(z, n);
-    const A target = at >= 0 ? z[at] - row.top : -row.top;
+  // Returns the sum of e^(z - top), which the logits become if `kept`.
+  template <bool kept, class A>
+  double store(int64_t i, A* z, int64_t n, int64_t at) const {
+    const A top = top_of(z, n), target = (at >= 0 ? z[at] : A(0)) - top;
+    const bool infinite = std::isinf(top) && std::none_of(z, z + n, [](A x) { return x != x; });
+    double sum;
+    const Row<A> row = row_of<kept>(z, n, top, sum);
     mutable_data<A>(log_prob)[i] = target - row.log_sum;
     mutable_data<A>(entropy)[i] = row.entropy;
-    const bool infinite = std::isinf(row.top) && std::none_of(z, z + n, [](A x) { return x != x; });
     mutable_data<A>(lse)[i] = infinite ? row.top : row.top + row.log_sum;
     A* s = mutable_data<A>(stats) + 3 * i;
     s[0] = row.top, s[1] = row.log_sum, s[2] = row.entropy;
-    return row;
+    return sum;
   }
 
  private:
@@ -480,8 +574,10 @@ void dispatch_wide(const Catalogue& in, const F& f) {
 }
 
 // Computes the results, or with `stats` takes them as known, and the derivatives of their sum with these weights.
+//
+// Where `kept` isn't null, e^(z - top) is stored there, or with `stats` is taken from there.
 void first_order(const Catalogue& in, const Results* results, const Tensor* stats, const RowWeights& weights,
-                 const Gradients& to) {
+                 const Gradients& to, const Tensor* kept = nullptr) {
   dispatch_wide(in, [&](auto type) {
     using A = typename decltype(type)::type;
     for (int64_t b = 0; b < in.examples; ++b) {
@@ -491,18 +587,34 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
       for (int64_t k = 0; k < example.blocks(); ++k) {
         const Block block(example, k);
         const Tensor rows = block.gathered(example.x), z = part(buffer, 0, 0, block.rows());
-        logits_of(z, rows, example.weight, in.scale, false, example.bias ? &*example.bias : nullptr);
+        if (!kept || !stats)
+          logits_of(z, rows, example.weight, in.scale, false, example.bias ? &*example.bias : nullptr);
         each_row(block, [&](int64_t r, int64_t i, int64_t at) {
           A* const logits = mutable_data<A>(z) + r * in.words;
+          if (kept && stats) {
+            const double sum = std::exp(static_cast<double>(data<A>(*stats)[3 * i + 1]));
+            return scale_to_cotangent(logits, data<A>(*kept) + i * in.words, in.words, at, sum, weights.at<A>(i));
+          }
           in.leave_out(logits, i, at);
-          Row<A> row;
+          if (in.binary) {
+            in.turn(logits, i, at);
+            if (results) mutable_data<A>(results->log_prob)[i] = binary_log_prob(logits, in.words);
+            if (!to.wanted()) return;
+            binary_cotangent(logits, in.words, weights.at<A>(i).log_prob);
+            return in.turn(logits, i, at);
+          }
           if (stats) {
             const A* s = data<A>(*stats) + 3 * i;
-            row = {s[0], s[1], s[2]};
+            cotangent_of(logits, in.words, at, {s[0], s[1], s[2]}, weights.at<A>(i));
+          } else if (to.wanted()) {
+            const double sum = results->store<true>(i, logits, in.words, at);
+            scale_to_cotangent(logits, logits, in.words, at, sum, weights.at<A>(i));
+          } else if (kept) {
+            results->store<true>(i, logits, in.words, at);
+            std::copy(logits, logits + in.words, mutable_data<A>(*kept) + i * in.words);
           } else {
-            row = results->store(i, logits, in.words, at);
+            results->store<false>(i, logits, in.words, at);
           }
-          if (to.wanted()) cotangent_of(logits, in.words, at, row, weights.at<A>(i));
         });
         if (!to.wanted()) continue;
         sums.add_to_rows(block, z, example.weight);
@@ -516,31 +628,37 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> catalogue_log_prob(const Tensor& x, const Tensor& weight,
-                                                              const std::optional<Tensor>& bias, const Tensor& target,
-                                                              const std::optional<Tensor>& mask,
-                                                              const std::optional<Tensor>& row_group,
-                                                              const std::optional<Tensor>& word_group, double scale,
-                                                              int64_t ignore_index, int64_t first, int64_t total) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_log_prob(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group,
+    double scale, int64_t ignore_index, int64_t first, int64_t total, bool binary, bool keep) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
+  check(!keep || !binary, "keep: expected false for binary problems");
   const Results results(in);
-  first_order(in, &results, nullptr, {}, Gradients(in, false, false, false));
-  return {results.log_prob, results.entropy, results.lse, results.stats};
+  const Tensor kept = fresh(x, keep ? Shape{in.examples, in.rows, in.words} : Shape{0}, in.wide);
+  first_order(in, &results, nullptr, {}, Gradients(in, false, false, false), keep ? &kept : nullptr);
+  return {results.log_prob, results.entropy, results.lse, results.stats, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> catalogue_backward(
     const std::optional<Tensor>& of_log_prob, const std::optional<Tensor>& of_entropy,
-    const std::optional<Tensor>& of_lse, const Tensor& stats_in, const Tensor& x, const Tensor& weight,
-    const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& of_lse, const Tensor& stats_in, const std::optional<Tensor>& kept_in, const Tensor& x,
+    const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
-    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+    int64_t first, int64_t total, bool binary, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), in.of_rows("of_entropy", of_entropy),
                            in.of_rows("of_lse", of_lse)};
   const Tensor stats = dense(stats_in);
   check(sizes(stats) == Shape{in.examples, in.rows, 3} && stats.scalar_type() == in.wide, "stats: expected [B, N, 3]");
   const Gradients to(in, of_x, of_weight, of_bias);
-  first_order(in, nullptr, &stats, weights, to);
+  std::optional<Tensor> kept;
+  if (kept_in) {
+    check(sizes(*kept_in) == Shape{in.examples, in.rows, in.words} && kept_in->scalar_type() == in.wide,
+          "kept: expected [B, N, V] in the wide dtype");
+    if (!of_entropy && !binary) kept = dense(*kept_in);
+  }
+  first_order(in, nullptr, &stats, weights, to, kept ? &*kept : nullptr);
   return {to.x, to.weight, to.bias};
 }
 
@@ -550,8 +668,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
     const std::optional<Tensor>& weight_t, const std::optional<Tensor>& bias_t, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
-    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+    int64_t first, int64_t total, bool binary, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), in.of_rows("of_entropy", of_entropy),
                            in.of_rows("of_lse", of_lse)};
   const Tensor stats = dense(stats_in);
@@ -592,6 +710,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
           A* const logits = mutable_data<A>(z) + r * in.words;
           A* const moves = mutable_data<A>(move) + r * in.words;
           in.leave_out(logits, i, at);
+          if (in.binary) {
+            in.turn(logits, i, at), in.turn(moves, i, at);
+            mutable_data<A>(moved.log_prob)[i] =
+                binary_tangent(logits, moves, in.words, weights.at<A>(i).log_prob, to.wanted());
+            return in.turn(logits, i, at), in.turn(moves, i, at);
+          }
           const Weights<A> t =
               tangent_of<A>(logits, moves, in.words, at, {s[0], s[1], s[2]}, weights.at<A>(i), to.wanted());
           mutable_data<A>(moved.log_prob)[i] = t.log_prob;
@@ -615,8 +739,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_loss(
     const Tensor& of_log_prob, const std::optional<Tensor>& of_lse, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& target, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& row_group, const std::optional<Tensor>& word_group, double scale, int64_t ignore_index,
-    int64_t first, int64_t total, bool of_x, bool of_weight, bool of_bias) {
-  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total);
+    int64_t first, int64_t total, bool binary, bool of_x, bool of_weight, bool of_bias) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
   const RowWeights weights{in.of_rows("of_log_prob", of_log_prob), std::nullopt, in.of_rows("of_lse", of_lse)};
   const Gradients to(in, of_x, of_weight, of_bias, true);
   const Results results(in);

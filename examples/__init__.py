@@ -8,5 +8,6 @@ python -m examples.recommend_ml100k recommending films
 python -m examples.bev_lidar        a bird's-eye view of LiDAR scans
 python -m examples.lift_splat       a bird's-eye view of what cameras see
 python -m examples.spiking_digits   a spiking network reading digits, with a surrogate gradient and without
+python -m examples.contrastive_digits   which two views belong to the same picture, with contrastive losses
 python -m examples.autograd_tour    the classic lessons of autograd, each result checked
 """

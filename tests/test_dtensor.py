@@ -137,6 +137,36 @@ def rows_and_words_agree() -> None:
         torch.testing.assert_close(ours.full_tensor(), right)
 
 
+def queries_and_keys_agree() -> None:
+    """Check contrastive losses whose queries and keys are sharded in different dimensions of a mesh, or in the same."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    query, key, mask = torch.randn(5, 3), torch.randn(7, 3), torch.rand(5, 7) < 0.7
+    target = torch.tensor([0, 6, 3, 1, 2], dtype=torch.int32)
+    pairs = {"query_group": torch.arange(5) // 2, "key_group": torch.arange(7) // 3, "mask": mask}
+    rows, words, whole = [Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate()] * 2
+    sigmoid = {"bias": torch.tensor(-1.0, requires_grad=True)}
+    for places in ((rows, words), (words, words)):
+        for function, own, chosen in (
+            (custom_ops.info_nce_loss, {}, {1: target}),
+            (custom_ops.sigmoid_contrastive_loss, sigmoid, {1: target}),
+            (custom_ops.sigmoid_contrastive_loss, {}, {"positive": mask.roll(1)}),
+        ):
+            spread = [distribute_tensor(t, mesh, p).requires_grad_() for t, p in zip((query, key), places)]
+            plain = [t.clone().requires_grad_() for t in (query, key)]
+            learnt = torch.tensor(0.7, requires_grad=True)
+            options = {**pairs, **own, "temperature": learnt, "reduction": "none"}
+            found = []
+            for inputs, put in ((spread, lambda t: distribute_tensor(t, mesh, whole)), (plain, lambda t: t)):
+                others = {name: put(t) if name in pairs else t for name, t in options.items()}
+                asked = {name: put(t) for name, t in chosen.items()}
+                loss = function(*inputs, asked.pop(1, None), **others, **asked)
+                factors = put(torch.linspace(-1, 1, 5))
+                leaves = [*inputs, learnt, *own.values()]
+                found.append([loss, *torch.autograd.grad((loss * factors).sum(), leaves)])
+            for ours, right in zip(*found):
+                torch.testing.assert_close(ours.full_tensor() if isinstance(ours, DTensor) else ours, right)
+
+
 def own_geometry_agrees() -> None:
     """Check that each process can sort its own points, for the op, the layer and a second derivative, without
     exchange.
@@ -209,6 +239,7 @@ def every_op_agrees() -> None:
     assert not failures, "\n".join(failures)
     mixtures_agree()
     rows_and_words_agree()
+    queries_and_keys_agree()
     own_geometry_agrees()
 
 

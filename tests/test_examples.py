@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from examples import autograd_tour, data, demo, lift_splat, rank_mslr, report, spiking_digits
+from examples import autograd_tour, contrastive_digits, data, demo, lift_splat, rank_mslr, report, spiking_digits
 from examples.agreement import Agreement
 from examples.data import DataError, Source
 
@@ -286,6 +286,11 @@ def test_the_plain_lambda_loss_is_that_of_the_op_where_lists_are_padded() -> Non
 def test_the_spiking_network_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert spiking_digits.main(["--quick", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     assert (tmp_path / "spiking.png").exists()
+
+
+def test_the_contrastive_encoder_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert contrastive_digits.main(["--quick", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert (tmp_path / "contrastive.png").exists()
 
 
 def test_the_tour_of_autograd_runs(capsys: pytest.CaptureFixture[str]) -> None:

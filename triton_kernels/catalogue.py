@@ -6,8 +6,8 @@ The products are in float32 for 16-bit arguments too, of which a part is widened
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,8 +17,9 @@ from torch import Tensor
 from custom_ops.library._torch import assert_async
 from custom_ops.triton_kernels.common import accumulator, kernel
 from custom_ops.triton_kernels.lists import WIDE
+from custom_ops.triton_kernels.pairwise import LOGISTIC, both_orders, pair_value, wrong_order
 
-_BLOCK = 1024  # logits that a program reads at a time; with twice as many, one kernel spills registers
+_BLOCK = 1024  # logits that a program reads at a time; with twice as many, some kernels spill registers
 _LOGITS = 1 << 26  # logits per block of rows, but at least _LEAST_ROWS rows
 _LEAST_ROWS = 128
 _WORDS = 1 << 14  # the words of a 16-bit catalogue that are widened at a time
@@ -44,40 +45,41 @@ def _place(target_ptr, words, first, ignored):
 
 
 @kernel(
-    "*T *i64 *u8 i32 i64",
+    "*T *i64 *u8 *i64 *i64 i32 i64",
     WIDE,
-    {None: {"BLOCK": _BLOCK}},
+    {
+        (masked, grouped): {"MASK": masked, "GROUP": grouped, "BLOCK": _BLOCK}
+        for masked, grouped in ((False, True), (True, False), (True, True))
+    },
     narrow=_NARROW,
 )
 @triton.jit(do_not_specialize=["words", "first"])
-def catalogue_mask_kernel(z_ptr, target_ptr, mask_ptr, words, first, BLOCK: tl.constexpr):
-    """Set the logits of a row to minus infinity where its mask is 0, except for the target."""
+def catalogue_left_out_kernel(
+    z_ptr,
+    target_ptr,
+    mask_ptr,
+    row_group_ptr,
+    word_group_ptr,
+    words,
+    first,
+    MASK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Set the logits of a row to minus infinity for the words that are left out."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.load(target_ptr + row) - first
     for begin in range(0, words, BLOCK):
         v = begin + tl.arange(0, BLOCK)
-        counts = tl.load(mask_ptr + row * words + v, mask=v < words, other=1)
+        left_out = v < 0
+        if GROUP:
+            group = tl.load(word_group_ptr + v, mask=v < words, other=0)
+            left_out = group == tl.load(row_group_ptr + row)
+        if MASK:
+            counts = tl.load(mask_ptr + row * words + v, mask=v < words, other=1)
+            left_out = (counts == 0) | (left_out & (counts != 2))
         out = tl.full([BLOCK], float("-inf"), z_ptr.dtype.element_ty)
-        tl.store(z_ptr + row * words + v, out, mask=(v < words) & (counts == 0) & (v != at))
-
-
-@kernel(
-    "*T *i64 *i64 *i64 i32 i64",
-    WIDE,
-    {None: {"BLOCK": _BLOCK}},
-    narrow=_NARROW,
-)
-@triton.jit(do_not_specialize=["words", "first"])
-def catalogue_group_kernel(z_ptr, target_ptr, row_group_ptr, word_group_ptr, words, first, BLOCK: tl.constexpr):
-    """Set the logits of a row to minus infinity for the words of its own group, except for the target."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.load(target_ptr + row) - first
-    own = tl.load(row_group_ptr + row)
-    for begin in range(0, words, BLOCK):
-        v = begin + tl.arange(0, BLOCK)
-        group = tl.load(word_group_ptr + v, mask=v < words, other=0)
-        out = tl.full([BLOCK], float("-inf"), z_ptr.dtype.element_ty)
-        tl.store(z_ptr + row * words + v, out, mask=(v < words) & (group == own) & (v != at))
+        tl.store(z_ptr + row * words + v, out, mask=(v < words) & left_out & (v != at))
 
 
 @kernel(
@@ -235,6 +237,110 @@ def catalogue_tangent_kernel(
                 tl.store(move_ptr + row * words + v, nothing, mask=v < words)
 
 
+# ---------------------------------------------------------------- binary rows
+
+
+@triton.jit
+def _right(mask_ptr, v, at, row, words, MASK: tl.constexpr):
+    """Return which of the words ``v`` are right for the row."""
+    right = v == at
+    if MASK:
+        right = right | (tl.load(mask_ptr + row * words + v, mask=v < words, other=0) == 2)
+    return right
+
+
+def _binary(block: int) -> dict[tuple[bool, bool], dict[str, Any]]:
+    return {
+        (turned, masked): {"TURNED": turned, "MASK": masked, "BLOCK": block}
+        for turned in (False, True)
+        for masked in (False, True)
+    }
+
+
+@kernel("*T *i64 *u8 *T *T i32 i64 i64", WIDE, _binary(_BLOCK), narrow=_NARROW)
+@triton.jit(do_not_specialize=["words", "first", "ignored"])
+def catalogue_binary_kernel(
+    z_ptr,
+    target_ptr,
+    mask_ptr,
+    of_ptr,
+    log_prob_ptr,
+    words,
+    first,
+    ignored,
+    TURNED: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the log_prob of a row of binary problems and, if TURNED, turn the logits into their cotangent."""
+    row = tl.program_id(0).to(tl.int64)
+    counts, at = _place(target_ptr, words, first, ignored)
+    if counts:
+        of = tl.load(of_ptr + 3 * row)
+        total = tl.zeros([BLOCK], tl.float64)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
+            right = _right(mask_ptr, v, at, row, words, MASK)
+            d = tl.where(right, z, -z)
+            total += tl.where(v < words, pair_value(d, LOGISTIC), 0.0).to(tl.float64)
+            if TURNED:
+                slope = of * wrong_order(d)
+                tl.store(z_ptr + row * words + v, tl.where(right, slope, -slope), mask=v < words)
+        tl.store(log_prob_ptr + row, -tl.sum(total).to(z_ptr.dtype.element_ty))
+    else:
+        if TURNED:
+            for begin in range(0, words, BLOCK):
+                v = begin + tl.arange(0, BLOCK)
+                tl.store(z_ptr + row * words + v, tl.zeros([BLOCK], z_ptr.dtype.element_ty), mask=v < words)
+
+
+@kernel("*T *T *i64 *u8 *T *T i32 i64 i64", WIDE, _binary(_BLOCK // 2), narrow=_NARROW)
+@triton.jit(do_not_specialize=["words", "first", "ignored"])
+def catalogue_binary_tangent_kernel(
+    z_ptr,
+    move_ptr,
+    target_ptr,
+    mask_ptr,
+    of_ptr,
+    log_prob_t_ptr,
+    words,
+    first,
+    ignored,
+    TURNED: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the tangent of a row's log_prob for the tangent ``move`` of its logits.
+
+    If TURNED, the logits become their cotangent, and ``move`` the tangent of that.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    counts, at = _place(target_ptr, words, first, ignored)
+    if counts:
+        of = tl.load(of_ptr + 3 * row)
+        total = tl.zeros([BLOCK], tl.float64)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
+            move = tl.load(move_ptr + row * words + v, mask=v < words, other=0)
+            right = _right(mask_ptr, v, at, row, words, MASK)
+            d = tl.where(right, z, -z)
+            slope = tl.where(right, wrong_order(d), -wrong_order(d))
+            total += tl.where(v < words, slope * move, 0.0).to(tl.float64)
+            if TURNED:
+                tl.store(z_ptr + row * words + v, of * slope, mask=v < words)
+                tl.store(move_ptr + row * words + v, -of * both_orders(d) * move, mask=v < words)
+        tl.store(log_prob_t_ptr + row, tl.sum(total).to(z_ptr.dtype.element_ty))
+    else:
+        if TURNED:
+            for begin in range(0, words, BLOCK):
+                v = begin + tl.arange(0, BLOCK)
+                nothing = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
+                tl.store(z_ptr + row * words + v, nothing, mask=v < words)
+                tl.store(move_ptr + row * words + v, nothing, mask=v < words)
+
+
 # ---------------------------------------------------------------- passes
 
 
@@ -252,6 +358,7 @@ class _Catalogue(NamedTuple):
     ignored: int
     first: int
     total: int
+    binary: bool
 
     @property
     def wide(self) -> torch.dtype:
@@ -269,9 +376,9 @@ class _Catalogue(NamedTuple):
         if self.bias is not None and (self.bias.shape != weight.shape[:2] or self.bias.dtype != self.wide):
             raise RuntimeError("bias: expected [B, V] in the wide dtype")
         if self.mask is not None and (
-            self.mask.shape != (examples, rows, weight.shape[1]) or self.mask.dtype != torch.bool
+            self.mask.shape != (examples, rows, weight.shape[1]) or self.mask.dtype != torch.uint8
         ):
-            raise RuntimeError("mask: expected bool [B, N, V]")
+            raise RuntimeError("mask: expected uint8 [B, N, V]")
         if (self.row_group is None) != (self.word_group is None):
             raise RuntimeError("row_group, word_group: expected both or neither")
         if self.row_group is not None and self.word_group is not None:
@@ -306,18 +413,24 @@ class _Catalogue(NamedTuple):
         for part in _parts(words):
             z[:, part].addmm_(rows, words[part].to(z.dtype).t(), alpha=self.scale)
 
+    def mask_of(self, at: tuple[int, slice]) -> Tensor:
+        """Return a block's mask, or any bytes if there is none."""
+        return (self.target.view(torch.uint8) if self.mask is None else self.mask[at]).contiguous()
+
     def logits(self, rows: Tensor, at: tuple[int, slice]) -> Tensor:
         """Return a block's logits, which are minus infinity for the words that are left out of a row."""
         z = rows.new_zeros((rows.shape[0], self.weight.shape[1]))
         if self.bias is not None:
             z += self.bias[at[0]]
         self.add_logits(z, rows, self.weight[at[0]])
-        if self.mask is not None:
-            counts = self.mask[at].contiguous().view(torch.uint8)
-            catalogue_mask_kernel(len(z), z, self.target[at].contiguous(), counts, *self.places[:2])
-        if self.row_group is not None and self.word_group is not None:
-            groups = self.row_group[at].contiguous(), self.word_group[at[0]].contiguous()
-            catalogue_group_kernel(len(z), z, self.target[at].contiguous(), *groups, *self.places[:2])
+        if self.mask is not None or self.row_group is not None:
+            target = self.target[at].contiguous()
+            groups = [target, target]
+            if self.row_group is not None and self.word_group is not None:
+                groups = [self.row_group[at].contiguous(), self.word_group[at[0]].contiguous()]
+            variant = self.mask is not None, self.row_group is not None
+            pointers = z, target, self.mask_of(at), *groups
+            catalogue_left_out_kernel(len(z), *pointers, *self.places[:2], variant=variant)
         return z
 
 
@@ -371,22 +484,6 @@ class _Sums:
         return x.to(self.catalogue.x.dtype), weight.to(self.catalogue.weight.dtype), bias
 
 
-def _first_order(
-    catalogue: _Catalogue, sums: _Sums, stats_of: Callable[[tuple[int, slice], Tensor, Tensor], Tensor], of: Tensor
-) -> None:
-    """Add the derivatives for the cotangents ``of`` [B, N, 3]; ``stats_of(at, z, target)`` returns a block's stats."""
-    for at in catalogue.blocks():
-        rows, target = catalogue.rows_of(catalogue.x, at), catalogue.target[at].contiguous()
-        z = catalogue.logits(rows, at)
-        stats = stats_of(at, z, target)
-        if sums.wanted:
-            block_of = of[at].contiguous()
-            catalogue_cotangent_kernel(len(rows), z, target, stats, block_of, *catalogue.places)
-            sums.add_to_rows(at, z, catalogue.weight[at[0]])
-            sums.add_to_words(at, z, rows)
-            sums.add_to_bias(at, z)
-
-
 class _Results(NamedTuple):
     log_prob: Tensor
     entropy: Tensor
@@ -397,13 +494,49 @@ class _Results(NamedTuple):
     def of(catalogue: _Catalogue) -> _Results:
         return _Results(*(catalogue.of_rows() for _ in range(3)), catalogue.of_rows(3))
 
-    def store(self, catalogue: _Catalogue) -> Callable[[tuple[int, slice], Tensor, Tensor], Tensor]:
-        def run(at: tuple[int, slice], z: Tensor, target: Tensor) -> Tensor:
-            found = [t[at] for t in self]
-            catalogue_rows_kernel(len(z), z, target, *found, *catalogue.places)
-            return found[-1]
 
-        return run
+def _first_order(
+    catalogue: _Catalogue,
+    sums: _Sums,
+    of: Tensor,
+    results: _Results,
+    kept: Tensor | None = None,
+    known: bool = False,
+) -> None:
+    """Store the results, unless they are known, and add the derivatives for the cotangents ``of`` [B, N, 3].
+
+    Unless it is None, ``kept`` [B, N, V] gets e^(z - largest), or has it if the results are known.
+    """
+    for at in catalogue.blocks():
+        rows, target = catalogue.rows_of(catalogue.x, at), catalogue.target[at].contiguous()
+        block_of, found = of[at].contiguous(), [t[at].contiguous() for t in results]
+        if known and kept is not None:
+            z = _from_kept(catalogue, kept[at], found[-1], block_of, target)
+        else:
+            z = catalogue.logits(rows, at)
+            if catalogue.binary:
+                pointers = z, target, catalogue.mask_of(at), block_of, found[0]
+                variant = sums.wanted, catalogue.mask is not None
+                catalogue_binary_kernel(len(z), *pointers, *catalogue.places, variant=variant)
+            elif not known:
+                catalogue_rows_kernel(len(z), z, target, *found, *catalogue.places)
+                if kept is not None:
+                    top = found[-1][:, :1]
+                    kept[at] = torch.where(z == -torch.inf, 0, (z - top).exp())
+            if sums.wanted and not catalogue.binary:
+                catalogue_cotangent_kernel(len(z), z, target, found[-1], block_of, *catalogue.places)
+        if sums.wanted:
+            sums.add_to_rows(at, z, catalogue.weight[at[0]])
+            sums.add_to_words(at, z, rows)
+            sums.add_to_bias(at, z)
+
+
+def _from_kept(catalogue: _Catalogue, kept: Tensor, stats: Tensor, of: Tensor, target: Tensor) -> Tensor:
+    """Return a block's cotangent, made of what forward has kept."""
+    counts = (target != catalogue.ignored).unsqueeze(1)
+    own = torch.arange(catalogue.first, catalogue.first + kept.shape[1], device=kept.device) == target.unsqueeze(1)
+    factor = (of[:, 2:] - of[:, :1]) * (-stats[:, 1:2]).exp()
+    return torch.where(counts, kept * factor + torch.where(own, of[:, :1], 0), 0)
 
 
 def catalogue_log_prob(
@@ -418,13 +551,18 @@ def catalogue_log_prob(
     ignore_index: int,
     first: int,
     total: int,
-) -> _Results:
-    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    binary: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    catalogue = _Catalogue(
+        x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
+    )
     catalogue.check()
     results = _Results.of(catalogue)
     nothing = _Sums(catalogue, False, False, False)
-    _first_order(catalogue, nothing, results.store(catalogue), results.stats)
-    return results
+    kept = catalogue.of_rows(weight.shape[1]) if keep else x.new_empty(0, dtype=catalogue.wide)
+    _first_order(catalogue, nothing, results.stats, results, kept if keep else None)
+    return *results, kept
 
 
 def catalogue_backward(
@@ -432,6 +570,7 @@ def catalogue_backward(
     of_entropy: Tensor | None,
     of_lse: Tensor | None,
     stats: Tensor,
+    kept: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -443,15 +582,19 @@ def catalogue_backward(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    catalogue = _Catalogue(
+        x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
+    )
     catalogue.check()
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     of = catalogue.weights(of_log_prob, of_entropy, of_lse)
-    _first_order(catalogue, sums, lambda at, z, target: stats[at].contiguous(), of)
+    kept = None if of_entropy is not None else kept
+    _first_order(catalogue, sums, of, _Results.of(catalogue)._replace(stats=stats), kept, known=True)
     return sums.rounded()
 
 
@@ -474,11 +617,14 @@ def catalogue_second(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    catalogue = _Catalogue(
+        x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
+    )
     catalogue.check()
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     of = catalogue.weights(of_log_prob, of_entropy, of_lse)
@@ -492,8 +638,14 @@ def catalogue_second(
             catalogue.add_logits(move, rows_t, weight[at[0]])
         if weight_t is not None:
             catalogue.add_logits(move, rows, weight_t[at[0]])
-        pointers = (z, move, block_target, stats[at].contiguous(), of[at].contiguous(), *(t[at] for t in moved))
-        catalogue_tangent_kernel(len(rows), *pointers, *catalogue.places, variant=sums.wanted)
+        block_of = of[at].contiguous()
+        if catalogue.binary:
+            binary = z, move, block_target, catalogue.mask_of(at), block_of, moved[0][at]
+            variant = sums.wanted, mask is not None
+            catalogue_binary_tangent_kernel(len(z), *binary, *catalogue.places, variant=variant)
+        else:
+            pointers = (z, move, block_target, stats[at].contiguous(), block_of, *(t[at] for t in moved))
+            catalogue_tangent_kernel(len(z), *pointers, *catalogue.places, variant=sums.wanted)
         if sums.wanted:
             sums.add_to_rows(at, move, weight[at[0]])
             sums.add_to_words(at, move, rows)
@@ -519,15 +671,18 @@ def catalogue_loss(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    catalogue = _Catalogue(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total)
+    catalogue = _Catalogue(
+        x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
+    )
     catalogue.check()
     results = _Results.of(catalogue)
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
-    _first_order(catalogue, sums, results.store(catalogue), catalogue.weights(of_log_prob, None, of_lse))
+    _first_order(catalogue, sums, catalogue.weights(of_log_prob, None, of_lse), results)
     terms = _weighed(of_log_prob, results.log_prob, catalogue)
     if of_lse is not None:
         terms = terms + _weighed(of_lse, results.lse, catalogue)

@@ -97,6 +97,12 @@ def _similarities_in_memory(query: Tensor, key: Tensor) -> Tensor:
     return (torch.nn.functional.cross_entropy(z, own) + torch.nn.functional.cross_entropy(z.T, own)) / 2
 
 
+def _pairs_in_memory(query: Tensor, key: Tensor) -> Tensor:
+    z = query @ key.T / 0.1 - 10
+    signs = 2 * torch.eye(len(query), device=query.device) - 1
+    return -torch.nn.functional.logsigmoid(signs * z).sum() / len(query)
+
+
 def _pairs_of_rows(size: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
     query, key = (torch.nn.functional.normalize(torch.randn(size, device=device), dim=-1) for _ in range(2))
     return query.requires_grad_(), key.requires_grad_()
@@ -184,6 +190,15 @@ TABLES: dict[str, list[Benchmark]] = {name: _lists(_plain(name)) for name in _BE
             {"F.cross_entropy in both directions": _similarities_in_memory},
             "pairs, dimensions",
             kwargs={"temperature": 0.1},
+        )
+    ],
+    "sigmoid_contrastive_loss": [
+        Benchmark(
+            ((1024, 256), (8192, 256)),
+            _pairs_of_rows,
+            {"F.logsigmoid": _pairs_in_memory},
+            "pairs, dimensions",
+            kwargs={"temperature": 0.1, "bias": -10.0},
         )
     ],
     "margin_ranking_loss": [

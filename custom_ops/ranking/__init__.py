@@ -4,9 +4,11 @@ from custom_ops.ranking.catalogue import (
     InfoNCELoss,
     LinearCrossEntropy,
     LinearLogProb,
+    SigmoidContrastiveLoss,
     info_nce_loss,
     linear_cross_entropy,
     linear_log_prob,
+    sigmoid_contrastive_loss,
 )
 from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
 from custom_ops.ranking.listwise import (
@@ -82,6 +84,7 @@ __all__ = [
     "PairwiseLogisticLoss",
     "PairwiseMSELoss",
     "PairwiseSoftZeroOneLoss",
+    "SigmoidContrastiveLoss",
     "SmoothAPLoss",
     "SoftmaxLoss",
     "SpearmanLoss",
@@ -116,6 +119,7 @@ __all__ = [
     "precision",
     "r_precision",
     "recall",
+    "sigmoid_contrastive_loss",
     "smooth_ap_loss",
     "soft_rank",
     "soft_sort",

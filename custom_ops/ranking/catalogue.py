@@ -13,7 +13,7 @@ from custom_ops._bilinear import add
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
-from custom_ops.ranking._arguments import reduce_by_torch
+from custom_ops.library._torch import transforms_are_active
 from custom_ops.ranking._list_loss import is_differentiated
 
 # ---------------------------------------------------------------- ops
@@ -22,8 +22,12 @@ from custom_ops.ranking._list_loss import is_differentiated
 # are never returned, and the results of rows are [B, N]. B is 1 except under vmap. The bias and the results are in
 # float64 if x and weight are, else in float32. If the catalogue has ``total`` words, of which ``weight`` has those from
 # ``first`` on, the target is a word of the whole, and a target that isn't among the V has the score 0. Rows with the
-# target ``ignore_index`` are never read. A word other than the target is left out of a row where ``mask`` [B, N, V] is
-# False, or if its ``word_group`` [B, V] is the row's ``row_group`` [B, N].
+# target ``ignore_index`` are never read. A word other than the target is left out of a row where ``mask``, which is
+# uint8 [B, N, V], is 0, or if its ``word_group`` [B, V] is the row's ``row_group`` [B, N].
+#
+# If ``binary``, each pair of a row and a word is a problem of its own: log_prob is the sum of log sigmoid(z) over the
+# right words, which are the target and those where ``mask`` is 2, and of log sigmoid(-z) over the others. Then entropy,
+# lse and stats are 0, and have no derivative.
 
 
 @define
@@ -39,12 +43,15 @@ def catalogue_log_prob(
     ignore_index: int,
     first: int,
     total: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return each row's log_prob, entropy and lse, and its ``stats`` [B, N, 3], with which backward starts.
+    binary: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return each row's log_prob, entropy and lse, its ``stats`` [B, N, 3], with which backward starts, and ``kept``.
 
-    The stats are the largest score, the logarithm of the sum of e^(z - largest), and the entropy.
+    The stats are the largest score, the logarithm of the sum of e^(z - largest), and the entropy. If ``keep``, which
+    isn't for binary problems, ``kept`` [B, N, V] has e^(z - largest); else it is empty.
     """
-    return *_results(x), _of_rows(x, 3)
+    return *_results(x), _of_rows(x, 3), _of_rows(x, weight.shape[1]) if keep else x.new_empty(0, dtype=_wide_dtype(x))
 
 
 @define
@@ -53,6 +60,7 @@ def catalogue_backward(
     of_entropy: Tensor | None,
     of_lse: Tensor | None,
     stats: Tensor,
+    kept: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -64,13 +72,15 @@ def catalogue_backward(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the derivatives of ``sum(of_log_prob log_prob + of_entropy entropy + of_lse lse)`` in x, weight and bias.
 
-    One that isn't wanted is empty. The stats must be those of these arguments, and have no derivative of their own.
+    One that isn't wanted is empty. Stats and ``kept`` must be those of these arguments, and have no derivative
+    of their own.
     """
     return _gradients(x, weight, of_x, of_weight, of_bias)
 
@@ -95,6 +105,7 @@ def catalogue_second(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
@@ -122,6 +133,7 @@ def catalogue_loss(
     ignore_index: int,
     first: int,
     total: int,
+    binary: bool,
     of_x: bool,
     of_weight: bool,
     of_bias: bool,
@@ -170,21 +182,21 @@ def _no_third() -> Exception:
 class CatalogueLogProb(Function, op=catalogue_log_prob):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        stats, ctx.options = output[3], inputs[7:]
-        ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(stats, *inputs[:7])
+        (*_, stats, kept), ctx.options = output, inputs[7:12]
+        ctx.mark_non_differentiable(stats, kept)
+        ctx.save_for_backward(stats, kept if inputs[12] else None, *inputs[:7])
         ctx.save_for_forward(stats, *inputs[:7])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         found = catalogue_backward(*grads[:3], *ctx.saved_tensors, *ctx.options, *needed)
-        return *_wanted(found, needed), *[None] * 8
+        return *_wanted(found, needed), *[None] * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         stats, *where = ctx.saved_tensors
-        return *_tangents(stats, tangents[:3], where, ctx.options), None
+        return *_tangents(stats, tangents[:3], where, ctx.options), None, None
 
 
 def _tangents(stats: Tensor, moves: Sequence[Tensor | None], where: Sequence[Any], options: Sequence[Any]) -> Any:
@@ -199,27 +211,28 @@ class CatalogueBackward(Function, op=catalogue_backward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.of_x, ctx.of_weight, ctx.of_bias = inputs
+        del tensors[4]  # what was kept; the second order computes the scores again
         ctx.options = tensors[11:]
         ctx.save_for_backward(*tensors[:11])
         ctx.save_for_forward(*tensors[:11])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[4:7]
+        needed = ctx.needs_input_grad[5:8]
         asked = ctx.of_x, ctx.of_weight, ctx.of_bias
         moves = [move if wanted else None for move, wanted in zip(cotangents, asked)]
         saved = ctx.saved_tensors
         found = catalogue_second(*saved[:4], *moves, *saved[4:], *ctx.options, *needed)
-        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, *_wanted(found[3:], needed), *[None] * 11
+        return *_wanted(found[:3], ctx.needs_input_grad[:3]), None, None, *_wanted(found[3:], needed), *[None] * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        of_rows, moves = tangents[:3], tangents[4:7]
+        of_rows, moves = tangents[:3], tangents[5:8]
         asked = ctx.of_x, ctx.of_weight, ctx.of_bias
         saved = ctx.saved_tensors
         parts = []
         if any(t is not None for t in of_rows):
-            parts.append(catalogue_backward(*of_rows, *saved[3:], *ctx.options, *asked))
+            parts.append(catalogue_backward(*of_rows, saved[3], None, *saved[4:], *ctx.options, *asked))
         if any(t is not None for t in moves):
             parts.append(catalogue_second(*saved[:4], *moves, *saved[4:], *ctx.options, *asked)[3:])
         return tuple(add(*some) for some in zip(*parts)) if parts else (None,) * 3
@@ -252,12 +265,12 @@ class CatalogueSecond(Function, op=catalogue_second):
             parts.append(found[3:])
         of_primals: list[Tensor | None] = [None] * 3
         if any(t is not None for t in of_rows):
-            parts.append(catalogue_backward(*of_rows, stats, *where, *ctx.options, *of_moves))
+            parts.append(catalogue_backward(*of_rows, stats, None, *where, *ctx.options, *of_moves))
             if any(of_where):
                 found = catalogue_second(*of_rows, stats, *moves, *where, *ctx.options, *of_where)
                 of_primals = _wanted(found[3:], of_where)
         sums = [add(*some) for some in zip(*parts)]
-        return *[None] * 4, *_wanted(sums, of_moves), *of_primals, *[None] * 11
+        return *[None] * 4, *_wanted(sums, of_moves), *of_primals, *[None] * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
@@ -274,10 +287,10 @@ class CatalogueLoss(Function, op=catalogue_loss):
         if any(ctx.needs_input_grad[:2]):
             raise NotImplementedError("catalogue_loss has no derivative in the weights of the rows")
         of_log_prob, of_lse, *where = inputs[:9]
-        ctx.options = inputs[9:13]
+        ctx.options = inputs[9:14]
         _, stats, *gradients = output
         ctx.mark_non_differentiable(stats, *gradients)
-        ctx.found = inputs[13:]
+        ctx.found = inputs[14:]
         ctx.save_for_backward(of_log_prob, of_lse, stats, *where, *gradients)
         ctx.save_for_forward(of_log_prob, of_lse, stats, *where)
 
@@ -287,14 +300,14 @@ class CatalogueLoss(Function, op=catalogue_loss):
         needed = ctx.needs_input_grad[2:5]
         if is_differentiated() or any(needs and not found for needs, found in zip(needed, ctx.found)):
             of_rows = [None if of is None else grad.unsqueeze(-1) * of for of in (of_log_prob, None, of_lse)]
-            gradients = catalogue_backward(*of_rows, *where, *ctx.options, *needed)
+            gradients = catalogue_backward(*of_rows, where[0], None, *where[1:], *ctx.options, *needed)
         else:  # the loss's derivatives are known up to the factor
             pairs = zip((of_x, of_words, of_bias), (where[1], where[2], of_log_prob), needed)
             gradients = [
                 (grad.reshape(-1, *[1] * (found.dim() - 1)) * found).to(like.dtype) if needs else None
                 for found, like, needs in pairs
             ]
-        return None, None, *_wanted(gradients, needed), *[None] * 11
+        return None, None, *_wanted(gradients, needed), *[None] * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -308,19 +321,19 @@ class CatalogueLoss(Function, op=catalogue_loss):
 # ---------------------------------------------------------------- batching
 
 
-def _batch(op: Any, arguments: str, results: str) -> None:
+def _batch(op: Any, arguments: str, results: str, flagged: int) -> None:
     """Add a batching rule: the batch becomes examples, or if all share their words, more rows of the same example.
 
     ``arguments`` has an "r" for each tensor that has rows, and a "w" for each that has words. ``results`` likewise has
-    an "r" or "w", or an "e" for one with neither; the last three are those whose flags the op's last arguments are.
+    an "r" or "w", or an "e" for one with neither; the last ``flagged`` are those whose flags the op's last arguments
+    are.
     """
-    flagged = "w" in results
     tensors = len(arguments)
 
     @library.vmap(op)
     def _(info: Any, in_dims: Any, *args: Any) -> Any:
         size = info.batch_size
-        flags = [True] * len(results) if not flagged else [*[True] * (len(results) - 3), *args[-3:]]
+        flags = [*[True] * (len(results) - flagged), *args[-flagged:]]
         shared = all(dim is None for dim, kind in zip(in_dims, arguments) if kind == "w")
         as_rows = shared and not any(wanted for wanted, kind in zip(flags, results) if kind != "r")
         moved: list[Tensor | None] = []
@@ -338,10 +351,10 @@ def _batch(op: Any, arguments: str, results: str) -> None:
 
 
 _WHERE = "rwwrrrw"
-_batch(catalogue_log_prob, _WHERE, "rrrr")
-_batch(catalogue_backward, "rrrr" + _WHERE, "rww")
-_batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww")
-_batch(catalogue_loss, "rr" + _WHERE, "errww")
+_batch(catalogue_log_prob, _WHERE, "rrrrr", 1)
+_batch(catalogue_backward, "rrrrr" + _WHERE, "rww", 3)
+_batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww", 3)
+_batch(catalogue_loss, "rr" + _WHERE, "errww", 3)
 
 
 # ---------------------------------------------------------------- public functions
@@ -425,7 +438,7 @@ def linear_log_prob(
     if shards.is_sharded(x, weight, target, bias):
         return _in_shards(x, weight, target, bias, scale, ignore_index)
     tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignore_index)
-    found = catalogue_log_prob(*tensors, *options)
+    found = catalogue_log_prob(*tensors, *options, _keeps(tensors))
     return LogProbs(*(t.reshape(target.shape) for t in found[:3]))
 
 
@@ -437,23 +450,20 @@ def _in_shards(
     Only three numbers of each row are exchanged for sharded words: its logsumexp, its entropy and its target's score
     among the words of each process.
     """
-    total, ignored, row = weight.shape[0], _ignored(ignore_index), shards.batch_labels(x.dim() - 1)
+    ignored, row = _ignored(ignore_index), shards.batch_labels(x.dim() - 1)
     if isinstance(scale, Tensor):
         x, scale = wide(x) * scale, 1.0
-    place = _place_of_words(weight, bias)
-    index, parts = (0, 1) if place is None else place
-    first = min(index * -(-total // parts), total)
+    words = _Words.of(x, weight, bias)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Any:
         tensors, options = _checked(("x", x), ("weight", weight), target, ("bias", bias), scale, ignored)
-        found = catalogue_log_prob(*tensors, *options[:2], first, total)[:3]
+        found = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False, False)[:3]
         log_prob, entropy, lse = (t.reshape(target.shape) for t in found)
-        if place is None:
-            return log_prob, entropy, lse
-        here = (target >= first) & (target < first + weight.shape[0])
-        own = torch.stack([torch.where(here, log_prob + lse, 0), entropy, lse])
-        is_own = torch.arange(parts, device=own.device) == index
-        return torch.where(is_own.view(-1, *[1] * own.dim()), own, 0)
+        return (
+            (log_prob, entropy, lse)
+            if words.parts == 1
+            else words.own(words.score(log_prob, lse, target), entropy, lse)
+        )
 
     def joined(of_parts: Tensor, target: Tensor) -> Any:
         score, entropy, lse = of_parts.unbind(1)
@@ -461,33 +471,72 @@ def _in_shards(
         has_words = lse.isfinite()
         below = torch.where(has_words, whole - lse, 0)
         share = torch.where(has_words, (-below).exp(), 0)
-        found = score.sum(0) - whole, (share * (entropy + below)).sum(0), whole
-        return tuple(torch.where(target != ignored, t, 0) for t in found)
+        results = score.sum(0) - whole, (share * (entropy + below)).sum(0), whole
+        counts = target.to(torch.int64) != ignored
+        return tuple(torch.where(counts, t, 0) for t in results)
 
     inputs, results = f"{row}D,vD,v,{row}", ",".join([row] * 3)
-    if place is None:
+    if words.parts == 1:
         return LogProbs(*shards.in_shards(run, f"{inputs}->{results}", x, weight, bias, target))
     of_parts = shards.summed_up(shards.in_shards(run, f"{inputs}->KT{row}", x, weight, bias, target))
     return LogProbs(*shards.in_shards(joined, f"KT{row},{row}->{results}", of_parts, target))
 
 
-def _place_of_words(*tensors: Any) -> tuple[int, int] | None:
-    """Return which part of the words this process has, and the number of parts; None if they aren't sharded."""
-    for t in tensors:
-        if shards.is_sharded(t):
-            cuts = [at for at, placement in enumerate(t.placements) if placement.is_shard(0)]
+class _Words(NamedTuple):
+    """The words of this process: they are those from ``first`` on, in part ``part`` of ``parts``."""
+
+    part: int
+    parts: int
+    first: int
+    total: int
+
+    @staticmethod
+    def of(rows: Tensor, *words: Any) -> _Words:
+        """Return the place in the first of ``words`` that is sharded where the rows aren't; all have it then."""
+        total = words[0].shape[0]
+        for t in words:
+            cuts = [at for at, p in enumerate(getattr(t, "placements", ())) if p.is_shard(0) and not _is_cut(rows, at)]
             if len(cuts) > 1:
                 raise NotImplementedError("weight: expected words sharded in one dimension of the mesh, got several")
             if cuts:
-                return t.device_mesh.get_local_rank(cuts[0]), t.device_mesh.size(cuts[0])
-    return None
+                part, parts = t.device_mesh.get_local_rank(cuts[0]), t.device_mesh.size(cuts[0])
+                return _Words(part, parts, min(part * -(-total // parts), total), total)
+        return _Words(0, 1, 0, total)
+
+    def own(self, *numbers: Tensor) -> Tensor:
+        """Return [parts, K, ...] with this process's K numbers of each row in its place; the sum has those of all."""
+        stacked = torch.stack(numbers)
+        is_own = torch.arange(self.parts, device=stacked.device) == self.part
+        return torch.where(is_own.view(-1, *[1] * stacked.dim()), stacked, 0)
+
+    def score(self, log_prob: Tensor, lse: Tensor, target: Tensor) -> Tensor:
+        """Return the target's score, or 0 if it isn't among this process's words."""
+        words = -(-self.total // self.parts)
+        return torch.where((target >= self.first) & (target < self.first + words), log_prob + lse, 0)
+
+
+def _is_cut(t: Any, at: int) -> bool:
+    return hasattr(t, "placements") and bool(t.placements[at].is_shard(0))
+
+
+_KEPT = 1 << 22  # as many scores are kept for backward, where they cost less than the product that computes them anew
+
+
+def _keeps(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether forward should keep the scores for backward."""
+    x, weight = tensors[:2]
+    assert x is not None
+    assert weight is not None
+    if torch.compiler.is_compiling() or transforms_are_active() or not torch.is_grad_enabled():
+        return False
+    return x.shape[1] * weight.shape[1] <= _KEPT and any(t is not None and t.requires_grad for t in tensors[:3])
 
 
 class _Arguments(NamedTuple):
     """The arguments as ops take them."""
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
-    options: tuple[float, int, int, int]
+    options: tuple[float, int, int, int, bool]
 
 
 def _checked(
@@ -510,6 +559,7 @@ def _checked(
         raise ValueError(f"{weight_name}: expected [V, {x.shape[-1]}] as {x_name}, got {list(weight.shape)}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target: expected shape {list(x.shape[:-1])}, got {list(target.shape)}")
+    target = target.to(torch.int64)  # an int32 is never equal to an ignore_index of more bits
     tensors = {x_name: x, weight_name: weight, "target": target}
     if bias is not None:
         _checks.has_dtype(bias_name, bias, _checks.FLOATING)
@@ -537,10 +587,10 @@ def _checked(
             x.reshape(1, -1, x.shape[-1]) if x.numel() else x.reshape(1, target.numel(), x.shape[-1]),
             weight.unsqueeze(0),
             None if bias is None else bias.to(dtype).unsqueeze(0),
-            target.to(torch.int64).reshape(1, -1),
+            target.reshape(1, -1),
             *(None, None, None),
         ),
-        (scale, ignored, 0, words),
+        (scale, ignored, 0, words, False),
     )
 
 
@@ -571,12 +621,12 @@ def linear_cross_entropy(
 
     ``(1 - e) w_target (lse - z_target) + e / V sum_v w_v (lse - z_v)``
 
-    The mean is that over the weights of the rows' targets. For "mean" and "sum" the forward pass computes the
-    derivatives too, as they are known up to a factor, so that backward takes no product of matrices. Under a transform,
-    or if the gradient is differentiated again, they are computed anew. The loss is differentiable in input,
-    linear_weight, linear_bias and scale, twice and in forward mode. All that is said at `linear_log_prob` of dtypes,
-    ignored rows, autocast, errors and memory holds here too; the loss has the dtype of the arguments, under autocast
-    float32. DTensors are taken without class weights and label smoothing.
+    The mean is that over the weights of the rows' targets, NaN if these are all 0. For "mean" and "sum" the forward
+    pass computes the derivatives too, as they are known up to a factor, so that backward takes no product of matrices.
+    Under a transform, or if the gradient is differentiated again, they are computed anew. The loss is differentiable in
+    input, linear_weight, linear_bias and scale, twice and in forward mode. All that is said at `linear_log_prob` of
+    dtypes, ignored rows, autocast, errors and memory holds here too; the loss has the dtype of the arguments, under
+    autocast float32. For sharded words, DTensors exchange five numbers of each row at most.
 
     Args:
         input: ``[..., D]``, the rows; float16, bfloat16, float32 or float64.
@@ -612,13 +662,9 @@ def linear_cross_entropy(
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     e = _smoothing(label_smoothing)
     ignored = -100 if ignore_index is None else ignore_index
-    if shards.is_sharded(input, linear_weight, target, linear_bias):
-        if weight is not None or e:
-            raise NotImplementedError("linear_cross_entropy: expected no weight and no label_smoothing for DTensors")
-        log_prob = linear_log_prob(
-            input, linear_weight, target, bias=linear_bias, scale=scale, ignore_index=ignored
-        ).log_prob
-        return reduce_by_torch(-log_prob, target != ignored, None, reduction)
+    if shards.is_sharded(input, linear_weight, target, linear_bias, weight):
+        given = input, linear_weight, linear_bias, weight, target
+        return _cross_entropy_in_shards(*given, reduction, _ignored(ignored), e, scale)
     named = ("input", input), ("linear_weight", linear_weight), target, ("linear_bias", linear_bias)
     tensors, options = _checked(*named, scale, ignored)
     x, words, bias, at = tensors[:4]
@@ -628,16 +674,16 @@ def linear_cross_entropy(
     if weight is not None:
         weight = _class_weights(weight, linear_weight).to(dtype)
         of_rows = torch.where(counts, weight[at.clamp(0, max(total - 1, 0))], 0) if total else of_rows
-    if reduction == "mean":
-        whole = of_rows.sum(dtype=torch.float64)
-        divisor = torch.where(whole == 0, 1, whole).to(dtype)
-        of_rows, shared = of_rows / divisor, counts / divisor
-    else:
-        shared = counts.to(dtype)
+    shared = counts.to(dtype)
+    if reduction == "mean" and weight is None:
+        of_rows = shared = shared / shared.sum(dtype=torch.float64).clamp_min(1).to(dtype)
+    elif reduction == "mean":  # weights that are all 0 give NaN, but rows that don't count have no part in it
+        whole = torch.where(counts.any(), of_rows.sum(dtype=torch.float64), 1).to(dtype)
+        of_rows, shared = (torch.where(counts, of / whole, 0) for of in (of_rows, shared))
     of_log_prob = (e - 1) * of_rows
     of_lse = shared * (e / max(total, 1) * (total if weight is None else weight.sum())) if e else None
     if reduction == "none":
-        log_prob, _, lse, _ = catalogue_log_prob(*tensors, *options)
+        log_prob, _, lse, *_ = catalogue_log_prob(*tensors, *options, _keeps(tensors))
         loss = of_log_prob * log_prob if of_lse is None else of_log_prob * log_prob + of_lse * lse
     else:
         loss = _summed(of_log_prob, of_lse, tensors, options)
@@ -647,6 +693,67 @@ def linear_cross_entropy(
     if not under_autocast(input):
         loss = loss.to(torch.promote_types(input.dtype, linear_weight.dtype))
     return loss.reshape(target.shape if reduction == "none" else ())
+
+
+def _cross_entropy_in_shards(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignored: int,
+    e: float,
+    scale: float | Tensor,
+) -> Tensor:
+    """Return the loss for DTensors, of which rows and words may be sharded.
+
+    For sharded words at most five numbers of each row are exchanged: its logsumexp, its target's score and weight, the
+    weighted sum of scores, and the sum of weights, all among the words of each process.
+    """
+    row, dtype = shards.batch_labels(input.dim() - 1), torch.promote_types(input.dtype, linear_weight.dtype)
+    if isinstance(scale, Tensor):
+        input, scale = wide(input) * scale, 1.0
+    words = _Words.of(input, linear_weight, linear_bias, weight)
+
+    def run(x: Tensor, linear: Tensor, bias: Tensor | None, weight: Tensor | None, target: Tensor) -> Any:
+        named = ("input", x), ("linear_weight", linear), target, ("linear_bias", bias)
+        tensors, options = _checked(*named, scale, ignored)
+        x, linear, bias, at = tensors[:4]
+        log_prob, _, lse, *_ = catalogue_log_prob(*tensors, *options[:2], words.first, words.total, False, False)
+        counts, here = at != ignored, at - words.first
+        numbers = [log_prob if words.parts == 1 else words.score(log_prob, lse, at), lse]
+        if weight is not None:
+            weight = _class_weights(weight, linear[0]).to(lse.dtype)
+            chosen = weight[here.clamp(0, max(len(weight) - 1, 0))] if len(weight) else torch.zeros_like(lse)
+            numbers.append(torch.where(counts & (here >= 0) & (here < len(weight)), chosen, 0))
+        if e:
+            mean = _mean_score(x, linear, bias, weight, options[0], counts.to(lse.dtype), False)
+            whole = linear.shape[1] if weight is None else weight.sum()
+            numbers += [(mean * linear.shape[1]).to(lse.dtype), torch.zeros_like(lse) + whole]
+        return words.own(*(t.reshape(target.shape) for t in numbers))
+
+    def joined(of_parts: Tensor, target: Tensor) -> Any:
+        score, lse, *others = of_parts.unbind(1)
+        lse, counts = lse.logsumexp(0), target.to(torch.int64) != ignored
+        of_rows = counts.to(lse.dtype) if weight is None else others.pop(0).sum(0)
+        loss = (e - 1) * of_rows * (score[0] if words.parts == 1 else score.sum(0) - lse)
+        if e:
+            scores, whole = (t.sum(0) for t in others)
+            loss = loss + e / max(words.total, 1) * (whole * lse - scores)
+        return torch.where(counts, loss, 0), of_rows.double(), counts.double()
+
+    tensors = input, linear_weight, linear_bias, weight, target
+    of_parts = shards.summed_up(shards.in_shards(run, f"{row}D,vD,v,v,{row}->KT{row}", *tensors))
+    loss, of_rows, counted = shards.in_shards(joined, f"KT{row},{row}->{row},{row},{row}", of_parts, target)
+    if reduction == "none":
+        return loss if under_autocast(input) else loss.to(dtype)
+    total = loss.sum(dtype=torch.float64)
+    if reduction == "mean":
+        sums = shards.in_shards(lambda *t: torch.stack(t).flatten(1).sum(1), f"{row},{row}->S", of_rows, counted)
+        whole, number = shards.summed_up(sums)
+        total = total / torch.where(number == 0, 1, whole)
+    return total.to(loss.dtype if under_autocast(input) else dtype)
 
 
 def _summed(of_log_prob: Tensor, of_lse: Tensor | None, tensors: Sequence[Any], options: Sequence[Any]) -> Tensor:
@@ -760,45 +867,290 @@ def info_nce_loss(
     """
     _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
     both = _checks.as_bool("symmetric", symmetric)
+    _are_pairs(query, key, target)
     if shards.is_sharded(query, key, target, mask, query_group, key_group):
-        raise NotImplementedError("info_nce_loss: expected plain tensors, got a DTensor; gather the keys first")
+        kept = mask, query_group, key_group
+        return _contrastive_in_shards(both, query, key, target, temperature, None, None, *kept, reduction)
+    rows, keys, dtype = query.shape[0], key.shape[0], torch.promote_types(query.dtype, key.dtype)
+    places = torch.arange(rows, device=query.device)
+    own = places if target is None else target
+    found = [_similarities(query, key, own, temperature, None, None, mask, query_group, key_group)]
+    if both:
+        chosen = slice(rows) if target is None else own.to(torch.int64).clamp(0, max(keys - 1, 0))
+        compared = None if mask is None else mask[:, chosen].T
+        of_key = query_group if key_group is None else key_group
+        of_key = None if of_key is None else of_key[chosen]
+        found.append(_similarities(key[chosen], query, places, temperature, None, None, compared, of_key, query_group))
+    share = torch.full_like(places, -1, dtype=_wide_dtype(found[0][0][0])).unsqueeze(0) / len(found)
+    return _contrastive(found, share, reduction, dtype, under_autocast(query))
+
+
+def _contrastive(found: Sequence[Any], share: Tensor, reduction: str, dtype: torch.dtype, lowered: bool) -> Tensor:
+    """Return the loss of the arguments ``found`` of one or two directions, whose rows' log_prob have that ``share``."""
+    if reduction == "none":
+        losses = [share[0] * catalogue_log_prob(*arguments, *options, False)[0][0] for arguments, options in found]
+    else:
+        share = share / max(share.shape[1], 1) if reduction == "mean" else share
+        losses = [_summed(share, None, arguments, options)[0] for arguments, options in found]
+    loss = sum(losses[1:], losses[0])
+    return loss if lowered else loss.to(dtype)
+
+
+def _similarities(
+    query: Tensor,
+    key: Tensor,
+    own: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor | None,
+    positive: Tensor | None,
+    mask: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    words: _Words | None = None,
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return tensors and options as ops take them. The problem is binary if there is a bias.
+
+    ``words`` says which of all keys these are.
+    """
+    left_out = _left_out(query, key, mask, query_group, key_group)
+    keys = key.shape[0]
+    if positive is not None:
+        left_out = _with_positive(query, key, positive, left_out[0]), *left_out[1:]
+    query, scale = _heated(query, temperature)
+    of_keys: Tensor | None = None
+    if isinstance(bias, Tensor):
+        shift = _one_number("bias", bias, query)
+        _checks.same_device(query=query, bias=shift)
+        # The bias is spread in float64, as is the sum of its gradient, since torch's sums depend on the threads.
+        of_keys = shift.double().expand(keys).to(torch.promote_types(_wide_dtype(query), _wide_dtype(key)))
+    elif bias is not None and (number := _checks.as_float("bias", bias)) != 0:
+        of_keys = query.new_full((keys,), number, dtype=torch.float64)
+    named = ("query", query), ("key", key), own, ("bias", of_keys)
+    tensors, (scale, ignored, first, total, _) = _checked(*named, scale, _NONE_IGNORED)
+    if words is not None:
+        first, total = words.first, words.total
+    # With several right keys, or none, the target is one beyond the last.
+    return (*tensors[:4], *left_out), (scale, ignored, first, total + (positive is not None), bias is not None)
+
+
+def _contrastive_in_shards(
+    both: bool,
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None,
+    temperature: float | Tensor,
+    bias: float | Tensor | None,
+    positive: Tensor | None,
+    mask: Tensor | None,
+    query_group: Tensor | None,
+    key_group: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Return a contrastive loss for DTensors, of which queries and keys may be sharded.
+
+    Where both are in the same dimension of the mesh, the keys are gathered, and for the second direction the queries.
+    """
+    given = [
+        t for t in (query, key, target, positive, mask, query_group, key_group, temperature, bias) if t is not None
+    ]
+    like = next(t for t in given if shards.is_sharded(t))
+
+    def spread(t: Any) -> Any:
+        return shards.replicated(t, like) if isinstance(t, Tensor) and not shards.is_sharded(t) else t
+
+    dtype, rows = torch.promote_types(query.dtype, key.dtype), query.shape[0]
+    lowered, is_own = under_autocast(query), target is None and rows == key.shape[0]
+    query, key, temperature, bias = (spread(t) for t in (query, key, temperature, bias))
+    places = spread(torch.arange(rows, device=query.device))
+    own = places if target is None else spread(target)
+    if positive is not None:
+        own = own * 0 + key.shape[0]
+    key_group = query_group if key_group is None else key_group
+    positive, mask, query_group, key_group = (spread(t) for t in (positive, mask, query_group, key_group))
+    log_prob = _in_one_direction(query, key, own, temperature, bias, positive, mask, query_group, key_group)
+    if both:
+        chosen = key
+        if not is_own:
+            chosen, key_group = _picked(key, own), None if key_group is None else _picked(key_group, own)
+        if mask is not None:
+            compared = mask if is_own else shards.in_shards(lambda m, k: m[:, k], "nV,k->nk", _whole(mask, 1), own)
+            mask = shards.in_shards(lambda m: m.T, "nv->vn", compared)
+        turned = _in_one_direction(chosen, query, places, temperature, None, None, mask, key_group, query_group)
+        log_prob = (log_prob + turned) / 2
+    loss = -log_prob
+    if reduction != "none":
+        loss = loss.sum(dtype=torch.float64) / (max(rows, 1) if reduction == "mean" else 1)
+    return loss.to(torch.promote_types(dtype, torch.float32) if lowered else dtype)
+
+
+def _whole(t: Any, dim: int) -> Any:
+    """Return the DTensor without shards in that dimension."""
+    from torch.distributed.tensor import Replicate
+
+    return t.redistribute(placements=[Replicate() if p.is_shard(dim) else p for p in t.placements])
+
+
+def _picked(t: Any, at: Any) -> Any:
+    """Return the rows ``at`` of the DTensor t, whose rows may be sharded."""
+    words, tail = _Words.of(at * 0, t), "D" * (t.dim() - 1)
+
+    def run(t: Tensor, at: Tensor) -> Tensor:
+        here = at.to(torch.int64) - words.first
+        found = t[here.clamp(0, max(len(t) - 1, 0))] if len(t) else t.new_zeros(len(at), *t.shape[1:])
+        is_here = (here >= 0) & (here < len(t))
+        return torch.where(is_here.view(-1, *[1] * (t.dim() - 1)), found, 0)
+
+    return shards.summed_up(shards.in_shards(run, f"v{tail},n->n{tail}", t, at))
+
+
+def _in_one_direction(
+    query: Any, key: Any, own: Any, temperature: Any, bias: Any, positive: Any, mask: Any, of_query: Any, of_key: Any
+) -> Any:
+    """Return the log-probability of each row's own keys, for DTensors."""
+    from torch.distributed.tensor import Replicate
+
+    words = _Words.of(query, key)
+
+    def along(t: Any) -> Any:
+        """Return t without shards where neither queries nor keys have any."""
+        if t is None:
+            return None
+        cut = [_is_cut(query, at) or _is_cut(key, at) for at in range(len(t.placements))]
+        return t.redistribute(placements=[p if is_cut else Replicate() for p, is_cut in zip(t.placements, cut)])
+
+    def run(query: Tensor, key: Tensor, own: Tensor, *others: Any) -> Tensor:
+        given = iter(others)
+        heat, shift = (next(given) if isinstance(number, Tensor) else number for number in (temperature, bias))
+        right, kept, of_rows, of_words = given
+        arguments, numbers = _similarities(query, key, own, heat, shift, right, kept, of_rows, of_words, words)
+        log_prob, _, lse, *_ = catalogue_log_prob(*arguments, *numbers, False)
+        if numbers[-1] or words.parts == 1:
+            return log_prob[0]
+        return words.own(words.score(log_prob[0], lse[0], own.to(torch.int64)), lse[0])
+
+    numbers = [number for number in (temperature, bias) if isinstance(number, Tensor)]
+    pairs = [along(t) for t in (positive, mask, of_query, of_key)]
+    labels = "nD,vD,n" + "," * len(numbers) + ",nv,nv,n,v"
+    tensors = query, key, along(own), *numbers, *pairs
+    if bias is not None or words.parts == 1:
+        return shards.in_shards(run, f"{labels}->n", *tensors)
+    of_parts = shards.summed_up(shards.in_shards(run, f"{labels}->KTn", *tensors))
+
+    def joined(of_parts: Tensor) -> Tensor:
+        score, lse = of_parts.unbind(1)
+        return score.sum(0) - lse.logsumexp(0)
+
+    return shards.in_shards(joined, "KTn->n", of_parts)
+
+
+def sigmoid_contrastive_loss(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor = 0.0,
+    positive: Tensor | None = None,
+    mask: Tensor | None = None,
+    query_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return SigLIP's loss: each pair of a query and a key is a binary problem of its own.
+
+    With the similarities ``z_ij = query_i key_j / temperature + bias``, the loss of query i is
+
+    ``sum_j log(1 + e^(-z_ij))`` over its own keys, ``+ sum_j log(1 + e^(z_ij))`` over the others.
+
+    Similarities are products as they are: normalise the rows of both if cosines are meant. The authors start with a
+    temperature of 0.1 and a bias of -10, and learn both. The matrix of similarities is never in memory, unless it is
+    for ``positive`` or ``mask``. The loss is differentiable in query, key, temperature and bias, twice and in forward
+    mode. All that is said at `linear_cross_entropy` of dtypes, autocast, derivatives in the forward pass and memory
+    holds here too.
+
+    Args:
+        query: ``[N, D]``; float16, bfloat16, float32 or float64.
+        key: ``[M, D]``: the keys of the queries, and others.
+        target: int32 or int64 ``[N]``, the place of each query's key; by default query i has the key i.
+        temperature: a positive number, or a tensor of one number, which may need a gradient; where a tensor isn't
+            positive, the loss is NaN.
+        bias: a number, or a tensor of one number, which may need a gradient.
+        positive: bool ``[N, M]``, True for a query's own keys, of which it may have none or several; instead of
+            ``target``.
+        mask: bool ``[N, M]``, False for the keys that aren't compared with a query, such as false negatives. A query
+            is always compared with its own keys.
+        query_group, key_group: int32 or int64 ``[N]`` and ``[M]``. A query isn't compared with other keys of its group,
+            which takes no memory of N x M. The keys of N queries have the groups of the queries by default.
+        reduction: "mean" over the queries, "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" one loss for each query. The mean over no query is 0.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes that don't match, fewer keys than queries have, tensors on several devices, a temperature
+            that isn't positive, both ``target`` and ``positive``, a ``key_group`` alone, an unknown ``reduction``.
+        RuntimeError: a target out of range; on a GPU it is an assertion on the device.
+
+    Source: Zhai, Mustafa, Kolesnikov, Beyer, "Sigmoid loss for language image pre-training", 2023.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> query = torch.eye(2, requires_grad=True)
+        >>> loss = custom_ops.sigmoid_contrastive_loss(query, torch.eye(2), temperature=0.5, bias=-1.0)
+        >>> loss.backward()
+        >>> loss.detach(), query.grad
+        (tensor(0.6265), tensor([[-0.2689,  0.2689],
+                [ 0.2689, -0.2689]]))
+    """
+    _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+    _are_pairs(query, key, target, positive is not None)
+    if positive is not None and target is not None:
+        raise ValueError("positive: expected no target beside it, got both")
+    if not isinstance(bias, Tensor):
+        bias = _checks.as_float("bias", bias)
+    if shards.is_sharded(query, key, target, positive, mask, query_group, key_group):
+        pairs = positive, mask, query_group, key_group
+        return _contrastive_in_shards(False, query, key, target, temperature, bias, *pairs, reduction)
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    own = torch.arange(query.shape[0], device=query.device) if target is None else target
+    if positive is not None:
+        own = torch.full_like(own, key.shape[0])
+    found = _similarities(query, key, own, temperature, bias, positive, mask, query_group, key_group)
+    share = torch.full_like(own, -1, dtype=_wide_dtype(found[0][0])).unsqueeze(0)
+    return _contrastive([found], share, reduction, dtype, under_autocast(query))
+
+
+def _are_pairs(query: Tensor, key: Tensor, target: Tensor | None, any_number: bool = False) -> None:
     _checks.has_dtype("query", query, _checks.FLOATING)
     _checks.has_dtype("key", key, _checks.FLOATING)
     _checks.has_dims("query", query, "[N, D]")
     _checks.has_dims("key", key, "[M, D]")
-    rows, keys, dtype = query.shape[0], key.shape[0], torch.promote_types(query.dtype, key.dtype)
-    if keys < rows if target is None else keys == 0 < rows:
+    rows, keys = query.shape[0], key.shape[0]
+    if not any_number and (keys < rows if target is None else keys == 0 < rows):
         raise ValueError(f"key: expected one for each of {rows} queries, got {keys}")
-    places = torch.arange(rows, device=query.device)
-    own = places if target is None else target
-    left_out = _left_out(query, key, mask, query_group, key_group)
-    lowered = under_autocast(query)
-    if isinstance(temperature, Tensor):
-        divisor = _one_number("temperature", temperature, query)
-        _checks.same_device(query=query, temperature=divisor)
-        query, scale = wide(query) / torch.where(divisor > 0, divisor, torch.nan), 1.0
-    else:
-        scale = 1.0 / _checks.as_positive("temperature", temperature)
-    nothing: Any = ("bias", None), scale, _NONE_IGNORED
-    tensors, options = _checked(("query", query), ("key", key), own, *nothing)
-    found = [((*tensors[:4], *left_out), options)]
-    if both:
-        chosen = slice(rows) if target is None else tensors[3][0].clamp(0, max(keys - 1, 0))
-        tensors, options = _checked(("key", key[chosen]), ("query", query), places, *nothing)
-        compared, of_query, of_key = left_out
-        compared = None if compared is None else compared[..., chosen].transpose(1, 2)
-        of_key = None if of_key is None else of_key[:, chosen]
-        found.append(((*tensors[:4], compared, of_key, of_query), options))
-    share = torch.full_like(places, 1, dtype=_wide_dtype(tensors[0])).unsqueeze(0) / len(found)
-    if reduction == "none":
-        losses = [-share * catalogue_log_prob(*arguments, *numbers)[0] for arguments, numbers in found]
-    else:
-        share = -share / max(rows, 1) if reduction == "mean" else -share
-        losses = [_summed(share, None, arguments, numbers) for arguments, numbers in found]
-    loss = sum(losses[1:], losses[0])
-    if not lowered:
-        loss = loss.to(dtype)
-    return loss.reshape(query.shape[:1] if reduction == "none" else ())
+
+
+def _heated(query: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:
+    """Return queries and a factor whose product is the query divided by the temperature."""
+    if not isinstance(temperature, Tensor):
+        return query, 1.0 / _checks.as_positive("temperature", temperature)
+    divisor = _one_number("temperature", temperature, query)
+    _checks.same_device(query=query, temperature=divisor)
+    return wide(query) / torch.where(divisor > 0, divisor, torch.nan), 1.0
+
+
+def _of_pairs(name: str, value: Tensor, query: Tensor, key: Tensor) -> None:
+    _checks.has_dtype(name, value, (torch.bool,))
+    if value.shape != (query.shape[0], key.shape[0]):
+        raise ValueError(f"{name}: expected shape {[query.shape[0], key.shape[0]]}, got {list(value.shape)}")
+
+
+def _with_positive(query: Tensor, key: Tensor, positive: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mask as ops take it, with the number 2 for a query's own keys."""
+    _of_pairs("positive", positive, query, key)
+    _checks.same_device(query=query, positive=positive)
+    return (positive.to(torch.uint8) + 1).unsqueeze(0) if mask is None else mask.masked_fill(positive, 2)
 
 
 _NONE_IGNORED = -(2**63)  # no target is equal to it
@@ -810,9 +1162,7 @@ def _left_out(
     """Check the arguments that leave keys out, and return them as ops take them."""
     given: dict[str, Tensor] = {"query": query}
     if mask is not None:
-        _checks.has_dtype("mask", mask, (torch.bool,))
-        if mask.shape != (query.shape[0], key.shape[0]):
-            raise ValueError(f"mask: expected shape {[query.shape[0], key.shape[0]]}, got {list(mask.shape)}")
+        _of_pairs("mask", mask, query, key)
         given["mask"] = mask
     for name, group, rows in (("query_group", query_group, query), ("key_group", key_group, key)):
         if group is not None:
@@ -828,7 +1178,7 @@ def _left_out(
         key_group = query_group
     _checks.same_device(**given)
     batched = [None if group is None else group.to(torch.int64).unsqueeze(0) for group in (query_group, key_group)]
-    return None if mask is None else mask.unsqueeze(0), batched[0], batched[1]
+    return None if mask is None else mask.to(torch.uint8).unsqueeze(0), batched[0], batched[1]
 
 
 # ---------------------------------------------------------------- layers
@@ -926,3 +1276,37 @@ class InfoNCELoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, symmetric={self.symmetric}, reduction={self.reduction!r}"
+
+
+class SigmoidContrastiveLoss(torch.nn.Module):
+    """Apply `sigmoid_contrastive_loss` as a layer with a fixed temperature and bias.
+
+    Example:
+        >>> import torch, custom_ops
+        >>> custom_ops.SigmoidContrastiveLoss(temperature=0.5, bias=-1.0)(torch.eye(2), torch.eye(2))
+        tensor(0.6265)
+    """
+
+    def __init__(self, temperature: float, bias: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.temperature = _checks.as_positive("temperature", temperature)
+        self.bias = _checks.as_float("bias", bias)
+        _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
+        self.reduction = reduction
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        target: Tensor | None = None,
+        positive: Tensor | None = None,
+        mask: Tensor | None = None,
+        query_group: Tensor | None = None,
+        key_group: Tensor | None = None,
+    ) -> Tensor:
+        pairs: dict[str, Any] = {"positive": positive, "mask": mask, "query_group": query_group, "key_group": key_group}
+        options: dict[str, Any] = {"temperature": self.temperature, "bias": self.bias, "reduction": self.reduction}
+        return sigmoid_contrastive_loss(query, key, target, **pairs, **options)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, bias={self.bias}, reduction={self.reduction!r}"
