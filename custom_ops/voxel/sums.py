@@ -88,12 +88,12 @@ def voxel_sum(
 
     Args:
         x: point features ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or
-            float64, or integers for "sum", "min" and "max". Sums of 16-bit features are accumulated in float32.
+            float64, or integers for "sum", "prod", "min" and "max". Sums of 16-bit features are accumulated in float32.
         rank: voxel number of each point ``[..., N]``, or ``[N]`` for all examples alike; int32 or int64,
             as from `voxel_rank`. The leading dimensions of x, rank and mask are broadcast.
         num_voxels: the number V of voxels.
-        reduce: "sum", "mean", "min", "max", "logsumexp", "var" or "std", as in `segment_reduce`. A voxel without
-            points gets 0, or -inf from "logsumexp". The gradient of "max" goes to the first point with the largest
+        reduce: "sum", "mean", "prod", "min", "max", "logsumexp", "var" or "std", as in `segment_reduce`. A voxel
+            without points gets 0, or 1 from "prod" and -inf from "logsumexp". The gradient of "max" goes to the first point with the largest
             value; a NaN is larger than all numbers.
         mask: bool ``[..., N]``, True for the points that count.
         csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. Each call compares all of it
