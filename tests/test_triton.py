@@ -238,8 +238,8 @@ def test_segments(name, dtype):
                     same(got, want)
             close(voxel_segments.segment_logsumexp(x, indptr, order), ops.segment_logsumexp.default(x, indptr, order))
             close(voxel_segments.segment_prod(x, indptr, order), ops.segment_prod.default(x, indptr, order))
-            for terms, backwards in ((None, False), (x, True)):
-                scan = (x / 2, terms, indptr, order, backwards)
+            if dtype == torch.float32 and shape == (points, 3) and order is not None:  # seconds in the interpreter
+                scan = (x / 2, x if len(bounds) % 2 else None, indptr, order, len(bounds) % 3 == 0)
                 close(voxel_segments.segment_scan(*scan), ops.segment_scan.default(*scan))
             softmax = ops.segment_softmax.default(x, indptr, order)
             for op, operands in (
@@ -347,9 +347,8 @@ def test_corrupted_boundaries_reach_no_other_memory(bounds):
         )
         assert (rows.isnan() | (rows == 0) | (rows == 1)).all()
         assert (dots.isnan() | (dots == 0) | (dots == 2)).all()
-        for terms in (None, x):
-            scan = voxel_segments.segment_scan(x, terms, indptr, perm, False)
-            assert (scan.isnan() | (scan.abs() <= points)).all()
+        scan = voxel_segments.segment_scan(x, x, indptr, perm, False)
+        assert (scan.isnan() | (scan.abs() <= points)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -107,7 +107,7 @@ def _sum_rows(
     dtype.
     """
     first = tl.arange(0, ROWS)
-    total = widen(tl.full([ROWS, WIDTH], KIND == _PROD, x_ptr.dtype.element_ty))
+    total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty)) + (1.0 if KIND == _PROD else 0.0)
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
@@ -120,7 +120,7 @@ def _sum_rows(
             else:
                 row = row // plane // bins * plane + row % plane
         exists = inside[:, None] & (column < columns)[None, :]
-        value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=KIND == _PROD))
+        value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
         if WEIGHT:
             value = tl.where(inside[:, None], weight[:, None] * value, 0)
         elif PERM:
@@ -128,7 +128,7 @@ def _sum_rows(
         if KIND == _EXP:
             value = tl.where(exists, tl.exp(value - shift[None, :]), 0)
         if KIND == _PROD:
-            total *= value
+            total *= tl.where(exists, value, 1)
         else:
             total += value
     if KIND == _PROD:

@@ -74,8 +74,8 @@ def segment_reduce(
 
             - "sum", of which `segment_sum` is the weighted form; that of integers is int64;
             - "mean";
-            - "prod"; 1 for an empty segment. That of integers is int64 and wraps around. Its derivatives are right where
-              points are 0, too;
+            - "prod"; 1 for an empty segment. That of integers is int64 and wraps around. All derivatives are right
+              where points are 0, too;
             - "min" and "max", where a NaN comes before all numbers. The gradient goes to the first point with the
               value;
             - "logsumexp", ``log(sum(exp(x)))``; -inf for an empty segment;

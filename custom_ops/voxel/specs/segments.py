@@ -145,7 +145,7 @@ register(
     OpInfo(
         name="segment_reduce",
         not_fuzzed=dict.fromkeys(("fills", "outliers"), "a sum of them keeps nothing of what is smaller"),
-        summary="Minimum, maximum, mean, product, logarithm of a sum of exponentials, or variance over segments of points",
+        summary="Mean, product, minimum, maximum, logarithm of a sum of exponentials, or variance over segments",
         function=segment_reduce,
         reference=segment_reduce_reference,
         samples=_reductions,
