@@ -237,7 +237,7 @@ def test_wrong_arguments():
 
 @pytest.mark.usefixtures("each_backend")
 def test_a_mask_leaves_points_out():
-    """What a mask leaves out counts nowhere, even if it is NaN, and has no gradient, in the function and the layer."""
+    """Points that a mask leaves out count nowhere, even if they are NaN, and have no gradient."""
     (depth, feat), rank = pixels()
     layer = custom_ops.BEVPool(VOXELS)
     for mask in (torch.rand(depth.shape) < 0.5, torch.rand(2, 2, 1, 2, 4) < 0.5, torch.rand(2, 1, 1, 1) < 0.5):
