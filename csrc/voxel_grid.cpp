@@ -125,23 +125,69 @@ struct Slots {
   // Stores voxel * max_points + place for each point, or -1 if its voxel or its place is past the limits.
   template <class I>
   Slots(const I* rank, int64_t n, int64_t max_points, int64_t max_voxels, int64_t* slot) {
-    int64_t size = 16;
-    while (size < 2 * n) size *= 2;
-    std::vector<int64_t> table(size, -1);  // the voxel, at or after the hash of its rank
+    int64_t cells = 0;
+    multiversion([&]() ALWAYS_INLINE {
+      I largest = -1;
+      for (int64_t i = 0; i < n; ++i) largest = std::max(largest, rank[i]);
+      cells = static_cast<int64_t>(largest);
+    });
+    const bool narrow = n < std::numeric_limits<int32_t>::max();
+    const auto run = [&](auto voxel) {
+      using V = decltype(voxel);
+      // A grid of a few cells per point takes no more memory than a table of hashes, and less time.
+      if (cells < kCells * n) number<V>(rank, n, max_points, max_voxels, slot, Grid<V>(cells + 1));
+      else number<V>(rank, n, max_points, max_voxels, slot, Table<V>(n, ranks));
+    };
+    if (narrow) run(int32_t{});
+    else run(int64_t{});
+  }
+
+ private:
+  static constexpr int64_t kCells = 8;
+
+  // The number of each cell's voxel, or -1 if it has none yet.
+  template <class V>
+  struct Grid {
+    std::vector<V> voxels;
+
+    explicit Grid(int64_t cells) : voxels(cells, -1) {}
+    ALWAYS_INLINE V& at(int64_t rank) { return voxels[rank]; }
+  };
+
+  // The same at or after the hash of the rank.
+  template <class V>
+  struct Table {
+    std::vector<V> voxels;
+    const std::vector<int64_t>& ranks;
+
+    Table(int64_t n, const std::vector<int64_t>& ranks) : ranks(ranks) {
+      size_t size = 16;
+      while (size < 2 * static_cast<size_t>(n)) size *= 2;
+      voxels.assign(size, -1);
+    }
+    ALWAYS_INLINE V& at(int64_t rank) {
+      const uint64_t hash = static_cast<uint64_t>(rank) * 0x9E3779B97F4A7C15u, mask = voxels.size() - 1;
+      uint64_t place = (hash ^ hash >> 32) & mask;
+      while (voxels[place] >= 0 && ranks[voxels[place]] != rank) place = (place + 1) & mask;
+      return voxels[place];
+    }
+  };
+
+  template <class V, class I, class Cells>
+  void number(const I* rank, int64_t n, int64_t max_points, int64_t max_voxels, int64_t* slot, Cells known) {
     for (int64_t i = 0; i < n; ++i) {
-      slot[i] = -1;
-      if (rank[i] < 0) continue;
       const int64_t r = static_cast<int64_t>(rank[i]);
-      uint64_t hash = static_cast<uint64_t>(r) * 0x9E3779B97F4A7C15u;
-      int64_t at = static_cast<int64_t>((hash ^ hash >> 32) & static_cast<uint64_t>(size - 1));
-      while (table[at] >= 0 && ranks[table[at]] != r) at = (at + 1) & (size - 1);
-      if (table[at] < 0) {
+      slot[i] = -1;
+      if (r < 0) continue;
+      V& voxel = known.at(r);
+      if (voxel < 0) {
         if (static_cast<int64_t>(ranks.size()) == max_voxels) continue;
-        table[at] = static_cast<int64_t>(ranks.size());
+        voxel = static_cast<V>(ranks.size());
         ranks.push_back(r), counts.push_back(0);
       }
-      const int64_t voxel = table[at];
-      if (counts[voxel] < max_points) slot[i] = voxel * max_points + counts[voxel]++;
+      const int64_t place = counts[voxel], kept = place < max_points;
+      slot[i] = (voxel * max_points + place) | (kept - 1);  // without a branch, which would often be mispredicted
+      counts[voxel] = place + kept;
     }
   }
 };
@@ -453,11 +499,14 @@ void for_places(const Tensor& place, int64_t rows, const F& f) {
   const int64_t dims = place.dim() - 1, n = place.size(dims);
   const int64_t* pp = data<int64_t>(place);
   std::atomic<bool> inside{true};
-  Chunks(place.numel(), 1 << 13).parallel([&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (pp[i] >= rows) inside = false;
-      else f(i, pp[i] < 0 ? -1 : i / n * rows + pp[i]);
+  for_ranges(product(sizes(place, 0, dims)), n, [&](int64_t e, int64_t begin, int64_t end) {
+    const int64_t first = e * rows;
+    bool below = true;
+    for (int64_t i = e * n + begin; i < e * n + end; ++i) {
+      if (pp[i] < rows) f(i, pp[i] < 0 ? -1 : first + pp[i]);
+      else below = false;
     }
+    if (!below) inside = false;
   });
   check(inside, "place: expected values below ", rows);
 }
@@ -469,6 +518,26 @@ int64_t check_places(const Tensor& x, const Tensor& place, bool of_rows) {
             sizes(place, 0, of_rows ? dims : dims - 1) == sizes(x, 0, of_rows ? dims : dims - 1),
         "place: expected an int64 tensor [..., N] with the leading dimensions of x");
   return x.size(dims) * static_cast<int64_t>(x.element_size());
+}
+
+constexpr int64_t kShort = 128;  // a longer row is copied by the C library
+
+// Copies a row of at most kShort bytes, in words that may overlap.
+ALWAYS_INLINE inline void copy_short(char* to, const char* from, int64_t bytes) {
+  const auto in = [=](auto word) ALWAYS_INLINE {
+    constexpr int64_t kBytes = sizeof(word);
+    for (int64_t b = 0; b + kBytes < bytes; b += kBytes) {
+      std::memcpy(&word, from + b, sizeof(word));
+      std::memcpy(to + b, &word, sizeof(word));
+    }
+    std::memcpy(&word, from + bytes - kBytes, sizeof(word));
+    std::memcpy(to + bytes - kBytes, &word, sizeof(word));
+  };
+  typedef uint64_t Pair __attribute__((vector_size(16)));
+  if (bytes >= 16) in(Pair{});
+  else if (bytes >= 8) in(uint64_t{});
+  else if (bytes >= 4) in(uint32_t{});
+  else if (bytes >= 2) in(uint16_t{});
 }
 
 }  // namespace
@@ -483,9 +552,16 @@ Tensor voxel_place(const Tensor& x_in, const Tensor& place_in, int64_t rows) {
   Chunks(out.numel() * static_cast<int64_t>(out.element_size()), 1 << 18).parallel([&](int64_t, int64_t b, int64_t e) {
     std::memset(to + b, 0, static_cast<size_t>(e - b));
   });
-  for_places(place, rows, [&](int64_t row, int64_t at) {
-    if (at >= 0) std::memcpy(to + at * bytes, from + row * bytes, static_cast<size_t>(bytes));
-  });
+  // A dropped row is copied to nowhere, as a misprediction takes longer.
+  if (bytes <= kShort)
+    for_places(place, rows, [=](int64_t row, int64_t at) ALWAYS_INLINE {
+      char nowhere[kShort];
+      copy_short(at >= 0 ? to + at * bytes : nowhere, from + row * bytes, bytes);
+    });
+  else
+    for_places(place, rows, [=](int64_t row, int64_t at) {
+      if (at >= 0) std::memcpy(to + at * bytes, from + row * bytes, static_cast<size_t>(bytes));
+    });
   return out;
 }
 
@@ -495,10 +571,16 @@ Tensor voxel_take(const Tensor& x_in, const Tensor& place_in) {
   Tensor out = fresh(x, append(sizes(place), {x.size(x.dim() - 1)}));
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const char* from = static_cast<const char*>(x.const_data_ptr());
-  for_places(place, x.size(x.dim() - 2), [&](int64_t row, int64_t at) {
-    if (at >= 0) std::memcpy(to + row * bytes, from + at * bytes, static_cast<size_t>(bytes));
-    else std::memset(to + row * bytes, 0, static_cast<size_t>(bytes));
-  });
+  const char zeros[kShort] = {};
+  if (bytes <= kShort)
+    for_places(place, x.size(x.dim() - 2), [&](int64_t row, int64_t at) ALWAYS_INLINE {
+      copy_short(to + row * bytes, at >= 0 ? from + at * bytes : zeros, bytes);
+    });
+  else
+    for_places(place, x.size(x.dim() - 2), [&](int64_t row, int64_t at) {
+      if (at >= 0) std::memcpy(to + row * bytes, from + at * bytes, static_cast<size_t>(bytes));
+      else std::memset(to + row * bytes, 0, static_cast<size_t>(bytes));
+    });
   return out;
 }
 

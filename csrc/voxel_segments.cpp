@@ -291,6 +291,45 @@ struct Sum {
   }
 };
 
+// value[c] is the product of the rows; an empty one is 1, and one of integers wraps around.
+template <class T>
+struct Product {
+  using A = Accumulator<T>;
+  static constexpr bool kIndexed = false;
+  static constexpr A kEmpty = 1;
+
+  static ALWAYS_INLINE inline void rows(const Input<T>& in, int64_t columns, A* __restrict value, int64_t*) {
+    for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
+      using B = decltype(block);
+      typename B::L::V total[B::vectors];
+      for (auto& t : total) t = B::L::all(1);
+      for (int64_t i = 0; i < in.n; ++i) {
+        if (c0 == 0) in.fetch_ahead(i, columns);
+        const T* row = in.row(i, columns) + c0;
+        for (int k = 0; k < B::vectors; ++k) total[k] = times(total[k], B::L::load(row + k * B::lanes));
+      }
+      std::memcpy(value + c0, total, sizeof(total));
+    });
+  }
+
+  static void merge(const A* values, const int64_t*, int64_t parts, int64_t columns, A* value, int64_t*) {
+    using Wide = std::conditional_t<std::is_same_v<T, int64_t>, T, double>;
+    for (int64_t c = 0; c < columns; ++c) {
+      Wide total = 1;
+      for (int64_t k = 0; k < parts; ++k) total = times(total, static_cast<Wide>(values[k * columns + c]));
+      value[c] = static_cast<A>(total);
+    }
+  }
+
+ private:
+  template <class V>
+  static ALWAYS_INLINE inline V times(const V& a, const V& b) {
+    if constexpr (std::is_same_v<V, int64_t>)  // signed numbers may not overflow, outside of vectors
+      return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+    else return a * b;
+  }
+};
+
 // Returns whether v comes before `best` among the largest, or the smallest, where a NaN comes before all numbers.
 template <bool kSmallest, class V>
 ALWAYS_INLINE inline auto precedes(const V& v, const V& best) {
@@ -824,6 +863,101 @@ void map_segments(const Segments& segments, const Mapped<T>& io) {
   });
 }
 
+// ---------------------------------------------------------------- recurrences
+
+// A recurrence over the points of a segment, in their order or backwards: the row of the first point is 0, or 1 if
+// there are no terms, and that of the next is factor * row + term.
+template <class T>
+struct Recurrence {
+  using A = Accumulator<T>;
+  const T* factors;
+  const T* terms;  // may be null
+  T* out;
+  int64_t columns;
+  bool backwards;
+
+  // Applies n steps to the rows in `state`, and to the products of all factors if these are wanted, or writes the row
+  // of each point.
+  template <bool kWrites>
+  ALWAYS_INLINE inline void steps(const int64_t* offsets, int64_t n, A* state, A* products) const {
+    for_columns<A>(columns, [&](auto block, int64_t c0) ALWAYS_INLINE {
+      using B = decltype(block);
+      using L = typename B::L;
+      using V = typename L::V;
+      for (int k = 0; k < B::vectors; ++k) {
+        const int64_t c = c0 + k * B::lanes;
+        V row = load_as<V>(state + c), product = L::all(1);
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t at = offsets[backwards ? n - 1 - i : i] + c;
+          if constexpr (kWrites) store<L>(row, out + at);
+          const V factor = L::load(factors + at);
+          row = row * factor;
+          if (terms) row += L::load(terms + at);
+          if constexpr (!kWrites) product = product * factor;
+        }
+        std::memcpy(state + c, &row, sizeof(row));
+        if constexpr (!kWrites) std::memcpy(products + c, &product, sizeof(product));
+      }
+    });
+  }
+};
+
+// The parts of a long segment are first reduced to the product of their factors and the row that follows from 0, which
+// give the row that each part begins with.
+template <class T>
+void scan_segments(const Segments& segments, const Recurrence<T>& io) {
+  using A = Accumulator<T>;
+  segments.check_permutation();
+  Plan plan(segments);
+  plan.add_outside(segments);
+  const int64_t columns = io.columns, grain = std::max<int64_t>(1, kGrain / kTask / std::max<int64_t>(columns, 1));
+  const A first = io.terms ? A(0) : A(1);
+  std::unique_ptr<A[]> parts(new A[std::max<int64_t>(plan.parts * 2 * columns, 1)]);
+  std::vector<Task> pieces;
+  for (const Task& task : plan.tasks)
+    if (task.part >= 0) pieces.push_back(task);
+  const auto offsets_of = [&](const Task& task, int64_t* offsets) {
+    const int64_t* order = segments.order(task.example);
+    for (int64_t i = task.begin; i < task.stop; ++i)
+      offsets[i - task.begin] = (task.example * segments.points + (order ? order[i] : i)) * columns;
+  };
+  for_each_task(plan.tasks, grain, [&](const Task& task) {
+    int64_t offsets[kTask];
+    std::vector<A> state(columns);
+    offsets_of(task, offsets);
+    const int64_t *bounds = segments.at(task.example), n = task.stop - task.begin;
+    multiversion([&]() ALWAYS_INLINE {
+      if (task.segment < 0)
+        for (int64_t i = 0; i < n; ++i) std::fill_n(io.out + offsets[i], columns, T(0));
+      else if (task.part >= 0) {
+        A* row = parts.get() + task.part * 2 * columns;
+        std::fill_n(row, columns, A(0));
+        io.template steps<false>(offsets, n, row, row + columns);
+      } else
+        for (int64_t s = task.segment; s < task.end; ++s) {
+          std::fill_n(state.data(), columns, first);
+          io.template steps<true>(offsets + bounds[s] - task.begin, bounds[s + 1] - bounds[s], state.data(), nullptr);
+        }
+    });
+  });
+  for (const Long& l : plan.longs)
+    for (int64_t c = 0; c < columns; ++c) {
+      A state = first;
+      for (int64_t k = 0; k < l.parts; ++k) {
+        A* row = parts.get() + (l.part + (io.backwards ? l.parts - 1 - k : k)) * 2 * columns + c;
+        const A next = row[columns] * state + row[0];
+        row[0] = state, state = next;
+      }
+    }
+  for_each_task(pieces, grain, [&](const Task& task) {
+    int64_t offsets[kTask];
+    offsets_of(task, offsets);
+    multiversion([&]() ALWAYS_INLINE {
+      io.template steps<true>(offsets, task.stop - task.begin, parts.get() + task.part * 2 * columns, nullptr);
+    });
+  });
+}
+
 template <class T>
 const T* data_or_null(const std::optional<Tensor>& t) {
   return t ? data<T>(*t) : nullptr;
@@ -913,6 +1047,37 @@ std::tuple<Tensor, Tensor> segment_extreme(const Tensor& x_in, const Tensor& ind
     else reduce<Extreme<T, true>>(segments, rows, io);
   });
   return {out, index};
+}
+
+Tensor segment_prod(const Tensor& x_in, const Tensor& indptr, const std::optional<Tensor>& perm) {
+  const Tensor x = dense(x_in);
+  const Shapes shapes(x, "x");
+  const Rows rows(1, 1, shapes.rows);
+  const Segments segments(indptr, perm, shapes.batch, shapes.rows);
+  Tensor out = fresh(x, append(shapes.batch, {segments.count, shapes.columns}));
+  dispatch_numbers(x, [&](auto type) {
+    using T = typename decltype(type)::type;
+    reduce<Product<T>>(segments, rows,
+                       Reduced<T>{data<T>(x), nullptr, mutable_data<T>(out), nullptr, shapes.columns, false,
+                                  RowWriter(out, shapes.columns)});
+  });
+  return out;
+}
+
+Tensor segment_scan(const Tensor& factors_in, const std::optional<Tensor>& terms_in, const Tensor& indptr,
+                    const std::optional<Tensor>& perm, bool backwards) {
+  const Tensor factors = dense(factors_in);
+  const std::optional<Tensor> terms = dense(terms_in);
+  const Shapes shapes(factors, "factors");
+  if (terms) check_like("terms", *terms, factors, sizes(factors));
+  const Segments segments(indptr, perm, shapes.batch, shapes.rows);
+  Tensor out = fresh(factors, sizes(factors));
+  dispatch_floating(factors, "factors", [&](auto type) {
+    using T = typename decltype(type)::type;
+    scan_segments(segments, Recurrence<T>{data<T>(factors), data_or_null<T>(terms), mutable_data<T>(out),
+                                          shapes.columns, backwards});
+  });
+  return out;
 }
 
 Tensor segment_logsumexp(const Tensor& x_in, const Tensor& indptr, const std::optional<Tensor>& perm) {
@@ -1052,6 +1217,8 @@ Tensor pair_dots(const Tensor& sums_in, const Tensor& x_in, const Tensor& ranks_
 
 CUSTOM_OPS_CPU_KERNEL(segment_reduce)
 CUSTOM_OPS_CPU_KERNEL(segment_extreme)
+CUSTOM_OPS_CPU_KERNEL(segment_prod)
+CUSTOM_OPS_CPU_KERNEL(segment_scan)
 CUSTOM_OPS_CPU_KERNEL(segment_logsumexp)
 CUSTOM_OPS_CPU_KERNEL(segment_softmax)
 CUSTOM_OPS_CPU_KERNEL(segment_softmax_adjoint)

@@ -104,6 +104,26 @@ def test_examples_may_share_their_cameras():
     torch.testing.assert_close(lift_splat()(depth, features, intrinsics, pose), lift_splat()(depth, features, *each))
 
 
+def test_a_mask_and_the_order_of_dimensions():
+    """A pixel that is left out counts nowhere, even if it is NaN; a mask changes nothing for calls without one."""
+    layer, turned = lift_splat(), lift_splat(layout="yxzc")
+    geometry, (depth, feat) = cameras(), lifted()
+    mask = torch.rand(2, 3, 1, *FEATURES) < 0.7
+    layer.set_geometry(*geometry)
+    bev = layer(depth, feat)
+    broken = depth.where(mask, float("nan"))
+    chosen, _ = by_hand(depth.where(mask, 0), feat, *geometry)
+    for given in ((), geometry):
+        torch.testing.assert_close(layer(broken, feat, *given, mask=mask).double(), chosen)
+        assert torch.equal(layer(depth, feat, *given), bev)
+    image = turned(depth, feat, *geometry)
+    assert torch.equal(image, bev.unflatten(1, (2, -1)).permute(0, 4, 3, 1, 2))
+    with pytest.raises(ValueError, match='layout: expected an order of "cxy" or "cxyz", got \'xy\''):
+        lift_splat(layout="xy")
+    with pytest.raises(ValueError, match="mask: expected a shape that broadcasts to"):
+        layer(depth, feat, mask=mask[:, :2])
+
+
 def test_an_augmentation_of_the_image_goes_onto_the_intrinsics():
     intrinsics, pose = cameras()
     mirror = torch.tensor([[-1.0, 0, IMAGE[1] - 1], [0, 1, 0], [0, 0, 1]])

@@ -237,6 +237,10 @@ def test_segments(name, dtype):
                 ):
                     same(got, want)
             close(voxel_segments.segment_logsumexp(x, indptr, order), ops.segment_logsumexp.default(x, indptr, order))
+            close(voxel_segments.segment_prod(x, indptr, order), ops.segment_prod.default(x, indptr, order))
+            if dtype == torch.float32 and shape == (points, 3) and order is not None:  # seconds in the interpreter
+                scan = (x / 2, x if len(bounds) % 2 else None, indptr, order, len(bounds) % 3 == 0)
+                close(voxel_segments.segment_scan(*scan), ops.segment_scan.default(*scan))
             softmax = ops.segment_softmax.default(x, indptr, order)
             for op, operands in (
                 ("segment_softmax", (x,)),
@@ -288,6 +292,8 @@ def test_reductions_of_infinities_and_integers():
             voxel_segments.segment_extreme(whole, wrong, order, True)
         sums = (whole, None, indptr, order, False, 1, 1)
         same(voxel_segments.segment_reduce(*sums), ops.segment_reduce.default(*sums))
+        products = (whole * 2**40, indptr, order)
+        same(voxel_segments.segment_prod(*products), ops.segment_prod.default(*products))
 
 
 def test_segments_are_deterministic():
@@ -341,6 +347,8 @@ def test_corrupted_boundaries_reach_no_other_memory(bounds):
         )
         assert (rows.isnan() | (rows == 0) | (rows == 1)).all()
         assert (dots.isnan() | (dots == 0) | (dots == 2)).all()
+        scan = voxel_segments.segment_scan(x, x, indptr, perm, False)
+        assert (scan.isnan() | (scan.abs() <= points)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -222,7 +222,7 @@ def test_wrong_arguments():
         (lambda: voxel_sum.set_geometry([1]), "rank: expected a tensor, got list"),
         (lambda: voxel_sum.set_geometry(rank + VOXELS), "rank: expected values below num_voxels=6"),
         (lambda: voxel_sum.set_geometry(rank[0, 0]), r"rank: expected \[..., N\], got a scalar"),
-        (lambda: bev_pool(depth, feat, csr=csr), "rank: expected ranks with a csr, got None"),
+        (lambda: bev_pool(depth, feat, csr=csr), "rank: expected ranks with a mask or csr, got None"),
         (lambda: bev_pool(depth, feat, ranks[0, 0]), r"rank: expected \[B, N, D, H, W\] or \[N, D, H, W\], got shape"),
         (lambda: bev_pool(depth, feat, ranks[:, :1]), r"rank: expected shape \[2, 2, 3, 2, 4\] or \[2, 3, 2, 4\], got"),
         (lambda: bev_pool.set_geometry(None), "rank: expected a tensor, got NoneType"),
@@ -233,3 +233,22 @@ def test_wrong_arguments():
     voxel_sum.set_geometry(rank)
     with pytest.raises(ValueError, match=r"^rank: expected shape \[2, 19\] or \[19\], got \[2, 20\]"):
         voxel_sum(x[:, 1:])
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_a_mask_leaves_points_out():
+    """Points that a mask leaves out count nowhere, even if they are NaN, and have no gradient."""
+    (depth, feat), rank = pixels()
+    layer = custom_ops.BEVPool(VOXELS)
+    for mask in (torch.rand(depth.shape) < 0.5, torch.rand(2, 2, 1, 2, 4) < 0.5, torch.rand(2, 1, 1, 1) < 0.5):
+        for ranks in (rank, rank[0]):
+            expected = custom_ops.bev_pool(depth, feat, ranks.expand_as(depth).masked_fill(~mask, -1), VOXELS)
+            broken = depth.detach().where(mask, float("nan")).requires_grad_()
+            for pooled in (
+                custom_ops.bev_pool(broken, feat, ranks, VOXELS, mask=mask),
+                layer(broken, feat, ranks, mask=mask),
+            ):
+                assert torch.equal(pooled, expected)
+                (grad,) = torch.autograd.grad(pooled.square().sum(), broken)
+                assert torch.equal(grad, torch.autograd.grad(expected.square().sum(), depth, retain_graph=True)[0])
+                assert (grad.where(~mask.expand_as(grad), 0) == 0).all()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from test_voxel_sums import lidar_like, threads_agree
 
 import custom_ops
+from custom_ops.verify._backends import backend
 
 NAN, INF = float("nan"), float("inf")
-REDUCTIONS = ("sum", "mean", "min", "max", "logsumexp", "var", "std")
+REDUCTIONS = ("sum", "mean", "prod", "min", "max", "logsumexp", "var", "std")
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -26,7 +29,7 @@ def test_points_in_no_segment_count_nowhere_even_as_nan(reduce):
             out = custom_ops.segment_softmax(x, indptr, perm)
         else:
             out = custom_ops.segment_reduce(x, indptr, reduce, perm)
-            assert (out[1] == (-INF if reduce == "logsumexp" else 0)).all()
+            assert (out[1] == {"logsumexp": -INF, "prod": 1}.get(reduce, 0)).all()
         (grad,) = torch.autograd.grad(out.where(out.isfinite(), 0).square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(grad.square().sum(), x)
         results.append((out.detach(), grad.detach(), second))
@@ -58,6 +61,36 @@ def test_integers(dtype):
     assert (low.tolist(), at.tolist()) == ([1 + big, 0, 100 + big], [1, -1, 3])
     rank = torch.tensor([1, 0, 1, -1, 0])
     assert custom_ops.voxel_sum(x, rank, 2, "max").tolist() == [9 + big, 200 + big]
+    product = custom_ops.segment_reduce(x - big if big else x, indptr, "prod")
+    assert (product.dtype, product.tolist()) == (torch.int64, [3, 1, 20_000])
+
+
+@pytest.mark.parametrize(("name", "length"), [("cpp", 300), ("triton", 140)])  # a long segment is divided
+def test_products_have_the_derivatives_of_polynomials_where_points_are_zero(name, length):
+    """No, one, two and three zeros in a segment, and a long one; every derivative up to the third, and tangents."""
+    x = torch.randn(12 + length, 2, dtype=torch.float64)
+    x[12:] = 1 + x[12:] / 30
+    x[[1, 3, 5, 6, 7, 8, 40, 11 + length]] = 0
+    indptr, perm = torch.tensor([0, 2, 5, 8, 12, 12 + length]), torch.randperm(12 + length)
+    points = torch.empty_like(x)
+    points[perm] = x
+    leaf, tangent, weight = points.requires_grad_(), torch.randn_like(x), torch.randn(5, 2, dtype=torch.float64)
+
+    def by_hand(x):
+        return torch.stack([part.prod(0) for part in x[perm].split(indptr.diff().tolist())])
+
+    results = []
+    for function in (lambda x: custom_ops.segment_reduce(x, indptr, "prod", perm), by_hand):
+        with backend(name):
+            out = function(leaf)
+            (first,) = torch.autograd.grad((out.sin() * weight).sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad((first * tangent).sum(), leaf, create_graph=True)
+            (third,) = torch.autograd.grad((second * tangent).sum(), leaf)
+            slope = partial(lambda f, x: torch.func.jvp(f, (x,), (tangent,))[1], function)
+            forward = torch.func.jvp(slope, (points.detach(),), (x,))
+        results.append((out, first, second, third, *forward))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("reduce", [*REDUCTIONS, "softmax"])

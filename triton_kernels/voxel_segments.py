@@ -22,8 +22,8 @@ _CHUNK = 128
 
 _NOWHERE = tl.constexpr(2**31 - 1)  # an index after all rows
 
-# The reductions: sums, the largest or the smallest row, and sums of exponentials of the rows less a shift.
-_SUM, _MAX, _MIN, _EXP = (tl.constexpr(kind) for kind in range(4))
+# The reductions: sums, the largest or the smallest row, sums of exponentials of the rows less a shift, and products.
+_SUM, _MAX, _MIN, _EXP, _PROD = (tl.constexpr(kind) for kind in range(5))
 
 # The maps: x less the mean, the softmax, and its adjoint.
 _CENTER, _SOFTMAX, _ADJOINT = (tl.constexpr(kind) for kind in range(3))
@@ -77,6 +77,11 @@ def _point(perm_ptr, position, inside, points, PERM: tl.constexpr):
 
 
 @triton.jit
+def _multiply(a, b):
+    return a * b
+
+
+@triton.jit
 def _sum_rows(
     x_ptr,
     weight_ptr,
@@ -96,11 +101,13 @@ def _sum_rows(
     PERM: tl.constexpr,
     WEIGHT: tl.constexpr,
     INDEX: tl.constexpr,
-    EXP: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """Return the sums over the points from start to stop, for WIDTH columns, in the accumulator's dtype."""
+    """Return the sums, or the products, over the points from start to stop, for WIDTH columns, in the accumulator's
+    dtype.
+    """
     first = tl.arange(0, ROWS)
-    total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty))
+    total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty)) + (1.0 if KIND == _PROD else 0.0)
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
@@ -118,10 +125,16 @@ def _sum_rows(
             value = tl.where(inside[:, None], weight[:, None] * value, 0)
         elif PERM:
             value = tl.where(stray[:, None], float("nan"), value)
-        if EXP:
+        if KIND == _EXP:
             value = tl.where(exists, tl.exp(value - shift[None, :]), 0)
-        total += value
-    return tl.sum(total, axis=0)
+        if KIND == _PROD:
+            total *= tl.where(exists, value, 1)
+        else:
+            total += value
+    if KIND == _PROD:
+        return tl.reduce(total, 0, _multiply)
+    else:
+        return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -190,6 +203,7 @@ _MODES = [
     (True, False, False, _MAX.value),
     (True, False, False, _MIN.value),
     (True, False, False, _EXP.value),
+    (True, False, False, _PROD.value),
 ]
 _REDUCE_VARIANTS = {
     (width, *mode): {
@@ -285,7 +299,7 @@ def segment_reduce_chunks_kernel(
                     PERM,
                     WEIGHT,
                     INDEX,
-                    KIND == _EXP,
+                    KIND,
                 )
             tl.store(partial_ptr + out_row * columns + column, total, mask=column < columns)
 
@@ -380,7 +394,7 @@ def segment_reduce_kernel(
                 PERM,
                 WEIGHT,
                 INDEX,
-                KIND == _EXP,
+                KIND,
             )
         else:
             total = _sum_rows(
@@ -402,9 +416,10 @@ def segment_reduce_kernel(
                 False,
                 False,
                 False,
-                False,
+                _PROD if KIND == _PROD else _SUM,
             )
-            total += tl.load(partial_ptr + starting, mask=exists, other=0)
+            starts = tl.load(partial_ptr + starting, mask=exists, other=0)
+            total = total * starts if KIND == _PROD else total + starts
         if mean != 0:
             total = total / tl.maximum((stop - start).to(tl.int32), 1)
     total = tl.where(right, total, float("nan"))
@@ -589,6 +604,126 @@ def pair_dots_kernel(
     tl.store(out_ptr + example * points + point, tl.where(past, float("nan"), total), mask=inside)
 
 
+# ---------------------------------------------------------------- recurrences
+
+_SCANS = {
+    (width, perm, terms): {"WIDTH": width, "CHUNK": _CHUNK, "PERM": perm, "TERMS": terms}
+    for width in _WIDTHS
+    for perm in (False, True)
+    for terms in (False, True)
+}
+_ONE_AFTER_ANOTHER = "takes one row after the other, as each depends on the one before"
+
+
+# A program takes a chunk of points and writes their rows; or, in a first pass, for a segment that goes on in the next
+# chunk, the row at the chunk's end if it begins with 0, and the product of the factors.
+@kernel(
+    "*T *T *i64 *i64 *T *T *T *T i32 i32 i32 i32 i32 i32 i32",
+    ("fp32", "fp64"),
+    _SCANS,
+    num_warps=1,
+    narrow=_ONE_AFTER_ANOTHER,
+)
+@triton.jit(do_not_specialize=["points", "pieces", "chunks", "own", "backwards", "writes"])
+def segment_scan_kernel(
+    factors_ptr,
+    terms_ptr,
+    perm_ptr,
+    rank_ptr,
+    first_ptr,
+    product_ptr,
+    last_ptr,
+    out_ptr,
+    points,
+    columns,
+    pieces,
+    chunks,
+    own,
+    backwards,
+    writes,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PERM: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = program % pieces * WIDTH + tl.arange(0, WIDTH)
+    exists, written = column < columns, columns * writes
+    part = (program // pieces).to(tl.int64)
+    example, chunk = part // chunks, part % chunks
+    perm_ptr += example * own * points
+    rank_ptr += example * own * points
+    begin = chunk * CHUNK
+    end = tl.minimum(begin + CHUNK, points)
+    before = tl.where(backwards != 0, end, begin - 1)
+    follows = (before >= 0) & (before < points)
+    point, stray = _point(perm_ptr, before, follows, points, PERM)
+    segment = tl.load(rank_ptr + point, mask=follows & ~stray, other=-1)
+    at = part * columns + column
+    row = tl.load(first_ptr + at, mask=column < tl.where(segment >= 0, written, 0), other=0)
+    product = row * 0 + 1
+    for step in range(end - begin):
+        position = tl.where(backwards != 0, end - 1 - step, begin + step)
+        point, stray = _point(perm_ptr, position, position < end, points, PERM)
+        of_point = tl.load(rank_ptr + point, mask=~stray, other=0)
+        of_point = tl.where(stray, segment, of_point)
+        begins = of_point != segment
+        segment = of_point
+        row = tl.where(begins, 0.0 if TERMS else 1.0, row)
+        product = tl.where(begins, 1.0, product)
+        place = (example * points + point) * columns + column
+        outside = tl.where(segment == _UNKNOWN, float("nan"), 0.0)
+        tl.store(out_ptr + place, tl.where(segment >= 0, row, outside), mask=column < tl.where(stray, 0, written))
+        factor = tl.load(factors_ptr + place, mask=column < tl.where(stray, 0, columns), other=float("nan"))
+        row = row * factor
+        if TERMS:
+            row += tl.load(terms_ptr + place, mask=exists, other=0)
+        product = product * factor
+    tl.store(product_ptr + at, product, mask=column < columns - written)
+    tl.store(last_ptr + at, row, mask=column < columns - written)
+
+
+@kernel(
+    "*T *T *T *i64 i32 i32 i32 i32 i32 i32 i32",
+    ("fp32", "fp64"),
+    {width: {"WIDTH": width, "CHUNK": _CHUNK} for width in _WIDTHS},
+    num_warps=1,
+    narrow=_ONE_AFTER_ANOTHER,
+)
+@triton.jit(do_not_specialize=["points", "segments", "pieces", "chunks", "own", "backwards"])
+def segment_scan_chunks_kernel(
+    product_ptr,
+    last_ptr,
+    first_ptr,
+    indptr_ptr,
+    points,
+    segments,
+    columns,
+    pieces,
+    chunks,
+    own,
+    backwards,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Store the row that each chunk begins with, for a segment of several chunks."""
+    program = tl.program_id(0)
+    column = program % pieces * WIDTH + tl.arange(0, WIDTH)
+    exists = column < columns
+    out_row = (program // pieces).to(tl.int64)
+    example, segment = out_row // segments, out_row % segments
+    start, stop, _ = _boundaries(indptr_ptr + example * own * (segments + 1), segment, points)
+    begin, end = start // CHUNK, (stop - 1) // CHUNK
+    row = widen(tl.zeros([WIDTH], last_ptr.dtype.element_ty))
+    for step in range(end - begin):
+        chunk = example * chunks + tl.where(backwards != 0, end - step, begin + step)
+        last = tl.load(last_ptr + chunk * columns + column, mask=exists, other=0)
+        product = tl.load(product_ptr + chunk * columns + column, mask=exists, other=0)
+        row = tl.where(step == 0, last, product * row + last)  # where the segment begins, the row isn't one from 0
+        following = tl.where(backwards != 0, chunk - 1, chunk + 1)
+        tl.store(first_ptr + following * columns + column, row, mask=exists)
+
+
 # ---------------------------------------------------------------- maps
 
 
@@ -762,12 +897,44 @@ def _ranks_of_rows(x: Tensor, segments: _Segments) -> Tensor:
     return rank.expand(x.shape[:-1])[..., None].expand(x.shape)
 
 
+def segment_prod(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    segments = _Segments(indptr, perm, x.shape[:-2], x.shape[-2])
+    if x.dtype == torch.int64:
+        return _reduce_integers(x, segments, "prod")
+    return _reduce(x, None, segments, False, 1, 1, _PROD)[0]
+
+
+def segment_scan(factors: Tensor, terms: Tensor | None, indptr: Tensor, perm: Tensor | None, backwards: bool) -> Tensor:
+    *batch, points, columns = factors.shape
+    segments = _Segments(indptr, perm, factors.shape[:-2], points)
+    a = factors.contiguous().to(accumulator(factors.dtype))
+    b = a if terms is None else _check_like("terms", terms, factors, *factors.shape).to(a.dtype)
+    out = a.new_full(a.shape, math.nan) if segments.ordered else torch.empty_like(a)  # perm may lack points
+    examples, width = math.prod(batch), _width(columns)
+    pieces, chunks = triton.cdiv(columns, width), triton.cdiv(points, _CHUNK)
+    first = a.new_full((examples, chunks, columns), math.nan)
+    product, last = torch.empty_like(first), torch.empty_like(first)
+    tensors = (a, b, segments.perm, segments.ranks(), first, product, last, out)
+    sizes = (points, columns, pieces, chunks, segments.own, int(backwards))
+    variant = (width, segments.ordered, terms is not None)
+    if chunks > 1:
+        segment_scan_kernel(examples * chunks * pieces, *tensors, *sizes, 0, variant=variant)
+        segment_scan_chunks_kernel(
+            examples * segments.count * pieces,
+            *(product, last, first, segments.indptr, points, segments.count, *sizes[1:]),
+            variant=width,
+        )
+    segment_scan_kernel(examples * chunks * pieces, *tensors, *sizes, 1, variant=variant)
+    return out.to(factors.dtype)
+
+
 def _reduce_integers(x: Tensor, segments: _Segments, reduce: str) -> Tensor:
-    """Reduce int64 numbers, whose atomic operations are deterministic; an empty segment gives 0."""
+    """Reduce int64 numbers, whose atomic operations are deterministic; an empty segment gives 0, or 1."""
     rank = _ranks_of_rows(x, segments)
     at = rank.where(rank >= 0, segments.count)  # others go to an extra row at the end
-    out = x.new_zeros((*x.shape[:-2], segments.count + 1, x.shape[-1]))
-    return out.scatter_reduce(-2, at, x, reduce, include_self=reduce == "sum")[..., :-1, :].contiguous()
+    out = x.new_full((*x.shape[:-2], segments.count + 1, x.shape[-1]), int(reduce == "prod"))
+    return out.scatter_reduce(-2, at, x, reduce, include_self=reduce in ("sum", "prod"))[..., :-1, :].contiguous()
 
 
 def _exponential_sums(x: Tensor, segments: _Segments) -> tuple[Tensor, Tensor, Tensor]:

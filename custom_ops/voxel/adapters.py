@@ -39,8 +39,7 @@ def voxel_image(x: Tensor, grid_size: Sequence[int], layout: str = "cyx") -> Ten
     """
     _checks.is_tensor("x", x)
     grid = numbers_of("grid_size", grid_size, 3, _checks.as_count)
-    if not isinstance(layout, str) or sorted(layout) not in (sorted("cxy"), sorted("cxyz")):
-        raise ValueError(f'layout: expected an order of "cxy" or "cxyz", got {layout!r}')
+    checked_layout(layout)
     voxels = grid[0] * grid[1] * grid[2]
     if x.dim() < 2 or x.shape[-2] != voxels:
         raise ValueError(f"x: expected [..., {voxels}, C] for a grid of {grid}, got shape {list(x.shape)}")
@@ -49,6 +48,13 @@ def voxel_image(x: Tensor, grid_size: Sequence[int], layout: str = "cyx") -> Ten
         image, axes = image.flatten(-2), "xyc"
     lead = image.dim() - len(axes)
     return image.permute(*range(lead), *(lead + axes.index(axis) for axis in layout))
+
+
+def checked_layout(layout: str) -> str:
+    """Return the order of an image's or a volume's dimensions, if it is one."""
+    if not isinstance(layout, str) or sorted(layout) not in (sorted("cxy"), sorted("cxyz")):
+        raise ValueError(f'layout: expected an order of "cxy" or "cxyz", got {layout!r}')
+    return layout
 
 
 def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int) -> Tensor:

@@ -239,6 +239,47 @@ def _extremes(x: Tensor, at: Tensor, count: int, reduce: str) -> Tensor:
     return zeros.scatter_reduce(-2, at, x, reduce, include_self=False)[..., :count, :]
 
 
+@library.decomposition(voxel_segments.segment_prod)
+def _(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    values = x if x.dtype == torch.int64 else wide(x)
+    place, count = _segments(indptr, perm, x.shape[:-2], x.shape[-2])
+    ones = values.new_ones((*x.shape[:-2], count + 1, x.shape[-1]))
+    products = ones.scatter_reduce(-2, place[..., None].expand(x.shape), values, "prod")
+    return products[..., :count, :].to(x.dtype)
+
+
+@library.decomposition(voxel_segments.segment_scan)
+def _(factors: Tensor, terms: Tensor | None, indptr: Tensor, perm: Tensor | None, backwards: bool) -> Tensor:
+    points = int(factors.shape[-2])  # a program for other runtimes has steps for that many
+    place, count = _segments(indptr, perm, factors.shape[:-2], points)
+    order = torch.arange(points, device=factors.device) if perm is None else perm
+    order = (order.flip(-1) if backwards else order).expand(place.shape)
+    at = order[..., None].expand(factors.shape)
+    segment = place.gather(-1, order)
+    a = wide(factors).gather(-2, at)
+    b = torch.zeros_like(a) if terms is None else wide(terms).gather(-2, at)
+
+    def earlier(t: Tensor, by: int, dim: int) -> Tensor:
+        return torch.cat([torch.zeros_like(t.narrow(dim, 0, by)), t.narrow(dim, 0, points - by)], dim)
+
+    def continues(by: int) -> Tensor:
+        """Return which points have one of the same segment so many places before them."""
+        return (earlier(segment + 1, by, -1) == segment + 1)[..., None]
+
+    # The pair (a, b) of a point maps the row at the start of a span that ends before it to a * row + b.
+    if points:
+        a, b = (torch.where(continues(1), earlier(t, 1, -2), 0) for t in (a, b))
+        b = b if terms is not None else torch.where(continues(1), b, 1)
+    by = 1
+    while by < points:
+        joined = continues(by)
+        b = torch.where(joined, a * earlier(b, by, -2) + b, b)
+        a = torch.where(joined, a * earlier(a, by, -2), a)
+        by *= 2
+    out = torch.where((segment < count)[..., None], b, 0)
+    return torch.zeros_like(out).scatter(-2, at, out).to(factors.dtype)
+
+
 @library.decomposition(voxel_segments.segment_logsumexp)
 def _(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     largest, top, total = _exponential_sums(wide(x), indptr, perm)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
+from custom_ops.voxel.adapters import checked_layout, voxel_image
 from custom_ops.voxel.pooling import bev_pool, pool_kept
 from custom_ops.voxel.voxel_grid import numbers_of, voxel_csr, voxel_rank
 
@@ -39,11 +40,14 @@ class LiftSplat(KeepsGeometry):
         depths: the D distances along the optical axis.
         origin, voxel_size, grid_size, rounding: the grid of ``(X, Y, Z)`` voxels; see `voxel_rank`.
         align_corners: how the feature map is aligned with the image; see above.
+        layout: the order of the result's dimensions after the first, by their letters, as in `voxel_image`: "cyx" for
+            ``[B, Z C, Y, X]``.
 
     Call ``layer(depth, feat, intrinsics, camera_to_ego)`` with each depth's weight ``depth [B, N, D, H, W]`` (commonly
     a softmax over D), ``feat [B, N, C, H, W]``, ``intrinsics [B, N, 3, 3]`` and ``camera_to_ego [B, N, 4, 4]``;
-    matrices without the dimension B apply to all examples. The result is ``[B, Z C, X, Y]``, with the channels of the
-    lowest layer of voxels first; for Z = 1 its memory is channels-last.
+    matrices without the dimension B apply to all examples. A bool ``mask`` as in `bev_pool` chooses the points that
+    count; with one, the points are sorted on each call. The result is ``[B, Z C, X, Y]`` or as ``layout`` says, with
+    the channels of the lowest layer of voxels first; for Z = 1 its memory is channels-last.
 
     ``depth`` and ``feat`` may be DTensors, sharded as in `bev_pool`; all cameras are given as plain tensors, and the
     points are sorted on each call.
@@ -90,6 +94,7 @@ class LiftSplat(KeepsGeometry):
         grid_size: Sequence[int],
         rounding: str = "floor",
         align_corners: bool = False,
+        layout: str = "cxy",
     ) -> None:
         super().__init__()
         self.image_size = numbers_of("image_size", image_size, 2, _size)
@@ -101,9 +106,15 @@ class LiftSplat(KeepsGeometry):
         self.grid_size = numbers_of("grid_size", grid_size, 3, _checks.as_count)
         self.rounding, self.align_corners = rounding, _checks.as_bool("align_corners", align_corners)
         self._rank(torch.zeros(1, 3))  # raises if the grid is wrong
+        self.layout = checked_layout(layout)
 
     def forward(
-        self, depth: Tensor, feat: Tensor, intrinsics: Tensor | None = None, camera_to_ego: Tensor | None = None
+        self,
+        depth: Tensor,
+        feat: Tensor,
+        intrinsics: Tensor | None = None,
+        camera_to_ego: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         _checks.is_tensor("depth", depth)
         _checks.has_dims("depth", depth, "[B, N, D, H, W]")
@@ -115,10 +126,12 @@ class LiftSplat(KeepsGeometry):
         if cameras not in (depth.shape[:2], depth.shape[1:2]):
             raise ValueError(f"depth: expected (B, N) of the cameras, {list(cameras)}, got shape {list(depth.shape)}")
         if shards.is_sharded(depth):  # each process sorts its own points
-            bev = bev_pool(depth, feat, shards.replicated(geometry.rank, depth), self._voxels())
+            bev = bev_pool(depth, feat, shards.replicated(geometry.rank, depth), self._voxels(), mask=mask)
+        elif mask is not None:
+            bev = bev_pool(depth, feat, geometry.rank, self._voxels(), mask=mask)
         else:
             bev = pool_kept(depth, feat, geometry, self._voxels())
-        return bev.unflatten(1, self.grid_size).permute(0, 3, 4, 1, 2).flatten(1, 2)
+        return voxel_image(bev, self.grid_size, self.layout)
 
     def points(self, intrinsics: Tensor, camera_to_ego: Tensor) -> Tensor:
         """Return the frustums' points ``[B, N, D, H, W, 3]`` (or without B) in the ego frame, float64."""
@@ -173,7 +186,7 @@ class LiftSplat(KeepsGeometry):
     def extra_repr(self) -> str:
         return (
             f"image_size={self.image_size}, feature_size={self.feature_size}, depths={len(self.depths)}, "
-            f"grid_size={self.grid_size}"
+            f"grid_size={self.grid_size}, layout={self.layout!r}"
         )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
-from custom_ops.voxel.sums import csr_of
+from custom_ops.voxel.sums import csr_of, has_one_mask
 from custom_ops.voxel.voxel_grid import as_voxels, voxel_csr
 from custom_ops.voxel.voxel_segments import segment_reduce
 
@@ -18,6 +18,7 @@ def bev_pool(
     rank: Tensor,
     num_voxels: int,
     csr: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Lift image features along their depths and sum them in the voxels that they fall into.
 
@@ -37,10 +38,13 @@ def bev_pool(
             ``[N, D, H, W]`` for all examples alike; int32 or int64, as from `voxel_rank`.
         num_voxels: the number V of voxels.
         csr: ``voxel_csr(rank.flatten(-4), num_voxels)``, computed once for fixed cameras. Each call compares
-            all of it with ``rank``.
+            all of it with ``rank``. It can't be combined with ``mask``: apply that to the ranks it is made of,
+            ``rank.masked_fill(~mask, -1)``.
+        mask: bool, broadcastable to ``[B, N, D, H, W]``, True for the points that count: ``[B, N, 1, H, W]`` for whole
+            pixels.
 
     Returns:
-        ``[B, V, C]``; 0 for a voxel without points.
+        ``[B, V, C]``, which `voxel_image` arranges as an image; 0 for a voxel without points.
 
     Raises:
         TypeError: a wrong dtype, or not a tensor.
@@ -68,10 +72,11 @@ def bev_pool(
                  [1., 2.]]])
     """
     num_voxels = as_voxels("num_voxels", num_voxels)
+    has_one_mask(mask, csr)
     if shards.is_sharded(depth, feat):
-        return _in_shards(depth, feat, rank, num_voxels, csr)
+        return _in_shards(depth, feat, rank, num_voxels, csr, mask)
     _check(depth, feat, rank)
-    return _pool(depth, feat, csr_of(rank.flatten(-4), num_voxels, csr))
+    return _pool(depth, feat, csr_of(_masked(depth, rank, mask).flatten(-4), num_voxels, csr))
 
 
 def _check(depth: Tensor, feat: Tensor, rank: Tensor) -> None:
@@ -91,6 +96,18 @@ def _check(depth: Tensor, feat: Tensor, rank: Tensor) -> None:
     _checks.same_device(depth=depth, feat=feat, rank=rank)
 
 
+def _masked(depth: Tensor, rank: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the checked ``rank`` with -1 where ``mask`` is False."""
+    if mask is None:
+        return rank
+    _checks.has_dtype("mask", mask, (torch.bool,))
+    _checks.same_device(depth=depth, mask=mask)
+    lacks = depth.dim() - mask.dim()
+    if lacks < 0 or any(m not in (1, d) for m, d in zip(mask.shape, depth.shape[lacks:])):
+        raise ValueError(f"mask: expected a shape that broadcasts to {list(depth.shape)}, got {list(mask.shape)}")
+    return torch.where(mask, rank, -1)
+
+
 def _pool(depth: Tensor, feat: Tensor, csr: Csr) -> Tensor:
     _, _, bins, height, width = depth.shape
     # A geometry of one example is shared by all.
@@ -103,13 +120,23 @@ def _pool(depth: Tensor, feat: Tensor, csr: Csr) -> Tensor:
     return segment_reduce(pixels, weight, indptr, perm, False, bins, height * width)
 
 
-def _in_shards(depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None) -> Tensor:
-    def run(depth: Tensor, feat: Tensor, rank: Tensor, perm: Tensor | None, indptr: Tensor | None) -> Tensor:
-        return bev_pool(depth, feat, rank, num_voxels, None if perm is None or indptr is None else (perm, indptr))
+def _in_shards(
+    depth: Tensor,
+    feat: Tensor,
+    rank: Tensor,
+    num_voxels: int,
+    csr: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+) -> Tensor:
+    def run(
+        depth: Tensor, feat: Tensor, rank: Tensor, mask: Tensor | None, perm: Tensor | None, indptr: Tensor | None
+    ) -> Tensor:
+        return bev_pool(depth, feat, rank, num_voxels, None if perm is None or indptr is None else (perm, indptr), mask)
 
     lead = "b" if rank.dim() > 4 else ""
-    labels = f"bndHW,bncHW,{lead}ndHW,{lead}P,{lead}V->bVc"
-    return shards.in_shards(run, labels, depth, feat, rank, *(csr or (None, None)))
+    labels = f"bndHW,bncHW,{lead}ndHW,bndHW,{lead}P,{lead}V->bVc"
+    whole = None if mask is None else mask.expand(depth.shape)
+    return shards.in_shards(run, labels, depth, feat, rank, whole, *(csr or (None, None)))
 
 
 def pool_kept(depth: Tensor, feat: Tensor, geometry: Geometry, num_voxels: int) -> Tensor:
@@ -123,12 +150,12 @@ def pool_kept(depth: Tensor, feat: Tensor, geometry: Geometry, num_voxels: int) 
 class BEVPool(KeepsGeometry):
     """Apply `bev_pool` as a layer that sorts its points once, while their ranks stay the same.
 
-    Call ``layer(depth, feat, rank)``, or with a ``csr`` of your own. The sorted points are kept and reused for ranks
-    with the same values. Each call compares the values, which waits for a GPU. ``set_geometry(rank)`` saves the
-    comparison: call ``layer(depth, feat)`` from then on. Calls with ranks don't change the geometry that was set. A
-    traced, compiled or exported program that is given ranks sorts them on each call. ``num_voxels`` can't be set again.
-    The kept geometry, three integers per point and one per voxel, isn't part of the ``state_dict``;
-    ``clear_geometry()`` releases it.
+    Call ``layer(depth, feat, rank)``, or with a ``mask``, or with a ``csr`` of your own. The sorted points are kept and
+    reused for ranks (and masks) with the same values. Each call compares the values, which waits for a GPU.
+    ``set_geometry(rank)`` saves the comparison: call ``layer(depth, feat)`` from then on. Calls with ranks don't change
+    the geometry that was set. A traced, compiled or exported program that is given ranks sorts them on each call.
+    ``num_voxels`` can't be set again. The kept geometry, three integers per point and one per voxel, isn't part of the
+    ``state_dict``; ``clear_geometry()`` releases it.
 
     The errors are those of `bev_pool`, and a ``ValueError`` if ranks are neither given nor set.
 
@@ -148,16 +175,22 @@ class BEVPool(KeepsGeometry):
         self.num_voxels = as_voxels("num_voxels", num_voxels)
 
     def forward(
-        self, depth: Tensor, feat: Tensor, rank: Tensor | None = None, csr: tuple[Tensor, Tensor] | None = None
+        self,
+        depth: Tensor,
+        feat: Tensor,
+        rank: Tensor | None = None,
+        csr: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         if rank is None:
-            if csr is not None:
-                raise ValueError("rank: expected ranks with a csr, got None")
+            if mask is not None or csr is not None:
+                raise ValueError("rank: expected ranks with a mask or csr, got None")
             geometry = self._get("rank: expected ranks")
         elif csr is not None or shards.is_sharded(depth, feat):
-            return bev_pool(depth, feat, rank, self.num_voxels, csr)
+            return bev_pool(depth, feat, rank, self.num_voxels, csr, mask)
         else:
-            geometry = self._geometry_of(_checked(rank))
+            _check(depth, feat, _checked(rank))
+            geometry = self._geometry_of(_masked(depth, rank, mask))
         return pool_kept(depth, feat, geometry, self.num_voxels)
 
     def set_geometry(self, rank: Tensor) -> None:

@@ -13,8 +13,8 @@ from custom_ops._wide import wide
 from custom_ops.voxel import voxel_segments as ops
 from custom_ops.voxel.voxel_segments import check_points, segment_sum
 
-REDUCTIONS = ("sum", "mean", "min", "max", "logsumexp", "var", "std")
-_OF_INTEGERS = ("sum", "min", "max")
+REDUCTIONS = ("sum", "mean", "prod", "min", "max", "logsumexp", "var", "std")
+_OF_INTEGERS = ("sum", "prod", "min", "max")
 
 
 def has_reducible(x: Tensor, reduce: str) -> None:
@@ -30,6 +30,8 @@ def reduced(x: Tensor, indptr: Tensor, perm: Tensor | None, reduce: str) -> Tens
     x = x if dtype.is_floating_point else x.long()
     if reduce in ("min", "max"):
         return ops.segment_extreme(x, indptr, perm, reduce == "max")[0].to(dtype)
+    if reduce == "prod":
+        return ops.segment_prod(x, indptr, perm)
     if reduce == "logsumexp":
         return ops.segment_logsumexp(x, indptr, perm)
     if reduce in ("sum", "mean"):
@@ -65,13 +67,15 @@ def segment_reduce(
 
     Args:
         x: ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or float64, or integers for "sum",
-            "min" and "max". 16-bit features are accumulated in float32.
+            "prod", "min" and "max". 16-bit features are accumulated in float32.
         indptr: int32 or int64 boundaries ``[..., V + 1]``, non-decreasing, from 0 to at most N; or ``[V + 1]`` for
             all examples alike.
         reduce: the reduction, where an empty segment gives 0 unless said otherwise:
 
             - "sum", of which `segment_sum` is the weighted form; that of integers is int64;
             - "mean";
+            - "prod"; 1 for an empty segment. That of integers is int64 and wraps around. All derivatives are right
+              where points are 0, too;
             - "min" and "max", where a NaN comes before all numbers. The gradient goes to the first point with the
               value;
             - "logsumexp", ``log(sum(exp(x)))``; -inf for an empty segment;

@@ -88,13 +88,13 @@ def voxel_sum(
 
     Args:
         x: point features ``[..., N, C]``, or ``[N]`` for one column; float16, bfloat16, float32 or
-            float64, or integers for "sum", "min" and "max". Sums of 16-bit features are accumulated in float32.
+            float64, or integers for "sum", "prod", "min" and "max". Sums of 16-bit features are accumulated in float32.
         rank: voxel number of each point ``[..., N]``, or ``[N]`` for all examples alike; int32 or int64,
             as from `voxel_rank`. The leading dimensions of x, rank and mask are broadcast.
         num_voxels: the number V of voxels.
-        reduce: "sum", "mean", "min", "max", "logsumexp", "var" or "std", as in `segment_reduce`. A voxel without
-            points gets 0, or -inf from "logsumexp". The gradient of "max" goes to the first point with the largest
-            value; a NaN is larger than all numbers.
+        reduce: "sum", "mean", "prod", "min", "max", "logsumexp", "var" or "std", as in `segment_reduce`. A voxel
+            without points gets 0, or 1 from "prod" and -inf from "logsumexp". The gradient of "max" goes to the first
+            point with the largest value; a NaN is larger than all numbers.
         mask: bool ``[..., N]``, True for the points that count.
         csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. Each call compares all of it
             with ``rank``, voxel by voxel; the layer `VoxelSum` compares ranks in their own
@@ -130,7 +130,7 @@ def voxel_sum(
                 [5.]])
     """
     has_reducible(x, reduce)
-    _has_one_mask(mask, csr)
+    has_one_mask(mask, csr)
     num_voxels = as_voxels("num_voxels", num_voxels)
     if shards.is_sharded(x):
         return _in_shards(x, rank, num_voxels, reduce, mask, csr)
@@ -139,7 +139,8 @@ def voxel_sum(
     return reduced(*_aligned(x, csr_of(_ranks_of(x, rank, mask), num_voxels, csr)), reduce)
 
 
-def _has_one_mask(mask: Tensor | None, csr: tuple[Tensor, Tensor] | None) -> None:
+def has_one_mask(mask: Tensor | None, csr: tuple[Tensor, Tensor] | None) -> None:
+    """Refuse a ``mask`` beside a ``csr``, which was sorted without it."""
     if mask is not None and csr is not None:
         raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
 
@@ -178,7 +179,7 @@ def voxel_softmax(
         tensor([0.5000, 1.0000, 0.5000, 0.0000])
     """
     _checks.has_dtype("x", x, _checks.FLOATING)
-    _has_one_mask(mask, csr)
+    has_one_mask(mask, csr)
     num_voxels = as_voxels("num_voxels", num_voxels)
     if shards.is_sharded(x):
 

@@ -69,6 +69,22 @@ def segment_extreme(x: Tensor, indptr: Tensor, perm: Tensor | None, largest: boo
 
 
 @define
+def segment_prod(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    """Return the product of x over each segment, 1 if it is empty."""
+    return x.new_empty((*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1]))
+
+
+@define
+def segment_scan(factors: Tensor, terms: Tensor | None, indptr: Tensor, perm: Tensor | None, backwards: bool) -> Tensor:
+    """Return the rows y of a linear recurrence over the points of each segment, in their order or backwards.
+
+    The first point has y = 0, or 1 without ``terms``, and each next one has factor * y + term of the one before it. So
+    without terms y is the product of the factors before the point. Points in no segment get 0.
+    """
+    return factors.new_empty(factors.shape)
+
+
+@define
 def segment_logsumexp(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
     """Return the logarithm of the sum of e^x over each segment, -inf if it is empty."""
     return x.new_empty((*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1]))
@@ -248,6 +264,56 @@ class SegmentExtreme(Function, op=segment_extreme):
         return _pick(tangent, *ctx.saved_tensors), None
 
 
+class SegmentProd(Function, op=segment_prod):
+    """The slope at a point is the product of the others: of those before it times those behind it, without a quotient,
+    which a zero would make 0 / 0.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, *geometry = ctx.saved_tensors
+        spread, _ = segment_spread(wide(grad), None, None, *geometry, x.shape[-2], False, 1, 1, True)
+        return (_others(x, *geometry) * spread).to(x.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        x, *geometry = ctx.saved_tensors
+        return _sums(_others(x, *geometry) * wide(tangent), *geometry).to(x.dtype)
+
+
+def _others(x: Tensor, indptr: Tensor, perm: Tensor | None) -> Tensor:
+    """Return, for each point, the product of the other points of its segment; 0 for points in no segment."""
+    x = wide(x)
+    return segment_scan(x, None, indptr, perm, False) * segment_scan(x, None, indptr, perm, True)
+
+
+class SegmentScan(Function, op=segment_scan):
+    """The adjoint of the recurrence is the same recurrence in the other direction, with the gradients as its terms."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        factors, _, indptr, perm, ctx.backwards = inputs
+        ctx.save_for_backward(factors, output, indptr, perm)
+        ctx.save_for_forward(factors, output, indptr, perm)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factors, y, *geometry = ctx.saved_tensors
+        of_terms = segment_scan(factors, grad, *geometry, not ctx.backwards)
+        return of_terms * y, of_terms if ctx.needs_input_grad[1] else None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, factors_t: Tensor | None, terms_t: Tensor | None, *_: None) -> Tensor:
+        factors, y, *geometry = ctx.saved_tensors
+        terms = add(None if factors_t is None else factors_t * y, terms_t)
+        return segment_scan(factors, terms, *geometry, ctx.backwards)
+
+
 class SegmentLogsumexp(Function, op=segment_logsumexp):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -386,13 +452,18 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
     return segment_extreme(*_batched(info, in_dims[:3], args[:3]), args[3]), (0, 0)
 
 
+@library.vmap(segment_scan)
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    return segment_scan(*_batched(info, in_dims[:4], args[:4]), args[4]), 0
+
+
 def _batch(op: Any) -> None:
     @library.vmap(op)
     def _(info: Any, in_dims: Any, *args: Any) -> Any:
         return op(*_batched(info, in_dims, args)), 0
 
 
-for _op in (segment_logsumexp, segment_softmax, segment_softmax_adjoint, segment_center):
+for _op in (segment_prod, segment_logsumexp, segment_softmax, segment_softmax_adjoint, segment_center):
     _batch(_op)
 
 

@@ -11,8 +11,14 @@ from custom_ops.voxel.specs.sums import voxel_sum_reference
 
 
 def bev_pool_reference(
-    depth: Tensor, feat: Tensor, rank: Tensor, num_voxels: int, csr: tuple[Tensor, Tensor] | None = None
+    depth: Tensor,
+    feat: Tensor,
+    rank: Tensor,
+    num_voxels: int,
+    csr: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
+    rank = rank if mask is None else rank.masked_fill(~mask.expand(depth.shape), -1)
     frustum = depth[:, :, :, None] * feat[:, :, None]  # [B, N, D, C, H, W]
     points = frustum.movedim(3, -1).flatten(1, 4)
     return voxel_sum_reference(points, rank.flatten(-4).expand(points.shape[:-1]), num_voxels)
@@ -27,7 +33,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     return [
         Sample((leaf(2, 1, 3, 1, 4), leaf(2, 1, 5, 1, 4), wide, 5), dynamic={0: 0, 1: 0, 2: 0}),
         Sample((leaf(2, 2, 3, 1, 2), leaf(2, 2, 1, 1, 2), rank[0].int(), 6)),
-        Sample((leaf(1, 1, 3, 1, 2), leaf(1, 1, 1, 1, 2).detach(), rank[0, :1], 5)),
+        Sample((leaf(1, 1, 3, 1, 2), leaf(1, 1, 1, 1, 2).detach(), rank[0, :1], 5), {"mask": rank[0, :1] != 1}),
         Sample((leaf(1, 1, 3, 1, 2).detach(), leaf(1, 1, 1, 1, 2), rank[:1, :1], 5)),
     ]
 
@@ -41,6 +47,7 @@ def _shardings() -> list[Sharding]:
         Sharding("cameras", call, {0: 1, 1: 1, 2: 1}, "partial"),
         Sharding("cameras, all examples alike", Sample((depth, feat, rank[0], 5)), {0: 1, 1: 1}, "partial"),
         Sharding("depths", call, {0: 2}, "partial", {"all_reduce": 1}),
+        Sharding("cameras, masked", Sample((*call.args, None, depth > 0.3)), {0: 1, 1: 1, 2: 1, 5: 1}, "partial"),
         Sharding("channels", call, {1: 2}, 2, {"all_reduce": 1}),
     ]
 
@@ -67,6 +74,12 @@ register(
             BadCall((_depth, _feat, _rank[0], 2), r"rank: expected shape \[1, 2, 3, 1, 2\] or \[2, 3, 1, 2\], got"),
             BadCall((_depth, _feat, _rank, -2), "num_voxels: expected at least 0, got -2"),
             BadCall((_depth, _feat, _rank, 2, 3), r"csr: expected \(perm, indptr\) as from voxel_csr, got int"),
+            BadCall((_depth, _feat, _rank, 2, None, _rank), "mask: expected one of bool, got int64"),
+            BadCall(
+                (_depth, _feat, _rank, 2, None, _rank[..., :0] > 0),
+                r"mask: expected a shape that broadcasts to \[1, 2, 3, 1, 2\], got \[2, 3, 1, 0\]",
+            ),
+            BadCall((_depth, _feat, _rank, 2, (_rank, _rank), _rank > 0), "mask: expected None with csr"),
             BadCall((_depth, _feat.to("meta"), _rank, 2), "feat: expected on cpu as depth, got meta"),
         ],
     )

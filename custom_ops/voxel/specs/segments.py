@@ -14,7 +14,7 @@ from custom_ops.voxel.segments import segment_reduce, segment_softmax
 def reduce_rows(x: Tensor, reduce: str) -> Tensor:
     """Reduce the rows [n, C] of one segment by torch's own ops."""
     if len(x) == 0:
-        empty = float("-inf") if reduce == "logsumexp" else 0
+        empty = {"logsumexp": float("-inf"), "prod": 1}.get(reduce, 0)
         return x.new_full(x.shape[1:], empty) + x.sum(0).where(torch.tensor(False, device=x.device), 0)
     if reduce in ("min", "max"):
         return (x.min(0) if reduce == "min" else x.max(0)).values
@@ -79,6 +79,13 @@ def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
+def _zeros(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return points of which one and two are 0 in the first segments of two examples."""
+    x = torch.randn(shape, dtype=torch.float64)
+    x[0, 1, 0] = x[0, :2, 1] = x[1, 3:5] = 0
+    return x.to(device, dtype).requires_grad_()
+
+
 def _geometry(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return boundaries, the same for two examples, and orders of 7 points in each."""
     indptr = torch.tensor([0, 3, 3, 5, 6], device=device)
@@ -95,6 +102,8 @@ def _reductions(device: torch.device, dtype: torch.dtype) -> list[Sample]:
         Sample((_leaf(device, dtype, 2, 7, 1), both, "max", perm), {"return_indices": True}),
         Sample((_leaf(device, dtype, 2, 7, 2), filled, "std")),
         Sample((_leaf(device, dtype, 7, 2), indptr.int(), "var", perm[1].int())),
+        Sample((_zeros(device, dtype, 2, 7, 2), indptr, "prod"), dynamic={1: 0}),
+        Sample((_leaf(device, dtype, 2, 7, 1), both, "prod", perm)),
         Sample((_leaf(device, dtype, 2, 7, 1), both, "mean", perm)),
     ]
 
@@ -136,14 +145,14 @@ register(
     OpInfo(
         name="segment_reduce",
         not_fuzzed=dict.fromkeys(("fills", "outliers"), "a sum of them keeps nothing of what is smaller"),
-        summary="Minimum, maximum, mean, logarithm of a sum of exponentials, or variance over segments of points",
+        summary="Mean, product, minimum, maximum, logarithm of a sum of exponentials, or variance over segments",
         function=segment_reduce,
         reference=segment_reduce_reference,
         samples=_reductions,
         shardings=lambda: _shardings("reduce"),
         bad_calls=lambda: [
             *_same_bad_calls("max"),
-            BadCall((_x, _indptr, "prod"), "reduce: expected one of 'sum', 'mean', 'min', 'max'"),
+            BadCall((_x, _indptr, "median"), "reduce: expected one of 'sum', 'mean', 'prod', 'min', 'max'"),
             BadCall((_x.int(), _indptr, "mean"), "x: expected one of float16"),
             BadCall(
                 (_x, _indptr, "mean", None, True), "return_indices: expected False, as no single point has the mean"

@@ -121,7 +121,7 @@ register(
             BadCall((_x, _rank[1:], 2), r"rank: expected shape \[3\], got \[2\]"),
             BadCall((_x, _rank, -1), "num_voxels: expected at least 0, got -1"),
             BadCall((_x, _rank, 2.0), "num_voxels: expected an integer, got float"),
-            BadCall((_x, _rank, 2, "median"), "reduce: expected one of 'sum', 'mean', 'min', .*, got 'median'"),
+            BadCall((_x, _rank, 2, "median"), "reduce: expected one of 'sum', 'mean', .*, got 'median'"),
             BadCall((_x, _rank, 2, "sum", _rank), "mask: expected one of bool, got int64"),
             BadCall((_x, _rank, 2, "sum", _rank[1:] > 0), r"mask: expected shape \[3\]"),
             BadCall((_x, _rank, 2, "sum", _rank > 0, _csr), "mask: expected None with csr"),
