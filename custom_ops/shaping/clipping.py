@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._leaf import leaf
 from custom_ops.library import Function
 from custom_ops.shaping._numbers import as_tensor
 
@@ -108,6 +109,7 @@ def _(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
     return gradient_norm_clipping(x.movedim(in_dims[0], 0), *rest), 0
 
 
+@leaf
 def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
     """Return ``x`` and, in backward, clamp its gradient to ``[min, max]`` element by element.
 
@@ -175,6 +177,7 @@ class ClipGradient(torch.nn.Module):
         return f"min={self.min}, max={self.max}"
 
 
+@leaf
 def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | None = None) -> Tensor:
     """Return ``x`` and, in backward, scale its gradient down to a norm of at most ``max_norm``.
 
