@@ -29,7 +29,7 @@ from torch._C import _dispatch_key_for_device as dispatch_key_for_device
 # Fake tensors have no address to compare, but they can share memory.
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 
-# A view has its own rule for functionalize, which holds at the outermost level of torch.func alone.
+# A view has its own kernel for functionalize, which asks whether torch.func or AOTAutograd is calling.
 from torch._C._functorch import maybe_current_level as current_level
 
 # Functorch refuses a Function that is applied at a single level, except within this context.
@@ -188,6 +188,24 @@ def implement(library: torch.library.Library, name: str, kernel: Callable[..., A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library.impl(name, kernel, key, allow_override=True)
+
+
+def below_functionalize(op: OpOverload, args: tuple[Any, ...]) -> Any:
+    """Call ``op`` at the level below the running ``torch.func.functionalize``, as torch's own kernels for it do, for
+    which there is no public way.
+    """
+    values = [*args]
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor) and torch._is_functional_tensor(arg):
+            torch._sync(arg)
+            values[i] = torch._from_functional_tensor(arg)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
+        return op(*values)
+
+
+def replace_value(view: Tensor, value: Tensor) -> None:
+    """Give a tensor under ``torch.func.functionalize`` another value, which Python can do only so."""
+    torch._functionalize_replace(view, value)
 
 
 def set_call(op: OpOverload, call: Any) -> None:
