@@ -194,10 +194,11 @@ def below_functionalize(op: OpOverload, args: tuple[Any, ...]) -> Any:
     """Call ``op`` at the level below the running ``torch.func.functionalize``, as torch's own kernels for it do, for
     which there is no public way.
     """
+    sync = torch._sync  # type: ignore[attr-defined]
     values = [*args]
     for i, arg in enumerate(args):
         if isinstance(arg, Tensor) and torch._is_functional_tensor(arg):
-            torch._sync(arg)
+            sync(arg)
             values[i] = torch._from_functional_tensor(arg)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
         return op(*values)
@@ -223,6 +224,20 @@ def forward_level() -> int:
 def destroy(library: torch.library.Library) -> None:
     """End the registrations of ``library``, which otherwise last as long as the object."""
     library._destroy()
+
+
+def saved_tensors_hooks_refused() -> str | None:
+    """Return the error that hooks of saved tensors raise, which an interrupted ``torch.func.grad`` leaves behind."""
+    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+
+
+def refuse_saved_tensors_hooks(error: str | None) -> None:
+    """Let hooks of saved tensors raise this error, or none, for which torch has a context only."""
+    autograd: Any = torch._C._autograd
+    if error is None:
+        autograd._saved_tensors_hooks_enable()
+    else:
+        autograd._saved_tensors_hooks_disable(error)
 
 
 def version(tensor: Tensor) -> int:
