@@ -179,6 +179,31 @@ def test_clipping_at_its_limits():
     assert of_gradient(lambda x: custom_ops.clip_gradient_norm(x, 5), [3.0, 4.0]) == [3, 4]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_clipping_under_a_scaler(compiled):
+    """The scale multiplies the gradient before it is clipped, so the limits have to follow it, also when it changes."""
+
+    def loss(w, scale):
+        y = custom_ops.clip_gradient(w * w, -0.5 * scale, 0.5 * scale)
+        return (custom_ops.clip_gradient_norm(y, 0.75 * scale) * torch.tensor([0.25, 3.0])).sum()
+
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    plain = torch.ones(2, requires_grad=True)
+    loss(plain, 1.0).backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    scales = []
+    for _ in range(4):
+        w = torch.ones(2, requires_grad=True)
+        optimizer = torch.optim.SGD([w])
+        scales.append(scaler.get_scale())
+        scaler.scale(run(w, scales[-1])).backward()
+        scaler.unscale_(optimizer)
+        torch.testing.assert_close(w.grad, plain.grad)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scales == [1024, 2048, 4096, 8192]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_of_16_bits_are_taken_in_32(dtype):
     x = torch.zeros(1 << 16, dtype=dtype, requires_grad=True)

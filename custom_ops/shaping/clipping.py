@@ -118,6 +118,9 @@ def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None)
     for gradients don't apply to tangents, and clipping isn't linear, so it has no transpose. ``jvp`` and ``vjp``
     therefore differ where the clamp is active, and so do forward-over-reverse and reverse-over-reverse.
 
+    ``torch.amp.GradScaler`` multiplies all gradients by its scale until its step: multiply the limits, too, by
+    ``scaler.get_scale()``.
+
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
         min, max: the limits, at least one of them.
@@ -184,7 +187,7 @@ def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | No
     ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, which is computed
     in float32 for 16-bit gradients. A NaN or an infinity makes all elements under the same norm NaN or 0, as in
     ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are those of `clip_gradient`: the tangent
-    isn't clipped.
+    isn't clipped. Multiply ``max_norm`` by the scale of a ``GradScaler``, as described there.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
