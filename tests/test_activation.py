@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -373,6 +374,45 @@ def test_conversion_and_back():
     assert repr(model) == text
     assert [id(m) for m in model.modules()] == identities
     assert "no activation to convert" in str(custom_ops.convert_activations(nn.Linear(1, 1)))
+
+
+def quantized(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qat_qconfig, prepare_qat
+
+    model = nn.Sequential(QuantStub(), model, DeQuantStub()).train()
+    model.qconfig = get_default_qat_qconfig()
+    prepare_qat(model, inplace=True)(x).sum().backward()
+    return convert(model.eval())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_converted_model_can_be_traced_and_says_what_to_do_before_it_is_scripted_or_quantized():
+    from torch.ao.quantization import fuse_modules, get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    activations = nn.ReLU(), nn.LeakyReLU(0.2), nn.ReLU6(), nn.Hardtanh(-0.5, 0.5), nn.Threshold(0.1, 0.0)
+    x = torch.randn(2, 3, 8, 8)
+    for activation in activations:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation).eval()
+        expected = model(x)
+        custom_ops.convert_activations(model)
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+        of_functions = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(), (x,))
+        of_functions(x)
+        torch.testing.assert_close(convert_fx(of_functions)(x), expected, atol=0.1, rtol=0)
+        with pytest.raises(RuntimeError, match=r"torch.jit.script can't compile .* or call convert_activations"):
+            torch.jit.script(model)
+        custom_ops.convert_activations(model, to="torch")
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    custom_ops.convert_activations(model)
+    with pytest.raises(TypeError, match=r"a quantized one: call convert_activations\(model, to='torch'\) before"):
+        quantized(copy.deepcopy(model), x)(x)
+    custom_ops.convert_activations(model, to="torch")
+    fused = fuse_modules(model.eval(), ["0", "1", "2"])
+    torch.testing.assert_close(fused(x), model(x))
+    torch.testing.assert_close(quantized(copy.deepcopy(model), x)(x), model(x), atol=0.1, rtol=0)
 
 
 def test_conversion_of_a_lone_module_keeps_its_hooks_and_leaves_subclasses():

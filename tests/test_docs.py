@@ -81,12 +81,15 @@ def run(blocks: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [name for name, path in PAGES.items() if BLOCK.search(path.read_text())])
-def test_code_of_the_pages(page, monkeypatch):
+def test_code_of_the_pages(page, monkeypatch, tmp_path):
     # Several pages define the same example op, but an operator's name can be registered only once.
-    blocks = [
-        block.replace("mylib::", f"{Path(page).stem.lower()}::") for block in BLOCK.findall(PAGES[page].read_text())
-    ]
-    run(blocks, page, monkeypatch)
+    text = re.sub(r"\bmylib(?=::|, CPU)", Path(page).stem.lower(), PAGES[page].read_text())
+    for name, file in re.findall(r"<!-- file: (\w+\.\w+) -->\n```\w+\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(file)
+        monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    run(BLOCK.findall(text), page, monkeypatch)
 
 
 def test_code_of_the_tour(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -51,6 +52,18 @@ def test_each_public_name_is_listed_once() -> None:
         for path in Path(str(family.__file__)).parent.glob("*.py"):
             assert path.name == "__init__.py" or "__all__" not in path.read_text(), path
     assert sorted(custom_ops.__all__) == sorted(name for family in FAMILIES for name in family.__all__)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_fx_keeps_each_public_function_as_one_node() -> None:
+    for family in FAMILIES:
+        functions = [getattr(family, name) for name in family.__all__ if not isinstance(getattr(family, name), type)]
+        for function in [function for function in functions if function is not custom_ops.convert_activations]:
+            first = next(iter(inspect.signature(function).parameters))
+            graph = torch.fx.symbolic_trace(lambda x: function(**{first: x})).graph  # noqa: B023
+            assert [node.target for node in graph.nodes][1:] == [function, "output"]
+            with pytest.raises(RuntimeError, match=rf"custom_ops.{function.__name__}: torch.jit.script can't compile"):
+                torch.jit.script(function)
 
 
 def test_names_can_be_guessed() -> None:

@@ -5,8 +5,11 @@ All are variations of one healthy op, the elementwise product, which is closed u
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -359,13 +362,18 @@ def shaped(*shape: int) -> Callable[[], list[Sample]]:
     return lambda: [Sample((a.clone().requires_grad_(), b.clone().requires_grad_()))]
 
 
-def wrong_for_inner_transposed_gradients() -> Any:
-    def kernel(grad: Tensor, t: Tensor) -> Tensor:
-        swapped = grad.dim() == 3 and not grad.is_contiguous() and grad.transpose(1, 2).is_contiguous()
-        return multiply(flat_storage(grad) if swapped else grad, t)
-
-    adjoint = product(kernel=kernel)
+def of_gradients(kernel: Callable[..., Tensor]) -> Any:
+    """Return an op whose backward has a kernel of its own."""
+    adjoint = product(kernel)
     return product(backward=lambda op, grad, a, b: (adjoint(grad, b), adjoint(grad, a)))
+
+
+def wrong_for_permuted_gradients(*dims: int) -> Any:
+    def kernel(grad: Tensor, t: Tensor) -> Tensor:
+        permuted = grad.dim() == len(dims) and not grad.is_contiguous() and grad.permute(dims).is_contiguous()
+        return multiply(flat_storage(grad) if permuted else grad, t)
+
+    return of_gradients(kernel)
 
 
 def batched(wrong: Callable[[Any, Any, Tensor, Tensor], Tensor | None]) -> Any:
@@ -404,7 +412,7 @@ def keeps_channels_last(a: Tensor, b: Tensor) -> Tensor:
     return result.contiguous(memory_format=torch.channels_last) if last else result
 
 
-def shared_scratch() -> Any:
+def with_shared_scratch() -> Callable[..., Tensor]:
     scratch: dict[Any, Tensor] = {}
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -412,7 +420,7 @@ def shared_scratch() -> Any:
         memory.copy_(a)
         return memory * b
 
-    return product(kernel)
+    return kernel
 
 
 def written_where_large(a: Tensor, b: Tensor) -> Tensor:
@@ -451,14 +459,19 @@ def output_on_the_context() -> Any:
     return Cyclic.apply
 
 
-def reseeding(a: Tensor, b: Tensor) -> Tensor:
-    torch.manual_seed(0)
-    return a * b
+def having(*effects: Callable[[], Any]) -> Any:
+    """Return an op that has these effects on the process."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        for effect in effects:
+            effect()
+        return multiply(a, b)
+
+    return product(kernel)
 
 
-def in_double_from_now_on(a: Tensor, b: Tensor) -> Tensor:
-    torch.set_default_dtype(torch.float64)
-    return a * b
+def in_backward(change: Callable[[Tensor], Tensor]) -> Any:
+    return product(backward=lambda op, grad, a, b: (change(op(grad, b)), change(op(grad, a))))
 
 
 def composed(composition: Callable[..., Tensor]) -> Any:
@@ -488,9 +501,12 @@ def oversized_save() -> Any:
 
 
 MISSED = {
-    "gradient wrong where the incoming one is transposed within": Fault(
-        wrong_for_inner_transposed_gradients, ["gradient layouts"], samples=shaped(2, 4, 3)
-    ),
+    **{
+        f"gradient wrong where the incoming one is permuted to {dims}": Fault(
+            partial(wrong_for_permuted_gradients, *dims), ["gradient layouts"], samples=shaped(2, 4, 3)
+        )
+        for dims in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    },
     "vmap rule wrong for a batch in the middle": Fault(lambda: batched(wrong_in_the_middle), ["vmap"]),
     "vmap rule wrong for batches in different dimensions": Fault(lambda: batched(one_dim_for_both), ["vmap"]),
     "vmap rule wrong for a batch of one": Fault(lambda: batched(wrong_for_one), ["vmap"]),
@@ -500,15 +516,29 @@ MISSED = {
     "fake shape wrong where a size is 1": Fault(
         lambda: product(fake=_fake(lambda a: a.new_empty([n for n in a.shape if n != 1]))), ["fake kernel"]
     ),
-    "scratch shared between threads": Fault(shared_scratch, ["threads"]),
+    "fake shape wrong where a size is 0": Fault(
+        lambda: product(fake=_fake(lambda a: a.new_empty(a.shape if a.numel() else 0))), ["fake kernel"]
+    ),
+    "scratch shared between threads": Fault(lambda: product(with_shared_scratch()), ["threads"]),
+    "scratch of the backward shared between threads": Fault(lambda: of_gradients(with_shared_scratch()), ["threads"]),
     "promise of autocast not kept": Fault(product, ["autocast"], {"autocast": torch.bfloat16}),
     "input written where it is large": Fault(lambda: product(written_where_large), ["inputs unmutated"]),
     "inputs kept in a list": Fault(keeps_its_inputs, ["memory freed"]),
     "output kept by its own graph": Fault(output_on_the_context, ["memory freed"]),
     "NaN swallowed": Fault(lambda: product(lambda a, b: (a * b).nan_to_num()), ["special values"]),
-    "random numbers seeded anew": Fault(lambda: product(reseeding), ["global state"]),
+    "NaN gradient swallowed": Fault(lambda: in_backward(torch.nan_to_num), ["special values"]),
+    "random numbers seeded anew": Fault(lambda: having(lambda: torch.manual_seed(0)), ["global state"]),
+    "Python's random numbers seeded anew": Fault(lambda: having(lambda: random.seed(0)), ["global state"]),
+    "threads changed by the first call": Fault(lambda: having(lambda: torch.set_num_threads(3)), ["global state"]),
+    "environment changed": Fault(lambda: having(lambda: os.environ.update(PLANTED="1")), ["global state"]),
     "composition wrong in bfloat16": Fault(
         lambda: composed(lambda a, b: a * b * (1.1 if a.dtype == torch.bfloat16 else 1)), ["compiled composition"]
+    ),
+    "composition wrong where it is large": Fault(
+        lambda: composed(lambda a, b: a * b * (1.1 if a.numel() > 1000 else 1)), ["compiled composition"]
+    ),
+    "composition wrong where it is transposed": Fault(
+        lambda: composed(lambda a, b: a * b * (1.1 if a.stride(0) == 1 else 1)), ["compiled composition"]
     ),
     "composition wrong for NaN": Fault(lambda: composed(lambda a, b: (a * b).nan_to_num()), ["compiled composition"]),
     "small values flushed to zero": Fault(
@@ -516,7 +546,7 @@ MISSED = {
     ),
     "sharding rule wrong": Fault(partial_where_whole, ["sharding"]),
     "more saved than needed": Fault(oversized_save, ["saved memory"]),
-    "default dtype changed": Fault(lambda: product(in_double_from_now_on), ["global state"]),
+    "default dtype changed": Fault(lambda: having(lambda: torch.set_default_dtype(torch.float64)), ["global state"]),
     "wrong above 1,000 elements, in samples without dynamic dimensions": Fault(
         lambda: product(wrong_tail_of_large), ["large"], samples=lambda: [s.args for s in samples()]
     ),

@@ -179,6 +179,31 @@ def test_clipping_at_its_limits():
     assert of_gradient(lambda x: custom_ops.clip_gradient_norm(x, 5), [3.0, 4.0]) == [3, 4]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_clipping_under_a_scaler(compiled):
+    """The scale multiplies the gradient before it is clipped, so the limits have to follow it, also when it changes."""
+
+    def loss(w, scale):
+        y = custom_ops.clip_gradient(w * w, -0.5 * scale, 0.5 * scale)
+        return (custom_ops.clip_gradient_norm(y, 0.75 * scale) * torch.tensor([0.25, 3.0])).sum()
+
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    plain = torch.ones(2, requires_grad=True)
+    loss(plain, 1.0).backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    scales = []
+    for _ in range(4):
+        w = torch.ones(2, requires_grad=True)
+        optimizer = torch.optim.SGD([w])
+        scales.append(scaler.get_scale())
+        scaler.scale(run(w, scales[-1])).backward()
+        scaler.unscale_(optimizer)
+        torch.testing.assert_close(w.grad, plain.grad)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scales == [1024, 2048, 4096, 8192]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_of_16_bits_are_taken_in_32(dtype):
     x = torch.zeros(1 << 16, dtype=dtype, requires_grad=True)
@@ -359,19 +384,33 @@ def test_raw_slopes_are_checked():
         slope(x, x, 4, 1.0)
 
 
-@pytest.mark.parametrize("shape", [custom_ops.scale_gradient, custom_ops.clip_gradient_norm], ids=lambda f: f.__name__)
-def test_functionalize(shape):
-    functionalize, grad = torch.func.functionalize, torch.func.grad
-    x = torch.randn(3, 4)
-    loss = lambda x: (3 * shape(2 * x, 0.5)).sum()  # noqa: E731
-    assert torch.equal(functionalize(lambda x: shape(x, 0.5))(x), x)
-    assert torch.equal(functionalize(grad(loss))(x), grad(loss)(x))
+SHAPING = {
+    "scale_gradient": lambda x: custom_ops.scale_gradient(x, 0.5),
+    "clip_gradient_norm": lambda x: custom_ops.clip_gradient_norm(x, 0.5),
+    "straight_through": lambda x: custom_ops.straight_through(x.round(), x),
+}
+
+
+@pytest.mark.parametrize("name", SHAPING)
+def test_functionalize(name):
+    """On any side of any transform, and of a plain backward, it leaves the shaped derivatives as they are."""
+    shape, functionalize, grad, vmap = SHAPING[name], torch.func.functionalize, torch.func.grad, torch.func.vmap
+    jvp = lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]  # noqa: E731
+    x = torch.randn(3, 4, dtype=torch.float64)
+    loss = lambda x: (3 * shape(2 * x)).square().sum()  # noqa: E731
+    assert torch.equal(functionalize(shape)(x), shape(x))
+    for transform in (grad, vmap, jvp, lambda f: vmap(grad(f)), lambda f: grad(lambda x: grad(f)(x).square().sum())):
+        expected = transform(loss)(x)
+        torch.testing.assert_close(functionalize(transform(loss))(x), expected)
+        torch.testing.assert_close(transform(functionalize(loss))(x), expected)
+    leaf = x.clone().requires_grad_()
+    functionalize(loss)(leaf).backward()
+    torch.testing.assert_close(leaf.grad, grad(loss)(x))
 
     def written(x):
         base = x.clone()
-        shape(base, 0.5).add_(1)
+        shape(base).add_(1)
         return base
 
-    assert torch.equal(functionalize(written)(x), x + 1)
-    with pytest.raises(RuntimeError, match="expected torch.func.functionalize around all other transforms"):
-        grad(functionalize(loss))(x)
+    if name != "straight_through":  # its output is a view of the values, not of x
+        assert torch.equal(functionalize(written)(x), x + 1)

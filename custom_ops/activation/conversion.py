@@ -98,6 +98,9 @@ def convert_activations(model: nn.Module, to: str = "custom_ops", measure: Seque
         TypeError: ``model`` isn't a module, or ``measure`` isn't a sequence.
         ValueError: an unknown ``to``.
 
+    Convert a model back before ``torch.jit.script``, ``torch.ao.quantization.fuse_modules`` or quantization: they know
+    modules by their class. ``torch.fx.symbolic_trace`` and what builds on it, such as ``prepare_fx``, take both.
+
     The memory saved depends on the neighbours. A convolution or linear layer after ``relu`` keeps its input, which is
     relu's output, whatever relu keeps; a normalisation before it keeps its own input, not relu's.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops.activation.piecewise import ApplyMask, apply_mask, check_inplace, relu
 from custom_ops.library import Function
@@ -50,6 +51,7 @@ def _(info: Any, in_dims: Any, x: Tensor, seed: Tensor, p: float, batch_dims: in
     return relu_dropout_forward(x, seed, p, batch_dims + 1), (0, 0)
 
 
+@leaf
 def relu_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | None = None, inplace: bool = False
 ) -> Tensor:

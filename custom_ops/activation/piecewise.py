@@ -11,6 +11,7 @@ from torch import Tensor
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask, pack, unpack
 from custom_ops._layout import as_it_lies, overlaps
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import under_autocast
 from custom_ops.library import Function
@@ -208,6 +209,11 @@ def _activate(
     dim: int = 0,
 ) -> Tensor:
     """Apply the op's activation to x and return the result in x's layout."""
+    if isinstance(x, Tensor) and x.is_quantized:
+        raise TypeError(
+            "x: expected a dense tensor, got a quantized one: call convert_activations(model, to='torch') before a "
+            "model is prepared for quantization"
+        )
     _checks.has_dtype("x", x, _checks.FLOATING)
     check_inplace(x, inplace)
 
@@ -229,6 +235,7 @@ def _activate(
     return x.copy_(y) if inplace else y
 
 
+@leaf
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """Return ``max(x, 0)``, keeping one bit per element for backward where torch keeps a tensor.
 
@@ -262,6 +269,7 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
     return _activate(x, low=0.0, nan_passes=True, inplace=inplace)
 
 
+@leaf
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """Return ``x`` where it is positive and ``negative_slope * x`` elsewhere, keeping one bit per element for backward.
 
@@ -285,6 +293,7 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
     return _activate(x, low=0.0, slope=slope, inplace=inplace)
 
 
+@leaf
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """Return ``x`` clamped to [min_val, max_val], keeping one bit per element for backward.
 
@@ -307,6 +316,7 @@ def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bo
     return _activate(x, low=low, high=high, below=low, above=high, inplace=inplace)
 
 
+@leaf
 def relu6(x: Tensor, inplace: bool = False) -> Tensor:
     """Return `hardtanh` between 0 and 6, as ``torch.nn.functional.relu6``; arguments, errors and cost are those of
     `relu`.
@@ -321,6 +331,7 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor:
     return hardtanh(x, 0.0, 6.0, inplace)
 
 
+@leaf
 def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """Return ``x`` where it exceeds ``threshold``, else ``value``, keeping one bit per element for backward.
 
@@ -340,6 +351,7 @@ def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) 
     return _activate(x, low=low, below=below, nan_passes=True, inplace=inplace)
 
 
+@leaf
 def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> Tensor:
     """Return ``relu(x + bias)`` with one bias per channel, in one pass, keeping one bit per element for backward.
 
@@ -365,6 +377,7 @@ def bias_relu(x: Tensor, bias: Tensor, dim: int = 1, inplace: bool = False) -> T
     return _activate(x, low=0.0, nan_passes=True, inplace=inplace, bias=bias, dim=dim)
 
 
+@leaf
 def bias_leaky_relu(
     x: Tensor, bias: Tensor, negative_slope: float = 0.01, dim: int = 1, inplace: bool = False
 ) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._bilinear import add
 from custom_ops._layout import as_it_lies
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops.library import Function
 
@@ -100,6 +101,7 @@ library.sharding(squared_relu_forward)(_pointwise)
 library.sharding(squared_relu_backward)(_pointwise)
 
 
+@leaf
 def squared_relu(x: Tensor) -> Tensor:
     """Return ``max(x, 0)^2`` in one pass, keeping only ``x`` for backward, where torch keeps relu(x) too.
 

@@ -29,7 +29,7 @@ from torch._C import _dispatch_key_for_device as dispatch_key_for_device
 # Fake tensors have no address to compare, but they can share memory.
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 
-# A view has its own rule for functionalize, which holds at the outermost level of torch.func alone.
+# A view has its own kernel for functionalize, which asks whether torch.func or AOTAutograd is calling.
 from torch._C._functorch import maybe_current_level as current_level
 
 # Functorch refuses a Function that is applied at a single level, except within this context.
@@ -190,6 +190,25 @@ def implement(library: torch.library.Library, name: str, kernel: Callable[..., A
         library.impl(name, kernel, key, allow_override=True)
 
 
+def below_functionalize(op: OpOverload, args: tuple[Any, ...]) -> Any:
+    """Call ``op`` at the level below the running ``torch.func.functionalize``, as torch's own kernels for it do, for
+    which there is no public way.
+    """
+    sync = torch._sync  # type: ignore[attr-defined]
+    values = [*args]
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor) and torch._is_functional_tensor(arg):
+            sync(arg)
+            values[i] = torch._from_functional_tensor(arg)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
+        return op(*values)
+
+
+def replace_value(view: Tensor, value: Tensor) -> None:
+    """Give a tensor under ``torch.func.functionalize`` another value, which Python can do only so."""
+    torch._functionalize_replace(view, value)
+
+
 def set_call(op: OpOverload, call: Any) -> None:
     """Let calls of ``op`` from Python go to ``call``, which `call_of` then returns; torch has no hook before the
     dispatcher, where a symbolic number has become a float.
@@ -205,6 +224,20 @@ def forward_level() -> int:
 def destroy(library: torch.library.Library) -> None:
     """End the registrations of ``library``, which otherwise last as long as the object."""
     library._destroy()
+
+
+def saved_tensors_hooks_refused() -> str | None:
+    """Return the error that hooks of saved tensors raise, which an interrupted ``torch.func.grad`` leaves behind."""
+    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+
+
+def refuse_saved_tensors_hooks(error: str | None) -> None:
+    """Let hooks of saved tensors raise this error, or none, for which torch has a context only."""
+    autograd: Any = torch._C._autograd
+    if error is None:
+        autograd._saved_tensors_hooks_enable()
+    else:
+        autograd._saved_tensors_hooks_disable(error)
 
 
 def version(tensor: Tensor) -> int:

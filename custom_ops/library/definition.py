@@ -20,6 +20,7 @@ from custom_ops.library._numbers import declare, keep_symbolic
 from custom_ops.library._torch import (
     CompileContext,
     OpOverload,
+    below_functionalize,
     current_level,
     destroy,
     dispatch_key_for_device,
@@ -27,6 +28,7 @@ from custom_ops.library._torch import (
     implement,
     operators_of,
     opname,
+    replace_value,
     set_call,
     without_autograd_cache,
 )
@@ -81,7 +83,9 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
 
     With ``view=True`` the body returns its first argument as it is, and the op returns a view of it, so an op that only
     changes a gradient costs nothing in forward. As with any view from a Function, autograd refuses in-place writes to
-    the output and to its base. In forward mode the op returns a copy instead of a view.
+    the output and to its base; under ``torch.func.functionalize``, which makes views of all writes, it doesn't, and
+    after a write to the base the output has the base's derivative. In forward mode the op returns a copy instead of a
+    view.
 
     Returns the operator itself, ``torch.ops.namespace.op.default``.
 
@@ -108,7 +112,7 @@ def compose(name: str, view: bool = False) -> Callable[[Callable[..., Any]], OpO
         op = _declare(name, body, run, view)
         DEFINED[op].library.impl(opname(op), with_defaults(op, run), "CompositeExplicitAutograd")
         if view:
-            DEFINED[op].library.impl(opname(op), with_defaults(op, _functionalized(name, run)), "Functionalize")
+            DEFINED[op].library.impl(opname(op), with_defaults(op, _functionalized(op, run)), "Functionalize")
         return op
 
     return decorate
@@ -252,13 +256,18 @@ def override_kernel(op: OpOverload, device: str, fn: Callable[..., Any]) -> Iter
         destroy(lib)
 
 
-def _functionalized(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a view's kernel for ``torch.func.functionalize``, below which derivatives would be those of ``run``."""
+def _functionalized(op: OpOverload, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a view's kernel for ``torch.func.functionalize``.
+
+    The result is a view of the argument there, so that writes to either are seen in both. Its value comes from the op
+    itself at the next level, as what that level differentiates has to be the op and not ``run``.
+    """
 
     def kernel(*args: Any) -> Any:
-        if (current_level() or 1) > 1:
-            raise RuntimeError(f"{name}: expected torch.func.functionalize around all other transforms, got it inside")
-        return run(*args)
+        view = run(*args)
+        if current_level() is not None:  # otherwise AOTAutograd is tracing, below autograd
+            replace_value(view, below_functionalize(op, args))
+        return view
 
     return kernel
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bilinear import add
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
@@ -375,6 +376,7 @@ class LogProbs(NamedTuple):
     lse: Tensor
 
 
+@leaf
 def linear_log_prob(
     x: Tensor,
     weight: Tensor,
@@ -601,6 +603,7 @@ def _one_number(name: str, value: Tensor, beside: Tensor) -> Tensor:
     return _checks.beside(beside, value.reshape(()))
 
 
+@leaf
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -808,6 +811,7 @@ def _class_weights(weight: Tensor, linear_weight: Tensor) -> Tensor:
     return weight
 
 
+@leaf
 def info_nce_loss(
     query: Tensor,
     key: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, PairWeighting
+from custom_ops._leaf import leaf
 from custom_ops.ranking._arguments import ListLossModule, documented, limit, list_loss
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._list_loss import list_op
@@ -24,6 +25,7 @@ def lambda_pairs(
     """Return ``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over each list's pairs in the top k."""
 
 
+@leaf
 @documented
 def lambda_loss(
     scores: Tensor,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, PositionWeights, Ties
+from custom_ops._leaf import leaf
 from custom_ops.ranking._arguments import ListLossModule, documented, limit, list_loss
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._list_loss import list_op
@@ -39,6 +40,7 @@ def cosent(scale: float) -> None:
 # ---------------------------------------------------------------- public functions
 
 
+@leaf
 @documented
 def list_net_loss(
     scores: Tensor,
@@ -71,6 +73,7 @@ def list_net_loss(
     return list_loss(list_softmax, (True,), LabelUse.DIFFERENCE, *given)
 
 
+@leaf
 @documented
 def softmax_loss(
     scores: Tensor,
@@ -103,6 +106,7 @@ def softmax_loss(
     return list_loss(list_softmax, (False,), LabelUse.VALUE, *given)
 
 
+@leaf
 @documented
 def list_mle_loss(
     scores: Tensor,
@@ -150,6 +154,7 @@ def list_mle_loss(
     return list_loss(list_mle, (_TIES[ties], _POSITION_WEIGHTS[position_weights], first), LabelUse.ORDER, *given)
 
 
+@leaf
 @documented
 def unique_softmax_loss(
     scores: Tensor,
@@ -189,6 +194,7 @@ def unique_softmax_loss(
     return list_loss(unique_softmax, (gain == "exponential",), GAINS[gain], *given)
 
 
+@leaf
 @documented
 def cosent_loss(
     scores: Tensor,

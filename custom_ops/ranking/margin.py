@@ -11,6 +11,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bits import empty_mask
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
@@ -145,6 +146,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 library.autocast(margin_ranking, torch.float32)
 
 
+@leaf
 def margin_ranking_loss(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0.0, reduction: str = "mean"
 ) -> Tensor:

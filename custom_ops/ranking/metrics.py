@@ -17,6 +17,7 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, RankMetric, TiedScores
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops.ranking._arguments import checked, documented, limit
 from custom_ops.ranking._gains import GAINS
@@ -191,6 +192,7 @@ def _number_of_each(name: str, function: Callable[[Tensor], Tensor], x: Tensor) 
     return given.detach().double()
 
 
+@leaf
 @_documented
 def precision(
     scores: Tensor,
@@ -222,6 +224,7 @@ def precision(
     return _evaluate(RankMetric.PRECISION, scores, labels, k, *lists, ties, empty, reduction)
 
 
+@leaf
 @_documented
 def recall(
     scores: Tensor,
@@ -252,6 +255,7 @@ def recall(
     return _evaluate(RankMetric.RECALL, scores, labels, k, *lists, ties, empty, reduction)
 
 
+@leaf
 @_documented
 def f1_score(
     scores: Tensor,
@@ -282,6 +286,7 @@ def f1_score(
     return _evaluate(RankMetric.F1, scores, labels, k, *lists, ties, empty, reduction)
 
 
+@leaf
 @_documented
 def hit_rate(
     scores: Tensor,
@@ -313,6 +318,7 @@ def hit_rate(
     return _evaluate(RankMetric.HIT_RATE, scores, labels, k, *lists, ties, empty, reduction)
 
 
+@leaf
 @_documented
 def r_precision(
     scores: Tensor,
@@ -342,6 +348,7 @@ def r_precision(
     return _evaluate(RankMetric.R_PRECISION, scores, labels, None, *lists, ties, empty, reduction)
 
 
+@leaf
 @_documented
 def dcg(
     scores: Tensor,
@@ -387,6 +394,7 @@ def dcg(
     return _evaluate(RankMetric.DCG, scores, gains, k, *lists, ties, empty, reduction, discount=discount)
 
 
+@leaf
 @_documented
 def ndcg(
     scores: Tensor,
@@ -428,6 +436,7 @@ def ndcg(
     return _evaluate(RankMetric.NDCG, scores, labels, k, *lists, ties, empty, reduction, gain=gain, discount=discount)
 
 
+@leaf
 @_documented
 def err(
     scores: Tensor,
@@ -468,6 +477,7 @@ def err(
     return _evaluate(RankMetric.ERR, scores, stops, k, *lists, "index", empty, reduction)
 
 
+@leaf
 @_documented
 def mrr(
     scores: Tensor,
@@ -505,6 +515,7 @@ def mrr(
     return _evaluate(RankMetric.RECIPROCAL_RANK, scores, labels, k, *lists, ties, empty, reduction, choices=_TIES)
 
 
+@leaf
 @_documented
 def average_precision(
     scores: Tensor,
@@ -543,6 +554,7 @@ def average_precision(
     return _evaluate(RankMetric.AVERAGE_PRECISION, scores, labels, k, *lists, ties, empty, reduction, choices=_TIES)
 
 
+@leaf
 @_documented
 def auc(
     scores: Tensor,

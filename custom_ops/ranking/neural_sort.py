@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from custom_ops import _checks
+from custom_ops._leaf import leaf
 from custom_ops.ranking._arguments import ListLossModule, documented, limit, list_loss
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._list_loss import list_op
@@ -15,6 +16,7 @@ def neural_sort(temperature: float, k: int, exponential: bool) -> None:
     """Return 1 - the NDCG of each list, where the gain at a rank is a mean weighted by a row of NeuralSort's matrix."""
 
 
+@leaf
 @documented
 def neural_sort_ndcg_loss(
     scores: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, PairFunction
+from custom_ops._leaf import leaf
 from custom_ops.ranking._arguments import ListLossModule, documented, list_loss
 from custom_ops.ranking._list_loss import list_op
 
@@ -29,6 +30,7 @@ def pairwise_mse(normalize: bool) -> None:
     """Return the sum of the squares of (s_i - s_j) - (y_i - y_j) over the ordered pairs of each list."""
 
 
+@leaf
 @documented
 def pairwise_logistic_loss(
     scores: Tensor,
@@ -71,6 +73,7 @@ def pairwise_logistic_loss(
     return list_loss(pairwise, (PairFunction.LOGISTIC.value, sigma, normalize), LabelUse.ORDER, *given, of_pairs=True)
 
 
+@leaf
 @documented
 def pairwise_soft_zero_one_loss(
     scores: Tensor,
@@ -109,6 +112,7 @@ def pairwise_soft_zero_one_loss(
     )
 
 
+@leaf
 @documented
 def pairwise_exponential_loss(
     scores: Tensor,
@@ -147,6 +151,7 @@ def pairwise_exponential_loss(
     )
 
 
+@leaf
 @documented
 def pairwise_hinge_loss(
     scores: Tensor,
@@ -192,6 +197,7 @@ def pairwise_hinge_loss(
     return list_loss(pairwise_hinge, (margin, squared, normalize), LabelUse.ORDER, *given, of_pairs=True)
 
 
+@leaf
 @documented
 def pairwise_mse_loss(
     scores: Tensor,

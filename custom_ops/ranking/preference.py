@@ -12,6 +12,7 @@ from torch import Tensor
 from custom_ops import _checks, library
 from custom_ops._bilinear import add
 from custom_ops._enums import PreferenceLoss
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
@@ -211,6 +212,7 @@ def _smoothing(value: Any, limit: float) -> float:
     return smoothing
 
 
+@leaf
 def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean", *, mask: Tensor | None = None) -> Tensor:
     """Return ``-log sigmoid(positive - negative)``: a chosen item should score above one that the user didn't choose.
 
@@ -263,6 +265,7 @@ def bpr_loss(positive: Tensor, negative: Tensor, reduction: str = "mean", *, mas
     return mean if under_autocast(positive) else mean.to(dtype)
 
 
+@leaf
 def bradley_terry_loss(
     chosen: Tensor,
     rejected: Tensor,
@@ -338,6 +341,7 @@ class _Term(NamedTuple):
     q: float
 
 
+@leaf
 def dpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, SmoothMetric
+from custom_ops._leaf import leaf
 from custom_ops.ranking._arguments import ListLossModule, documented, list_loss
 from custom_ops.ranking._list_loss import list_op
 
@@ -20,6 +21,7 @@ def smooth_rank(temperature: float, metric: int) -> None:
     """Return 1 - the metric of each list at r_i = 1 + the sum over j != i of sigmoid((s_j - s_i) / temperature)."""
 
 
+@leaf
 @documented
 def approx_ndcg_loss(
     scores: Tensor,
@@ -63,6 +65,7 @@ def approx_ndcg_loss(
     return _smooth_rank(_NDCG[gain], temperature, *given)
 
 
+@leaf
 @documented
 def approx_mrr_loss(
     scores: Tensor,
@@ -98,6 +101,7 @@ def approx_mrr_loss(
     return _smooth_rank(SmoothMetric.MRR.value, temperature, *given)
 
 
+@leaf
 @documented
 def smooth_ap_loss(
     scores: Tensor,

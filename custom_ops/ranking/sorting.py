@@ -10,6 +10,7 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops._enums import GroupValue
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
@@ -187,6 +188,7 @@ def _by_lists(run: Callable[..., Tensor], x: Tensor, valid: Tensor | None, offse
     return shards.in_shards(run, f"{lists},{lists},L->{lists}", x, valid, offsets)
 
 
+@leaf
 @documented
 def soft_rank(
     values: Tensor,
@@ -230,6 +232,7 @@ def soft_rank(
     return _soft(values, regularization, regularization_strength, mask, lengths, cu_lengths, sort=False)
 
 
+@leaf
 @documented
 def soft_sort(
     values: Tensor,
@@ -266,6 +269,7 @@ def soft_sort(
     return _soft(values, regularization, regularization_strength, mask, lengths, cu_lengths, sort=True)
 
 
+@leaf
 @documented
 def spearman_loss(
     scores: Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._leaf import leaf
 from custom_ops.library import Function
 from custom_ops.shaping._numbers import as_tensor
 
@@ -108,6 +109,7 @@ def _(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
     return gradient_norm_clipping(x.movedim(in_dims[0], 0), *rest), 0
 
 
+@leaf
 def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
     """Return ``x`` and, in backward, clamp its gradient to ``[min, max]`` element by element.
 
@@ -115,6 +117,9 @@ def clip_gradient(x: Tensor, min: float | None = None, max: float | None = None)
     where it was active, and the gradient through ``x`` is clamped again. The tangent isn't clipped, ``dy = dx``: limits
     for gradients don't apply to tangents, and clipping isn't linear, so it has no transpose. ``jvp`` and ``vjp``
     therefore differ where the clamp is active, and so do forward-over-reverse and reverse-over-reverse.
+
+    ``torch.amp.GradScaler`` multiplies all gradients by its scale until its step: multiply the limits, too, by
+    ``scaler.get_scale()``.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
@@ -175,13 +180,14 @@ class ClipGradient(torch.nn.Module):
         return f"min={self.min}, max={self.max}"
 
 
+@leaf
 def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | None = None) -> Tensor:
     """Return ``x`` and, in backward, scale its gradient down to a norm of at most ``max_norm``.
 
     ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, which is computed
     in float32 for 16-bit gradients. A NaN or an infinity makes all elements under the same norm NaN or 0, as in
     ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are those of `clip_gradient`: the tangent
-    isn't clipped.
+    isn't clipped. Multiply ``max_norm`` by the scale of a ``GradScaler``, as described there.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.

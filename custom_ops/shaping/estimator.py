@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._leaf import leaf
 from custom_ops.library import Function
 
 
@@ -48,6 +49,7 @@ def _(info: Any, in_dims: Any, *args: Tensor) -> Any:
     return straight_through_estimator(value, x), 0
 
 
+@leaf
 def straight_through(forward_value: Tensor, x: Tensor) -> Tensor:
     """Return ``forward_value`` and send its gradient to ``x`` unchanged: the straight-through estimator.
 

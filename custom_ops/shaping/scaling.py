@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library
+from custom_ops._leaf import leaf
 from custom_ops._wide import wide
 from custom_ops.library import Function
 from custom_ops.shaping._numbers import as_tensor
@@ -65,6 +66,7 @@ def _(info: Any, in_dims: Any, x: Tensor, factor: float, scale: Tensor | None) -
     return gradient_scaling(x, factor, scale), 0
 
 
+@leaf
 def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
     """Return ``x`` and, in backward, multiply its gradient by ``scale``.
 
@@ -140,6 +142,7 @@ class ScaleGradient(torch.nn.Module):
         return f"scale={list(self.scale.shape) if isinstance(self.scale, Tensor) else self.scale}"
 
 
+@leaf
 def reverse_gradient(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
     """Return ``x`` and, in backward, multiply its gradient by ``-lambda_``, as `scale_gradient` by ``-lambda_`` does.
 

@@ -12,6 +12,7 @@ from custom_ops import _checks, library
 from custom_ops._bilinear import add
 from custom_ops._enums import SurrogateShape
 from custom_ops._layout import as_it_lies
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
@@ -142,6 +143,7 @@ def _(*args: Any) -> Any:
     return [([p], [*[p] * len(tensors), None, None]) for p in placements]
 
 
+@leaf
 def surrogate_gradient(x: Tensor, shape: str = "sigmoid", width: float = 1.0) -> Tensor:
     """Return a spike, 1 where ``x >= 0`` and else 0, whose derivative is that of a smooth step.
 

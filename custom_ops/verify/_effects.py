@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
 import random
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from custom_ops.library._torch import refuse_saved_tensors_hooks, saved_tensors_hooks_refused
 from custom_ops.registry import Sample
 from custom_ops.verify._case import (
     Call,
@@ -35,13 +39,15 @@ KINDS = ("NaN", "infinite", "tiny")
 
 @capability("special values")
 def special_values(case: Case) -> str | None:
-    """NaN, infinities and numbers near underflow, in each input and in all, give the reference's results."""
+    """NaN, infinities and numbers near underflow give the reference's results, and a NaN gradient is passed on."""
     if case.info.reference is None:
         raise NotApplicable("no reference given")
     kinds = [kind for kind in KINDS if kind not in case.info.not_fuzzed]
     refused = 0
     for dtype in [d for d in (torch.float64, torch.float32) if d in case.info.dtypes][: 1 if case.sparing else 2]:
         for call in case.calls(dtype):
+            if call.input_keys and "NaN" in kinds:
+                _check_nan_gradients(case, call)
             for kind in kinds:
                 for sample in _with_values(call, kind):
                     try:
@@ -52,6 +58,27 @@ def special_values(case: Case) -> str | None:
                         refused += 1
     left_out = [f"{kind}: {case.info.not_fuzzed[kind]}" for kind in KINDS if kind not in kinds]
     return "; ".join([*left_out, *([f"{refused} calls are refused"] if refused else [])]) or None
+
+
+def _check_nan_gradients(case: Case, call: Call) -> None:
+    """Check that a NaN that comes in as gradient of one element of an output reaches all that this element depends on.
+
+    The reference tells which these are, by a gradient that isn't 0. Where it is 0, formulas that are equivalent may
+    differ, as 0 times NaN.
+    """
+    reference = case.reference(call)
+    inputs, oracles = call.inputs, call.inputs
+    outputs, expected = call(*inputs), reference(*oracles)
+    for i, (y, e) in enumerate(zip(outputs, expected)):
+        if not y.numel():
+            continue
+        one = e.new_zeros(e.shape)
+        one.view(-1)[y.numel() // 2] = 1
+        reached = grads([e], oracles, [one], retain_graph=True)
+        found = grads([y], inputs, [torch.where(one == 1, torch.nan, one).to(y)], retain_graph=True)
+        for j, (r, f) in enumerate(zip(reached, found)):
+            if not f[r.isfinite() & (r != 0)].isnan().all():
+                raise AssertionError(f"gradient {j} of {describe(call)}: a NaN in the gradient of output {i} is lost")
 
 
 def _with_values(call: Call, kind: str) -> Iterator[Sample]:
@@ -76,32 +103,81 @@ def _with_values(call: Call, kind: str) -> Iterator[Sample]:
 
 
 def _settings() -> dict[str, Any]:
-    denormal = torch.full((1,), 5e-324, dtype=torch.float64)
-    return {
-        "torch.get_default_dtype()": torch.get_default_dtype(),
-        "torch.get_default_device()": torch.get_default_device(),
-        "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled(),
-        "torch.get_num_threads()": torch.get_num_threads(),
-        "torch.get_deterministic_debug_mode()": torch.get_deterministic_debug_mode(),
-        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
-        "torch.is_autocast_enabled('cpu')": torch.is_autocast_enabled("cpu"),
-        "torch.set_flush_denormal": bool((denormal * 1 == 0).all()),
-        "the filters of warnings": list(warnings.filters),
-        "Python's random numbers": random.getstate(),
-        "NumPy's random numbers": repr(sys.modules["numpy"].random.get_state()) if "numpy" in sys.modules else None,
-    }
+    return {name: get() for name, (get, _) in SETTINGS.items()}
+
+
+def _numpy(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of NumPy if that is imported."""
+    module: Any = sys.modules.get("numpy")
+    return functools.reduce(getattr, name.split("."), module)(*args, **kwargs) if module else None
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def _flushes_denormals() -> bool:
+    return bool((torch.full((1,), 5e-324, dtype=torch.float64) * 1 == 0).all())
+
+
+def _flag(module: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return partial(getattr, module, name), partial(setattr, module, name)
+
+
+# An op must leave these as they are; the functions get and set them.
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch.get_default_dtype()": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch.get_default_device()": (torch.get_default_device, torch.set_default_device),
+    "torch.is_grad_enabled()": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch.get_num_threads()": (torch.get_num_threads, torch.set_num_threads),
+    "torch.get_deterministic_debug_mode()": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    "torch.get_float32_matmul_precision()": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch.is_autocast_enabled('cpu')": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda enabled: torch.set_autocast_enabled("cpu", enabled),
+    ),
+    "torch.backends.mkldnn.enabled": _flag(torch.backends.mkldnn, "enabled"),
+    "torch.backends.cudnn.enabled": _flag(torch.backends.cudnn, "enabled"),
+    "torch.backends.cudnn.benchmark": _flag(torch.backends.cudnn, "benchmark"),
+    "torch.set_flush_denormal": (_flushes_denormals, torch.set_flush_denormal),
+    "the hooks of saved tensors": (saved_tensors_hooks_refused, refuse_saved_tensors_hooks),
+    "the filters of warnings": (lambda: [*warnings.filters], partial(setattr, warnings, "filters")),
+    "the environment": (lambda: dict(os.environ), _set_environment),
+    "Python's random numbers": (random.getstate, random.setstate),
+    "NumPy's random numbers": (
+        lambda: _numpy("random.get_state", legacy=False),
+        lambda state: _numpy("random.set_state", state),
+    ),
+    "NumPy's handling of errors": (lambda: _numpy("geterr"), lambda handling: _numpy("seterr", **handling or {})),
+}
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Put back on leaving the context what an op must not change, so that a later row sees it change again."""
+    before, generator = _settings(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(generator)
+        for name, value in _settings().items():
+            if not _equal(value, before[name]):
+                SETTINGS[name][1](before[name])
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return repr(a) == repr(b)  # NumPy's state holds an array
 
 
 @capability("global state", of_dispatch=True)
 def global_state(case: Case) -> str | None:
-    """Forward and backward leave the default dtype, modes, threads and random numbers of the process as they were."""
+    """Forward and backward leave the process's default dtype, modes, threads, random numbers and environment alone."""
     draws = False
     for call in case.calls():
-        before, default = _settings(), torch.get_default_dtype()
-        generator = torch.get_rng_state()
+        before = _settings()
         after: dict[int, list[Tensor]] = {}
-        try:
+        with settings_kept():
             for seed in (1, 1, 2):
                 torch.manual_seed(seed)
                 start = torch.get_rng_state()
@@ -109,10 +185,7 @@ def global_state(case: Case) -> str | None:
                 after.setdefault(seed, []).append(torch.get_rng_state())
                 draws = draws or not torch.equal(start, after[seed][-1])
             found = _settings()
-        finally:
-            torch.set_default_dtype(default)
-            torch.set_rng_state(generator)
-        changed = [name for name, value in before.items() if found[name] != value]
+        changed = [name for name, value in before.items() if not _equal(found[name], value)]
         if changed:
             raise AssertionError(f"{describe(call)} changes {', '.join(changed)}")
         if torch.equal(after[1][0], after[2][0]):
@@ -122,14 +195,14 @@ def global_state(case: Case) -> str | None:
     return "draws random numbers" if draws else None
 
 
-def _forward_backward(call: Call) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _forward_backward(call: Call, seed: int = 1) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return fresh inputs, the outputs, and the gradients."""
     inputs = call.inputs
     outputs = call.with_tensors(inputs, call.input_keys).run()
     differentiable = [y for y in outputs if y.requires_grad]
     if not differentiable:
         return inputs, outputs, []
-    return inputs, outputs, grads(differentiable, inputs, randn_like(differentiable, seed=1))
+    return inputs, outputs, grads(differentiable, inputs, randn_like(differentiable, seed))
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -221,10 +294,12 @@ def threads(case: Case) -> str:
     calls = case.calls(torch.float32)[: 1 if case.quick else None]
     for call in [grown(case, call) for call in calls]:
         workers = [_spread(call, seed) for seed in range(_THREADS)]
-        expected = [_results(worker) for worker in workers]
+        expected = [_results(worker, seed) for seed, worker in enumerate(workers)]
         barrier = threading.Barrier(_THREADS)
         failures: list[BaseException] = []
-        run = [partial(_repeat, w, e, barrier, failures, describe(call)) for w, e in zip(workers, expected)]
+        run = [
+            partial(_repeat, *one, barrier, failures, describe(call)) for one in zip(workers, range(_THREADS), expected)
+        ]
         started = [threading.Thread(target=each, daemon=True) for each in run]
         interval = sys.getswitchinterval()
         try:
@@ -250,18 +325,23 @@ def _spread(call: Call, seed: int) -> Call:
     return call.with_tensors(tensors, call.input_keys)
 
 
-def _results(call: Call) -> list[Tensor]:
-    _, outputs, gradients = _forward_backward(call)
+def _results(call: Call, seed: int) -> list[Tensor]:
+    _, outputs, gradients = _forward_backward(call, seed)
     return [t.detach() for t in (*outputs, *gradients)]
 
 
 def _repeat(
-    call: Call, expected: Sequence[Tensor], barrier: threading.Barrier, failures: list[BaseException], what: str
+    call: Call,
+    seed: int,
+    expected: Sequence[Tensor],
+    barrier: threading.Barrier,
+    failures: list[BaseException],
+    what: str,
 ) -> None:
     try:
         barrier.wait()
         for _ in range(_ROUNDS):
-            check_close(_results(call), expected, f"{what} while other threads call it", rtol=1e-5)
+            check_close(_results(call, seed), expected, f"{what} while other threads call it", rtol=1e-5)
     except BaseException as error:
         failures.append(error)
         barrier.abort()

@@ -19,6 +19,7 @@ from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import EMULATED
 from custom_ops.verify._backends import backend as on_backend
 from custom_ops.verify._case import CAPABILITIES, Call, Capability, Case, NotApplicable, NotChecked, refuse_wrong
+from custom_ops.verify._effects import settings_kept
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, Cell, Report
 from custom_ops.verify._values import dynamic_dimensions
 
@@ -185,9 +186,8 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     reason = case.info.not_applicable.get(row.name)
     if reason is not None and not row.may_be_refused:
         return NOT_APPLICABLE, reason
-    default = torch.get_default_dtype()
     try:
-        with warnings.catch_warnings(), compiled_afresh():
+        with warnings.catch_warnings(), compiled_afresh(), settings_kept():
             warnings.simplefilter("ignore")
             case.every_sample = row.every_sample
             remark = row.check(case)
@@ -199,8 +199,6 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
         if reason is not None and not isinstance(error, AssertionError):
             return NOT_APPLICABLE, f"{reason} (raises {type(error).__name__})"
         return FAIL, _explain(error)
-    finally:
-        torch.set_default_dtype(default)  # the op may have changed it
     if reason is not None:
         return FAIL, f"declared not applicable ({reason}), yet it raises nothing"
     return PASS, remark or ""
@@ -223,7 +221,8 @@ def _converter(
     samples = [s if isinstance(s, Sample) else Sample(s) for s in sample_inputs]
     refuse_wrong(samples)
     if not any(s.dynamic for s in samples):
-        samples = [replace(s, dynamic=dynamic_dimensions(Call(function, s))) for s in samples]
+        with settings_kept():
+            samples = [replace(s, dynamic=dynamic_dimensions(Call(function, s))) for s in samples]
 
     def convert(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if not isinstance(value, Tensor):

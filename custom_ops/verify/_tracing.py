@@ -41,7 +41,7 @@ from custom_ops.verify._case import (
     squares,
 )
 from custom_ops.verify._fuzz import VALUES
-from custom_ops.verify._values import LAYOUTS, resized
+from custom_ops.verify._values import LAYOUTS, grown, resized
 
 # These are the tests of torch's opcheck; the first two run a kernel, and the rest are the same on every backend.
 OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
@@ -113,23 +113,24 @@ def records(case: Case, dtypes: Sequence[torch.dtype], layouts: Sequence[str] = 
 def _recorded(case: Case, dtype: torch.dtype, layout: str) -> dict[tuple[Any, ...], Record]:
     recorder = _Recorder()
     for call in case.calls(dtype):
-        if layout == "of size one":
+        by_size = layout.startswith("of size")
+        if by_size:
             if not call.sample.dynamic or call.is_empty:
                 continue
-            call = _of_size_one(call)
+            call = _of_size(call, int(layout[-1]))
         elif layout:
             moved = [LAYOUTS[layout](t.detach()).requires_grad_(t.requires_grad) for t in call.tensors]
             call = call.with_tensors(moved)
-        with recorder, suppress(Exception) if layout == "of size one" else nullcontext():
+        with recorder, suppress(Exception) if by_size else nullcontext():
             _exercise(call)
     return recorder.records
 
 
-def _of_size_one(call: Call) -> Call:
-    """Return the call with the first element of each dynamic dimension, which not every op accepts."""
+def _of_size(call: Call, size: int) -> Call:
+    """Return the call with one or no element of each dynamic dimension, which not every op accepts."""
     dynamic = call.sample.dynamic
     tensors = [
-        t.detach().narrow(dynamic[k], 0, 1).clone().requires_grad_(t.requires_grad) if k in dynamic else t
+        t.detach().narrow(dynamic[k], 0, size).clone().requires_grad_(t.requires_grad) if k in dynamic else t
         for k, t in zip(call.keys, call.tensors)
     ]
     return call.with_tensors(tensors)
@@ -193,7 +194,9 @@ def _varied(calls: Sequence[Record]) -> list[Record]:
 @capability("fake kernel")
 def fake_kernel(case: Case) -> str | None:
     """Under ``FakeTensorMode`` every registered op gives its real shape, dtype, strides and device."""
-    layouts = ["transposed"] if case.sparing else ["transposed", "inner transposed", "channels last", "of size one"]
+    layouts = ["transposed"]
+    if not case.sparing:
+        layouts += ["inner transposed", "channels last", "of size 1", "of size 0"]
     found = records(case, [torch.float64], layouts)
     if torch.bfloat16 in case.info.dtypes and not case.sparing:
         found += records(case, [torch.bfloat16], [] if case.quick else layouts)
@@ -328,7 +331,7 @@ def compiled(case: Case) -> str:
 
 @capability("compiled composition", of_dispatch=True)
 def compiled_composition(case: Case) -> None:
-    """The composition that replaces an op under compilation equals eager in every dtype, and for NaN and infinities."""
+    """The composition that replaces an op under compilation equals eager: all dtypes, NaN and infinities, a large size."""
     if not _composed(case):
         raise NotApplicable("a compiler is given the registered ops as they are")
     kinds = ["as given", *(kind for kind in ("NaN", "infinite") if kind not in case.info.not_fuzzed)]
@@ -341,6 +344,12 @@ def compiled_composition(case: Case) -> None:
                 what = f"what is compiled for {describe(moved)} with values {kind}"
                 actual, expected = _forward_backward(moved, program), _forward_backward(moved, _outputs(call))
                 check_close(actual, expected, what, rtol=tolerance)
+    call = grown(case, case.compiled_calls(torch.float32)[0])
+    call = call.with_tensors([LAYOUTS["transposed"](t.detach()).requires_grad_(t.requires_grad) for t in call.tensors])
+    tolerance = max(64.0, max(t.numel() for t in call.tensors) ** 0.5) * torch.finfo(torch.float32).eps
+    actual = _forward_backward(call, _compile(_outputs(call), "aot_eager", dynamic=False))
+    expected = _forward_backward(call, _outputs(call))
+    check_close(actual, expected, f"what is compiled for {describe(call)}, transposed", rtol=tolerance)
 
 
 def _composed(case: Case) -> bool:

@@ -186,6 +186,9 @@ LAYOUTS: dict[str, Layout] = {
     "sliced from cat": lambda t: torch.cat([_junk(t), t], -1).narrow(-1, t.shape[-1], t.shape[-1]) if t.dim() else t,
     "storage offset": lambda t: torch.cat([_junk(t).reshape(-1), t.reshape(-1)])[t.numel() :].view(t.shape),
     "inner transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 2 else t,
+    "outer transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 2 else t,
+    "last dimension first": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1) if t.dim() > 2 else t,
+    "first dimension last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() > 2 else t,
     "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
 }
 # These layouts change the values, so the result is compared with that of a contiguous copy.

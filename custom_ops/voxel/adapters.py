@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks
+from custom_ops._leaf import leaf
 from custom_ops.voxel.segments import segment_reduce
 from custom_ops.voxel.sums import voxel_sum
 from custom_ops.voxel.voxel_grid import numbers_of, voxel_rank
 from custom_ops.voxel.voxelize import hard_voxelize, voxel_ravel, voxel_unravel, voxelize
 
 
+@leaf
 def voxel_image(x: Tensor, grid_size: Sequence[int], layout: str = "cyx") -> Tensor:
     """Arrange the features of a grid's voxels as an image or a volume.
 
@@ -57,6 +59,7 @@ def checked_layout(layout: str) -> str:
     return layout
 
 
+@leaf
 def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int) -> Tensor:
     """Sum features into a volume, with the arguments and the result of BEVFusion's ``bev_pool``.
 
@@ -90,6 +93,7 @@ def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int
     return out.view(*shape, out.shape[-1]).permute(0, 4, 1, 2, 3)
 
 
+@leaf
 def voxel_pooling_train(geom_xyz: Tensor, input_features: Tensor, voxel_num: Sequence[int]) -> Tensor:
     """Sum features into a bird's-eye view, with the arguments and the result of BEVDepth's function of that name.
 
@@ -129,6 +133,7 @@ def voxel_pooling_train(geom_xyz: Tensor, input_features: Tensor, voxel_num: Seq
     return voxel_image(voxel_sum(input_features.flatten(1, -2), rank, grid[0] * grid[1]), (*grid[:2], 1))
 
 
+@leaf
 def dynamic_scatter(feats: Tensor, coors: Tensor, reduce_type: str = "max") -> tuple[Tensor, Tensor]:
     """Reduce the points of each voxel, with the arguments and the result of mmcv's function of that name.
 
@@ -167,6 +172,7 @@ def dynamic_scatter(feats: Tensor, coors: Tensor, reduce_type: str = "max") -> t
     return reduced, voxel_unravel(voxels.rank, grid).to(coors.dtype)
 
 
+@leaf
 def voxelization(
     points: Tensor,
     voxel_size: Sequence[float] | Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library, shards
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import under_autocast
 from custom_ops.voxel.voxel_grid import numbers_of
@@ -47,6 +48,7 @@ def _(*args: Any) -> Any:
     return [([Replicate()], [*[Replicate()] * 5, *[None] * 3])]
 
 
+@leaf
 def bev_pool_v2(
     depth: Tensor,
     feat: Tensor,

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
+from custom_ops._leaf import leaf
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
 from custom_ops.voxel.sums import csr_of, has_one_mask
 from custom_ops.voxel.voxel_grid import as_voxels, voxel_csr
 from custom_ops.voxel.voxel_segments import segment_reduce
 
 
+@leaf
 def bev_pool(
     depth: Tensor,
     feat: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
+from custom_ops._leaf import leaf
 from custom_ops._wide import wide
 from custom_ops.voxel import voxel_segments as ops
 from custom_ops.voxel.voxel_segments import check_points, segment_sum
@@ -56,6 +57,7 @@ def segment_reduce(
 def segment_reduce(
     x: Tensor, indptr: Tensor, reduce: str, perm: Tensor | None = ..., *, return_indices: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
+@leaf
 def segment_reduce(
     x: Tensor, indptr: Tensor, reduce: str = "sum", perm: Tensor | None = None, return_indices: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -132,6 +134,7 @@ def segment_reduce(
     return values.to(x.dtype), indices
 
 
+@leaf
 def segment_softmax(x: Tensor, indptr: Tensor, perm: Tensor | None = None) -> Tensor:
     """Compute the softmax of each column over the points of each segment.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
+from custom_ops._leaf import leaf
 from custom_ops.voxel.voxel_grid import voxel_bounds
 from custom_ops.voxel.voxel_segments import SegmentReduce, segment_reduce
 
@@ -30,6 +31,7 @@ class VoxelsSumming(SegmentReduce):
         return voxels_summing(*args, **kwargs)
 
 
+@leaf
 def voxels_summing(x: Tensor, geometry: Tensor, ranks: Tensor, check_sorted: bool = True) -> tuple[Tensor, Tensor]:
     """Sum the features of the points of each voxel; a drop-in for FIERY's and Lift-Splat-Shoot's functions.
 

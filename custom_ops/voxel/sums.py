@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
+from custom_ops._leaf import leaf
 from custom_ops._wide import wide
 from custom_ops.voxel._geometry import Csr, KeepsGeometry
 from custom_ops.voxel.segments import REDUCTIONS, has_reducible, reduced
@@ -72,6 +73,7 @@ def _aligned(x: Tensor, csr: Csr) -> tuple[Tensor, Tensor, Tensor]:
     return x, indptr, perm
 
 
+@leaf
 def voxel_sum(
     x: Tensor,
     rank: Tensor,
@@ -145,6 +147,7 @@ def has_one_mask(mask: Tensor | None, csr: tuple[Tensor, Tensor] | None) -> None
         raise ValueError("mask: expected None with csr, which is made of rank.masked_fill(~mask, -1)")
 
 
+@leaf
 def voxel_softmax(
     x: Tensor,
     rank: Tensor,

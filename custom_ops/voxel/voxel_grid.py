@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, library, shards
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops.library._torch import forward_level
 
@@ -217,6 +218,7 @@ def _triple(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.tensor(numbers_of(name, value, 3, _checks.as_float), dtype=dtype, device=like.device)
 
 
+@leaf
 def voxel_rank(
     points: Tensor,
     origin: Sequence[float] | Tensor,
@@ -296,6 +298,7 @@ def voxel_rank(
     return torch.where((rank >= 0) & (batch >= 0), rank + batch.long().clamp_max(largest) * (x * y * z), -1)
 
 
+@leaf
 def voxel_csr(rank: Tensor, num_voxels: int) -> tuple[Tensor, Tensor]:
     """Sort points by voxel with a stable counting sort, reusable over layers and frames of the same geometry.
 

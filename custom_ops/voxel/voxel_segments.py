@@ -18,6 +18,7 @@ from torch import Tensor
 
 from custom_ops import _checks, library, shards
 from custom_ops._bilinear import add, bilinear
+from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import wide
 from custom_ops.library import Function
@@ -498,6 +499,7 @@ def check_points(x: Tensor, indptr: Tensor, perm: Tensor | None) -> None:
     _checks.same_device(x=x, indptr=indptr, **({} if perm is None else {"perm": perm}))
 
 
+@leaf
 def segment_sum(x: Tensor, indptr: Tensor, perm: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Sum the rows of each segment, in any order and optionally weighted: the building block of this family.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import _checks, shards
+from custom_ops._leaf import leaf
 from custom_ops.voxel._geometry import Csr
 from custom_ops.voxel.sums import csr_of
 from custom_ops.voxel.voxel_grid import as_voxels, numbers_of, voxel_place, voxel_slots, voxel_unique
@@ -53,6 +54,7 @@ def _limit_of(rank: Tensor, max_voxels: int | None, padded: bool = True) -> int:
     return limit
 
 
+@leaf
 def voxelize(rank: Tensor, max_voxels: int | None = None) -> Voxels:
     """Find the voxels that have points, and the points of each.
 
@@ -98,6 +100,7 @@ def voxelize(rank: Tensor, max_voxels: int | None = None) -> Voxels:
     return Voxels(ranks, inverse, indptr.diff(), perm, indptr)
 
 
+@leaf
 def hard_voxelize(
     points: Tensor, rank: Tensor, max_points: int, max_voxels: int | None = None, padded: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +155,7 @@ def hard_voxelize(
     return voxels.unflatten(-2, (ranks.shape[-1], max_points)), ranks, counts
 
 
+@leaf
 def voxel_gather(x: Tensor, rank: Tensor, csr: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Give each point the features of its voxel: the adjoint of `voxel_sum`.
 
@@ -210,6 +214,7 @@ def _grid_of(grid_size: Sequence[int], count: int) -> tuple[int, ...]:
     return grid
 
 
+@leaf
 def voxel_ravel(coordinates: Tensor, grid_size: Sequence[int]) -> Tensor:
     """Return the number of the voxel with the given coordinates, or -1 outside of the grid.
 
@@ -243,6 +248,7 @@ def voxel_ravel(coordinates: Tensor, grid_size: Sequence[int]) -> Tensor:
     return rank.where(inside, -1)
 
 
+@leaf
 def voxel_unravel(rank: Tensor, grid_size: Sequence[int]) -> Tensor:
     """Return the coordinates of the voxels with the given numbers: the inverse of `voxel_ravel` and of `voxel_rank`.
 

@@ -1,0 +1,34 @@
+"""Public functions under tracers that pass something else than tensors: torch.fx and torch.jit.script."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.fx
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def leaf(function: F) -> F:
+    """Let ``torch.fx.symbolic_trace`` keep a call of ``function`` as one node, as it has no value for its checks.
+
+    ``torch.jit.script``, which compiles the source of all that a program calls, gets an error that says what to do.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.fx.Proxy):
+                return value.tracer.create_proxy("call_function", call, args, kwargs)
+        return function(*args, **kwargs)
+
+    def refuse() -> None:
+        raise RuntimeError(
+            f"custom_ops.{function.__name__}: torch.jit.script can't compile an op with derivatives in Python: use "
+            "torch.compile, torch.export or torch.jit.trace, or call convert_activations(model, to='torch') before"
+        )
+
+    call.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
