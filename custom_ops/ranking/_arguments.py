@@ -218,7 +218,7 @@ def valid_items(
     if cu_lengths is not None:
         if lengths is not None:
             raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
-        offsets = _integers("cu_lengths", cu_lengths, x)
+        offsets = integers("cu_lengths", cu_lengths, x)
         _checks.has_dims("cu_lengths", offsets, "[L + 1]")
         if offsets.shape[0] == 0:
             raise ValueError("cu_lengths: expected at least one element, got none")
@@ -228,13 +228,13 @@ def valid_items(
         _has_shape("mask", mask, x, x.shape, name)
     if lengths is None:
         return mask, offsets
-    lengths = _integers("lengths", lengths, x)
+    lengths = integers("lengths", lengths, x)
     _has_shape("lengths", lengths, x, x.shape[:-1], name)
     begun: Tensor = list_valid(lengths, x.shape[-1])
     return begun if mask is None else mask & begun, offsets
 
 
-def _integers(name: str, value: Any, x: Tensor) -> Tensor:
+def integers(name: str, value: Any, x: Tensor) -> Tensor:
     """Return an int64 tensor from integers in a tensor, a list, a NumPy array or the like."""
     if not isinstance(value, Tensor):
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, RankMetric, TiedScores
 from custom_ops._native import define
-from custom_ops.ranking._arguments import checked, documented, limit
+from custom_ops.ranking._arguments import checked, documented, integers, limit
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._inputs import in_dtype
 from custom_ops.ranking._lists import batch, per_list, shard
@@ -95,11 +95,9 @@ def _evaluate(
     discount: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Check all arguments, and return the metric at each k, reduced over the lists."""
-    several = False
-    if not (k is None or isinstance(k, (int, torch.SymInt, str))):  # an array or a 1-d tensor is a sequence too
-        several = isinstance(k, Sequence) or getattr(k, "ndim", 0) == 1
-    each: Any = k if several else [k]
-    cutoffs = [limit(one) for one in each]
+    each = _checks.listed(k)
+    several = each is not None
+    cutoffs = [limit(one) for one in ([k] if each is None else each)]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
     value = _checks.plain(empty)
@@ -165,7 +163,7 @@ def _by_query(
     if lengths is not None or cu_lengths is not None:
         raise ValueError("index: expected neither lengths nor cu_lengths beside it")
     _checks.has_dtype("scores", scores, _REAL)
-    _checks.has_dtype("index", index, _checks.INDEX)
+    index = integers("index", index, scores)
     if scores.dim() != 1:
         raise ValueError(f"index: expected scores [n] beside it, got shape {list(scores.shape)}")
     given = {"index": index, "labels": labels} | ({} if mask is None else {"mask": mask})

@@ -451,14 +451,15 @@ def _dpo_terms(
     beta: float | None, loss_type: str | Sequence[str], label_smoothing: Any, loss_weights: Sequence[float] | None
 ) -> list[tuple[float, _Term]]:
     """Return the weighted terms of all types; ``beta`` is None if each pair has its own."""
-    types = [loss_type] if isinstance(loss_type, str) or not isinstance(loss_type, Sequence) else list(loss_type)
+    several = _checks.listed(loss_type)
+    types = [loss_type] if several is None else several
     if not types:
         raise ValueError("loss_type: expected at least one type, got none")
     for one in types:
         _checks.is_one_of("loss_type", one, DPO_LOSS_TYPES)
-    given = [1.0] * len(types) if loss_weights is None else loss_weights
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(f"loss_weights: expected a sequence of numbers, got {type(given).__name__}")
+    given = [1.0] * len(types) if loss_weights is None else _checks.listed(loss_weights)
+    if given is None:
+        raise TypeError(f"loss_weights: expected a sequence of numbers, got {type(loss_weights).__name__}")
     weights = [_checks.as_float("loss_weights", weight) for weight in given]
     if len(weights) != len(types):
         raise ValueError(f"loss_weights: expected one for each of {len(types)} types, got {len(weights)}")
@@ -558,7 +559,10 @@ class DPOLoss(torch.nn.Module):
         _dpo_terms(self.beta, loss_type, label_smoothing, loss_weights)
         self.label_smoothing = _checks.as_float("label_smoothing", label_smoothing)
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.loss_type, self.reduction, self.loss_weights = loss_type, reduction, loss_weights
+        types, given = _checks.listed(loss_type), _checks.listed(loss_weights)
+        self.loss_type = loss_type if types is None else [str(one) for one in types]
+        self.loss_weights = None if given is None else [_checks.as_float("loss_weights", one) for one in given]
+        self.reduction = reduction
 
     def forward(
         self,
