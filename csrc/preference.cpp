@@ -4,7 +4,7 @@
 
 namespace custom_ops {
 
-CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID)
+CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID, BLEND)
 
 namespace {
 
@@ -103,6 +103,28 @@ struct SigmoidLoss {
   }
 };
 
+// sigmoid(-p z) softplus(-z) + sigmoid(p z) exp(-z), with z = beta d and p >= 1
+struct BlendLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A beta, A p, A) {
+    const A z = beta * d;
+    const Logistic<A> f(z), share(p * z);
+    // exp(-z) sigmoid(p z), in which neither factor overflows
+    const A exponential = exp_nonpositive(z < 0 ? (p - 1) * z : -z) * (z < 0 ? share.down : share.up);
+    if constexpr (kOrder == 0) return weigh(share.down, f.low) + exponential;
+    // The derivatives of the share sigmoid(p z), and the logarithmic slope of the exponential term with its derivatives
+    const A m = p * (share.up * share.down), turn = p * (share.down - share.up), g = p * share.down - 1;
+    if constexpr (kOrder == 1) return beta * (exponential * g - share.down * f.down - weigh(m, f.low));
+    const A both = f.up * f.down, dg = -p * m, m2 = m * turn;
+    if constexpr (kOrder == 2)
+      return beta * beta * (share.down * both + 2 * f.down * m - weigh(m2, f.low) + exponential * (g * g + dg));
+    const A m3 = m * (turn * turn - 2 * p * m), bend = both * (f.down - f.up);
+    return beta * beta * beta *
+           (share.down * bend - 3 * both * m + 3 * f.down * m2 - weigh(m3, f.low) +
+            exponential * (g * g * g + 3 * g * dg - p * m2));
+  }
+};
+
 // Replaces the differences of a tile by the loss's derivatives of that order.
 template <class A>
 void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
@@ -125,6 +147,7 @@ void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, 
     case PreferenceLoss::SQUARED: return with_order(SquaredLoss{});
     case PreferenceLoss::DIVERGENCE: return with_order(DivergenceLoss{});
     case PreferenceLoss::SIGMOID: return with_order(SigmoidLoss{});
+    case PreferenceLoss::BLEND: return with_order(BlendLoss{});
   }
 }
 

@@ -69,7 +69,7 @@ def plain(value: Any) -> Any:
 
 
 def listed(value: Any) -> list[Any] | None:
-    """Return the elements of a sequence, of an array or of a 1-d tensor on the CPU; None if ``value`` is none of them."""
+    """Return the elements of a sequence, an array or a 1-d tensor on the CPU; None if ``value`` is none of these."""
     if value is None or isinstance(value, (str, int, float, torch.SymInt, torch.SymFloat)):
         return None  # Dynamo can't ask a symbolic number for more
     if isinstance(value, Sequence):

@@ -18,7 +18,7 @@ from torch import Tensor
 from custom_ops import _checks
 from custom_ops._enums import LabelUse, RankMetric, TiedScores
 from custom_ops._native import define
-from custom_ops.ranking._arguments import checked, documented, integers, limit
+from custom_ops.ranking._arguments import checked, documented, integers, limit, value_of_empty, with_empty
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._inputs import in_dtype
 from custom_ops.ranking._lists import batch, per_list, shard
@@ -100,10 +100,7 @@ def _evaluate(
     cutoffs = [limit(one) for one in ([k] if each is None else each)]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
-    value = _checks.plain(empty)
-    if empty is not None and not (isinstance(value, float) and value != value):
-        value = _checks.as_float("empty", empty)
-    empty = value
+    empty = value_of_empty(empty)
     if isinstance(scores, Tensor):
         scores = scores.detach()
     labels = labels.detach()
@@ -130,9 +127,7 @@ def _evaluate(
     )
     if offsets is None:
         value, active = value.squeeze(-2), active.squeeze(-1)
-    active = active.unsqueeze(-1)
-    if empty is not None:
-        value, active = torch.where(active, value, empty), torch.ones_like(active)
+    value, active = with_empty(value, active.unsqueeze(-1), empty)
     value = value if several else value.squeeze(-1)
     active = active if several else active.squeeze(-1)
     if reduction == "none":
