@@ -144,7 +144,7 @@ def value_of_empty(empty: Any) -> float | None:
     """Check the option ``empty``, which may be NaN, and return it as a Python number."""
     value = _checks.plain(empty)
     if empty is None or (isinstance(value, float) and value != value):
-        return value  # type: ignore[no-any-return]
+        return value
     return _checks.as_float("empty", value)
 
 

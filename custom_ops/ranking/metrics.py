@@ -95,9 +95,9 @@ def _evaluate(
     discount: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Check all arguments, and return the metric at each k, reduced over the lists."""
-    each = _checks.listed(k)
-    several = each is not None
-    cutoffs = [limit(one) for one in ([k] if each is None else each)]
+    several = _checks.listed(k) is not None
+    each: list[Any] = _checks.listed(k) or ([] if several else [k])
+    cutoffs = [limit(one) for one in each]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
     empty = value_of_empty(empty)
