@@ -20,7 +20,7 @@ def loss_function(loss: Callable[..., Tensor], **options: Any) -> Callable[..., 
         >>> from custom_ops.adapters import allrank
         >>> loss = allrank.loss_function(custom_ops.lambda_loss, weighting="ndcg2pp", k=10)
         >>> loss(torch.tensor([[0.5, 0.1, 0.9]]), torch.tensor([[2.0, 0.0, -1.0]]))  # the last item is padding
-        tensor(2.1650)
+        tensor(3.0047)
     """
 
     def padded(y_pred: Tensor, y_true: Tensor, padded_value_indicator: float = -1) -> Tensor:
