@@ -129,7 +129,7 @@ struct BlendLoss {
 template <class A>
 void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
   const auto run = [=](auto loss, auto constant) {
-    multiversion([=]() ALWAYS_INLINE {
+    multiversion_wide([=]() ALWAYS_INLINE {
       for (int64_t k = 0; k < n; ++k) v[k] = loss.template at<decltype(constant)::value>(v[k], beta, p, q);
     });
   };
@@ -191,7 +191,7 @@ struct Differences {
     const T* own = kOffsets > 0 ? data<T>(*chosen_offset) + at : c;  // or a placeholder
     const T* other = kOffsets > 1 ? data<T>(*rejected_offset) + at : c;
     const A m = kQuarter<A> * static_cast<A>(margin);
-    multiversion([=]() ALWAYS_INLINE {
+    multiversion_wide([=]() ALWAYS_INLINE {
       A* __restrict out = to;
       if constexpr (kOffsets == 0 && !kMargin) {  // a single difference is rounded once
         for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(c[i]) - static_cast<A>(r[i]);
@@ -250,7 +250,7 @@ Tensor preference(const Tensor& chosen, const Tensor& rejected, const std::optio
         A v[kTile];
         differences.tile<T>(at, n, v);
         differentiate(kind, 0, v, n, b, wp, wq);
-        multiversion([&]() ALWAYS_INLINE {
+        multiversion_wide([&]() ALWAYS_INLINE {
           if (reduce) total += sum(v, n);
           else
             for (int64_t k = 0; k < n; ++k) lp[at + k] = static_cast<T>(v[k]);
@@ -292,7 +292,7 @@ Tensor preference_slope(const Tensor& weight_in, const Tensor& chosen, const Ten
         A v[kTile];
         differences.tile<T>(at, n, v);
         differentiate(kind, order, v, n, b, fp, fq);
-        multiversion([&]() ALWAYS_INLINE {
+        multiversion_wide([&]() ALWAYS_INLINE {
           if (reduce) {
             const A w = static_cast<A>(wp[example]) * scale;
             for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(w * v[k]);
