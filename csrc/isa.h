@@ -6,6 +6,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CUSTOM_OPS_AVX2 1
 #define TARGET_AVX2 __attribute__((target("avx2,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")))
 #endif
 
 #define ALWAYS_INLINE __attribute__((always_inline))
@@ -17,10 +18,14 @@
 namespace custom_ops {
 
 #ifdef CUSTOM_OPS_AVX2
-extern bool use_avx2;  // set in library.cpp
+extern bool use_avx2, use_avx512;  // set in library.cpp; with AVX512 both are
 
 template <class Body>
 TARGET_AVX2 void run_avx2(const Body& body) {
+  body();
+}
+template <class Body>
+TARGET_AVX512 void run_avx512(const Body& body) {
   body();
 }
 #endif
@@ -33,6 +38,16 @@ void multiversion(const Body& body) {
   if (use_avx2) return run_avx2(body);
 #endif
   body();
+}
+
+// Compiles a third copy, for AVX512. It is for loops that compute much for each number, such as exponentials: the others
+// would gain less than what the copy costs in size.
+template <class Body>
+void multiversion_wide(const Body& body) {
+#ifdef CUSTOM_OPS_AVX2
+  if (use_avx512) return run_avx512(body);
+#endif
+  multiversion(body);
 }
 
 // Stores out[i] = f(i) for n elements; `f` must be marked ALWAYS_INLINE, as in `multiversion`.

@@ -4,6 +4,8 @@
 namespace custom_ops {
 
 CUSTOM_OPS_ENUM(PairWeighting, RANKNET, LAMBDARANK, NDCG1, NDCG2, NDCG2PP, LABEL_DIFF)
+CUSTOM_OPS_ENUM(TopPairs, OR, AND, METRIC)
+CUSTOM_OPS_ENUM(PairNormalization, NONE, PAIRS, LAMBDAS)
 
 namespace {
 
@@ -20,7 +22,10 @@ struct Ranked {
   A* s;                // s / 2, whose differences can't overflow; u is computed from it if `wide`
   A twice;             // 2 sigma
   bool wide;
-  A* item;  // the items' weights, or null for 1; a pair is weighted by their product
+  // These are read only by a Special form, below.
+  A* item;             // the items' weights; a pair is weighted by their product
+  A* far;              // the factor of `by_distance` for the lower item
+  bool by_difference;  // a pair's weight is divided by 0.01 + |s_i - s_j|
   A* v;
 
   // Computes u for item i and the vector of items from j on.
@@ -52,6 +57,10 @@ struct Ranked {
       w = higher ? gain[i] - w : w - gain[i];
       if constexpr (Form::kDiscounts) load<A>(d, discount + j);
       if constexpr (Form::kDistances) load<A>(t, by_distance + (j - i));
+      if constexpr (Form::kDistances && Form::kSpecial) {
+        load<A>(own, far + j);
+        t *= own;
+      }
       if constexpr (Form::kDiscounts && Form::kDistances) w *= discount[i] - d + t;
       else if constexpr (Form::kDiscounts) w *= discount[i] - d;
       else if constexpr (Form::kDistances) w *= t;
@@ -59,9 +68,15 @@ struct Ranked {
     } else if constexpr (Form::kGains) {
       own = V{} + gain[i];
     }
-    if constexpr (Form::kItems) {
+    if constexpr (Form::kSpecial) {
       load<A>(label, item + j);
       label *= item[i];
+      if (by_difference) {
+        V apart;
+        load<A>(apart, s + j);
+        apart = s[i] - apart;
+        label /= A(0.01) + (apart == apart ? A(2) * apart : V{});  // NaN must not reach a weight of 0
+      }
       own *= label;
       w *= label;
     }
@@ -78,7 +93,7 @@ struct Ranked {
     load<A>(label, y + j);
     const I paired = Form::kEvery ? inside : inside & ((label < y[i]) | (label > y[i]));
     V one = V{} + A(Form::kEvery ? 2 : 1);
-    if constexpr (Form::kItems) {
+    if constexpr (Form::kSpecial) {
       load<A>(label, item + j);
       one *= label * item[i];
     }
@@ -92,11 +107,11 @@ template <bool kG, bool kD, bool kDiscount, bool kDistance, bool kAll = false>
 struct Form {
   static constexpr bool kGains = kG, kDifferences = kD, kDiscounts = kDiscount, kDistances = kDistance;
   static constexpr bool kEvery = kAll;  // pairs of any labels, in both orders
-  static constexpr bool kItems = false;
+  static constexpr bool kSpecial = false;
 };
 template <class Form>
-struct WithItems : Form {
-  static constexpr bool kItems = true;
+struct Special : Form {
+  static constexpr bool kSpecial = true;  // items with weights, or an unusual normalisation
 };
 using Ones = Form<false, false, false, false>;
 using OneGain = Form<true, false, false, false>;
@@ -117,6 +132,9 @@ ALWAYS_INLINE inline void log_one_plus(const VectorOf<A>& z, VectorOf<A>& out) {
 
 struct Sums {
   double loss = 0, pairs = 0;
+  double lambdas = 0;  // the magnitudes of all pairs' slopes, only for a Special form
+
+  void operator+=(const Sums& o) { loss += o.loss, pairs += o.pairs, lambdas += o.lambdas; }
 };
 
 // Adds the slopes, or with v the Hessian times v, to `sums` by rank, without the factors of sigma. A part takes every
@@ -138,7 +156,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
       std::fill(columns, columns + kPairColumns, A(0));
       for (int64_t i = top; i < bottom; ++i) {
         const int64_t begin = std::max(i + 1, left);
-        V row = V{}, value = V{}, count = V{};
+        V row = V{}, value = V{}, count = V{}, lambda = V{};
         for (int64_t j = begin / W * W; j < right; j += W) {
           V u, first, last, g, column;
           const I inside = (lanes >= static_cast<Integer>(begin - j)) & (lanes < static_cast<Integer>(right - j));
@@ -160,6 +178,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
             else value += log;
             x.template count<Form>(i, j, inside, count);
             g = (last - first * u) * r;
+            if constexpr (Form::kSpecial) lambda += (last + first * u) * r;
           }
           g = inside ? g : V{};
           row += g;
@@ -170,6 +189,7 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
         sums[i] += static_cast<double>(sum_lanes<A>(row));
         total.loss += static_cast<double>(sum_lanes<A>(value));
         total.pairs += static_cast<double>(sum_lanes<A>(count));
+        total.lambdas += static_cast<double>(sum_lanes<A>(lambda));
       }
       for (int64_t k = left; k < right; ++k) sums[k] -= static_cast<double>(columns[k - left]);
     }
@@ -180,10 +200,11 @@ ALWAYS_INLINE inline Sums sum_ranked(const Ranked<A>& x, int64_t part, int64_t p
 struct LambdaLoss {
   PairWeighting weighting;
   int64_t k;  // at most INT32_MAX
-  bool both;  // both items of a pair are among the first k; otherwise at least one is
+  TopPairs top;
   bool exponential;
   double sigma, mu, scale;
-  bool normalize;
+  PairNormalization normalize;
+  bool by_difference;
 
   template <class A>
   void operator()(List<A>& list) const {
@@ -191,8 +212,8 @@ struct LambdaLoss {
     const int64_t n = list.n, length = n + 2 * kWidth<A>;
     Ranked<A> x;
     x.n = n;
-    x.rows = std::min(k, n);
-    x.columns = both ? x.rows : n;
+    x.rows = every_rank() ? n : std::min(k, n);
+    x.columns = top == TopPairs::AND ? x.rows : n;
     x.order = order_descending(list.s, n, scratch);
     x.y = scratch.get<A>(length);
     x.s = scratch.get<A>(length);
@@ -204,13 +225,15 @@ struct LambdaLoss {
     }
     x.twice = static_cast<A>(2 * sigma);
     const auto ranked = [&](const A* of_items) {
-      A* out = of_items ? scratch.get<A>(length) : nullptr;
-      for (int64_t i = 0; out && i < length; ++i) out[i] = i < n ? of_items[x.order[i]] : A(0);
+      A* out = scratch.get<A>(length);
+      for (int64_t i = 0; i < length; ++i) out[i] = i >= n ? A(0) : of_items ? of_items[x.order[i]] : A(1);
       return out;
     };
-    x.item = ranked(list.w);
-    x.v = ranked(list.v);
+    const bool special = list.w || by_difference || normalize == PairNormalization::LAMBDAS || every_rank();
+    x.item = special ? ranked(list.w) : nullptr;
+    x.v = list.v ? ranked(list.v) : nullptr;
     const Range range = list.range();
+    x.by_difference = by_difference && range.low != range.high;
     // NaN, which isn't in the range, or infinity comes first in the order. With weight 0 both change nothing.
     x.wide = !has_ratios<A>(sigma * (range.high - range.low)) || !std::isfinite(x.s[0]);
     if (!x.wide) {
@@ -223,15 +246,27 @@ struct LambdaLoss {
     if (!list.active) x.rows = 0;
     Sums total, counted;
     const double* sums = run(x, list.v != nullptr, scratch, total);
-    if (normalize && list.v) run(x, false, scratch, counted);  // the Hessian kernel doesn't count pairs
-    const double pairs = list.v ? counted.pairs : total.pairs;
-    const double factor = normalize && pairs > 0 ? scale / pairs : scale;
+    // The Hessian kernel doesn't count pairs.
+    if (normalize != PairNormalization::NONE && list.v) run(x, false, scratch, counted);
+    const double factor = scale * share(list.v ? counted : total);
     const double slope = factor * (list.v ? sigma * sigma : sigma);
     for (int64_t i = 0; i < n; ++i) list.slope[x.order[i]] = static_cast<A>(slope * sums[i]);
     list.loss = static_cast<A>(factor * total.loss);
   }
 
  private:
+  // Returns whether all pairs count, which are then weighted by their lower item's rank.
+  bool every_rank() const {
+    return top == TopPairs::METRIC && (weighting == PairWeighting::NDCG2 || weighting == PairWeighting::NDCG2PP);
+  }
+
+  // Returns the factor that normalises a list's loss.
+  double share(const Sums& sums) const {
+    if (normalize == PairNormalization::PAIRS && sums.pairs > 0) return 1 / sums.pairs;
+    const double lambdas = 2 * scale * sigma * sums.lambdas;
+    return normalize == PairNormalization::LAMBDAS && lambdas > 0 ? std::log2(1 + lambdas) / lambdas : 1;
+  }
+
   // Computes the gains and discounts of the weights; returns false if no item has a gain.
   template <class A>
   bool weights(const List<A>& list, Ranked<A>& x, int64_t length) const {
@@ -245,6 +280,10 @@ struct LambdaLoss {
     x.gain = zeros(length);
     x.discount = zeros(length);
     x.by_distance = zeros(length + kWidth<A>) + kWidth<A>;  // a vector may begin before distance 0
+    const int64_t limit = std::min(k, n);
+    x.far = x.item ? scratch.get<A>(length) : nullptr;
+    for (int64_t i = 0; x.far && i < length; ++i)
+      x.far[i] = static_cast<A>(every_rank() && i >= limit ? 1 / (1 - discount_at(i)) : 1);
     if (weighting == PairWeighting::RANKNET) return std::fill(x.gain, x.gain + n, A(1)), true;
     if (weighting == PairWeighting::LABEL_DIFF) {
       std::copy(x.y, x.y + n, x.gain);
@@ -259,14 +298,15 @@ struct LambdaLoss {
       const bool same = i > 0 && label == list.y[ideal[i - 1]];
       const double own = same ? gains[ideal[i - 1]] : relative_gain(static_cast<double>(label), highest, exponential);
       gains[ideal[i]] = own;
-      if (i < x.rows) most += own * discount_at(i);
+      if (i < limit) most += own * discount_at(i);
     }
     if (most <= 0) return false;
     // For a distance of a, the difference of discounts is |1 / log2(1 + a) - 1 / log2(2 + a)|; NDCG2PP multiplies it by
     // mu and adds it to the discounts.
     const double distances = weighting == PairWeighting::NDCG2 ? 1 : weighting == PairWeighting::NDCG2PP ? mu : 0;
     for (int64_t i = 0; i < n; ++i) {
-      const A gain = static_cast<A>(gains[x.order[i]] / most), discount = static_cast<A>(discount_at(i));
+      const A gain = static_cast<A>(gains[x.order[i]] / most);
+      const A discount = static_cast<A>(top == TopPairs::METRIC && i >= limit ? 0 : discount_at(i));
       x.gain[i] = weighting == PairWeighting::NDCG1 ? gain * discount : gain;
       if (weighting == PairWeighting::LAMBDARANK || weighting == PairWeighting::NDCG2PP) x.discount[i] = discount;
       if (i > 0 && distances != 0) x.by_distance[i] = static_cast<A>(distances * (discount_at(i - 1) - discount_at(i)));
@@ -287,7 +327,7 @@ struct LambdaLoss {
       const auto rare = [&](auto form) {
         using Form = decltype(form);
         multiversion([&]() ALWAYS_INLINE {
-          of_parts[part] = x.item ? sum_rare<WithItems<Form>>(x, part, parts, own, hessian)
+          of_parts[part] = x.item ? sum_rare<Special<Form>>(x, part, parts, own, hessian)
                                   : sum_rare<Form>(x, part, parts, own, hessian);
         });
       };
@@ -305,11 +345,12 @@ struct LambdaLoss {
         default: return in(OnlyGains{});
       }
     });
-    for (const Sums& of_part : of_parts) total.loss += of_part.loss, total.pairs += of_part.pairs;
+    for (const Sums& of_part : of_parts) total += of_part;
     // This adds the pair of each item with itself.
     for (int64_t i = 0; weighting == PairWeighting::NDCG1 && i < x.rows; ++i) {
       const double weight = x.item ? static_cast<double>(x.item[i]) * static_cast<double>(x.item[i]) : 1;
-      total.loss += std::log(2.0) * weight * static_cast<double>(x.gain[i]);
+      const double part = x.by_difference ? 100 * weight : weight;
+      total.loss += std::log(2.0) * part * static_cast<double>(x.gain[i]);
       total.pairs += weight;
     }
     return sums;
@@ -321,7 +362,7 @@ struct LambdaLoss {
                                             bool hessian) {
     if (x.wide && hessian) return sum_ranked<Form, true, true>(x, part, parts, sums);
     if (x.wide) return sum_ranked<Form, false, true>(x, part, parts, sums);
-    if constexpr (Form::kItems)
+    if constexpr (Form::kSpecial)
       if (!hessian) return sum_ranked<Form, false, false>(x, part, parts, sums);
     return sum_ranked<Form, true, false>(x, part, parts, sums);
   }
@@ -331,5 +372,5 @@ struct LambdaLoss {
 
 }  // namespace custom_ops
 
-CUSTOM_OPS_WEIGHTED_LIST_LOSS(lambda_pairs, LambdaLoss, PairWeighting, int64_t, bool, bool, double, double, double,
-                              bool)
+CUSTOM_OPS_WEIGHTED_LIST_LOSS(lambda_pairs, LambdaLoss, PairWeighting, int64_t, TopPairs, bool, double, double, double,
+                              PairNormalization, bool)

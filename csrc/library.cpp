@@ -58,7 +58,7 @@ void fail(std::initializer_list<Part> message) {
 }
 
 #ifdef CUSTOM_OPS_AVX2
-bool use_avx2 = false;
+bool use_avx2 = false, use_avx512 = false;
 #endif
 
 namespace {
@@ -67,7 +67,12 @@ namespace {
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> out{"portable"};
 #ifdef CUSTOM_OPS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) out.push_back("avx2");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    out.push_back("avx2");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      out.push_back("avx512");
+  }
 #endif
   return out;
 }
@@ -87,7 +92,8 @@ const std::string& choose(const char* name) {
   }
   chosen = wanted;
 #ifdef CUSTOM_OPS_AVX2
-  use_avx2 = chosen == "avx2";
+  use_avx512 = chosen == "avx512";
+  use_avx2 = use_avx512 || chosen == "avx2";
 #endif
   return refusal;
 }

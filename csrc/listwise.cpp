@@ -48,7 +48,7 @@ struct ListSoftmax {
   void operator()(List<A>& list) const {
     if (tied(list.y, list.n)) return list.fill_slope(0);
     list.active = true;
-    multiversion([&]() ALWAYS_INLINE { run(list); });
+    multiversion_wide([&]() ALWAYS_INLINE { run(list); });
   }
 
   template <class A>
@@ -121,7 +121,7 @@ struct Scan {
         top(scratch.get<double>(groups)),
         log(scratch.get<double>(groups)) {
     bool narrow;
-    multiversion([&]() ALWAYS_INLINE {
+    multiversion_wide([&]() ALWAYS_INLINE {
       const double highest = largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return s[i]; });
       const double lowest = -largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return -s[i]; });
       narrow = scale * (highest - lowest) <= kExponents;

@@ -4,7 +4,7 @@
 
 namespace custom_ops {
 
-CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID)
+CUSTOM_OPS_ENUM(PreferenceLoss, LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID, BLEND)
 
 namespace {
 
@@ -103,11 +103,33 @@ struct SigmoidLoss {
   }
 };
 
+// sigmoid(-p z) softplus(-z) + sigmoid(p z) exp(-z), with z = beta d and p >= 1
+struct BlendLoss {
+  template <int kOrder, class A>
+  ALWAYS_INLINE static A at(A d, A beta, A p, A) {
+    const A z = beta * d;
+    const Logistic<A> f(z), share(p * z);
+    // exp(-z) sigmoid(p z), in which neither factor overflows
+    const A exponential = exp_nonpositive(z < 0 ? (p - 1) * z : -z) * (z < 0 ? share.down : share.up);
+    if constexpr (kOrder == 0) return weigh(share.down, f.low) + exponential;
+    // The derivatives of the share sigmoid(p z), and the logarithmic slope of the exponential term with its derivatives
+    const A m = p * (share.up * share.down), turn = p * (share.down - share.up), g = p * share.down - 1;
+    if constexpr (kOrder == 1) return beta * (exponential * g - share.down * f.down - weigh(m, f.low));
+    const A both = f.up * f.down, dg = -p * m, m2 = m * turn;
+    if constexpr (kOrder == 2)
+      return beta * beta * (share.down * both + 2 * f.down * m - weigh(m2, f.low) + exponential * (g * g + dg));
+    const A m3 = m * (turn * turn - 2 * p * m), bend = both * (f.down - f.up);
+    return beta * beta * beta *
+           (share.down * bend - 3 * both * m + 3 * f.down * m2 - weigh(m3, f.low) +
+            exponential * (g * g * g + 3 * g * dg - p * m2));
+  }
+};
+
 // Replaces the differences of a tile by the loss's derivatives of that order.
 template <class A>
 void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, A p, A q) {
   const auto run = [=](auto loss, auto constant) {
-    multiversion([=]() ALWAYS_INLINE {
+    multiversion_wide([=]() ALWAYS_INLINE {
       for (int64_t k = 0; k < n; ++k) v[k] = loss.template at<decltype(constant)::value>(v[k], beta, p, q);
     });
   };
@@ -125,6 +147,7 @@ void differentiate(PreferenceLoss kind, int64_t order, A* v, int64_t n, A beta, 
     case PreferenceLoss::SQUARED: return with_order(SquaredLoss{});
     case PreferenceLoss::DIVERGENCE: return with_order(DivergenceLoss{});
     case PreferenceLoss::SIGMOID: return with_order(SigmoidLoss{});
+    case PreferenceLoss::BLEND: return with_order(BlendLoss{});
   }
 }
 
@@ -168,7 +191,7 @@ struct Differences {
     const T* own = kOffsets > 0 ? data<T>(*chosen_offset) + at : c;  // or a placeholder
     const T* other = kOffsets > 1 ? data<T>(*rejected_offset) + at : c;
     const A m = kQuarter<A> * static_cast<A>(margin);
-    multiversion([=]() ALWAYS_INLINE {
+    multiversion_wide([=]() ALWAYS_INLINE {
       A* __restrict out = to;
       if constexpr (kOffsets == 0 && !kMargin) {  // a single difference is rounded once
         for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(c[i]) - static_cast<A>(r[i]);
@@ -227,7 +250,7 @@ Tensor preference(const Tensor& chosen, const Tensor& rejected, const std::optio
         A v[kTile];
         differences.tile<T>(at, n, v);
         differentiate(kind, 0, v, n, b, wp, wq);
-        multiversion([&]() ALWAYS_INLINE {
+        multiversion_wide([&]() ALWAYS_INLINE {
           if (reduce) total += sum(v, n);
           else
             for (int64_t k = 0; k < n; ++k) lp[at + k] = static_cast<T>(v[k]);
@@ -269,7 +292,7 @@ Tensor preference_slope(const Tensor& weight_in, const Tensor& chosen, const Ten
         A v[kTile];
         differences.tile<T>(at, n, v);
         differentiate(kind, order, v, n, b, fp, fq);
-        multiversion([&]() ALWAYS_INLINE {
+        multiversion_wide([&]() ALWAYS_INLINE {
           if (reduce) {
             const A w = static_cast<A>(wp[example]) * scale;
             for (int64_t k = 0; k < n; ++k) sp[at + k] = static_cast<T>(w * v[k]);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import reduce
 from typing import Any
 
@@ -66,6 +66,16 @@ def plain(value: Any) -> Any:
     else:
         holds_number = getattr(value, "ndim", None) == 0
     return value.item() if holds_number else value
+
+
+def listed(value: Any) -> list[Any] | None:
+    """Return the elements of a sequence, an array or a 1-d tensor on the CPU; None if ``value`` is none of these."""
+    if value is None or isinstance(value, (str, int, float, torch.SymInt, torch.SymFloat)):
+        return None  # Dynamo can't ask a symbolic number for more
+    if isinstance(value, Sequence):
+        return list(value)
+    is_array = hasattr(value, "__array__") and (not isinstance(value, Tensor) or value.device.type == "cpu")
+    return list(value) if is_array and getattr(value, "ndim", 0) == 1 else None
 
 
 def as_bool(name: str, value: Any) -> bool:

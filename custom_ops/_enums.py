@@ -43,6 +43,20 @@ class PairWeighting(Choice):
     RANKNET, LAMBDARANK, NDCG1, NDCG2, NDCG2PP, LABEL_DIFF = range(6)
 
 
+class TopPairs(Choice):
+    """The pairs that count in ``lambda_pairs``: one item in the top k, both, or all that change the metric at k."""
+
+    OR, AND, METRIC = range(3)
+
+
+class PairNormalization(Choice):
+    """The number by which ``lambda_pairs`` divides: 1, that of the pairs, or S / log2(1 + S) for the sum S of all
+    lambdas.
+    """
+
+    NONE, PAIRS, LAMBDAS = range(3)
+
+
 class Ties(Choice):
     """The order of items with equal labels in ``list_mle``."""
 
@@ -82,7 +96,7 @@ class GroupValue(Choice):
 class PreferenceLoss(Choice):
     """The function of a pair's difference in ``preference``."""
 
-    LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID = range(5)
+    LOGISTIC, HINGE, SQUARED, DIVERGENCE, SIGMOID, BLEND = range(6)
 
 
 class SurrogateShape(Choice):

@@ -49,6 +49,8 @@ PUBLIC = {
 def test_examples_of_docstrings(module, monkeypatch):
     # An example's kernel must not stay in the list of kernels that other tests compile.
     monkeypatch.setattr("custom_ops.triton_kernels.common.KERNELS", [])
+    if module.startswith("custom_ops.adapters."):
+        pytest.importorskip(module.rpartition(".")[2])  # the package that it is for
     assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 

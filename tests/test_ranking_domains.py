@@ -348,6 +348,22 @@ def test_numbers_of_any_kind_elsewhere(half):
         assert "0.5" in repr(layer) and "np." not in repr(layer) and "tensor" not in repr(layer)
 
 
+def test_arrays_where_lists_are_taken():
+    x = torch.tensor([[3.0, 4.0], [1.0, 2.0]], requires_grad=True)
+    for dim in (np.array([0, 1]), T([0, 1]), range(2)):
+        y, expected = co.clip_gradient_norm(x, 1.0, dim=dim), co.clip_gradient_norm(x, 1.0, dim=[0, 1])
+        same(*(torch.autograd.grad((z * x.detach()).sum(), x)[0] for z in (y, expected)))
+    assert repr(co.ClipGradientNorm(1.0, dim=np.array([0, 1]))) == "ClipGradientNorm(max_norm=1.0, dim=[0, 1])"
+    options = {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5]}
+    arrays = {name: np.array(value) for name, value in options.items()}
+    for given in (arrays, options | {"loss_weights": T([1.0, 0.5])}, options | {"loss_weights": (1, 0.5)}):
+        same(co.dpo_loss(x, -x, **given), co.dpo_loss(x, -x, **options))
+        same(co.DPOLoss(**given)(x, -x), co.dpo_loss(x, -x, **options))
+    assert "np." not in repr(co.DPOLoss(**arrays))
+    queries = np.array([1, 0, 1, 0])
+    same(co.ndcg(SCORES, LABELS, index=queries), co.ndcg(SCORES, LABELS, index=T(queries)))
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [

@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from custom_ops import lambda_loss, pairwise_logistic_loss
 from custom_ops.ranking.lambdas import WEIGHTINGS
+from custom_ops.registry import FUNCTIONS
 
 
 def dense(s, y, weighting, k=None, topk_mode="or", mu=10.0):
@@ -94,3 +95,39 @@ def test_tied_scores_are_ranked_by_position():
     scores, labels = torch.zeros(4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 2, 1, 2])
     ours = lambda_loss(scores, labels, weighting="ndcg2pp")
     torch.testing.assert_close(ours, dense(scores, labels, "ndcg2pp"))
+
+
+@pytest.mark.parametrize("weighting", ["lambdarank", "ndcg1", "ndcg2pp", "ranknet"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_normalisations_are_constants_in_the_derivatives(each_backend, weighting, weighted):
+    """The battery can't try these options, because finite differences move their constants."""
+    scores, labels = draw(2, 6)
+    given = {"item_weights": torch.linspace(0, 2, 12, dtype=torch.float64).view(2, 6)} if weighted else {}
+    for own in (
+        {"normalize": "lambdas", "score_normalize": True, "log_base": math.e, "sigma": 2.0},
+        {"normalize": "lambdas", "k": 3, "topk_mode": "metric"},
+        {"normalize": "pairs", "score_normalize": True, "reduction": "sum"},
+    ):
+        results = []
+        for loss_fn in (lambda_loss, FUNCTIONS["lambda_loss"].reference):
+            loss = loss_fn(scores, labels, weighting=weighting, **own, **given)
+            gradient = torch.autograd.grad(loss, scores, create_graph=True)[0]
+            results.append((loss, gradient, torch.autograd.grad(gradient, scores, scores.detach() + 1)[0]))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_score_normalisation_without_a_difference(each_backend):
+    """Equal scores aren't divided by, as in LightGBM; an item of weight 0 with an infinite score changes nothing."""
+    labels, scores = torch.tensor([2.0, 0.0, 1.0]), torch.zeros(3, requires_grad=True)
+    for normalize in ("none", "lambdas"):
+        loss = lambda_loss(scores, labels, normalize=normalize, score_normalize=True)
+        torch.testing.assert_close(loss, lambda_loss(scores, labels, normalize=normalize))
+    some = torch.tensor([1.0, 0.5, 1.0, 0.0])
+    padded = torch.tensor([0.3, 0.1, -0.2, math.inf], requires_grad=True)
+    own = {"score_normalize": True, "normalize": "lambdas", "weighting": "ranknet"}
+    loss = lambda_loss(padded, torch.tensor([2.0, 0.0, 1.0, 0.0]), item_weights=some, **own)
+    loss.backward()
+    torch.testing.assert_close(loss, lambda_loss(padded[:3], labels, item_weights=some[:3], **own))
+    assert padded.grad.isfinite().all()

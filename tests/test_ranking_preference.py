@@ -15,6 +15,7 @@ import custom_ops
 from custom_ops.ranking.specs.preference import dpo_loss_reference
 
 DPO = [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("exo_pair", 0.1)]
+DPO += [("discopop", 0.0)]
 
 
 def test_bpr_is_exact_where_the_naive_formula_saturates():
@@ -73,7 +74,7 @@ def test_no_fill_that_cancels_takes_the_others_with_it(each_backend, large):
         assert loss.item() == pytest.approx(math.log1p(math.exp(-d)), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(6))
 def test_derivatives_to_third_order_and_no_further(kind):
     parameters = (kind, 0.1, 0.7, 0.4, 1.3, 1, False)
     d, zero = torch.linspace(-3, 3, 12, dtype=torch.float64).requires_grad_(), torch.zeros(12, dtype=torch.float64)

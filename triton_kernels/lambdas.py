@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops._enums import PairWeighting
+from custom_ops._enums import PairNormalization, PairWeighting, TopPairs
 from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import (
     PAIRS,
@@ -34,7 +35,7 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
 
 
 @kernel(
-    "*T *T *T *T *i32 *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32",
+    "*T *T *T *T *T *i32 *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32 i32 i32",
     WIDE,
     {
         (weighting, hessian, weighted): {
@@ -52,11 +53,12 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
     registers=96,
     budget=400,
 )
-@triton.jit(do_not_specialize=["items", "stride", "lists", "blocks"])
+@triton.jit(do_not_specialize=["items", "stride", "lists", "blocks", "by_difference", "lambdas"])
 def lambda_pairs_kernel(
     s_ptr,
     y_ptr,
     weight_ptr,
+    far_ptr,
     v_ptr,
     rank_ptr,
     gain_ptr,
@@ -72,6 +74,8 @@ def lambda_pairs_kernel(
     stride,
     lists,
     blocks,
+    by_difference,
+    lambdas,
     WEIGHTING: tl.constexpr,
     HESSIAN: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -80,7 +84,9 @@ def lambda_pairs_kernel(
 ):
     """Store each item's slope, and the number and total value of its pairs with items that it should be above.
 
-    WEIGHTED counts a pair by the product of its items' weights; that of this item is multiplied at the end.
+    WEIGHTED counts a pair by the product of its items' weights; that of this item is multiplied at the end. It also
+    reads `far`, the factor of `distance` for the lower item, and these options: `by_difference` divides a pair's weight
+    by 0.01 + |s_i - s_j|, and for `lambdas` the values are the magnitudes of the slopes instead.
     """
     program = tl.program_id(0).to(tl.int64)
     example = program // blocks * items
@@ -103,6 +109,9 @@ def lambda_pairs_kernel(
             own = tl.load(weight_ptr + example + i, mask=valid_i, other=0)
             value *= own
             count *= own
+            value = tl.where(lambdas != 0, 0.0, tl.where(by_difference != 0, value * 100, value))
+    if WEIGHTED:
+        far_i = tl.load(far_ptr + example + i, mask=valid_i, other=0)
     if HESSIAN:
         v_i = tl.load(v_ptr + example + i, mask=valid_i, other=0)
     twice = tl.full([1, 1], 2.0 * sigma, s_i.dtype)
@@ -139,6 +148,9 @@ def lambda_pairs_kernel(
                     if WEIGHTING != _LAMBDARANK:
                         a = tl.abs(rank_i[:, None] - rank_j[None, :])
                         by = tl.load(distance_ptr + a, mask=above | below, other=0)
+                        if WEIGHTED:
+                            far_j = tl.load(far_ptr + example + j, mask=valid_j, other=0)
+                            by *= tl.where(rank_i[:, None] > rank_j[None, :], far_i[:, None], far_j[None, :])
                         w = by if WEIGHTING == _NDCG2 else w + by
                     w *= tl.abs(gain_i[:, None] - gain_j[None, :])
             if WEIGHTED:
@@ -156,6 +168,12 @@ def lambda_pairs_kernel(
                     w *= weight_j
             if WEIGHTED:
                 counts += tl.where(above, weight_j, 0.0)
+                apart = tl.abs(difference) * 2
+                apart = 0.01 + tl.where(apart == apart, apart, 0.0)  # NaN must not reach a weight of 0
+                closeness = tl.where(by_difference != 0, 1 / apart, 1.0)
+                w *= closeness
+                if WEIGHTING == _NDCG1:
+                    w_i, w_j = w_i * closeness, w_j * closeness
             else:
                 counts += above.to(tl.int32)
             above &= w != 0  # infinite scores with weight 0 change nothing
@@ -175,6 +193,8 @@ def lambda_pairs_kernel(
                     slopes += tl.where(above, -g, tl.where(below, g, 0.0)) * share_of(COLUMNS)
                 wrong = tl.where(difference < 0, -difference * w * twice, 0.0)
                 terms = w * pair_value(tl.abs(lead), LOGISTIC) + wrong
+                if WEIGHTED:
+                    terms = tl.where(lambdas != 0, w * wrong_order(lead), terms)
                 values += tl.where(above, terms, 0.0) * share_of(COLUMNS)
         slope += sum_of_rows(slopes)
         value += sum_of_rows(values)
@@ -197,19 +217,25 @@ def _pairs(
     v: Tensor | None,
     weighting: int,
     k: int,
-    both: bool,
+    top: int,
     exponential: bool,
     sigma: float,
     mu: float,
     scale: float,
-    normalize: bool,
+    normalize: int,
+    by_difference: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores, labels, weights, vector = lists.operands(scores, labels, item_weights, v)
+    every_rank = top == TopPairs.METRIC and weighting in (PairWeighting.NDCG2, PairWeighting.NDCG2PP)
+    by_lambdas = normalize == PairNormalization.LAMBDAS
+    special = item_weights is not None or by_difference or by_lambdas or every_rank
+    given_weights = torch.ones_like(scores) if special and item_weights is None else item_weights
+    scores, labels, weights, vector = lists.operands(scores, labels, given_weights, v)
     owners, stride = lists.owners()
     by_item = owners.reshape(lists.examples if stride else 1, lists.items)
     by_item = by_item.expand(lists.examples, lists.items).reshape(scores.shape)
     owned = by_item >= 0
     rank = lists.ranks(scores)
+    both = top == TopPairs.AND
     if both:  # items below the top are left out like masked ones
         owners, stride = torch.where(rank < k, by_item, -1), lists.items
     gain, discount = scores, scores  # a placeholder that isn't read
@@ -217,7 +243,7 @@ def _pairs(
     distance = (distance[:-1] - distance[1:]) * (mu if weighting == PairWeighting.NDCG2PP else 1.0)
     distance = distance.to(scores.dtype)  # by distance of the ranks; distance 0 isn't read
     some = active = None
-    if both or item_weights is not None:  # True for a list with a pair, be it in the top or below
+    if both or special:  # True for a list with a pair, be it in the top or below
         if weighting == PairWeighting.NDCG1:
             active = lists.sum(owned.to(scores.dtype)) > 1
         else:
@@ -234,22 +260,40 @@ def _pairs(
         some = ~(most <= 0)
         gain = lists.scale(torch.where(some, ones / most, 0), gains).to(scores.dtype)
         discount = discount_of(rank).to(scores.dtype)
+        if top == TopPairs.METRIC:
+            discount = discount.masked_fill(rank >= k, 0)
+    far = torch.ones_like(scores) if special else scores
+    if every_rank:
+        far = torch.where(rank >= k, 1 / (1 - discount_of(rank.clamp(min=1))), 1).to(scores.dtype)
     slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
     count = torch.empty_like(scores)
     blocks = triton.cdiv(lists.items, _ROWS)
-    from_top = (rank - min(k, lists.items)).to(torch.int32)  # negative in the top k
-    lambda_pairs_kernel(
-        lists.examples * blocks,
-        *(scores, labels, weights, vector, from_top, gain, discount, distance, owners, lists.bounds),
-        *(slope, value, count, sigma, lists.items, stride, lists.lists, blocks),
-        variant=(weighting, v is not None, item_weights is not None),
-    )
+    from_top = (rank - (lists.items if every_rank else min(k, lists.items))).to(torch.int32)  # negative in the top k
+    pointers = (scores, labels, weights, far, vector, from_top, gain, discount, distance, owners, lists.bounds)
+    sizes = (lists.items, stride, lists.lists, blocks, int(by_difference))
+
+    def launch(hessian: bool, lambdas: bool) -> None:
+        outputs = (slope, value, count, sigma)
+        variant = (weighting, hessian, special)
+        lambda_pairs_kernel(lists.examples * blocks, *pointers, *outputs, *sizes, int(lambdas), variant=variant)
+
+    share = torch.ones(1, dtype=torch.float64, device=scores.device)
+    if by_difference:  # the kernel divides by 0.01 where all scores are equal
+        highest, lowest = (lists.largest(x.masked_fill(~owned, -math.inf), -math.inf) for x in (scores, -scores))
+        share = torch.where(highest == -lowest, 0.01, share)
+    if by_lambdas:
+        launch(False, True)
+        lambdas = lists.sum(value) * (2 * scale * sigma) * share
+        if some is not None:
+            lambdas = torch.where(some, lambdas, 0)
+        share = share * torch.where(lambdas > 0, torch.log2(1 + lambdas) / lambdas, 1)
+    launch(v is not None, False)
     pairs = lists.sum(count)
     active = pairs > (1 if weighting == PairWeighting.NDCG1 else 0) if active is None else active
     if some is not None:
         pairs, active = torch.where(some, pairs, 0), active & some
-    factor = torch.full_like(pairs, scale, dtype=torch.float64)
-    if normalize:
+    factor = torch.full_like(pairs, scale, dtype=torch.float64) * share
+    if normalize == PairNormalization.PAIRS:
         factor = factor / torch.where(pairs > 0, pairs, 1)
     moved = lists.scale(factor * (sigma if v is None else sigma * sigma), slope)
     loss = torch.where(active, lists.sum(value) * factor, 0)
@@ -267,18 +311,9 @@ def lambda_pairs(
     scores: Tensor,
     labels: Tensor,
     item_weights: Tensor | None,
-    weighting: int,
-    k: int,
-    both: bool,
-    exponential: bool,
-    sigma: float,
-    mu: float,
-    scale: float,
-    normalize: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, slope, active = _pairs(
-        lists, scores, labels, item_weights, None, weighting, k, both, exponential, sigma, mu, scale, normalize
-    )
+    loss, slope, active = _pairs(lists, scores, labels, item_weights, None, *options)
     lists.mark_undefined(labels, loss, active)
     return loss, slope, active
 
@@ -290,16 +325,6 @@ def lambda_pairs_slope(
     offsets: Tensor | None,
     item_weights: Tensor | None,
     v: Tensor | None,
-    weighting: int,
-    k: int,
-    both: bool,
-    exponential: bool,
-    sigma: float,
-    mu: float,
-    scale: float,
-    normalize: bool,
+    *options: Any,
 ) -> Tensor:
-    lists = Lists(scores, valid, offsets)
-    return _pairs(lists, scores, labels, item_weights, v, weighting, k, both, exponential, sigma, mu, scale, normalize)[
-        1
-    ]
+    return _pairs(Lists(scores, valid, offsets), scores, labels, item_weights, v, *options)[1]

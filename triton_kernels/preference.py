@@ -16,6 +16,7 @@ LOGISTIC = constant(PreferenceLoss.LOGISTIC)
 HINGE = constant(PreferenceLoss.HINGE)
 SQUARED = constant(PreferenceLoss.SQUARED)
 SIGMOID = constant(PreferenceLoss.SIGMOID)
+BLEND = constant(PreferenceLoss.BLEND)
 
 
 @triton.jit
@@ -85,6 +86,27 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
                 return beta * beta * (q - p) * (both * slope)
             else:
                 return beta * beta * beta * (q - p) * (both * (slope * slope - 2 * both))
+        elif KIND == BLEND:
+            v = tl.exp(-tl.abs(p * z))
+            own = tl.where(z < 0, v, 1.0) / (1 + v)
+            other = tl.where(z < 0, 1.0, v) / (1 + v)
+            exponential = tl.exp(tl.where(z < 0, (p - 1) * z, -z)) * tl.where(z < 0, other, own)
+            if ORDER > 0:  # low, which the other losses need for their values only
+                low = tl.where(z < 0, -z, 0.0) + log1p_unit(u)
+            m = p * (own * other)
+            turn = p * (other - own)
+            g = p * other - 1
+            if ORDER == 0:
+                return weigh(other, low) + exponential
+            elif ORDER == 1:
+                return beta * (exponential * g - other * down - weigh(m, low))
+            elif ORDER == 2:
+                moved = other * both + 2 * down * m - weigh(m * turn, low)
+                return beta * beta * (moved + exponential * (g * g - p * m))
+            else:
+                moved = other * (both * (down - up)) - 3 * both * m + 3 * down * (m * turn)
+                moved -= weigh(m * (turn * turn - 2 * p * m), low)
+                return beta * beta * beta * (moved + exponential * (g * (g * g - 3 * p * m) - p * (m * turn)))
         else:
             beyond = z - (q - p)
             slope = down - up

@@ -36,11 +36,13 @@ _ARGUMENTS = """
         propensity. The term of a pair is multiplied by the weights of both items, and the gain of an item, or its own
         term, by its weight.
     reduction: "mean" over the lists that contribute (weighted by ``weights``; 0 if there is none), "sum" or "none".
+    empty: the loss of a list that doesn't contribute, such as 0.0, 1.0 or ``math.nan``, which then is in the mean. Its
+        gradient is 0.
 """
 
 _RETURNS = """Returns:
     A scalar, or for "none" one loss for each list; in the dtype of the scores, under autocast in float32. A list that
-    doesn't contribute has a loss and a gradient of 0."""
+    doesn't contribute has a loss, unless ``empty`` is given, and a gradient of 0."""
 
 _RAISES = """Raises:
     TypeError: an argument of a wrong type or dtype.
@@ -99,6 +101,7 @@ def list_loss(
     weights: Tensor | None,
     item_weights: Tensor | None,
     reduction: str,
+    empty: float | None = None,
     of_pairs: bool = False,
 ) -> Tensor:
     """Check the arguments of all list losses, call ``op`` on them and its own ``params``, and reduce over the lists.
@@ -112,7 +115,8 @@ def list_loss(
     wide = torch.promote_types(scores.dtype, torch.float32)
     dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
     # A DTensor stays sharded until only the losses of its lists need to be communicated.
-    whole = weights is None and type(scores) in (Tensor, Parameter)
+    empty = value_of_empty(empty)
+    whole = weights is None and empty is None and type(scores) in (Tensor, Parameter)
     by_op = _checks.REDUCTIONS[reduction] if whole else Reduction.NONE.value
     given: tuple[Tensor | None, ...] = (valid, offsets)
     if item_weights is not None and op not in WEIGHTED:
@@ -131,8 +135,22 @@ def list_loss(
     if by_op == Reduction.NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
+        loss, active = with_empty(loss, active, empty)
         loss = reduce(loss, active, weights, reduction)
     return rounded(loss, wide if under_autocast(scores) else scores.dtype)
+
+
+def value_of_empty(empty: Any) -> float | None:
+    """Check the option ``empty``, which may be NaN, and return it as a Python number."""
+    value = _checks.plain(empty)
+    if empty is None or (isinstance(value, float) and value != value):
+        return value
+    return _checks.as_float("empty", value)
+
+
+def with_empty(values: Tensor, active: Tensor, empty: float | None) -> tuple[Tensor, Tensor]:
+    """Return the lists' values with ``empty`` for those that don't contribute, which then are in the mean."""
+    return (values, active) if empty is None else (torch.where(active, values, empty), torch.ones_like(active))
 
 
 def weighted_labels(labels: Tensor, item_weights: Tensor, use: int) -> Tensor:
@@ -218,7 +236,7 @@ def valid_items(
     if cu_lengths is not None:
         if lengths is not None:
             raise ValueError("lengths, cu_lengths: expected at most one of them, got both")
-        offsets = _integers("cu_lengths", cu_lengths, x)
+        offsets = integers("cu_lengths", cu_lengths, x)
         _checks.has_dims("cu_lengths", offsets, "[L + 1]")
         if offsets.shape[0] == 0:
             raise ValueError("cu_lengths: expected at least one element, got none")
@@ -228,13 +246,13 @@ def valid_items(
         _has_shape("mask", mask, x, x.shape, name)
     if lengths is None:
         return mask, offsets
-    lengths = _integers("lengths", lengths, x)
+    lengths = integers("lengths", lengths, x)
     _has_shape("lengths", lengths, x, x.shape[:-1], name)
     begun: Tensor = list_valid(lengths, x.shape[-1])
     return begun if mask is None else mask & begun, offsets
 
 
-def _integers(name: str, value: Any, x: Tensor) -> Tensor:
+def integers(name: str, value: Any, x: Tensor) -> Tensor:
     """Return an int64 tensor from integers in a tensor, a list, a NumPy array or the like."""
     if not isinstance(value, Tensor):
         try:
@@ -282,9 +300,10 @@ class ListLossModule(torch.nn.Module):
 
     function: Callable[..., Tensor]
 
-    def __init__(self, reduction: str = "mean", **own: Any) -> None:
+    def __init__(self, reduction: str = "mean", empty: float | None = None, **own: Any) -> None:
         super().__init__()
-        self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in own.items()}
+        given = own if empty is None else own | {"empty": empty}
+        self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in given.items()}
         with torch.no_grad():
             nothing = torch.empty(0, device="cpu")
             self(nothing, nothing)  # the function checks the arguments

@@ -8,19 +8,28 @@ from typing import Any
 from torch import Tensor
 
 from custom_ops import _checks
-from custom_ops._enums import LabelUse, PairWeighting
+from custom_ops._enums import LabelUse, PairNormalization, PairWeighting, TopPairs
 from custom_ops._leaf import leaf
 from custom_ops.ranking._arguments import ListLossModule, documented, limit, list_loss
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._list_loss import list_op
 
 WEIGHTINGS = PairWeighting.options()
-_TOPK_MODES = ("or", "and")
+_TOPK_MODES = TopPairs.options()
+_NORMALIZATIONS = PairNormalization.options()
 
 
 @list_op(weighted=True)
 def lambda_pairs(
-    weighting: int, k: int, both: bool, exponential: bool, sigma: float, mu: float, scale: float, normalize: bool
+    weighting: int,
+    k: int,
+    top: int,
+    exponential: bool,
+    sigma: float,
+    mu: float,
+    scale: float,
+    normalize: int,
+    by_difference: bool,
 ) -> None:
     """Return ``scale`` times the sum of w log(1 + exp(-sigma (s_i - s_j))) over each list's pairs in the top k."""
 
@@ -44,7 +53,9 @@ def lambda_loss(
     sigma: float = 1.0,
     mu: float = 10.0,
     log_base: float = 2.0,
-    normalize: bool = False,
+    normalize: bool | str = False,
+    score_normalize: bool = False,
+    empty: float | None = None,
 ) -> Tensor:
     """Return the sum of ``w_ij log_base(1 + exp(-sigma (s_i - s_j)))`` over pairs of items of each list.
 
@@ -72,12 +83,20 @@ def lambda_loss(
     Args:
         weighting: one of the above.
         k: only pairs in the top k of the current ranking count, and DCG stops there; None for all.
-        topk_mode: "or": one item of a pair is in the top k (the paper); "and": both are (allRank).
+        topk_mode: "or": one item of a pair is in the top k (the paper, LightGBM, XGBoost); "and": both are (allRank);
+            "metric": the weight is the change of NDCG@k itself, as in rax and TensorFlow Ranking, where 1 / D is 0 for
+            ranks beyond k; the weights of "ndcg2", for which all pairs count, are divided by 1 - 1 / D(r) if r, the
+            lower of both ranks, is beyond k (Jagerman et al., "On Optimizing Top-K Metrics for Neural Ranking Models",
+            SIGIR 2022).
         gain: "exponential", ``2^y - 1``, or "linear", ``y``; 0 for labels below 0.
         sigma: the steepness, a positive number.
         mu: the factor of "ndcg2" in "ndcg2pp".
         log_base: the base of the loss's logarithm, more than 1.
-        normalize: divide each list's loss by its number of pairs in the top k.
+        normalize: "pairs" or True: divide each list's loss by its number of pairs in the top k. "lambdas": multiply it
+            by ``log2(1 + S) / S``, a constant in the derivatives, where S is the sum over the items of the magnitudes
+            of their pairs' gradients. LightGBM's ``lambdarank_norm`` is "lambdas" with ``score_normalize``.
+        score_normalize: divide the weight of a pair by ``0.01 + |s_i - s_j|``, unless all scores of the list are
+            equal. This is a constant in the derivatives.
 
     Source: Wang et al., "The LambdaLoss Framework for Ranking Metric Optimization", CIKM 2018; Burges,
     "From RankNet to LambdaRank to LambdaMART", 2010.
@@ -99,19 +118,23 @@ def lambda_loss(
     for name, value, least in (("mu", mu, -math.inf), ("log_base", log_base, 1)):
         if not least < value < math.inf:
             raise ValueError(f"{name}: expected a finite number of more than {least}, got {value}")
-    normalize = _checks.as_bool("normalize", normalize)
+    if not isinstance(normalize, str):
+        normalize = "pairs" if _checks.as_bool("normalize", normalize) else "none"
+    _checks.is_one_of("normalize", normalize, _NORMALIZATIONS)
+    score_normalize = _checks.as_bool("score_normalize", score_normalize)
     params = (
         WEIGHTINGS[weighting],
         first,
-        topk_mode == "and",
+        _TOPK_MODES[topk_mode],
         gain == "exponential",
         sigma,
         mu,
         1 / (math.log(2) * math.log2(log_base)),  # Dynamo knows log2 of a symbolic number, but not log
-        normalize,
+        _NORMALIZATIONS[normalize],
+        score_normalize,
     )
     use = {"ranknet": LabelUse.ORDER, "label_diff": LabelUse.DIFFERENCE}.get(weighting, GAINS[gain])
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(lambda_pairs, params, use, *given)
 
 
@@ -136,7 +159,10 @@ class LambdaLoss(ListLossModule):
         sigma: float = 1.0,
         mu: float = 10.0,
         log_base: float = 2.0,
-        normalize: bool = False,
+        normalize: bool | str = False,
+        score_normalize: bool = False,
+        empty: float | None = None,
     ) -> None:
         own: dict[str, Any] = {"weighting": weighting, "k": k, "topk_mode": topk_mode, "gain": gain, "sigma": sigma}
-        super().__init__(reduction, **own, mu=mu, log_base=log_base, normalize=normalize)
+        own |= {"mu": mu, "log_base": log_base, "normalize": normalize, "score_normalize": score_normalize}
+        super().__init__(reduction, **own, empty=empty)

@@ -52,6 +52,7 @@ def list_net_loss(
     weights: Tensor | None = None,
     item_weights: Tensor | None = None,
     reduction: str = "mean",
+    empty: float | None = None,
 ) -> Tensor:
     """Return ListNet's loss: the cross entropy of the scores' softmax relative to the labels'.
 
@@ -69,7 +70,7 @@ def list_net_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.4614), tensor([ 0.4861, -0.4533, -0.0328]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(list_softmax, (True,), LabelUse.DIFFERENCE, *given)
 
 
@@ -85,6 +86,7 @@ def softmax_loss(
     weights: Tensor | None = None,
     item_weights: Tensor | None = None,
     reduction: str = "mean",
+    empty: float | None = None,
 ) -> Tensor:
     """Return the softmax cross entropy with the labels as weights: ``sum_i y_i (logsumexp(s) - s_i)``.
 
@@ -102,7 +104,7 @@ def softmax_loss(
         >>> loss.detach(), scores.grad
         (tensor(1.5514), tensor([ 0.5761, -0.7881,  0.2119]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(list_softmax, (False,), LabelUse.VALUE, *given)
 
 
@@ -121,6 +123,7 @@ def list_mle_loss(
     k: int | None = None,
     position_weights: str = "uniform",
     ties: str = "index",
+    empty: float | None = None,
 ) -> Tensor:
     """Return ListMLE's loss: the negative log-likelihood of the labels' ranking under the Plackett-Luce model.
 
@@ -150,7 +153,7 @@ def list_mle_loss(
     first = limit(k)
     _checks.is_one_of("position_weights", position_weights, _POSITION_WEIGHTS)
     _checks.is_one_of("ties", ties, _TIES)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(list_mle, (_TIES[ties], _POSITION_WEIGHTS[position_weights], first), LabelUse.ORDER, *given)
 
 
@@ -167,6 +170,7 @@ def unique_softmax_loss(
     item_weights: Tensor | None = None,
     reduction: str = "mean",
     gain: str = "exponential",
+    empty: float | None = None,
 ) -> Tensor:
     """Return the unique softmax loss: each item competes with those of lower label, weighted by its gain.
 
@@ -190,7 +194,7 @@ def unique_softmax_loss(
         (tensor(1.9892), tensor([ 0.8198, -0.7881, -0.0317]))
     """
     _checks.is_one_of("gain", gain, GAINS)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(unique_softmax, (gain == "exponential",), GAINS[gain], *given)
 
 
@@ -207,6 +211,7 @@ def cosent_loss(
     item_weights: Tensor | None = None,
     reduction: str = "mean",
     scale: float = 20.0,
+    empty: float | None = None,
 ) -> Tensor:
     """Return CoSENT's loss: a smooth maximum, over all pairs, of how far each is misordered.
 
@@ -228,7 +233,7 @@ def cosent_loss(
         (tensor(1.9628), tensor([ 2.8109, -3.3959,  0.5850]))
     """
     scale = _checks.as_positive("scale", scale)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(cosent, (scale,), LabelUse.ORDER, *given, of_pairs=True)
 
 
@@ -246,8 +251,8 @@ class ListNetLoss(ListLossModule):
 
     function = staticmethod(list_net_loss)
 
-    def __init__(self, reduction: str = "mean") -> None:
-        super().__init__(reduction)
+    def __init__(self, reduction: str = "mean", empty: float | None = None) -> None:
+        super().__init__(reduction, empty=empty)
 
 
 class SoftmaxLoss(ListLossModule):
@@ -261,8 +266,8 @@ class SoftmaxLoss(ListLossModule):
 
     function = staticmethod(softmax_loss)
 
-    def __init__(self, reduction: str = "mean") -> None:
-        super().__init__(reduction)
+    def __init__(self, reduction: str = "mean", empty: float | None = None) -> None:
+        super().__init__(reduction, empty=empty)
 
 
 class ListMLELoss(ListLossModule):
@@ -277,9 +282,14 @@ class ListMLELoss(ListLossModule):
     function = staticmethod(list_mle_loss)
 
     def __init__(
-        self, reduction: str = "mean", k: int | None = None, position_weights: str = "uniform", ties: str = "index"
+        self,
+        reduction: str = "mean",
+        k: int | None = None,
+        position_weights: str = "uniform",
+        ties: str = "index",
+        empty: float | None = None,
     ) -> None:
-        super().__init__(reduction, k=k, position_weights=position_weights, ties=ties)
+        super().__init__(reduction, k=k, position_weights=position_weights, ties=ties, empty=empty)
 
 
 class UniqueSoftmaxLoss(ListLossModule):
@@ -293,8 +303,8 @@ class UniqueSoftmaxLoss(ListLossModule):
 
     function = staticmethod(unique_softmax_loss)
 
-    def __init__(self, reduction: str = "mean", gain: str = "exponential") -> None:
-        super().__init__(reduction, gain=gain)
+    def __init__(self, reduction: str = "mean", gain: str = "exponential", empty: float | None = None) -> None:
+        super().__init__(reduction, gain=gain, empty=empty)
 
 
 class CoSENTLoss(ListLossModule):
@@ -308,8 +318,8 @@ class CoSENTLoss(ListLossModule):
 
     function = staticmethod(cosent_loss)
 
-    def __init__(self, reduction: str = "mean", scale: float = 20.0) -> None:
-        super().__init__(reduction, scale=scale)
+    def __init__(self, reduction: str = "mean", scale: float = 20.0, empty: float | None = None) -> None:
+        super().__init__(reduction, scale=scale, empty=empty)
 
 
 # ---------------------------------------------------------------- references

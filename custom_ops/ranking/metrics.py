@@ -19,7 +19,7 @@ from custom_ops import _checks
 from custom_ops._enums import LabelUse, RankMetric, TiedScores
 from custom_ops._leaf import leaf
 from custom_ops._native import define
-from custom_ops.ranking._arguments import checked, documented, limit
+from custom_ops.ranking._arguments import checked, documented, integers, limit, value_of_empty, with_empty
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._inputs import in_dtype
 from custom_ops.ranking._lists import batch, per_list, shard
@@ -96,17 +96,12 @@ def _evaluate(
     discount: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Check all arguments, and return the metric at each k, reduced over the lists."""
-    several = False
-    if not (k is None or isinstance(k, (int, torch.SymInt, str))):  # an array or a 1-d tensor is a sequence too
-        several = isinstance(k, Sequence) or getattr(k, "ndim", 0) == 1
-    each: Any = k if several else [k]
+    several = _checks.listed(k) is not None
+    each: list[Any] = _checks.listed(k) or ([] if several else [k])
     cutoffs = [limit(one) for one in each]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
-    value = _checks.plain(empty)
-    if empty is not None and not (isinstance(value, float) and value != value):
-        value = _checks.as_float("empty", empty)
-    empty = value
+    empty = value_of_empty(empty)
     if isinstance(scores, Tensor):
         scores = scores.detach()
     labels = labels.detach()
@@ -133,9 +128,7 @@ def _evaluate(
     )
     if offsets is None:
         value, active = value.squeeze(-2), active.squeeze(-1)
-    active = active.unsqueeze(-1)
-    if empty is not None:
-        value, active = torch.where(active, value, empty), torch.ones_like(active)
+    value, active = with_empty(value, active.unsqueeze(-1), empty)
     value = value if several else value.squeeze(-1)
     active = active if several else active.squeeze(-1)
     if reduction == "none":
@@ -166,7 +159,7 @@ def _by_query(
     if lengths is not None or cu_lengths is not None:
         raise ValueError("index: expected neither lengths nor cu_lengths beside it")
     _checks.has_dtype("scores", scores, _REAL)
-    _checks.has_dtype("index", index, _checks.INDEX)
+    index = integers("index", index, scores)
     if scores.dim() != 1:
         raise ValueError(f"index: expected scores [n] beside it, got shape {list(scores.shape)}")
     given = {"index": index, "labels": labels} | ({} if mask is None else {"mask": mask})

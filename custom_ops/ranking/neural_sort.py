@@ -31,6 +31,7 @@ def neural_sort_ndcg_loss(
     k: int | None = None,
     temperature: float = 1.0,
     gain: str = "exponential",
+    empty: float | None = None,
 ) -> Tensor:
     """Return NeuralNDCG: 1 - NDCG@k of the list, sorted softly by NeuralSort.
 
@@ -67,7 +68,7 @@ def neural_sort_ndcg_loss(
     first = limit(k)
     temperature = _checks.as_positive("temperature", temperature)
     _checks.is_one_of("gain", gain, GAINS)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(neural_sort, (temperature, first, gain == "exponential"), GAINS[gain], *given)
 
 
@@ -83,6 +84,11 @@ class NeuralSortNDCGLoss(ListLossModule):
     function = staticmethod(neural_sort_ndcg_loss)
 
     def __init__(
-        self, reduction: str = "mean", k: int | None = None, temperature: float = 1.0, gain: str = "exponential"
+        self,
+        reduction: str = "mean",
+        k: int | None = None,
+        temperature: float = 1.0,
+        gain: str = "exponential",
+        empty: float | None = None,
     ) -> None:
-        super().__init__(reduction, k=k, temperature=temperature, gain=gain)
+        super().__init__(reduction, k=k, temperature=temperature, gain=gain, empty=empty)

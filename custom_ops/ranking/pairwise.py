@@ -44,6 +44,7 @@ def pairwise_logistic_loss(
     reduction: str = "mean",
     sigma: float = 1.0,
     normalize: bool = False,
+    empty: float | None = None,
 ) -> Tensor:
     """Return RankNet's loss: the sum of ``log(1 + exp(-sigma (s_i - s_j)))`` over each list's pairs with ``y_i > y_j``.
 
@@ -69,7 +70,7 @@ def pairwise_logistic_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(pairwise, (PairFunction.LOGISTIC.value, sigma, normalize), LabelUse.ORDER, *given, of_pairs=True)
 
 
@@ -87,6 +88,7 @@ def pairwise_soft_zero_one_loss(
     reduction: str = "mean",
     sigma: float = 1.0,
     normalize: bool = False,
+    empty: float | None = None,
 ) -> Tensor:
     """Return the sum of ``1 / (1 + exp(sigma (s_i - s_j)))`` over the pairs with ``y_i > y_j`` of each list.
 
@@ -106,7 +108,7 @@ def pairwise_soft_zero_one_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(
         pairwise, (PairFunction.SOFT_ZERO_ONE.value, sigma, normalize), LabelUse.ORDER, *given, of_pairs=True
     )
@@ -126,6 +128,7 @@ def pairwise_exponential_loss(
     reduction: str = "mean",
     sigma: float = 1.0,
     normalize: bool = False,
+    empty: float | None = None,
 ) -> Tensor:
     """Return RankBoost's loss: the sum of ``exp(-sigma (s_i - s_j))`` over each list's pairs with ``y_i > y_j``.
 
@@ -145,7 +148,7 @@ def pairwise_exponential_loss(
     """
     sigma = _checks.as_positive("sigma", sigma)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(
         pairwise, (PairFunction.EXPONENTIAL.value, sigma, normalize), LabelUse.ORDER, *given, of_pairs=True
     )
@@ -166,6 +169,7 @@ def pairwise_hinge_loss(
     margin: float = 1.0,
     squared: bool = False,
     normalize: bool = False,
+    empty: float | None = None,
 ) -> Tensor:
     """Return the sum of ``max(0, margin - (s_i - s_j))`` over the pairs with ``y_i > y_j`` of each list.
 
@@ -193,7 +197,7 @@ def pairwise_hinge_loss(
     margin = _checks.as_float("margin", margin)
     squared = _checks.as_bool("squared", squared)
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(pairwise_hinge, (margin, squared, normalize), LabelUse.ORDER, *given, of_pairs=True)
 
 
@@ -210,6 +214,7 @@ def pairwise_mse_loss(
     item_weights: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
+    empty: float | None = None,
 ) -> Tensor:
     """Return the sum of ``((s_i - s_j) - (y_i - y_j))^2`` over all ordered pairs of each list.
 
@@ -230,7 +235,7 @@ def pairwise_mse_loss(
         (tensor(13.), tensor([-14.,  10.,   4.]))
     """
     normalize = _checks.as_bool("normalize", normalize)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return list_loss(pairwise_mse, (normalize,), LabelUse.DIFFERENCE, *given, of_pairs=True)
 
 
@@ -245,8 +250,10 @@ class PairwiseLogisticLoss(ListLossModule):
 
     function = staticmethod(pairwise_logistic_loss)
 
-    def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
-        super().__init__(reduction, sigma=sigma, normalize=normalize)
+    def __init__(
+        self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False, empty: float | None = None
+    ) -> None:
+        super().__init__(reduction, sigma=sigma, normalize=normalize, empty=empty)
 
 
 class PairwiseSoftZeroOneLoss(ListLossModule):
@@ -260,8 +267,10 @@ class PairwiseSoftZeroOneLoss(ListLossModule):
 
     function = staticmethod(pairwise_soft_zero_one_loss)
 
-    def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
-        super().__init__(reduction, sigma=sigma, normalize=normalize)
+    def __init__(
+        self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False, empty: float | None = None
+    ) -> None:
+        super().__init__(reduction, sigma=sigma, normalize=normalize, empty=empty)
 
 
 class PairwiseExponentialLoss(ListLossModule):
@@ -275,8 +284,10 @@ class PairwiseExponentialLoss(ListLossModule):
 
     function = staticmethod(pairwise_exponential_loss)
 
-    def __init__(self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False) -> None:
-        super().__init__(reduction, sigma=sigma, normalize=normalize)
+    def __init__(
+        self, reduction: str = "mean", sigma: float = 1.0, normalize: bool = False, empty: float | None = None
+    ) -> None:
+        super().__init__(reduction, sigma=sigma, normalize=normalize, empty=empty)
 
 
 class PairwiseHingeLoss(ListLossModule):
@@ -291,9 +302,14 @@ class PairwiseHingeLoss(ListLossModule):
     function = staticmethod(pairwise_hinge_loss)
 
     def __init__(
-        self, reduction: str = "mean", margin: float = 1.0, squared: bool = False, normalize: bool = False
+        self,
+        reduction: str = "mean",
+        margin: float = 1.0,
+        squared: bool = False,
+        normalize: bool = False,
+        empty: float | None = None,
     ) -> None:
-        super().__init__(reduction, margin=margin, squared=squared, normalize=normalize)
+        super().__init__(reduction, margin=margin, squared=squared, normalize=normalize, empty=empty)
 
 
 class PairwiseMSELoss(ListLossModule):
@@ -307,8 +323,8 @@ class PairwiseMSELoss(ListLossModule):
 
     function = staticmethod(pairwise_mse_loss)
 
-    def __init__(self, reduction: str = "mean", normalize: bool = False) -> None:
-        super().__init__(reduction, normalize=normalize)
+    def __init__(self, reduction: str = "mean", normalize: bool = False, empty: float | None = None) -> None:
+        super().__init__(reduction, normalize=normalize, empty=empty)
 
 
 # ---------------------------------------------------------------- references and registry entries

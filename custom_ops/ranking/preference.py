@@ -40,9 +40,9 @@ def preference(
     Without a ``rejected_offset`` it is ``(chosen - rejected) - chosen_offset - margin``.
 
     ``kind`` selects the loss, with z = beta d: p softplus(-z) + q softplus(z); max(0, 1 - z); (d - p)^2; sigmoid(z)
-    (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q); or p sigmoid(-z) + q sigmoid(z). The first ``batch_dims``
-    dimensions are the batch. ``reduce`` sums over the others and, if ``divisor`` isn't 0, divides by it; the caller
-    gives ``divisor`` because the elements may be sharded.
+    (log sigmoid(z) + p) + sigmoid(-z) (log sigmoid(-z) + q); p sigmoid(-z) + q sigmoid(z); or sigmoid(-p z)
+    softplus(-z) + sigmoid(p z) exp(-z). The first ``batch_dims`` dimensions are the batch. ``reduce`` sums over the
+    others and, if ``divisor`` isn't 0, divides by it; the caller gives ``divisor`` because the elements may be sharded.
     """
     return chosen.new_empty(chosen.shape[:batch_dims] if reduce else chosen.shape)
 
@@ -329,6 +329,7 @@ DPO_LOSS_TYPES = (
     "apo_zero",
     "apo_down",
     "sppo_hard",
+    "discopop",
 )
 
 
@@ -353,6 +354,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     loss_weights: Sequence[float] | None = None,
+    discopop_tau: float = 0.05,
 ) -> Tensor:
     """Return the loss of direct preference optimisation, by which a policy learns to prefer the chosen completion.
 
@@ -370,6 +372,7 @@ def dpo_loss(
       subtracted from both log ratios it is KTO's loss
     * "apo_down": u(b c) + u(-b d), for chosen completions worse than that
     * "sppo_hard": (c - 1 / (2 b))^2 + (r + 1 / (2 b))^2
+    * "discopop": (1 - m) s(b d) + m exp(-b d), m = u(b d / ``discopop_tau``)
 
     With several types the loss is their sum, weighted by ``loss_weights``. The loss is exact at any difference. It is
     differentiable to third order and in forward mode; hinge's gradient at its kink is 0. 16-bit inputs are computed in
@@ -387,6 +390,7 @@ def dpo_loss(
             types it applies to those that have one.
         reduction: "mean", "sum" or "none"; the mean over no pair is 0.
         loss_weights: one number for each of several types; None for 1.
+        discopop_tau: the temperature of the blend in "discopop", more than 0 and at most 1.
 
     Returns:
         A scalar, or for "none" a tensor of the broadcast shape; in the promoted dtype.
@@ -401,8 +405,8 @@ def dpo_loss(
 
     Source: Rafailov et al., "Direct Preference Optimization", 2023; robust: Chowdhury et al., 2024; hinge:
     Zhao et al., "SLiC-HF", 2023; ipo: Azar et al., 2023; exo_pair: Ji et al., 2024, Eq. 16; nca_pair: Chen et al.,
-    2024; bco_pair: Jung et al., 2024; apo: D'Oosterlinck et al., 2024; sppo_hard: Wu et al., 2024. The names are those
-    of TRL's DPOTrainer.
+    2024; bco_pair: Jung et al., 2024; apo: D'Oosterlinck et al., 2024; sppo_hard: Wu et al., 2024; discopop: Lu et al.,
+    2024. The names are those of TRL's DPOTrainer.
 
     Example:
         >>> import torch, custom_ops
@@ -423,7 +427,7 @@ def dpo_loss(
     }
     of_pairs = isinstance(beta, Tensor) and (beta.dim() > 0 or beta.requires_grad or beta.device.type != "cpu")
     scale = 1.0 if of_pairs else _checks.as_positive("beta", beta)
-    terms = _dpo_terms(None if of_pairs else scale, loss_type, label_smoothing, loss_weights)
+    terms = _dpo_terms(None if of_pairs else scale, loss_type, label_smoothing, loss_weights, discopop_tau)
     if len(terms) == 1 and terms[0][1].of == "pair" and terms[0][0] == 1 and not of_pairs:
         term = terms[0][1]
         return _loss(tensors, term.kind.value, reduction, beta=scale, p=term.p, q=term.q)
@@ -452,17 +456,22 @@ def dpo_loss(
 
 
 def _dpo_terms(
-    beta: float | None, loss_type: str | Sequence[str], label_smoothing: Any, loss_weights: Sequence[float] | None
+    beta: float | None,
+    loss_type: str | Sequence[str],
+    label_smoothing: Any,
+    loss_weights: Sequence[float] | None,
+    discopop_tau: Any,
 ) -> list[tuple[float, _Term]]:
     """Return the weighted terms of all types; ``beta`` is None if each pair has its own."""
-    types = [loss_type] if isinstance(loss_type, str) or not isinstance(loss_type, Sequence) else list(loss_type)
+    several = _checks.listed(loss_type)
+    types = [loss_type] if several is None else several
     if not types:
         raise ValueError("loss_type: expected at least one type, got none")
     for one in types:
         _checks.is_one_of("loss_type", one, DPO_LOSS_TYPES)
-    given = [1.0] * len(types) if loss_weights is None else loss_weights
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(f"loss_weights: expected a sequence of numbers, got {type(given).__name__}")
+    given = [1.0] * len(types) if loss_weights is None else _checks.listed(loss_weights)
+    if given is None:
+        raise TypeError(f"loss_weights: expected a sequence of numbers, got {type(loss_weights).__name__}")
     weights = [_checks.as_float("loss_weights", weight) for weight in given]
     if len(weights) != len(types):
         raise ValueError(f"loss_weights: expected one for each of {len(types)} types, got {len(weights)}")
@@ -470,10 +479,13 @@ def _dpo_terms(
     e = _smoothing(label_smoothing, 0.5 if "robust" in types else 1.0)
     if e and not smoothed.intersection(types):
         raise ValueError(f"label_smoothing: expected 0, {types[0]!r} has none, got {label_smoothing}")
-    return [(weight, term) for one, weight in zip(types, weights) for term in _terms_of(one, beta, e)]
+    tau = _checks.as_positive("discopop_tau", discopop_tau)
+    if tau > 1:
+        raise ValueError(f"discopop_tau: expected at most 1, got {tau}")
+    return [(weight, term) for one, weight in zip(types, weights) for term in _terms_of(one, beta, e, tau)]
 
 
-def _terms_of(loss_type: str, beta: float | None, e: float) -> list[_Term]:
+def _terms_of(loss_type: str, beta: float | None, e: float, tau: float) -> list[_Term]:
     logistic, sigmoid, squared = PreferenceLoss.LOGISTIC, PreferenceLoss.SIGMOID, PreferenceLoss.SQUARED
     if loss_type in ("ipo", "sppo_hard") and beta is None:
         raise ValueError(f"beta: expected a number for {loss_type!r}, got a tensor")
@@ -491,6 +503,7 @@ def _terms_of(loss_type: str, beta: float | None, e: float) -> list[_Term]:
         "apo_zero": lambda: [_Term("chosen", sigmoid, 1.0, 0.0), _Term("rejected", sigmoid, 0.0, 1.0)],
         "apo_down": lambda: [_Term("chosen", sigmoid, 0.0, 1.0), _Term("pair", sigmoid, 1.0, 0.0)],
         "sppo_hard": lambda: [_Term("chosen", squared, aim, 0.0), _Term("rejected", squared, -aim, 0.0)],
+        "discopop": lambda: [_Term("pair", PreferenceLoss.BLEND, 1 / tau, 0.0)],
     }
     return terms[loss_type]()
 
@@ -556,13 +569,18 @@ class DPOLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         loss_weights: Sequence[float] | None = None,
+        discopop_tau: float = 0.05,
     ) -> None:
         super().__init__()
         self.beta = _checks.as_positive("beta", beta)
-        _dpo_terms(self.beta, loss_type, label_smoothing, loss_weights)
+        _dpo_terms(self.beta, loss_type, label_smoothing, loss_weights, discopop_tau)
+        self.discopop_tau = _checks.as_float("discopop_tau", discopop_tau)
         self.label_smoothing = _checks.as_float("label_smoothing", label_smoothing)
         _checks.is_one_of("reduction", reduction, _checks.REDUCTIONS)
-        self.loss_type, self.reduction, self.loss_weights = loss_type, reduction, loss_weights
+        types, given = _checks.listed(loss_type), _checks.listed(loss_weights)
+        self.loss_type = loss_type if types is None else [str(one) for one in types]
+        self.loss_weights = None if given is None else [_checks.as_float("loss_weights", one) for one in given]
+        self.reduction = reduction
 
     def forward(
         self,
@@ -573,7 +591,7 @@ class DPOLoss(torch.nn.Module):
     ) -> Tensor:
         tensors = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
         options: dict[str, Any] = {"beta": self.beta, "label_smoothing": self.label_smoothing}
-        options["loss_weights"] = self.loss_weights
+        options |= {"loss_weights": self.loss_weights, "discopop_tau": self.discopop_tau}
         return dpo_loss(*tensors, loss_type=self.loss_type, reduction=self.reduction, **options)
 
     def extra_repr(self) -> str:

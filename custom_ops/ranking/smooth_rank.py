@@ -35,6 +35,7 @@ def approx_ndcg_loss(
     reduction: str = "mean",
     temperature: float = 0.1,
     gain: str = "exponential",
+    empty: float | None = None,
 ) -> Tensor:
     """Return ApproxNDCG's loss: 1 - NDCG at smooth ranks.
 
@@ -61,7 +62,7 @@ def approx_ndcg_loss(
         (tensor(0.3803), tensor([ 0.2046, -0.1863, -0.0183]))
     """
     _checks.is_one_of("gain", gain, _NDCG)
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return _smooth_rank(_NDCG[gain], temperature, *given)
 
 
@@ -78,6 +79,7 @@ def approx_mrr_loss(
     item_weights: Tensor | None = None,
     reduction: str = "mean",
     temperature: float = 0.1,
+    empty: float | None = None,
 ) -> Tensor:
     """Return ApproxMRR's loss: 1 - the mean of the relevant items' reciprocal smooth ranks, weighted by their labels.
 
@@ -97,7 +99,7 @@ def approx_mrr_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.6171), tensor([ 0.1539, -0.4421,  0.2882]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return _smooth_rank(SmoothMetric.MRR.value, temperature, *given)
 
 
@@ -114,6 +116,7 @@ def smooth_ap_loss(
     item_weights: Tensor | None = None,
     reduction: str = "mean",
     temperature: float = 0.01,
+    empty: float | None = None,
 ) -> Tensor:
     """Return Smooth-AP's loss: 1 - average precision at smooth ranks.
 
@@ -135,7 +138,7 @@ def smooth_ap_loss(
         >>> loss.detach(), scores.grad
         (tensor(0.3514), tensor([ 0.4451, -0.1860, -0.2591]))
     """
-    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction)
+    given = (scores, labels, mask, lengths, cu_lengths, weights, item_weights, reduction, empty)
     return _smooth_rank(SmoothMetric.AVERAGE_PRECISION.value, temperature, *given)
 
 
@@ -161,8 +164,10 @@ class ApproxNDCGLoss(ListLossModule):
 
     function = staticmethod(approx_ndcg_loss)
 
-    def __init__(self, reduction: str = "mean", temperature: float = 0.1, gain: str = "exponential") -> None:
-        super().__init__(reduction, temperature=temperature, gain=gain)
+    def __init__(
+        self, reduction: str = "mean", temperature: float = 0.1, gain: str = "exponential", empty: float | None = None
+    ) -> None:
+        super().__init__(reduction, temperature=temperature, gain=gain, empty=empty)
 
 
 class ApproxMRRLoss(ListLossModule):
@@ -176,8 +181,8 @@ class ApproxMRRLoss(ListLossModule):
 
     function = staticmethod(approx_mrr_loss)
 
-    def __init__(self, reduction: str = "mean", temperature: float = 0.1) -> None:
-        super().__init__(reduction, temperature=temperature)
+    def __init__(self, reduction: str = "mean", temperature: float = 0.1, empty: float | None = None) -> None:
+        super().__init__(reduction, temperature=temperature, empty=empty)
 
 
 class SmoothAPLoss(ListLossModule):
@@ -191,8 +196,8 @@ class SmoothAPLoss(ListLossModule):
 
     function = staticmethod(smooth_ap_loss)
 
-    def __init__(self, reduction: str = "mean", temperature: float = 0.01) -> None:
-        super().__init__(reduction, temperature=temperature)
+    def __init__(self, reduction: str = "mean", temperature: float = 0.01, empty: float | None = None) -> None:
+        super().__init__(reduction, temperature=temperature, empty=empty)
 
 
 # ---------------------------------------------------------------- references

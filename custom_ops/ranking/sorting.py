@@ -14,7 +14,16 @@ from custom_ops._leaf import leaf
 from custom_ops._native import define
 from custom_ops._wide import under_autocast, wide
 from custom_ops.library import Function
-from custom_ops.ranking._arguments import ListLossModule, checked, documented, not_nested, reduce, valid_items
+from custom_ops.ranking._arguments import (
+    ListLossModule,
+    checked,
+    documented,
+    not_nested,
+    reduce,
+    valid_items,
+    value_of_empty,
+    with_empty,
+)
 from custom_ops.ranking._list_loss import is_differentiated
 from custom_ops.ranking._lists import batch, list_dot, list_scale, shard
 
@@ -283,6 +292,7 @@ def spearman_loss(
     reduction: str = "mean",
     regularization: str = "l2",
     regularization_strength: float = 1.0,
+    empty: float | None = None,
 ) -> Tensor:
     """Return 1 - Spearman's rank correlation, of the soft ranks of the scores with the ranks of the labels.
 
@@ -326,6 +336,7 @@ def spearman_loss(
     loss = torch.where(active, 1 - torch.where(defined, list_dot(ours, shared, *where) * scale, 0), 0)
     if cu_lengths is None:
         loss, active = loss.squeeze(-1), active.squeeze(-1)
+    loss, active = with_empty(loss, active, value_of_empty(empty))
     loss = reduce(loss, active, weights, reduction)
     return loss.float() if under_autocast(scores) else loss.to(scores.dtype)
 
@@ -375,6 +386,12 @@ class SpearmanLoss(ListLossModule):
     function = staticmethod(spearman_loss)
 
     def __init__(
-        self, reduction: str = "mean", regularization: str = "l2", regularization_strength: float = 1.0
+        self,
+        reduction: str = "mean",
+        regularization: str = "l2",
+        regularization_strength: float = 1.0,
+        empty: float | None = None,
     ) -> None:
-        super().__init__(reduction, regularization=regularization, regularization_strength=regularization_strength)
+        super().__init__(
+            reduction, regularization=regularization, regularization_strength=regularization_strength, empty=empty
+        )

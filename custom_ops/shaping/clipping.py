@@ -232,8 +232,8 @@ def _norm(max_norm: Any, dim: Any) -> tuple[float, list[int] | None]:
         raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
     if dim is None:
         return norm, None
-    several = list(dim) if isinstance(dim, Sequence) and not isinstance(dim, str) else [dim]
-    dims = [_checks.as_int("dim", d, "an integer or several") for d in several]
+    several = _checks.listed(dim)
+    dims = [_checks.as_int("dim", d, "an integer or several") for d in ([dim] if several is None else several)]
     if not dims:
         raise ValueError("dim: expected at least one dimension, got none")
     return norm, dims
@@ -252,7 +252,8 @@ class ClipGradientNorm(torch.nn.Module):
 
     def __init__(self, max_norm: float, dim: int | Sequence[int] | None = None) -> None:
         super().__init__()
-        self.max_norm, self.dim = _norm(max_norm, dim)[0], dim
+        self.max_norm, dims = _norm(max_norm, dim)
+        self.dim = dims[0] if dims is not None and _checks.listed(dim) is None else dims
 
     def forward(self, x: Tensor) -> Tensor:
         return clip_gradient_norm(x, self.max_norm, self.dim)

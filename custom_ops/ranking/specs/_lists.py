@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.ranking._arguments import reduce_by_torch
+from custom_ops.ranking._arguments import reduce_by_torch, with_empty
 from custom_ops.registry import BadCall, Sample
 
 
@@ -51,6 +51,7 @@ def reference_of(
         weights: Tensor | None = None,
         item_weights: Tensor | None = None,
         reduction: str = "mean",
+        empty: float | None = None,
         **own: Any,
     ) -> Tensor:
         *batch, n = scores.shape
@@ -80,7 +81,7 @@ def reference_of(
         shape = batch if cu_lengths is None else (*batch, len(bounds) - 1)
         loss = torch.stack(losses, -1).reshape(shape) + connected if losses else connected.expand(shape)
         active = torch.stack(actives, -1).reshape(shape) if actives else torch.zeros(shape, dtype=torch.bool)
-        return reduce_by_torch(loss, active, weights, reduction)
+        return reduce_by_torch(*with_empty(loss, active, empty), weights, reduction)
 
     return reference
 
@@ -106,7 +107,7 @@ def list_samples(device: torch.device, dtype: torch.dtype, grow_items: bool = Fa
     return [
         Sample(draw(2, 5), own, dynamic=dict.fromkeys((0, 1), int(grow_items))),
         Sample(draw(2, 4), {**own, "mask": mask, "item_weights": item_weights, "reduction": "none"}),
-        Sample(draw(3, 4), {**own, "lengths": tensor(4, 1, 3), "reduction": "sum"}),
+        Sample(draw(3, 4), {**own, "lengths": tensor(4, 1, 3), "reduction": "sum", "empty": 0.5}),
         Sample(draw(6), {**own, "cu_lengths": tensor(0, 3, 3, 6), "weights": tensor(1.0, 2.0, 0.5, dtype=dtype)}),
         Sample(draw(2, 0), own),
     ]
@@ -141,4 +142,5 @@ def list_bad_calls() -> list[BadCall]:
             {"item_weights": y.clone().requires_grad_()},
         ),
         BadCall((x, y), "reduction: expected one of 'none', 'mean', 'sum', got 'avg'", {"reduction": "avg"}),
+        BadCall((x, y), "empty: expected a number, got str", {"empty": "0"}),
     ]

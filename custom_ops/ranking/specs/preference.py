@@ -70,6 +70,7 @@ def dpo_loss_reference(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     loss_weights: Sequence[float] | None = None,
+    discopop_tau: float = 0.05,
 ) -> Tensor:
     references = (
         () if ref_chosen_logps is None or ref_rejected_logps is None else (-ref_chosen_logps, ref_rejected_logps)
@@ -91,12 +92,19 @@ def dpo_loss_reference(
         "apo_zero": lambda: 1 - (beta * c).sigmoid() + (beta * r).sigmoid(),
         "apo_down": lambda: (beta * c).sigmoid() + 1 - z.sigmoid(),
         "sppo_hard": lambda: (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2,
+        "discopop": lambda: _blended(z, 1 / discopop_tau),
     }
     types = [loss_type] if isinstance(loss_type, str) else loss_type
     weights = loss_weights or [1.0] * len(types)
     return sum(
         (weight * _reduced(losses[one]() + 0 * d, reduction) for one, weight in zip(types, weights)), d.new_zeros(())
     )
+
+
+def _blended(z: Tensor, p: float) -> Tensor:
+    low = z.clamp(max=0)
+    exponential = torch.where(z < 0, (p * low - low).exp() * (-p * z).sigmoid(), (low - z).exp() * (p * z).sigmoid())
+    return (-p * z).sigmoid() * -torch.nn.functional.logsigmoid(z) + exponential
 
 
 class _Draw:
@@ -155,6 +163,7 @@ def _dpo_samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
             {"beta": 0.9, "loss_type": ["nca_pair", "apo_zero", "sppo_hard"], "loss_weights": [1.0, 0.5, 0.25]},
         ),
         Sample(draw(*shapes), {"beta": torch.tensor([0.5, 1.0, 2.0], device=device, dtype=dtype)}),
+        Sample(draw(*shapes), {"beta": 0.5, "loss_type": "discopop", "discopop_tau": 0.5, "reduction": "none"}),
         Sample(draw((2, 2), (2, 2)), {"label_smoothing": 0.3}),
         Sample(draw((0,), (0,))),
     ]
@@ -208,7 +217,7 @@ register(
 register(
     OpInfo(
         name="dpo_loss",
-        summary="Direct preference optimisation: ten losses of TRL, by name",
+        summary="Direct preference optimisation: eleven losses of TRL, by name",
         function=dpo_loss,
         not_fuzzed={"infinite": "inf - inf"},
         reference=dpo_loss_reference,
@@ -228,6 +237,7 @@ register(
             BadCall((_two, _two), "label_smoothing: .* less than 0.5", {"loss_type": "robust", "label_smoothing": 0.5}),
             BadCall((_two, _two), "label_smoothing: expected 0, 'ipo'", {"loss_type": "ipo", "label_smoothing": 0.1}),
             BadCall((_two, _two), "label_smoothing: expected more than 0", {"loss_type": "exo_pair"}),
+            BadCall((_two, _two), "discopop_tau: expected at most 1, got 2", {"discopop_tau": 2.0}),
             BadCall((_two, _two), "loss_type: expected at least one type, got none", {"loss_type": []}),
             BadCall((_two, _two), "loss_weights: expected one for each of 1 types, got 2", {"loss_weights": [1, 2]}),
             BadCall(
