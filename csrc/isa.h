@@ -40,8 +40,8 @@ void multiversion(const Body& body) {
   body();
 }
 
-// Compiles a third copy, for AVX512. It is for loops that compute much for each number, such as exponentials: the others
-// would gain less than what the copy costs in size.
+// Compiles a third copy, for AVX512. It is for loops that compute much for each number, such as exponentials: the
+// others would gain less than what the copy costs in size.
 template <class Body>
 void multiversion_wide(const Body& body) {
 #ifdef CUSTOM_OPS_AVX2

@@ -1047,6 +1047,7 @@ def _in_one_direction(
     return shards.in_shards(joined, "KTn->n", of_parts)
 
 
+@leaf
 def sigmoid_contrastive_loss(
     query: Tensor,
     key: Tensor,
