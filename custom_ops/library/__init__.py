@@ -40,7 +40,7 @@ dispatch key, where functorch unwraps every level; this also saves the re-dispat
 """
 
 from custom_ops.library._numbers import as_tensor
-from custom_ops.library.definition import compose, define, kernel, override_kernel
+from custom_ops.library.definition import compose, define, dynamic_size, kernel, override_kernel
 from custom_ops.library.function import Function, function_of
 from custom_ops.library.rules import autocast, decomposition, decompositions, inductor, sharding, to_front, vmap
 
@@ -52,6 +52,7 @@ __all__ = [
     "decomposition",
     "decompositions",
     "define",
+    "dynamic_size",
     "function_of",
     "inductor",
     "kernel",

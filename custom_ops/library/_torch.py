@@ -216,6 +216,12 @@ def set_call(op: OpOverload, call: Any) -> None:
     op._op = op.overloadpacket._op = call
 
 
+def is_jvp() -> bool:
+    """Return whether the running transform of torch.func is ``jvp``, which leaves no other trace under a tracer."""
+    functorch: Any = torch._C._functorch
+    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Jvp
+
+
 def forward_level() -> int:
     """Return the level of forward-mode AD, below 0 outside of it, for which there is no public function."""
     return forward_ad._current_level

@@ -32,8 +32,9 @@ from custom_ops.library._torch import (
     set_call,
     without_autograd_cache,
 )
+from custom_ops.library.function import in_forward_mode
 
-__all__ = ["compose", "define", "kernel", "override_kernel"]
+__all__ = ["compose", "define", "dynamic_size", "kernel", "override_kernel"]
 
 
 def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
@@ -41,8 +42,8 @@ def define(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
 
     The annotations give the schema (``Tensor``, ``int``, ``float``, ``bool``, ``str``, ``torch.dtype``, their
     ``Optional``, sequences of them; a tuple of ``Tensor`` for several outputs). The body is the fake kernel: it returns
-    empty tensors of the right shape, dtype, stride and device and never reads data. For a data-dependent size use
-    ``torch.library.get_ctx().new_dynamic_size()``.
+    empty tensors of the right shape, dtype, stride and device and never reads data. `dynamic_size` stands for a size
+    that depends on data.
 
     Ops are functional: they neither mutate nor alias their inputs. A derivative of the op raises until a `Function` is
     attached.
@@ -194,6 +195,29 @@ def _type_of(annotation: Any, returned: bool) -> str:
     op.__annotations__ = {"x": Tensor, "return": annotation} if returned else {"x": annotation, "return": Tensor}
     argument, _, result = torch.library.infer_schema(op, mutates_args=(), op_name="op").partition(" -> ")
     return result if returned else argument.removeprefix("op(").removesuffix(" x)")
+
+
+def dynamic_size(least: int = 0) -> Any:
+    """Return a new size of at least ``least`` that depends on data, for an output of a fake kernel.
+
+    It is ``torch.library.get_ctx().new_dynamic_size``, except under forward-mode AD, which asks whether a tangent is
+    empty. A tracer can't know that of such a size. It is therefore taken to be at least 1 there, and a program compiled
+    of a ``jvp`` raises where it is 0.
+
+    Example:
+        >>> import torch
+        >>> from torch import Tensor
+        >>> from custom_ops import library
+        >>> @library.define("docs::places")
+        ... def places(x: Tensor) -> Tensor:
+        ...     return x.new_empty(library.dynamic_size(), dtype=torch.int64)
+        >>> @library.kernel(places, "cpu")
+        ... def _(x):
+        ...     return torch.where(x > 0)[0]
+        >>> torch.compile(places, fullgraph=True, backend="eager")(torch.tensor([-1.0, 2.0]))
+        tensor([1])
+    """
+    return torch.library.get_ctx().new_dynamic_size(min=max(least, 1) if in_forward_mode() else least)
 
 
 def kernel(op: OpOverload, *devices: str) -> Callable[[Any], Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from custom_ops.library._torch import (
     forward_mode,
     has_kernel,
     implement,
+    is_jvp,
     operators_of,
     opname,
     own_library,
@@ -363,6 +366,28 @@ class _Nested:
         setattr(self._ctx, name, value)
 
 
+class _Calls(threading.local):
+    within_jvp = False
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def _within(jvp: bool) -> Iterator[None]:
+    before = _calls.within_jvp
+    _calls.within_jvp = before or jvp
+    try:
+        yield
+    finally:
+        _calls.within_jvp = before
+
+
+def in_forward_mode() -> bool:
+    """Return whether a call of an op is differentiated in forward mode, at any level of torch.func."""
+    return forward_level() >= 0 or _calls.within_jvp
+
+
 def autograd_kernel(op: OpOverload) -> Callable[..., Any]:
     """Return ``op``'s Autograd kernel, which applies its Function at one level, or at none if no derivative is
     needed.
@@ -381,7 +406,7 @@ def autograd_kernel(op: OpOverload) -> Callable[..., Any]:
             lengths = tuple(len(a) if of_tensors and a is not None else None for of_tensors, a in zip(lists, args))
             flat = (lengths, *_flat(lengths, args))
         if transforms_are_active():
-            with single_level():
+            with single_level(), _within(is_jvp()):
                 return known.apply(*flat)
         # A dual tensor carries its tangent even where gradients are off.
         if forward_level() < 0 and not (torch.is_grad_enabled() and any_requires_grad(*flat)):

@@ -331,7 +331,7 @@ def compiled(case: Case) -> str:
 
 @capability("compiled composition", of_dispatch=True)
 def compiled_composition(case: Case) -> None:
-    """The composition that replaces an op under compilation equals eager: in all dtypes, NaN and infinities, large."""
+    """The composition that a compiler gets for an op equals eager: in every dtype, for NaN, infinities, large sizes."""
     if not _composed(case):
         raise NotApplicable("a compiler is given the registered ops as they are")
     kinds = ["as given", *(kind for kind in ("NaN", "infinite") if kind not in case.info.not_fuzzed)]

@@ -11,7 +11,6 @@ from torch import Tensor
 from custom_ops import _checks, library, shards
 from custom_ops._leaf import leaf
 from custom_ops._native import define
-from custom_ops.library._torch import forward_level
 
 _ROUNDINGS = ("floor", "trunc")
 
@@ -19,10 +18,7 @@ _ROUNDINGS = ("floor", "trunc")
 @define
 def voxel_bounds(ranks: Tensor, check_sorted: bool) -> tuple[Tensor, Tensor]:
     """Return the bounds [M + 1] of the M runs of equal ``ranks`` of at least 0, and the last point of each [M]."""
-    # Forward-mode AD asks whether a tangent is empty, which a tracer can't know for M = 0. Under forward-mode AD the
-    # tracer therefore assumes M >= 1, and the compiled program raises for a frame without a point in any voxel.
-    least = 1 if forward_level() >= 0 else 0
-    runs = torch.library.get_ctx().new_dynamic_size(min=least)
+    runs = library.dynamic_size()
     return ranks.new_empty((runs + 1,), dtype=torch.int64), ranks.new_empty((runs,), dtype=torch.int64)
 
 
@@ -53,10 +49,6 @@ def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return torch.empty_like(indptr, memory_format=torch.contiguous_format)
 
 
-def _dynamic_size() -> Any:
-    return torch.library.get_ctx().new_dynamic_size(min=1 if forward_level() >= 0 else 0)  # as above
-
-
 @define
 def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the different ranks in order, the place of each point's rank among them, and their `voxel_sort`.
@@ -64,7 +56,7 @@ def voxel_unique(rank: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     There are ``size`` of them, [..., size], where the first are kept, and -1 stands for the missing; or, if it is -1,
     as many as there are. A negative rank, or one that isn't kept, has the place -1.
     """
-    count = size if size >= 0 else _dynamic_size()
+    count = size if size >= 0 else library.dynamic_size()
     points, batch = torch.empty_like(rank, dtype=torch.int64, memory_format=torch.contiguous_format), rank.shape[:-1]
     ranks, indptr = (rank.new_empty((*batch, n), dtype=torch.int64) for n in (count, count + 1))
     return ranks, points, torch.empty_like(points), indptr
@@ -79,7 +71,7 @@ def voxel_slots(rank: Tensor, max_points: int, size: int, padded: bool) -> tuple
     voxel past ``size`` of them, gets -1, like a negative rank; a ``size`` of -1 is no limit. The result has ``size``
     voxels if it is ``padded``, with the ranks -1, or else as many as there are.
     """
-    count = size if padded else _dynamic_size()
+    count = size if padded else library.dynamic_size()
     slot = torch.empty_like(rank, dtype=torch.int64, memory_format=torch.contiguous_format)
     ranks, counts = (rank.new_empty((*rank.shape[:-1], count), dtype=torch.int64) for _ in range(2))
     return slot, ranks, counts
