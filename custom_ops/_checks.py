@@ -159,7 +159,11 @@ def _told(value: Any) -> str:
 
 def broadcast(**tensors: Tensor) -> list[Tensor]:
     """Return the tensors on one device, in the dtype that torch promotes them to, expanded to one shape."""
-    first = next((t for t in tensors.values() if t.dim() > 0), None)
+    values = list(tensors.values())
+    shape, dtype, device = values[0].shape, values[0].dtype, values[0].device
+    if all(t.shape == shape and t.dtype == dtype and t.device == device for t in values):
+        return values
+    first = next((t for t in values if t.dim() > 0), None)
     if first is not None:
         tensors = {name: beside(first, t) for name, t in tensors.items()}
     same_device(**tensors)

@@ -174,7 +174,69 @@ def catalogue_memory() -> Figure:
     return figure
 
 
+# These are kinds of training data, and for each of them what matters most and the loss to take.
+CHOICES: dict[str, dict[str, str]] = {
+    "grades of a list's items": {
+        "NDCG, the top above all": "lambda_loss",
+        "NDCG, without pairs": "approx_ndcg_loss",
+        "many tied grades": "unique_softmax_loss",
+        "grades that are often wrong": "pairwise_soft_zero_one_loss",
+        "every pair of a long list": "pairwise_hinge_loss",
+    },
+    "clicks, relevant or not": {
+        "the sound default; biased: item_weights": "softmax_loss",
+        "average precision": "smooth_ap_loss",
+        "one right answer": "approx_mrr_loss",
+    },
+    "scores: a teacher's, similarities": {
+        "their distribution": "list_net_loss",
+        "their differences": "pairwise_mse_loss",
+        "the worst pairs of a batch": "cosent_loss",
+    },
+    "an order of all items": {
+        "places from the top on": "list_mle_loss",
+        "all places alike": "spearman_loss",
+    },
+    "pairs: this before that": {
+        "recommendation, sampled negatives": "bpr_loss",
+        "a reward model": "bradley_terry_loss",
+        "a language model's completions": "dpo_loss",
+        "a fixed margin": "margin_ranking_loss",
+    },
+    "one item of a whole catalogue": {
+        "words, products": "linear_cross_entropy",
+        "pairs of embeddings": "info_nce_loss",
+    },
+}
+
+
+def ranking_choice() -> Figure:
+    """Draw a tree from the kind of training data to the loss to take."""
+    rows = sum(len(cases) for cases in CHOICES.values()) + 0.6 * (len(CHOICES) - 1)
+    figure = Figure(figsize=(10, 0.36 * rows), layout="constrained")
+    axis = figure.subplots()
+    box = {"boxstyle": "round,pad=0.35", "fc": "#eaf3fa", "ec": COLOURS[1]}
+    at = 0.0
+    for kind, cases in CHOICES.items():
+        middle = at - (len(cases) - 1) / 2
+        for case, loss in cases.items():
+            axis.plot([2.35, 2.65, 3.0], [middle, at, at], color="0.7", lw=1, zorder=0)
+            axis.text(3.05, at, case, va="center", fontsize=9)
+            axis.annotate("", (6.1, at), (5.75, at), arrowprops={"arrowstyle": "->", "color": "0.4"})
+            axis.text(6.2, at, loss, va="center", fontsize=9, family="monospace", color=COLOURS[3])
+            at -= 1
+        axis.text(2.3, middle, kind, va="center", ha="right", fontsize=9.5, weight="bold", bbox=box)
+        at -= 0.6
+    axis.text(2.3, 1.1, "the data", ha="right", color="0.4", fontsize=8)
+    axis.text(3.05, 1.1, "what matters", color="0.4", fontsize=8)
+    axis.text(6.2, 1.1, "the loss", color="0.4", fontsize=8)
+    axis.set(xlim=(0, 8.6), ylim=(at + 1, 1.6))
+    axis.axis("off")
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
+    "ranking_choice.png": ranking_choice,
     "activations.png": activations,
     "catalogue_memory.png": catalogue_memory,
     "ranking_gradients.png": ranking_gradients,

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from custom_ops import _checks, shards
 from custom_ops._enums import LabelUse, Reduction
-from custom_ops._wide import under_autocast
+from custom_ops._wide import to_dtype, under_autocast
 from custom_ops.library._torch import OpOverload, transforms_are_active
 from custom_ops.ranking._inputs import in_dtype, list_valid
 from custom_ops.ranking._list_loss import WEIGHTED, no_gradient
@@ -131,7 +131,7 @@ def list_loss(
                 valid = some if valid is None else valid & some
         given = (valid, offsets, item_weights)
     labels = in_dtype(labels, dtype, valid, offsets, use)
-    loss, _, active = op(scores.to(dtype), labels, *given, by_op, 0, *params)
+    loss, _, active = op(to_dtype(scores, dtype), labels, *given, by_op, 0, *params)
     if by_op == Reduction.NONE:
         if offsets is None and (weights is not None or reduction == "none"):
             loss, active = loss.squeeze(-1), active.squeeze(-1)
@@ -169,7 +169,7 @@ def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the loss in ``dtype``; warn of a sum over pairs that float16 can't hold, unless that would wait for a
     device.
     """
-    out = loss.to(dtype)
+    out = to_dtype(loss, dtype)
     if dtype != torch.float16 or type(out) is not Tensor or torch.compiler.is_compiling() or transforms_are_active():
         return out
     if out.device.type == "cpu" and bool(out.isinf().any()):

@@ -56,7 +56,9 @@ def in_dtype(labels: Tensor, dtype: torch.dtype, valid: Tensor | None, offsets: 
         labels = labels.to(torch.int64)
     elif labels.dtype == torch.uint64:
         labels = labels.to(torch.float64)
-    if labels.dtype == dtype or labels.dtype not in (torch.int64, torch.float64):
+    if labels.dtype == dtype:
+        return labels
+    if labels.dtype not in (torch.int64, torch.float64):
         return labels.to(dtype)
     ordered: Tensor = list_labels(labels, valid, offsets, dtype == torch.float64, use)
     return ordered
