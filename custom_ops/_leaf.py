@@ -30,5 +30,7 @@ def leaf(function: F) -> F:
             "torch.compile, torch.export or torch.jit.trace, or call convert_activations(model, to='torch') before"
         )
 
+    # Dynamo counts compilations by code object, and would count those of all functions together.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)
     call.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]

@@ -399,7 +399,7 @@ def test_a_converted_model_can_be_traced_and_says_what_to_do_before_it_is_script
         assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
         of_functions = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(), (x,))
         of_functions(x)
-        torch.testing.assert_close(convert_fx(of_functions)(x), expected, atol=0.1, rtol=0)
+        torch.testing.assert_close(convert_fx(of_functions)(x), expected, atol=0.2, rtol=0)  # Threshold jumps by 0.1
         with pytest.raises(RuntimeError, match=r"torch.jit.script can't compile .* or call convert_activations"):
             torch.jit.script(model)
         custom_ops.convert_activations(model, to="torch")

@@ -66,6 +66,15 @@ def test_torch_fx_keeps_each_public_function_as_one_node() -> None:
                 torch.jit.script(function)
 
 
+def test_each_public_function_is_compiled_by_itself() -> None:
+    """Compilations of one function don't count towards Dynamo's limit for another."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for name in ("relu", "relu6", "leaky_relu", "squared_relu"):
+            x = torch.randn(3)
+            function = getattr(custom_ops, name)
+            assert torch.equal(torch.compile(function, backend="eager", fullgraph=True)(x), function(x))
+
+
 def test_names_can_be_guessed() -> None:
     """A function is called foo_bar, its layer FooBar, and its autograd Function FooBarFunction."""
     functions = {name for name in custom_ops.__all__ if not isinstance(getattr(custom_ops, name), type)}

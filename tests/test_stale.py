@@ -157,8 +157,8 @@ def numbers() -> list[tuple[str, str]]:
     ]
 
 
-# Inductor's composition of these isn't bit for bit what the kernel or eager mode computes.
-ROUNDED = {"surrogate_gradient", "clip_gradient_norm"}
+# Compiled, these aren't bit for bit what eager mode computes: they are compositions, or keep less for backward.
+ROUNDED = {"surrogate_gradient", "clip_gradient_norm", "linear_log_prob"}
 COMPUTED = "Dynamo 2.10 makes a number that Python computes with a constant"
 COMPUTED_WITH = {"info_nce_loss temperature", "lambda_loss log_base"}
 AT_LEAST = {"log_base": 1.0, "regularization_strength": 10.0}
@@ -168,6 +168,7 @@ GIVEN = {
     ("lambda_loss", "mu"): {"weighting": "ndcg2pp"},
     ("clip_gradient", "min"): {"max": 2.0},
     ("clip_gradient", "max"): {"min": -2.0},
+    ("dpo_loss", "discopop_tau"): {"loss_type": "discopop"},
 }
 
 
@@ -211,6 +212,8 @@ def test_a_schedule_of_numbers_is_compiled_twice(name, number):
     names = [*inspect.signature(info.function).parameters]
     given = dict(zip(names[1:], sample.args[1:])) | sample.kwargs | GIVEN.get((name, number), {})
     given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
+    if number == "empty":
+        given = {"labels": given["labels"], "mask": torch.zeros_like(sample.args[0], dtype=torch.bool)}
     compiled_twice(
         lambda x, s: info.function(x, **given | {number: s}),
         shape=sample.args[0].shape,

@@ -143,14 +143,15 @@ def list_loss(
 def value_of_empty(empty: Any) -> float | None:
     """Check the option ``empty``, which may be NaN, and return it as a Python number."""
     value = _checks.plain(empty)
-    if empty is None or (isinstance(value, float) and value != value):
-        return value
-    return _checks.as_float("empty", value)
+    return value if value is None or isinstance(value, float) else _checks.as_float("empty", value)
 
 
 def with_empty(values: Tensor, active: Tensor, empty: float | None) -> tuple[Tensor, Tensor]:
     """Return the lists' values with ``empty`` for those that don't contribute, which then are in the mean."""
-    return (values, active) if empty is None else (torch.where(active, values, empty), torch.ones_like(active))
+    if empty is None:
+        return values, active
+    instead = values.new_ones(()) * empty  # Dynamo would compile torch.where anew for each number
+    return torch.where(active, values, instead), torch.ones_like(active)
 
 
 def weighted_labels(labels: Tensor, item_weights: Tensor, use: int) -> Tensor:

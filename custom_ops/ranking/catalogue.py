@@ -212,7 +212,7 @@ class CatalogueBackward(Function, op=catalogue_backward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.of_x, ctx.of_weight, ctx.of_bias = inputs
-        del tensors[4]  # what was kept; the second order computes the scores again
+        del tensors[4]  # The second order computes the scores again, without what was kept.
         ctx.options = tensors[11:]
         ctx.save_for_backward(*tensors[:11])
         ctx.save_for_forward(*tensors[:11])
@@ -927,8 +927,8 @@ def _similarities(
         _checks.same_device(query=query, bias=shift)
         # The bias is spread in float64, as is the sum of its gradient, since torch's sums depend on the threads.
         of_keys = shift.double().expand(keys).to(torch.promote_types(_wide_dtype(query), _wide_dtype(key)))
-    elif bias is not None and (number := _checks.as_float("bias", bias)) != 0:
-        of_keys = query.new_full((keys,), number, dtype=torch.float64)
+    elif bias is not None:
+        of_keys = query.new_ones(keys, dtype=torch.float64) * _checks.as_float("bias", bias)
     named = ("query", query), ("key", key), own, ("bias", of_keys)
     tensors, (scale, ignored, first, total, _) = _checked(*named, scale, _NONE_IGNORED)
     if words is not None:
