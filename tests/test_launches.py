@@ -50,7 +50,7 @@ FEW = ("softmax_loss", "list_net_loss", *(op for op in FUNCTIONS if op.startswit
 
 @pytest.mark.parametrize("op", FEW)
 def test_list_losses_are_few_kernels(op):
-    """Forward of a padded batch is at most 3 launches of our kernels and 15 of torch's, before ``empty`` is filled in."""
+    """Forward of a padded batch is at most 3 launches of our kernels and 15 of torch's; ``empty`` costs more."""
     for sample in samples(FUNCTIONS[op]):
         if not {"cu_lengths", "empty"} & sample.kwargs.keys():
             forward, _ = trace_of(FUNCTIONS[op], sample)
