@@ -696,6 +696,20 @@ def test_fault_is_caught(name: str) -> None:
     assert not missed
 
 
+def test_no_vmap_rule_names_what_to_do() -> None:
+    report = verify(product(vmap=None), samples(), quick=True, only=["vmap"])
+    assert "give the op a batching rule by library.vmap" in report["vmap"].detail
+
+
+@pytest.mark.full  # the samples above name their dynamic dimensions, which saves time
+@pytest.mark.parametrize("name", MISSED)
+def test_fault_is_caught_with_plain_tuples(name: str) -> None:
+    fault = MISSED[name]
+    made = [sample.args if isinstance(sample, Sample) else sample for sample in fault.samples()]
+    report = verify(fault.make(), made, reference=torch.mul, quick=True, only=fault.rows, **fault.options)
+    assert [cell.status for cell in report.cells] == ["fail"] * len(fault.rows)
+
+
 OF_VARIANTS = [row.name for row in CAPABILITIES.values() if row.of_variants]
 
 

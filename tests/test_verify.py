@@ -139,6 +139,10 @@ def test_samples_without_gradient() -> None:
     assert report["vmap"].status == "pass"
 
 
+def test_samples_may_be_a_generator() -> None:
+    assert verify(torch.sin, (s for s in [(leaf(2),), (leaf(3),)]), reference=torch.sin, only=["value"]).ok
+
+
 def test_declared_not_applicable() -> None:
     report = verify(torch.sin, [(leaf(2),)], only=["vmap"], not_applicable={"vmap": "because"})
     assert (report["vmap"].status, report["vmap"].detail) == ("not applicable", "because")
@@ -159,6 +163,10 @@ def test_declared_not_comparable() -> None:
         ({"not_applicable": {"nothing": ""}}, "not_applicable: unknown"),
         ({"not_comparable": {"nothing": ""}}, "not_comparable: unknown"),
         ({"sample_inputs": []}, "sample_inputs: expected at least one sample"),
+        ({"sample_inputs": 3}, r"sample_inputs: expected a list of calls, as \[\(x,\)\], got int"),
+        ({"sample_inputs": torch.ones(2)}, "sample_inputs: expected a list of calls.*got Tensor"),
+        ({"sample_inputs": lambda a, b, c: []}, "sample_inputs: expected a function of a device and a dtype"),
+        ({"reference": 3}, "reference: expected a function, got int"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import traceback
 import warnings
@@ -97,8 +98,10 @@ def verify(
     if isinstance(op, OpInfo):
         info = op
     else:
-        if sample_inputs is None or (not callable(sample_inputs) and not sample_inputs):
-            raise ValueError("sample_inputs: expected at least one sample")
+        for argument, given in (("op", op), ("reference", reference)):
+            if not (callable(given) or (given is None and argument == "reference")):
+                raise ValueError(f"{argument}: expected a function, got {type(given).__name__}")
+        sample_inputs = _listed(sample_inputs)
         info = OpInfo(
             name=name or getattr(op, "__name__", None) or str(op),
             function=op,
@@ -206,9 +209,26 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
 
 def _explain(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
+    hint = "\ngive the op a batching rule by library.vmap" if "hit the vmap fallback" in str(error) else ""
     if isinstance(error, AssertionError) and where.filename.startswith(COMPARISONS):
         return str(error)
-    return f"{type(error).__name__}: {error}\n(at {where.name}, line {where.lineno} of {where.filename})"
+    return f"{type(error).__name__}: {error}{hint}\n(at {where.name}, line {where.lineno} of {where.filename})"
+
+
+def _listed(sample_inputs: Any) -> Samples:
+    """Return a function of a device and a dtype as it is, and anything else as a list."""
+    if callable(sample_inputs):
+        try:
+            inspect.signature(sample_inputs).bind(torch.device("cpu"), torch.float64)
+        except TypeError:
+            raise ValueError("sample_inputs: expected a function of a device and a dtype, or a list") from None
+        return sample_inputs
+    if isinstance(sample_inputs, Tensor) or not isinstance(sample_inputs, (Iterable, type(None))):
+        raise ValueError(f"sample_inputs: expected a list of calls, as [(x,)], got {type(sample_inputs).__name__}")
+    samples = [] if sample_inputs is None else list(sample_inputs)
+    if not samples:
+        raise ValueError("sample_inputs: expected at least one sample")
+    return samples
 
 
 def _converter(
