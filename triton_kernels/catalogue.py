@@ -415,7 +415,7 @@ class _Catalogue(NamedTuple):
 
     def mask_of(self, at: tuple[int, slice]) -> Tensor:
         """Return a block's mask, or any bytes if there is none."""
-        return (self.target.view(torch.uint8) if self.mask is None else self.mask[at]).contiguous()
+        return (self.target.contiguous().view(torch.uint8) if self.mask is None else self.mask[at]).contiguous()
 
     def logits(self, rows: Tensor, at: tuple[int, slice]) -> Tensor:
         """Return a block's logits, which are minus infinity for the words that are left out of a row."""
