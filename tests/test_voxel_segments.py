@@ -116,9 +116,9 @@ def test_softmax_of_large_numbers_is_exact_to_rounding():
 
 
 @pytest.mark.usefixtures("each_backend")
-@pytest.mark.parametrize("max_voxels", [None, 0, 40, 5000])
+@pytest.mark.parametrize("max_voxels", [None, 0, 40, 1000])
 def test_voxels_are_those_of_unique(max_voxels):
-    rank = lidar_like(3000, 10_000) * 7_000_000_000
+    rank = lidar_like(700, 10_000) * 7_000_000_000
     voxels = custom_ops.voxelize(rank, max_voxels)
     unique, counts = rank[rank >= 0].unique(return_counts=True)
     kept = len(unique) if max_voxels is None else min(max_voxels, len(unique))
@@ -131,7 +131,7 @@ def test_voxels_are_those_of_unique(max_voxels):
     for a, b in zip(voxels.csr, custom_ops.voxel_csr(voxels.inverse, len(voxels.rank)), strict=True):
         assert torch.equal(a, b)
     # The csr is what the pooling of the same points takes.
-    x = torch.randn(3000, 2)
+    x = torch.randn(700, 2)
     pooled = custom_ops.voxel_sum(x, voxels.inverse, len(voxels.rank), "mean", csr=voxels.csr)
     assert torch.equal(custom_ops.segment_reduce(x, voxels.indptr, "mean", voxels.perm), pooled)
     back = custom_ops.voxel_gather(pooled, voxels.inverse, voxels.csr)
