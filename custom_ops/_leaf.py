@@ -31,6 +31,6 @@ def leaf(function: F) -> F:
         )
 
     # Dynamo counts compilations by code object, and would count those of all functions together.
-    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     call.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
