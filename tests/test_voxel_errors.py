@@ -70,15 +70,42 @@ def test_of_all_orders_and_boundaries_only_those_of_the_ranks_match(name):
                 matches = (voxel_match(rank.expand(len(are_right), 3), *pairs) == pairs[1]).all(-1)
             else:
                 matches = torch.tensor([_is_matched(rank, *csr) for csr in zip(*pairs)])
+                sums = torch.tensor([_is_matched(rank, *csr, summed=True) for csr in zip(*pairs)])
+                assert torch.equal(sums, are_right)
             assert are_right.sum() == 1
             assert torch.equal(matches, are_right)
 
 
-def _is_matched(rank, perm, indptr):
+def _is_matched(rank, perm, indptr, summed=False):
     try:
+        if summed:
+            return custom_ops.voxel_sum(torch.ones(3, 1), rank, 2, csr=(perm, indptr)) is not None
         return torch.equal(voxel_match(rank, perm, indptr), indptr)
     except RuntimeError:
         return False
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_one_point_elsewhere_raises_in_long_voxels_and_among_the_rest(index):
+    """The points of a voxel of several parts are compared across the parts' ends, and those in no voxel by themselves."""
+    rank = torch.cat([torch.arange(3000) % 7, torch.full((200,), -1)])[torch.randperm(3200)].to(index)
+    rank[:600] = 3
+    perm, indptr = custom_ops.voxel_csr(rank, 7)
+    x, depth, feat = torch.randn(3200, 2), torch.rand(1, 2, 16, 10, 10), torch.randn(1, 2, 3, 10, 10)
+    runs = (
+        lambda csr: custom_ops.voxel_sum(x, rank, 7, csr=csr),
+        lambda csr: custom_ops.voxel_sum(x.expand(2, 3200, 2), rank, 7, "mean", csr=csr),
+        lambda csr: custom_ops.bev_pool(depth, feat, rank.view(2, 16, 10, 10), 7, csr),
+    )
+    for run in runs:
+        run((perm, indptr))
+        for place in (*range(int(indptr[3]) + 254, int(indptr[3]) + 258), int(indptr[4]) - 1, int(indptr[-1]) + 5):
+            swapped, doubled = perm.clone(), perm.clone()
+            swapped[place], swapped[place + 1] = perm[place + 1], perm[place]
+            doubled[place] = perm[place - 1]
+            for wrong in (swapped, doubled):
+                with pytest.raises(RuntimeError, match=OTHER):
+                    run((wrong, indptr))
 
 
 @pytest.mark.parametrize(
