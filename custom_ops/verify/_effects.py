@@ -106,10 +106,13 @@ def _settings() -> dict[str, Any]:
     return {name: get() for name, (get, _) in SETTINGS.items()}
 
 
+_ABSENT = object()
+
+
 def _numpy(name: str, *args: Any, **kwargs: Any) -> Any:
     """Call a function of NumPy if that is imported."""
     module: Any = sys.modules.get("numpy")
-    return functools.reduce(getattr, name.split("."), module)(*args, **kwargs) if module else None
+    return functools.reduce(getattr, name.split("."), module)(*args, **kwargs) if module else _ABSENT
 
 
 def _set_environment(variables: dict[str, str]) -> None:
@@ -149,7 +152,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: _numpy("random.get_state", legacy=False),
         lambda state: _numpy("random.set_state", state),
     ),
-    "NumPy's handling of errors": (lambda: _numpy("geterr"), lambda handling: _numpy("seterr", **handling or {})),
+    "NumPy's handling of errors": (lambda: _numpy("geterr"), lambda handling: _numpy("seterr", **handling)),
 }
 
 
@@ -161,13 +164,14 @@ def settings_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(generator)
-        for name, value in _settings().items():
-            if not _equal(value, before[name]):
-                SETTINGS[name][1](before[name])
+        for name in _changed(before):
+            SETTINGS[name][1](before[name])
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return repr(a) == repr(b)  # NumPy's state holds an array
+def _changed(before: dict[str, Any]) -> list[str]:
+    """Return the names of the settings that are others than ``before``; NumPy's may not have been imported then."""
+    now = _settings()  # NumPy's state holds an array, hence the comparison of texts
+    return [name for name, value in before.items() if value is not _ABSENT and repr(now[name]) != repr(value)]
 
 
 @capability("global state", of_dispatch=True)
@@ -184,8 +188,7 @@ def global_state(case: Case) -> str | None:
                 _forward_backward(call)
                 after.setdefault(seed, []).append(torch.get_rng_state())
                 draws = draws or not torch.equal(start, after[seed][-1])
-            found = _settings()
-        changed = [name for name, value in before.items() if not _equal(found[name], value)]
+            changed = _changed(before)
         if changed:
             raise AssertionError(f"{describe(call)} changes {', '.join(changed)}")
         if torch.equal(after[1][0], after[2][0]):
