@@ -455,6 +455,41 @@ Weights<A> tangent_of(A* z, A* move, int64_t n, int64_t at, Row<A> row, Weights<
   return out;
 }
 
+// The second derivatives of a row's log_prob, entropy and lse along the tangents t and u of its logits, of which `both`
+// is the second derivative along the same tangents.
+template <class A>
+Weights<A> curve_of(const A* z, const A* t, const A* u, const A* both, int64_t n, int64_t at, Row<A> row) {
+  double mean_t, mean_u, mean_both, covariance, bent, unused;
+  multiversion([&]() ALWAYS_INLINE {
+    two_sums<A>(
+        n,
+        [=](int64_t i, A& a, A& b) ALWAYS_INLINE {
+          const A p = exp_nonpositive(log_probability(z[i], row));
+          a += p * t[i], b += p * u[i];
+        },
+        mean_t, mean_u);
+    const A off_t = static_cast<A>(mean_t), off_u = static_cast<A>(mean_u);
+    two_sums<A>(
+        n,
+        [=](int64_t i, A& a, A& b) ALWAYS_INLINE {
+          const A p = exp_nonpositive(log_probability(z[i], row));
+          a += p * both[i], b += p * (t[i] - off_t) * (u[i] - off_u);
+        },
+        mean_both, covariance);
+    const A off_both = static_cast<A>(mean_both);
+    two_sums<A>(
+        n,
+        [=](int64_t i, A& a, A&) ALWAYS_INLINE {
+          const A log_p = log_probability(z[i], row), p = exp_nonpositive(log_p);
+          const A product = (t[i] - off_t) * (u[i] - off_u);
+          a += p * (product * (log_p + row.entropy + 1) + log_p * (both[i] - off_both));
+        },
+        bent, unused);
+  });
+  const A lse = static_cast<A>(mean_both + covariance);
+  return {(at >= 0 ? both[at] : A(0)) - lse, static_cast<A>(-bent), lse};
+}
+
 // ---------------------------------------------------------------- binary rows
 
 // The logits of these rows have been turned: log_prob is minus the sum of log(1 + e^z), whose derivative is sigmoid(z).
@@ -507,7 +542,46 @@ A binary_tangent(A* z, A* move, int64_t n, A g, bool turned) {
   return static_cast<A>(-sum);
 }
 
+// Returns the second derivative of log_prob along the tangents t and u, as in `curve_of`; `both` has been turned.
+template <class A>
+A binary_curve(const A* z, const A* t, const A* u, const A* both, int64_t n) {
+  double sum;
+  multiversion([&]() ALWAYS_INLINE {
+    sum = sum_of<A>(n, [=](int64_t i) ALWAYS_INLINE {
+      const A e = smaller_odds(z[i]), p = 1 / (1 + e);
+      return (z[i] > 0 ? p : e * p) * both[i] + (e * p * p) * t[i] * u[i];
+    });
+  });
+  return static_cast<A>(-sum);
+}
+
 // ---------------------------------------------------------------- passes
+
+// The tangents of x, weight and bias in an example; a missing one is 0.
+struct Moves {
+  std::optional<Tensor> x, weight, bias;
+
+  Moves(const Example& of, const std::optional<Tensor>& x_t, const std::optional<Tensor>& weight_t,
+        const std::optional<Tensor>& bias_t) {
+    of.in.check_alike("x_t", x_t, of.in.x);
+    of.in.check_alike("weight_t", weight_t, of.in.weight);
+    if (x_t) x = of.of(*x_t);
+    if (weight_t) weight = of.of(*weight_t);
+    if (bias_t) bias = torch::stable::select(of.in.of_words("bias_t", *bias_t), 0, of.index);
+  }
+
+  std::optional<Tensor> rows(const Block& block) const {
+    return x ? std::optional<Tensor>(block.gathered(*x)) : std::nullopt;
+  }
+
+  // Sets `move` to the tangent of a block's logits; `rows` and `rows_t` are its rows and their tangent.
+  void logits(const Example& of, Tensor& move, const Tensor& rows, const std::optional<Tensor>& rows_t) const {
+    if (bias) torch::stable::copy_(move, *bias);
+    else zero(move);
+    if (rows_t) logits_of(move, *rows_t, of.weight, of.in.scale, true, nullptr);
+    if (weight) logits_of(move, rows, *weight, of.in.scale, true, nullptr);
+  }
+};
 
 // The cotangents of the rows' results; a missing one is 0.
 struct RowWeights {
@@ -674,10 +748,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
                            in.of_rows("of_lse", of_lse)};
   const Tensor stats = dense(stats_in);
   check(sizes(stats) == Shape{in.examples, in.rows, 3} && stats.scalar_type() == in.wide, "stats: expected [B, N, 3]");
-  in.check_alike("x_t", x_t, x);
-  in.check_alike("weight_t", weight_t, weight);
-  std::optional<Tensor> bias_moves;
-  if (bias_t) bias_moves = in.of_words("bias_t", *bias_t);
   const Gradients to(in, of_x, of_weight, of_bias);
   const Results moved(in);
   dispatch_wide(in, [&](auto type) {
@@ -687,24 +757,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
       Sums sums(to, example);
       const Shape shape{example.block, in.words};
       const Tensor buffer = fresh(in.x, shape, in.wide), buffer_t = fresh(in.x, shape, in.wide);
-      std::optional<Tensor> words_t, bias_row;
-      if (weight_t) words_t = example.of(*weight_t);
-      if (bias_moves) bias_row = torch::stable::select(*bias_moves, 0, b);
-      std::optional<Tensor> rows_t_all;
-      if (x_t) rows_t_all = example.of(*x_t);
+      const Moves moves_of(example, x_t, weight_t, bias_t);
       for (int64_t k = 0; k < example.blocks(); ++k) {
         const Block block(example, k);
         const Tensor rows = block.gathered(example.x), z = part(buffer, 0, 0, block.rows());
         Tensor move = part(buffer_t, 0, 0, block.rows());
         logits_of(z, rows, example.weight, in.scale, false, example.bias ? &*example.bias : nullptr);
-        if (bias_row) torch::stable::copy_(move, *bias_row);
-        else zero(move);
-        std::optional<Tensor> rows_t;
-        if (x_t) {
-          rows_t = block.gathered(*rows_t_all);
-          logits_of(move, *rows_t, example.weight, in.scale, true, nullptr);
-        }
-        if (words_t) logits_of(move, rows, *words_t, in.scale, true, nullptr);
+        const std::optional<Tensor> rows_t = moves_of.rows(block);
+        moves_of.logits(example, move, rows, rows_t);
         each_row(block, [&](int64_t r, int64_t i, int64_t at) {
           const A* s = data<A>(stats) + 3 * i;
           A* const logits = mutable_data<A>(z) + r * in.words;
@@ -725,7 +785,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
         if (!to.wanted()) continue;
         sums.add_to_rows(block, move, example.weight);
         sums.add_to_words(block, move, rows);
-        if (words_t) sums.add_to_rows(block, z, *words_t, true);
+        if (moves_of.weight) sums.add_to_rows(block, z, *moves_of.weight, true);
         if (rows_t) sums.add_to_words(block, z, *rows_t, true);
         sums.finish<A>(block, move);
       }
@@ -733,6 +793,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_second(
     }
   });
   return {moved.log_prob, moved.entropy, moved.lse, to.x, to.weight, to.bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> catalogue_curve(
+    const Tensor& stats_in, const std::optional<Tensor>& x_t, const std::optional<Tensor>& weight_t,
+    const std::optional<Tensor>& bias_t, const std::optional<Tensor>& x_u, const std::optional<Tensor>& weight_u,
+    const std::optional<Tensor>& bias_u, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& target, const std::optional<Tensor>& mask, const std::optional<Tensor>& row_group,
+    const std::optional<Tensor>& word_group, double scale, int64_t ignore_index, int64_t first, int64_t total,
+    bool binary) {
+  const Catalogue in(x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary);
+  const Tensor stats = dense(stats_in);
+  check(sizes(stats) == Shape{in.examples, in.rows, 3} && stats.scalar_type() == in.wide, "stats: expected [B, N, 3]");
+  const Results curved(in);
+  dispatch_wide(in, [&](auto type) {
+    using A = typename decltype(type)::type;
+    for (int64_t b = 0; b < in.examples; ++b) {
+      const Example example(in, b, 4);
+      const Tensor buffers = fresh(in.x, {4, example.block, in.words}, in.wide);
+      const Moves of_t(example, x_t, weight_t, bias_t), of_u(example, x_u, weight_u, bias_u);
+      for (int64_t k = 0; k < example.blocks(); ++k) {
+        const Block block(example, k);
+        const auto buffer = [&](int64_t i) { return part(torch::stable::select(buffers, 0, i), 0, 0, block.rows()); };
+        Tensor z = buffer(0), t = buffer(1), u = buffer(2), both = buffer(3);
+        const Tensor rows = block.gathered(example.x);
+        const std::optional<Tensor> rows_t = of_t.rows(block), rows_u = of_u.rows(block);
+        logits_of(z, rows, example.weight, in.scale, false, example.bias ? &*example.bias : nullptr);
+        of_t.logits(example, t, rows, rows_t);
+        of_u.logits(example, u, rows, rows_u);
+        zero(both);
+        if (rows_t && of_u.weight) logits_of(both, *rows_t, *of_u.weight, in.scale, true, nullptr);
+        if (rows_u && of_t.weight) logits_of(both, *rows_u, *of_t.weight, in.scale, true, nullptr);
+        each_row(block, [&](int64_t r, int64_t i, int64_t at) {
+          A* const logits = mutable_data<A>(z) + r * in.words;
+          A* const second = mutable_data<A>(both) + r * in.words;
+          const A *along_t = data<A>(t) + r * in.words, *along_u = data<A>(u) + r * in.words;
+          in.leave_out(logits, i, at);
+          if (in.binary) {
+            in.turn(logits, i, at), in.turn(second, i, at);
+            mutable_data<A>(curved.log_prob)[i] = binary_curve(logits, along_t, along_u, second, in.words);
+            return;
+          }
+          const A* s = data<A>(stats) + 3 * i;
+          const Weights<A> c = curve_of<A>(logits, along_t, along_u, second, in.words, at, {s[0], s[1], s[2]});
+          mutable_data<A>(curved.log_prob)[i] = c.log_prob;
+          mutable_data<A>(curved.entropy)[i] = c.entropy;
+          mutable_data<A>(curved.lse)[i] = c.lse;
+        });
+      }
+    }
+  });
+  return {curved.log_prob, curved.entropy, curved.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_loss(
@@ -767,4 +878,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_loss(
 CUSTOM_OPS_CPU_KERNEL(catalogue_log_prob)
 CUSTOM_OPS_CPU_KERNEL(catalogue_backward)
 CUSTOM_OPS_CPU_KERNEL(catalogue_second)
+CUSTOM_OPS_CPU_KERNEL(catalogue_curve)
 CUSTOM_OPS_CPU_KERNEL(catalogue_loss)

@@ -324,6 +324,7 @@ def _checkpointed(f, x, v):
 # row's log-probability and entropy.
 COMPOSITIONS = {
     "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
+    "jvp of jvp": lambda f, x, v: torch.func.jvp(lambda y: torch.func.jvp(f, (y,), (v,))[1], (x,), (x,))[1],
     "func.grad": lambda f, x, v: torch.func.grad(f)(x),
     "hessian": lambda f, x, v: torch.func.hessian(f)(x),
     "compile(vmap(grad))": lambda f, x, v: torch.compile(

@@ -237,6 +237,64 @@ def catalogue_tangent_kernel(
                 tl.store(move_ptr + row * words + v, nothing, mask=v < words)
 
 
+@kernel("*T *T *T *T *i64 *T *T *T *T i32 i64 i64", WIDE, {None: {"BLOCK": _BLOCK // 2}}, narrow=_NARROW)
+@triton.jit(do_not_specialize=["words", "first", "ignored"])
+def catalogue_curve_kernel(
+    z_ptr,
+    t_ptr,
+    u_ptr,
+    both_ptr,
+    target_ptr,
+    stats_ptr,
+    log_prob_ptr,
+    entropy_ptr,
+    lse_ptr,
+    words,
+    first,
+    ignored,
+    BLOCK: tl.constexpr,
+):
+    """Store the second derivatives of a row's results along the tangents t and u of its logits, of which ``both`` is
+    the second derivative along the same tangents.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    counts, at = _place(target_ptr, words, first, ignored)
+    if counts:
+        stats = stats_ptr + 3 * row
+        top, log_sum, entropy = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2)
+        sum_t, sum_u = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        sum_both = tl.zeros([BLOCK], tl.float64)
+        chosen = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            place = row * words + v
+            z = tl.load(z_ptr + place, mask=v < words, other=-float("inf"))
+            both = tl.load(both_ptr + place, mask=v < words, other=0)
+            _, p = _shifted(tl.where(z == -float("inf"), z, (z - top) - log_sum))
+            sum_t += (p * tl.load(t_ptr + place, mask=v < words, other=0)).to(tl.float64)
+            sum_u += (p * tl.load(u_ptr + place, mask=v < words, other=0)).to(tl.float64)
+            sum_both += (p * both).to(tl.float64)
+            chosen = tl.where(v == at, both, chosen)
+        mean_t, mean_u = tl.sum(sum_t).to(top.dtype), tl.sum(sum_u).to(top.dtype)
+        mean = tl.sum(sum_both)
+        mean_both = mean.to(top.dtype)
+        covariance, bent = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            place = row * words + v
+            z = tl.load(z_ptr + place, mask=v < words, other=-float("inf"))
+            both = tl.load(both_ptr + place, mask=v < words, other=0)
+            log_p, p = _shifted(tl.where(z == -float("inf"), z, (z - top) - log_sum))
+            product = tl.load(t_ptr + place, mask=v < words, other=0) - mean_t
+            product = product * (tl.load(u_ptr + place, mask=v < words, other=0) - mean_u)
+            covariance += (p * product).to(tl.float64)
+            bent += (p * (product * (log_p + entropy + 1) + log_p * (both - mean_both))).to(tl.float64)
+        lse = (mean + tl.sum(covariance)).to(top.dtype)
+        tl.store(log_prob_ptr + row, tl.sum(chosen) - lse)
+        tl.store(entropy_ptr + row, (-tl.sum(bent)).to(top.dtype))
+        tl.store(lse_ptr + row, lse)
+
+
 # ---------------------------------------------------------------- binary rows
 
 
@@ -341,6 +399,46 @@ def catalogue_binary_tangent_kernel(
                 tl.store(move_ptr + row * words + v, nothing, mask=v < words)
 
 
+@kernel(
+    "*T *T *T *T *i64 *u8 *T i32 i64 i64",
+    WIDE,
+    {masked: {"MASK": masked, "BLOCK": _BLOCK // 2} for masked in (False, True)},
+    narrow=_NARROW,
+)
+@triton.jit(do_not_specialize=["words", "first", "ignored"])
+def catalogue_binary_curve_kernel(
+    z_ptr,
+    t_ptr,
+    u_ptr,
+    both_ptr,
+    target_ptr,
+    mask_ptr,
+    log_prob_ptr,
+    words,
+    first,
+    ignored,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the second derivative of a row's log_prob along two tangents, as `catalogue_curve_kernel`."""
+    row = tl.program_id(0).to(tl.int64)
+    counts, at = _place(target_ptr, words, first, ignored)
+    if counts:
+        total = tl.zeros([BLOCK], tl.float64)
+        for begin in range(0, words, BLOCK):
+            v = begin + tl.arange(0, BLOCK)
+            place = row * words + v
+            z = tl.load(z_ptr + place, mask=v < words, other=0)
+            right = _right(mask_ptr, v, at, row, words, MASK)
+            d = tl.where(right, z, -z)
+            slope = tl.where(right, wrong_order(d), -wrong_order(d))
+            product = tl.load(t_ptr + place, mask=v < words, other=0)
+            product = product * tl.load(u_ptr + place, mask=v < words, other=0)
+            moved = slope * tl.load(both_ptr + place, mask=v < words, other=0) - both_orders(d) * product
+            total += moved.to(tl.float64)
+        tl.store(log_prob_ptr + row, tl.sum(total).to(z_ptr.dtype.element_ty))
+
+
 # ---------------------------------------------------------------- passes
 
 
@@ -432,6 +530,23 @@ class _Catalogue(NamedTuple):
             pointers = z, target, self.mask_of(at), *groups
             catalogue_left_out_kernel(len(z), *pointers, *self.places[:2], variant=variant)
         return z
+
+    def moved_logits(
+        self,
+        rows: Tensor,
+        at: tuple[int, slice],
+        rows_t: Tensor | None,
+        weight_t: Tensor | None,
+        bias_t: Tensor | None,
+    ) -> Tensor:
+        """Return the tangent of a block's logits for those of its rows, the words and the bias."""
+        shape = rows.shape[0], self.weight.shape[1]
+        move = rows.new_zeros(shape) if bias_t is None else bias_t[at[0]].expand(shape).contiguous()
+        if rows_t is not None:
+            self.add_logits(move, rows_t, self.weight[at[0]])
+        if weight_t is not None:
+            self.add_logits(move, rows, weight_t[at[0]])
+        return move
 
 
 def _parts(words: Tensor) -> Iterator[slice]:
@@ -632,12 +747,8 @@ def catalogue_second(
     for at in catalogue.blocks():
         rows, block_target = catalogue.rows_of(x, at), target[at].contiguous()
         z = catalogue.logits(rows, at)
-        move = torch.zeros_like(z) if bias_t is None else bias_t[at[0]].expand_as(z).contiguous()
         rows_t = None if x_t is None else catalogue.rows_of(x_t, at)
-        if rows_t is not None:
-            catalogue.add_logits(move, rows_t, weight[at[0]])
-        if weight_t is not None:
-            catalogue.add_logits(move, rows, weight_t[at[0]])
+        move = catalogue.moved_logits(rows, at, rows_t, weight_t, bias_t)
         block_of = of[at].contiguous()
         if catalogue.binary:
             binary = z, move, block_target, catalogue.mask_of(at), block_of, moved[0][at]
@@ -655,6 +766,51 @@ def catalogue_second(
             if rows_t is not None:
                 sums.add_to_words(at, z, rows_t)
     return moved[0], moved[1], moved[2], *sums.rounded()
+
+
+def catalogue_curve(
+    stats: Tensor,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    x_u: Tensor | None,
+    weight_u: Tensor | None,
+    bias_u: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    ignore_index: int,
+    first: int,
+    total: int,
+    binary: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    where = x, weight, bias, target, mask, row_group, word_group
+    catalogue = _Catalogue(*where, scale, ignore_index, first, total, binary)
+    catalogue.check()
+    log_prob, entropy, lse = (catalogue.of_rows() for _ in range(3))
+    for at in catalogue.blocks():
+        rows, block_target = catalogue.rows_of(x, at), target[at].contiguous()
+        rows_t, rows_u = (None if moved is None else catalogue.rows_of(moved, at) for moved in (x_t, x_u))
+        z = catalogue.logits(rows, at)
+        both = torch.zeros_like(z)
+        for some, words in ((rows_t, weight_u), (rows_u, weight_t)):
+            if some is not None and words is not None:
+                catalogue.add_logits(both, some, words[at[0]])
+        along_t = catalogue.moved_logits(rows, at, rows_t, weight_t, bias_t)
+        along_u = catalogue.moved_logits(rows, at, rows_u, weight_u, bias_u)
+        pointers = z, along_t, along_u, both, block_target
+        if binary:
+            found = catalogue.mask_of(at), log_prob[at]
+            catalogue_binary_curve_kernel(len(z), *pointers, *found, *catalogue.places, variant=mask is not None)
+        else:
+            results = log_prob[at], entropy[at], lse[at]
+            catalogue_curve_kernel(len(z), *pointers, stats[at].contiguous(), *results, *catalogue.places)
+    return log_prob, entropy, lse
 
 
 def catalogue_loss(

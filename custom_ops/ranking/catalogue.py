@@ -120,6 +120,32 @@ def catalogue_second(
 
 
 @define
+def catalogue_curve(
+    stats: Tensor,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    x_u: Tensor | None,
+    weight_u: Tensor | None,
+    bias_u: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    ignore_index: int,
+    first: int,
+    total: int,
+    binary: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the second derivatives of log_prob, entropy and lse along two tangents of x, weight and bias."""
+    return _results(x)
+
+
+@define
 def catalogue_loss(
     of_log_prob: Tensor,
     of_lse: Tensor | None,
@@ -212,7 +238,7 @@ class CatalogueBackward(Function, op=catalogue_backward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.of_x, ctx.of_weight, ctx.of_bias = inputs
-        del tensors[4]  # The second order computes the scores again, without what was kept.
+        del tensors[4]  # The second order computes the scores again.
         ctx.options = tensors[11:]
         ctx.save_for_backward(*tensors[:11])
         ctx.save_for_forward(*tensors[:11])
@@ -240,7 +266,9 @@ class CatalogueBackward(Function, op=catalogue_backward):
 
 
 class CatalogueSecond(Function, op=catalogue_second):
-    """The op is linear in the tangents of x, weight and bias. Of its tangents in them, only those of rows have one."""
+    """The op is linear in the tangents of x, weight and bias. In these themselves, only its results of rows have a
+    derivative.
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -274,12 +302,56 @@ class CatalogueSecond(Function, op=catalogue_second):
         return *[None] * 4, *_wanted(sums, of_moves), *of_primals, *[None] * 12
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        if any(t is not None for t in (*tangents[:3], *tangents[7:10])):
-            raise NotImplementedError("linear_log_prob and the losses made of it have no tangent of a tangent")
-        saved = ctx.saved_tensors
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         asked = ctx.of_x, ctx.of_weight, ctx.of_bias
-        return catalogue_second(*saved[:4], *tangents[4:7], *saved[7:], *ctx.options, *asked)
+        weights, again, of_where = tangents[:3], tangents[4:7], tangents[7:10]
+        moved = any(t is not None for t in of_where)
+        if any(asked) and (moved or any(t is not None for t in weights)):
+            raise _no_third()
+        saved = ctx.saved_tensors
+        parts: list[Any] = []
+        if any(t is not None for t in again):
+            parts.append(catalogue_second(*saved[:4], *again, *saved[7:], *ctx.options, *asked))
+        if moved:
+            curved = catalogue_curve(saved[3], *saved[4:7], *of_where, *saved[7:], *ctx.options)
+            x, weight = saved[7:9]
+            parts.append((*curved, x.new_zeros(0), weight.new_zeros(0), x.new_zeros(0, dtype=_wide_dtype(x))))
+        return tuple(add(*some) for some in zip(*parts)) if parts else (None,) * 6
+
+
+class CatalogueCurve(Function, op=catalogue_curve):
+    """The op is linear in each of the two tangents, and symmetric in them."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options = inputs[14:]
+        ctx.save_for_backward(*inputs[:14])
+        ctx.save_for_forward(*inputs[:14])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(ctx.needs_input_grad[7:10]):
+            raise _no_third()
+        stats, *saved = ctx.saved_tensors
+        gradients: list[Tensor | None] = []
+        for needed, other in ((ctx.needs_input_grad[1:4], saved[3:6]), (ctx.needs_input_grad[4:7], saved[:3])):
+            found: Sequence[Any] = (None,) * 3
+            if any(needed):
+                found = catalogue_second(*cotangents, stats, *other, *saved[6:], *ctx.options, *needed)[3:]
+            gradients += _wanted(found, needed)
+        return None, *gradients, *[None] * 12
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        if any(t is not None for t in tangents[7:10]):
+            raise _no_third()
+        stats, *saved = ctx.saved_tensors
+        parts = [
+            catalogue_curve(stats, *again, *other, *saved[6:], *ctx.options)
+            for again, other in ((tangents[1:4], saved[3:6]), (tangents[4:7], saved[:3]))
+            if any(t is not None for t in again)
+        ]
+        return tuple(add(*some) for some in zip(*parts)) if parts else (None,) * 3
 
 
 class CatalogueLoss(Function, op=catalogue_loss):
@@ -334,7 +406,7 @@ def _batch(op: Any, arguments: str, results: str, flagged: int) -> None:
     @library.vmap(op)
     def _(info: Any, in_dims: Any, *args: Any) -> Any:
         size = info.batch_size
-        flags = [*[True] * (len(results) - flagged), *args[-flagged:]]
+        flags = [*[True] * (len(results) - flagged), *args[len(args) - flagged :]]
         shared = all(dim is None for dim, kind in zip(in_dims, arguments) if kind == "w")
         as_rows = shared and not any(wanted for wanted, kind in zip(flags, results) if kind != "r")
         moved: list[Tensor | None] = []
@@ -355,6 +427,7 @@ _WHERE = "rwwrrrw"
 _batch(catalogue_log_prob, _WHERE, "rrrrr", 1)
 _batch(catalogue_backward, "rrrrr" + _WHERE, "rww", 3)
 _batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww", 3)
+_batch(catalogue_curve, "rrwwrww" + _WHERE, "rrr", 0)
 _batch(catalogue_loss, "rr" + _WHERE, "errww", 3)
 
 
@@ -421,8 +494,8 @@ def linear_log_prob(
     are exchanged for sharded words, never logits.
 
     Forward takes one product of matrices, backward three: it computes the logits again, in blocks of rows. Besides
-    arguments, results and gradients, the memory is O(N + V), and for 16-bit words a float32 copy of their gradient. A
-    third derivative and a tangent of a tangent raise ``NotImplementedError``.
+    arguments, results and gradients, the memory is O(N + V), and for 16-bit words a float32 copy of their gradient. Up
+    to 4 million logits are kept for backward instead. A third derivative raises ``NotImplementedError``.
 
     Source: the blocks are those of Luo et al., "MiniSequence Transformer", 2024, and of Wijmans et al., "Cut your
     losses in large-vocabulary language models", 2024; the entropy's gradient is Williams and Peng's, 1991.

@@ -23,7 +23,6 @@ _NOT_FUZZED = {
     "infinite": "inf - inf",
     **dict.fromkeys(("fills", "outliers", "large"), "a sum of their products keeps nothing of what is smaller"),
 }
-_FORWARD_OVER_FORWARD = "a tangent of a tangent would need one more pass"
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor, counts: Tensor) -> Tensor:
@@ -265,7 +264,6 @@ register(
         samples=_log_prob_samples,
         not_fuzzed=_NOT_FUZZED,
         shardings=lambda: _shardings(False),
-        not_applicable={"forward over forward": _FORWARD_OVER_FORWARD},
         autocast=torch.float32,
         modules=lambda: [(LinearLogProb(), {}), (LinearLogProb(0.5, 2), {"scale": 0.5, "ignore_index": 2})],
         bad_calls=lambda: [
@@ -298,7 +296,6 @@ register(
         samples=_cross_entropy_samples,
         not_fuzzed=_NOT_FUZZED,
         shardings=lambda: _shardings(True),
-        not_applicable={"forward over forward": _FORWARD_OVER_FORWARD},
         autocast=torch.float32,
         modules=lambda: [
             (LinearCrossEntropy(), {}),
@@ -328,7 +325,6 @@ register(
         reference=info_nce_loss_reference,
         samples=_info_nce_samples,
         shardings=lambda: _contrastive_shardings(True),
-        not_applicable={"forward over forward": _FORWARD_OVER_FORWARD},
         not_fuzzed=_NOT_FUZZED | {"tiny": "a quotient of two of them, whose difference is lost"},
         autocast=torch.float32,
         modules=lambda: [
@@ -366,7 +362,6 @@ register(
         reference=sigmoid_contrastive_loss_reference,
         samples=_sigmoid_samples,
         shardings=lambda: _contrastive_shardings(False),
-        not_applicable={"forward over forward": _FORWARD_OVER_FORWARD},
         not_fuzzed=_NOT_FUZZED | {"tiny": "a quotient of two of them, whose difference is lost"},
         autocast=torch.float32,
         modules=lambda: [
