@@ -115,6 +115,11 @@ def _numpy(name: str, *args: Any, **kwargs: Any) -> Any:
     return functools.reduce(getattr, name.split("."), module)(*args, **kwargs) if module else _ABSENT
 
 
+def _numpy_state() -> Any:
+    state = _numpy("random.get_state")
+    return state if state is _ABSENT else (state[0], state[1].tolist(), *state[2:])  # lists compare as a whole
+
+
 def _set_environment(variables: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(variables)
@@ -148,10 +153,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "the filters of warnings": (lambda: [*warnings.filters], partial(setattr, warnings, "filters")),
     "the environment": (lambda: dict(os.environ), _set_environment),
     "Python's random numbers": (random.getstate, random.setstate),
-    "NumPy's random numbers": (
-        lambda: _numpy("random.get_state", legacy=False),
-        lambda state: _numpy("random.set_state", state),
-    ),
+    "NumPy's random numbers": (_numpy_state, lambda state: _numpy("random.set_state", state)),
     "NumPy's handling of errors": (lambda: _numpy("geterr"), lambda handling: _numpy("seterr", **handling)),
 }
 
@@ -170,8 +172,8 @@ def settings_kept() -> Iterator[None]:
 
 def _changed(before: dict[str, Any]) -> list[str]:
     """Return the names of the settings that are others than ``before``; NumPy's may not have been imported then."""
-    now = _settings()  # NumPy's state holds an array, hence the comparison of texts
-    return [name for name, value in before.items() if value is not _ABSENT and repr(now[name]) != repr(value)]
+    now = _settings()
+    return [name for name, value in before.items() if value is not _ABSENT and now[name] != value]
 
 
 @capability("global state", of_dispatch=True)
