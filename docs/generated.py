@@ -300,7 +300,7 @@ def draw() -> None:
     """Draw the pictures that are older than their sources."""
     PICTURES.mkdir(exist_ok=True)
     for name, picture in pictures.PICTURES.items():
-        if _is_old(PICTURES / name, [Path(pictures.__file__), pictures.catalogue.RESULT]):
+        if _is_old(PICTURES / name, [Path(pictures.__file__)]):
             picture().savefig(PICTURES / name, dpi=100)
     scaling = sorted((RESULTS / "scaling").glob("*.json"))
     if _is_old(PICTURES / "cost.txt", [Path(cost_page.__file__), *scaling]):
