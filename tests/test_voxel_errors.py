@@ -87,7 +87,7 @@ def _is_matched(rank, perm, indptr, summed=False):
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_one_point_elsewhere_raises_in_long_voxels_and_among_the_rest(index):
-    """The points of a voxel of several parts are compared across their ends, those in no voxel by themselves."""
+    """Points are compared across the ends of the parts of a long voxel, and those in no voxel by themselves."""
     rank = torch.cat([torch.arange(3000) % 7, torch.full((200,), -1)])[torch.randperm(3200)].to(index)
     rank[:600] = 3
     perm, indptr = custom_ops.voxel_csr(rank, 7)
