@@ -69,8 +69,8 @@ std::vector<std::string> instruction_sets() {
 #ifdef CUSTOM_OPS_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
     out.push_back("avx2");
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
       out.push_back("avx512");
   }
 #endif
