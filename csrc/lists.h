@@ -178,16 +178,49 @@ ALWAYS_INLINE inline bool order_of_grades(const A* __restrict x, int64_t n, int3
   return true;
 }
 
+template <class A>
+struct Keyed {
+  decltype(rank_bits(A())) key;
+  int32_t at;
+};
+
+constexpr int64_t kLongSort = 1 << 16;  // items from which on two passes over each digit are worth their threads
+
+// Sorts the n items at `from` by ascending key, stably, in kParts parts at a time: each part counts its digits, and
+// then puts its items where those of all parts before it end. Returns where the items are: `from` or `to`.
+template <class A>
+Keyed<A>* sort_long(Keyed<A>* from, Keyed<A>* to, int64_t n, Scratch& scratch) {
+  int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kParts * 256));
+  const int64_t step = (n + kParts - 1) / kParts;
+  const auto each_part = [&](const auto& run) {
+    torch::stable::parallel_for(0, kParts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part)
+        for (int64_t i = part * step; i < std::min((part + 1) * step, n); ++i) run(counts[part], i);
+    });
+  };
+  for (size_t shift = 0; shift < 8 * sizeof(from->key); shift += 8) {
+    std::memset(counts, 0, kParts * sizeof(*counts));
+    each_part([&](int32_t* count, int64_t i) { ++count[from[i].key >> shift & 255]; });
+    int32_t start = 0, most = 0;
+    for (int k = 0; k < 256; ++k) {
+      const int32_t before = start;
+      for (int64_t part = 0; part < kParts; ++part) start += std::exchange(counts[part][k], start);
+      most = std::max(most, start - before);
+    }
+    if (most == n) continue;
+    each_part([&](int32_t* count, int64_t i) { to[count[from[i].key >> shift & 255]++] = from[i]; });
+    std::swap(from, to);
+  }
+  return from;
+}
+
 // Returns the positions 0..n-1 in the order of descending x, ties by position, in scratch memory. Except for small
 // integers it is a radix sort, which skips the digits that all keys share.
 template <class A>
 const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
   using Key = decltype(rank_bits(A()));
   constexpr int kDigits = sizeof(Key);
-  struct Item {
-    Key key;
-    int32_t at;
-  };
+  using Item = Keyed<A>;
   check(n <= INT32_MAX, "scores: expected lists of less than 2^31 items");
   int32_t* order = scratch.get<int32_t>(n);
   Item* from = scratch.get<Item>(n);
@@ -195,6 +228,14 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
   multiversion([&]() ALWAYS_INLINE { done = order_of_grades(x, n, reinterpret_cast<int32_t*>(from), order); });
   if (done) return order;
   Item* to = scratch.get<Item>(n);
+  if (n >= kLongSort && torch::stable::get_num_threads() > 1) {
+    torch::stable::parallel_for(0, n, kLongSort / kParts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) from[i] = {static_cast<Key>(~rank_bits(x[i])), static_cast<int32_t>(i)};
+    });
+    from = sort_long<A>(from, to, n, scratch);
+    for (int64_t i = 0; i < n; ++i) order[i] = from[i].at;
+    return order;
+  }
   int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kDigits * 256));
   std::memset(counts, 0, kDigits * sizeof(*counts));
   for (int64_t i = 0; i < n; ++i) {

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+import custom_ops
 from custom_ops.ranking.lambdas import WEIGHTINGS
 from custom_ops.registry import FUNCTIONS
 from custom_ops.verify._backends import backend
@@ -332,3 +333,22 @@ def test_a_long_list_gives_the_same_bits_with_any_number_of_threads(name):
     for loss, slope in found[1:]:
         assert torch.equal(loss, found[0][0])
         assert torch.equal(slope, found[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sort_of_a_long_list_is_stable(dtype):
+    """From 65,536 items on the sort runs in parts; ties and NaN keep their order, whatever the number of threads."""
+    n = 70_001
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-500, 500, (n,), generator=generator).to(dtype) / 7
+    scores = torch.randn(n, generator=generator, dtype=dtype)
+    places = torch.arange(n, 0, -1, dtype=dtype)
+    threads, losses = torch.get_num_threads(), []
+    ordered = labels.sort(descending=True, stable=True).indices
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            losses.append(custom_ops.list_mle_loss(scores, labels))
+    finally:
+        torch.set_num_threads(threads)
+    assert losses[0] == losses[1] == custom_ops.list_mle_loss(scores[ordered], places)
