@@ -656,6 +656,10 @@ void first_order(const Catalogue& in, const Results* results, const Tensor* stat
     using A = typename decltype(type)::type;
     for (int64_t b = 0; b < in.examples; ++b) {
       const Example example(in, b, 1);
+      if (kept && !stats && static_cast<int64_t>(example.kept.size()) < in.rows) {
+        Tensor of_example = part(*kept, 0, b, 1);
+        zero(of_example);
+      }
       Sums sums(to, example);
       const Tensor buffer = fresh(in.x, {example.block, in.words}, in.wide);
       for (int64_t k = 0; k < example.blocks(); ++k) {

@@ -243,6 +243,17 @@ def test_scores_that_are_kept_give_the_same_derivatives_as_those_computed_anew(m
     torch.testing.assert_close(kept, gradients())
 
 
+def test_nothing_is_kept_of_ignored_rows(each_backend):
+    """What the op returns for them is defined, whatever the memory held before."""
+    x, weight, target = torch.randn(1, 5, 2), torch.randn(1, 7, 2), torch.tensor([[0, -100, 3, -100, 6]])
+    for _ in range(20):
+        before = torch.full((1, 5, 7), torch.nan)
+        del before
+        options = 1.0, -100, 0, 7, False, True
+        *_, kept = catalogue_log_prob(x, weight, None, target, None, None, None, *options)
+        assert kept.isfinite().all() and (kept[0, [0, 2, 4]].amax(1) == 1).all()
+
+
 def test_a_result_that_nobody_uses_costs_nothing():
     given = []
 
