@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import custom_ops
-from custom_ops.ranking.specs.catalogue import info_nce_loss_reference, sigmoid_contrastive_loss_reference
+from custom_ops.ranking.specs.contrastive import info_nce_loss_reference, sigmoid_contrastive_loss_reference
 from examples import report
 from examples.agreement import Agreement
 from examples.report import NEUTRAL, OURS, THEIRS, Check, Options, Part, Report

@@ -14,12 +14,8 @@ import custom_ops
 from benchmarks.memory import peak_bytes
 from custom_ops.ranking import catalogue
 from custom_ops.ranking.catalogue import catalogue_backward, catalogue_log_prob
-from custom_ops.ranking.specs.catalogue import (
-    info_nce_loss_reference,
-    linear_cross_entropy_reference,
-    linear_log_prob_reference,
-    sigmoid_contrastive_loss_reference,
-)
+from custom_ops.ranking.specs.catalogue import linear_cross_entropy_reference, linear_log_prob_reference
+from custom_ops.ranking.specs.contrastive import info_nce_loss_reference, sigmoid_contrastive_loss_reference
 from custom_ops.triton_kernels import catalogue as launchers
 from custom_ops.verify._backends import backend
 
@@ -244,7 +240,7 @@ def test_scores_that_are_kept_give_the_same_derivatives_as_those_computed_anew(m
 
 
 def test_nothing_is_kept_of_ignored_rows(each_backend):
-    """What the op returns for them is defined, whatever the memory held before."""
+    """The op returns defined numbers for them, whatever the memory held before."""
     x, weight, target = torch.randn(1, 5, 2), torch.randn(1, 7, 2), torch.tensor([[0, -100, 3, -100, 6]])
     for _ in range(20):
         before = torch.full((1, 5, 7), torch.nan)

@@ -1,13 +1,10 @@
 """Ranking losses."""
 
-from custom_ops.ranking.catalogue import (
+from custom_ops.ranking.catalogue import LinearCrossEntropy, LinearLogProb, linear_cross_entropy, linear_log_prob
+from custom_ops.ranking.contrastive import (
     InfoNCELoss,
-    LinearCrossEntropy,
-    LinearLogProb,
     SigmoidContrastiveLoss,
     info_nce_loss,
-    linear_cross_entropy,
-    linear_log_prob,
     sigmoid_contrastive_loss,
 )
 from custom_ops.ranking.lambdas import LambdaLoss, lambda_loss
