@@ -112,8 +112,8 @@ OF_TORCH_2_10 = {
     "AOTI_TORCH_SUCCESS", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK", "TORCH_BOX", "aoti_torch_cpu_addmm_out",
     "aoti_torch_device_type_cpu", "aoti_torch_empty_strided", "torch::headeronly::BFloat16", "torch::headeronly::Half",
     "torch::headeronly::ScalarType", "torch::headeronly::toString", "torch::stable::Tensor",
-    "torch::stable::contiguous", "torch::stable::copy_", "torch::stable::narrow", "torch::stable::parallel_for",
-    "torch::stable::select", "torch::stable::transpose", "torch::stable::zero_",
+    "torch::stable::contiguous", "torch::stable::copy_", "torch::stable::get_num_threads", "torch::stable::narrow",
+    "torch::stable::parallel_for", "torch::stable::select", "torch::stable::transpose", "torch::stable::zero_",
 }  # fmt: skip
 OF_TORCH = re.compile(r"\b(?:torch::(?:stable|headeronly)::\w+|aoti_torch_\w+(?=\()|(?:AOTI|STABLE|STD|TORCH)_[A-Z_]+)")
 
