@@ -7,6 +7,7 @@ The products are in float32 for 16-bit arguments too, of which a part is widened
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -442,8 +443,9 @@ def catalogue_binary_curve_kernel(
 # ---------------------------------------------------------------- passes
 
 
-class _Catalogue(NamedTuple):
-    """The arguments that all ops share."""
+@dataclass(frozen=True)
+class _Catalogue:
+    """The arguments that all ops share, checked."""
 
     x: Tensor
     weight: Tensor
@@ -466,7 +468,7 @@ class _Catalogue(NamedTuple):
     def places(self) -> tuple[int, int, int]:
         return self.weight.shape[1], self.first, self.ignored
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         x, weight, target = self.x, self.weight, self.target
         examples, rows, dims = x.shape
         if weight.shape[::2] != (examples, dims) or target.shape != (examples, rows) or target.dtype != torch.int64:
@@ -513,7 +515,7 @@ class _Catalogue(NamedTuple):
 
     def mask_of(self, at: tuple[int, slice]) -> Tensor:
         """Return a block's mask, or any bytes if there is none."""
-        return (self.target.contiguous().view(torch.uint8) if self.mask is None else self.mask[at]).contiguous()
+        return self.target.contiguous().view(torch.uint8) if self.mask is None else self.mask[at].contiguous()
 
     def logits(self, rows: Tensor, at: tuple[int, slice]) -> Tensor:
         """Return a block's logits, which are minus infinity for the words that are left out of a row."""
@@ -672,7 +674,6 @@ def catalogue_log_prob(
     catalogue = _Catalogue(
         x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
     )
-    catalogue.check()
     results = _Results.of(catalogue)
     nothing = _Sums(catalogue, False, False, False)
     kept = catalogue.of_rows(weight.shape[1]) if keep else x.new_empty(0, dtype=catalogue.wide)
@@ -705,7 +706,6 @@ def catalogue_backward(
     catalogue = _Catalogue(
         x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
     )
-    catalogue.check()
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     of = catalogue.weights(of_log_prob, of_entropy, of_lse)
     kept = None if of_entropy is not None else kept
@@ -740,7 +740,6 @@ def catalogue_second(
     catalogue = _Catalogue(
         x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
     )
-    catalogue.check()
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     of = catalogue.weights(of_log_prob, of_entropy, of_lse)
     moved = [catalogue.of_rows() for _ in range(3)]
@@ -791,7 +790,6 @@ def catalogue_curve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     where = x, weight, bias, target, mask, row_group, word_group
     catalogue = _Catalogue(*where, scale, ignore_index, first, total, binary)
-    catalogue.check()
     log_prob, entropy, lse = (catalogue.of_rows() for _ in range(3))
     for at in catalogue.blocks():
         rows, block_target = catalogue.rows_of(x, at), target[at].contiguous()
@@ -835,7 +833,6 @@ def catalogue_loss(
     catalogue = _Catalogue(
         x, weight, bias, target, mask, row_group, word_group, scale, ignore_index, first, total, binary
     )
-    catalogue.check()
     results = _Results.of(catalogue)
     sums = _Sums(catalogue, of_x, of_weight, of_bias)
     _first_order(catalogue, sums, catalogue.weights(of_log_prob, None, of_lse), results)
