@@ -368,7 +368,7 @@ A top_of(const A* z, int64_t n) {
 template <bool kept, class A>
 Row<A> row_of(A* z, int64_t n, A top_in, double& sum) {
   double moment;
-  multiversion([&]() ALWAYS_INLINE {
+  multiversion_wide([&]() ALWAYS_INLINE {
     const A top = top_in;
     A* const at = z;
     two_sums<A>(
@@ -396,7 +396,7 @@ struct Weights {
 // Turns a row of logits into its cotangent; `at` is the target's place, or negative if it isn't here.
 template <class A>
 void cotangent_of(A* z, int64_t n, int64_t at, Row<A> row_in, Weights<A> g_in) {
-  multiversion([=]() ALWAYS_INLINE {
+  multiversion_wide([=]() ALWAYS_INLINE {
     // Stores to z can't change these copies, so that the loops vectorise.
     const Row<A> row = row_in;
     const Weights<A> g = g_in;
@@ -509,7 +509,7 @@ ALWAYS_INLINE inline A sigmoid(A z) {
 template <class A>
 A binary_log_prob(const A* z, int64_t n) {
   double sum;
-  multiversion([&]() ALWAYS_INLINE {
+  multiversion_wide([&]() ALWAYS_INLINE {
     sum = sum_of<A>(n, [=](int64_t i) ALWAYS_INLINE { return (z[i] > 0 ? z[i] : 0) + log1p_unit(smaller_odds(z[i])); });
   });
   return static_cast<A>(-sum);
@@ -518,7 +518,7 @@ A binary_log_prob(const A* z, int64_t n) {
 // Turns a row of logits into its cotangent, for a cotangent g of its log_prob.
 template <class A>
 void binary_cotangent(A* z, int64_t n, A g) {
-  multiversion([=]() ALWAYS_INLINE {
+  multiversion_wide([=]() ALWAYS_INLINE {
     const A factor = -g;
     for (int64_t i = 0; i < n; ++i) z[i] = factor * sigmoid(z[i]);
   });

@@ -23,7 +23,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Inductor would compile a program per instruction set with each new cache, to see whether the compiler knows it.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
-TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed|dtensor)\.py|.*test_battery\.py::test_cell\[[^-]*-[^-]*")
+# The cases of one test go to one worker, and so do these files and the cells of an op on a backend: they share setup.
+TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed|dtensor)\.py|.*::test_cell\[[^-]*-[^-]*|[^\[]*")
 # Long tests start first, so no worker is left with one of them while the other is idle.
 LONG = re.compile(r"test_(?:packaging|typing|distributed|dtensor)\.py|test_every_kernel_compiles|real_data")
 FULL_ONLY = pytest.StashKey[int]()
@@ -82,13 +83,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give tests that share expensive setup to one worker: those of one file above, or those of an op on a backend."""
+    """Distribute by ``TOGETHER``. The scheduler's own work grows with the number of scopes."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            together = TOGETHER.match(nodeid)
-            return together.group() if together else nodeid
+            return TOGETHER.match(nodeid).group()
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)

@@ -84,6 +84,10 @@ def _logits_in_memory(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(x @ weight.T, target)
 
 
+def _log_prob_in_memory(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return -torch.nn.functional.cross_entropy(x @ weight.T, target, reduction="none")
+
+
 def _in_chunks(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     functional, nn = torch.nn.functional, torch.nn
     if not hasattr(functional, "linear_cross_entropy"):
@@ -174,7 +178,14 @@ TABLES: dict[str, list[Benchmark]] = {name: _lists(_plain(name)) for name in _BE
         (20, 80, 100),
         temperature=1.0,
     ),
-    "linear_log_prob": _catalogue(_plain("linear_log_prob")),
+    "linear_log_prob": _catalogue(
+        {"F.cross_entropy": _log_prob_in_memory} | _plain("linear_log_prob"),
+        [
+            Target((512, 64, 1000), "F.cross_entropy", 1.1),
+            Target((4096, 64, 16_000), "F.cross_entropy", 0.8),
+            Target((2048, 256, 32_000), "F.cross_entropy", 1.05),
+        ],
+    ),
     "linear_cross_entropy": _catalogue(
         {"F.cross_entropy": _logits_in_memory, "F.linear_cross_entropy": _in_chunks},
         [
@@ -185,16 +196,17 @@ TABLES: dict[str, list[Benchmark]] = {name: _lists(_plain(name)) for name in _BE
     ),
     "info_nce_loss": [
         Benchmark(
-            ((1024, 256), (8192, 256)),
+            ((1024, 256), (16_384, 256)),
             _pairs_of_rows,
             {"F.cross_entropy in both directions": _similarities_in_memory},
             "pairs, dimensions",
+            [Target((16_384, 256), "F.cross_entropy in both directions", 0.8)],
             kwargs={"temperature": 0.1},
         )
     ],
     "sigmoid_contrastive_loss": [
         Benchmark(
-            ((1024, 256), (8192, 256)),
+            ((1024, 256), (16_384, 256)),
             _pairs_of_rows,
             {"F.logsigmoid": _pairs_in_memory},
             "pairs, dimensions",
