@@ -492,6 +492,24 @@ def partial_where_whole() -> Any:
     return op
 
 
+def in_a_group(effect: Callable[[], Any]) -> Any:
+    """Return an op with a right sharding rule and an effect on the processes that share a DTensor."""
+    op = having(lambda: effect() if torch.distributed.is_initialized() else None)
+
+    @library.sharding(op)
+    def rule(a: Any, b: Any) -> Any:
+        from torch.distributed.tensor import Replicate, Shard
+
+        return [([place], [place, place]) for place in (Replicate(), Shard(0))]
+
+    return op
+
+
+def refuses_in_one_process() -> None:
+    if torch.distributed.get_rank():
+        raise NotImplementedError("only the first process can")
+
+
 def oversized_save() -> Any:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = (t[: len(grad)] for t in ctx.saved_tensors)
@@ -545,6 +563,13 @@ MISSED = {
         lambda: product(lambda a, b: torch.where((a * b).abs() < 1e-30, 0.0, a * b)), ["special values"]
     ),
     "sharding rule wrong": Fault(partial_where_whole, ["sharding"]),
+    "process killed where DTensors are sharded": Fault(lambda: in_a_group(lambda: os._exit(1)), ["sharding"]),
+    "DTensors refused by one process": Fault(
+        lambda: in_a_group(refuses_in_one_process),
+        ["sharding"],
+        {"differentiable": False},
+        lambda: [tuple(t.detach() for t in s.args) for s in samples()],
+    ),
     "more saved than needed": Fault(oversized_save, ["saved memory"]),
     "default dtype changed": Fault(lambda: having(lambda: torch.set_default_dtype(torch.float64)), ["global state"]),
     "wrong above 1,000 elements, in samples without dynamic dimensions": Fault(
@@ -694,6 +719,11 @@ def test_fault_is_caught(name: str) -> None:
     report = verify(fault.make(), fault.samples(), reference=torch.mul, quick=True, only=fault.rows, **fault.options)
     missed = [cell for cell in report.cells if cell.status != "fail"]
     assert not missed
+
+
+def test_a_right_sharding_rule_passes() -> None:
+    report = verify(in_a_group(lambda: None), samples(), quick=True, only=["sharding"])
+    assert (report["sharding"].status, report["sharding"].detail) == ("pass", "8 ways to shard, 0 refused")
 
 
 def test_no_vmap_rule_names_what_to_do() -> None:

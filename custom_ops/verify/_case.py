@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 from custom_ops.registry import OpInfo, Sample
 
 Key = int | str
+# An assertion that fails in these folders is a comparison of the battery; in any other place it is the op's own.
+COMPARISONS = (str(Path(__file__).parent), str(Path(torch.testing.__file__).parent))
 TORCH_NAMESPACES = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional", "inductor", "profiler"}
 
 
@@ -287,6 +291,15 @@ def grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence
     """Return the vector-Jacobian product, with zeros for inputs that the outputs don't depend on."""
     found = torch.autograd.grad(list(outputs), list(inputs), list(weights), allow_unused=True, **flags)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]
+
+
+def explain(error: Exception) -> str:
+    """Return an error as the detail of a failed cell."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    hint = "\ngive the op a batching rule by library.vmap" if "hit the vmap fallback" in str(error) else ""
+    if isinstance(error, AssertionError) and where.filename.startswith(COMPARISONS):
+        return str(error)
+    return f"{type(error).__name__}: {error}{hint}\n(at {where.name}, line {where.lineno} of {where.filename})"
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +17,10 @@ from custom_ops.library._torch import compiled_afresh
 from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import EMULATED
 from custom_ops.verify._backends import backend as on_backend
-from custom_ops.verify._case import CAPABILITIES, Call, Capability, Case, NotApplicable, NotChecked, refuse_wrong
+from custom_ops.verify._case import CAPABILITIES, Call, Capability, Case, NotApplicable, NotChecked, explain, refuse_wrong
 from custom_ops.verify._effects import settings_kept
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, Cell, Report
 from custom_ops.verify._values import dynamic_dimensions
-
-# An assertion that fails in these folders is a comparison of the battery; in any other place it is the op's own.
-COMPARISONS = (str(Path(__file__).parent), str(Path(torch.testing.__file__).parent))
 
 Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
 
@@ -201,18 +196,10 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     except Exception as error:
         if reason is not None and not isinstance(error, AssertionError):
             return NOT_APPLICABLE, f"{reason} (raises {type(error).__name__})"
-        return FAIL, _explain(error)
+        return FAIL, explain(error)
     if reason is not None:
         return FAIL, f"declared not applicable ({reason}), yet it raises nothing"
     return PASS, remark or ""
-
-
-def _explain(error: Exception) -> str:
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    hint = "\ngive the op a batching rule by library.vmap" if "hit the vmap fallback" in str(error) else ""
-    if isinstance(error, AssertionError) and where.filename.startswith(COMPARISONS):
-        return str(error)
-    return f"{type(error).__name__}: {error}{hint}\n(at {where.name}, line {where.lineno} of {where.filename})"
 
 
 def _listed(sample_inputs: Any) -> Samples:
