@@ -17,7 +17,16 @@ from custom_ops.library._torch import compiled_afresh
 from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import EMULATED
 from custom_ops.verify._backends import backend as on_backend
-from custom_ops.verify._case import CAPABILITIES, Call, Capability, Case, NotApplicable, NotChecked, explain, refuse_wrong
+from custom_ops.verify._case import (
+    CAPABILITIES,
+    Call,
+    Capability,
+    Case,
+    NotApplicable,
+    NotChecked,
+    explain,
+    refuse_wrong,
+)
 from custom_ops.verify._effects import settings_kept
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, Cell, Report
 from custom_ops.verify._values import dynamic_dimensions
