@@ -144,10 +144,15 @@ class Report:
                     return cause(failed[cell.column, row])
             return cell
 
+        roots: dict[tuple[str, str], Cell] = {}  # a row that raises the very error of a root follows from it, too
+        for cell in self.failures:
+            if cause(cell) is cell:
+                roots.setdefault((cell.column, cell.detail), cell)
         groups: dict[tuple[str, str], tuple[Cell, list[Cell]]] = {}
         for cell in self.failures:
-            root = cause(cell)
-            followers = groups.setdefault((root.column, root.capability), (root, []))[1]
+            root = roots.get((cell.column, cell.detail)) or cause(cell)
+            key = root.column, root.detail
+            root, followers = groups.setdefault(key, (roots[key], []))
             if cell is not root:
                 followers.append(cell)
         return list(groups.values())
@@ -190,11 +195,16 @@ class Report:
             yield f"{cell.column}, {cell.capability}: {cell.detail}"
             if followers:
                 yield f"  likely for that reason also: {', '.join(other.capability for other in followers)}"
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for cell in self.unchecked:
-            reasons.setdefault((cell.column, cell.detail), []).append(cell.capability)
-        for (column, reason), names in reasons.items():
-            yield f"{column}, not checked: {', '.join(names)}: {reason}"
+        yield from self.reasons(NOT_CHECKED)
+
+    def reasons(self, status: str) -> Iterator[str]:
+        """Yield each reason of the cells of this status once, with all its rows."""
+        rows: dict[tuple[str, str], list[str]] = {}
+        for cell in self.cells:
+            if cell.status == status:
+                rows.setdefault((cell.column, cell.detail), []).append(cell.capability)
+        for (column, reason), names in rows.items():
+            yield f"{column}, {status}: {', '.join(names)}: {reason}"
 
     def to_json(self) -> str:
         return json.dumps({"ok": self.ok, "cells": [asdict(cell) for cell in self.cells]}, indent=2)
@@ -242,6 +252,9 @@ class Report:
 
     def to_html(self) -> str:
         """Return an HTML page: first the causes, then the table, whose cells show their remarks and reasons."""
+        import torch
+
+        from custom_ops import __version__
         from custom_ops.verify._run import capabilities
 
         meanings = capabilities()
@@ -251,18 +264,22 @@ class Report:
             + f"</summary><pre>{escape(cell.detail)}</pre></details>"
             for cell, others in self.causes
         )
+        unchecked = "".join(f"<p class='not-checked'>{escape(line)}</p>" for line in self.reasons(NOT_CHECKED))
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         body = "".join(
-            f"<tr><th title='{escape(meanings.get(row, ''), quote=True)}'>{escape(row)}</th>"
+            f"<tr><th>{escape(row)}<small>{escape(meanings.get(row, ''))}</small></th>"
             + "".join(_html_cell(cells.get(column)) for column in self.columns)
             + "</tr>"
             for row, cells in self.rows.items()
         )
         state = "pass" if self.ok else "fail"
         return (
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>custom_ops verify</title>"
-            f"<style>{_STYLE}</style><h1>What composes, and what doesn't</h1><p class='{state}'>{self.summary}</p>"
-            f"{causes}<table><thead><tr><th>capability</th>{head}</tr></thead><tbody>{body}</tbody></table></html>\n"
+            "<!doctype html><html lang='en'><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{escape(', '.join(self.columns))}: {self.summary}</title><style>{_STYLE}</style>"
+            f"<h1>What composes, and what doesn't</h1><p class='{state}'>{self.summary}</p>"
+            f"<p><small>torch {torch.__version__}, custom_ops {__version__}</small></p>{causes}{unchecked}"
+            f"<table><thead><tr><th>capability</th>{head}</tr></thead><tbody>{body}</tbody></table></html>\n"
         )
 
 
@@ -270,19 +287,24 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1{font-size:1.6rem}table{border-collapse:collapse;width:100%}pre{white-space:pre-wrap;background:#f4f5f7;padding:.8rem}
 th,td{padding:.3rem .7rem;border-bottom:1px solid #dde1e7;text-align:left;vertical-align:top}
-td small{display:block;color:#5b6675;overflow-wrap:anywhere}details{margin:1rem 0}
+small{color:#5b6675;font-weight:400}td small,th small{display:block;overflow-wrap:anywhere}details{margin:1rem 0}
+tbody th{min-width:11rem;max-width:26rem}
 thead th{position:sticky;top:0;background:#fff}.pass{color:#14713d}.fail,.not-checked{color:#b3261e;font-weight:600}
 .not-applicable{color:#5b6675}
 @media(prefers-color-scheme:dark){body,thead th{background:#14181f;color:#e4e8ee}pre{background:#1f2630}
-th,td{border-color:#313a47}td small,.not-applicable{color:#9aa6b5}.pass{color:#5fd38d}.fail,.not-checked{color:#ff8a80}}
+th,td{border-color:#313a47}small,.not-applicable{color:#9aa6b5}.pass{color:#5fd38d}.fail,.not-checked{color:#ff8a80}}
 """
+
+
+_LONG = 400  # characters of a detail; the causes above the table have all of theirs
 
 
 def _html_cell(cell: Cell | None) -> str:
     if cell is None:
         return "<td></td>"
     name = cell.status.replace(" ", "-")
-    detail = f"<small>{escape(cell.detail[:400])}</small>" if cell.detail else ""
+    short = cell.detail if len(cell.detail) < _LONG else f"{cell.detail[:_LONG]} …"
+    detail = f"<small>{escape(short)}</small>" if short else ""
     return f"<td><span class='{name}'>{cell.mark} {cell.status}</span>{detail}</td>"
 
 

@@ -31,7 +31,8 @@ from custom_ops.verify._effects import settings_kept
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, Cell, Report
 from custom_ops.verify._values import dynamic_dimensions
 
-Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
+Calls = Sequence[Sample | tuple[Any, ...]]
+Samples = Calls | Callable[[torch.device, torch.dtype], Calls]
 
 
 def verify(
@@ -59,8 +60,8 @@ def verify(
         op: the function as its users call it: a registered op, or a Python function that calls some; or
             the `OpInfo` of an op of this package, which brings all of the rest.
         sample_inputs: the calls to make: a list of `Sample` or of tuples of arguments, with float64 tensors,
-            ``requires_grad`` where they are differentiated; or ``(device, dtype) -> list of Sample``.
-            Small tensors, away from kinks (finite differences are taken), covering the edge cases.
+            ``requires_grad`` where they are differentiated; or a function of a device and a dtype that returns such
+            a list. Small tensors, away from kinks (finite differences are taken), covering the edge cases.
             A `Sample` also names its dynamic dimensions; if none does, `verify` tries which ones can vary.
         reference: the same function in plain PyTorch. Without it derivatives are compared
             with finite differences and with each other only.
@@ -212,13 +213,20 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
 
 
 def _listed(sample_inputs: Any) -> Samples:
-    """Return a function of a device and a dtype as it is, and anything else as a list."""
+    """Return a function of a device and a dtype that was tried once, and anything else as a list."""
     if callable(sample_inputs):
         try:
             inspect.signature(sample_inputs).bind(torch.device("cpu"), torch.float64)
         except TypeError:
             raise ValueError("sample_inputs: expected a function of a device and a dtype, or a list") from None
-        return sample_inputs
+        try:
+            with settings_kept():
+                made = sample_inputs(torch.device("cpu"), torch.float64)
+        except Exception as error:
+            raise ValueError(f"sample_inputs: the function raises {type(error).__name__}: {error}") from error
+        if not isinstance(made, (list, tuple)):
+            raise ValueError(f"sample_inputs: expected the function to return a list, got {type(made).__name__}")
+        return lambda device, dtype: _as_samples(sample_inputs(device, dtype))
     if isinstance(sample_inputs, Tensor) or not isinstance(sample_inputs, (Iterable, type(None))):
         raise ValueError(f"sample_inputs: expected a list of calls, as [(x,)], got {type(sample_inputs).__name__}")
     samples = [] if sample_inputs is None else list(sample_inputs)
@@ -227,14 +235,18 @@ def _listed(sample_inputs: Any) -> Samples:
     return samples
 
 
-def _converter(
-    function: Callable[..., Any], sample_inputs: Sequence[Sample | tuple[Any, ...]]
-) -> Callable[[torch.device, torch.dtype], list[Sample]]:
-    for i, s in enumerate(sample_inputs):
+def _as_samples(given: Calls) -> list[Sample]:
+    for i, s in enumerate(given):
         if not isinstance(s, (Sample, tuple)):
             expected = "expected a Sample or a tuple of arguments: [(x,)], not [x]"
             raise ValueError(f"sample_inputs: sample {i} is a {type(s).__name__}, {expected}")
-    samples = [s if isinstance(s, Sample) else Sample(s) for s in sample_inputs]
+    return [s if isinstance(s, Sample) else Sample(s) for s in given]
+
+
+def _converter(
+    function: Callable[..., Any], sample_inputs: Sequence[Sample | tuple[Any, ...]]
+) -> Callable[[torch.device, torch.dtype], list[Sample]]:
+    samples = _as_samples(sample_inputs)
     refuse_wrong(samples)
     if not any(s.dynamic for s in samples):
         with settings_kept():

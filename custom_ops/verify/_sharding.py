@@ -16,7 +16,7 @@ from custom_ops.verify._case import Call, Case, NotApplicable, capability, check
 from custom_ops.verify._tracing import records
 
 WORLD = 2
-PATIENCE = timedelta(minutes=1)  # of a process whose peer does something else
+PATIENCE = timedelta(minutes=1)  # after this long a process gives up on its peer
 
 
 @capability("sharding", of_dispatch=True)
