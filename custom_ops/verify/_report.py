@@ -288,7 +288,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding
 h1{font-size:1.6rem}table{border-collapse:collapse;width:100%}pre{white-space:pre-wrap;background:#f4f5f7;padding:.8rem}
 th,td{padding:.3rem .7rem;border-bottom:1px solid #dde1e7;text-align:left;vertical-align:top}
 small{color:#5b6675;font-weight:400}td small,th small{display:block;overflow-wrap:anywhere}details{margin:1rem 0}
-tbody th{min-width:11rem;max-width:26rem}
+tbody th{min-width:16rem;max-width:26rem}
 thead th{position:sticky;top:0;background:#fff}.pass{color:#14713d}.fail,.not-checked{color:#b3261e;font-weight:600}
 .not-applicable{color:#5b6675}
 @media(prefers-color-scheme:dark){body,thead th{background:#14181f;color:#e4e8ee}pre{background:#1f2630}

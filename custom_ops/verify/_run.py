@@ -32,6 +32,7 @@ from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, C
 from custom_ops.verify._values import dynamic_dimensions
 
 Calls = Sequence[Sample | tuple[Any, ...]]
+Sampler = Callable[[torch.device, torch.dtype], list[Sample]]
 Samples = Calls | Callable[[torch.device, torch.dtype], Calls]
 
 
@@ -106,12 +107,12 @@ def verify(
         for argument, given in (("op", op), ("reference", reference)):
             if not (callable(given) or (given is None and argument == "reference")):
                 raise ValueError(f"{argument}: expected a function, got {type(given).__name__}")
-        sample_inputs = _listed(sample_inputs)
+        calls = _listed(sample_inputs)
         info = OpInfo(
             name=name or getattr(op, "__name__", None) or str(op),
             function=op,
             reference=reference,
-            samples=sample_inputs if callable(sample_inputs) else _converter(op, sample_inputs),
+            samples=calls if callable(calls) else _converter(op, calls),
             summary="",
             apply=apply,
             modules=modules,
@@ -212,7 +213,7 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     return PASS, remark or ""
 
 
-def _listed(sample_inputs: Any) -> Samples:
+def _listed(sample_inputs: Any) -> Calls | Sampler:
     """Return a function of a device and a dtype that was tried once, and anything else as a list."""
     if callable(sample_inputs):
         try:
@@ -243,9 +244,7 @@ def _as_samples(given: Calls) -> list[Sample]:
     return [s if isinstance(s, Sample) else Sample(s) for s in given]
 
 
-def _converter(
-    function: Callable[..., Any], sample_inputs: Sequence[Sample | tuple[Any, ...]]
-) -> Callable[[torch.device, torch.dtype], list[Sample]]:
+def _converter(function: Callable[..., Any], sample_inputs: Calls) -> Sampler:
     samples = _as_samples(sample_inputs)
     refuse_wrong(samples)
     if not any(s.dynamic for s in samples):
