@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -707,10 +708,27 @@ def healthy_options() -> dict[str, Any]:
 
 
 def test_the_healthy_op_passes_every_row() -> None:
-    report = verify(product(), samples(), reference=torch.mul, name="product", quick=True, **healthy_options())
+    calls: list[int] = []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(0)
+        return multiply(a, b)
+
+    report = verify(product(counted), samples(), reference=torch.mul, quick=True, **healthy_options())
     report.raise_on_failure()
     inapplicable = {cell.capability for cell in report.cells if cell.status != "pass"}
     assert inapplicable == {"compiled composition", "sharding"}, report.to_markdown()
+    assert [cell.capability for cell in report.cells] == list(capabilities(quick=True))
+    assert len(calls) < 2500  # the quick matrix takes seconds for a small op
+
+
+def test_the_page_lists_the_kinds_of_faults_with_the_row_that_names_each() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "verification.md").read_text()
+    table = page[page.index("| planted fault |") :].split("\n\n")[0].splitlines()[2:]
+    listed = [tuple(line.strip("| ").split(" | ")) for line in table]
+    assert len(dict(listed)) == len(listed) == 35
+    assert all(row in FAULTS[kind].rows and row in capabilities(quick=True) for kind, row in listed)
+    assert [kind for kind, _ in listed[15:]] == [kind for kind in MISSED if kind in dict(listed)]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -17,6 +17,7 @@ _NUMBERS = ("no uninitialised memory", "deterministic", "inputs unmutated", "val
 _TRACED = ("fake kernel", "compile")
 # For each row, the rows whose failure probably explains its own, the likeliest first.
 CAUSES: dict[str, tuple[str, ...]] = {
+    "no uninitialised memory": ("ops functional", "inputs unmutated"),
     "deterministic": ("no uninitialised memory",),
     "inputs unmutated": ("ops functional",),
     "outputs own memory": ("ops functional",),
@@ -26,7 +27,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "bfloat16": (*_NUMBERS, "gradient", "float32"),
     "float16": (*_NUMBERS, "gradient", "float32", "bfloat16"),
     "autocast": ("value", "gradient", "float32"),
-    "input layouts": _NUMBERS,
+    "input layouts": (*_NUMBERS, "large"),
     "gradient layouts": ("input layouts", "gradient", "second derivative", "forward AD"),
     "zero size": _NUMBERS,
     "large": (*_NUMBERS, "gradient", "float32"),
@@ -46,7 +47,15 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "func.jacrev": ("gradient", "func.grad", "vmap", "gradcheck"),
     "func.jacfwd": ("forward AD", "func.jvp", "vmap"),
     "func.hessian": ("gradient", "second derivative", "func.jacrev", "func.jacfwd", "gradgradcheck"),
-    "forward over forward": ("forward AD", "func.jvp", "func.jacfwd", "gradient", "second derivative", "func.hessian"),
+    "forward over forward": (
+        "forward AD",
+        "func.jvp",
+        "func.jacfwd",
+        "gradient",
+        "second derivative",
+        "large",
+        "func.hessian",
+    ),
     "vmap(grad)": ("gradient", "vmap", "func.grad", "gradcheck"),
     "opcheck": ("ops functional", "inputs unmutated", "fake kernel"),
     "meta device": ("fake kernel",),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.library._torch import compiled_afresh
+from custom_ops.library._torch import compiled_afresh, operators_of
 from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import EMULATED
 from custom_ops.verify._backends import backend as on_backend
@@ -75,7 +75,7 @@ def verify(
             chooses.
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
         not_comparable: {capability: reason} of rows that don't run, as finite differences can't see a shaped gradient.
-        name: the op's name in the report; by default the function's name.
+        name: the op's name in the report; by default that of the operator or function.
         backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton" or "ptx".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
             rows (values, gradients, second derivatives and dtypes have all), three memory layouts, Jacobians and
@@ -109,7 +109,7 @@ def verify(
                 raise ValueError(f"{argument}: expected a function, got {type(given).__name__}")
         calls = _listed(sample_inputs)
         info = OpInfo(
-            name=name or getattr(op, "__name__", None) or str(op),
+            name=name or next((o.name() for o in operators_of(op)), getattr(op, "__name__", str(op))),
             function=op,
             reference=reference,
             samples=calls if callable(calls) else _converter(op, calls),
