@@ -42,6 +42,13 @@ def test_no_false_alarm(name: str) -> None:
     report.raise_on_failure()
 
 
+def test_outputs_whose_squares_have_a_constant_sum_are_no_fault() -> None:
+    def circle(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.sin(), x.cos()
+
+    assert verify(circle, [(leaf(4),)], reference=circle, quick=True, only=["func.hessian", "forward over forward"]).ok
+
+
 def test_wrong_sharding_rules_of_torch_are_not_the_functions_fault() -> None:
     """For the last dimension counted from the end, torch 2.13 gives wrong sums of sharded DTensors."""
     cell = verify(lambda x: x.cumsum(-1), [(leaf(4, 3),)], quick=True, only=["sharding"])["sharding"]

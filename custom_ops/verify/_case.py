@@ -345,8 +345,12 @@ def matrix(blocks: Any, columns: Sequence[Tensor]) -> Tensor:
 
 
 def squares(outputs: Sequence[Tensor]) -> Tensor:
-    """Return a sum of squares, weighted so that elements differ; it can be traced and draws no random numbers."""
-    return torch.stack([(y * y * torch.arange(1, y.numel() + 1).to(y).view(y.shape)).sum() for y in outputs]).sum()
+    """Return a sum of squares, weighted so that elements differ, and so do outputs, such as a sine and a cosine.
+
+    It can be traced and draws no random numbers.
+    """
+    weighted = [y * y * torch.arange(i, y.numel() + i).to(y).view(y.shape) for i, y in enumerate(outputs, 1)]
+    return torch.stack([y.sum() for y in weighted]).sum()
 
 
 def short(dtype: torch.dtype) -> str:

@@ -76,6 +76,8 @@ class Record:
         def one(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.dtype, value.shape, value.stride(), value.requires_grad
+            if isinstance(value, (tuple, list)):
+                return tuple(map(one, value))
             return repr(value)
 
         return self.op, *map(one, self.args), *(one(v) for v in self.kwargs.values())
