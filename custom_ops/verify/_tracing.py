@@ -23,6 +23,7 @@ from custom_ops.library._torch import (
     is_composed,
     no_recompiles,
     opname,
+    schema,
 )
 from custom_ops.verify._case import (
     TORCH_NAMESPACES,
@@ -262,8 +263,10 @@ def _check_metadata(fake: Any, real: Any, what: str, device: bool = True) -> Non
 
 @capability("ops functional")
 def ops_functional(case: Case) -> None:
-    """No registered op mutates an argument or returns memory of an argument or of another output."""
+    """No registered op returns memory of an argument or another output, or writes to one without saying so."""
     for record in records(case, [torch.float64]):
+        if schema(record.op).is_mutable:  # it is called on copies, or else the row on the inputs fails
+            continue
         record = record.map(lambda t: t.detach())
         copies = [t.clone() for t in record.tensors]
         with torch.no_grad():
