@@ -149,6 +149,7 @@ def test_each_metric_is_its_definition_on_each_backend_and_in_each_form_of_lists
     same(metric(scores, labels, weights=weights, empty=math.nan, **options), expected[0])
     scores[1, 2] = math.nan
     assert metric(scores, labels, reduction="none", **options).isnan().view(4, -1).any(-1).tolist() == [0, 1, 0, 0]
+    assert not metric(scores, labels, weights=weights, reduction="none", **options).isnan().any()
 
 
 @pytest.mark.parametrize("levels", [None, 3])

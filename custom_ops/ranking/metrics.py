@@ -131,15 +131,14 @@ def _evaluate(
     value, active = with_empty(value, active.unsqueeze(-1), empty)
     value = value if several else value.squeeze(-1)
     active = active if several else active.squeeze(-1)
-    if reduction == "none":
-        value = value if weights is None else value * (weights.unsqueeze(-1) if several else weights)
-        return value.to(dtype)
-    dims = tuple(range(value.dim() - several))
-    share = active.double()
     if weights is not None:
         weights = weights.detach().double()
-        share = share * (weights.unsqueeze(-1) if several else weights)
-        value = torch.where(share == 0, 0, value)  # a list of weight 0 doesn't count, whatever its value is
+        weights = weights.unsqueeze(-1) if several else weights
+        value = torch.where(weights == 0, 0, value)  # a list of weight 0 doesn't count, whatever its value is
+    if reduction == "none":
+        return (value if weights is None else value * weights).to(dtype)
+    dims = tuple(range(value.dim() - several))
+    share = active.double() if weights is None else active * weights
     total = (value * share).sum(dims) if dims else value * share
     if reduction == "mean":
         count = share.sum(dims) if dims else share
