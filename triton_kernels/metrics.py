@@ -9,7 +9,7 @@ from custom_ops._enums import RankMetric, TiedScores
 from custom_ops.triton_kernels.lambdas import discount_of
 from custom_ops.triton_kernels.lists import Lists, relative_gains
 
-_ALL = 2**31 - 1  # the cutoff that lets all places count
+_ALL = 2**63 - 1  # the cutoff that lets all places count
 
 
 class _Ranked:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import library
+from custom_ops._enums import LabelUse
 from custom_ops._native import define
 
 
@@ -54,8 +55,8 @@ def in_dtype(labels: Tensor, dtype: torch.dtype, valid: Tensor | None, offsets: 
     """Return the labels in float32 or float64, with integers of any size and doubles in their exact order."""
     if labels.dtype in (torch.int32, torch.uint32):
         labels = labels.to(torch.int64)
-    elif labels.dtype == torch.uint64:
-        labels = labels.to(torch.float64)
+    elif labels.dtype == torch.uint64 and use in (LabelUse.ORDER, LabelUse.DIFFERENCE):
+        labels = labels.view(torch.int64) ^ -(2**63)  # less 2^63, in which nothing is rounded
     if labels.dtype == dtype:
         return labels
     if labels.dtype not in (torch.int64, torch.float64):

@@ -621,6 +621,7 @@ def checked_arguments(
     bias_named: tuple[str, Tensor | None],
     scale: float | Tensor,
     ignore_index: int,
+    scale_name: str = "scale",
 ) -> _Arguments:
     """Check the arguments, which have these names, and return them as ops take them."""
     (x_name, x), (weight_name, weight), (bias_name, bias) = x_named, weight_named, bias_named
@@ -656,6 +657,10 @@ def checked_arguments(
     if isinstance(scale, Tensor):
         # A row that is ignored isn't scaled, so that it has no part in a derivative, whatever it and the scale hold.
         x, scale = wide(x) * torch.where(target != ignored, scale.to(dtype), 1).unsqueeze(-1), 1.0
+    most = torch.finfo(dtype).max
+    if not -most <= scale <= most:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{scale_name}: expected scores times a number within the range of {kind}, got {scale}")
     words = weight.shape[0]
     return _Arguments(
         (
