@@ -44,6 +44,19 @@ def same(actual, expected, **tolerance):
     torch.testing.assert_close(actual, expected, equal_nan=True, **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
 
 
+# ---------------------------------------------------------------- unsigned labels
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_unsigned_labels_are_their_numbers(name):
+    for dtype in (torch.float32, torch.float64):
+        scores = SCORES.to(dtype)
+        same(getattr(co, name)(scores, LABELS.to(torch.uint64)), getattr(co, name)(scores, LABELS))
+    if name in OF_ORDER:
+        large = T([2**63 + 3, 2**63 + 1, 2**64 - 1, 2**63 + 1], dtype=torch.uint64)
+        same(getattr(co, name)(SCORES, large), getattr(co, name)(SCORES, T([1, 0, 2, 0])))
+
+
 # ---------------------------------------------------------------- labels below 0
 
 

@@ -225,6 +225,28 @@ def test_wrong_query_numbers_and_cutoffs():
     assert custom_ops.ndcg(x, x, ()).shape == (0,)
 
 
+@pytest.mark.parametrize("metric", [custom_ops.precision, custom_ops.f1_score])
+def test_only_none_lets_all_places_count(each_backend, metric):
+    scores, labels, ks = torch.tensor([0.5, 0.25]), torch.tensor([0, 1]), (2**31 - 1, 2**40)
+    more = 1 if metric is custom_ops.f1_score else 0
+    expected = torch.tensor([(1 + more) / (k + more) for k in ks])
+    torch.testing.assert_close(metric(scores, labels, ks), expected, rtol=1e-6, atol=0)
+    assert metric(scores, labels) == (1 + more) / (2 + more)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_no_item_at_all(each_backend, shape):
+    x = torch.zeros(shape)
+    for options in ({}, {"mask": x > 0}):
+        assert custom_ops.ndcg(x, x, reduction="none", **options).tolist() == [0] * shape[0]
+
+
+def test_arrays_that_run_backwards():
+    scores, labels = torch.tensor([0.5, 0.25, 1.0]), torch.tensor([0, 1, 1])
+    value = custom_ops.ndcg(scores, labels, index=np.array([4, 3, 3])[::-1], reduction="none")
+    assert value.tolist() == [custom_ops.ndcg(scores[:2], labels[:2]), 1]
+
+
 def test_metrics_can_be_vmapped_and_compiled():
     scores, labels = draw(6, 5, levels=3)
     expected = custom_ops.ndcg(scores, labels, (1, 3), reduction="none")

@@ -24,6 +24,7 @@ from custom_ops.ranking._arguments import (
     value_of_empty,
     with_empty,
 )
+from custom_ops.ranking._inputs import in_order
 from custom_ops.ranking._list_loss import is_differentiated
 from custom_ops.ranking._lists import batch, list_dot, list_scale, shard
 
@@ -359,7 +360,7 @@ def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
         below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
         return below, through
 
-    below, through = places(x if x.dtype == torch.int64 else x.double())
+    below, through = places(in_order(x))
     start: Any = 0
     n = x.shape[-1]
     if valid is not None:
