@@ -57,6 +57,17 @@ def test_unsigned_labels_are_their_numbers(name):
         same(getattr(co, name)(SCORES, large), getattr(co, name)(SCORES, T([1, 0, 2, 0])))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("of", ["scores", "labels"])
+def test_an_undefined_list_of_weight_0_has_no_part_in_a_gradient(name, of):
+    scores, labels = torch.stack([SCORES, SCORES]), torch.stack([LABELS, LABELS]).float()
+    (scores if of == "scores" else labels)[1, 2] = math.nan
+    loss, gradient = loss_and_gradient(name, scores, labels, weights=T([1.0, 0.0]))
+    alone, of_alone = loss_and_gradient(name, SCORES, LABELS.float())
+    same(loss, alone)
+    same(gradient, torch.stack([of_alone, torch.zeros(4)]))
+
+
 # ---------------------------------------------------------------- labels below 0
 
 
