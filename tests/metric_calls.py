@@ -86,6 +86,12 @@ def _cascade(scores: Gains, labels: Gains, k: int, most: float) -> float:
     return total
 
 
+def _won(scores: Gains, relevant: Gains) -> float:
+    """Return in how many pairs the relevant item has the higher score; ties count half."""
+    high, low = ([s for s, r in zip(scores, relevant) if r == of] for of in (1, 0))
+    return sum((a > b) + (a == b) / 2 for a in high for b in low)
+
+
 def _discount(place: int) -> float:
     return 1 / math.log2(1 + place)
 
@@ -123,12 +129,7 @@ def of_one_list(
             / _sum_over_places([*range(n, 0, -1)], _gains(ideal, gain, highest), places, ties, _discount)
         ),
         "err": lambda: _cascade(scores, labels, places, max_label),
-        "auc": lambda: (
-            sum(
-                (a > b) + (a == b) / 2 for a, r in zip(scores, relevant) for b, q in zip(scores, relevant) if r and not q
-            )
-            / (total * (n - total))
-        ),
+        "auc": lambda: _won(scores, relevant) / (total * (n - total)),
     }
     try:
         return values[metric]()
@@ -167,8 +168,10 @@ def _samples(metric: str, device: torch.device, dtype: torch.dtype) -> list[Samp
         for sample in list_samples(device, dtype, **own)
     ]
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randint(0, 4, (12, 2, 3, 6), generator=generator, device=device)
-    kinds = itertools.product((torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64), (torch.bool, torch.uint8))
+    whole = torch.randint(0, 4, (10, 2, 3, 6), generator=generator, device=device)
+    kinds = itertools.product(
+        (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64), (torch.bool, torch.uint8)
+    )
     samples += [Sample((s.to(a), y.to(b)), own) for (s, y), (a, b) in zip(whole, kinds)]
     return [*samples, *(replace(samples[0], kwargs=each) for each in options)]
 

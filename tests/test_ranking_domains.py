@@ -49,23 +49,20 @@ def same(actual, expected, **tolerance):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_unsigned_labels_are_their_numbers(name):
-    for dtype in (torch.float32, torch.float64):
-        scores = SCORES.to(dtype)
-        same(getattr(co, name)(scores, LABELS.to(torch.uint64)), getattr(co, name)(scores, LABELS))
+    same(getattr(co, name)(SCORES, LABELS.to(torch.uint64)), getattr(co, name)(SCORES, LABELS))
     if name in OF_ORDER:
         large = T([2**63 + 3, 2**63 + 1, 2**64 - 1, 2**63 + 1], dtype=torch.uint64)
         same(getattr(co, name)(SCORES, large), getattr(co, name)(SCORES, T([1, 0, 2, 0])))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("of", ["scores", "labels"])
-def test_an_undefined_list_of_weight_0_has_no_part_in_a_gradient(name, of):
-    scores, labels = torch.stack([SCORES, SCORES]), torch.stack([LABELS, LABELS]).float()
-    (scores if of == "scores" else labels)[1, 2] = math.nan
-    loss, gradient = loss_and_gradient(name, scores, labels, weights=T([1.0, 0.0]))
+def test_an_undefined_list_of_weight_0_has_no_part_in_a_gradient(name):
+    scores, labels = SCORES.repeat(3, 1), LABELS.float().repeat(3, 1)
+    scores[1, 2] = labels[2, 2] = math.nan
+    loss, gradient = loss_and_gradient(name, scores, labels, weights=T([1.0, 0.0, 0.0]))
     alone, of_alone = loss_and_gradient(name, SCORES, LABELS.float())
     same(loss, alone)
-    same(gradient, torch.stack([of_alone, torch.zeros(4)]))
+    same(gradient, torch.stack([of_alone, torch.zeros(4), torch.zeros(4)]))
 
 
 # ---------------------------------------------------------------- labels below 0
