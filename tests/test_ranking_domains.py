@@ -65,6 +65,17 @@ def test_an_undefined_list_of_weight_0_has_no_part_in_a_gradient(name):
     same(gradient, torch.stack([of_alone, torch.zeros(4), torch.zeros(4)]))
 
 
+@pytest.mark.parametrize("name", [n for n in LOSSES if n != "pairwise_mse_loss"])  # tied labels count in it
+def test_a_nan_score_in_a_list_that_does_not_contribute_is_not_read(name):
+    scores, labels = SCORES.repeat(2, 1), torch.stack([LABELS.float(), torch.zeros(4)])
+    scores[1, 2] = math.nan
+    loss, gradient = loss_and_gradient(name, scores, labels, reduction="none")
+    alone, of_alone = loss_and_gradient(name, SCORES, LABELS.float(), reduction="none")
+    assert loss[1] == 0
+    same(gradient, torch.stack([of_alone, torch.zeros(4)]))
+    same(loss[0], alone)
+
+
 # ---------------------------------------------------------------- labels below 0
 
 
