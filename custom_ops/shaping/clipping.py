@@ -89,11 +89,10 @@ class ClipGradientNormFunction(_Clipping, op=gradient_norm_clipping):
         (limit,) = ctx.saved_tensors
         max_norm = ctx.max_norm if limit is None else limit
         wide = torch.promote_types(grad.dtype, torch.float32)
-        # The squares of gradients that explode are beyond float32.
-        norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=torch.float64)
+        norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=wide)
         over = norm > max_norm
         factor = torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)  # avoids 0 / 0 and its derivative
-        return (grad * factor.to(wide)).to(grad.dtype), None, None, None
+        return (grad * factor).to(grad.dtype), None, None, None
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:
@@ -186,9 +185,10 @@ def clip_gradient_norm(x: Tensor, max_norm: float, dim: int | Sequence[int] | No
     """Return ``x`` and, in backward, scale its gradient down to a norm of at most ``max_norm``.
 
     ``y = x``, ``dL/dx = dL/dy * min(1, max_norm / ||dL/dy||)`` with the Euclidean norm over ``dim``, which is computed
-    in float32 for 16-bit gradients. A NaN or an infinity makes all elements under the same norm NaN or 0, as in
-    ``torch.nn.utils.clip_grad_norm_``. Second derivatives and the tangent are those of `clip_gradient`: the tangent
-    isn't clipped. Multiply ``max_norm`` by the scale of a ``GradScaler``, as described there.
+    in float32 for 16-bit gradients. A NaN or an infinity makes all elements under the same norm NaN or 0, and so does a
+    norm whose square is beyond the dtype (1.8e19 in float32), as in ``torch.nn.utils.clip_grad_norm_``.
+    Second derivatives and the tangent are those of `clip_gradient`: the tangent isn't clipped. Multiply ``max_norm`` by
+    the scale of a ``GradScaler``, as described there.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.
