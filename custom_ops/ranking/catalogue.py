@@ -175,6 +175,31 @@ def catalogue_loss(
     return loss, _of_rows(x, 3), wide(of_first), wide(of_second), of_third
 
 
+@define
+def catalogue_symmetric_loss(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    of_x: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the sum of log_prob [B] in both directions, the stats of both, and the sum's derivatives.
+
+    The target of row i is word i, and among the rows it is the row of word i; there may be more words than rows. The
+    logits are computed once for both directions. Stats have no entropy in the second direction. Otherwise all is as for
+    ``catalogue_loss``.
+    """
+    of_first, of_second, _ = _gradients(x, weight, of_x, of_weight, False)
+    loss = x.new_empty(x.shape[:1], dtype=wide_dtype(x))
+    return loss, _of_rows(x, 3), _of_rows(x, 3), wide(of_first), wide(of_second)
+
+
+NONE_IGNORED = -(2**63)  # no target is equal to it
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -391,6 +416,78 @@ class CatalogueLoss(Function, op=catalogue_loss):
         return moved.sum(-1, dtype=torch.float64).to(moved.dtype), *[None] * 4
 
 
+class CatalogueSymmetricLoss(Function, op=catalogue_symmetric_loss):
+    """Each derivative is the sum of those of ``catalogue_log_prob`` in the two directions."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, of_x, of_weight = inputs
+        _, of_rows, of_columns, *gradients = output
+        ctx.mark_non_differentiable(of_rows, of_columns, *gradients)
+        ctx.found = of_x, of_weight
+        ctx.save_for_backward(of_rows, of_columns, *tensors, *gradients)
+        ctx.save_for_forward(of_rows, of_columns, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        *saved, of_x, of_words = ctx.saved_tensors
+        x, weight = saved[2:4]
+        needed = ctx.needs_input_grad[:2]
+        if is_differentiated() or any(needs and not found for needs, found in zip(needed, ctx.found)):
+            nothing, of_rows = (None, None), grad.unsqueeze(-1).expand(x.shape[:2])
+            first, second = (
+                catalogue_backward(of_rows, *nothing, stats, None, *where, *options, *asked, False)
+                for (stats, where, options), asked in zip(_directions(*saved, ctx.scale), (needed, needed[::-1]))
+            )
+            others = weight.shape[1] - x.shape[1]
+            gradients = [
+                first[0] + second[1] if needed[0] else None,
+                first[1] + torch.nn.functional.pad(second[0], (0, 0, 0, others)) if needed[1] else None,
+            ]
+        else:
+            gradients = [
+                (grad.view(-1, 1, 1) * found).to(like.dtype) if needs else None
+                for found, like, needs in zip((of_x, of_words), (x, weight), needed)
+            ]
+        return *gradients, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        rows = saved[2].shape[1]
+        moves = (x_t, weight_t, None), (None if weight_t is None else weight_t[:, :rows], x_t, None)
+        moved = torch.stack(
+            [
+                _tangents(stats, moves_of, where, options)[0]
+                for (stats, where, options), moves_of in zip(_directions(*saved, ctx.scale), moves)
+            ]
+        )
+        return moved.sum((0, 2), dtype=torch.float64).to(moved.dtype), *[None] * 4
+
+
+def _directions(
+    of_rows: Tensor,
+    of_columns: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+) -> Any:
+    """Return the stats, tensors and options of both directions of a symmetric loss, as for ``catalogue_log_prob``."""
+    rows, words = x.shape[1], weight.shape[1]
+    target = torch.arange(rows, device=x.device).expand(x.shape[:2])
+    turned = None if mask is None else mask[..., :rows].transpose(1, 2)
+    groups = None if word_group is None else word_group[:, :rows]
+    first = x, weight, None, target, mask, row_group, word_group
+    second = weight[:, :rows], x, None, target, turned, groups, row_group
+    return (
+        (of_rows, first, (scale, NONE_IGNORED, 0, words, False)),
+        (of_columns, second, (scale, NONE_IGNORED, 0, rows, False)),
+    )
+
+
 # ---------------------------------------------------------------- batching
 
 
@@ -429,6 +526,7 @@ _batch(catalogue_backward, "rrrrr" + _WHERE, "rww", 3)
 _batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww", 3)
 _batch(catalogue_curve, "rrwwrww" + _WHERE, "rrr", 0)
 _batch(catalogue_loss, "rr" + _WHERE, "errww", 3)
+_batch(catalogue_symmetric_loss, "rwrrw", "errrw", 2)
 
 
 # ---------------------------------------------------------------- public functions
@@ -836,6 +934,14 @@ def sum_over_rows(of_log_prob: Tensor, of_lse: Tensor | None, tensors: Sequence[
     """Return ``sum(of_log_prob log_prob + of_lse lse)`` [1]."""
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:3]]
     loss: Tensor = catalogue_loss(of_log_prob, of_lse, *tensors, *options, *wanted)[0]
+    return loss
+
+
+def sum_in_both_directions(tensors: Sequence[Any], scale: float) -> Tensor:
+    """Return the sum of log_prob [1] of rows whose targets are the first words, and of these words among the rows."""
+    x, weight, _, _, *left_out = tensors
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    loss: Tensor = catalogue_symmetric_loss(x, weight, *left_out, scale, *wanted)[0]
     return loss
 
 
