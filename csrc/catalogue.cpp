@@ -456,19 +456,19 @@ void add_to_columns(const A* z, int64_t rows, int64_t stride, int64_t columns, A
   });
 }
 
-// Turns a row of logits into the cotangent of the log_prob of its target, both among its words and, for the first
-// `columns` words, in their columns, whose largest logits and logarithms of the sums of e^(z - top) are given.
+// Turns a row of logits into the derivative of minus the log_prob of the target, in the row and in the target's column.
+// The first `columns` columns have these largest logits and logarithms of the sums of e^(z - top).
 template <class A>
 void symmetric_cotangent(A* z, int64_t n, int64_t at, Row<A> row_in, const A* top, const A* log_sum, int64_t columns) {
   multiversion_wide([=]() ALWAYS_INLINE {
     const Row<A> row = row_in;  // as above
     for (int64_t i = 0; i < columns; ++i) {
       const A p = exp_nonpositive(log_probability(z[i], row));
-      z[i] = -(p + exp_nonpositive(log_probability(z[i], Row<A>{top[i], log_sum[i], 0})));
+      z[i] = p + exp_nonpositive(log_probability(z[i], Row<A>{top[i], log_sum[i], 0}));
     }
-    for (int64_t i = columns; i < n; ++i) z[i] = -exp_nonpositive(log_probability(z[i], row));
+    for (int64_t i = columns; i < n; ++i) z[i] = exp_nonpositive(log_probability(z[i], row));
   });
-  z[at] += 2;
+  z[at] -= 2;
 }
 
 // The tangents of a row's log_prob, entropy and lse, for the tangent `move` of its logits. If `turned`, the logits
@@ -963,7 +963,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_symmetric_loss(
         log_sum[j] = static_cast<A>(std::log(sum[j]));
         A* const s = mutable_data<A>(of_columns.stats) + 3 * (b * in.rows + j);
         s[0] = top[j], s[1] = log_sum[j];
-        total += data<A>(of_rows.log_prob)[b * in.rows + j] + ((own[j] - top[j]) - log_sum[j]);
+        total -= data<A>(of_rows.log_prob)[b * in.rows + j] + ((own[j] - top[j]) - log_sum[j]);
       }
       mutable_data<A>(loss)[b] = static_cast<A>(total);
       if (!to.wanted()) continue;

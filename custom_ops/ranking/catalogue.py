@@ -186,7 +186,7 @@ def catalogue_symmetric_loss(
     of_x: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the sum of log_prob [B] in both directions, the stats of both, and the sum's derivatives.
+    """Return the sum of -log_prob [B] in both directions, the stats of both, and the sum's derivatives.
 
     The target of row i is word i, and among the rows it is the row of word i; there may be more words than rows. The
     logits are computed once for both directions. Stats have no entropy in the second direction. Otherwise all is as for
@@ -434,7 +434,7 @@ class CatalogueSymmetricLoss(Function, op=catalogue_symmetric_loss):
         x, weight = saved[2:4]
         needed = ctx.needs_input_grad[:2]
         if is_differentiated() or any(needs and not found for needs, found in zip(needed, ctx.found)):
-            nothing, of_rows = (None, None), grad.unsqueeze(-1).expand(x.shape[:2])
+            nothing, of_rows = (None, None), -grad.unsqueeze(-1).expand(x.shape[:2])
             first, second = (
                 catalogue_backward(of_rows, *nothing, stats, None, *where, *options, *asked, False)
                 for (stats, where, options), asked in zip(_directions(*saved, ctx.scale), (needed, needed[::-1]))
@@ -455,14 +455,14 @@ class CatalogueSymmetricLoss(Function, op=catalogue_symmetric_loss):
     def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         rows = saved[2].shape[1]
-        moves = (x_t, weight_t, None), (None if weight_t is None else weight_t[:, :rows], x_t, None)
+        moves = (x_t, weight_t, None), (None if weight_t is None else weight_t.narrow(1, 0, rows), x_t, None)
         moved = torch.stack(
             [
                 _tangents(stats, moves_of, where, options)[0]
                 for (stats, where, options), moves_of in zip(_directions(*saved, ctx.scale), moves)
             ]
         )
-        return moved.sum((0, 2), dtype=torch.float64).to(moved.dtype), *[None] * 4
+        return -moved.sum((0, 2), dtype=torch.float64).to(moved.dtype), *[None] * 4
 
 
 def _directions(
@@ -478,10 +478,10 @@ def _directions(
     """Return the stats, tensors and options of both directions of a symmetric loss, as for ``catalogue_log_prob``."""
     rows, words = x.shape[1], weight.shape[1]
     target = torch.arange(rows, device=x.device).expand(x.shape[:2])
-    turned = None if mask is None else mask[..., :rows].transpose(1, 2)
-    groups = None if word_group is None else word_group[:, :rows]
+    turned = None if mask is None else mask.narrow(2, 0, rows).transpose(1, 2)
+    groups = None if word_group is None else word_group.narrow(1, 0, rows)
     first = x, weight, None, target, mask, row_group, word_group
-    second = weight[:, :rows], x, None, target, turned, groups, row_group
+    second = weight.narrow(1, 0, rows), x, None, target, turned, groups, row_group
     return (
         (of_rows, first, (scale, NONE_IGNORED, 0, words, False)),
         (of_columns, second, (scale, NONE_IGNORED, 0, rows, False)),
@@ -938,7 +938,7 @@ def sum_over_rows(of_log_prob: Tensor, of_lse: Tensor | None, tensors: Sequence[
 
 
 def sum_in_both_directions(tensors: Sequence[Any], scale: float) -> Tensor:
-    """Return the sum of log_prob [1] of rows whose targets are the first words, and of these words among the rows."""
+    """Return the sum of -log_prob [1] of rows whose targets are the first words, and of these words among the rows."""
     x, weight, _, _, *left_out = tensors
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
     loss: Tensor = catalogue_symmetric_loss(x, weight, *left_out, scale, *wanted)[0]
