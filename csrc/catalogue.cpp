@@ -217,6 +217,15 @@ struct Block {
     return widened(out, of.in.wide);
   }
 
+  // Returns whether these rows of `matrix` [N, D] can hold a result of the dtype `wide`, without a copy.
+  bool is_place(const Tensor& matrix, ScalarType wide) const { return together() && matrix.scalar_type() == wide; }
+
+  // Returns these rows of `matrix`, or another tensor of them to `scatter`.
+  Tensor place(const Tensor& matrix, ScalarType wide) const {
+    return is_place(matrix, wide) ? part(matrix, 0, of.kept[begin], rows())
+                                  : fresh(matrix, {rows(), matrix.size(1)}, wide);
+  }
+
   // Stores `values` into these rows of `matrix` [N, D], with conversion.
   void scatter(const Tensor& values, const Tensor& matrix) const {
     if (together()) {
@@ -280,7 +289,7 @@ class Sums {
   // Adds a cotangent [R, V] of the block times words to the gradient of its rows, at first or once more.
   void add_to_rows(const Block& block, const Tensor& cotangent, const Tensor& words, bool more = false) {
     if (!to_.of_x) return;
-    if (!more) of_block_ = fresh(cotangent, {block.rows(), of_.in.dims});
+    if (!more) of_block_ = block.place(*x_, of_.in.wide);
     pull(*of_block_, cotangent, words, of_.in.scale, more);
   }
 
@@ -292,7 +301,7 @@ class Sums {
   // Ends a block.
   template <class A>
   void finish(const Block& block, const Tensor& cotangent) {
-    if (to_.of_x) block.scatter(*of_block_, *x_);
+    if (to_.of_x && !block.is_place(*x_, of_.in.wide)) block.scatter(*of_block_, *x_);
     if (!to_.of_bias) return;
     const A* z = data<A>(cotangent);
     const int64_t rows = block.rows(), words = of_.in.words;

@@ -12,7 +12,7 @@ from custom_ops import _checks, library, shards
 from custom_ops._bilinear import add
 from custom_ops._leaf import leaf
 from custom_ops._native import define
-from custom_ops._wide import under_autocast, wide
+from custom_ops._wide import to_dtype, under_autocast, wide
 from custom_ops.library import Function
 from custom_ops.library._torch import transforms_are_active
 from custom_ops.ranking._list_loss import is_differentiated
@@ -844,13 +844,12 @@ def linear_cross_entropy(
     x, words, bias, at = tensors[:4]
     counts = at != options[1]
     dtype, total = wide_dtype(x), words.shape[1]
-    of_rows = counts.to(dtype)
+    of_rows = shared = counts.to(dtype)
     if weight is not None:
         weight = _class_weights(weight, linear_weight).to(dtype)
         of_rows = torch.where(counts, weight[at.clamp(0, max(total - 1, 0))], 0) if total else of_rows
-    shared = counts.to(dtype)
     if reduction == "mean" and weight is None:
-        of_rows = shared = shared / shared.sum(dtype=torch.float64).clamp_min(1).to(dtype)
+        of_rows = shared = shared / counts.sum().clamp_min(1)
     elif reduction == "mean":  # weights that are all 0 give NaN, but rows that don't count have no part in it
         whole = torch.where(counts.any(), of_rows.sum(dtype=torch.float64), 1).to(dtype)
         of_rows, shared = (torch.where(counts, of / whole, 0) for of in (of_rows, shared))
@@ -865,7 +864,7 @@ def linear_cross_entropy(
         mean = _mean_score(x, words, bias, weight, options[0], shared, reduction != "none")
         loss = loss - (e * mean).to(dtype)
     if not under_autocast(input):
-        loss = loss.to(torch.promote_types(input.dtype, linear_weight.dtype))
+        loss = to_dtype(loss, torch.promote_types(input.dtype, linear_weight.dtype))
     return loss.reshape(target.shape if reduction == "none" else ())
 
 
