@@ -465,8 +465,8 @@ void add_to_columns(const A* z, int64_t rows, int64_t stride, int64_t columns, A
   });
 }
 
-// Turns a row of logits into the derivative of minus the log_prob of the target, in the row and in the target's column.
-// The first `columns` columns have these largest logits and logarithms of the sums of e^(z - top).
+// Turns a row of logits into the derivative of minus the targets' log_prob, in the row and in the first `columns`
+// columns, which have these largest logits and logarithms of the sums of e^(z - top).
 template <class A>
 void symmetric_cotangent(A* z, int64_t n, int64_t at, Row<A> row_in, const A* top, const A* log_sum, int64_t columns) {
   multiversion_wide([=]() ALWAYS_INLINE {
@@ -934,9 +934,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_loss(
   return {loss, results.stats, to.x, to.weight, to.bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_symmetric_loss(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& row_group,
-    const std::optional<Tensor>& word_group, double scale, bool of_x, bool of_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_symmetric_loss(const Tensor& x, const Tensor& weight,
+                                                                            const std::optional<Tensor>& mask,
+                                                                            const std::optional<Tensor>& row_group,
+                                                                            const std::optional<Tensor>& word_group,
+                                                                            double scale, bool of_x, bool of_weight) {
   check(x.dim() == 3, "x: expected 3 dimensions");
   const Tensor target = fresh(x, {x.size(0), x.size(1)}, ScalarType::Long);
   for (int64_t i = 0; i < target.numel(); ++i) mutable_data<int64_t>(target)[i] = i % x.size(1);

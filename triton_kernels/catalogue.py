@@ -21,6 +21,7 @@ from custom_ops.triton_kernels.lists import WIDE
 from custom_ops.triton_kernels.pairwise import LOGISTIC, both_orders, pair_value, wrong_order
 
 _BLOCK = 1024  # logits that a program reads at a time; with twice as many, some kernels spill registers
+_TILE = 32  # rows and columns that a program reads at a time
 _LOGITS = 1 << 26  # logits per block of rows, but at least _LEAST_ROWS rows
 _LEAST_ROWS = 128
 _WORDS = 1 << 14  # the words of a 16-bit catalogue that are widened at a time
@@ -172,11 +173,9 @@ def catalogue_cotangent_kernel(z_ptr, target_ptr, stats_ptr, of_ptr, words, firs
             tl.store(z_ptr + row * words + v, tl.zeros([BLOCK], z_ptr.dtype.element_ty), mask=v < words)
 
 
-@kernel("*T *T *fp64 i32 i32 i32", WIDE, {None: {"ROWS": 32, "COLUMNS": 32}}, narrow=_NARROW)
+@kernel("*T *T *fp64 i32 i32 i32", WIDE, {None: {"ROWS": _TILE, "COLUMNS": _TILE}}, narrow=_NARROW)
 @triton.jit(do_not_specialize=["words", "rows", "columns"])
-def catalogue_columns_kernel(
-    z_ptr, top_ptr, sum_ptr, words, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def catalogue_columns_kernel(z_ptr, top_ptr, sum_ptr, words, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Add a block's rows to the largest logit and the sum of e^(z - top) of each of some columns."""
     v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     none = float("-inf")
@@ -200,7 +199,7 @@ def catalogue_columns_kernel(
 @kernel("*T *T *T i32 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}}, narrow=_NARROW)
 @triton.jit(do_not_specialize=["words", "columns", "begin_row"])
 def catalogue_symmetric_kernel(z_ptr, stats_ptr, column_stats_ptr, words, columns, begin_row, BLOCK: tl.constexpr):
-    """Turn a row of logits into the derivative of minus the target's log_prob, in the row and in the target's column."""
+    """Turn a row of logits into the derivative of minus the targets' log_prob, in the row and in the columns."""
     row = tl.program_id(0).to(tl.int64)
     top, log_sum = tl.load(stats_ptr + 3 * row), tl.load(stats_ptr + 3 * row + 1)
     for begin in range(0, words, BLOCK):
@@ -912,7 +911,7 @@ def catalogue_symmetric_loss(
             catalogue_rows_kernel(len(z), z, target[at], *(t[at] for t in results), *catalogue.places)
             own[at] = z.diagonal(at[1].start)
             pointers = z, top[example], total[example]
-            catalogue_columns_kernel(triton.cdiv(columns, 32), *pointers, words, len(z), columns)
+            catalogue_columns_kernel(triton.cdiv(columns, _TILE), *pointers, words, len(z), columns)
         of_columns[example, :, 0], of_columns[example, :, 1] = top[example], total[example].log()
         for at in blocks if sums.wanted else ():
             rows = catalogue.rows_of(x, at)

@@ -437,7 +437,7 @@ class CatalogueSymmetricLoss(Function, op=catalogue_symmetric_loss):
             nothing, of_rows = (None, None), -grad.unsqueeze(-1).expand(x.shape[:2])
             first, second = (
                 catalogue_backward(of_rows, *nothing, stats, None, *where, *options, *asked, False)
-                for (stats, where, options), asked in zip(_directions(*saved, ctx.scale), (needed, needed[::-1]))
+                for (stats, where, options), asked in zip(_directions(ctx.scale, *saved), (needed, needed[::-1]))
             )
             others = weight.shape[1] - x.shape[1]
             gradients = [
@@ -459,13 +459,14 @@ class CatalogueSymmetricLoss(Function, op=catalogue_symmetric_loss):
         moved = torch.stack(
             [
                 _tangents(stats, moves_of, where, options)[0]
-                for (stats, where, options), moves_of in zip(_directions(*saved, ctx.scale), moves)
+                for (stats, where, options), moves_of in zip(_directions(ctx.scale, *saved), moves)
             ]
         )
         return -moved.sum((0, 2), dtype=torch.float64).to(moved.dtype), *[None] * 4
 
 
 def _directions(
+    scale: float,
     of_rows: Tensor,
     of_columns: Tensor,
     x: Tensor,
@@ -473,7 +474,6 @@ def _directions(
     mask: Tensor | None,
     row_group: Tensor | None,
     word_group: Tensor | None,
-    scale: float,
 ) -> Any:
     """Return the stats, tensors and options of both directions of a symmetric loss, as for ``catalogue_log_prob``."""
     rows, words = x.shape[1], weight.shape[1]

@@ -97,9 +97,8 @@ def info_nce_loss(
     found = [_similarities(query, key, own, temperature, None, None, mask, query_group, key_group)]
     if both and target is None and reduction != "none":
         tensors, (scale, *_) = found[0]
-        share = 0.5 / max(rows, 1) if reduction == "mean" else 0.5
-        loss = share * sum_in_both_directions(tensors, scale)[0]
-        return loss if under_autocast(query) else loss.to(dtype)
+        total = sum_in_both_directions(tensors, scale)[0] * (0.5 / max(rows, 1) if reduction == "mean" else 0.5)
+        return total if under_autocast(query) else total.to(dtype)
     if both:
         chosen = slice(rows) if target is None else own.to(torch.int64).clamp(0, max(keys - 1, 0))
         compared = None if mask is None else mask[:, chosen].T
