@@ -126,14 +126,19 @@ def segment_reduce_segment_sum(x: Tensor, indptr: Tensor) -> Tensor:
     return torch.segment_reduce(x, "sum", offsets=indptr)
 
 
-def scatter_amax_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
+def scatter_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
     segment = segment_of_point(indptr)[:, None].expand_as(x)
-    return x.new_zeros(len(indptr) - 1, x.shape[1]).scatter_reduce(0, segment, x, "amax", include_self=False)
+    empty = x.new_full((len(indptr) - 1, x.shape[1]), reduce == "prod")
+    return empty.scatter_reduce(0, segment, x, {"max": "amax"}.get(reduce, reduce), include_self=False)
 
 
 def torch_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
     out = torch.segment_reduce(x, reduce, offsets=indptr)
-    return out.masked_fill(out.isinf(), 0)  # segments without points have none
+    return out.masked_fill((indptr.diff() == 0)[:, None], reduce == "prod")
+
+
+def embedding_bag_segment_reduce(x: Tensor, indptr: Tensor, reduce: str) -> Tensor:
+    return F.embedding_bag(all_points(indptr), x, indptr, mode=reduce, include_last_offset=True)
 
 
 def graph_softmax(x: Tensor, indptr: Tensor) -> Tensor:

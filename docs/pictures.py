@@ -161,8 +161,8 @@ def catalogue_memory() -> Figure:
     for axis, kind, other in ((of_words, "words", "rows"), (of_rows, "rows", "words")):
         results = found[f"of {kind}"]
         sizes = [row[kind] for row in results]
-        for name in catalogue.NAMES:
-            axis.plot(sizes, [row[name] and row[name] / 2**20 for row in results], "o-", label=name)
+        for name, style in zip(catalogue.NAMES, ("o-", "o-", "k:")):
+            axis.plot(sizes, [row[name] and row[name] / 2**20 for row in results], style, label=name)
         axis.axhline(ram, color="#9aa3ab", linestyle="--", label="the machine's memory")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")

@@ -88,7 +88,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return TOGETHER.match(nodeid).group()
+            together = TOGETHER.match(nodeid)
+            assert together  # it matches any text
+            return together.group()
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)

@@ -35,7 +35,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SAMPLE = 4  # the most variants of a kernel that a quick run compiles
+SAMPLE = 2  # the most variants of a kernel that a quick run compiles
 MAIN = "sm_90"  # every variant is compiled for this target, which `occupancy` describes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,8 +90,28 @@ def _ranks(points: int, device: torch.device) -> tuple[Tensor, int]:
     return torch.randint(-1, points // 8, (points,), generator=generator).to(device), points // 8
 
 
-def _largest(points: int, device: torch.device) -> tuple[Tensor, Tensor, str]:
-    return *_segments(points, device), "max"
+_OF_SEGMENT_REDUCE: Peers = {
+    "scatter_reduce": "benchmarks.peers:scatter_segment_reduce",
+    "torch.segment_reduce": "benchmarks.peers:torch_segment_reduce",
+    "embedding_bag": "benchmarks.peers:embedding_bag_segment_reduce",
+    "torch_scatter.segment_csr": "benchmarks.scatter_peers:segment_csr_segment_reduce",
+}
+
+
+def _reduced(reduce: str, peers: Sequence[str], targets: Sequence[str]) -> Benchmark:
+    """Return the table of one reduction over segments."""
+
+    def make(points: int, device: torch.device) -> tuple[Tensor, Tensor, str]:
+        return *_segments(points, device), reduce
+
+    return Benchmark(
+        unit=f"points of 64 features in order, 8 to a segment; {reduce}",
+        sizes=SIZES,
+        make=make,
+        checked_at=_at_most_checked,
+        peers={peer: _OF_SEGMENT_REDUCE[peer] for peer in peers},
+        targets=[Target(172_824, peer, 0.6, memory=memory) for peer in targets for memory in ("fresh", "warm")],
+    )
 
 
 def _scores(columns: int) -> Callable[..., Any]:
@@ -143,22 +163,8 @@ def _beside_all(size: Any) -> list[Target]:
 
 TABLES: dict[str, list[Benchmark]] = {
     "segment_reduce": [
-        Benchmark(
-            unit="points of 64 features in order, 8 to a segment; their maximum",
-            sizes=SIZES,
-            make=_largest,
-            checked_at=_at_most_checked,
-            peers={
-                "scatter_reduce": "benchmarks.peers:scatter_amax_segment_reduce",
-                "torch.segment_reduce": "benchmarks.peers:torch_segment_reduce",
-                "torch_scatter.segment_csr": "benchmarks.scatter_peers:segment_csr_segment_reduce",
-            },
-            targets=[
-                Target(172_824, peer, 0.6, memory=memory)
-                for peer in ("scatter_reduce", "torch.segment_reduce", "torch_scatter.segment_csr")
-                for memory in ("fresh", "warm")
-            ],
-        )
+        *(_reduced(reduce, list(_OF_SEGMENT_REDUCE), list(_OF_SEGMENT_REDUCE)) for reduce in ("max", "mean")),
+        _reduced("prod", ["scatter_reduce", "torch.segment_reduce"], ["scatter_reduce"]),
     ],
     "segment_softmax": [
         Benchmark(
@@ -229,8 +235,14 @@ TABLES: dict[str, list[Benchmark]] = {
             targets=[
                 Target(172_824, "embedding_bag", 1.0, "forward"),
                 Target(172_824, "embedding_bag", 1.0, "forward", "warm"),
+                Target(172_824, "embedding_bag", 0.6),
+                Target(172_824, "embedding_bag", 0.6, memory="warm"),
+                Target(172_824, "index_add", 0.6),
+                Target(172_824, "index_add", 0.6, memory="warm"),
+                Target(172_824, "torch_scatter.segment_csr", 0.6),
+                Target(172_824, "torch_scatter.segment_csr", 0.6, memory="warm"),
                 Target(172_824, "scatter_add", 0.6),
-                Target(172_824, "scatter_add", 0.75, memory="warm"),
+                Target(172_824, "scatter_add", 0.6, memory="warm"),
             ],
         )
     ],

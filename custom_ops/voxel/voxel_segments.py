@@ -256,8 +256,9 @@ class SegmentExtreme(Function, op=segment_extreme):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
-        # Empty segments write to an extra row after the points. No element is written twice.
-        zeros = grad.new_zeros((*grad.shape[:-2], ctx.points + 1, grad.shape[-1]))
+        # Empty segments write to an extra row after the points. No element is written twice. As the zeros are expanded,
+        # the gradient's memory is filled once.
+        zeros = grad.new_zeros(()).expand(*grad.shape[:-2], ctx.points + 1, grad.shape[-1])
         return zeros.scatter(-2, index.where(index >= 0, ctx.points), grad)[..., :-1, :], None, None, None
 
     @staticmethod

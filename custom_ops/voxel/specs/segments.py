@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -29,14 +27,14 @@ def reduce_rows(x: Tensor, reduce: str) -> Tensor:
     return result
 
 
-def _examples(x: Tensor, indptr: Tensor, perm: Tensor | None) -> list[tuple[Tensor, list[Tensor]]]:
-    """Return, for each example, its points [N, C] and the points of each of its segments."""
+def _examples(x: Tensor, indptr: Tensor, perm: Tensor | None) -> list[tuple[Tensor, Tensor, list[int]]]:
+    """Return, for each example, its points [N, C], the places of those in segments, and the length of each segment."""
     shape, points = x.shape[:-2], x.shape[-2]
     order = torch.arange(points, device=x.device) if perm is None else perm.long()
     orders = order.expand(*shape, points).reshape(-1, points)
-    bounds = indptr.expand(*shape, indptr.shape[-1]).reshape(-1, indptr.shape[-1]).tolist()
+    bounds = indptr.expand(*shape, indptr.shape[-1]).reshape(-1, indptr.shape[-1])
     return [
-        (example, [order[a:b] for a, b in itertools.pairwise(ends)])
+        (example, order[ends[0] : ends[-1]], ends.diff().tolist())
         for example, order, ends in zip(x.reshape(-1, *x.shape[-2:]), orders, bounds)
     ]
 
@@ -44,18 +42,20 @@ def _examples(x: Tensor, indptr: Tensor, perm: Tensor | None) -> list[tuple[Tens
 def segment_reduce_reference(
     x: Tensor, indptr: Tensor, reduce: str = "sum", perm: Tensor | None = None, return_indices: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    rows = [reduce_rows(e[points], reduce) for e, segments in _examples(x, indptr, perm) for points in segments]
+    examples = _examples(x, indptr, perm)
+    rows = [reduce_rows(part, reduce) for e, order, lengths in examples for part in e[order].split(lengths)]
     shape = (*x.shape[:-2], indptr.shape[-1] - 1, x.shape[-1])
     values = torch.stack(rows).view(shape) if rows else x.sum(-2, keepdim=True)[..., :0, :].expand(shape)
     if not return_indices:
         return values
+    parts = [
+        pair
+        for e, order, lengths in examples
+        for pair in zip(e[order].split(lengths), order.split(lengths), strict=True)
+    ]
     places = [
-        points[((e[points] == value) | e[points].isnan()).int().argmax(0)]
-        if len(points)
-        else points.new_full(value.shape, -1)
-        for (e, points), value in zip(
-            [(e, points) for e, segments in _examples(x, indptr, perm) for points in segments], rows
-        )
+        points[((part == value) | part.isnan()).int().argmax(0)] if len(points) else points.new_full(value.shape, -1)
+        for (part, points), value in zip(parts, rows)
     ]
     return values, torch.stack(places).view(shape)
 
@@ -67,11 +67,10 @@ def _softmax(x: Tensor) -> Tensor:
 
 def segment_softmax_reference(x: Tensor, indptr: Tensor, perm: Tensor | None = None) -> Tensor:
     results = []
-    for example, segments in _examples(x, indptr, perm):
-        mapped = example.where(torch.tensor(False, device=x.device), 0)
-        for points in segments:
-            mapped = mapped.index_copy(0, points, _softmax(example[points]))
-        results.append(mapped)
+    for example, order, lengths in _examples(x, indptr, perm):
+        of_points = torch.cat([example[:0], *map(_softmax, example[order].split(lengths))])
+        outside = example.where(torch.tensor(False, device=x.device), 0)
+        results.append(outside.index_copy(0, order, of_points))
     return torch.stack(results).view(x.shape) if results else x.clone()
 
 
