@@ -10,7 +10,7 @@ CUSTOM_OPS_ENUM(TiedScores, AVERAGE, INDEX, TOGETHER)
 
 namespace {
 
-constexpr int64_t kAll = INT32_MAX;  // the cutoff that lets all places count
+constexpr int64_t kAll = INT64_MAX;  // the cutoff that lets all places count
 
 // The items of one list.
 template <class A>

@@ -150,7 +150,6 @@ class SoftsignFunction(library.Function, op=_softsign):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

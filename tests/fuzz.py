@@ -1,11 +1,12 @@
-"""Property tests: hypothesis compares random calls of every op with the op's float64 reference.
+"""Property tests: hypothesis compares random calls of every op and metric with its float64 reference. Options and
+indices come in any form that means the same, such as numpy scalars (tests/forms.py).
 
 ``make test`` makes the same few calls each time (tests/test_properties.py). ``make fuzz`` makes new ones for as long as
 it is told to::
 
     python tests/fuzz.py --seconds 600 --op relu
 
-A failing call is shrunk and printed as a script that repeats it.
+A failing call is shrunk and printed, that of an op as a script that repeats it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from forms import Choose, InOtherForms
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from metric_calls import METRICS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import custom_ops  # noqa: F401 (registers the ops)
 from custom_ops.registry import FUNCTIONS, OpInfo
 from custom_ops.verify import BACKENDS, backend, check, random_sample, script
+
+FUZZED = {**FUNCTIONS, **METRICS}
 
 
 def property_of(info: OpInfo, examples: int, interpreted: bool = False, **options: Any) -> Callable[[], None]:
@@ -48,15 +53,22 @@ def property_of(info: OpInfo, examples: int, interpreted: bool = False, **option
     )
     @given(data=st.data())
     def holds(data: st.DataObject) -> None:
-        sample = random_sample(info, lambda choices: choices[data.draw(st.integers(0, len(choices) - 1))])
-        if interpreted and any(_tiny(a) for a in (*sample.args, *sample.kwargs.values())):
-            return
-        try:
-            check(info, sample)
-        except Exception as error:
-            raise AssertionError(f"{error}\n\n{script(info, sample)}") from error
+        call_at_random(info, lambda choices: choices[data.draw(st.integers(0, len(choices) - 1))], interpreted)
 
     return holds
+
+
+def call_at_random(info: OpInfo, choose: Choose, interpreted: bool = False) -> None:
+    """Make a call of the op, and raise ``AssertionError`` if it doesn't equal its reference."""
+    sample = random_sample(info, choose)
+    if interpreted and any(_tiny(a) for a in (*sample.args, *sample.kwargs.values())):
+        return
+    function = InOtherForms(info.function, choose)
+    try:
+        check(replace(info, function=function), sample)
+    except Exception as error:
+        repeated = script(info, sample) if info.name in FUNCTIONS else ""
+        raise AssertionError(f"{type(error).__name__}: {error}\n# given {function.given}\n\n{repeated}") from error
 
 
 def _tiny(value: Any) -> bool:
@@ -69,20 +81,17 @@ def misses(info: OpInfo, calls: range, start: int, interpreted: bool = False) ->
     """Yield the failures among these calls of the op."""
     kept = replace(info, samples=functools.cache(info.samples))
     for number in calls:
-        sample = random_sample(kept, random.Random(f"{info.name} {start} {number}").choice)
-        if interpreted and any(_tiny(a) for a in (*sample.args, *sample.kwargs.values())):
-            continue
         try:
-            check(info, sample)
-        except Exception as error:
-            yield f"call {number}: {type(error).__name__}: {error}\n\n{script(info, sample)}"
+            call_at_random(kept, random.Random(f"{info.name} {start} {number}").choice, interpreted)
+        except AssertionError as error:
+            yield f"call {number}: {error}"
 
 
 def make_calls(ops: list[str], count: int, start: int, interpreted: bool, console: Console) -> int:
     found = 0
     for name in ops:
         begin, before = time.process_time(), found
-        for text in misses(FUNCTIONS[name], range(count), start, interpreted):
+        for text in misses(FUZZED[name], range(count), start, interpreted):
             print(f"# {name}, {text}", flush=True)
             found += 1
         seconds = time.process_time() - begin
@@ -95,13 +104,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="how long, in all; 300 by default")
     parser.add_argument("--calls", type=int, help="how many of each op, instead")
-    parser.add_argument("--op", action="append", choices=FUNCTIONS, help="only this op (may be repeated)")
+    parser.add_argument("--op", action="append", choices=FUZZED, help="only this op (may be repeated)")
     parser.add_argument("--backend", choices=BACKENDS, default="cpp")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats a run")
     options = parser.parse_args(argv)
     if options.backend == "triton":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
-    ops = options.op or list(FUNCTIONS)
+    ops = options.op or list(FUZZED)
     failures: dict[str, str] = {}
     console = Console(stderr=True)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -119,7 +128,7 @@ def main(argv: list[str]) -> int:
                     continue
                 bar.update(task, completed=elapsed, description=f"{calls} calls, {len(failures)} failures: {name}")
                 try:
-                    seed(options.seed + calls)(property_of(FUNCTIONS[name], batch, options.backend == "triton"))()
+                    seed(options.seed + calls)(property_of(FUZZED[name], batch, options.backend == "triton"))()
                 except AssertionError as error:
                     failures[name] = str(error)
                     bar.console.print(f"[bold red]{name}[/]")

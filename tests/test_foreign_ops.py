@@ -264,3 +264,20 @@ def test_jvp_gets_what_was_saved_for_backward():
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(squared, x, check_forward_ad=True)
     assert torch.func.hessian(lambda x: squared(x).sum())(x.detach()).diag().tolist() == [2, 2, 2]
+
+
+def test_the_battery_allows_the_functional_form_of_an_op_that_writes():
+    @torch.library.custom_op("custom_ops_foreign::raise_", mutates_args={"x"})
+    def raise_(x: Tensor) -> None:
+        x.add_(1)
+
+    @library.compose("custom_ops_foreign::raised")
+    def raised(x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.ops.custom_ops_foreign.raise_(x)
+        return x
+
+    x = torch.ones(3, dtype=torch.float64)
+    rows = ["ops functional", "inputs unmutated"]
+    assert verify(raised, [(x,)], quick=True, differentiable=False, only=rows).ok
+    assert not verify(lambda x: raise_(x) or x, [(x,)], quick=True, differentiable=False, only=rows).ok

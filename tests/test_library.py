@@ -503,6 +503,13 @@ def test_gradients_through_lists_of_tensors(name):
     torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2))(*inputs), eager)
 
 
+def test_the_battery_records_calls_with_lists_of_tensors():
+    """Printing a tensor in a recorded list has once left the process without gradients."""
+    inputs = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    verify(LISTS["a list in"], [tuple(inputs)], quick=True, only=["ops functional"]).raise_on_failure()
+    assert LISTS["a list in"](*inputs).requires_grad
+
+
 def test_without_a_function_a_derivative_through_a_list_raises():
     @library.define("custom_ops_test::first_of")
     def first_of(xs: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -492,6 +493,24 @@ def partial_where_whole() -> Any:
     return op
 
 
+def in_a_group(effect: Callable[[], Any]) -> Any:
+    """Return an op with a right sharding rule and an effect on the processes that share a DTensor."""
+    op = having(lambda: effect() if torch.distributed.is_initialized() else None)
+
+    @library.sharding(op)
+    def rule(a: Any, b: Any) -> Any:
+        from torch.distributed.tensor import Replicate, Shard
+
+        return [([place], [place, place]) for place in (Replicate(), Shard(0))]
+
+    return op
+
+
+def refuses_in_one_process() -> None:
+    if torch.distributed.get_rank():
+        raise NotImplementedError("only the first process can")
+
+
 def oversized_save() -> Any:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = (t[: len(grad)] for t in ctx.saved_tensors)
@@ -545,6 +564,13 @@ MISSED = {
         lambda: product(lambda a, b: torch.where((a * b).abs() < 1e-30, 0.0, a * b)), ["special values"]
     ),
     "sharding rule wrong": Fault(partial_where_whole, ["sharding"]),
+    "process killed where DTensors are sharded": Fault(lambda: in_a_group(lambda: os._exit(1)), ["sharding"]),
+    "DTensors refused by one process": Fault(
+        lambda: in_a_group(refuses_in_one_process),
+        ["sharding"],
+        {"differentiable": False},
+        lambda: [tuple(t.detach() for t in s.args) for s in samples()],
+    ),
     "more saved than needed": Fault(oversized_save, ["saved memory"]),
     "default dtype changed": Fault(lambda: having(lambda: torch.set_default_dtype(torch.float64)), ["global state"]),
     "wrong above 1,000 elements, in samples without dynamic dimensions": Fault(
@@ -682,10 +708,27 @@ def healthy_options() -> dict[str, Any]:
 
 
 def test_the_healthy_op_passes_every_row() -> None:
-    report = verify(product(), samples(), reference=torch.mul, name="product", quick=True, **healthy_options())
+    calls: list[int] = []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(0)
+        return multiply(a, b)
+
+    report = verify(product(counted), samples(), reference=torch.mul, quick=True, **healthy_options())
     report.raise_on_failure()
     inapplicable = {cell.capability for cell in report.cells if cell.status != "pass"}
     assert inapplicable == {"compiled composition", "sharding"}, report.to_markdown()
+    assert [cell.capability for cell in report.cells] == list(capabilities(quick=True))
+    assert len(calls) < 2500  # the quick matrix takes seconds for a small op
+
+
+def test_the_page_lists_the_kinds_of_faults_with_the_row_that_names_each() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "verification.md").read_text()
+    table = page[page.index("| planted fault |") :].split("\n\n")[0].splitlines()[2:]
+    listed = [tuple(line.strip("| ").split(" | ")) for line in table]
+    assert len(dict(listed)) == len(listed) == 35
+    assert all(row in FAULTS[kind].rows and row in capabilities(quick=True) for kind, row in listed)
+    assert [kind for kind, _ in listed[15:]] == [kind for kind in MISSED if kind in dict(listed)]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -694,6 +737,11 @@ def test_fault_is_caught(name: str) -> None:
     report = verify(fault.make(), fault.samples(), reference=torch.mul, quick=True, only=fault.rows, **fault.options)
     missed = [cell for cell in report.cells if cell.status != "fail"]
     assert not missed
+
+
+def test_a_right_sharding_rule_passes() -> None:
+    report = verify(in_a_group(lambda: None), samples(), quick=True, only=["sharding"])
+    assert (report["sharding"].status, report["sharding"].detail) == ("pass", "8 ways to shard, 0 refused")
 
 
 def test_no_vmap_rule_names_what_to_do() -> None:

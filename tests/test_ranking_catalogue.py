@@ -342,6 +342,24 @@ def test_a_mean_over_weights_of_0_is_nan_and_ignored_rows_have_no_part_in_it():
 
 
 @pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_whose_class_has_weight_0_is_not_read(reduction):
+    x, weight, _ = (t.detach() for t in drawn(3, 4, 2))
+    x[1] = math.nan
+    options = {"weight": torch.tensor([1.0, 0.0, 2.0, 1.0]), "reduction": reduction}
+
+    def results(x, target):
+        x, words = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = custom_ops.linear_cross_entropy(x, words, target, **options)
+        return loss.sum(), *torch.autograd.grad(loss.sum(), (x, words))
+
+    found = results(x, torch.tensor([0, 1, 2]))
+    expected = results(x.nan_to_num(), torch.tensor([0, -100, 2]))
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.usefixtures("each_backend")
 def test_binary_problems_keep_the_digits_of_likely_pairs_and_of_far_ones():
     query = torch.tensor([[40.0], [-1000.0]], requires_grad=True)
     options = {"temperature": 1.0, "reduction": "none"}

@@ -44,6 +44,38 @@ def same(actual, expected, **tolerance):
     torch.testing.assert_close(actual, expected, equal_nan=True, **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
 
 
+# ---------------------------------------------------------------- unsigned labels
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_unsigned_labels_are_their_numbers(name):
+    same(getattr(co, name)(SCORES, LABELS.to(torch.uint64)), getattr(co, name)(SCORES, LABELS))
+    if name in OF_ORDER:
+        large = T([2**63 + 3, 2**63 + 1, 2**64 - 1, 2**63 + 1], dtype=torch.uint64)
+        same(getattr(co, name)(SCORES, large), getattr(co, name)(SCORES, T([1, 0, 2, 0])))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_undefined_list_of_weight_0_has_no_part_in_a_gradient(name):
+    scores, labels = SCORES.repeat(3, 1), LABELS.float().repeat(3, 1)
+    scores[1, 2] = labels[2, 2] = math.nan
+    loss, gradient = loss_and_gradient(name, scores, labels, weights=T([1.0, 0.0, 0.0]))
+    alone, of_alone = loss_and_gradient(name, SCORES, LABELS.float())
+    same(loss, alone)
+    same(gradient, torch.stack([of_alone, torch.zeros(4), torch.zeros(4)]))
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if n != "pairwise_mse_loss"])  # tied labels count in it
+def test_a_nan_score_in_a_list_that_does_not_contribute_is_not_read(name):
+    scores, labels = SCORES.repeat(2, 1), torch.stack([LABELS.float(), torch.zeros(4)])
+    scores[1, 2] = math.nan
+    loss, gradient = loss_and_gradient(name, scores, labels, reduction="none")
+    alone, of_alone = loss_and_gradient(name, SCORES, LABELS.float(), reduction="none")
+    assert loss[1] == 0
+    same(gradient, torch.stack([of_alone, torch.zeros(4)]))
+    same(loss[0], alone)
+
+
 # ---------------------------------------------------------------- labels below 0
 
 

@@ -149,6 +149,7 @@ def test_each_metric_is_its_definition_on_each_backend_and_in_each_form_of_lists
     same(metric(scores, labels, weights=weights, empty=math.nan, **options), expected[0])
     scores[1, 2] = math.nan
     assert metric(scores, labels, reduction="none", **options).isnan().view(4, -1).any(-1).tolist() == [0, 1, 0, 0]
+    assert not metric(scores, labels, weights=weights, reduction="none", **options).isnan().any()
 
 
 @pytest.mark.parametrize("levels", [None, 3])
@@ -222,6 +223,28 @@ def test_wrong_query_numbers_and_cutoffs():
     with pytest.raises(ValueError, match="max_label: expected a positive number, got 0"):
         custom_ops.err(x, x, max_label=0)
     assert custom_ops.ndcg(x, x, ()).shape == (0,)
+
+
+@pytest.mark.parametrize("metric", [custom_ops.precision, custom_ops.f1_score])
+def test_only_none_lets_all_places_count(each_backend, metric):
+    scores, labels, ks = torch.tensor([0.5, 0.25]), torch.tensor([0, 1]), (2**31 - 1, 2**40)
+    more = 1 if metric is custom_ops.f1_score else 0
+    expected = torch.tensor([(1 + more) / (k + more) for k in ks])
+    torch.testing.assert_close(metric(scores, labels, ks), expected, rtol=1e-6, atol=0)
+    assert metric(scores, labels) == (1 + more) / (2 + more)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_no_item_at_all(each_backend, shape):
+    x = torch.zeros(shape)
+    for options in ({}, {"mask": x > 0}):
+        assert custom_ops.ndcg(x, x, reduction="none", **options).tolist() == [0] * shape[0]
+
+
+def test_arrays_that_run_backwards():
+    scores, labels = torch.tensor([0.5, 0.25, 1.0]), torch.tensor([0, 1, 1])
+    value = custom_ops.ndcg(scores, labels, index=np.array([4, 3, 3])[::-1], reduction="none")
+    assert value.tolist() == [custom_ops.ndcg(scores[:2], labels[:2]), 1]
 
 
 def test_metrics_can_be_vmapped_and_compiled():

@@ -215,3 +215,8 @@ def test_items_alone_in_their_pools_keep_values_far_below_a_rounding_error(value
     """The constant of such a pool is exactly 0, where the logarithm of a quotient near 1 was 1e-16."""
     x = torch.full((17,), value, dtype=torch.float64)
     torch.testing.assert_close(custom_ops.soft_sort(x, "kl", 0.5), x, rtol=1e-12, atol=0)
+
+
+def test_sorted_values_in_float64_are_exact(each_backend):
+    found = custom_ops.soft_sort(torch.tensor([-0.25, 6.0, 0.25]).double(), "l2", 0.3)
+    torch.testing.assert_close(found, torch.tensor([-3, 17.5, 57.5]).double() / 12, rtol=1e-14, atol=0)

@@ -176,6 +176,8 @@ def test_clipping_at_its_limits():
     assert of_gradient(lambda x: custom_ops.clip_gradient_norm(x, 0), [3.0, 4.0]) == [0, 0]
     assert of_gradient(lambda x: custom_ops.clip_gradient_norm(x, 0), [0.0, 0.0]) == [0, 0]
     assert of_gradient(lambda x: custom_ops.clip_gradient_norm(x, inf), [3.0, 4.0]) == [3, 4]
+    exploded = of_gradient(lambda x: custom_ops.clip_gradient_norm(x, 5), [1.5e38, 2e38])  # the squares overflow
+    assert exploded == pytest.approx([3, 4], rel=1e-6)
     assert of_gradient(lambda x: custom_ops.clip_gradient_norm(x, 5), [3.0, 4.0]) == [3, 4]
 
 

@@ -42,6 +42,13 @@ def test_no_false_alarm(name: str) -> None:
     report.raise_on_failure()
 
 
+def test_outputs_whose_squares_have_a_constant_sum_are_no_fault() -> None:
+    def circle(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.sin(), x.cos()
+
+    assert verify(circle, [(leaf(4),)], reference=circle, quick=True, only=["func.hessian", "forward over forward"]).ok
+
+
 def test_wrong_sharding_rules_of_torch_are_not_the_functions_fault() -> None:
     """For the last dimension counted from the end, torch 2.13 gives wrong sums of sharded DTensors."""
     cell = verify(lambda x: x.cumsum(-1), [(leaf(4, 3),)], quick=True, only=["sharding"])["sharding"]
@@ -143,6 +150,11 @@ def test_samples_may_be_a_generator() -> None:
     assert verify(torch.sin, (s for s in [(leaf(2),), (leaf(3),)]), reference=torch.sin, only=["value"]).ok
 
 
+def test_samples_may_be_tuples_that_a_function_returns() -> None:
+    report = verify(torch.sin, lambda device, dtype: [(leaf(2).to(dtype),)], reference=torch.sin, only=["float32"])
+    assert report["float32"].status == "pass"
+
+
 def test_declared_not_applicable() -> None:
     report = verify(torch.sin, [(leaf(2),)], only=["vmap"], not_applicable={"vmap": "because"})
     assert (report["vmap"].status, report["vmap"].detail) == ("not applicable", "because")
@@ -166,6 +178,8 @@ def test_declared_not_comparable() -> None:
         ({"sample_inputs": 3}, r"sample_inputs: expected a list of calls, as \[\(x,\)\], got int"),
         ({"sample_inputs": torch.ones(2)}, "sample_inputs: expected a list of calls.*got Tensor"),
         ({"sample_inputs": lambda a, b, c: []}, "sample_inputs: expected a function of a device and a dtype"),
+        ({"sample_inputs": lambda a, b: a + b}, "sample_inputs: the function raises TypeError: unsupported"),
+        ({"sample_inputs": lambda a, b: leaf(2)}, "sample_inputs: expected the function to return a list, got Tensor"),
         ({"reference": 3}, "reference: expected a function, got int"),
     ],
 )
@@ -240,6 +254,13 @@ def test_the_cause_comes_first() -> None:
     assert page.index("&lt;gradient&gt; is wrong") < page.index("&lt;gradcheck&gt; is wrong")
 
 
+def test_rows_with_the_same_error_have_one_cause() -> None:
+    error = {"vmap": "no rule", "global state": "no rule", "gradient layouts": "no rule", "gradient": "differs"}
+    report = Report([Cell("f", "cpp", name, "fail", detail) for name, detail in error.items()])
+    found = {cell.capability: [other.capability for other in others] for cell, others in report.causes}
+    assert found == {"vmap": ["global state", "gradient layouts"], "gradient": []}
+
+
 def test_causes_are_rows_and_no_row_is_its_own() -> None:
     def above(row: str) -> set[str]:
         return {row} | {name for cause in CAUSES.get(row, ()) for name in above(cause)}
@@ -277,12 +298,19 @@ def test_any_function_from_the_command_line(
     assert "likely for that reason also: gradient" in capsys.readouterr().out
     assert Path("report.html").read_text().startswith("<!doctype html>")
     assert 'failures="2"' in Path("report.xml").read_text()
-    for wrong in (
-        [*own, "own_function:twice"],
-        ["own_function", "--samples", "x"],
-        ["own_function:no", "--samples", "x"],
+    capsys.readouterr()
+    for wrong, said in (
+        ([*own, "own_function:twice"], "--samples: expected module:name of the calls"),
+        (
+            ["own_function", "--samples", "own_function:made"],
+            "MODULE:FUNCTION: expected module:name, got 'own",
+        ),
+        (["own_function:no", "--samples", "own_function:made"], "MODULE:FUNCTION: own_function:no: module"),
+        (["own_function:twice", "--samples", "no:made"], "--samples: no:made: No module named 'no'"),
+        ([*own, "own_function:twice", "--samples", "own_function:made", "--html", "no/a.html"], "--html, --junit: "),
     ):
         assert main(wrong) == 2
+        assert capsys.readouterr().err.startswith(said)
 
 
 def test_one_line_gives_pytest_the_matrix(tmp_path: Path) -> None:

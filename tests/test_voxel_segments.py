@@ -47,6 +47,16 @@ def test_equal_values_have_a_deviation_without_slope():
 
 
 @pytest.mark.usefixtures("each_backend")
+def test_deviations_beside_large_numbers_are_exact():
+    """In float32 the mean of these numbers is one of their neighbours."""
+    x = torch.tensor([[1e8], [1e8 + 8], [1e8 + 16], [3e38], [3e38]], requires_grad=True)
+    deviation = custom_ops.segment_reduce(x, torch.tensor([0, 3, 5]), "std")
+    assert deviation.tolist() == [[8], [0]]
+    deviation.sum().backward()
+    assert x.grad.flatten().tolist() == [-0.5, 0, 0.5, 0, 0]
+
+
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_integers(dtype):
     x, indptr = torch.tensor([3, 1, 200, 100, 9]).to(dtype), torch.tensor([0, 2, 2, 4])

@@ -9,7 +9,7 @@ from custom_ops._enums import RankMetric, TiedScores
 from custom_ops.triton_kernels.lambdas import discount_of
 from custom_ops.triton_kernels.lists import Lists, relative_gains
 
-_ALL = 2**31 - 1  # the cutoff that lets all places count
+_ALL = 2**63 - 1  # the cutoff that lets all places count
 
 
 class _Ranked:
@@ -70,7 +70,7 @@ def rank_metric(
     if labels.shape != scores.shape or labels.dtype != torch.float64 or cutoffs.dtype != torch.int64:
         raise RuntimeError("labels, cutoffs: expected float64 of the shape of the scores, and int64")
     owners, _ = lists.owners()
-    owned = (owners >= 0).view(-1, lists.items).expand(lists.examples, lists.items).reshape(scores.shape)
+    owned = (owners >= 0).expand(scores.shape)
     nan = lists.sum((owned & (scores.isnan() | labels.isnan())).double()) > 0
     labels = labels.masked_fill(~owned | labels.isnan(), 0)
     items = lists.sum(owned.double())

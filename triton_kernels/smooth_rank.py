@@ -144,6 +144,7 @@ def smooth_rank_gain_kernel(
         y = tl.load(label_ptr + base + item, mask=valid, other=0).to(tl.float64)
         gain = tl.where(valid & active, relative_gain(y, highest, METRIC == _NDCG) / total, 0.0).to(top.dtype)
         s = tl.load(score_ptr + base + item, mask=valid, other=0)
+        s = tl.where(active, s, 0)  # in another list no score counts, not even NaN
         above += (s == -none).to(tl.int32)
         below += (s == none).to(tl.int32)
         relevant_above += ((s == -none) & (gain != 0)).to(tl.int32)

@@ -207,7 +207,7 @@ def isotonic(
     fit, first = fit.gather(-1, begin), s.gather(-1, begin)
     below = torch.where(first == s, 0, first - s) * alpha
     if sort:
-        found = -first + (fit + (place - begin) * beta)
+        found = -first + (fit + (place - begin).double() * beta)  # torch would multiply integers in float32
     elif kl:
         found = (-below - fit).exp()
     else:

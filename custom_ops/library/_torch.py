@@ -111,7 +111,6 @@ __all__ = [
     "operators_of",
     "opname",
     "own_library",
-    "processes_as_threads",
     "register_autocast",
     "schema",
     "set_call",
@@ -350,22 +349,3 @@ def is_composed(op: OpOverload) -> bool:
     from torch._library.simple_registry import singleton
 
     return singleton.find(op.name()).torch_dispatch_rules.find(FunctionalTensorMode) is not None
-
-
-@contextmanager
-def processes_as_threads() -> Iterator[Callable[[Exception], None]]:
-    """Let threads join a process group with the backend "threaded", each in the role of a process.
-
-    Yield the function that a thread calls with its error, to end the threads that wait for it. torch tests itself so.
-    """
-    from torch.testing._internal.distributed import multi_threaded_pg as threaded
-
-    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
-    threaded._install_threaded_pg()
-    isolate(True)
-    try:
-        yield threaded.ProcessLocalGroup.exception_handle
-    finally:
-        isolate(False)
-        threaded._uninstall_threaded_pg()
-        threaded.ProcessLocalGroup.reset()

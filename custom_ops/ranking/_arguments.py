@@ -113,6 +113,8 @@ def list_loss(
     """
     valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction, item_weights=item_weights)
     wide = torch.promote_types(scores.dtype, torch.float32)
+    if labels.dtype == torch.uint64 and use not in (LabelUse.ORDER, LabelUse.DIFFERENCE):
+        labels = labels.double()
     dtype = torch.float64 if labels.dtype == torch.float64 and use != LabelUse.ORDER else wide
     # A DTensor stays sharded until only the losses of its lists need to be communicated.
     empty = value_of_empty(empty)
@@ -256,6 +258,8 @@ def valid_items(
 def integers(name: str, value: Any, x: Tensor) -> Tensor:
     """Return an int64 tensor from integers in a tensor, a list, a NumPy array or the like."""
     if not isinstance(value, Tensor):
+        if any(step < 0 for step in getattr(value, "strides", ())):  # torch takes no array that runs backwards
+            value = value.copy()
         try:
             value = torch.as_tensor(value, device=x.device)
         except (RuntimeError, TypeError, ValueError):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import library
+from custom_ops._enums import LabelUse
 from custom_ops._native import define
 
 
@@ -50,12 +51,19 @@ def _(lengths: Any, n: int) -> Any:
     return [([p], [p, None]) for p in (Replicate(), *map(Shard, range(lengths.ndim)))]
 
 
+def in_order(labels: Tensor) -> Tensor:
+    """Return int64 or float64 labels of the same order; those of uint64 are all less by 2^63."""
+    if labels.dtype == torch.uint64:
+        return labels.view(torch.int64) ^ -(2**63)
+    return labels if labels.dtype == torch.int64 else labels.double()
+
+
 def in_dtype(labels: Tensor, dtype: torch.dtype, valid: Tensor | None, offsets: Tensor | None, use: int) -> Tensor:
     """Return the labels in float32 or float64, with integers of any size and doubles in their exact order."""
     if labels.dtype in (torch.int32, torch.uint32):
         labels = labels.to(torch.int64)
-    elif labels.dtype == torch.uint64:
-        labels = labels.to(torch.float64)
+    elif labels.dtype == torch.uint64 and use in (LabelUse.ORDER, LabelUse.DIFFERENCE):
+        labels = in_order(labels)
     if labels.dtype == dtype:
         return labels
     if labels.dtype not in (torch.int64, torch.float64):

@@ -719,6 +719,7 @@ def checked_arguments(
     bias_named: tuple[str, Tensor | None],
     scale: float | Tensor,
     ignore_index: int,
+    scale_name: str = "scale",
 ) -> _Arguments:
     """Check the arguments, which have these names, and return them as ops take them."""
     (x_name, x), (weight_name, weight), (bias_name, bias) = x_named, weight_named, bias_named
@@ -754,6 +755,10 @@ def checked_arguments(
     if isinstance(scale, Tensor):
         # A row that is ignored isn't scaled, so that it has no part in a derivative, whatever it and the scale hold.
         x, scale = wide(x) * torch.where(target != ignored, scale.to(dtype), 1).unsqueeze(-1), 1.0
+    most = torch.finfo(dtype).max
+    if not -most <= scale <= most:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{scale_name}: expected scores times a number within the range of {kind}, got {scale}")
     words = weight.shape[0]
     return _Arguments(
         (
@@ -848,11 +853,15 @@ def linear_cross_entropy(
     if weight is not None:
         weight = _class_weights(weight, linear_weight).to(dtype)
         of_rows = torch.where(counts, weight[at.clamp(0, max(total - 1, 0))], 0) if total else of_rows
+        is_weightless = of_rows == 0
     if reduction == "mean" and weight is None:
         of_rows = shared = shared / counts.sum().clamp_min(1)
     elif reduction == "mean":  # weights that are all 0 give NaN, but rows that don't count have no part in it
         whole = torch.where(counts.any(), of_rows.sum(dtype=torch.float64), 1).to(dtype)
+        is_weightless = is_weightless & (whole != 0)
         of_rows, shared = (torch.where(counts, of / whole, 0) for of in (of_rows, shared))
+    if weight is not None and not e:  # a row of weight 0 isn't read, as one that is ignored
+        tensors = (*tensors[:3], torch.where(is_weightless, options[1], at), *tensors[4:])
     of_log_prob = (e - 1) * of_rows
     of_lse = shared * (e / max(total, 1) * (total if weight is None else weight.sum())) if e else None
     if reduction == "none":
@@ -910,7 +919,8 @@ def _cross_entropy_in_shards(
         score, lse, *others = of_parts.unbind(1)
         lse, counts = lse.logsumexp(0), target.to(torch.int64) != ignored
         of_rows = counts.to(lse.dtype) if weight is None else others.pop(0).sum(0)
-        loss = (e - 1) * of_rows * (score[0] if words.parts == 1 else score.sum(0) - lse)
+        log_prob = score[0] if words.parts == 1 else score.sum(0) - lse
+        loss = torch.where(of_rows == 0, 0, (e - 1) * of_rows * log_prob)
         if e:
             scores, whole = (t.sum(0) for t in others)
             loss = loss + e / max(words.total, 1) * (whole * lse - scores)

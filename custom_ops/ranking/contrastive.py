@@ -150,7 +150,7 @@ def _similarities(
     elif bias is not None:
         of_keys = query.new_ones(keys, dtype=torch.float64) * _checks.as_float("bias", bias)
     named = ("query", query), ("key", key), own, ("bias", of_keys)
-    tensors, (scale, ignored, first, total, _) = checked_arguments(*named, scale, NONE_IGNORED)
+    tensors, (scale, ignored, first, total, _) = checked_arguments(*named, scale, NONE_IGNORED, "temperature")
     if words is not None:
         first, total = words.first, words.total
     # With several right keys, or none, the target is one beyond the last.

@@ -19,12 +19,13 @@ from custom_ops import _checks
 from custom_ops._enums import LabelUse, RankMetric, TiedScores
 from custom_ops._leaf import leaf
 from custom_ops._native import define
-from custom_ops.ranking._arguments import checked, documented, integers, limit, value_of_empty, with_empty
+from custom_ops.ranking._arguments import checked, documented, integers, value_of_empty, with_empty
 from custom_ops.ranking._gains import GAINS
 from custom_ops.ranking._inputs import in_dtype
 from custom_ops.ranking._lists import batch, per_list, shard
 
 _TIES = TiedScores.options()
+_ALL = 2**63 - 1  # the cutoff that lets all places count
 _REAL = (*_checks.FLOATING, torch.uint8, torch.int8, torch.int16, *_checks.INDEX)
 
 Cutoff = int | Sequence[int | None] | None
@@ -44,7 +45,7 @@ def rank_metric(
 ) -> tuple[Tensor, Tensor]:
     """Return the metric [..., L, K] of each list at each of ``cutoffs`` [K], and whether it is defined [..., L].
 
-    A cutoff of 2^31 - 1 lets all places count. The float64 ``labels`` are gains for DCG, and for ERR the probabilities
+    A cutoff of 2^63 - 1 lets all places count. The float64 ``labels`` are gains for DCG, and for ERR the probabilities
     that an item satisfies. ``discounts`` has the weight of each place for DCG and NDCG; None for 1 / log2(1 + rank).
     """
     active = torch.empty_like(per_list(scores, offsets), dtype=torch.bool)
@@ -98,7 +99,8 @@ def _evaluate(
     """Check all arguments, and return the metric at each k, reduced over the lists."""
     several = _checks.listed(k) is not None
     each: list[Any] = _checks.listed(k) or ([] if several else [k])
-    cutoffs = [limit(one) for one in each]
+    limits = [_checks.as_limit("k", one) for one in each]
+    cutoffs = [_ALL if one is None else one for one in limits]
     _checks.is_tensor("labels", labels)
     _checks.is_one_of("ties", ties, choices)
     empty = value_of_empty(empty)
@@ -131,15 +133,14 @@ def _evaluate(
     value, active = with_empty(value, active.unsqueeze(-1), empty)
     value = value if several else value.squeeze(-1)
     active = active if several else active.squeeze(-1)
-    if reduction == "none":
-        value = value if weights is None else value * (weights.unsqueeze(-1) if several else weights)
-        return value.to(dtype)
-    dims = tuple(range(value.dim() - several))
-    share = active.double()
     if weights is not None:
         weights = weights.detach().double()
-        share = share * (weights.unsqueeze(-1) if several else weights)
-        value = torch.where(share == 0, 0, value)  # a list of weight 0 doesn't count, whatever its value is
+        weights = weights.unsqueeze(-1) if several else weights
+        value = torch.where(weights == 0, 0, value)  # a list of weight 0 doesn't count, whatever its value is
+    if reduction == "none":
+        return (value if weights is None else value * weights).to(dtype)
+    dims = tuple(range(value.dim() - several))
+    share = active.double() if weights is None else active * weights
     total = (value * share).sum(dims) if dims else value * share
     if reduction == "mean":
         count = share.sum(dims) if dims else share

@@ -24,6 +24,7 @@ from custom_ops.ranking._arguments import (
     value_of_empty,
     with_empty,
 )
+from custom_ops.ranking._inputs import in_order
 from custom_ops.ranking._list_loss import is_differentiated
 from custom_ops.ranking._lists import batch, list_dot, list_scale, shard
 
@@ -314,6 +315,8 @@ def spearman_loss(
     """
     where = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction, item_weights=item_weights)
     options = *_regularization(regularization, regularization_strength), False
+    if weights is not None:
+        where = _without_weightless(scores, labels, *where, weights)
     ranks = _fitted(wide(scores), *where, *options).double()
     wanted = _by_lists(_ranks, labels.detach(), *where).masked_fill(labels.isnan(), torch.nan)
     ones = torch.ones_like(wanted)
@@ -341,6 +344,20 @@ def spearman_loss(
     return loss.float() if under_autocast(scores) else loss.to(scores.dtype)
 
 
+def _without_weightless(
+    scores: Tensor, labels: Tensor, valid: Tensor | None, offsets: Tensor | None, weights: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return valid items without those of undefined lists of weight 0, and the bounds of the lists.
+
+    Otherwise 0 times the undefined derivative of such a list would be its gradient.
+    """
+    ones = torch.ones_like(scores, dtype=torch.float64)
+    undefined = list_dot((scores.isnan() | labels.isnan()).double(), ones, valid, offsets) > 0
+    weightless = (weights if offsets is not None else weights.unsqueeze(-1)) == 0
+    stays = list_scale((undefined & weightless).double(), ones, valid, offsets) == 0
+    return stays if valid is None else stays & valid, offsets
+
+
 def _tied(spread: Tensor, n: int | Tensor) -> Tensor:
     """Return whether n soft ranks, whose squared distances from the mean sum to ``spread``, are equal up to
     rounding.
@@ -359,7 +376,7 @@ def _ranks(x: Tensor, valid: Tensor | None, offsets: Tensor | None) -> Tensor:
         below, through = (torch.searchsorted(ordered, x, side=side, out_int32=True) for side in ("left", "right"))
         return below, through
 
-    below, through = places(x if x.dtype == torch.int64 else x.double())
+    below, through = places(in_order(x))
     start: Any = 0
     n = x.shape[-1]
     if valid is not None:

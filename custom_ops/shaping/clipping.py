@@ -89,10 +89,11 @@ class ClipGradientNormFunction(_Clipping, op=gradient_norm_clipping):
         (limit,) = ctx.saved_tensors
         max_norm = ctx.max_norm if limit is None else limit
         wide = torch.promote_types(grad.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=wide)
+        # The squares of gradients that explode are beyond float32.
+        norm = torch.linalg.vector_norm(grad, dim=ctx.dim, keepdim=True, dtype=torch.float64)
         over = norm > max_norm
         factor = torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)  # avoids 0 / 0 and its derivative
-        return (grad * factor).to(grad.dtype), None, None, None
+        return (grad * factor.to(wide)).to(grad.dtype), None, None, None
 
     @staticmethod
     def apply(*args: Any, **kwargs: Any) -> Tensor:

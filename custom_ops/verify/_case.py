@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 from custom_ops.registry import OpInfo, Sample
 
 Key = int | str
+# An assertion that fails in these folders is a comparison of the battery; in any other place it is the op's own.
+COMPARISONS = (str(Path(__file__).parent), str(Path(torch.testing.__file__).parent))
 TORCH_NAMESPACES = {"aten", "prim", "prims", "quantized", "c10d", "_c10d_functional", "inductor", "profiler"}
 
 
@@ -289,6 +293,15 @@ def grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]
 
 
+def explain(error: Exception) -> str:
+    """Return an error as the detail of a failed cell."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    hint = "\ngive the op a batching rule by library.vmap" if "hit the vmap fallback" in str(error) else ""
+    if isinstance(error, AssertionError) and where.filename.startswith(COMPARISONS):
+        return str(error)
+    return f"{type(error).__name__}: {error}{hint}\n(at {where.name}, line {where.lineno} of {where.filename})"
+
+
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
@@ -332,8 +345,12 @@ def matrix(blocks: Any, columns: Sequence[Tensor]) -> Tensor:
 
 
 def squares(outputs: Sequence[Tensor]) -> Tensor:
-    """Return a sum of squares, weighted so that elements differ; it can be traced and draws no random numbers."""
-    return torch.stack([(y * y * torch.arange(1, y.numel() + 1).to(y).view(y.shape)).sum() for y in outputs]).sum()
+    """Return a sum of squares, weighted so that elements differ, and so do outputs, such as a sine and a cosine.
+
+    It can be traced and draws no random numbers.
+    """
+    weighted = [y * y * torch.arange(i, y.numel() + i).to(y).view(y.shape) for i, y in enumerate(outputs, 1)]
+    return torch.stack([y.sum() for y in weighted]).sum()
 
 
 def short(dtype: torch.dtype) -> str:

@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
     try:
         functions = _functions(options)
+        for path in filter(None, (options.html, options.junit)):
+            _check_writable(path)
         columns = [(function, backend) for backend in options.backend for function in functions]
         rows = {backend: options.only or list(capabilities(options.quick, backend)) for backend in options.backend}
         report = Report()
@@ -53,15 +55,15 @@ def main(argv: Sequence[str]) -> int:
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    for path, text in ((options.html, report.to_html), (options.junit, report.to_junit)):
-        if path:
-            Path(path).write_text(text())
     if options.json:
         print(report.to_json())
     elif options.markdown:
         print(report.to_markdown())
     else:
         _print_table(report, options.verbose)
+    for path, text in ((options.html, report.to_html), (options.junit, report.to_junit)):
+        if path:
+            Path(path).write_text(text())
     return 0 if report.ok else 1
 
 
@@ -74,7 +76,14 @@ def _functions(options: argparse.Namespace) -> list[Callable[..., Report]]:
             raise ValueError(f"--op: expected no op beside the function {options.function}")
         if not options.samples:
             raise ValueError("--samples: expected module:name of the calls to make, or of what makes them")
-        function, reference, samples = map(_named, (options.function, options.reference, options.samples))
+        function, reference, samples = (
+            _named(name, option)
+            for name, option in (
+                (options.function, OWN),
+                (options.reference, "--reference"),
+                (options.samples, "--samples"),
+            )
+        )
         if callable(samples) and not inspect.signature(samples).parameters:
             samples = samples()
         return [partial(verify, function, samples, reference=reference, name=options.function.partition(":")[2])]
@@ -87,19 +96,31 @@ def _functions(options: argparse.Namespace) -> list[Callable[..., Report]]:
     return [partial(verify, FUNCTIONS[name]) for name in options.op or REGISTRY]
 
 
-def _named(name: str | None) -> Any:
+OWN = "MODULE:FUNCTION"
+
+
+def _named(name: str | None, option: str) -> Any:
     """Return the object called "module:name", whose module may be in the working directory."""
     if name is None:
         return None
     module, _, attributes = name.partition(":")
     if not attributes:
-        raise ValueError(f"expected module:name, got {name!r}")
+        raise ValueError(f"{option}: expected module:name, got {name!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         return operator.attrgetter(attributes)(importlib.import_module(module))
     except (AttributeError, ModuleNotFoundError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{option}: {name}: {error}") from None
+
+
+def _check_writable(path: str) -> None:
+    """Raise before the work if the report couldn't be written after it."""
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--html, --junit: {error}") from None
 
 
 QUICK = """capture with aot_eager mostly, no AOTInductor; on the triton backend also two samples in most rows (value,
@@ -114,9 +135,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m custom_ops verify",
         description="Check every op of this package, or any function of tensors, against the capability matrix.",
     )
-    parser.add_argument(
-        "function", nargs="?", metavar="MODULE:FUNCTION", help="a function of your own; needs --samples"
-    )
+    parser.add_argument("function", nargs="?", metavar=OWN, help="a function of your own; needs --samples")
     named = "MODULE:NAME"
     parser.add_argument(
         "--samples", metavar=named, help="the function's calls, as `verify` takes them, or a function that returns them"
@@ -179,11 +198,12 @@ def _print_table(report: Report, verbose: bool) -> None:
             shown = [cells.get(column) for column in columns]
             table.add_row(capability, *(f"[{colours[c.status]}]{c.mark}[/]" if c else "" for c in shown))
         console.print(table)
-    for cell in report.cells:
-        if cell.status == NOT_APPLICABLE or (cell.status == PASS and verbose):
-            seconds = f" ({cell.seconds:.1f} s)" if verbose else ""
-            head = f"{cell.column}, {cell.capability}: {cell.status}{seconds}"
-            console.print(f"[{colours[cell.status]}]{escape(head)}[/]  {escape(cell.detail)}")
+    for cell in report.cells if verbose else ():
+        if cell.status == PASS:
+            head = f"{cell.column}, {cell.capability}: pass ({cell.seconds:.1f} s)"
+            console.print(f"[green]{escape(head)}[/]  {escape(cell.detail)}", soft_wrap=True)
+    for line in report.reasons(NOT_APPLICABLE):
+        console.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     for line in report.lines():
-        console.print(f"[bold red]{escape(line)}[/]")
+        console.print(f"[bold red]{escape(line)}[/]", soft_wrap=True)
     console.print(f"{report.summary}, {sum(cell.seconds for cell in report.cells):.0f} s")

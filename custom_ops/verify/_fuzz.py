@@ -126,7 +126,9 @@ def _of_lists(info: OpInfo, call: Call, dtype: torch.dtype, choose: Choose) -> C
         for name, value in sample.kwargs.items():
             if not isinstance(value, Tensor):
                 options.setdefault(name, []).append(value)
-    kwargs = {name: choose(values) for name, values in options.items() if choose((False, True))}
+    accepted = inspect.signature(info.function).parameters
+    needed = {name for name in options if accepted[name].default is inspect.Parameter.empty}
+    kwargs = {name: choose(values) for name, values in options.items() if name in needed or choose((False, True))}
     shape = choose(((5,), (3, 9), (2, 2, 4), (2, 33), ()))
     lists = shape[:-1]
     if not shape:  # one long list among many short ones
@@ -136,7 +138,6 @@ def _of_lists(info: OpInfo, call: Call, dtype: torch.dtype, choose: Choose) -> C
         shape, lists = (sum(lengths),), (len(lengths),)
     elif choose((False, True)):
         kwargs["lengths"] = torch.randint(0, shape[-1] + 1, lists, generator=generator)
-    accepted = inspect.signature(info.function).parameters
     for name, of in (("mask", shape), ("weights", lists), ("item_weights", shape)):
         if name in accepted and choose((False, True)):
             kwargs[name] = numbers(*of) > 0 if name == "mask" else numbers(*of)

@@ -17,6 +17,7 @@ _NUMBERS = ("no uninitialised memory", "deterministic", "inputs unmutated", "val
 _TRACED = ("fake kernel", "compile")
 # For each row, the rows whose failure probably explains its own, the likeliest first.
 CAUSES: dict[str, tuple[str, ...]] = {
+    "no uninitialised memory": ("ops functional", "inputs unmutated"),
     "deterministic": ("no uninitialised memory",),
     "inputs unmutated": ("ops functional",),
     "outputs own memory": ("ops functional",),
@@ -26,7 +27,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "bfloat16": (*_NUMBERS, "gradient", "float32"),
     "float16": (*_NUMBERS, "gradient", "float32", "bfloat16"),
     "autocast": ("value", "gradient", "float32"),
-    "input layouts": _NUMBERS,
+    "input layouts": (*_NUMBERS, "large"),
     "gradient layouts": ("input layouts", "gradient", "second derivative", "forward AD"),
     "zero size": _NUMBERS,
     "large": (*_NUMBERS, "gradient", "float32"),
@@ -46,7 +47,15 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "func.jacrev": ("gradient", "func.grad", "vmap", "gradcheck"),
     "func.jacfwd": ("forward AD", "func.jvp", "vmap"),
     "func.hessian": ("gradient", "second derivative", "func.jacrev", "func.jacfwd", "gradgradcheck"),
-    "forward over forward": ("forward AD", "func.jvp", "func.jacfwd", "gradient", "second derivative", "func.hessian"),
+    "forward over forward": (
+        "forward AD",
+        "func.jvp",
+        "func.jacfwd",
+        "gradient",
+        "second derivative",
+        "large",
+        "func.hessian",
+    ),
     "vmap(grad)": ("gradient", "vmap", "func.grad", "gradcheck"),
     "opcheck": ("ops functional", "inputs unmutated", "fake kernel"),
     "meta device": ("fake kernel",),
@@ -144,10 +153,15 @@ class Report:
                     return cause(failed[cell.column, row])
             return cell
 
+        roots: dict[tuple[str, str], Cell] = {}  # a row that raises the very error of a root follows from it, too
+        for cell in self.failures:
+            if cause(cell) is cell:
+                roots.setdefault((cell.column, cell.detail), cell)
         groups: dict[tuple[str, str], tuple[Cell, list[Cell]]] = {}
         for cell in self.failures:
-            root = cause(cell)
-            followers = groups.setdefault((root.column, root.capability), (root, []))[1]
+            root = roots.get((cell.column, cell.detail)) or cause(cell)
+            key = root.column, root.detail
+            root, followers = groups.setdefault(key, (roots[key], []))
             if cell is not root:
                 followers.append(cell)
         return list(groups.values())
@@ -190,11 +204,16 @@ class Report:
             yield f"{cell.column}, {cell.capability}: {cell.detail}"
             if followers:
                 yield f"  likely for that reason also: {', '.join(other.capability for other in followers)}"
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for cell in self.unchecked:
-            reasons.setdefault((cell.column, cell.detail), []).append(cell.capability)
-        for (column, reason), names in reasons.items():
-            yield f"{column}, not checked: {', '.join(names)}: {reason}"
+        yield from self.reasons(NOT_CHECKED)
+
+    def reasons(self, status: str) -> Iterator[str]:
+        """Yield each reason of the cells of this status once, with all its rows."""
+        rows: dict[tuple[str, str], list[str]] = {}
+        for cell in self.cells:
+            if cell.status == status:
+                rows.setdefault((cell.column, cell.detail), []).append(cell.capability)
+        for (column, reason), names in rows.items():
+            yield f"{column}, {status}: {', '.join(names)}: {reason}"
 
     def to_json(self) -> str:
         return json.dumps({"ok": self.ok, "cells": [asdict(cell) for cell in self.cells]}, indent=2)
@@ -242,6 +261,9 @@ class Report:
 
     def to_html(self) -> str:
         """Return an HTML page: first the causes, then the table, whose cells show their remarks and reasons."""
+        import torch
+
+        from custom_ops import __version__
         from custom_ops.verify._run import capabilities
 
         meanings = capabilities()
@@ -251,18 +273,22 @@ class Report:
             + f"</summary><pre>{escape(cell.detail)}</pre></details>"
             for cell, others in self.causes
         )
+        unchecked = "".join(f"<p class='not-checked'>{escape(line)}</p>" for line in self.reasons(NOT_CHECKED))
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         body = "".join(
-            f"<tr><th title='{escape(meanings.get(row, ''), quote=True)}'>{escape(row)}</th>"
+            f"<tr><th>{escape(row)}<small>{escape(meanings.get(row, ''))}</small></th>"
             + "".join(_html_cell(cells.get(column)) for column in self.columns)
             + "</tr>"
             for row, cells in self.rows.items()
         )
         state = "pass" if self.ok else "fail"
         return (
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>custom_ops verify</title>"
-            f"<style>{_STYLE}</style><h1>What composes, and what doesn't</h1><p class='{state}'>{self.summary}</p>"
-            f"{causes}<table><thead><tr><th>capability</th>{head}</tr></thead><tbody>{body}</tbody></table></html>\n"
+            "<!doctype html><html lang='en'><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{escape(', '.join(self.columns))}: {self.summary}</title><style>{_STYLE}</style>"
+            f"<h1>What composes, and what doesn't</h1><p class='{state}'>{self.summary}</p>"
+            f"<p><small>torch {torch.__version__}, custom_ops {__version__}</small></p>{causes}{unchecked}"
+            f"<table><thead><tr><th>capability</th>{head}</tr></thead><tbody>{body}</tbody></table></html>\n"
         )
 
 
@@ -270,19 +296,24 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1{font-size:1.6rem}table{border-collapse:collapse;width:100%}pre{white-space:pre-wrap;background:#f4f5f7;padding:.8rem}
 th,td{padding:.3rem .7rem;border-bottom:1px solid #dde1e7;text-align:left;vertical-align:top}
-td small{display:block;color:#5b6675;overflow-wrap:anywhere}details{margin:1rem 0}
+small{color:#5b6675;font-weight:400}td small,th small{display:block;overflow-wrap:anywhere}details{margin:1rem 0}
+tbody th{min-width:16rem;max-width:26rem}
 thead th{position:sticky;top:0;background:#fff}.pass{color:#14713d}.fail,.not-checked{color:#b3261e;font-weight:600}
 .not-applicable{color:#5b6675}
 @media(prefers-color-scheme:dark){body,thead th{background:#14181f;color:#e4e8ee}pre{background:#1f2630}
-th,td{border-color:#313a47}td small,.not-applicable{color:#9aa6b5}.pass{color:#5fd38d}.fail,.not-checked{color:#ff8a80}}
+th,td{border-color:#313a47}small,.not-applicable{color:#9aa6b5}.pass{color:#5fd38d}.fail,.not-checked{color:#ff8a80}}
 """
+
+
+_LONG = 400  # characters of a detail; the causes above the table have all of theirs
 
 
 def _html_cell(cell: Cell | None) -> str:
     if cell is None:
         return "<td></td>"
     name = cell.status.replace(" ", "-")
-    detail = f"<small>{escape(cell.detail[:400])}</small>" if cell.detail else ""
+    short = cell.detail if len(cell.detail) < _LONG else f"{cell.detail[:_LONG]} …"
+    detail = f"<small>{escape(short)}</small>" if short else ""
     return f"<td><span class='{name}'>{cell.mark} {cell.status}</span>{detail}</td>"
 
 

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import inspect
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from custom_ops.library._torch import compiled_afresh
+from custom_ops.library._torch import compiled_afresh, operators_of
 from custom_ops.registry import BadCall, OpInfo, Sample
 from custom_ops.verify._backends import EMULATED
 from custom_ops.verify._backends import backend as on_backend
-from custom_ops.verify._case import CAPABILITIES, Call, Capability, Case, NotApplicable, NotChecked, refuse_wrong
+from custom_ops.verify._case import (
+    CAPABILITIES,
+    Call,
+    Capability,
+    Case,
+    NotApplicable,
+    NotChecked,
+    explain,
+    refuse_wrong,
+)
 from custom_ops.verify._effects import settings_kept
 from custom_ops.verify._report import FAIL, NOT_APPLICABLE, NOT_CHECKED, PASS, Cell, Report
 from custom_ops.verify._values import dynamic_dimensions
 
-# An assertion that fails in these folders is a comparison of the battery; in any other place it is the op's own.
-COMPARISONS = (str(Path(__file__).parent), str(Path(torch.testing.__file__).parent))
-
-Samples = Sequence[Sample | tuple[Any, ...]] | Callable[[torch.device, torch.dtype], list[Sample]]
+Calls = Sequence[Sample | tuple[Any, ...]]
+Sampler = Callable[[torch.device, torch.dtype], list[Sample]]
+Samples = Calls | Callable[[torch.device, torch.dtype], Calls]
 
 
 def verify(
@@ -55,8 +61,8 @@ def verify(
         op: the function as its users call it: a registered op, or a Python function that calls some; or
             the `OpInfo` of an op of this package, which brings all of the rest.
         sample_inputs: the calls to make: a list of `Sample` or of tuples of arguments, with float64 tensors,
-            ``requires_grad`` where they are differentiated; or ``(device, dtype) -> list of Sample``.
-            Small tensors, away from kinks (finite differences are taken), covering the edge cases.
+            ``requires_grad`` where they are differentiated; or a function of a device and a dtype that returns such
+            a list. Small tensors, away from kinks (finite differences are taken), covering the edge cases.
             A `Sample` also names its dynamic dimensions; if none does, `verify` tries which ones can vary.
         reference: the same function in plain PyTorch. Without it derivatives are compared
             with finite differences and with each other only.
@@ -69,7 +75,7 @@ def verify(
             chooses.
         not_applicable: {capability: reason}. A second derivative declared not to exist must raise.
         not_comparable: {capability: reason} of rows that don't run, as finite differences can't see a shaped gradient.
-        name: the op's name in the report; by default the function's name.
+        name: the op's name in the report; by default that of the operator or function.
         backend: "cpp" (the registered CPU kernels), "cuda", or for ops of this package "triton" or "ptx".
         quick: capture with ``aot_eager`` mostly, and skip AOTInductor. On the Triton backend also two samples in most
             rows (values, gradients, second derivatives and dtypes have all), three memory layouts, Jacobians and
@@ -101,12 +107,12 @@ def verify(
         for argument, given in (("op", op), ("reference", reference)):
             if not (callable(given) or (given is None and argument == "reference")):
                 raise ValueError(f"{argument}: expected a function, got {type(given).__name__}")
-        sample_inputs = _listed(sample_inputs)
+        calls = _listed(sample_inputs)
         info = OpInfo(
-            name=name or getattr(op, "__name__", None) or str(op),
+            name=name or next((o.name() for o in operators_of(op)), getattr(op, "__name__", str(op))),
             function=op,
             reference=reference,
-            samples=sample_inputs if callable(sample_inputs) else _converter(op, sample_inputs),
+            samples=calls if callable(calls) else _converter(op, calls),
             summary="",
             apply=apply,
             modules=modules,
@@ -201,28 +207,27 @@ def _outcome(row: Capability, case: Case) -> tuple[str, str]:
     except Exception as error:
         if reason is not None and not isinstance(error, AssertionError):
             return NOT_APPLICABLE, f"{reason} (raises {type(error).__name__})"
-        return FAIL, _explain(error)
+        return FAIL, explain(error)
     if reason is not None:
         return FAIL, f"declared not applicable ({reason}), yet it raises nothing"
     return PASS, remark or ""
 
 
-def _explain(error: Exception) -> str:
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    hint = "\ngive the op a batching rule by library.vmap" if "hit the vmap fallback" in str(error) else ""
-    if isinstance(error, AssertionError) and where.filename.startswith(COMPARISONS):
-        return str(error)
-    return f"{type(error).__name__}: {error}{hint}\n(at {where.name}, line {where.lineno} of {where.filename})"
-
-
-def _listed(sample_inputs: Any) -> Samples:
-    """Return a function of a device and a dtype as it is, and anything else as a list."""
+def _listed(sample_inputs: Any) -> Calls | Sampler:
+    """Return a function of a device and a dtype that was tried once, and anything else as a list."""
     if callable(sample_inputs):
         try:
             inspect.signature(sample_inputs).bind(torch.device("cpu"), torch.float64)
         except TypeError:
             raise ValueError("sample_inputs: expected a function of a device and a dtype, or a list") from None
-        return sample_inputs
+        try:
+            with settings_kept():
+                made = sample_inputs(torch.device("cpu"), torch.float64)
+        except Exception as error:
+            raise ValueError(f"sample_inputs: the function raises {type(error).__name__}: {error}") from error
+        if not isinstance(made, (list, tuple)):
+            raise ValueError(f"sample_inputs: expected the function to return a list, got {type(made).__name__}")
+        return lambda device, dtype: _as_samples(sample_inputs(device, dtype))
     if isinstance(sample_inputs, Tensor) or not isinstance(sample_inputs, (Iterable, type(None))):
         raise ValueError(f"sample_inputs: expected a list of calls, as [(x,)], got {type(sample_inputs).__name__}")
     samples = [] if sample_inputs is None else list(sample_inputs)
@@ -231,14 +236,16 @@ def _listed(sample_inputs: Any) -> Samples:
     return samples
 
 
-def _converter(
-    function: Callable[..., Any], sample_inputs: Sequence[Sample | tuple[Any, ...]]
-) -> Callable[[torch.device, torch.dtype], list[Sample]]:
-    for i, s in enumerate(sample_inputs):
+def _as_samples(given: Calls) -> list[Sample]:
+    for i, s in enumerate(given):
         if not isinstance(s, (Sample, tuple)):
             expected = "expected a Sample or a tuple of arguments: [(x,)], not [x]"
             raise ValueError(f"sample_inputs: sample {i} is a {type(s).__name__}, {expected}")
-    samples = [s if isinstance(s, Sample) else Sample(s) for s in sample_inputs]
+    return [s if isinstance(s, Sample) else Sample(s) for s in given]
+
+
+def _converter(function: Callable[..., Any], sample_inputs: Calls) -> Sampler:
+    samples = _as_samples(sample_inputs)
     refuse_wrong(samples)
     if not any(s.dynamic for s in samples):
         with settings_kept():

@@ -1,40 +1,42 @@
-"""DTensors over two processes, simulated by threads of this process."""
+"""DTensors over two processes."""
 
 from __future__ import annotations
 
-import sys
-import threading
+import multiprocessing
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 from typing import Any
 
 import torch
 
-from custom_ops.library._torch import processes_as_threads
-from custom_ops.verify._case import Call, Case, NotApplicable, capability, check_close, describe
+from custom_ops.verify._case import Call, Case, NotApplicable, capability, check_close, describe, explain
 from custom_ops.verify._tracing import records
 
 WORLD = 2
+PATIENCE = timedelta(minutes=1)  # after this long a process gives up on its peer
 
 
 @capability("sharding", of_dispatch=True)
 def sharding(case: Case) -> str:
     """DTensors over two processes, each input sharded alone and all together, give one process's results or raise."""
-    if case.interpreted:
-        raise NotApplicable("two processes are two threads here, and Triton's interpreter has one")
-    spread = [(call, dims) for call in case.calls(torch.float32)[: 3 if case.quick else None] for dims in _ways(call)]
+    if case.device.type != "cpu":
+        raise NotApplicable("a process forked from this one can't use its GPU; the C++ kernels have the row")
+    spread = [(call, dims) for call in case.calls(torch.float32)[: 2 if case.quick else None] for dims in _ways(call)]
     if not spread:
         raise NotApplicable("no sample has two rows to share out")
     import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     if dist.is_initialized():
         raise NotApplicable("this process is in a process group already")
     expected = [_results(call, call.tensors) for call, _ in spread]
-    refusals: list[str] = []
-    checked = [0]
 
-    def check(mesh: Any) -> None:
-        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
+    def check(mesh: Any) -> list[str]:
+        """Return why each way to shard is refused, empty where it isn't."""
+        refusals = []
         for (call, dims), right in zip(spread, expected):
             tensors = [
                 distribute_tensor(t.detach(), mesh, [Shard(dims[k]) if k in dims else Replicate()]).requires_grad_(
@@ -42,26 +44,32 @@ def sharding(case: Case) -> str:
                 )
                 for k, t in zip(call.keys, call.tensors)
             ]
+            found, why, what = [], "", f"{describe(call)} with dimensions {dims} sharded"
             try:
                 found = _results(call, tensors)
             except (NotImplementedError, RuntimeError) as error:
-                refusals.append(str(error).splitlines()[0][:200])
-                continue
-            whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
-            check_close(whole, right, f"{describe(call)} with dimensions {dims} sharded", rtol=1e-5)
-            checked[0] += 1
+                why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            everywhere = [""] * WORLD
+            dist.all_gather_object(everywhere, why)
+            if any(everywhere) and not all(everywhere):
+                raise AssertionError(f"{what}: one process refuses and the other doesn't: {''.join(everywhere)}")
+            if not why:
+                check_close([t.full_tensor() if isinstance(t, DTensor) else t for t in found], right, what, rtol=1e-5)
+            refusals.append(why)
+        return refusals
 
-    try:
-        _together(check)
-    except AssertionError as error:
+    found = _together(check)
+    wrong = [result for result in found if isinstance(result, str)]
+    if wrong:
         try:
             records(case, [torch.float64])
         except NotApplicable:
-            raise NotApplicable(f"only torch's own sharding rules, which are wrong: {error}") from None
-        raise
-    if not checked[0]:
-        raise NotApplicable(f"refuses DTensors: {refusals[0]}")
-    return f"{checked[0] // WORLD} ways to shard, {len(refusals) // WORLD} refused"
+            raise NotApplicable(f"only torch's own sharding rules, which are wrong: {wrong[0]}") from None
+        raise AssertionError(wrong[0])
+    refused = [why for why in found[0] if why]
+    if len(refused) == len(spread):
+        raise NotApplicable(f"refuses DTensors: {refused[0]}")
+    return f"{len(spread) - len(refused)} ways to shard, {len(refused)} refused"
 
 
 def _ways(call: Call) -> Iterator[dict[Any, int]]:
@@ -91,33 +99,38 @@ def _results(call: Call, tensors: Any) -> list[Any]:
     ]
 
 
-def _together(work: Callable[[Any], None]) -> None:
-    """Call ``work`` with a mesh in ``WORLD`` threads, which torch takes for the processes of one group."""
+def _together(work: Callable[[Any], Any]) -> list[Any]:
+    """Call ``work`` with a mesh in ``WORLD`` processes of one group, and return each result, or an error's text.
+
+    The processes are forked, as an op that was defined in a notebook can't be sent to them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given = (f"file://{folder}/store", work)
+        with ProcessPoolExecutor(WORLD, multiprocessing.get_context("fork"), _keep, given) as processes:
+            try:
+                return list(processes.map(_one_of_them, range(WORLD)))
+            except BrokenProcessPool:
+                return ["one of the processes was killed, as by a fault of memory"]
+
+
+_given: tuple[str, Callable[[Any], Any]]
+
+
+def _keep(*given: Any) -> None:
+    global _given
+    _given = given
+
+
+def _one_of_them(rank: int) -> Any:
+    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist: Any = torch.distributed
-    store = dist.HashStore()
-    failures: list[Exception] = []
-
-    def run(rank: int) -> None:
-        try:
-            dist.init_process_group("threaded", rank=rank, world_size=WORLD, store=store)
-            work(init_device_mesh("cpu", (WORLD,)))
-        except Exception as error:
-            failures.append(error)
-            end_waiting(error)
-        except SystemExit:
-            pass  # another thread's error has ended this one
-        finally:
-            dist.destroy_process_group()
-
-    hook = sys.excepthook  # torch would put the rank before each line of any later traceback
-    with processes_as_threads() as end_waiting:
-        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(WORLD)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    sys.excepthook = hook
-    if failures:
-        raise failures[0]
+    torch.set_num_threads(1)  # OpenMP's other threads don't survive a fork
+    store, work = _given
+    dist.init_process_group("gloo", store, PATIENCE, WORLD, rank)
+    try:
+        return work(init_device_mesh("cpu", (WORLD,)))
+    except Exception as error:
+        return explain(error)
+    finally:
+        dist.destroy_process_group()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from custom_ops import _checks, shards
 from custom_ops._leaf import leaf
-from custom_ops._wide import wide
 from custom_ops.voxel import voxel_segments as ops
 from custom_ops.voxel.voxel_segments import check_points, segment_sum
 
@@ -37,7 +36,8 @@ def reduced(x: Tensor, indptr: Tensor, perm: Tensor | None, reduce: str) -> Tens
         return ops.segment_logsumexp(x, indptr, perm)
     if reduce in ("sum", "mean"):
         return ops.segment_reduce(x, None, indptr, perm, reduce == "mean", 1, 1)
-    squares = ops.segment_center(wide(x), indptr, perm).double().square()  # float32 lacks the squares of tiny numbers
+    # In float32 a mean of large numbers is far from them, and the squares of tiny ones are 0.
+    squares = ops.segment_center(x.double(), indptr, perm).square()
     var = ops.segment_reduce(squares, None, indptr, perm, False, 1, 1) / (indptr.diff() - 1).clamp_min(1)[..., None]
     if reduce == "std":
         is_zero = var == 0  # where the slope of the root is infinite, but that of the result is taken as 0

@@ -160,6 +160,7 @@ register(
             BadCall((_x, _weight, _target), r"bias: expected shape \[4\], got \[3\]", {"bias": _x[0]}),
             BadCall((_x, _weight, _target), "bias: expected one of float16", {"bias": _target}),
             BadCall((_x, _weight, _target), "scale: expected a number, got str", {"scale": "1"}),
+            BadCall((_x, _weight, _target), "scale: expected scores times a number within", {"scale": 1e300}),
             BadCall((_x, _weight, _target), r"scale: expected one number, got shape \[2, 3\]", {"scale": _x}),
             BadCall((_x, _weight, _target), "ignore_index: expected an integer, got float", {"ignore_index": 0.5}),
         ],

@@ -161,6 +161,7 @@ register(
             BadCall((_x, _x, _target[:1]), r"target: expected shape \[2\], got \[1\]", _warm),
             BadCall((_x, _x), "temperature: expected a positive number, got 0", {"temperature": 0}),
             BadCall((_x, _x), "temperature: expected a positive number, got -1", {"temperature": -1}),
+            BadCall((_x, _x), "temperature: expected scores times a number within", {"temperature": 1e-40}),
             BadCall((_x, _x), "temperature: expected one number", {"temperature": _x}),
             BadCall((_x, _x), "symmetric: expected True or False", {**_warm, "symmetric": 2}),
             BadCall((_x, _x), "mask: expected one of bool", {**_warm, "mask": _x}),

@@ -102,7 +102,7 @@ def dpo_loss_reference(
 
 
 def _blended(z: Tensor, p: float) -> Tensor:
-    low = z.clamp(max=0)
+    low = torch.where(z < 0, z, 0)  # unlike clamp, it has no derivative at 0
     exponential = torch.where(z < 0, (p * low - low).exp() * (-p * z).sigmoid(), (low - z).exp() * (p * z).sigmoid())
     return (-p * z).sigmoid() * -torch.nn.functional.logsigmoid(z) + exponential
 
