@@ -692,8 +692,8 @@ struct Results {
 
  private:
   static Tensor rows(const Catalogue& in, std::initializer_list<int64_t> tail) {
-    Tensor out = fresh(in.x, append({in.examples, in.rows}, tail), in.wide);
-    zero(out);  // the results of ignored rows
+    const Tensor out = fresh(in.x, append({in.examples, in.rows}, tail), in.wide);
+    std::memset(out.mutable_data_ptr(), 0, static_cast<size_t>(out.numel()) * out.element_size());  // for ignored rows
     return out;
   }
 };

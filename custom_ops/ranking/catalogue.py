@@ -402,7 +402,7 @@ class CatalogueLoss(Function, op=catalogue_loss):
         else:  # the loss's derivatives are known up to the factor
             pairs = zip((of_x, of_words, of_bias), (where[1], where[2], of_log_prob), needed)
             gradients = [
-                (grad.reshape(-1, *[1] * (found.dim() - 1)) * found).to(like.dtype) if needs else None
+                to_dtype(grad.reshape(-1, *[1] * (found.dim() - 1)) * found, like.dtype) if needs else None
                 for found, like, needs in pairs
             ]
         return None, None, *_wanted(gradients, needed), *[None] * 12
@@ -446,7 +446,7 @@ class CatalogueSymmetricLoss(Function, op=catalogue_symmetric_loss):
             ]
         else:
             gradients = [
-                (grad.view(-1, 1, 1) * found).to(like.dtype) if needs else None
+                to_dtype(grad.reshape(-1, 1, 1) * found, like.dtype) if needs else None
                 for found, like, needs in zip((of_x, of_words), (x, weight), needed)
             ]
         return *gradients, *[None] * 6
@@ -733,7 +733,7 @@ def checked_arguments(
         raise ValueError(f"{weight_name}: expected [V, {x.shape[-1]}] as {x_name}, got {list(weight.shape)}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target: expected shape {list(x.shape[:-1])}, got {list(target.shape)}")
-    target = target.to(torch.int64)  # an int32 is never equal to an ignore_index of more bits
+    target = to_dtype(target, torch.int64)  # an int32 is never equal to an ignore_index of more bits
     tensors = {x_name: x, weight_name: weight, "target": target}
     if bias is not None:
         _checks.has_dtype(bias_name, bias, _checks.FLOATING)
