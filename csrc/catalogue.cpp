@@ -217,6 +217,15 @@ struct Block {
     return widened(out, of.in.wide);
   }
 
+  // Returns whether these rows of `matrix` [N, D] can hold a result of the dtype `wide`, without a copy.
+  bool is_place(const Tensor& matrix, ScalarType wide) const { return together() && matrix.scalar_type() == wide; }
+
+  // Returns these rows of `matrix`, or another tensor of them to `scatter`.
+  Tensor place(const Tensor& matrix, ScalarType wide) const {
+    return is_place(matrix, wide) ? part(matrix, 0, of.kept[begin], rows())
+                                  : fresh(matrix, {rows(), matrix.size(1)}, wide);
+  }
+
   // Stores `values` into these rows of `matrix` [N, D], with conversion.
   void scatter(const Tensor& values, const Tensor& matrix) const {
     if (together()) {
@@ -280,7 +289,7 @@ class Sums {
   // Adds a cotangent [R, V] of the block times words to the gradient of its rows, at first or once more.
   void add_to_rows(const Block& block, const Tensor& cotangent, const Tensor& words, bool more = false) {
     if (!to_.of_x) return;
-    if (!more) of_block_ = fresh(cotangent, {block.rows(), of_.in.dims});
+    if (!more) of_block_ = block.place(*x_, of_.in.wide);
     pull(*of_block_, cotangent, words, of_.in.scale, more);
   }
 
@@ -292,7 +301,7 @@ class Sums {
   // Ends a block.
   template <class A>
   void finish(const Block& block, const Tensor& cotangent) {
-    if (to_.of_x) block.scatter(*of_block_, *x_);
+    if (to_.of_x && !block.is_place(*x_, of_.in.wide)) block.scatter(*of_block_, *x_);
     if (!to_.of_bias) return;
     const A* z = data<A>(cotangent);
     const int64_t rows = block.rows(), words = of_.in.words;
@@ -421,6 +430,54 @@ void scale_to_cotangent(A* z, const A* e, int64_t n, int64_t at, double sum, Wei
     for (int64_t i = 0; i < n; ++i) z[i] = e[i] * factor;
   });
   if (at >= 0) z[at] += g.log_prob;
+}
+
+// Adds rows to the largest logit and the sum of e^(z - top) of each of some columns. `z` has `stride` words a row.
+template <class A>
+void add_to_columns(const A* z, int64_t rows, int64_t stride, int64_t columns, A* top, double* sum) {
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  constexpr int64_t kWidth = 256, kHeight = 64;  // a tile stays in the cache between its two loops
+  const int64_t tiles = (columns + kWidth - 1) / kWidth;
+  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, 32768 / (kWidth * rows)), [&](int64_t from, int64_t to) {
+    multiversion_wide([=]() ALWAYS_INLINE {
+      for (int64_t at = from * kWidth; at < std::min(to * kWidth, columns); at += kWidth) {
+        const int64_t n = std::min(kWidth, columns - at);
+        for (int64_t begin = 0; begin < rows; begin += kHeight) {
+          const A* const tile = z + begin * stride + at;
+          const int64_t height = std::min(kHeight, rows - begin);
+          A best[kWidth], base[kWidth], part[kWidth] = {};
+          std::copy(top + at, top + at + n, best);
+          for (int64_t r = 0; r < height; ++r)
+            for (int64_t k = 0; k < n; ++k) best[k] = tile[r * stride + k] > best[k] ? tile[r * stride + k] : best[k];
+          // Where all words were left out so far, there is no largest logit yet.
+          for (int64_t k = 0; k < n; ++k) base[k] = best[k] == kNone ? A(0) : best[k];
+          for (int64_t r = 0; r < height; ++r)
+            for (int64_t k = 0; k < n; ++k) part[k] += exp_nonpositive(above_lowest(tile[r * stride + k] - base[k]));
+          for (int64_t k = 0; k < n; ++k) {
+            const A before = top[at + k];
+            const A factor = before == best[k] ? A(1) : exp_nonpositive(above_lowest(before - best[k]));
+            sum[at + k] = sum[at + k] * factor + part[k];
+            top[at + k] = best[k];
+          }
+        }
+      }
+    });
+  });
+}
+
+// Turns a row of logits into the derivative of minus the targets' log_prob, in the row and in the first `columns`
+// columns, which have these largest logits and logarithms of the sums of e^(z - top).
+template <class A>
+void symmetric_cotangent(A* z, int64_t n, int64_t at, Row<A> row_in, const A* top, const A* log_sum, int64_t columns) {
+  multiversion_wide([=]() ALWAYS_INLINE {
+    const Row<A> row = row_in;  // as above
+    for (int64_t i = 0; i < columns; ++i) {
+      const A p = exp_nonpositive(log_probability(z[i], row));
+      z[i] = p + exp_nonpositive(log_probability(z[i], Row<A>{top[i], log_sum[i], 0}));
+    }
+    for (int64_t i = columns; i < n; ++i) z[i] = exp_nonpositive(log_probability(z[i], row));
+  });
+  z[at] -= 2;
 }
 
 // The tangents of a row's log_prob, entropy and lse, for the tangent `move` of its logits. If `turned`, the logits
@@ -635,8 +692,8 @@ struct Results {
 
  private:
   static Tensor rows(const Catalogue& in, std::initializer_list<int64_t> tail) {
-    Tensor out = fresh(in.x, append({in.examples, in.rows}, tail), in.wide);
-    zero(out);  // the results of ignored rows
+    const Tensor out = fresh(in.x, append({in.examples, in.rows}, tail), in.wide);
+    std::memset(out.mutable_data_ptr(), 0, static_cast<size_t>(out.numel()) * out.element_size());  // for ignored rows
     return out;
   }
 };
@@ -877,6 +934,70 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_loss(
   return {loss, results.stats, to.x, to.weight, to.bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> catalogue_symmetric_loss(const Tensor& x, const Tensor& weight,
+                                                                            const std::optional<Tensor>& mask,
+                                                                            const std::optional<Tensor>& row_group,
+                                                                            const std::optional<Tensor>& word_group,
+                                                                            double scale, bool of_x, bool of_weight) {
+  check(x.dim() == 3, "x: expected 3 dimensions");
+  const Tensor target = fresh(x, {x.size(0), x.size(1)}, ScalarType::Long);
+  for (int64_t i = 0; i < target.numel(); ++i) mutable_data<int64_t>(target)[i] = i % x.size(1);
+  const Catalogue in(x, weight, std::nullopt, target, mask, row_group, word_group, scale, -1, 0, weight.size(1), false);
+  const Gradients to(in, of_x, of_weight, false, true);
+  const Results of_rows(in), of_columns(in);
+  const Tensor loss = fresh(x, {in.examples}, in.wide);
+  dispatch_wide(in, [&](auto type) {
+    using A = typename decltype(type)::type;
+    for (int64_t b = 0; b < in.examples; ++b) {
+      const Example example(in, b, 1);
+      Sums sums(to, example);
+      const Tensor buffer = fresh(x, {example.block, in.words}, in.wide);
+      const auto set_logits = [&](const Tensor& z, const Tensor& rows) {
+        logits_of(z, rows, example.weight, scale, false, nullptr);
+      };
+      std::vector<A> own(in.rows), top(in.rows, -std::numeric_limits<A>::infinity()), log_sum(in.rows);
+      std::vector<double> sum(in.rows);
+      for (int64_t k = 0; k < example.blocks(); ++k) {
+        const Block block(example, k);
+        const Tensor z = part(buffer, 0, 0, block.rows());
+        set_logits(z, block.gathered(example.x));
+        each_row(block, [&](int64_t r, int64_t i, int64_t at) {
+          A* const logits = mutable_data<A>(z) + r * in.words;
+          in.leave_out(logits, i, at);
+          of_rows.store<false>(i, logits, in.words, at);
+          own[at] = logits[at];
+        });
+        add_to_columns(data<A>(z), block.rows(), in.words, in.rows, top.data(), sum.data());
+      }
+      double total = 0;
+      for (int64_t j = 0; j < in.rows; ++j) {
+        log_sum[j] = static_cast<A>(std::log(sum[j]));
+        A* const s = mutable_data<A>(of_columns.stats) + 3 * (b * in.rows + j);
+        s[0] = top[j], s[1] = log_sum[j];
+        total -= data<A>(of_rows.log_prob)[b * in.rows + j] + ((own[j] - top[j]) - log_sum[j]);
+      }
+      mutable_data<A>(loss)[b] = static_cast<A>(total);
+      if (!to.wanted()) continue;
+      for (int64_t k = 0; k < example.blocks(); ++k) {
+        const Block block(example, k);
+        const Tensor rows = block.gathered(example.x), z = part(buffer, 0, 0, block.rows());
+        if (example.blocks() > 1) set_logits(z, rows);
+        each_row(block, [&](int64_t r, int64_t i, int64_t at) {
+          A* const logits = mutable_data<A>(z) + r * in.words;
+          const A* const s = data<A>(of_rows.stats) + 3 * i;
+          if (example.blocks() > 1) in.leave_out(logits, i, at);
+          symmetric_cotangent(logits, in.words, at, {s[0], s[1], s[2]}, top.data(), log_sum.data(), in.rows);
+        });
+        sums.add_to_rows(block, z, example.weight);
+        sums.add_to_words(block, z, rows);
+        sums.finish<A>(block, z);
+      }
+      sums.store<A>();
+    }
+  });
+  return {loss, of_rows.stats, of_columns.stats, to.x, to.weight};
+}
+
 }  // namespace custom_ops
 
 CUSTOM_OPS_CPU_KERNEL(catalogue_log_prob)
@@ -884,3 +1005,4 @@ CUSTOM_OPS_CPU_KERNEL(catalogue_backward)
 CUSTOM_OPS_CPU_KERNEL(catalogue_second)
 CUSTOM_OPS_CPU_KERNEL(catalogue_curve)
 CUSTOM_OPS_CPU_KERNEL(catalogue_loss)
+CUSTOM_OPS_CPU_KERNEL(catalogue_symmetric_loss)

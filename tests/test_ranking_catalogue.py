@@ -89,6 +89,59 @@ def test_blocks_of_pairs_add_up(name, each_backend, monkeypatch):
         torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9 * right.abs().max().item())
 
 
+def symmetric(queries, keys, dtype=torch.float64, temperature=0.8, **options):
+    """Return the loss in both directions and its gradients, and what plain PyTorch finds in float64."""
+    generator = torch.Generator().manual_seed(2)
+    pair = [torch.randn(n, 2, generator=generator).to(dtype).requires_grad_() for n in (queries, keys)]
+    exact = [t.detach().double().requires_grad_() for t in pair]
+    found = []
+    for function, given in ((custom_ops.info_nce_loss, pair), (info_nce_loss_reference, exact)):
+        loss = function(*given, temperature=temperature, **options)
+        found.append((loss, *torch.autograd.grad(loss, given)))
+    return zip(*found)
+
+
+def test_both_directions_add_up_over_blocks(each_backend, monkeypatch):
+    """A key is compared with no query of the first block, and its own query is in the second."""
+    small_blocks(monkeypatch)
+    queries, keys, first = (300, 12_000, 262) if each_backend == "cpp" else (7, 9, 3)
+    mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask[:first, queries - 1] = False
+    for ours, right in symmetric(queries, keys, mask=mask):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_both_directions_keep_their_digits_for_similarities_far_apart():
+    """They reach from -4,000 to 4,000, and the largest of a query is far from that of a key."""
+    for ours, right in symmetric(7, 7, torch.float32, 0.001):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-6, atol=1e-6 * right.abs().max().item())
+
+
+@pytest.mark.parametrize(("of_block", "products"), [(8, 3), (4, 8)])
+def test_both_directions_share_their_matrix_products(of_block, products, monkeypatch):
+    """There are three if the similarities fit in a block, and four for each of several blocks."""
+    monkeypatch.setattr(launchers, "_LOGITS", 1)
+    monkeypatch.setattr(launchers, "_LEAST_ROWS", of_block)
+    original, found = launchers.catalogue_symmetric_loss, []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.matmul.default, torch.ops.aten.addmm_.default):
+                found.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def within(*args):
+        with Products():
+            return original(*args)
+
+    monkeypatch.setattr(launchers, "catalogue_symmetric_loss", within)
+    query, key = (torch.randn(8, 2, requires_grad=True) for _ in range(2))
+    with backend("triton"):
+        custom_ops.info_nce_loss(query, key, temperature=1.0).backward()
+    assert len(found) == products
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_tensor_of_rows_times_words_is_allocated(name):
     """The logits would take 100 MiB; a block takes 24."""

@@ -21,6 +21,7 @@ from custom_ops.triton_kernels.lists import WIDE
 from custom_ops.triton_kernels.pairwise import LOGISTIC, both_orders, pair_value, wrong_order
 
 _BLOCK = 1024  # logits that a program reads at a time; with twice as many, some kernels spill registers
+_TILE = 32  # rows and columns that a program reads at a time
 _LOGITS = 1 << 26  # logits per block of rows, but at least _LEAST_ROWS rows
 _LEAST_ROWS = 128
 _WORDS = 1 << 14  # the words of a 16-bit catalogue that are widened at a time
@@ -170,6 +171,47 @@ def catalogue_cotangent_kernel(z_ptr, target_ptr, stats_ptr, of_ptr, words, firs
         for begin in range(0, words, BLOCK):
             v = begin + tl.arange(0, BLOCK)
             tl.store(z_ptr + row * words + v, tl.zeros([BLOCK], z_ptr.dtype.element_ty), mask=v < words)
+
+
+@kernel("*T *T *fp64 i32 i32 i32", WIDE, {None: {"ROWS": _TILE, "COLUMNS": _TILE}}, narrow=_NARROW)
+@triton.jit(do_not_specialize=["words", "rows", "columns"])
+def catalogue_columns_kernel(z_ptr, top_ptr, sum_ptr, words, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Add a block's rows to the largest logit and the sum of e^(z - top) of each of some columns."""
+    v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    none = float("-inf")
+    top = tl.load(top_ptr + v, mask=v < columns, other=none)
+    total = tl.load(sum_ptr + v, mask=v < columns, other=0)
+    for begin in range(0, rows, ROWS):
+        r = begin + tl.arange(0, ROWS)
+        place = r.to(tl.int64)[:, None] * words + v[None, :]
+        z = tl.load(z_ptr + place, mask=(r < rows)[:, None] & (v < columns)[None, :], other=none)
+        best = tl.max(tl.where(z == z, z, none), 0)
+        best = tl.where(top > best, top, best)
+        # Where all words were left out so far, there is no largest logit yet.
+        _, p = _shifted(z - tl.where(best == none, 0.0, best)[None, :])
+        _, factor = _shifted(top - best)
+        total = total * tl.where(top == best, 1.0, factor).to(tl.float64) + tl.sum(p, 0).to(tl.float64)
+        top = best
+    tl.store(top_ptr + v, top, mask=v < columns)
+    tl.store(sum_ptr + v, total, mask=v < columns)
+
+
+@kernel("*T *T *T i32 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}}, narrow=_NARROW)
+@triton.jit(do_not_specialize=["words", "columns", "begin_row"])
+def catalogue_symmetric_kernel(z_ptr, stats_ptr, column_stats_ptr, words, columns, begin_row, BLOCK: tl.constexpr):
+    """Turn a row of logits into the derivative of minus the targets' log_prob, in the row and in the columns."""
+    row = tl.program_id(0).to(tl.int64)
+    top, log_sum = tl.load(stats_ptr + 3 * row), tl.load(stats_ptr + 3 * row + 1)
+    for begin in range(0, words, BLOCK):
+        v = begin + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + row * words + v, mask=v < words, other=0)
+        column_top = tl.load(column_stats_ptr + 3 * v, mask=v < columns, other=0)
+        column_log_sum = tl.load(column_stats_ptr + 3 * v + 1, mask=v < columns, other=0)
+        left_out = z == -float("inf")
+        _, p = _shifted(tl.where(left_out, z, (z - top) - log_sum))
+        _, q = _shifted(tl.where(left_out, z, (z - column_top) - column_log_sum))
+        out = p + tl.where(v < columns, q, 0.0) - tl.where(v == begin_row + row, 2.0, 0.0)
+        tl.store(z_ptr + row * words + v, out.to(top.dtype), mask=v < words)
 
 
 @kernel(
@@ -495,13 +537,16 @@ class _Catalogue:
         """Return the cotangents of the rows' results [B, N, 3]; a missing one is 0."""
         return torch.stack([self.of_rows() if t is None else t for t in of], -1)
 
+    def blocks_of(self, example: int) -> Iterator[tuple[int, slice]]:
+        """Yield the example and its blocks of rows."""
+        rows, block = self.x.shape[1], max(_LEAST_ROWS, _LOGITS // max(1, self.weight.shape[1]))
+        for begin in range(0, rows, block):
+            yield example, slice(begin, min(begin + block, rows))
+
     def blocks(self) -> Iterator[tuple[int, slice]]:
-        """Yield examples and their blocks of rows."""
-        examples, rows, _ = self.x.shape
-        block = max(_LEAST_ROWS, _LOGITS // max(1, self.weight.shape[1]))
-        for example in range(examples):
-            for begin in range(0, rows, block):
-                yield example, slice(begin, min(begin + block, rows))
+        """Yield all examples and their blocks of rows."""
+        for example in range(len(self.x)):
+            yield from self.blocks_of(example)
 
     def rows_of(self, matrix: Tensor, at: tuple[int, slice]) -> Tensor:
         """Return a block of rows in the wide dtype, with zeros for the ignored ones."""
@@ -841,6 +886,44 @@ def catalogue_loss(
         terms = terms + _weighed(of_lse, results.lse, catalogue)
     loss = terms.sum(-1, dtype=torch.float64).to(catalogue.wide)
     return loss, results.stats, *sums.finished()
+
+
+def catalogue_symmetric_loss(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    of_x: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    columns, words = x.shape[1], weight.shape[1]
+    target = torch.arange(columns, device=x.device).repeat(len(x), 1)
+    catalogue = _Catalogue(x, weight, None, target, mask, row_group, word_group, scale, -1, 0, words, False)
+    sums = _Sums(catalogue, of_x, of_weight, False)
+    results, of_columns, own = _Results.of(catalogue), catalogue.of_rows(3), catalogue.of_rows()
+    top, total = own - torch.inf, torch.zeros_like(own, dtype=torch.float64)
+    for example in range(len(x)):
+        blocks = list(catalogue.blocks_of(example))
+        for at in blocks:
+            z = catalogue.logits(catalogue.rows_of(x, at), at)
+            catalogue_rows_kernel(len(z), z, target[at], *(t[at] for t in results), *catalogue.places)
+            own[at] = z.diagonal(at[1].start)
+            pointers = z, top[example], total[example]
+            catalogue_columns_kernel(triton.cdiv(columns, _TILE), *pointers, words, len(z), columns)
+        of_columns[example, :, 0], of_columns[example, :, 1] = top[example], total[example].log()
+        for at in blocks if sums.wanted else ():
+            rows = catalogue.rows_of(x, at)
+            if len(blocks) > 1:
+                z = catalogue.logits(rows, at)
+            stats = results.stats[at], of_columns[example]
+            catalogue_symmetric_kernel(len(z), z, *stats, words, columns, at[1].start)
+            sums.add_to_rows(at, z, weight[example])
+            sums.add_to_words(at, z, rows)
+    terms = results.log_prob + ((own - top) - of_columns[..., 1])
+    loss = 0 - terms.sum(-1, dtype=torch.float64).to(catalogue.wide)
+    return loss, results.stats, of_columns, *sums.finished()[:2]
 
 
 def _weighed(weight: Tensor, value: Tensor, catalogue: _Catalogue) -> Tensor:

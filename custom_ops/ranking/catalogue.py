@@ -12,7 +12,7 @@ from custom_ops import _checks, library, shards
 from custom_ops._bilinear import add
 from custom_ops._leaf import leaf
 from custom_ops._native import define
-from custom_ops._wide import under_autocast, wide
+from custom_ops._wide import to_dtype, under_autocast, wide
 from custom_ops.library import Function
 from custom_ops.library._torch import transforms_are_active
 from custom_ops.ranking._list_loss import is_differentiated
@@ -173,6 +173,31 @@ def catalogue_loss(
     loss = x.new_empty(x.shape[:1], dtype=wide_dtype(x))
     of_first, of_second, of_third = _gradients(x, weight, of_x, of_weight, of_bias)
     return loss, _of_rows(x, 3), wide(of_first), wide(of_second), of_third
+
+
+@define
+def catalogue_symmetric_loss(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+    scale: float,
+    of_x: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the sum of -log_prob [B] in both directions, the stats of both, and the sum's derivatives.
+
+    The target of row i is word i, and among the rows it is the row of word i; there may be more words than rows. The
+    logits are computed once for both directions. Stats have no entropy in the second direction. Otherwise all is as for
+    ``catalogue_loss``.
+    """
+    of_first, of_second, _ = _gradients(x, weight, of_x, of_weight, False)
+    loss = x.new_empty(x.shape[:1], dtype=wide_dtype(x))
+    return loss, _of_rows(x, 3), _of_rows(x, 3), wide(of_first), wide(of_second)
+
+
+NONE_IGNORED = -(2**63)  # no target is equal to it
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -377,7 +402,7 @@ class CatalogueLoss(Function, op=catalogue_loss):
         else:  # the loss's derivatives are known up to the factor
             pairs = zip((of_x, of_words, of_bias), (where[1], where[2], of_log_prob), needed)
             gradients = [
-                (grad.reshape(-1, *[1] * (found.dim() - 1)) * found).to(like.dtype) if needs else None
+                to_dtype(grad.reshape(-1, *[1] * (found.dim() - 1)) * found, like.dtype) if needs else None
                 for found, like, needs in pairs
             ]
         return None, None, *_wanted(gradients, needed), *[None] * 12
@@ -389,6 +414,78 @@ class CatalogueLoss(Function, op=catalogue_loss):
         moved = of_log_prob * log_prob_t if of_lse is None else of_log_prob * log_prob_t + of_lse * lse_t
         # The sum is in float64, as torch's sums depend on the number of threads.
         return moved.sum(-1, dtype=torch.float64).to(moved.dtype), *[None] * 4
+
+
+class CatalogueSymmetricLoss(Function, op=catalogue_symmetric_loss):
+    """Each derivative is the sum of those of ``catalogue_log_prob`` in the two directions."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, of_x, of_weight = inputs
+        _, of_rows, of_columns, *gradients = output
+        ctx.mark_non_differentiable(of_rows, of_columns, *gradients)
+        ctx.found = of_x, of_weight
+        ctx.save_for_backward(of_rows, of_columns, *tensors, *gradients)
+        ctx.save_for_forward(of_rows, of_columns, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        *saved, of_x, of_words = ctx.saved_tensors
+        x, weight = saved[2:4]
+        needed = ctx.needs_input_grad[:2]
+        if is_differentiated() or any(needs and not found for needs, found in zip(needed, ctx.found)):
+            nothing, of_rows = (None, None), -grad.unsqueeze(-1).expand(x.shape[:2])
+            first, second = (
+                catalogue_backward(of_rows, *nothing, stats, None, *where, *options, *asked, False)
+                for (stats, where, options), asked in zip(_directions(ctx.scale, *saved), (needed, needed[::-1]))
+            )
+            others = weight.shape[1] - x.shape[1]
+            gradients = [
+                first[0] + second[1] if needed[0] else None,
+                first[1] + torch.nn.functional.pad(second[0], (0, 0, 0, others)) if needed[1] else None,
+            ]
+        else:
+            gradients = [
+                to_dtype(grad.reshape(-1, 1, 1) * found, like.dtype) if needs else None
+                for found, like, needs in zip((of_x, of_words), (x, weight), needed)
+            ]
+        return *gradients, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        rows = saved[2].shape[1]
+        moves = (x_t, weight_t, None), (None if weight_t is None else weight_t.narrow(1, 0, rows), x_t, None)
+        moved = torch.stack(
+            [
+                _tangents(stats, moves_of, where, options)[0]
+                for (stats, where, options), moves_of in zip(_directions(ctx.scale, *saved), moves)
+            ]
+        )
+        return -moved.sum((0, 2), dtype=torch.float64).to(moved.dtype), *[None] * 4
+
+
+def _directions(
+    scale: float,
+    of_rows: Tensor,
+    of_columns: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    row_group: Tensor | None,
+    word_group: Tensor | None,
+) -> Any:
+    """Return the stats, tensors and options of both directions of a symmetric loss, as for ``catalogue_log_prob``."""
+    rows, words = x.shape[1], weight.shape[1]
+    target = torch.arange(rows, device=x.device).expand(x.shape[:2])
+    turned = None if mask is None else mask.narrow(2, 0, rows).transpose(1, 2)
+    groups = None if word_group is None else word_group.narrow(1, 0, rows)
+    first = x, weight, None, target, mask, row_group, word_group
+    second = weight.narrow(1, 0, rows), x, None, target, turned, groups, row_group
+    return (
+        (of_rows, first, (scale, NONE_IGNORED, 0, words, False)),
+        (of_columns, second, (scale, NONE_IGNORED, 0, rows, False)),
+    )
 
 
 # ---------------------------------------------------------------- batching
@@ -429,6 +526,7 @@ _batch(catalogue_backward, "rrrrr" + _WHERE, "rww", 3)
 _batch(catalogue_second, "rrrrrww" + _WHERE, "rrrrww", 3)
 _batch(catalogue_curve, "rrwwrww" + _WHERE, "rrr", 0)
 _batch(catalogue_loss, "rr" + _WHERE, "errww", 3)
+_batch(catalogue_symmetric_loss, "rwrrw", "errrw", 2)
 
 
 # ---------------------------------------------------------------- public functions
@@ -635,7 +733,7 @@ def checked_arguments(
         raise ValueError(f"{weight_name}: expected [V, {x.shape[-1]}] as {x_name}, got {list(weight.shape)}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target: expected shape {list(x.shape[:-1])}, got {list(target.shape)}")
-    target = target.to(torch.int64)  # an int32 is never equal to an ignore_index of more bits
+    target = to_dtype(target, torch.int64)  # an int32 is never equal to an ignore_index of more bits
     tensors = {x_name: x, weight_name: weight, "target": target}
     if bias is not None:
         _checks.has_dtype(bias_name, bias, _checks.FLOATING)
@@ -751,14 +849,13 @@ def linear_cross_entropy(
     x, words, bias, at = tensors[:4]
     counts = at != options[1]
     dtype, total = wide_dtype(x), words.shape[1]
-    of_rows = counts.to(dtype)
+    of_rows = shared = counts.to(dtype)
     if weight is not None:
         weight = _class_weights(weight, linear_weight).to(dtype)
         of_rows = torch.where(counts, weight[at.clamp(0, max(total - 1, 0))], 0) if total else of_rows
         is_weightless = of_rows == 0
-    shared = counts.to(dtype)
     if reduction == "mean" and weight is None:
-        of_rows = shared = shared / shared.sum(dtype=torch.float64).clamp_min(1).to(dtype)
+        of_rows = shared = shared / counts.sum().clamp_min(1)
     elif reduction == "mean":  # weights that are all 0 give NaN, but rows that don't count have no part in it
         whole = torch.where(counts.any(), of_rows.sum(dtype=torch.float64), 1).to(dtype)
         is_weightless = is_weightless & (whole != 0)
@@ -776,7 +873,7 @@ def linear_cross_entropy(
         mean = _mean_score(x, words, bias, weight, options[0], shared, reduction != "none")
         loss = loss - (e * mean).to(dtype)
     if not under_autocast(input):
-        loss = loss.to(torch.promote_types(input.dtype, linear_weight.dtype))
+        loss = to_dtype(loss, torch.promote_types(input.dtype, linear_weight.dtype))
     return loss.reshape(target.shape if reduction == "none" else ())
 
 
@@ -846,6 +943,14 @@ def sum_over_rows(of_log_prob: Tensor, of_lse: Tensor | None, tensors: Sequence[
     """Return ``sum(of_log_prob log_prob + of_lse lse)`` [1]."""
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:3]]
     loss: Tensor = catalogue_loss(of_log_prob, of_lse, *tensors, *options, *wanted)[0]
+    return loss
+
+
+def sum_in_both_directions(tensors: Sequence[Any], scale: float) -> Tensor:
+    """Return the sum of -log_prob [1] of rows whose targets are the first words, and of these words among the rows."""
+    x, weight, _, _, *left_out = tensors
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    loss: Tensor = catalogue_symmetric_loss(x, weight, *left_out, scale, *wanted)[0]
     return loss
 
 

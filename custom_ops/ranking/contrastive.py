@@ -15,11 +15,13 @@ from custom_ops import _checks, shards
 from custom_ops._leaf import leaf
 from custom_ops._wide import under_autocast, wide
 from custom_ops.ranking.catalogue import (
+    NONE_IGNORED,
     Words,
     catalogue_log_prob,
     checked_arguments,
     is_cut,
     one_number,
+    sum_in_both_directions,
     sum_over_rows,
     wide_dtype,
 )
@@ -93,6 +95,10 @@ def info_nce_loss(
     places = torch.arange(rows, device=query.device)
     own = places if target is None else target
     found = [_similarities(query, key, own, temperature, None, None, mask, query_group, key_group)]
+    if both and target is None and reduction != "none":
+        tensors, (scale, *_) = found[0]
+        total = sum_in_both_directions(tensors, scale)[0] * (0.5 / max(rows, 1) if reduction == "mean" else 0.5)
+        return total if under_autocast(query) else total.to(dtype)
     if both:
         chosen = slice(rows) if target is None else own.to(torch.int64).clamp(0, max(keys - 1, 0))
         compared = None if mask is None else mask[:, chosen].T
@@ -144,7 +150,7 @@ def _similarities(
     elif bias is not None:
         of_keys = query.new_ones(keys, dtype=torch.float64) * _checks.as_float("bias", bias)
     named = ("query", query), ("key", key), own, ("bias", of_keys)
-    tensors, (scale, ignored, first, total, _) = checked_arguments(*named, scale, _NONE_IGNORED, "temperature")
+    tensors, (scale, ignored, first, total, _) = checked_arguments(*named, scale, NONE_IGNORED, "temperature")
     if words is not None:
         first, total = words.first, words.total
     # With several right keys, or none, the target is one beyond the last.
@@ -370,9 +376,6 @@ def _with_positive(query: Tensor, key: Tensor, positive: Tensor, mask: Tensor | 
     _of_pairs("positive", positive, query, key)
     _checks.same_device(query=query, positive=positive)
     return (positive.to(torch.uint8) + 1).unsqueeze(0) if mask is None else mask.masked_fill(positive, 2)
-
-
-_NONE_IGNORED = -(2**63)  # no target is equal to it
 
 
 def _left_out(
