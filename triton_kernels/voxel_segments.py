@@ -107,7 +107,8 @@ def _sum_rows(
     dtype.
     """
     first = tl.arange(0, ROWS)
-    total = widen(tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty)) + (1.0 if KIND == _PROD else 0.0)
+    empty: tl.constexpr = 1.0 if KIND == _PROD else 0.0
+    total = widen(tl.full([ROWS, WIDTH], empty, x_ptr.dtype.element_ty))
     for begin in range(0, stop - start, ROWS):
         position = start + begin + first
         inside = position < stop
@@ -120,7 +121,7 @@ def _sum_rows(
             else:
                 row = row // plane // bins * plane + row % plane
         exists = inside[:, None] & (column < columns)[None, :]
-        value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=0))
+        value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=empty))
         if WEIGHT:
             value = tl.where(inside[:, None], weight[:, None] * value, 0)
         elif PERM:
@@ -128,7 +129,7 @@ def _sum_rows(
         if KIND == _EXP:
             value = tl.where(exists, tl.exp(value - shift[None, :]), 0)
         if KIND == _PROD:
-            total *= tl.where(exists, value, 1)
+            total *= value
         else:
             total += value
     if KIND == _PROD:
