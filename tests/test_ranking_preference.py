@@ -191,3 +191,10 @@ def test_the_tangent_of_many_pairs_of_16_bits_is_rounded_once(loss, reduction):
 
     for ours, exact in zip(tangent(torch.float16), tangent(torch.float64)):
         torch.testing.assert_close(ours, exact, rtol=2**-9, atol=0)
+
+
+def test_a_compiled_beta_of_one_number_is_that_of_each_call():
+    logps = [torch.linspace(-k, k, 4) for k in (1, 2, 3, 4)]
+    compiled = torch.compile(custom_ops.dpo_loss, fullgraph=True, backend="aot_eager")
+    for beta in 0.1, 0.3:
+        torch.testing.assert_close(compiled(*logps, beta=torch.tensor(beta)), custom_ops.dpo_loss(*logps, beta=beta))

@@ -233,16 +233,12 @@ TABLES: dict[str, list[Benchmark]] = {
                 "fbgemm_gpu, on the CPU": "benchmarks.fbgemm_peers:table_segment_sum",
             },
             targets=[
-                Target(172_824, "embedding_bag", 1.0, "forward"),
-                Target(172_824, "embedding_bag", 1.0, "forward", "warm"),
-                Target(172_824, "embedding_bag", 0.6),
-                Target(172_824, "embedding_bag", 0.6, memory="warm"),
-                Target(172_824, "index_add", 0.6),
-                Target(172_824, "index_add", 0.6, memory="warm"),
-                Target(172_824, "torch_scatter.segment_csr", 0.6),
-                Target(172_824, "torch_scatter.segment_csr", 0.6, memory="warm"),
-                Target(172_824, "scatter_add", 0.6),
-                Target(172_824, "scatter_add", 0.6, memory="warm"),
+                *(Target(172_824, "embedding_bag", 1.0, "forward", memory) for memory in ("fresh", "warm")),
+                *(
+                    Target(172_824, peer, 0.6, memory=memory)
+                    for peer in ("embedding_bag", "index_add", "torch_scatter.segment_csr", "scatter_add")
+                    for memory in ("fresh", "warm")
+                ),
             ],
         )
     ],

@@ -425,9 +425,9 @@ def dpo_loss(
         "ref_chosen_logps": ref_chosen_logps,
         "ref_rejected_logps": ref_rejected_logps,
     }
-    is_read = not torch.compiler.is_compiling()  # a compiled program reads no tensor to choose what it runs
-    of_pairs = isinstance(beta, Tensor) and not (
-        is_read and beta.dim() == 0 and beta.device.type == "cpu" and not beta.requires_grad
+    traced = torch.compiler.is_compiling()  # a compiled program reads no tensor to choose what it runs
+    of_pairs = isinstance(beta, Tensor) and (
+        traced or beta.dim() > 0 or beta.requires_grad or beta.device.type != "cpu"
     )
     scale = 1.0 if of_pairs else _checks.as_positive("beta", beta)
     terms = _dpo_terms(None if of_pairs else scale, loss_type, label_smoothing, loss_weights, discopop_tau)
