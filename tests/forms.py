@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Choose = Callable[[Sequence[Any]], Any]
+from custom_ops.verify._fuzz import Choose
+
 LISTED = ("lengths", "cu_lengths", "index")  # these integers may come in anything that holds them
 
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from forms import Choose, InOtherForms
+from forms import InOtherForms
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from metric_calls import METRICS
@@ -32,6 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import custom_ops  # noqa: F401 (registers the ops)
 from custom_ops.registry import FUNCTIONS, OpInfo
 from custom_ops.verify import BACKENDS, backend, check, random_sample, script
+from custom_ops.verify._fuzz import Choose
 
 FUZZED = {**FUNCTIONS, **METRICS}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ import custom_ops
 from custom_ops.ranking.specs._lists import list_samples, reference_of
 from custom_ops.registry import OpInfo, Sample
 
-Choose = Callable[[Sequence[Any]], Any]
 Gains = list[float]
 
 
