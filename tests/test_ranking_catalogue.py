@@ -144,10 +144,10 @@ def test_both_directions_share_their_matrix_products(of_block, products, monkeyp
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_tensor_of_rows_times_words_is_allocated(name):
-    """The logits would take 100 MiB; a block takes 24."""
+    """The logits would take 100 MiB; a block takes 32."""
     arguments = drawn(1310, 20_000, 2)
     function = FUNCTIONS[name][0]
-    assert peak_bytes(lambda: to_second_order(function, *arguments), torch.device("cpu")) < 25 << 20
+    assert peak_bytes(lambda: to_second_order(function, *arguments), torch.device("cpu")) < 33 << 20
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -161,7 +161,7 @@ def test_the_similarities_of_a_batch_are_not_in_memory(name):
         loss = PAIRS[name][0](query, key, temperature=0.5, query_group=group)
         torch.autograd.grad(loss, (query, key))
 
-    assert peak_bytes(run, torch.device("cpu")) < 25 << 20
+    assert peak_bytes(run, torch.device("cpu")) < 33 << 20
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
