@@ -74,7 +74,7 @@ sanitize: $(STAMPS)/test
 dist: $(STAMPS)/dist
 	$(PY) .ci/dist.py $(DIST_ARGS)
 
-test-full: $(STAMPS)/test $(STAMPS)/docs build
+test-full: $(STAMPS)/test $(STAMPS)/docs $(STAMPS)/peers build
 	$(PY) tests/peers.py --compile
 	$(PY) -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)
 

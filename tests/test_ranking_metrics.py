@@ -188,6 +188,83 @@ def test_metrics_by_query_numbers_equal_torchmetrics(action, empty):
         torch.testing.assert_close(value, metric.compute(), rtol=1e-5, atol=1e-6)
 
 
+def _judged():
+    """Return scores and grades, and both as the nested dictionaries that tools of information retrieval take."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(30, 25, generator=generator, dtype=torch.float64)
+    grades = torch.randint(0, 4, (30, 25), generator=generator) * (torch.rand(30, 25, generator=generator) < 0.4)
+    run, judgments = (
+        {f"{q:02}": {str(d): value for d, value in enumerate(row)} for q, row in enumerate(values.tolist())}
+        for values in (scores, grades)
+    )
+    return scores, grades, run, judgments
+
+
+_AT_K = {
+    "P": custom_ops.precision,
+    "recall": custom_ops.recall,
+    "success": custom_ops.hit_rate,
+    "ndcg_cut": functools.partial(custom_ops.ndcg, gain="linear"),
+}
+_OF_ALL = {
+    "Rprec": custom_ops.r_precision,
+    "recip_rank": custom_ops.mrr,
+    "map": custom_ops.average_precision,
+    "ndcg": functools.partial(custom_ops.ndcg, gain="linear"),
+}
+
+
+@pytest.mark.full
+def test_metrics_equal_trec_eval():
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval isn't installed: pip install -e '.[peers]'")
+    scores, grades, run, judgments = _judged()
+    grades[4] = 0
+    judgments["04"] = dict.fromkeys(judgments["04"], 0)
+    cuts = (1, 5, 10, 100)
+    wanted = {f"{name}_{','.join(map(str, cuts))}" for name in (*_AT_K, "map_cut")} | set(_OF_ALL)
+    found = pytrec_eval.RelevanceEvaluator(judgments, wanted).evaluate(run)
+
+    def theirs(name):
+        return torch.tensor([found[query][name] for query in sorted(found)], dtype=torch.float64)
+
+    options = {"empty": 0.0, "reduction": "none"}
+    for name, metric in _OF_ALL.items():
+        torch.testing.assert_close(metric(scores, grades, **options), theirs(name))
+    relevant = (grades > 0).sum(-1)
+    for k in cuts:
+        for name, metric in _AT_K.items():
+            torch.testing.assert_close(metric(scores, grades, k, **options), theirs(f"{name}_{k}"))
+        of_all = custom_ops.average_precision(scores, grades, k, **options) * relevant.clamp(max=k) / relevant
+        torch.testing.assert_close(of_all.nan_to_num(), theirs(f"map_cut_{k}"))
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # those of numba
+def test_metrics_equal_ranx():
+    ranx = pytest.importorskip("ranx", reason="ranx isn't installed: pip install -e '.[peers]'")
+    scores, grades, run, judgments = _judged()
+    judged = ranx.Qrels({query: {d: y for d, y in items.items() if y} for query, items in judgments.items()})
+    linear = {"gain": "linear"}
+    for name, metric, k, options in [
+        ("precision@5", custom_ops.precision, 5, {}),
+        ("recall@5", custom_ops.recall, 5, {}),
+        ("hit_rate@3", custom_ops.hit_rate, 3, {}),
+        ("f1@5", custom_ops.f1_score, 5, {}),
+        ("r-precision", custom_ops.r_precision, None, {}),
+        ("mrr", custom_ops.mrr, None, {}),
+        ("map", custom_ops.average_precision, None, {}),
+        ("ndcg@5", custom_ops.ndcg, 5, linear),
+        ("ndcg_burges@5", custom_ops.ndcg, 5, {}),
+        ("dcg@5", custom_ops.dcg, 5, linear),
+        ("dcg_burges@5", custom_ops.dcg, 5, {}),
+    ]:
+        theirs = ranx.evaluate(judged, ranx.Run(run), name, return_mean=False)
+        limit = {} if k is None else {"k": k}
+        np.testing.assert_allclose(
+            metric(scores, grades, reduction="none", **limit, **options), theirs, rtol=1e-12, err_msg=name
+        )
+
+
 def test_gains_and_discounts_of_ones_own():
     scores, labels = draw(4, 7)
     for metric in (custom_ops.ndcg, custom_ops.dcg):
