@@ -5,7 +5,8 @@ the rest.
 import gc
 import os
 import re
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,13 +41,26 @@ def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("full"))
 
 
+def beyond_the_sample(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the cases of tests marked ``sampled(n)`` that aren't among one in n, the same on every machine."""
+    cases = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("sampled"):
+            cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, n), found in cases.items():
+        mixed = sorted(found, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        yield from mixed[-(-len(mixed) // n) :]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.search(item.nodeid) is None)
-    left_out = [] if config.getoption("full") else [item for item in items if item.get_closest_marker("full")]
+    left_out: set[pytest.Item] = set()
+    if not config.getoption("full"):
+        left_out = {item for item in items if item.get_closest_marker("full")} | {*beyond_the_sample(items)}
     config.stash[FULL_ONLY] = len(left_out)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_collection_finish() -> None:

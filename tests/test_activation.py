@@ -516,6 +516,7 @@ def test_a_training_step_of_whole_networks_needs_less():
 # ---------------------------------------------------------------- compiled
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "hardtanh"])
 def test_inductor_fuses_and_keeps_one_bit(name):
     from torch._inductor.utils import run_and_get_code
@@ -568,6 +569,7 @@ def test_compiled_networks_keep_what_they_keep_with_torchs_activations():
     assert not any(dtype == torch.uint8 for dtype, _ in kept[1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("n", [1, 8, 13, 64])
 def test_inductors_masks_are_the_kernels(n):
     x, grad = torch.randn(n), torch.randn(n)

@@ -2,8 +2,8 @@
 
 Each cell is one test, so a failure names op, backend and capability. `make test` takes the quick matrix, `make
 test-full` the full one (Inductor throughout, AOTInductor). Triton cells that depend on no kernel take the quick form
-there as well, and `make test` takes one in sixteen of them. With CUSTOM_OPS_CELLS=FILE every cell of the quick matrix
-is appended to that file as a line of JSON, for `make docs`.
+there as well, and `make test` takes one in sixteen of them, and one in four of some others: see `one_in`. With
+CUSTOM_OPS_CELLS=FILE every cell of the quick matrix is appended to that file as a line of JSON, for `make docs`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,22 @@ from custom_ops.verify._case import CAPABILITIES, Capability
 from custom_ops.verify._run import run
 
 CELLS = os.environ.get("CUSTOM_OPS_CELLS")
-SMOKE = 16
+
+# Rows in which an op goes through machinery that all ops share: torch's compiler, other processes and threads, the
+# rules for batches and layouts. "compile dynamic" has each op's public function and its derivatives compiled.
+SHARED = {
+    "cpp": {
+        "compile",
+        "compiled composition",
+        "compile(grad)",
+        "compile(vmap(grad))",
+        "compile(jvp)",
+        "opcheck",
+        "sharding",
+        "threads",
+    },
+    "triton": {"fake kernel", "vmap", "vmap(grad)", "gradient layouts", "input layouts", "inputs unmutated"},
+}
 
 
 @functools.lru_cache(maxsize=2)  # the tests of one op and backend run in a row
@@ -41,19 +56,24 @@ def on_any_kernel(backend: str, row: Capability) -> bool:
     return backend == "triton" and (row.of_dispatch or row.name == "deterministic")
 
 
+def one_in(backend: str, row: Capability) -> int:
+    """Return for how many ops `make test` runs one such cell; consecutive ops reach every row."""
+    return 16 if on_any_kernel(backend, row) else 4 if row.name in SHARED[backend] else 1
+
+
 def cells() -> Iterator[Any]:
     """Yield all cells, and of the variants those that their op's cells leave out.
 
-    These, and most Triton cells that depend on no kernel, are left to `make test-full`.
+    These, and the cells that `one_in` leaves out, are left to `make test-full`.
     """
-    places = {op: place for place, op in enumerate(REGISTRY)}  # consecutive ones reach every row
+    places = {op: place for place, op in enumerate(REGISTRY)}
     for op in FUNCTIONS:
         for backend in ("cpp", "triton"):
             for number, row in enumerate(CAPABILITIES.values()):
                 if (backend == "triton" and row.full_only) or (op not in REGISTRY and (row.of_variants or CELLS)):
                     continue
-                repeated = on_any_kernel(backend, row) and (places.get(op, 0) + number) % SMOKE and not CELLS
-                marks = [pytest.mark.full] if row.full_only or repeated or op not in REGISTRY else []
+                left_out = (places.get(op, 0) + number) % one_in(backend, row) and not CELLS
+                marks = [pytest.mark.full] if row.full_only or left_out or op not in REGISTRY else []
                 yield pytest.param(op, backend, row.name, marks=marks)
 
 
@@ -69,7 +89,8 @@ def test_cell(op: str, backend: str, capability: str, full: bool) -> None:
 
 
 def test_every_row_is_reached_on_both_backends() -> None:
-    """Every quick row is reached on both backends even without `--full`."""
+    """Every quick row is reached on both backends even without `--full`, and the shared rows are rows."""
+    assert {name for names in SHARED.values() for name in names} <= CAPABILITIES.keys()
     reached = {(backend, row) for _, backend, row in (cell.values for cell in cells() if not cell.marks)}
     quick = [row.name for row in CAPABILITIES.values() if not row.full_only]
     assert reached == {(backend, row) for backend in ("cpp", "triton") for row in quick}

@@ -39,6 +39,7 @@ def run(*command: str, stdout: IO[str] | int = subprocess.DEVNULL, **env: str) -
     return done.returncode, done.stderr
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("arguments", [["verify", "--list"], ["benchmarks", "--help"], ["--help"]])
 def test_a_closed_pipe(arguments: Sequence[str]) -> None:
     """A pipe whose reader has gone, as in `... | head -1`, ends the command quietly."""
@@ -48,6 +49,7 @@ def test_a_closed_pipe(arguments: Sequence[str]) -> None:
         assert run(*arguments, stdout=pipe) == (141, "")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("arguments", [["--list"], ["--op", "relu", "--only", "value", "--json"]])
 def test_a_full_disk(arguments: Sequence[str]) -> None:
@@ -55,6 +57,7 @@ def test_a_full_disk(arguments: Sequence[str]) -> None:
         assert run("verify", *arguments, stdout=disk) == (1, "verify: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "arguments", [["verify", "--op", "lambda_loss"], ["benchmarks", "--op", "relu"], ["demo"]], ids=lambda a: a[0]
 )
@@ -100,6 +103,7 @@ def test_a_wrong_option(arguments: Sequence[str], status: int, said: str, capsys
     assert re.search(said, capsys.readouterr().err)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("arguments", "module"),
     [

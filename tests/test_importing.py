@@ -146,6 +146,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
     assert [run(program, tmp_path).split() for _ in range(2)] == [["0", "2"], ["2", "0"]]
 
 
+@pytest.mark.full
 def test_a_program_that_another_process_exported_is_packaged_with_the_composition(tmp_path):
     """`torch.export` keeps the op, and AOTInductor gets its composition though no op has run in this process."""
     run(

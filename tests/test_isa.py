@@ -107,6 +107,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(same.all())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(len(ALL) == 1, reason="this processor has one instruction set only")
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_each_instruction_set_gives_the_same_bits(op: str) -> None:

@@ -24,6 +24,7 @@ def triton():
         yield
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_no_call_waits_for_the_device(op):
     """No call waits for the device or copies from the host, so that each can be captured in a CUDA graph."""
@@ -57,6 +58,7 @@ def test_list_losses_are_few_kernels(op):
             assert len(forward.launches) <= 3 and len(forward.calls) <= 15, forward.calls
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_new_sizes_compile_nothing(op):
     """Each kernel has at most three variants: for size 1, for multiples of 16 and for all other sizes."""

@@ -286,6 +286,7 @@ def test_build_of_code_that_does_not_compile(sdist: Path, tmp_path: Path) -> Non
 # ---------------------------------------------------------------- CONTRIBUTING.md's example
 
 
+@pytest.mark.full
 def test_the_example_of_contributing_is_an_op(wheel: Path, sdist: Path) -> None:
     """The example is added to the sources of `wheel`, built and verified. This test is last, as it leaves them
     changed.

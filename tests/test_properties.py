@@ -21,6 +21,7 @@ from custom_ops.verify import VALUES, check, random_sample, script
 from custom_ops.verify._fuzz import LABELS
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", FUZZED)
 def test_equals_the_reference_on_random_calls(op, full):
     property_of(FUZZED[op], 500 if full else 50, derandomize=True)()

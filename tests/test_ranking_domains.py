@@ -294,6 +294,7 @@ def test_wrong_cu_lengths_raise_one_type_of_error(name, bounds):
 # ---------------------------------------------------------------- jagged metrics
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", METRICS)
 def test_jagged_metrics_take_the_memory_of_their_items(name):
     """One long list among many short ones, which would be 5 million items if padded, takes the memory of its items."""

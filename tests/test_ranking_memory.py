@@ -52,6 +52,7 @@ def peak(name, *shape):
     return peak_bytes(run, CPU)
 
 
+@pytest.mark.sampled(2)
 @each_of_all
 def test_four_lists_of_4096_take_a_mebibyte_at_most(name):
     """One n x n matrix of one list would take 64 MiB. The extra KiB is for the few numbers that each list has."""
@@ -84,6 +85,7 @@ def test_metrics_take_memory_in_proportion_to_n(metric):
     assert large <= 2.1 * small
 
 
+@pytest.mark.sampled(4)
 @each_of_all
 def test_the_triton_launchers_allocate_in_proportion_to_n(name):
     with backend("triton"):
@@ -91,6 +93,7 @@ def test_the_triton_launchers_allocate_in_proportion_to_n(name):
     assert large <= 2.05 * small  # one byte for each pair would make it at least 2.07
 
 
+@pytest.mark.sampled(2)
 @each_loss
 def test_a_list_of_100_000_documents_trains(name):
     scores, labels = lists(100_000)

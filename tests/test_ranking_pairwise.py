@@ -148,6 +148,7 @@ def test_vmap_over_cu_lengths_says_why_not():
 INFINITE = list(itertools.product((-math.inf, 0.5, math.inf), repeat=4))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy warns while it interprets a kernel
 @pytest.mark.parametrize("kernels", ["cpp", "triton"])
 @pytest.mark.parametrize("name", [*(name for name in LOSSES if name != "mse"), "lambda"])

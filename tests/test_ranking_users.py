@@ -238,6 +238,7 @@ def fill_in(name, value):
     return [0.3, value, 1.1, 0.4], labels
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("mse", "list_net")])
 def test_a_fill_is_as_good_as_another(name, dtype):
@@ -288,6 +289,7 @@ def _labels(choose, n):
     return tensor([scale * kind() for _ in range(n)], dtype=torch.float32)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", LOSSES)
 def test_outliers_of_any_size_beside_ordinary_scores(name):
     """Value, gradient and second derivative equal those of loops over numbers of 150 digits."""

@@ -335,6 +335,7 @@ def test_second_derivatives_of_16_bits_are_rounded_once(shape):
     torch.testing.assert_close(second(torch.float16), second(torch.float64), rtol=2**-10, atol=2**-24)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_inductors_slopes_are_the_kernels(dtype):
     def slopes(grad, x):

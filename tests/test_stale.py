@@ -208,6 +208,7 @@ def test_every_number_of_a_public_function_is_found():
     assert found >= {"leaky_relu", "relu_dropout", "soft_rank", "dpo_loss", "surrogate_gradient"}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "number"), numbers())
 def test_a_schedule_of_numbers_is_compiled_twice(name, number):
     """A number compiles the program once, and once more when it turns out to vary; that program is right for all."""
@@ -348,6 +349,7 @@ CALLS = {
 IN_TRANSFORMS = {"grad", "vmap of grad", "hessian", "tangent of grad"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", CALLS)
 def test_any_op_with_a_number_is_compiled_twice(how):
     if how in IN_TRANSFORMS and torch.__version__ < (2, 13):

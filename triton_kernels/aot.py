@@ -35,7 +35,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SAMPLE = 2  # the most variants of a kernel that a quick run compiles
 MAIN = "sm_90"  # every variant is compiled for this target, which `occupancy` describes
 
 
@@ -205,23 +204,17 @@ def compile_kernel(index: int, quick: bool) -> list[Report]:
     kernel = kernels()[index]
     dtypes = (kernel.dtypes[-(index % 2)],) if quick else kernel.dtypes
     chosen = [found for found in sources(kernel) if found[0] in dtypes]
-    if quick:
-        step = -(-len(chosen) // SAMPLE)
-        chosen = chosen[index % step :: step]
-    reports = [compile_one(kernel, MAIN, *source) for source in chosen]
     others = [target for target in TARGETS if target != MAIN]
     if quick:
-        largest = max(range(len(chosen)), key=lambda i: reports[i].resources.registers)
-        chosen, others = [chosen[largest]], [others[index % len(others)]]
-    return reports + [compile_one(kernel, target, *source) for target in others for source in chosen]
+        chosen, others = [chosen[index % len(chosen)]], [others[index % len(others)]]
+    return [compile_one(kernel, target, *source) for target in (MAIN, *others) for source in chosen]
 
 
 def compile_all(name: str = "", quick: bool = False) -> list[Report]:
     """Compile every kernel whose name contains ``name``, in as many processes as there are cores.
 
-    ``quick`` compiles at most ``SAMPLE`` evenly spread variants for one dtype, in turn the first and the last. For one
-    other target, in turn too, it compiles only that of them with the most registers on sm_90. Raises ``RuntimeError``
-    if Triton interprets instead of compiling.
+    ``quick`` compiles one variant for one dtype, in turn the first and the last, for sm_90 and for one other target, in
+    turn too. Raises ``RuntimeError`` if Triton interprets instead of compiling.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("custom_ops.triton_kernels.aot: unset TRITON_INTERPRET, under it nothing is compiled")
@@ -252,7 +245,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m custom_ops.triton_kernels.aot", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="only kernels with this in their name")
     parser.add_argument(
-        "--quick", action="store_true", help="some variants of one dtype, and one of them for another target"
+        "--quick", action="store_true", help="one variant of one dtype of each kernel, for sm_90 and another target"
     )
     options = parser.parse_args(argv)
     return show(compile_all(options.name, options.quick))

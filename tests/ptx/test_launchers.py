@@ -89,6 +89,7 @@ def zeros() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sampled(2)
 @EACH_DTYPE
 @EACH_OP
 def test_what_is_launched_is_what_is_compiled_ahead_of_time(op: str, dtype: torch.dtype) -> None:
@@ -162,6 +163,7 @@ def launched(guard: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.sampled(2)
 @EACH_DTYPE
 @EACH_OP
 def test_everything_is_on_the_device(op: str, dtype: torch.dtype, launched: list[str]) -> None:
