@@ -30,7 +30,6 @@ def _peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
 
 def _peak_on_cpu(run: Callable[[], Any]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler prints two lines to stderr otherwise
-    gc.collect()
     collecting = gc.isenabled()
     gc.disable()  # the collector would free unrelated tensors during the profile
     try:
