@@ -3,6 +3,7 @@ the rest.
 """
 
 import gc
+import itertools
 import os
 import re
 import zlib
@@ -29,6 +30,7 @@ TOGETHER = re.compile(r".*test_(?:packaging|typing|distributed|dtensor)\.py|.*::
 # Long tests start first, so no worker is left with one of them while the other is idle.
 LONG = re.compile(r"test_(?:packaging|typing|distributed|dtensor)\.py|test_every_kernel_compiles|real_data")
 FULL_ONLY = pytest.StashKey[int]()
+STARTED = itertools.count()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,11 +65,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-def pytest_collection_finish() -> None:
-    """Freeze the objects that exist before the first test, so Python's garbage collector needn't scan them
-    repeatedly.
+def pytest_runtest_setup() -> None:
+    """Freeze the objects that exist before a test, so that Python's garbage collector needn't scan them in it. Now and
+    then what the tests before have left is collected.
     """
-    gc.collect()
+    if next(STARTED) % 250 == 0:
+        gc.unfreeze()
+        gc.collect()
     gc.freeze()
 
 
