@@ -259,7 +259,8 @@ def check(info: OpInfo, sample: Sample) -> None:
             except AssertionError:
                 if inputs[j].dim() > 0:
                     raise
-                _compare(a, e, max(float(sizes[i]), _variation(reference, wide.tensors, j)), what, inputs[j], allowed[j])
+                size = max(of_factors, _variation(reference, wide.tensors, j))
+                _compare(a, e, size, what, inputs[j], allowed[j])
 
 
 def _variation(reference: Call, tensors: Sequence[Tensor], index: int) -> float:
