@@ -33,6 +33,13 @@ def has_dtype(name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> Non
         raise TypeError(f"{name}: expected one of {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
+def is_integer(name: str, tensor: Tensor) -> None:
+    """Check that a tensor has integers, of any dtype whose numbers an int64 holds."""
+    is_tensor(name, tensor)
+    if tensor.dtype not in (*INTEGER, torch.uint16, torch.uint32):
+        raise TypeError(f"{name}: expected integers, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
 def has_dims(name: str, tensor: Tensor, layout: str) -> None:
     """Check the number of dimensions; ``layout`` names them, as in "[N, C]"."""
     if tensor.dim() != layout.count(",") + 1:

@@ -1,5 +1,5 @@
 """The options and indices of a random call in other forms in which people have them: numpy scalars and arrays, tensors
-of one number, lists, and the other integer dtype.
+of one number, lists, and other integer dtypes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from custom_ops.verify._fuzz import Choose
 
 LISTED = ("lengths", "cu_lengths", "index")  # these integers may come in anything that holds them
+OF_ANY_SIZE = (*LISTED, "target", "query_group", "key_group")  # and these in any dtype that holds them
+SHORT = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32)
 
 
 class InOtherForms:
@@ -62,6 +64,8 @@ def forms_of(name: str, value: Any) -> list[Any]:
         other = value.to(torch.int32 if value.dtype == torch.int64 else torch.int64)
         fits = value.numel() == 0 or bool((value.abs() < 2**31).all())
         forms = [value, *[other] * fits]
+        if name in OF_ANY_SIZE:
+            forms += [t for dtype in SHORT if torch.equal((t := value.to(dtype)).long(), value.long())]
         return [*forms, *(t.numpy() for t in forms), value.tolist()] if name in LISTED else forms
     if isinstance(value, bool):
         return [value, np.bool_(value), torch.tensor(value)]

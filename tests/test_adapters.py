@@ -59,6 +59,10 @@ def test_torchmetrics():
         assert by_rows.compute() == 0
     several = RankingMetric(custom_ops.precision, k=(1, 3))
     torch.testing.assert_close(several(scores, labels), custom_ops.precision(scores, labels, k=(1, 3)))
+    with pytest.raises(TypeError, match="weights"):  # the mean over batches would need them, too
+        several.update(scores, labels, weights=torch.ones(6))
+    with pytest.raises(ValueError, match="indexes: expected no lengths beside it"):
+        several.update(scores[0], labels[0], indexes=queries[:8], lengths=torch.tensor(3))
     several.update(scores[0], labels[0], indexes=queries[:8])
     with pytest.raises(ValueError, match="indexes: expected in all updates or in none"):
         several.compute()

@@ -160,3 +160,20 @@ def test_a_script_makes_the_same_call(op, monkeypatch):
             else:
                 assert after == before
         check(FUNCTIONS[op], again)
+
+
+def test_a_gradient_of_the_temperature_that_cancels_is_0_up_to_the_rounding_of_its_terms():
+    """With equal keys it is 0; its terms are some thousands."""
+    query = torch.tensor([[1.3638172, 0.2610123], [2.2184114, 0.4486923], [-1.6355003, -0.1954338]]).requires_grad_()
+    key = torch.tensor([-0.8226508]).expand(5, 2).detach().requires_grad_()
+    temperature, target = torch.tensor(0.0135736).requires_grad_(), torch.tensor([4, 0, 2])
+    groups = {"query_group": torch.tensor([0, 1, 0]), "key_group": torch.tensor([1, 3, 0, 3, 0])}
+    info, options = FUNCTIONS["info_nce_loss"], {"temperature": temperature, "symmetric": False, **groups}
+    check(info, Sample((query, key, target), options))
+
+    def wrong(*args, temperature, **kwargs):
+        detached = temperature.detach()
+        return info.function(*args, temperature=detached, **kwargs) + 0.1 * (temperature / detached - 1)
+
+    with pytest.raises(AssertionError, match="gradient 2 of info_nce_loss"):
+        check(replace(info, function=wrong), Sample((query, key, target), options))

@@ -330,6 +330,21 @@ def test_an_int32_target_is_not_equal_to_an_ignore_index_of_more_bits():
 
 
 @pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32])
+def test_targets_and_groups_may_be_integers_of_any_size(dtype):
+    x, keys = torch.randn(4, 3), torch.randn(5, 3)
+    target, groups = torch.tensor([4, 0, 2, 4]), torch.tensor([1, 1, 0, 2])
+    of_keys = torch.tensor([1, 0, 0, 2, 1])
+    calls = [
+        lambda t, q, k: custom_ops.linear_cross_entropy(x, keys, t, ignore_index=2),
+        lambda t, q, k: custom_ops.linear_log_prob(x, keys, t).log_prob,
+        lambda t, q, k: custom_ops.info_nce_loss(x, keys, t, temperature=1.0, query_group=q, key_group=k),
+        lambda t, q, k: custom_ops.sigmoid_contrastive_loss(x, keys, t, temperature=1.0, query_group=q, key_group=k),
+    ]
+    for call in calls:
+        assert torch.equal(call(*(t.to(dtype) for t in (target, groups, of_keys))), call(target, groups, of_keys))
+
+
 def test_a_mean_over_weights_of_0_is_nan_and_ignored_rows_have_no_part_in_it():
     x, weight, target = drawn(4, 5, 3)
     own, right = (

@@ -280,7 +280,7 @@ def test_lengths_out_of_range(name):
                 compiled(torch.as_tensor(lengths))
     same(function(*args, lengths=[4, 2]), function(*args, lengths=T([4, 2])))
     same(function(*args, lengths=np.array([4, 2])), function(*args, lengths=T([4, 2])))
-    with pytest.raises(TypeError, match="lengths: expected one of int32, int64, got float32"):
+    with pytest.raises(TypeError, match="lengths: expected integers, got float32"):
         function(*args, lengths=[1.0, 2.0])
 
 
@@ -289,6 +289,27 @@ def test_lengths_out_of_range(name):
 def test_wrong_cu_lengths_raise_one_type_of_error(name, bounds):
     with pytest.raises(RuntimeError, match="cu_lengths: expected non-decreasing values from 0 to 4"):
         getattr(co, name)(SCORES, LABELS, cu_lengths=bounds)
+
+
+@pytest.mark.parametrize("name", ["softmax_loss", "ndcg", "soft_rank"])
+def test_lengths_may_be_integers_of_any_size(name):
+    function = getattr(co, name)
+    args = (SCORES.repeat(2, 1),) if name == "soft_rank" else (SCORES.repeat(2, 1), LABELS.repeat(2, 1))
+    lengths, bounds = T([4, 2]), T([0, 1, 4])
+    expected = function(*args, lengths=lengths), function(*args, cu_lengths=bounds)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.int32):
+        for form in (lambda t: t, lambda t: t.numpy()):
+            same(function(*args, lengths=form(lengths.to(dtype))), expected[0])
+            same(function(*args, cu_lengths=form(bounds.to(dtype))), expected[1])
+
+
+@pytest.mark.parametrize("name", ["lambda_loss", "softmax_loss", "spearman_loss"])
+def test_weights_of_any_size_give_their_mean(name):
+    """In float32 the product of a loss and the smallest weight is 0 or another multiple of that weight."""
+    scores, labels = torch.stack([SCORES, SCORES.flip(0)]), torch.stack([LABELS, LABELS + 1])
+    expected = loss_and_gradient(name, scores, labels)
+    for weight in (1e-45, 1e-38, 1e38, 3e38):
+        same(loss_and_gradient(name, scores, labels, weights=T([weight, weight])), expected)
 
 
 # ---------------------------------------------------------------- jagged metrics

@@ -285,7 +285,7 @@ def test_gains_and_discounts_of_ones_own():
 def test_wrong_query_numbers_and_cutoffs():
     x = torch.ones(3)
     for options, message in {
-        "index: expected one of int32, int64, got float32": {"index": x},
+        "index: expected integers, got float32": {"index": x},
         r"index: expected shape \[3\], got \[2\]": {"index": torch.tensor([0, 1])},
         "index: expected neither lengths nor cu_lengths": {"index": torch.arange(3), "lengths": torch.tensor(3)},
         r"weights: expected shape \[2\], got \[3\]": {"index": torch.tensor([7, 2, 7]), "weights": x},
@@ -316,6 +316,28 @@ def test_no_item_at_all(each_backend, shape):
     x = torch.zeros(shape)
     for options in ({}, {"mask": x > 0}):
         assert custom_ops.ndcg(x, x, reduction="none", **options).tolist() == [0] * shape[0]
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_scores_and_query_numbers_of_any_integers(dtype):
+    scores, labels = torch.tensor([1, 0, 1, 0, 1, 1]), torch.tensor([0, 2, 1, 1, 0, 1])
+    expected = custom_ops.ndcg(scores.float(), labels)
+    torch.testing.assert_close(custom_ops.ndcg(scores.to(dtype), labels), expected)
+    queries = torch.tensor([7, 3, 7, 3, 3, 7])
+    expected = custom_ops.ndcg(scores, labels, index=queries, reduction="none")
+    for given in (queries.to(dtype), queries.to(dtype).numpy()):
+        assert torch.equal(custom_ops.ndcg(scores.to(dtype), labels, index=given, reduction="none"), expected)
+
+
+def test_unsigned_numbers_keep_their_order():
+    large = torch.tensor([2**64 - 1, 0, 2**63, 2**63 - 1], dtype=torch.uint64)
+    labels, order = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 0, 2, 1])
+    assert torch.equal(custom_ops.ndcg(large, labels), custom_ops.ndcg(order, labels))
+    each = custom_ops.ndcg(torch.ones(4), labels, index=large, reduction="none")
+    assert torch.equal(each, custom_ops.ndcg(torch.ones(4), labels, index=order, reduction="none"))
 
 
 def test_arrays_that_run_backwards():

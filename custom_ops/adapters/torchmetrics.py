@@ -56,11 +56,21 @@ class RankingMetric(Metric):
         for name in ("preds", "target", "indexes"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, preds: Tensor, target: Tensor, indexes: Tensor | None = None, **where: Any) -> None:
-        """Add lists; ``where`` may be ``mask``, ``lengths`` or ``cu_lengths``, without ``indexes``."""
+    def update(
+        self,
+        preds: Tensor,
+        target: Tensor,
+        indexes: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_lengths: Tensor | None = None,
+    ) -> None:
+        """Add lists, padded or jagged; with ``indexes`` these are neither."""
+        where = {"mask": mask, "lengths": lengths, "cu_lengths": cu_lengths}
         if indexes is not None:
-            if where:
-                raise ValueError(f"indexes: expected no {', '.join(where)} beside it")
+            if given := [name for name, value in where.items() if value is not None]:
+                raise ValueError(f"indexes: expected no {', '.join(given)} beside it")
             for state, x in ((self.preds, preds), (self.target, target), (self.indexes, indexes)):
                 state.append(x.detach().flatten())
             return

@@ -16,7 +16,7 @@ from custom_ops import _checks, shards
 from custom_ops._enums import LabelUse, Reduction
 from custom_ops._wide import to_dtype, under_autocast
 from custom_ops.library._torch import OpOverload, transforms_are_active
-from custom_ops.ranking._inputs import in_dtype, list_valid
+from custom_ops.ranking._inputs import in_dtype, in_order, list_valid
 from custom_ops.ranking._list_loss import WEIGHTED, no_gradient
 from custom_ops.ranking._lists import list_total
 
@@ -255,8 +255,11 @@ def valid_items(
     return begun if mask is None else mask & begun, offsets
 
 
-def integers(name: str, value: Any, x: Tensor) -> Tensor:
-    """Return an int64 tensor from integers in a tensor, a list, a NumPy array or the like."""
+def integers(name: str, value: Any, x: Tensor, unsigned: bool = False) -> Tensor:
+    """Return an int64 tensor from integers in a tensor, a list, a NumPy array or the like.
+
+    ``unsigned`` allows uint64, too, of which only the order stays.
+    """
     if not isinstance(value, Tensor):
         if any(step < 0 for step in getattr(value, "strides", ())):  # torch takes no array that runs backwards
             value = value.copy()
@@ -265,7 +268,9 @@ def integers(name: str, value: Any, x: Tensor) -> Tensor:
         except (RuntimeError, TypeError, ValueError):
             raise TypeError(f"{name}: expected a tensor or a list of integers, got {type(value).__name__}") from None
         value = value if value.numel() else value.to(torch.int64)
-    _checks.has_dtype(name, value, _checks.INDEX)
+    if unsigned and value.dtype == torch.uint64:
+        return in_order(value)
+    _checks.is_integer(name, value)
     return value.to(torch.int64)
 
 
@@ -285,8 +290,10 @@ def reduce(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str)
 
 
 def reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    dtype = loss.dtype
     if weights is not None:
-        weights = weights.to(loss.dtype)
+        # In float32 the product with a tiny weight is 0, and that with a large one is infinite.
+        weights = weights.to(dtype if reduction == "none" else torch.float64)
         loss = torch.where((weights == 0) & ~loss.isfinite(), 0, loss) * weights
     if reduction == "none":
         return loss
@@ -297,7 +304,7 @@ def reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduct
         if shards.is_sharded(count):
             count = shards.summed_up(count)
         total = total / torch.where(count == 0, 1, count)
-    return total.to(loss.dtype)
+    return total.to(dtype)
 
 
 class ListLossModule(torch.nn.Module):

@@ -575,7 +575,7 @@ def linear_log_prob(
     Args:
         x: ``[..., D]``, the rows; float16, bfloat16, float32 or float64.
         weight: ``[V, D]``, the words. If x or weight is float64, both are taken as float64.
-        target: int32 or int64 ``[...]``, from 0 to V - 1, or ``ignore_index``.
+        target: integers ``[...]``, from 0 to V - 1, or ``ignore_index``.
         bias: ``[V]``, added to the logits of each row; minus infinity leaves a word out.
         scale: a number, or a tensor of one number, which may need a gradient.
         ignore_index: the target of the rows that don't count.
@@ -725,7 +725,7 @@ def checked_arguments(
     (x_name, x), (weight_name, weight), (bias_name, bias) = x_named, weight_named, bias_named
     _checks.has_dtype(x_name, x, _checks.FLOATING)
     _checks.has_dtype(weight_name, weight, _checks.FLOATING)
-    _checks.has_dtype("target", target, _checks.INDEX)
+    _checks.is_integer("target", target)
     if x.dim() == 0:
         raise ValueError(f"{x_name}: expected [..., D], got a single number")
     _checks.has_dims(weight_name, weight, "[V, D]")
@@ -810,7 +810,7 @@ def linear_cross_entropy(
     Args:
         input: ``[..., D]``, the rows; float16, bfloat16, float32 or float64.
         linear_weight: ``[V, D]``.
-        target: int32 or int64 ``[...]``, from 0 to V - 1, or ``ignore_index``.
+        target: integers ``[...]``, from 0 to V - 1, or ``ignore_index``.
         linear_bias: ``[V]``, added to the logits.
         weight: ``[V]``, a factor for each word's loss, without gradient.
         reduction: "mean", "sum" or "none".

@@ -54,13 +54,13 @@ def info_nce_loss(
     Args:
         query: ``[N, D]``; float16, bfloat16, float32 or float64.
         key: ``[M, D]``: the keys of the queries, and others.
-        target: int32 or int64 ``[N]``, the place of each query's key; by default query i has the key i.
+        target: integers ``[N]``, the place of each query's key; by default query i has the key i.
         temperature: a positive number, or a tensor of one number, which may need a gradient; where a tensor isn't
             positive, the loss is NaN.
         symmetric: ask for the query of each key, too.
         mask: bool ``[N, M]``, False for the keys that aren't compared with a query, such as false negatives. A query
             is always compared with its own key.
-        query_group, key_group: int32 or int64 ``[N]`` and ``[M]``. A query isn't compared with other keys of its group,
+        query_group, key_group: integers ``[N]`` and ``[M]``. A query isn't compared with other keys of its group,
             which takes no memory of N x M. The keys of N queries have the groups of the queries by default.
         reduction: "mean", "sum" or "none".
 
@@ -296,7 +296,7 @@ def sigmoid_contrastive_loss(
     Args:
         query: ``[N, D]``; float16, bfloat16, float32 or float64.
         key: ``[M, D]``: the keys of the queries, and others.
-        target: int32 or int64 ``[N]``, the place of each query's key; by default query i has the key i.
+        target: integers ``[N]``, the place of each query's key; by default query i has the key i.
         temperature: a positive number, or a tensor of one number, which may need a gradient; where a tensor isn't
             positive, the loss is NaN.
         bias: a number, or a tensor of one number, which may need a gradient.
@@ -304,7 +304,7 @@ def sigmoid_contrastive_loss(
             ``target``.
         mask: bool ``[N, M]``, False for the keys that aren't compared with a query, such as false negatives. A query
             is always compared with its own keys.
-        query_group, key_group: int32 or int64 ``[N]`` and ``[M]``. A query isn't compared with other keys of its group,
+        query_group, key_group: integers ``[N]`` and ``[M]``. A query isn't compared with other keys of its group,
             which takes no memory of N x M. The keys of N queries have the groups of the queries by default.
         reduction: "mean" over the queries, "sum" or "none".
 
@@ -388,7 +388,7 @@ def _left_out(
         given["mask"] = mask
     for name, group, rows in (("query_group", query_group, query), ("key_group", key_group, key)):
         if group is not None:
-            _checks.has_dtype(name, group, _checks.INDEX)
+            _checks.is_integer(name, group)
             if group.shape != rows.shape[:1]:
                 raise ValueError(f"{name}: expected shape {list(rows.shape[:1])}, got {list(group.shape)}")
             given[name] = group

@@ -26,7 +26,7 @@ from custom_ops.ranking._lists import batch, per_list, shard
 
 _TIES = TiedScores.options()
 _ALL = 2**63 - 1  # the cutoff that lets all places count
-_REAL = (*_checks.FLOATING, torch.uint8, torch.int8, torch.int16, *_checks.INDEX)
+_REAL = (*_checks.FLOATING, *_checks.INTEGER, torch.uint16, torch.uint32, torch.uint64)
 
 Cutoff = int | Sequence[int | None] | None
 
@@ -160,7 +160,7 @@ def _by_query(
     if lengths is not None or cu_lengths is not None:
         raise ValueError("index: expected neither lengths nor cu_lengths beside it")
     _checks.has_dtype("scores", scores, _REAL)
-    index = integers("index", index, scores)
+    index = integers("index", index, scores, unsigned=True)
     if scores.dim() != 1:
         raise ValueError(f"index: expected scores [n] beside it, got shape {list(scores.shape)}")
     given = {"index": index, "labels": labels} | ({} if mask is None else {"mask": mask})

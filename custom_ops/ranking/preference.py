@@ -441,7 +441,8 @@ def dpo_loss(
     expanded = dict(zip(given, _checks.broadcast(**given)))  # type: ignore[arg-type]
     dtype = expanded["chosen_logps"].dtype
     factor = expanded.pop("beta", None)
-    each = [wide(t) if factor is None else wide(t) * wide(factor) for t in expanded.values()]
+    # The products with a beta of each pair are exact in float64, and so are their differences.
+    each = [wide(t) if factor is None else t.double() * factor.double() for t in expanded.values()]
     chosen, rejected, *references = each
     zero = torch.zeros_like(chosen)
     of_chosen, of_rejected = references or (None, None)
@@ -455,7 +456,7 @@ def dpo_loss(
         for weight, term in terms
     ]
     total = sum(losses[1:], losses[0])
-    return total if under_autocast(chosen_logps) else total.to(dtype)
+    return total.to(torch.promote_types(dtype, torch.float32) if under_autocast(chosen_logps) else dtype)
 
 
 def _dpo_terms(

@@ -127,7 +127,7 @@ def list_bad_calls() -> list[BadCall]:
         BadCall((x, y.to("meta")), "labels: expected on cpu as scores, got meta"),
         BadCall((x, y), "mask: expected one of bool, got float32", {"mask": y}),
         BadCall((x, y), r"mask: expected shape \[2, 3\], got \[3\]", {"mask": y[0] > 0}),
-        BadCall((x, y), "lengths: expected one of int32, int64, got float32", {"lengths": y[:, 0]}),
+        BadCall((x, y), "lengths: expected integers, got float32", {"lengths": y[:, 0]}),
         BadCall((x, y), r"lengths: expected shape \[2\], got \[1\]", {"lengths": two[:1]}),
         BadCall((x, y), "lengths, cu_lengths: expected at most one", {"lengths": two, "cu_lengths": two}),
         BadCall((x, y), r"cu_lengths: expected \[L \+ 1\]", {"cu_lengths": two[None]}),

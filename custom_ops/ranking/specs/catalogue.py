@@ -153,7 +153,7 @@ register(
             BadCall((_x, _weight[0], _target), r"weight: expected \[V, D\]"),
             BadCall((_x, _weight[:, :2], _target), r"weight: expected \[V, 3\] as x, got \[4, 2\]"),
             BadCall((_x, _weight.to("meta"), _target), "weight: expected on cpu as x, got meta"),
-            BadCall((_x, _weight, _target.float()), "target: expected one of int32, int64, got float32"),
+            BadCall((_x, _weight, _target.float()), "target: expected integers, got float32"),
             BadCall((_x, _weight, _target[:1]), r"target: expected shape \[2\], got \[1\]"),
             BadCall((_x, _weight, _target + 1), "target: expected 0 to 3 or ignore_index -100"),
             BadCall((_x, _weight, _target - 1), "target: expected 0 to 3 or ignore_index -100"),
