@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from custom_ops import library
 from custom_ops.registry import OpInfo
-from custom_ops.verify import BadCall, Sample, capabilities, verify
+from custom_ops.verify import BadCall, Sample, _sharding, capabilities, verify
 from custom_ops.verify._case import CAPABILITIES
 from custom_ops.verify._run import _converter
 
@@ -511,6 +512,16 @@ def refuses_in_one_process() -> None:
         raise NotImplementedError("only the first process can")
 
 
+def fails_in_one_process() -> None:
+    if torch.distributed.get_rank():
+        raise ValueError("only the first process can")
+
+
+def killed_in_one_process() -> None:
+    if torch.distributed.get_rank():
+        os._exit(1)
+
+
 def oversized_save() -> Any:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = (t[: len(grad)] for t in ctx.saved_tensors)
@@ -742,6 +753,19 @@ def test_fault_is_caught(name: str) -> None:
 def test_a_right_sharding_rule_passes() -> None:
     report = verify(in_a_group(lambda: None), samples(), quick=True, only=["sharding"])
     assert (report["sharding"].status, report["sharding"].detail) == ("pass", "8 ways to shard, 0 refused")
+
+
+@pytest.mark.parametrize(
+    ("effect", "why"),
+    [(fails_in_one_process, "ValueError: only the first process can"), (killed_in_one_process, "was killed")],
+)
+def test_a_process_that_fails_alone_is_named_and_its_peer_does_not_wait(
+    effect: Callable[[], None], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sharding, "PATIENCE", timedelta(days=1))
+    report = verify(in_a_group(effect), samples(), quick=True, only=["sharding"])
+    assert report["sharding"].status == "fail"
+    assert why in report["sharding"].detail
 
 
 def test_no_vmap_rule_names_what_to_do() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -100,37 +100,38 @@ def _results(call: Call, tensors: Any) -> list[Any]:
 
 
 def _together(work: Callable[[Any], Any]) -> list[Any]:
-    """Call ``work`` with a mesh in ``WORLD`` processes of one group, and return each result, or an error's text.
+    """Call ``work`` with a mesh in ``WORLD`` processes of one group, and return results or errors' texts as they came.
 
-    The processes are forked, as an op that was defined in a notebook can't be sent to them.
+    The processes are forked, as an op that was defined in a notebook can't be sent to them. One that fails ends at
+    once, which closes its connections, so that its peer fails next rather than wait for it.
     """
+    fork = multiprocessing.get_context("fork")
+    processes, found = [], []
     with tempfile.TemporaryDirectory() as folder:
-        given = (f"file://{folder}/store", work)
-        with ProcessPoolExecutor(WORLD, multiprocessing.get_context("fork"), _keep, given) as processes:
+        for rank in range(WORLD):
+            receiving, sending = fork.Pipe(duplex=False)
+            process = fork.Process(target=_one_of_them, args=(sending, f"file://{folder}/store", work, rank))
+            process.start()
+            sending.close()  # the process has the only other end, and closes it when it is killed
+            processes.append((process, receiving))
+        for process, receiving in processes:
             try:
-                return list(processes.map(_one_of_them, range(WORLD)))
-            except BrokenProcessPool:
-                return ["one of the processes was killed, as by a fault of memory"]
+                found.append(receiving.recv())
+            except EOFError:
+                found.append((0.0, "one of the processes was killed, as by a fault of memory"))
+            process.join()
+    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 
-_given: tuple[str, Callable[[Any], Any]]
-
-
-def _keep(*given: Any) -> None:
-    global _given
-    _given = given
-
-
-def _one_of_them(rank: int) -> Any:
+def _one_of_them(sending: Connection, store: str, work: Callable[[Any], Any], rank: int) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)  # OpenMP's other threads don't survive a fork
-    store, work = _given
-    dist.init_process_group("gloo", store, PATIENCE, WORLD, rank)
     try:
-        return work(init_device_mesh("cpu", (WORLD,)))
-    except Exception as error:
-        return explain(error)
-    finally:
+        dist.init_process_group("gloo", store, PATIENCE, WORLD, rank)
+        result = work(init_device_mesh("cpu", (WORLD,)))
         dist.destroy_process_group()
+    except Exception as error:
+        result = explain(error)
+    sending.send((time.monotonic(), result))
