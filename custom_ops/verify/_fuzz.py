@@ -142,7 +142,7 @@ def _of_lists(info: OpInfo, call: Call, dtype: torch.dtype, choose: Choose) -> C
         if name in accepted and choose((False, True)):
             kwargs[name] = numbers(of) > 0 if name == "mask" else numbers(of)
     if "weights" in kwargs and choose((False, False, True)):
-        kwargs["weights"] = numbers(lists, (0, 1e-41, 1e-43))  # of no use beside a loss in float32
+        kwargs["weights"] = numbers(lists, (0, 1e-41, 1e-43))  # float32 has few numbers of this size
     args = [torch.zeros(shape, dtype=dtype, requires_grad=True)]
     args += [torch.randint(0, 4, shape, generator=generator).to(dtype)] * ("labels" in accepted)
     return replace(call, sample=Sample((*args, *call.sample.args[len(args) :]), kwargs))
