@@ -118,8 +118,8 @@ def _of_lists(info: OpInfo, call: Call, dtype: torch.dtype, choose: Choose) -> C
     """Return a call of an op of lists with lists of any lengths in any form, and with options of any of its samples."""
     generator = torch.Generator().manual_seed(choose(range(1 << 16)))
 
-    def numbers(shape: torch.Size | tuple[int, ...], choices: Sequence[float] = (0, 0.25, 1, 3)) -> Tensor:
-        return _pick(choices)(torch.Size(shape), dtype, generator).to(dtype)
+    def numbers(*shape: int) -> Tensor:
+        return _pick((0, 0.25, 1, 3))(torch.Size(shape), dtype, generator).to(dtype)
 
     options: dict[str, list[Any]] = {}
     for sample in info.samples(torch.device("cpu"), dtype):
@@ -140,9 +140,7 @@ def _of_lists(info: OpInfo, call: Call, dtype: torch.dtype, choose: Choose) -> C
         kwargs["lengths"] = torch.randint(0, shape[-1] + 1, lists, generator=generator)
     for name, of in (("mask", shape), ("weights", lists), ("item_weights", shape)):
         if name in accepted and choose((False, True)):
-            kwargs[name] = numbers(of) > 0 if name == "mask" else numbers(of)
-    if "weights" in kwargs and choose((False, False, True)):
-        kwargs["weights"] = numbers(lists, (0, 1e-41, 1e-43))  # float32 has few numbers of this size
+            kwargs[name] = numbers(*of) > 0 if name == "mask" else numbers(*of)
     args = [torch.zeros(shape, dtype=dtype, requires_grad=True)]
     args += [torch.randint(0, 4, shape, generator=generator).to(dtype)] * ("labels" in accepted)
     return replace(call, sample=Sample((*args, *call.sample.args[len(args) :]), kwargs))
