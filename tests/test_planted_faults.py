@@ -750,9 +750,12 @@ def test_fault_is_caught(name: str) -> None:
     assert not missed
 
 
-def test_a_right_sharding_rule_passes() -> None:
-    report = verify(in_a_group(lambda: None), samples(), quick=True, only=["sharding"])
+def test_a_right_sharding_rule_passes_and_what_its_processes_print_is_no_output(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    report = verify(in_a_group(lambda: os.write(1, b"printed")), samples(), quick=True, only=["sharding"])
     assert (report["sharding"].status, report["sharding"].detail) == ("pass", "8 ways to shard, 0 refused")
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

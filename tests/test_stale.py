@@ -166,7 +166,12 @@ def numbers() -> list[Any]:
 # Compiled, these aren't bit for bit what eager mode computes: they are compositions, or keep less for backward.
 ROUNDED = {"surrogate_gradient", "clip_gradient_norm", "linear_log_prob"}
 COMPUTED = "Dynamo 2.10 makes a number that Python computes with a constant"
-COMPUTED_WITH = {"info_nce_loss temperature", "lambda_loss log_base"}
+COMPUTED_WITH = {
+    "info_nce_loss temperature",
+    "sigmoid_contrastive_loss temperature",
+    "lambda_loss log_base",
+    "dpo_loss discopop_tau",
+}
 AT_LEAST = {"log_base": 1.0, "regularization_strength": 10.0}
 # The first samples don't depend on these numbers, or draw at random.
 GIVEN = {

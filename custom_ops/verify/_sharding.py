@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,7 @@ def _one_of_them(sending: Connection, store: str, work: Callable[[Any], Any], ra
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)  # OpenMP's other threads don't survive a fork
+    os.dup2(2, 1)  # gloo prints, and the standard output may be a report in JSON
     try:
         dist.init_process_group("gloo", store, PATIENCE, WORLD, rank)
         result = work(init_device_mesh("cpu", (WORLD,)))
