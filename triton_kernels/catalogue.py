@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def catalogue_rows_kernel(
     ignored,
     BLOCK: tl.constexpr,
 ):
-    """Store the results and the stats of a row of logits."""
+    """Store the results and the stats of a row of logits, which are 0 for an ignored row."""
     row = tl.program_id(0).to(tl.int64)
     counts, at = _place(target_ptr, words, first, ignored)
     if counts:
@@ -137,6 +138,13 @@ def catalogue_rows_kernel(
         tl.store(stats_ptr + 3 * row, top)
         tl.store(stats_ptr + 3 * row + 1, log_sum)
         tl.store(stats_ptr + 3 * row + 2, entropy)
+    else:
+        nothing = 0.0
+        tl.store(log_prob_ptr + row, nothing)
+        tl.store(entropy_ptr + row, nothing)
+        tl.store(lse_ptr + row, nothing)
+        for i in tl.static_range(3):
+            tl.store(stats_ptr + 3 * row + i, nothing)
 
 
 @triton.jit
@@ -506,6 +514,11 @@ class _Catalogue:
     def wide(self) -> torch.dtype:
         return accumulator(self.x.dtype)
 
+    @cached_property
+    def counts(self) -> Tensor:
+        """Return which rows [B, N] aren't ignored."""
+        return self.target != self.ignored
+
     @property
     def places(self) -> tuple[int, int, int]:
         return self.weight.shape[1], self.first, self.ignored
@@ -550,13 +563,12 @@ class _Catalogue:
 
     def rows_of(self, matrix: Tensor, at: tuple[int, slice]) -> Tensor:
         """Return a block of rows in the wide dtype, with zeros for the ignored ones."""
-        counts = self.target[at] != self.ignored
-        return torch.where(counts.unsqueeze(-1), matrix[at], 0).to(self.wide)
+        return torch.where(self.counts[at].unsqueeze(-1), matrix[at], 0).to(self.wide)
 
-    def add_logits(self, z: Tensor, rows: Tensor, words: Tensor) -> None:
-        """Add the products of the rows and the words, times the scale, to z."""
+    def add_logits(self, z: Tensor, rows: Tensor, words: Tensor, fresh: bool = False) -> None:
+        """Add the products of the rows and the words, times the scale, to z, or store them in a ``fresh`` z."""
         for part in _parts(words):
-            z[:, part].addmm_(rows, words[part].to(z.dtype).t(), alpha=self.scale)
+            z[:, part].addmm_(rows, words[part].to(z.dtype).t(), beta=0 if fresh else 1, alpha=self.scale)
 
     def mask_of(self, at: tuple[int, slice]) -> Tensor:
         """Return a block's mask, or any bytes if there is none."""
@@ -564,10 +576,10 @@ class _Catalogue:
 
     def logits(self, rows: Tensor, at: tuple[int, slice]) -> Tensor:
         """Return a block's logits, which are minus infinity for the words that are left out of a row."""
-        z = rows.new_zeros((rows.shape[0], self.weight.shape[1]))
+        z = rows.new_empty((rows.shape[0], self.weight.shape[1]))
         if self.bias is not None:
-            z += self.bias[at[0]]
-        self.add_logits(z, rows, self.weight[at[0]])
+            z.copy_(self.bias[at[0]])
+        self.add_logits(z, rows, self.weight[at[0]], fresh=self.bias is None)
         if self.mask is not None or self.row_group is not None:
             target = self.target[at].contiguous()
             groups = [target, target]
@@ -608,7 +620,7 @@ class _Sums:
 
     def __init__(self, catalogue: _Catalogue, of_x: bool, of_weight: bool, of_bias: bool) -> None:
         def zeros(like: Tensor, shape: tuple[int, ...], wanted: bool, dtype: torch.dtype) -> Tensor:
-            return like.new_zeros(shape if wanted else (0,), dtype=dtype)
+            return like.new_zeros(shape, dtype=dtype) if wanted else like.new_empty(0, dtype=dtype)
 
         self.catalogue = catalogue
         self.of_x, self.of_weight, self.of_bias = of_x, of_weight, of_bias
@@ -624,8 +636,7 @@ class _Sums:
     def add_to_rows(self, at: tuple[int, slice], cotangent: Tensor, words: Tensor) -> None:
         if self.of_x:
             for part in _parts(words):
-                product = cotangent[:, part] @ words[part].to(cotangent.dtype)
-                self.x[at].add_(product, alpha=self.catalogue.scale)
+                self.x[at].addmm_(cotangent[:, part], words[part].to(cotangent.dtype), alpha=self.catalogue.scale)
 
     def add_to_words(self, at: tuple[int, slice], cotangent: Tensor, rows: Tensor) -> None:
         if self.of_weight:
@@ -637,8 +648,7 @@ class _Sums:
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums in the wide dtype. An ignored row's is 0, whatever words its zeros were multiplied with."""
-        counts = (self.catalogue.target != self.catalogue.ignored).unsqueeze(-1)
-        x = torch.where(counts, self.x, 0) if self.of_x else self.x
+        x = torch.where(self.catalogue.counts.unsqueeze(-1), self.x, 0) if self.of_x else self.x
         return x, self.weight, self.bias.to(self.catalogue.wide)
 
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -654,7 +664,11 @@ class _Results(NamedTuple):
 
     @staticmethod
     def of(catalogue: _Catalogue) -> _Results:
-        return _Results(*(catalogue.of_rows() for _ in range(3)), catalogue.of_rows(3))
+        if catalogue.binary:  # the kernel stores log_prob of the rows that aren't ignored
+            return _Results(*(catalogue.of_rows() for _ in range(3)), catalogue.of_rows(3))
+        like, shape = catalogue.x, catalogue.target.shape
+        tails: tuple[tuple[int, ...], ...] = (), (), (), (3,)
+        return _Results(*(like.new_empty((*shape, *tail), dtype=catalogue.wide) for tail in tails))
 
 
 def _first_order(
@@ -927,5 +941,4 @@ def catalogue_symmetric_loss(
 
 
 def _weighed(weight: Tensor, value: Tensor, catalogue: _Catalogue) -> Tensor:
-    counts = (catalogue.target != catalogue.ignored) & (weight != 0)
-    return torch.where(counts, weight * value, 0)
+    return torch.where(catalogue.counts & (weight != 0), weight * value, 0)
