@@ -15,6 +15,7 @@ from custom_ops._enums import Reduction
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
 INTEGER = (torch.uint8, torch.int8, torch.int16, *INDEX)
+IN_INT64 = (*INTEGER, torch.uint16, torch.uint32)  # all whose numbers an int64 holds
 REDUCTIONS = Reduction.options()
 
 
@@ -36,7 +37,7 @@ def has_dtype(name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> Non
 def is_integer(name: str, tensor: Tensor) -> None:
     """Check that a tensor has integers, of any dtype whose numbers an int64 holds."""
     is_tensor(name, tensor)
-    if tensor.dtype not in (*INTEGER, torch.uint16, torch.uint32):
+    if tensor.dtype not in IN_INT64:
         raise TypeError(f"{name}: expected integers, got {str(tensor.dtype).removeprefix('torch.')}")
 
 

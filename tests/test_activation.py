@@ -412,7 +412,8 @@ def test_a_converted_model_can_be_traced_and_says_what_to_do_before_it_is_script
     custom_ops.convert_activations(model, to="torch")
     fused = fuse_modules(model.eval(), ["0", "1", "2"])
     torch.testing.assert_close(fused(x), model(x))
-    torch.testing.assert_close(quantized(copy.deepcopy(model), x)(x), model(x), atol=0.2, rtol=0)
+    rounding = 0.1 if torch.__version__ < (2, 15) else 0.2  # it was seen to reach 0.103
+    torch.testing.assert_close(quantized(copy.deepcopy(model), x)(x), model(x), atol=rounding, rtol=0)
 
 
 def test_conversion_of_a_lone_module_keeps_its_hooks_and_leaves_subclasses():

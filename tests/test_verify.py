@@ -52,8 +52,8 @@ def test_outputs_whose_squares_have_a_constant_sum_are_no_fault() -> None:
 def test_wrong_sharding_rules_of_torch_are_not_the_functions_fault() -> None:
     """For the last dimension counted from the end, torch 2.13 gives wrong sums of sharded DTensors; 2.10 refuses."""
     cell = verify(lambda x: x.cumsum(-1), [(leaf(4, 3),)], quick=True, only=["sharding"])["sharding"]
-    causes = ("only torch's own sharding rules, which are wrong", "refuses DTensors")
-    assert cell.status == "pass" or cell.detail.startswith(causes)
+    refused = torch.__version__.startswith("2.10.") and cell.detail.startswith("refuses DTensors")
+    assert cell.status == "pass" or refused or "only torch's own sharding rules, which are wrong" in cell.detail
 
 
 def test_the_process_is_left_as_it_was() -> None:

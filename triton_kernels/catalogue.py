@@ -664,11 +664,10 @@ class _Results(NamedTuple):
 
     @staticmethod
     def of(catalogue: _Catalogue) -> _Results:
-        if catalogue.binary:  # the kernel stores log_prob of the rows that aren't ignored
-            return _Results(*(catalogue.of_rows() for _ in range(3)), catalogue.of_rows(3))
-        like, shape = catalogue.x, catalogue.target.shape
-        tails: tuple[tuple[int, ...], ...] = (), (), (), (3,)
-        return _Results(*(like.new_empty((*shape, *tail), dtype=catalogue.wide) for tail in tails))
+        # The kernel of binary rows stores log_prob alone, and only of the rows that aren't ignored.
+        make = catalogue.x.new_zeros if catalogue.binary else catalogue.x.new_empty
+        shape = catalogue.target.shape
+        return _Results(*(make(s, dtype=catalogue.wide) for s in (shape, shape, shape, (*shape, 3))))
 
 
 def _first_order(

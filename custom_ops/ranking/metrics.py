@@ -26,7 +26,7 @@ from custom_ops.ranking._lists import batch, per_list, shard
 
 _TIES = TiedScores.options()
 _ALL = 2**63 - 1  # the cutoff that lets all places count
-_REAL = (*_checks.FLOATING, *_checks.INTEGER, torch.uint16, torch.uint32, torch.uint64)
+_REAL = (*_checks.FLOATING, *_checks.IN_INT64, torch.uint64)
 
 Cutoff = int | Sequence[int | None] | None
 
