@@ -39,6 +39,7 @@ CXXFLAGS = [
 ]
 LDFLAGS = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs"]
 EXPORTS = "csrc/exports.map"
+SHARED = "csrc/common.h"  # what every file includes
 
 # `make sanitize` sets CUSTOM_OPS_SANITIZE to one of these and builds in a folder of its own.
 SANITIZERS = {
@@ -54,8 +55,13 @@ SANITIZERS = {
 
 NINJA = """\
 cxx = {cxx}
+rule precompile
+  command = echo '#include "$in"' > precompiled.h && $cxx {cxxflags} -MMD -MF $out.d -x c++-header precompiled.h -o $out
+  description = precompile $in
+  depfile = $out.d
+  deps = gcc
 rule compile
-  command = $cxx {cxxflags} -MMD -MF $out.d -c $in -o $out
+  command = $cxx {cxxflags} -include precompiled.h -MMD -MF $out.d -c $in -o $out
   description = compile $in
   depfile = $out.d
   deps = gcc
@@ -135,8 +141,12 @@ class BuildWithNinja(build_ext):
         objects = [f"{Path(source).stem}.o" for source in ordered]
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
         sources = [os.path.relpath(ROOT / source, folder) for source in ordered]
-        builds = [f"build {o}: compile {_path(source)}\n" for o, source in zip(objects, sources)]
-        build = rules + "".join(builds) + f"build _C.abi3.so: link {' '.join(objects)} | {_path(exports)}\n"
+        # torch's headers take as long as a small kernel, and are the same in each file.
+        shared = os.path.relpath(ROOT / SHARED, folder)
+        build = f"{rules}build precompiled.h.gch: precompile {_path(shared)}\n"
+        for target, source in zip(objects, sources):
+            build += f"build {target}: compile {_path(source)} | precompiled.h.gch\n"
+        build += f"build _C.abi3.so: link {' '.join(objects)} | {_path(exports)}\n"
         (folder / "build.ninja").write_text(build)
 
         if subprocess.run([run, "-C", str(folder)]).returncode:

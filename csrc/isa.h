@@ -17,27 +17,40 @@
 
 namespace custom_ops {
 
+// The size of the vector registers that a copy of a loop is compiled for. Longer vectors work, but their code is as
+// many times as long.
+template <int kBytes>
+struct Registers {
+  static constexpr int bytes = kBytes;
+};
+
+template <class R, class Body>
+ALWAYS_INLINE inline void call(const Body& body) {
+  if constexpr (std::is_invocable_v<const Body&, R>) body(R{});
+  else body();
+}
+
 #ifdef CUSTOM_OPS_AVX2
 extern bool use_avx2, use_avx512;  // set in library.cpp; with AVX512 both are
 
 template <class Body>
 TARGET_AVX2 void run_avx2(const Body& body) {
-  body();
+  call<Registers<32>>(body);
 }
 template <class Body>
 TARGET_AVX512 void run_avx512(const Body& body) {
-  body();
+  call<Registers<64>>(body);
 }
 #endif
 
 // Compiles `body` twice, for AVX2 and portably, and runs the selected copy. `body` must be a lambda marked
-// ALWAYS_INLINE, so that each copy is vectorised for its own instruction set.
+// ALWAYS_INLINE, so that each copy is vectorised for its own instruction set. It may take the `Registers` of its copy.
 template <class Body>
 void multiversion(const Body& body) {
 #ifdef CUSTOM_OPS_AVX2
   if (use_avx2) return run_avx2(body);
 #endif
-  body();
+  call<Registers<16>>(body);
 }
 
 // Compiles a third copy, for AVX512. It is for loops that compute much for each number, such as exponentials: the

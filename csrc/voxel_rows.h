@@ -100,15 +100,28 @@ struct Block {
   static constexpr int lanes = kLanes, vectors = kVectors;
 };
 
-// Calls f(block, first) for blocks that fit into the registers and together cover all columns.
-template <class A, class F>
-ALWAYS_INLINE inline void for_columns(int64_t columns, const F& f) {
-  constexpr int kLanes = 32 / sizeof(A), kHalf = kLanes / 2;
+// Calls f(block, first) for blocks that fit into the registers and together cover all columns of numbers of type T.
+// The code that reads 16-bit numbers is long, so less of it is written side by side.
+template <class T, class R, class F>
+ALWAYS_INLINE inline void for_columns(R, int64_t columns, const F& f) {
+  using A = Accumulator<T>;
+  constexpr int kLanes = R::bytes / sizeof(A), kFewest = 16 / sizeof(A), kMost = sizeof(T) == 2 ? 4 : 8;
   int64_t c = 0;
-  for (; c + 8 * kLanes <= columns; c += 8 * kLanes) f(Block<A, kLanes, 8>{}, c);
+  for (; c + kMost * kLanes <= columns; c += kMost * kLanes) f(Block<A, kLanes, kMost>{}, c);
   for (; c + 2 * kLanes <= columns; c += 2 * kLanes) f(Block<A, kLanes, 2>{}, c);
-  for (; c + kHalf <= columns; c += kHalf) f(Block<A, kHalf, 1>{}, c);
+  for (; c + kFewest <= columns; c += kFewest) f(Block<A, kFewest, 1>{}, c);
   for (; c < columns; ++c) f(Block<A, 1, 1>{}, c);
+}
+
+// Calls f(lanes, first) for single vectors that together cover all columns. It is for loops that don't gain from more
+// vectors at a time, and its code is shorter.
+template <class A, class R, class F>
+ALWAYS_INLINE inline void for_vectors(R, int64_t columns, const F& f) {
+  constexpr int kLanes = R::bytes / sizeof(A), kFewest = 16 / sizeof(A);
+  int64_t c = 0;
+  for (; c + kLanes <= columns; c += kLanes) f(Lanes<A, kLanes>{}, c);
+  for (; c + kFewest <= columns; c += kFewest) f(Lanes<A, kFewest>{}, c);
+  for (; c < columns; ++c) f(Lanes<A, 1>{}, c);
 }
 
 // ---------------------------------------------------------------- memory
