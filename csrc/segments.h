@@ -287,7 +287,8 @@ inline int64_t check_pairs(const Tensor& index, const Tensor& ranks, const Shape
 
 // ---------------------------------------------------------------- rows of a segment
 
-// Stores vectors of any number as numbers of type T.
+// Stores vectors of any number as numbers of type T. The conversion to 16 bits is long code, so the loop isn't
+// unrolled.
 template <class T, class A, class V>
 ALWAYS_INLINE inline void store(const V& v, T* to) {
   if constexpr (std::is_same_v<T, A>) std::memcpy(to, &v, sizeof(v));
