@@ -5,7 +5,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <limits>
 #include <numeric>
+#include <string>
 
 namespace custom_ops {
 
@@ -90,9 +92,12 @@ struct Catalogue {
       row_group = dense(*row_group_in), word_group = dense(*word_group_in);
     }
     const int64_t* t = data<int64_t>(target);
-    for (int64_t i = 0; i < target.numel(); ++i)
-      check(t[i] == ignored || (t[i] >= 0 && t[i] < total), "target: expected 0 to ", total - 1, " or ignore_index ",
-            ignored, ", got ", t[i]);
+    for (int64_t i = 0; i < target.numel(); ++i) {
+      if (t[i] == ignored || (t[i] >= 0 && t[i] < total)) continue;
+      const bool none = ignored == std::numeric_limits<int64_t>::min();  // the contrastive losses ignore no target
+      check(false, "target: expected 0 to ", total - 1, none ? "" : " or ignore_index " + std::to_string(ignored),
+            ", got ", t[i]);
+    }
   }
 
   Tensor of_words(const char* name, const Tensor& t) const {

@@ -71,10 +71,10 @@ struct ListSoftmax {
     const A share = static_cast<A>(total / sum);
     if (!list.v) {
       const double behind = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {  // the difference of halves can't overflow
-        const A term = p[i] * (top / 2 - s[i] / 2);
+        const A term = p[i] * scale * (top / 2 - s[i] / 2);
         return (p[i] == 0) | (s[i] == top) ? A(0) : term;
       });
-      list.loss = static_cast<A>(total * std::log(sum) + 2 * static_cast<double>(scale) * behind);
+      list.loss = static_cast<A>(total * std::log(sum) + 2 * behind);
       for (int64_t i = 0; i < n; ++i) slope[i] = q[i] * share - p[i] * scale;
     } else {
       const A* v = list.v;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +237,10 @@ def test_layers_check_what_they_are_made_of():
             custom_ops.BiasReLU(channels)
     with pytest.raises(ValueError, match=r"p: expected a probability, got 1\.5"):
         custom_ops.ReLUDropout(1.5)
+    for layer in (custom_ops.BiasReLU, custom_ops.ReLUDropout):
+        with pytest.raises(TypeError, match="inplace: expected True or False, got 2"):
+            layer(1, inplace=2)
+        assert repr(layer(1, inplace=np.bool_(True))).endswith("inplace=True)")
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,14 @@ def test_compositions_equal_the_kernels():
     assert of_voxels <= compared.seen
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 2, 1, 2), (1, 0, 2, 1, 2), (1, 1, 0, 1, 2), (1, 1, 2, 0, 2)])
+def test_compositions_of_cameras_without_points(shape):
+    depth = torch.rand(shape, requires_grad=True)
+    feat = torch.rand(*shape[:2], 3, *shape[3:], requires_grad=True)
+    with Compared():
+        custom_ops.bev_pool(depth, feat, torch.zeros(shape, dtype=torch.int64), 4).sum().backward()
+
+
 class Called(torch.nn.Module):
     """A call of an op whose tensors are the inputs."""
 

@@ -73,6 +73,23 @@ def test_weights_of_1_change_nothing_and_all_of_0_leave_no_list(each_backend, na
         loss(scores, labels, item_weights=torch.ones(2, 6, requires_grad=True))
 
 
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy warns while it interprets a kernel
+def test_no_nan_arises_in_the_backward_pass_of_an_empty_list(each_backend, name):
+    """Anomaly detection raises for a NaN that no result shows, too."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(8, generator=generator, requires_grad=True)
+    labels = torch.tensor([2, 0, 1, 1, 0, 2, 0, 1])
+    mask = torch.arange(8) < 6  # the last list has items, none of which counts
+    with torch.autograd.detect_anomaly():
+        where = {"cu_lengths": torch.tensor([0, 0, 6, 6, 8]), "mask": mask, "item_weights": torch.full((8,), 0.5)}
+        loss = getattr(custom_ops, name)(scores, labels, **where)
+        (slope,) = torch.autograd.grad(loss, scores, create_graph=True)
+        if slope.requires_grad:
+            slope.square().sum().backward()
+
+
 def test_the_gain_of_a_high_label_is_weighted_without_overflow(each_backend):
     scores, labels = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([2000.0, 1999.0, 0.0])
     weights = torch.tensor([1.0, 4.0, 1.0])

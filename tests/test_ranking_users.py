@@ -407,6 +407,15 @@ def test_rows_of_what_was_found():
     assert custom_ops.softmax_loss(tensor([INF, -1.0, 1.1]), tensor([1, 0, 0])).item() == 0
 
 
+def test_many_fills_at_the_lowest_float_have_a_finite_loss(each_backend):
+    """Each of them has a share of the labels' softmax, and the sum over their scores is finite only with that share."""
+    scores, labels = torch.zeros(100), torch.zeros(100)
+    scores[1:] = torch.finfo(torch.float32).min
+    labels[0] = 2
+    exact = custom_ops.list_net_loss(scores.double(), labels)
+    torch.testing.assert_close(custom_ops.list_net_loss(scores, labels), exact.float())
+
+
 def test_infinite_scores_of_no_order_are_nan():
     """The result is NaN where no limit exists: two items at the same infinity that are to be ranked."""
     for function in (custom_ops.approx_ndcg_loss, custom_ops.list_mle_loss, custom_ops.neural_sort_ndcg_loss):

@@ -214,6 +214,32 @@ def test_calls_of_bevfusion_and_bevdepth():
     torch.testing.assert_close(pooled, expected)
 
 
+class OnGpu(torch.Tensor):
+    """Sizes of a model that was moved to a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_sizes_may_be_on_a_gpu():
+    """BEVFusion and BEVDepth keep them as parameters and buffers, and read them in each call; a tensor made under
+    ``torch.set_default_device`` is there, too.
+    """
+    height, sizes = torch.tensor(4).as_subclass(OnGpu), torch.tensor([4, 5, 2]).as_subclass(OnGpu)
+    x, coords = torch.randn(7, 3), torch.randint(0, 2, (7, 4))
+    pooled = custom_ops.bevfusion_pool(x, coords, 2, 2, height, 5)
+    assert torch.equal(pooled, custom_ops.bevfusion_pool(x, coords, 2, 2, 4, 5))
+    places = coords[None, :, :3]
+    pooled = custom_ops.voxel_pooling_train(places, x[None], sizes)
+    assert torch.equal(pooled, custom_ops.voxel_pooling_train(places, x[None], (4, 5, 2)))
+    depths, origin = torch.tensor([1.0, 2.0]).as_subclass(OnGpu), torch.zeros(3).as_subclass(OnGpu)
+    layer = custom_ops.LiftSplat((4, 4), (2, 2), depths, origin, torch.ones(3).as_subclass(OnGpu), sizes)
+    assert (layer.depths, layer.origin, layer.voxel_size) == ((1.0, 2.0), (0.0,) * 3, (1.0,) * 3)
+    assert layer.grid_size == (4, 5, 2)
+
+
 @pytest.mark.usefixtures("each_backend")
 def test_softmax_of_voxels_is_that_of_their_segments():
     x, rank = torch.randn(2, 30, 3, dtype=torch.float64), torch.randint(-1, 5, (2, 30))
@@ -281,6 +307,14 @@ def test_layouts_of_a_grid():
         (lambda x, i: custom_ops.dynamic_scatter(x[1:], i), r"feats: expected \[3, C\] as coors, got shape \[2, 2\]"),
         (lambda x, i: custom_ops.voxelization(x, (1, 1, 1), (0, 0, 0, 1, 1, 1)), r"points: expected \[N, 3 \+ k\]"),
         (lambda x, i: custom_ops.voxelization(i.float(), (1, 0, 1), (0, 0, 0, 1, 1, 1)), "voxel_size: expected a pos"),
+        (
+            lambda x, i: custom_ops.voxelization(i.float(), (1, 1, 1), (0, 0, 4, 4, 4, 0)),
+            "coors_range: expected",
+        ),
+        (
+            lambda x, i: custom_ops.voxelization(i.float(), (1, 1, 1), (-INF, -INF, -INF, 1, 1, 1)),
+            "coors_range: expected",
+        ),
     ],
 )
 def test_wrong_calls_of_adapters(call, message):

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.library._torch import assert_async
+from custom_ops.ranking.catalogue import NONE_IGNORED
 from custom_ops.triton_kernels.common import accumulator, kernel
 from custom_ops.triton_kernels.lists import WIDE
 from custom_ops.triton_kernels.pairwise import LOGISTIC, both_orders, pair_value, wrong_order
@@ -541,7 +542,8 @@ class _Catalogue:
             if shapes != (target.shape, weight.shape[:2]) or self.row_group.dtype != self.word_group.dtype:
                 raise RuntimeError("row_group, word_group: expected int64 [B, N] and [B, V]")
         inside = ((target >= 0) & (target < self.total)) | (target == self.ignored)
-        assert_async(inside.all(), f"target: expected 0 to {self.total - 1} or ignore_index {self.ignored}")
+        ignored = "" if self.ignored == NONE_IGNORED else f" or ignore_index {self.ignored}"
+        assert_async(inside.all(), f"target: expected 0 to {self.total - 1}{ignored}")
 
     def of_rows(self, *tail: int) -> Tensor:
         return self.x.new_zeros((*self.target.shape, *tail), dtype=self.wide)

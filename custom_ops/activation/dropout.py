@@ -120,7 +120,7 @@ class ReLUDropout(torch.nn.Module):
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()
         self.p = _probability(p)
-        self.inplace = inplace
+        self.inplace = _checks.as_bool("inplace", inplace)
 
     def forward(self, x: Tensor) -> Tensor:
         return relu_dropout(x, self.p, self.training, inplace=self.inplace)

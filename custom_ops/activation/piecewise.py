@@ -504,7 +504,7 @@ class BiasReLU(torch.nn.Module):
         super().__init__()
         self.bias = torch.nn.Parameter(torch.zeros(_checks.as_count("channels", channels)))
         self.dim = _checks.as_int("dim", dim)
-        self.inplace = inplace
+        self.inplace = _checks.as_bool("inplace", inplace)
 
     def forward(self, x: Tensor) -> Tensor:
         return bias_relu(x, self.bias, self.dim, self.inplace)

@@ -329,7 +329,8 @@ def spearman_loss(
     else:
         total = list_dot(item_weights.double(), ones, *where)
         share = list_scale(torch.where(total > 0, count / total, 0), item_weights.double(), *where)
-        ours, theirs = (x - list_scale(list_dot(share, x, *where) / count, ones, *where) for x in (ranks, wanted))
+        size = torch.where(count > 0, count, 1)
+        ours, theirs = (x - list_scale(list_dot(share, x, *where) / size, ones, *where) for x in (ranks, wanted))
         shared = share * theirs
         spread = list_dot(ours, share * ours, *where)
     of_labels = list_dot(theirs, shared, *where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from custom_ops import _checks
 from custom_ops._leaf import leaf
 from custom_ops.voxel.segments import segment_reduce
 from custom_ops.voxel.sums import voxel_sum
-from custom_ops.voxel.voxel_grid import numbers_of, voxel_rank
+from custom_ops.voxel.voxel_grid import numbers_of, on_host, voxel_rank
 from custom_ops.voxel.voxelize import hard_voxelize, voxel_ravel, voxel_unravel, voxelize
 
 
@@ -67,7 +68,7 @@ def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int
         feats: ``[N, C]``; float16, bfloat16, float32 or float64.
         coords: the place of each point in H, W and D, and its example: int32 or int64 ``[N, 4]``. A point outside
             contributes nothing.
-        B, D, H, W: the sizes of the result.
+        B, D, H, W: the sizes of the result; as there, tensors on a GPU too, which are waited for.
 
     Returns:
         ``[B, C, D, H, W]``. Differentiable to any order in ``feats``.
@@ -87,7 +88,7 @@ def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int
     """
     _has_coordinates("coords", coords, "[N, 4]")
     _has_features("feats", feats, "coords", coords)
-    shape = numbers_of("B, D, H, W", (B, D, H, W), 4, _checks.as_count)
+    shape = numbers_of("B, D, H, W", [on_host(size) for size in (B, D, H, W)], 4, _checks.as_count)
     rank = voxel_ravel(coords[:, [3, 2, 0, 1]], shape)
     out = voxel_sum(feats, rank, shape[0] * shape[1] * shape[2] * shape[3])
     return out.view(*shape, out.shape[-1]).permute(0, 4, 1, 2, 3)
@@ -101,7 +102,7 @@ def voxel_pooling_train(geom_xyz: Tensor, input_features: Tensor, voxel_num: Seq
         geom_xyz: the voxel (x, y, z) of each point: int32 or int64 ``[B, ..., 3]``. A point outside of the grid
             contributes nothing; those at all heights z inside of it are added up.
         input_features: ``[B, ..., C]``; float16, bfloat16, float32 or float64.
-        voxel_num: the numbers of voxels (X, Y, Z).
+        voxel_num: the numbers of voxels (X, Y, Z); as there, a tensor on a GPU too, which is waited for.
 
     Returns:
         ``[B, C, Y, X]``. Differentiable to any order in ``input_features``.
@@ -127,7 +128,7 @@ def voxel_pooling_train(geom_xyz: Tensor, input_features: Tensor, voxel_num: Seq
         expected = f"{[*geom_xyz.shape[:-1], 'C']} as geom_xyz"
         raise ValueError(f"input_features: expected {expected}, got shape {list(input_features.shape)}")
     _checks.same_device(geom_xyz=geom_xyz, input_features=input_features)
-    grid = numbers_of("voxel_num", voxel_num, 3, _checks.as_count)
+    grid = numbers_of("voxel_num", on_host(voxel_num), 3, _checks.as_count)
     rank = voxel_ravel(geom_xyz.flatten(1, -2), grid)
     rank = torch.where(rank < 0, -1, rank // max(grid[2], 1))
     return voxel_image(voxel_sum(input_features.flatten(1, -2), rank, grid[0] * grid[1]), (*grid[:2], 1))
@@ -220,7 +221,10 @@ def voxelization(
     max_voxels = _checks.as_int("max_voxels", max_voxels)
     size = numbers_of("voxel_size", voxel_size, 3, _checks.as_positive)
     corners = numbers_of("coors_range", coors_range, 6, _checks.as_float)
-    grid = [round((high - low) / edge) for low, high, edge in zip(corners[:3], corners[3:], size)]
+    extent = [(high - low) / edge for low, high, edge in zip(corners[:3], corners[3:], size)]
+    if not all(0 <= edges < math.inf for edges in extent):
+        raise ValueError(f"coors_range: expected the lower corner, then the upper one, got {corners}")
+    grid = [round(edges) for edges in extent]
     rank = voxel_rank(points[:, :3], corners[:3], size, grid)
     if -1 in (max_points, max_voxels):
         return voxel_unravel(rank, grid).flip(-1).int()

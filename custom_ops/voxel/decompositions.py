@@ -168,7 +168,7 @@ def _rows(x: Tensor, bins: int, plane: int) -> Tensor:
     if bins == 1:
         return x
     shape = (*x.shape[:-2], x.shape[-2] // plane, 1, plane, x.shape[-1])
-    return x.reshape(shape).expand(*shape[:-3], bins, *shape[-2:]).reshape(*x.shape[:-2], -1, x.shape[-1])
+    return x.reshape(shape).expand(*shape[:-3], bins, *shape[-2:]).flatten(-4, -2)
 
 
 def _looked_up(sums: Tensor, place: Tensor) -> Tensor:

@@ -202,6 +202,12 @@ def numbers_of(name: str, value: Any, count: int, convert: Callable[[str, Any], 
     return tuple(convert(name, number) for number in numbers)
 
 
+def on_host(value: Any) -> Any:
+    """Return a tensor on a GPU as one on the CPU, which waits for it, and anything else as it is."""
+    on_gpu = isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")
+    return value.cpu() if on_gpu else value
+
+
 def _triple(name: str, value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor) and value.shape == (3,):
         if value.device.type != "cpu":
