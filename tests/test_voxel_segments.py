@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from test_voxel_sums import lidar_like, threads_agree
@@ -238,6 +239,22 @@ def test_sizes_may_be_on_a_gpu():
     layer = custom_ops.LiftSplat((4, 4), (2, 2), depths, origin, torch.ones(3).as_subclass(OnGpu), sizes)
     assert (layer.depths, layer.origin, layer.voxel_size) == ((1.0, 2.0), (0.0,) * 3, (1.0,) * 3)
     assert layer.grid_size == (4, 5, 2)
+
+
+@pytest.mark.parametrize("grid", [torch.tensor([4.0, 5.0, 2.0]), np.array([4.0, 5.0, 2.0])])
+def test_sizes_of_a_grid_may_be_whole_floating_numbers(grid):
+    """BEVDet computes them by a division."""
+    points, sizes = torch.rand(9, 3) * 6, (4, 5, 2)
+    rank = custom_ops.voxel_rank(points, (0, 0, 0), (1, 1, 1), sizes)
+    assert torch.equal(custom_ops.voxel_rank(points, (0, 0, 0), (1, 1, 1), grid), rank)
+    cells = custom_ops.voxel_unravel(rank, sizes)
+    assert torch.equal(custom_ops.voxel_unravel(rank, grid), cells)
+    assert torch.equal(custom_ops.voxel_ravel(cells, grid), rank)
+    x = torch.rand(1, 40, 2)
+    assert torch.equal(custom_ops.voxel_image(x, grid), custom_ops.voxel_image(x, sizes))
+    assert custom_ops.LiftSplat((4, 4), (2, 2), (1.0,), (0, 0, 0), (1, 1, 1), grid).grid_size == sizes
+    with pytest.raises(TypeError, match="grid_size: expected an integer"):
+        custom_ops.voxel_unravel(rank, grid + 0.5)
 
 
 @pytest.mark.usefixtures("each_backend")

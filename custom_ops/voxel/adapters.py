@@ -13,7 +13,7 @@ from custom_ops import _checks
 from custom_ops._leaf import leaf
 from custom_ops.voxel.segments import segment_reduce
 from custom_ops.voxel.sums import voxel_sum
-from custom_ops.voxel.voxel_grid import numbers_of, on_host, voxel_rank
+from custom_ops.voxel.voxel_grid import numbers_of, on_host, sizes_of, voxel_rank
 from custom_ops.voxel.voxelize import hard_voxelize, voxel_ravel, voxel_unravel, voxelize
 
 
@@ -41,7 +41,7 @@ def voxel_image(x: Tensor, grid_size: Sequence[int], layout: str = "cyx") -> Ten
         torch.Size([2, 64, 3, 4])
     """
     _checks.is_tensor("x", x)
-    grid = numbers_of("grid_size", grid_size, 3, _checks.as_count)
+    grid = sizes_of("grid_size", grid_size, 3)
     checked_layout(layout)
     voxels = grid[0] * grid[1] * grid[2]
     if x.dim() < 2 or x.shape[-2] != voxels:
@@ -128,7 +128,7 @@ def voxel_pooling_train(geom_xyz: Tensor, input_features: Tensor, voxel_num: Seq
         expected = f"{[*geom_xyz.shape[:-1], 'C']} as geom_xyz"
         raise ValueError(f"input_features: expected {expected}, got shape {list(input_features.shape)}")
     _checks.same_device(geom_xyz=geom_xyz, input_features=input_features)
-    grid = numbers_of("voxel_num", on_host(voxel_num), 3, _checks.as_count)
+    grid = sizes_of("voxel_num", on_host(voxel_num), 3)
     rank = voxel_ravel(geom_xyz.flatten(1, -2), grid)
     rank = torch.where(rank < 0, -1, rank // max(grid[2], 1))
     return voxel_image(voxel_sum(input_features.flatten(1, -2), rank, grid[0] * grid[1]), (*grid[:2], 1))

@@ -12,7 +12,7 @@ from custom_ops import _checks, shards
 from custom_ops.voxel._geometry import Csr, Geometry, KeepsGeometry
 from custom_ops.voxel.adapters import checked_layout, voxel_image
 from custom_ops.voxel.pooling import bev_pool, pool_kept
-from custom_ops.voxel.voxel_grid import numbers_of, on_host, voxel_csr, voxel_rank
+from custom_ops.voxel.voxel_grid import numbers_of, on_host, sizes_of, voxel_csr, voxel_rank
 
 
 class LiftSplat(KeepsGeometry):
@@ -103,7 +103,7 @@ class LiftSplat(KeepsGeometry):
         if not self.depths:
             raise ValueError("depths: expected at least one, got none")
         self.origin, self.voxel_size = _numbers("origin", origin), _numbers("voxel_size", voxel_size)
-        self.grid_size = numbers_of("grid_size", on_host(grid_size), 3, _checks.as_count)
+        self.grid_size = sizes_of("grid_size", on_host(grid_size), 3)
         self.rounding, self.align_corners = rounding, _checks.as_bool("align_corners", align_corners)
         self._rank(torch.zeros(1, 3))  # raises if the grid is wrong
         self.layout = checked_layout(layout)

@@ -202,6 +202,17 @@ def numbers_of(name: str, value: Any, count: int, convert: Callable[[str, Any], 
     return tuple(convert(name, number) for number in numbers)
 
 
+def sizes_of(name: str, value: Any, count: int) -> tuple[int, ...]:
+    """Return the ``count`` sizes of a grid: integers, or whole numbers in a floating tensor or array, as BEVDet's."""
+    dtype = getattr(value, "dtype", None)
+    floating = dtype.is_floating_point if isinstance(dtype, torch.dtype) else getattr(dtype, "kind", "") == "f"
+
+    def size(name: str, number: Any) -> int:
+        return _checks.as_count(name, int(number) if floating and float(number).is_integer() else number)
+
+    return numbers_of(name, value, count, size)
+
+
 def on_host(value: Any) -> Any:
     """Return a tensor on a GPU as one on the CPU, which waits for it, and anything else as it is."""
     on_gpu = isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")
@@ -273,7 +284,7 @@ def voxel_rank(
     if points.dim() < 1 or points.shape[-1] != 3:
         raise ValueError(f"points: expected [..., 3], got shape {list(points.shape)}")
     _checks.is_one_of("rounding", rounding, _ROUNDINGS)
-    x, y, z = numbers_of("grid_size", grid_size, 3, _checks.as_count)
+    x, y, z = sizes_of("grid_size", grid_size, 3)
     _checks.as_count("grid_size", x * y * z)
     dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
     frame = [_triple(name, value, points, dtype) for name, value in (("origin", origin), ("voxel_size", voxel_size))]

@@ -13,7 +13,7 @@ from custom_ops import _checks, shards
 from custom_ops._leaf import leaf
 from custom_ops.voxel._geometry import Csr
 from custom_ops.voxel.sums import csr_of
-from custom_ops.voxel.voxel_grid import as_voxels, numbers_of, voxel_place, voxel_slots, voxel_unique
+from custom_ops.voxel.voxel_grid import as_voxels, sizes_of, voxel_place, voxel_slots, voxel_unique
 from custom_ops.voxel.voxel_segments import segment_spread
 
 _NOT_SHARDED = "the voxels of each process would be numbered on their own"
@@ -209,7 +209,7 @@ def voxel_gather(x: Tensor, rank: Tensor, csr: tuple[Tensor, Tensor] | None = No
 
 
 def _grid_of(grid_size: Sequence[int], count: int) -> tuple[int, ...]:
-    grid = numbers_of("grid_size", grid_size, count, _checks.as_count)
+    grid = sizes_of("grid_size", grid_size, count)
     _checks.as_count("grid_size", math.prod(grid))
     return grid
 
