@@ -39,7 +39,7 @@ CXXFLAGS = [
 ]
 LDFLAGS = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs"]
 EXPORTS = "csrc/exports.map"
-SHARED = "csrc/common.h"  # what every file includes
+SHARED = "csrc/common.h"  # every file includes it
 
 # `make sanitize` sets CUSTOM_OPS_SANITIZE to one of these and builds in a folder of its own.
 SANITIZERS = {
