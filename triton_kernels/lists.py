@@ -82,14 +82,6 @@ class Lists:
             ids = torch.where(self.valid != 0, ids, -1)
         return ids, self.items if self.masked else 0
 
-    def ranks(self, key: Tensor) -> Tensor:
-        """Return the place [..., T] of each item in its list by descending key, from 0, ties by position."""
-        order = self.sort(key)
-        at = torch.arange(self.items, device=key.device)
-        if self.several:
-            at = at - self.bounds[self.places.clamp(0, self.lists)]
-        return torch.empty_like(order).scatter_(-1, order, at.expand(order.shape))
-
     def operands(self, scores: Tensor, labels: Tensor, *optional: Tensor | None) -> list[Tensor]:
         """Return the tensors for a kernel. The scores stand for one that is missing, which the kernel doesn't read."""
         given = [scores if x is None else x for x in (labels, *optional)]
@@ -182,6 +174,11 @@ def _then_by(order: Tensor | None, key: Tensor) -> Tensor:
     if order is None:
         return key.sort(dim=-1, descending=True, stable=True).indices
     return order.gather(-1, key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+
+
+def discount_of(rank: Tensor) -> Tensor:
+    """Return 1 / log2(1 + r) in float64, where ``rank`` is r - 1."""
+    return 1 / torch.log2(rank.double() + 2)
 
 
 def relative_gains(labels: Tensor, highest: Tensor, exponential: bool) -> Tensor:

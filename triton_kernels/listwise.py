@@ -13,8 +13,15 @@ from torch import Tensor
 
 from custom_ops._enums import PositionWeights, Ties
 from custom_ops.triton_kernels.common import Kernel, constant, kernel
-from custom_ops.triton_kernels.lambdas import discount_of
-from custom_ops.triton_kernels.lists import ANYWHERE, WIDE, Lists, load_valid, reducing, relative_gain
+from custom_ops.triton_kernels.lists import (
+    ANYWHERE,
+    WIDE,
+    Lists,
+    discount_of,
+    load_valid,
+    reducing,
+    relative_gain,
+)
 from custom_ops.triton_kernels.pairwise import log1p_unit
 
 _BLOCK = 256  # items of a list at a time
