@@ -340,6 +340,7 @@ def lambda_pairs_kernel(
     WIDE,
     {None: {"BLOCK": _BLOCK}},
     narrow=ANYWHERE,
+    registers=96,
 )
 @triton.jit(do_not_specialize=["normalize", "by_difference", "items", "lists"])
 def lambda_scale_kernel(
