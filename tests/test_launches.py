@@ -46,7 +46,13 @@ def test_pointwise_ops_launch_nothing_but_their_own_kernels(op):
     assert backward.launches and len(backward.calls) <= 3
 
 
-FEW = ("softmax_loss", "list_net_loss", *(op for op in FUNCTIONS if op.startswith("pairwise") and "mse" not in op))
+SORTED = ("list_mle_loss", "unique_softmax_loss", "cosent_loss", "lambda_loss")
+FEW = (
+    "softmax_loss",
+    "list_net_loss",
+    *SORTED,
+    *(op for op in FUNCTIONS if op.startswith("pairwise") and "mse" not in op),
+)
 
 
 @pytest.mark.parametrize("op", FEW)

@@ -20,6 +20,7 @@ from custom_ops.triton_kernels import (
     aot,
     common,
     dropout,
+    lists,
     margin,
     pairwise,
     piecewise,
@@ -681,6 +682,35 @@ def test_no_list_reaches_another():
     on_both_backends(
         lambda s, y: custom_ops.list_mle_loss(s, y, ties="breslow", position_weights="exponential", **lists)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bounds", [None, [1, 3, 3, 8]])
+def test_the_order_of_lists(dtype, masked, bounds):
+    """Each list is sorted by descending key with NaN first, zeros tie, and masked items come last."""
+
+    def place(key):
+        return (1, -key) if key == key else (0, 0.0)
+
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, -math.nan, 2.5, 1e-45], dtype=dtype)
+    draws = torch.Generator().manual_seed(0)
+    key, then = values[torch.randint(0, len(values), (2, 40, 9), generator=draws)]
+    valid = torch.rand(key.shape, generator=draws) > 0.4 if masked else torch.ones_like(key, dtype=torch.bool)
+    offsets = None if bounds is None else torch.tensor(bounds)
+    of_item = [0] * 9 if bounds is None else [sum(b <= i for b in bounds) for i in range(9)]
+    for second in (None, then):
+        with backend("triton"):
+            order = lists.Lists(key, valid if masked else None, offsets).sort(key, second)
+        for row, found in enumerate(order.tolist()):
+
+            def by(i, row=row, second=second):
+                tie = () if second is None else place(second[row, i].item())
+                return of_item[i], not valid[row, i], place(key[row, i].item()), tie
+
+            valid_first = [i for i in found if valid[row, i]]
+            assert valid_first == sorted(valid_first, key=lambda i: (by(i), i))
+            assert found == sorted(found, key=lambda i: by(i)[:2])
 
 
 @pytest.mark.parametrize("loss", [custom_ops.pairwise_logistic_loss, custom_ops.pairwise_hinge_loss])

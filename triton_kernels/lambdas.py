@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,13 +12,15 @@ from torch import Tensor
 from custom_ops._enums import PairNormalization, PairWeighting, TopPairs
 from custom_ops.triton_kernels.common import constant, kernel
 from custom_ops.triton_kernels.lists import (
+    ANYWHERE,
     PAIRS,
     TILES,
     WIDE,
     Lists,
     columns,
+    load_valid,
     reducing,
-    relative_gains,
+    relative_gain,
     share_of,
     sum_of_rows,
     tiled_columns,
@@ -27,15 +28,141 @@ from custom_ops.triton_kernels.lists import (
 from custom_ops.triton_kernels.pairwise import LOGISTIC, both_orders, pair_value, wrong_order
 
 _ROWS, _COLUMNS = 16, 32
+_BLOCK = 256  # items of a list at a time
 _RANKNET = constant(PairWeighting.RANKNET)
 _LAMBDARANK = constant(PairWeighting.LAMBDARANK)
 _NDCG1 = constant(PairWeighting.NDCG1)
 _NDCG2 = constant(PairWeighting.NDCG2)
 _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
+_BOTH, _METRIC = constant(TopPairs.AND), constant(TopPairs.METRIC)
+_PAIRS, _LAMBDAS = constant(PairNormalization.PAIRS), constant(PairNormalization.LAMBDAS)
+_GAINLESS = (PairWeighting.RANKNET, PairWeighting.LABEL_DIFF)
+# These are the bits of a list's mark.
+_ACTIVE, _SOME_GAIN, _UNDEFINED, _ALIKE = (tl.constexpr(1 << bit) for bit in range(4))
+
+
+@triton.jit
+def _load_ranked(order_ptr, valid_ptr, stop, first, before, masked, BLOCK: tl.constexpr):
+    """Return a block of a list's items in their order, which of them are valid, their ranks among the valid ones, and
+    the number of valid items so far.
+    """
+    at = first + tl.arange(0, BLOCK)
+    item = tl.load(order_ptr + at, mask=at < stop, other=0)
+    valid = at < stop
+    if masked != 0:
+        valid = load_valid(valid_ptr, item, valid, True)
+    counts = valid.to(tl.int32)
+    return item, valid, before + tl.cumsum(counts) - counts, before + tl.sum(counts, axis=0, keep_dims=True)
 
 
 @kernel(
-    "*T *T *T *T *T *i32 *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32 i32 i32",
+    "*T *T *i64 *i64 *u8 *i64 *T *i32 *i32 *T *T *T *i32 i32 i32 i32 i32 i32 i32 i32",
+    WIDE,
+    {
+        (gains, exponential): {"GAINS": gains, "EXPONENTIAL": exponential, "BLOCK": _BLOCK}
+        for gains, exponential in ((False, False), (True, False), (True, True))
+    },
+    narrow=ANYWHERE,
+    registers=96,
+)
+@triton.jit(do_not_specialize=["items", "lists", "masked", "k", "top", "every_rank", "every_pair"])
+def lambda_rank_kernel(
+    score_ptr,
+    label_ptr,
+    order_ptr,
+    ideal_ptr,
+    valid_ptr,
+    bounds_ptr,
+    sorted_ptr,
+    owner_ptr,
+    rank_ptr,
+    gain_ptr,
+    discount_ptr,
+    far_ptr,
+    mark_ptr,
+    items,
+    lists,
+    masked,
+    k,
+    top,
+    every_rank,
+    every_pair,
+    GAINS: tl.constexpr,
+    EXPONENTIAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store what `lambda_pairs_kernel` reads of each item, and the mark of a list.
+
+    ``order`` is that of the scores, ``ideal`` that of the labels, and ``sorted`` has room for the labels. The rank is
+    negative in the top k, or always for `every_rank`. A list with two items is active if its labels differ, or for
+    `every_pair`. Items below the top are left out like masked ones if both must be in it.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    index = program % lists
+    start, stop = tl.load(bounds_ptr + index), tl.load(bounds_ptr + index + 1)
+    base = program // lists * items
+    none = float("-inf")
+    high = tl.full([BLOCK], none, label_ptr.dtype.element_ty)
+    low, best, worst = -high, high, -high
+    undefined = tl.zeros([BLOCK], tl.int32)
+    count = tl.zeros([1], tl.int32)
+    limit = items if every_rank != 0 else k
+    for first in range(start, stop, BLOCK):
+        item, valid, rank, count = _load_ranked(order_ptr + base, valid_ptr + base, stop, first, count, masked, BLOCK)
+        exists = first + tl.arange(0, BLOCK) < stop
+        y = tl.load(label_ptr + base + item, mask=valid, other=0)
+        s = tl.load(score_ptr + base + item, mask=valid, other=0)
+        high, low = tl.where(valid & (y > high), y, high), tl.where(valid & (y < low), y, low)
+        best, worst = tl.where(valid & (s > best), s, best), tl.where(valid & (s < worst), s, worst)
+        undefined |= (y != y).to(tl.int32)
+        owned = valid & ((top != _BOTH) | (rank < k))
+        tl.store(owner_ptr + base + item, tl.where(owned, index.to(tl.int32), -1), mask=exists)
+        tl.store(rank_ptr + base + item, rank - limit, mask=valid)
+        place = rank.to(tl.float64) + 2
+        tl.store(
+            far_ptr + base + item,
+            tl.where((every_rank != 0) & (rank >= k), 1 / (1 - 1 / tl.log2(place)), 1.0),
+            mask=valid,
+        )
+        if GAINS:
+            discount = tl.where((top == _METRIC) & (rank >= k), 0.0, 1 / tl.log2(place))
+            tl.store(discount_ptr + base + item, discount, mask=valid)
+    if GAINS:  # the valid labels in descending order, wherever masked items lie between them
+        count = tl.zeros([1], tl.int32)
+        for first in range(start, stop, BLOCK):
+            item, valid, place, count = _load_ranked(
+                ideal_ptr + base, valid_ptr + base, stop, first, count, masked, BLOCK
+            )
+            y = tl.load(label_ptr + base + item, mask=valid, other=0)
+            tl.store(sorted_ptr + base + start + place, y, mask=valid)
+        tl.debug_barrier()  # the next loads see what other threads stored
+    valid_items, highest = tl.max(count), tl.maximum(tl.max(high).to(tl.float64), 0.0)
+    mark = tl.where(tl.max(undefined) > 0, _UNDEFINED, 0) + tl.where(tl.max(best) == tl.min(worst), _ALIKE, 0)
+    mark += tl.where((valid_items > 1) & ((every_pair != 0) | (tl.max(high) != tl.min(low))), _ACTIVE, 0)
+    if GAINS:
+        totals = tl.zeros([BLOCK], tl.float64)
+        for first in range(0, tl.minimum(valid_items, k), BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            counts = place < tl.minimum(valid_items, k)
+            y = tl.load(sorted_ptr + base + start + place, mask=counts, other=0).to(tl.float64)
+            totals += relative_gain(y, highest, EXPONENTIAL) / tl.log2(place.to(tl.float64) + 2)
+        total = tl.sum(totals)
+        for first in range(start, stop, BLOCK):
+            item = base + first + tl.arange(0, BLOCK)
+            inside = item < base + stop
+            if masked != 0:
+                inside = load_valid(valid_ptr, item, inside, True)
+            y = tl.load(label_ptr + item, mask=inside, other=0).to(tl.float64)
+            gain = relative_gain(y, highest, EXPONENTIAL) / total
+            tl.store(gain_ptr + item, tl.where(total <= 0, 0.0, gain), mask=inside)
+        mark += tl.where(total <= 0, 0, _SOME_GAIN)
+    else:
+        mark += _SOME_GAIN
+    tl.store(mark_ptr + program, mark.to(tl.int32))
+
+
+@kernel(
+    "*T *T *T *T *T *i32 *T *T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32 i32",
     WIDE,
     {
         (weighting, hessian, weighted): {
@@ -53,7 +180,7 @@ _LABEL_DIFF = constant(PairWeighting.LABEL_DIFF)
     registers=96,
     budget=400,
 )
-@triton.jit(do_not_specialize=["items", "stride", "lists", "blocks", "by_difference", "lambdas"])
+@triton.jit(do_not_specialize=["items", "lists", "blocks", "by_difference", "lambdas"])
 def lambda_pairs_kernel(
     s_ptr,
     y_ptr,
@@ -71,7 +198,6 @@ def lambda_pairs_kernel(
     count_ptr,
     sigma: tl.float64,
     items,
-    stride,
     lists,
     blocks,
     by_difference,
@@ -90,7 +216,7 @@ def lambda_pairs_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     example = program // blocks * items
-    owner_ptr += program // blocks * stride
+    owner_ptr += example
     i = program % blocks * ROWS + tl.arange(0, ROWS)
     owner_i = tl.load(owner_ptr + i, mask=i < items, other=-1)
     valid_i = owner_i >= 0
@@ -209,6 +335,68 @@ def lambda_pairs_kernel(
     tl.store(count_ptr + example + i, count.to(s_i.dtype), mask=i < items)
 
 
+@kernel(
+    "*fp64 *fp64 *fp64 *T *i32 *i64 *T *T *u8 fp64 fp64 fp64 i32 i32 i32 i32",
+    WIDE,
+    {None: {"BLOCK": _BLOCK}},
+    narrow=ANYWHERE,
+    registers=96,
+)
+@triton.jit(do_not_specialize=["normalize", "by_difference", "items", "lists"])
+def lambda_scale_kernel(
+    sum_ptr,
+    value_ptr,
+    magnitude_ptr,
+    count_ptr,
+    mark_ptr,
+    bounds_ptr,
+    loss_ptr,
+    slope_ptr,
+    active_ptr,
+    scale: tl.float64,
+    sigma: tl.float64,
+    steepness: tl.float64,
+    normalize,
+    by_difference,
+    items,
+    lists,
+    BLOCK: tl.constexpr,
+):
+    """Store a list's normalised loss and slopes, and whether it contributes, from the sums over its items' pairs."""
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    mark = tl.load(mark_ptr + program)
+    some, alike = mark & _SOME_GAIN != 0, mark & _ALIKE != 0
+    values, counts = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    magnitudes = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = base + first + tl.arange(0, BLOCK)
+        inside = item < base + stop
+        values += tl.load(value_ptr + item, mask=inside, other=0)
+        counts += tl.load(count_ptr + item, mask=inside, other=0)
+        if normalize == _LAMBDAS:
+            magnitudes += tl.load(magnitude_ptr + item, mask=inside, other=0)
+    factor = tl.full([1], scale, tl.float64)
+    if by_difference != 0:  # the pairs were divided by 0.01 where all scores are equal
+        factor = tl.where(alike, factor * 0.01, factor)
+    pairs, lambdas = tl.sum(counts), tl.sum(magnitudes) * 2.0 * sigma * factor
+    if normalize == _PAIRS:
+        factor /= tl.where(some & (pairs > 0), pairs, 1.0)
+    if normalize == _LAMBDAS:
+        factor *= tl.where(some & (lambdas > 0), tl.log2(1 + lambdas) / lambdas, 1.0)
+    contributes = some & (mark & _ACTIVE != 0)
+    loss = tl.sum(tl.where(contributes, tl.sum(values) * factor, 0.0))
+    undefined = mark & _UNDEFINED != 0
+    tl.store(loss_ptr + program, tl.where(undefined, float("nan"), loss).to(loss_ptr.dtype.element_ty))
+    tl.store(active_ptr + program, (contributes | undefined).to(tl.uint8))
+    factor *= steepness
+    for first in range(start, stop, BLOCK):
+        item = base + first + tl.arange(0, BLOCK)
+        slope = tl.load(sum_ptr + item, mask=item < base + stop, other=0)
+        tl.store(slope_ptr + item, slope * factor, mask=item < base + stop)
+
+
 def _pairs(
     lists: Lists,
     scores: Tensor,
@@ -225,84 +413,53 @@ def _pairs(
     normalize: int,
     by_difference: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    every_rank = top == TopPairs.METRIC and weighting in (PairWeighting.NDCG2, PairWeighting.NDCG2PP)
+    if scores.numel() == 0:
+        return lists.no_items(scores)
+    by_distance = weighting in (PairWeighting.NDCG2, PairWeighting.NDCG2PP)
+    every_rank = top == TopPairs.METRIC and by_distance
     by_lambdas = normalize == PairNormalization.LAMBDAS
     special = item_weights is not None or by_difference or by_lambdas or every_rank
     given_weights = torch.ones_like(scores) if special and item_weights is None else item_weights
     scores, labels, weights, vector = lists.operands(scores, labels, given_weights, v)
-    owners, stride = lists.owners()
-    by_item = owners.reshape(lists.examples if stride else 1, lists.items)
-    by_item = by_item.expand(lists.examples, lists.items).reshape(scores.shape)
-    owned = by_item >= 0
-    rank = lists.ranks(scores)
-    both = top == TopPairs.AND
-    if both:  # items below the top are left out like masked ones
-        owners, stride = torch.where(rank < k, by_item, -1), lists.items
-    gain, discount = scores, scores  # a placeholder that isn't read
-    distance = discount_of(torch.arange(-1, lists.items, device=scores.device))
-    distance = (distance[:-1] - distance[1:]) * (mu if weighting == PairWeighting.NDCG2PP else 1.0)
-    distance = distance.to(scores.dtype)  # by distance of the ranks; distance 0 isn't read
-    some = active = None
-    if both or special:  # True for a list with a pair, be it in the top or below
-        if weighting == PairWeighting.NDCG1:
-            active = lists.sum(owned.to(scores.dtype)) > 1
-        else:
-            highest = lists.largest(labels.masked_fill(~owned, -math.inf), -math.inf)
-            differs = owned & (labels != lists.to_items(highest))
-            active = lists.sum(differs.to(scores.dtype)) > 0
-    if weighting not in (PairWeighting.RANKNET, PairWeighting.LABEL_DIFF):
-        labels_in = labels.double().masked_fill(~owned, 0)
-        ones = labels_in.new_ones((*lists.batch, lists.lists))
-        gains = relative_gains(labels_in, lists.to_items(lists.largest(labels_in)), exponential)
-        place = lists.ranks(labels)
-        best = discount_of(place).masked_fill(place >= k, 0)
-        most = lists.sum((gains * best).masked_fill(~owned, 0))
-        some = ~(most <= 0)
-        gain = lists.scale(torch.where(some, ones / most, 0), gains).to(scores.dtype)
-        discount = discount_of(rank).to(scores.dtype)
-        if top == TopPairs.METRIC:
-            discount = discount.masked_fill(rank >= k, 0)
-    far = torch.ones_like(scores) if special else scores
-    if every_rank:
-        far = torch.where(rank >= k, 1 / (1 - discount_of(rank.clamp(min=1))), 1).to(scores.dtype)
-    slope, value = (torch.empty_like(scores, dtype=torch.float64) for _ in range(2))
-    count = torch.empty_like(scores)
+    gains, k = weighting not in _GAINLESS, min(k, lists.items)
+    distance = scores  # a placeholder that isn't read
+    if by_distance:  # by distance of the ranks; distance 0 isn't read
+        ranks = torch.arange(1, lists.items + 2, dtype=torch.float64, device=scores.device)
+        factor = mu if weighting == PairWeighting.NDCG2PP else 1.0
+        distance = torch.diff(-factor / torch.log2(ranks)).to(scores.dtype)
+
+    order = _order(lists, scores)
+    ideal = _order(lists, labels) if gains else order
+    rank, owner = (torch.empty_like(scores, dtype=torch.int32) for _ in range(2))
+    if lists.several:
+        owner.fill_(-1)  # items in no list
+    gain, discount, far, count = (torch.empty_like(scores) for _ in range(4))
+    loss, slope, active = lists.results(scores)
+    mark = torch.empty_like(loss, dtype=torch.int32)
+    sizes = (lists.items, lists.lists)
+    given = (scores, labels, order, ideal, lists.valid, lists.bounds)
+    outputs = (count, owner, rank, gain, discount, far, mark)  # the labels are sorted in what later has the counts
+    every_pair = weighting == PairWeighting.NDCG1
+    options = (int(lists.masked), k, top, int(every_rank), int(every_pair))
+    lambda_rank_kernel(loss.numel(), *given, *outputs, *sizes, *options, variant=(gains, gains and exponential))
+
+    sums, values, magnitudes = (torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
     blocks = triton.cdiv(lists.items, _ROWS)
-    from_top = (rank - (lists.items if every_rank else min(k, lists.items))).to(torch.int32)  # negative in the top k
-    pointers = (scores, labels, weights, far, vector, from_top, gain, discount, distance, owners, lists.bounds)
-    sizes = (lists.items, stride, lists.lists, blocks, int(by_difference))
-
-    def launch(hessian: bool, lambdas: bool) -> None:
-        outputs = (slope, value, count, sigma)
-        variant = (weighting, hessian, special)
-        lambda_pairs_kernel(lists.examples * blocks, *pointers, *outputs, *sizes, int(lambdas), variant=variant)
-
-    share = torch.ones(1, dtype=torch.float64, device=scores.device)
-    if by_difference:  # the kernel divides by 0.01 where all scores are equal
-        highest, lowest = (lists.largest(x.masked_fill(~owned, -math.inf), -math.inf) for x in (scores, -scores))
-        share = torch.where(highest == -lowest, 0.01, share)
+    pointers = (scores, labels, weights, far, vector, rank, gain, discount, distance, owner, lists.bounds)
     if by_lambdas:
-        launch(False, True)
-        lambdas = lists.sum(value) * (2 * scale * sigma) * share
-        if some is not None:
-            lambdas = torch.where(some, lambdas, 0)
-        share = share * torch.where(lambdas > 0, torch.log2(1 + lambdas) / lambdas, 1)
-    launch(v is not None, False)
-    pairs = lists.sum(count)
-    active = pairs > (1 if weighting == PairWeighting.NDCG1 else 0) if active is None else active
-    if some is not None:
-        pairs, active = torch.where(some, pairs, 0), active & some
-    factor = torch.full_like(pairs, scale, dtype=torch.float64) * share
-    if normalize == PairNormalization.PAIRS:
-        factor = factor / torch.where(pairs > 0, pairs, 1)
-    moved = lists.scale(factor * (sigma if v is None else sigma * sigma), slope)
-    loss = torch.where(active, lists.sum(value) * factor, 0)
-    return loss.to(scores.dtype), moved.to(scores.dtype), active
+        outputs = (sums, magnitudes, count, sigma, *sizes, blocks, int(by_difference), 1)
+        lambda_pairs_kernel(lists.examples * blocks, *pointers, *outputs, variant=(weighting, False, special))
+    outputs = (sums, values, count, sigma, *sizes, blocks, int(by_difference), 0)
+    lambda_pairs_kernel(lists.examples * blocks, *pointers, *outputs, variant=(weighting, v is not None, special))
+    pointers = (sums, values, magnitudes, count, mark, lists.bounds, loss, slope, active.view(torch.uint8))
+    factors = (scale, sigma, sigma if v is None else sigma * sigma)
+    lambda_scale_kernel(loss.numel(), *pointers, *factors, normalize, int(by_difference), *sizes)
+    return loss, slope, active
 
 
-def discount_of(rank: Tensor) -> Tensor:
-    """Return 1 / log2(1 + r) in float64, where ``rank`` is r - 1."""
-    return 1 / torch.log2(rank.double() + 2)
+def _order(lists: Lists, key: Tensor) -> Tensor:
+    """Return the order of each list by descending key; a single list has its masked items anywhere."""
+    return lists.sort(key) if lists.several else key.sort(dim=-1, descending=True, stable=True).indices
 
 
 @reducing
@@ -313,9 +470,7 @@ def lambda_pairs(
     item_weights: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, slope, active = _pairs(lists, scores, labels, item_weights, None, *options)
-    lists.mark_undefined(labels, loss, active)
-    return loss, slope, active
+    return _pairs(lists, scores, labels, item_weights, None, *options)
 
 
 def lambda_pairs_slope(

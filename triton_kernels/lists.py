@@ -82,14 +82,6 @@ class Lists:
             ids = torch.where(self.valid != 0, ids, -1)
         return ids, self.items if self.masked else 0
 
-    def ranks(self, key: Tensor) -> Tensor:
-        """Return the place [..., T] of each item in its list by descending key, from 0, ties by position."""
-        order = self.sort(key)
-        at = torch.arange(self.items, device=key.device)
-        if self.several:
-            at = at - self.bounds[self.places.clamp(0, self.lists)]
-        return torch.empty_like(order).scatter_(-1, order, at.expand(order.shape))
-
     def operands(self, scores: Tensor, labels: Tensor, *optional: Tensor | None) -> list[Tensor]:
         """Return the tensors for a kernel. The scores stand for one that is missing, which the kernel doesn't read."""
         given = [scores if x is None else x for x in (labels, *optional)]
@@ -162,19 +154,31 @@ class Lists:
         """Return the order [..., T] of each list by descending key, ties by ``then`` and position, masked items
         last.
         """
-        if then is None:
-            order = key.sort(dim=-1, descending=True, stable=True).indices
-        else:
-            order = then.sort(dim=-1, descending=True, stable=True).indices
-            order = order.gather(-1, key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
-        later = []
-        if self.masked:
-            later.append(1 - self.valid)
-        if self.several:
-            later.append(self.places.expand(key.shape))
-        for place in later:  # every sort is stable, so the last one takes precedence
-            order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
-        return order
+        order = None if then is None else _then_by(None, then)
+        if not self.masked and not self.several:
+            return _then_by(order, key)
+        if key.dtype == torch.float64:
+            order = _then_by(order, key)
+        keys = torch.empty_like(key, dtype=torch.int64, memory_format=torch.contiguous_format)
+        blocks = triton.cdiv(self.items, _BLOCK)
+        places = self.places if self.several else self.bounds
+        pointers = (key.contiguous(), keys if order is None else order.contiguous(), self.valid, places, keys)
+        variant = (*self.variant, order is not None)
+        list_key_kernel(self.examples * blocks, *pointers, self.items, blocks, variant=variant)
+        rest = keys.sort(dim=-1, stable=True).indices
+        return rest if order is None else order.gather(-1, rest)
+
+
+def _then_by(order: Tensor | None, key: Tensor) -> Tensor:
+    """Return the order by descending key, ties by ``order``."""
+    if order is None:
+        return key.sort(dim=-1, descending=True, stable=True).indices
+    return order.gather(-1, key.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+
+
+def discount_of(rank: Tensor) -> Tensor:
+    """Return 1 / log2(1 + r) in float64, where ``rank`` is r - 1."""
+    return 1 / torch.log2(rank.double() + 2)
 
 
 def relative_gains(labels: Tensor, highest: Tensor, exponential: bool) -> Tensor:
@@ -252,6 +256,53 @@ def share_of(COLUMNS: tl.constexpr):
 def sum_of_rows(shares):
     """Return the rows' sums in float64 of the terms whose shares were added up over TILES tiles [ROWS, COLUMNS]."""
     return tl.sum(shares, axis=1).to(tl.float64) * (TILES * shares.shape[1])
+
+
+@kernel(
+    "*T *i64 *u8 *i64 *i64 i32 i32",
+    WIDE,
+    {
+        (*key, ordered): {**variant, "ORDERED": ordered, "BLOCK": _BLOCK}
+        for key, variant in VARIANTS.items()
+        for ordered in (False, True)
+    },
+    narrow="gathers the keys in their order",
+)
+@triton.jit(do_not_specialize=["items", "blocks"])
+def list_key_kernel(
+    key_ptr,
+    order_ptr,
+    valid_ptr,
+    places_ptr,
+    out_ptr,
+    items,
+    blocks,
+    MASKED: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    ORDERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store integers whose order is that of the lists, then that of valid before masked items and, in float32, then the
+    descending one of the keys, as in torch's sort with NaN first. An item is the one at its place in ``order``.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    base = program // blocks * items
+    at = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    item, inside = at, at < items
+    if ORDERED:
+        item = tl.load(order_ptr + base + at, mask=inside, other=0)
+    out = tl.zeros([BLOCK], tl.int64)
+    if SEVERAL:
+        out += tl.load(places_ptr + item, mask=inside, other=0)
+    if MASKED:
+        out = 2 * out + (tl.load(valid_ptr + base + item, mask=inside, other=0) == 0).to(tl.int64)
+    if key_ptr.dtype.element_ty == tl.float32:
+        key = tl.load(key_ptr + base + item, mask=inside, other=0)
+        key = tl.where(key == key, tl.where(key == 0, 0.0, key), float("nan"))  # one zero and one NaN, a positive one
+        bits = key.to(tl.int32, bitcast=True)
+        ascending = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        out = (out << 32) + (0x7FFFFFFF - ascending)
+    tl.store(out_ptr + base + at, out, mask=inside)
 
 
 @kernel("*T *T *i64 i32 i32", WIDE, {None: {"BLOCK": _BLOCK}}, narrow=ANYWHERE)

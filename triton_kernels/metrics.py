@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from custom_ops._enums import RankMetric, TiedScores
-from custom_ops.triton_kernels.lambdas import discount_of
-from custom_ops.triton_kernels.lists import Lists, relative_gains
+from custom_ops.triton_kernels.lists import Lists, discount_of, relative_gains
 
 _ALL = 2**63 - 1  # the cutoff that lets all places count
 
