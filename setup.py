@@ -56,7 +56,7 @@ SANITIZERS = {
 NINJA = """\
 cxx = {cxx}
 rule precompile
-  command = echo '#include "$in"' > precompiled.h && $cxx {cxxflags} -MMD -MF $out.d -x c++-header precompiled.h -o $out
+  command = $cxx {cxxflags} -MMD -MF $out.d -x c++-header $in -o $out
   description = precompile $in
   depfile = $out.d
   deps = gcc
@@ -142,8 +142,10 @@ class BuildWithNinja(build_ext):
         rules = NINJA.format(cxx=_quoted(cxx), cxxflags=_quoted(cxxflags), ldflags=_quoted(ldflags))
         sources = [os.path.relpath(ROOT / source, folder) for source in ordered]
         # torch's headers take as long as a small kernel, and are the same in each file.
-        shared = os.path.relpath(ROOT / SHARED, folder)
-        build = f"{rules}build precompiled.h.gch: precompile {_path(shared)}\n"
+        precompiled, text = folder / "precompiled.h", f'#include "{os.path.relpath(ROOT / SHARED, folder)}"\n'
+        if not precompiled.exists() or precompiled.read_text() != text:  # writing it has all compiled again
+            precompiled.write_text(text)
+        build = rules + "build precompiled.h.gch: precompile precompiled.h\n"
         for target, source in zip(objects, sources):
             build += f"build {target}: compile {_path(source)} | precompiled.h.gch\n"
         build += f"build _C.abi3.so: link {' '.join(objects)} | {_path(exports)}\n"
