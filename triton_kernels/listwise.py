@@ -649,7 +649,6 @@ def _over(high, low, most_high, most_low, scale):
 def _pairs_of(
     s,
     weight,
-    v_ptr,
     sum_ptr,
     last_ptr,
     first_ptr,
@@ -794,7 +793,6 @@ def cosent_kernel(
             lower, higher, _, _ = _pairs_of(
                 s,
                 weight,
-                v_ptr,
                 sum_ptr,
                 last_ptr,
                 first_ptr,
@@ -819,7 +817,6 @@ def cosent_kernel(
         lower, higher, lower_mean, higher_mean = _pairs_of(
             s,
             weight,
-            v_ptr,
             sum_ptr,
             last_ptr,
             first_ptr,
