@@ -8,10 +8,10 @@ import os
 import random
 import sys
 import threading
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -295,34 +295,27 @@ def _saved(call: Call) -> tuple[int, int]:
 
 @capability("threads", of_dispatch=True)
 def threads(case: Case) -> str:
-    """Several Python threads that call at once each get the results that they get alone."""
+    """A call gets the results that it gets alone while other threads call: one whose whole call runs wherever this one
+    returns from a built-in function, and several at once that meet as they happen to."""
     if case.interpreted:
         raise NotApplicable("Triton's interpreter has one thread")
     calls = case.calls(torch.float32)[: 1 if case.quick else None]
     for call in [grown(case, call) for call in calls]:
-        workers = [_spread(call, seed) for seed in range(_THREADS)]
-        expected = [_results(worker, seed) for seed, worker in enumerate(workers)]
-        barrier = threading.Barrier(_THREADS)
-        failures: list[BaseException] = []
-        run = [
-            partial(_repeat, *one, barrier, failures, describe(call)) for one in zip(workers, range(_THREADS), expected)
-        ]
-        started = [threading.Thread(target=each, daemon=True) for each in run]
-        interval = sys.getswitchinterval()
-        try:
-            sys.setswitchinterval(1e-5)
-            for thread in started:
-                thread.start()
-            for thread in started:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
-        if failures:
-            raise failures[0]
+        run = [partial(_results, _spread(call, seed), seed) for seed in range(_THREADS)]
+        alone = [each() for each in run]
+        what = f"{describe(call)} while other threads call it"
+        with ThreadPoolExecutor(_THREADS) as pool, _switching_often():
+            interrupted = pool.submit(_interrupted, run[0], partial(pool.submit, run[1]))
+            check_close(interrupted.result(), alone[0], what, rtol=1e-5)
+            barrier = threading.Barrier(_THREADS)
+            for repeated, expected in zip([pool.submit(_repeat, each, barrier) for each in run], alone):
+                for results in repeated.result():
+                    check_close(results, expected, what, rtol=1e-5)
     return f"{_THREADS} threads"
 
 
-_THREADS, _ROUNDS = 4, 4
+_THREADS, _ROUNDS = 4, 2
+_PATIENCE = 0.2  # seconds
 
 
 def _spread(call: Call, seed: int) -> Call:
@@ -337,27 +330,33 @@ def _results(call: Call, seed: int) -> list[Tensor]:
     return [t.detach() for t in (*outputs, *gradients)]
 
 
-def _repeat(
-    call: Call,
-    seed: int,
-    expected: Sequence[Tensor],
-    barrier: threading.Barrier,
-    failures: list[BaseException],
-    what: str,
-) -> None:
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
     try:
-        barrier.wait()
-        for _ in range(_ROUNDS):
-            sys.setprofile(_let_others_run)  # it is this thread's own
-            results = _results(call, seed)
-            sys.setprofile(None)
-            check_close(results, expected, f"{what} while other threads call it", rtol=1e-5)
-    except BaseException as error:
-        failures.append(error)
-        barrier.abort()
+        yield
+    finally:
+        sys.setswitchinterval(interval)
 
 
-def _let_others_run(frame: FrameType, event: str, function: Any) -> None:
-    """Pause after each built-in function that Python code calls, as threads on a busy machine rarely meet by chance."""
-    if event == "c_return":
-        time.sleep(1e-6)
+def _interrupted(run: Callable[[], list[Tensor]], start: Callable[[], Future[list[Tensor]]]) -> list[Tensor]:
+    """Return the results of ``run``, in which each built-in function is followed by all of what ``start`` starts."""
+    other: Future[list[Tensor]] | None = None
+
+    def interrupt(frame: FrameType, event: str, function: Any) -> None:
+        nonlocal other
+        if event == "c_return" and (other is None or other.done()):
+            other = start()
+            wait([other], timeout=_PATIENCE)  # for it may need a lock that this call holds
+
+    sys.setprofile(interrupt)  # it is this thread's own
+    try:
+        return run()
+    finally:
+        sys.setprofile(None)
+
+
+def _repeat(run: Callable[[], list[Tensor]], barrier: threading.Barrier) -> list[list[Tensor]]:
+    barrier.wait()
+    return [run() for _ in range(_ROUNDS)]
