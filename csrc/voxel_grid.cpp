@@ -213,51 +213,56 @@ bool copy_boundaries(const int64_t* at, int64_t* out, int64_t n, int64_t voxels,
   const int64_t last = std::min(end, voxels);
   int64_t drops = 0;
   multiversion([=, &drops]() ALWAYS_INLINE {
-    int64_t found = 0;  // negative if there is an error
+    int64_t found = 0;
     for (int64_t v = begin; v < last; ++v) {
-      found |= at[v + 1] - at[v];
+      found |= at[v + 1] < at[v];
       out[v] = at[v];
     }
     drops = found;
   });
   if (end > voxels) out[voxels] = at[voxels];
-  return drops >= 0 && at[0] == 0 && at[voxels] <= n;
+  return !drops && at[0] == 0 && at[voxels] <= n;
 }
 
-// Returns whether the positions [begin, end) hold the points that a stable sort puts there, given boundaries that don't
-// decrease. Points that are in the voxel of their position, or in none, and strictly in order within it are all
-// different, hence a permutation. Differences are collected instead of branching, because one misprediction takes
-// longer than the rest of a point.
+// A hash of a point in a voxel. Sums of the hashes of two sets of such pairs are equal if the sets are, and otherwise
+// with a chance of 2^-64. To look up each point's rank instead would take longer than to sum its row.
+ALWAYS_INLINE inline uint64_t hash_in(int64_t point, int64_t voxel) {
+  const uint64_t at = static_cast<uint64_t>(voxel);
+  uint64_t hash = static_cast<uint64_t>(point) + at + (at << 32);
+  hash = (hash ^ hash >> 33) * 0xFF51AFD7ED558CCDu;
+  hash = (hash ^ hash >> 33) * 0xC4CEB9FE1A85EC53u;
+  return hash ^ hash >> 33;
+}
+
+// Compares the pairs of points and voxels at the positions [begin, end) of perm, given boundaries that don't decrease,
+// with those of the points [begin, end): returns the difference of the sums of their hashes. The points of no voxel are
+// in one more. `ordered` becomes false if the points of a voxel aren't in order. Differences are collected instead of
+// branching, because one misprediction takes longer than the rest of a point.
 template <class I>
-bool follows(const I* rank, const int64_t* perm, const int64_t* at, int64_t n, int64_t voxels, int64_t begin,
-             int64_t end) {
-  constexpr int64_t kBlock = 1024, kRun = 8;
-  int64_t block[1 + kBlock + kRun], ranks[kBlock], voxel = std::upper_bound(at, at + voxels + 1, begin) - at - 1;
+uint64_t difference(const I* rank, const int64_t* perm, const int64_t* at, int64_t voxels, int64_t begin, int64_t end,
+                    std::atomic<bool>& ordered) {
+  constexpr int64_t kBlock = 1024;
+  int64_t block[1 + kBlock], voxel = std::upper_bound(at, at + voxels + 1, begin) - at - 1, backward = 0;
+  uint64_t sum = 0;
+  block[0] = begin > 0 && at[voxel] < begin ? voxel : -1;
   for (int64_t first = begin; first < end; first += kBlock) {
-    int64_t wrong = 0;
-    multiversion([=, &wrong, &voxel, expected = block + 1, found = static_cast<int64_t*>(ranks)]() ALWAYS_INLINE {
+    multiversion([=, &sum, &backward, &voxel, in = block + 1]() ALWAYS_INLINE {
       const int64_t count = std::min(kBlock, end - first), *point = perm + first;
-      int64_t strays = 0, others = 0, order = 0;
-      for (int64_t k = 0; k < count; ++k) strays |= -static_cast<int64_t>((point[k] < 0) | (point[k] >= n));
-      if ((wrong = strays)) return;
-      for (int64_t k = 0; k < count; ++k) found[k] = static_cast<int64_t>(rank[point[k]]);
-      int64_t v = voxel;
-      expected[-1] = at[v] >= first ? -2 : v < voxels ? v : -1;
-      for (int64_t k = 0; k < count; ++v) {
-        const int64_t stop = v < voxels ? std::min(count, at[v + 1] - first) : count, is = v < voxels ? v : -1;
-        for (int64_t i = 0; i < kRun; ++i) expected[k + i] = is;
-        for (int64_t i = k + kRun; i < stop; ++i) expected[i] = is;
-        k = stop;
-      }
-      voxel = v - 1;
-      for (int64_t k = 0; k < count; ++k) others |= (found[k] < 0 ? -1 : found[k]) ^ expected[k];
-      for (int64_t k = first > 0 ? 0 : 1; k < count; ++k)
-        order |= expected[k] == expected[k - 1] ? point[k] - point[k - 1] - 1 : 0;
-      wrong = others | (order < 0);
+      int64_t v = voxel + 1, here = voxel, back = 0;
+      uint64_t total = 0;
+      for (int64_t k = 0; k < count; ++k) in[k] = 0;
+      for (; v <= voxels && at[v] < first + count; ++v) ++in[at[v] - first];
+      for (int64_t k = 0; k < count; ++k) in[k] = here += in[k];
+      for (int64_t k = 0; k < count; ++k) total += hash_in(point[k], in[k]);
+      for (int64_t k = 0; k < count; ++k)
+        total -= hash_in(first + k, rank[first + k] < 0 ? voxels : static_cast<int64_t>(rank[first + k]));
+      for (int64_t k = first > 0 ? 0 : 1; k < count; ++k) back |= (in[k] == in[k - 1]) & (point[k] <= point[k - 1]);
+      sum += total, backward |= back, voxel = here;
     });
-    if (wrong) return false;
+    block[0] = voxel;
   }
-  return true;
+  if (backward) ordered = false;
+  return sum;
 }
 
 // Calls f(example, begin, end) for ranges that together cover n elements of each example.
@@ -596,17 +601,19 @@ Tensor voxel_match(const Tensor& rank_in, const Tensor& perm_in, const Tensor& i
   const int64_t *pp = data<int64_t>(perm), *ip = data<int64_t>(indptr);
   int64_t* op = mutable_data<int64_t>(out);
   std::atomic<bool> matches{true};
-  dispatch_index(rank, "rank", [&](auto type) {
-    using I = typename decltype(type)::type;
-    const I* rp = data<I>(rank);
-    for_ranges(examples, row, [&](int64_t e, int64_t begin, int64_t end) {
-      if (!copy_boundaries(ip + e * row, op + e * row, n, row - 1, begin, end)) matches = false;
-    });
-    if (!matches) return;
-    for_ranges(examples, n, [&](int64_t e, int64_t begin, int64_t end) {
-      if (!follows(rp + e * n, pp + e * n, ip + e * row, n, row - 1, begin, end)) matches = false;
-    });
+  std::atomic<uint64_t> differences{0};
+  for_ranges(examples, row, [&](int64_t e, int64_t begin, int64_t end) {
+    if (!copy_boundaries(ip + e * row, op + e * row, n, row - 1, begin, end)) matches = false;
   });
+  if (matches)
+    dispatch_index(rank, "rank", [&](auto type) {
+      const auto* rp = data<typename decltype(type)::type>(rank);
+      for_ranges(examples, n, [&](int64_t e, int64_t begin, int64_t end) {
+        // The factor keeps equal and opposite differences of two examples apart.
+        differences += hash_in(e, 1) * difference(rp + e * n, pp + e * n, ip + e * row, row - 1, begin, end, matches);
+      });
+    });
+  matches = matches && differences == 0;
   check(matches, "csr: expected voxel_csr(rank, num_voxels), got one of other ranks");
   return out;
 }

@@ -27,13 +27,14 @@ def lift_splat(**changed):
 
 
 def gives_no_numbers(x, rank, voxels, csr):
-    """Return whether the call raises (CPU) or gives NaN, in its gradients too (GPU)."""
+    """Return whether the call raises (CPU) or gives NaN for an example, in its gradients too (GPU)."""
     x = x.clone().requires_grad_()
     try:
         out = custom_ops.voxel_sum(x, rank, voxels, csr=csr)
     except RuntimeError as error:
         return str(error).startswith("csr: expected voxel_csr(rank, num_voxels), got one of other ranks")
-    return out.isnan().all() and torch.autograd.grad(out.sum(), x)[0].isnan().all()
+    wrong = out.isnan().flatten(-2).all(-1)
+    return wrong.any() and torch.autograd.grad(out.sum(), x)[0][wrong].isnan().all()
 
 
 @pytest.mark.parametrize("trace", [torch.jit.trace, lambda f, inputs: make_fx(f)(*inputs)], ids=["jit", "make_fx"])
@@ -75,6 +76,26 @@ def test_a_csr_by_hand_gives_its_sums_or_none():
     right = (T([0, 1, 2, 3], dtype=torch.int32), T([0, 4, 4], dtype=torch.int32))
     assert custom_ops.voxel_sum(x, rank, 2, csr=right).flatten().tolist() == [6, 0]
     assert gives_no_numbers(x, rank, 2, (torch.zeros(4, dtype=torch.int64), right[1]))
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("perm", "indptr"),
+    [
+        ([[0, 0], [1, 1]], [[0, 1, 2], [0, 1, 2]]),
+        ([[0, 1], [0, 1]], [[0, 1, 2], [0, 1, 2]]),
+        ([[0, 2], [1, 0]], [[0, 1, 2], [0, 1, 2]]),
+        ([[0, -(2**63)], [1, 0]], [[0, 1, 2], [0, 1, 2]]),
+        ([[0, 1], [1, 0]], [[0, 1, 2], [0, 2, 2]]),
+        ([[0, 1], [1, 0]], [[0, 2**63 - 1, 2], [0, -(2**63), 2]]),
+    ],
+    ids=["points of the other example", "the other voxel", "no such point", "far away", "boundary", "far boundaries"],
+)
+def test_a_csr_that_differs_in_one_of_two_examples_gives_no_numbers(perm, indptr):
+    x, rank = torch.ones(2, 2, 1), T([[0, 1], [1, 0]])
+    right = custom_ops.voxel_csr(rank, 2)
+    assert [t.tolist() for t in right] == [[[0, 1], [1, 0]], [[0, 1, 2], [0, 1, 2]]]
+    assert gives_no_numbers(x, rank, 2, (T(perm), T(indptr)))
 
 
 @each_backend

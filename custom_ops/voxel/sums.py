@@ -99,9 +99,9 @@ def voxel_sum(
             point with the largest value; a NaN is larger than all numbers.
         mask: bool ``[..., N]``, True for the points that count.
         csr: ``voxel_csr(rank, num_voxels)``, computed once for several calls. Each call compares all of it
-            with ``rank``, voxel by voxel; the layer `VoxelSum` compares ranks in their own
-            order, which takes less time. It can't be combined with ``mask``: apply that to the ranks it is
-            made of, ``rank.masked_fill(~mask, -1)``.
+            with ``rank``, on the CPU by sums of 64-bit hashes of each point and its voxel; the layer `VoxelSum`
+            compares ranks alone, which takes less time. It can't be combined with ``mask``: apply that to the
+            ranks it is made of, ``rank.masked_fill(~mask, -1)``.
 
     Returns:
         ``[..., V, C]``, or ``[V]`` for x ``[N]``. Differentiable to any order in ``x``.

@@ -41,7 +41,7 @@ def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
 
 @define
 def voxel_match(rank: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
-    """Return a copy of ``indptr`` if (perm, indptr) is `voxel_sort` of ``rank``; every point and boundary is compared.
+    """Return a copy of ``indptr`` if (perm, indptr) is `voxel_sort` of ``rank``: every point and boundary counts.
 
     Otherwise it raises on the CPU. On a GPU an error would have to be waited for, so that example's boundaries are -1,
     and every reduction over them and every gradient is NaN.
