@@ -21,9 +21,9 @@ struct Logistic {
   A up, down, low, high;
 
   ALWAYS_INLINE explicit Logistic(A z) {
-    const A u = exp_nonpositive(z < 0 ? z : -z), whole = 1 / (1 + u);
-    up = z < 0 ? u * whole : whole;
-    down = z < 0 ? whole : u * whole;
+    const A u = exp_nonpositive(z < 0 ? z : -z), whole = 1 + u;
+    up = (z < 0 ? u : A(1)) / whole;
+    down = (z < 0 ? A(1) : u) / whole;
     const A rest = log1p_unit(u);
     low = (z < 0 ? -z : A(0)) + rest;
     high = (z < 0 ? A(0) : z) + rest;
