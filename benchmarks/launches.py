@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._dynamo import trace_rules
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks.floor import least_traffic
@@ -131,6 +132,7 @@ def tracing() -> Iterator[Trace]:
     from custom_ops.verify import backend
 
     launch, trace = Kernel.__call__, Trace()
+    trace_rules.lookup(torch.tensor)  # Dynamo lists torch's functions once, which must not be those below
 
     def traced(kernel: Kernel, programs: int, *args: Any, variant: Any = None) -> None:
         trace.run(kernel, programs, args, variant, partial(launch, kernel, programs, *args, variant=variant))

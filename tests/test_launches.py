@@ -51,6 +51,9 @@ FEW = (
     "softmax_loss",
     "list_net_loss",
     *SORTED,
+    "approx_ndcg_loss",
+    "approx_mrr_loss",
+    "smooth_ap_loss",
     *(op for op in FUNCTIONS if op.startswith("pairwise") and "mse" not in op),
 )
 
@@ -61,7 +64,8 @@ def test_list_losses_are_few_kernels(op):
     for sample in samples(FUNCTIONS[op]):
         if not {"cu_lengths", "empty"} & sample.kwargs.keys():
             forward, _ = trace_of(FUNCTIONS[op], sample)
-            assert len(forward.launches) <= 3 and len(forward.calls) <= 15, forward.calls
+            masked = op == "approx_ndcg_loss" and "mask" in sample.kwargs  # then the sort's keys are one launch more
+            assert len(forward.launches) <= 3 + masked and len(forward.calls) <= 15, forward.calls
 
 
 @pytest.mark.sampled(2)

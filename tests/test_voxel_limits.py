@@ -287,7 +287,7 @@ def test_offsets_past_2_to_the_31_in_the_triton_kernels():
     perm[-2:] = torch.tensor([rows - 1, rows - 2])
     out, at = torch.empty(1, width, dtype=torch.float16), torch.empty(1, width, dtype=torch.int64)
     partial, partial_at = nothing.float(), nothing.long()
-    sizes = (rows, rows, 1, width, 1, 1, 1, 0, 0, 0)  # points, rows, segments, columns, bins, plane, pieces, ...
+    sizes = (rows, rows, 1, width, 1, 1, 1, 0, 0, 0, 1)  # points, rows, segments, columns, bins, plane, pieces, ...
     for ordered, kind in ((False, kernels._SUM), (True, kernels._SUM), (True, kernels._MAX)):
         tensors = (x, x, indptr, perm, perm, x, partial, partial_at, out, at)
         kernels.segment_reduce_kernel(1, *tensors, *sizes, variant=(width, ordered, False, False, kind.value))

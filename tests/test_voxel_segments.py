@@ -10,6 +10,7 @@ import torch
 from test_voxel_sums import lidar_like, threads_agree
 
 import custom_ops
+from custom_ops.triton_kernels import voxel_segments
 from custom_ops.verify._backends import backend
 
 NAN, INF = float("nan"), float("inf")
@@ -37,6 +38,20 @@ def test_points_in_no_segment_count_nowhere_even_as_nan(reduce):
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert (results[1][1][perm[[0, 7, 8]]] == 0).all()
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_segments_that_share_a_program(reduce, monkeypatch):
+    """Empty ones, a long one, one of no valid bounds, and a last program of fewer."""
+    monkeypatch.setattr(voxel_segments, "_PROGRAMS", 1)
+    x = torch.randn(2, 300, 70, dtype=torch.float64)
+    bounds = torch.cat([torch.tensor([3, 3, 150]), torch.randint(150, 300, (18,)).sort().values])
+    indptr = torch.stack([bounds, bounds + 1])
+    expected = custom_ops.segment_reduce(x, indptr, reduce)
+    with backend("triton"):
+        torch.testing.assert_close(custom_ops.segment_reduce(x, indptr, reduce), expected)
+        broken = torch.stack([bounds, bounds.flip(0)])
+        assert custom_ops.segment_reduce(x, broken, reduce)[1].isnan().all(-1).sum() == (broken[1].diff() < 0).sum()
 
 
 @pytest.mark.usefixtures("each_backend")

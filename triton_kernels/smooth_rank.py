@@ -42,11 +42,10 @@ def _variants(flag: str) -> dict[Any, dict[str, Any]]:
 
 
 @triton.jit
-def _rows(valid_ptr, ids_ptr, items, blocks, MASKED: tl.constexpr, SEVERAL: tl.constexpr, ROWS: tl.constexpr):
-    """Return the program's items: the example's first one, places in the example, lists, and which are valid."""
-    program = tl.program_id(0).to(tl.int64)
-    base = program // blocks * items
-    row = program % blocks * ROWS + tl.arange(0, ROWS)
+def _rows(block, valid_ptr, ids_ptr, items, blocks, MASKED: tl.constexpr, SEVERAL: tl.constexpr, ROWS: tl.constexpr):
+    """Return the items of a block: the example's first one, places in the example, lists, and which are valid."""
+    base = block // blocks * items
+    row = block % blocks * ROWS + tl.arange(0, ROWS)
     ids = load_list(ids_ptr, row, row < items, SEVERAL)
     return base, row, ids, load_valid(valid_ptr, base + row, ids >= 0, MASKED)
 
@@ -228,7 +227,8 @@ def smooth_rank_sum_kernel(
 
     A rank is a sum of sigmoid((s_j - s_i) scale). With MOVES also the derivatives' tangents along v are stored.
     """
-    base, row, ids, valid = _rows(valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    base, row, ids, valid = _rows(program, valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
     s = tl.load(halves_ptr + base + row, mask=valid, other=0)
     factor = tl.full([1, 1], scale, s.dtype)
     v = tl.load(v_ptr + base + row, mask=valid & MOVES, other=0)
@@ -266,15 +266,42 @@ def smooth_rank_sum_kernel(
         tl.store(moved_relevant_ptr + base + row, moved_relevant, mask=valid)
 
 
+@triton.jit
+def _loss(
+    example_list,
+    share_ptr,
+    active_ptr,
+    undefined_ptr,
+    valid_ptr,
+    bounds_ptr,
+    loss_ptr,
+    items,
+    lists,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store 1 minus the sum of a list's shares."""
+    start, stop = tl.load(bounds_ptr + example_list % lists), tl.load(bounds_ptr + example_list % lists + 1)
+    base = example_list // lists * items
+    shares = tl.zeros([BLOCK], tl.float64)
+    for first in range(start, stop, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
+        shares += tl.load(share_ptr + base + item, mask=valid, other=0)
+    loss = tl.where(tl.load(active_ptr + example_list) != 0, 1.0 - tl.sum(shares), 0.0)
+    loss = tl.where(tl.load(undefined_ptr + example_list) != 0, float("nan"), loss)
+    tl.store(loss_ptr + example_list, loss.to(share_ptr.dtype.element_ty))
+
+
 @kernel(
-    "*T *T *T *T *T *T *T *T *u8 *u8 *i32 *i64 fp64 i32 i32 i32",
+    "*T *T *T *T *T *T *T *T *T *T *u8 *u8 *u8 *i32 *i64 fp64 i32 i32 i32 i32",
     WIDE,
-    _variants("PRODUCT"),
+    {key: {**variant, "BLOCK": _BLOCK} for key, variant in _variants("PRODUCT").items()},
     narrow=PAIRS,
     registers=104,
     budget=252,
 )
-@triton.jit(do_not_specialize=["items", "lists", "blocks"])
+@triton.jit(do_not_specialize=["items", "lists", "blocks", "losses"])
 def smooth_rank_give_kernel(
     halves_ptr,
     gain_ptr,
@@ -284,6 +311,9 @@ def smooth_rank_give_kernel(
     moved_all_ptr,
     moved_relevant_ptr,
     out_ptr,
+    share_ptr,
+    loss_ptr,
+    active_ptr,
     undefined_ptr,
     valid_ptr,
     ids_ptr,
@@ -292,18 +322,28 @@ def smooth_rank_give_kernel(
     items,
     lists,
     blocks,
+    losses,
     MASKED: tl.constexpr,
     SEVERAL: tl.constexpr,
     PRODUCT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Store each item's slope: the contributions of all other items' ranks minus that of its own rank.
+    """Store each item's slope: the contributions of all other items' ranks minus that of its own rank; the first
+    programs store the ``losses`` of that many lists.
 
     of_all and of_relevant are the loss's derivatives with respect to the ranks. With PRODUCT the result is the tangent
     of the slope along v, which also needs the tangents of those derivatives.
     """
-    base, row, ids, valid = _rows(valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    if program < losses:
+        _loss(
+            program, share_ptr, active_ptr, undefined_ptr, valid_ptr, bounds_ptr, loss_ptr, items, lists, MASKED, BLOCK
+        )
+        return
+    block = program - losses
+    base, row, ids, valid = _rows(block, valid_ptr, ids_ptr, items, blocks, MASKED, SEVERAL, ROWS)
     s = tl.load(halves_ptr + base + row, mask=valid, other=0)
     relevant = tl.load(gain_ptr + base + row, mask=valid, other=0) != 0
     w_all = tl.load(of_all_ptr + base + row, mask=valid, other=0)
@@ -335,43 +375,10 @@ def smooth_rank_give_kernel(
             net -= m_all[:, None] + tl.where(other_relevant[None, :], m_relevant[:, None], 0.0)
         pair = (ids[:, None] == column_ids[None, :]) & exists[None, :]
         terms += tl.where(pair, factor * p * q * net, 0.0)
-    owner = tl.program_id(0).to(tl.int64) // blocks * lists + ids
+    owner = block // blocks * lists + ids
     undefined = tl.load(undefined_ptr + owner, mask=valid, other=0) != 0
     slope = tl.where(undefined, float("nan"), tl.where(valid, tl.sum(terms, axis=1), 0.0))
     tl.store(out_ptr + base + row, slope, mask=row < items)
-
-
-@kernel(
-    "*T *u8 *u8 *u8 *i64 *T i32 i32",
-    WIDE,
-    {masked: {"MASKED": masked, "BLOCK": _BLOCK} for masked in (False, True)},
-    narrow=ANYWHERE,
-)
-@triton.jit(do_not_specialize=["items", "lists"])
-def smooth_rank_loss_kernel(
-    share_ptr,
-    active_ptr,
-    undefined_ptr,
-    valid_ptr,
-    bounds_ptr,
-    loss_ptr,
-    items,
-    lists,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Store 1 minus the sum of a list's shares."""
-    program = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
-    base = program // lists * items
-    shares = tl.zeros([BLOCK], tl.float64)
-    for first in range(start, stop, BLOCK):
-        item = first + tl.arange(0, BLOCK)
-        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
-        shares += tl.load(share_ptr + base + item, mask=valid, other=0)
-    loss = tl.where(tl.load(active_ptr + program) != 0, 1.0 - tl.sum(shares), 0.0)
-    loss = tl.where(tl.load(undefined_ptr + program) != 0, float("nan"), loss)
-    tl.store(loss_ptr + program, loss.to(share_ptr.dtype.element_ty))
 
 
 def _losses(
@@ -391,11 +398,9 @@ def _losses(
     where = (lists.valid, lists.ids, lists.bounds, 1 / temperature, *sizes, blocks)
     pointers = (halves, gain, vector, share, *derivatives, *where)
     smooth_rank_sum_kernel(lists.examples * blocks, *pointers, variant=(metric, *lists.variant, moves))
-    pointers = (halves, gain, vector, *derivatives, slope, undefined, *where)
-    smooth_rank_give_kernel(lists.examples * blocks, *pointers, variant=(*lists.variant, moves))
-    if not moves:
-        pointers = (share, *marks, lists.valid, lists.bounds, loss)
-        smooth_rank_loss_kernel(loss.numel(), *pointers, *sizes, variant=lists.masked)
+    losses = 0 if moves else loss.numel()
+    pointers = (halves, gain, vector, *derivatives, slope, share, loss, *marks, *where, losses)
+    smooth_rank_give_kernel(losses + lists.examples * blocks, *pointers, variant=(*lists.variant, moves))
     return loss, slope, active
 
 

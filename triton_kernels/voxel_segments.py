@@ -20,6 +20,9 @@ _TILE = 512
 # Longer segments are reduced in chunks of so many points, so no program takes long.
 _CHUNK = 128
 
+# A program reduces up to so many segments, as most voxels of a grid are empty, where so many programs are left.
+_EACH, _PROGRAMS = 16, 4096
+
 _NOWHERE = tl.constexpr(2**31 - 1)  # an index after all rows
 
 # The reductions: sums, the largest or the smallest row, sums of exponentials of the rows less a shift, and products.
@@ -119,7 +122,8 @@ def _sum_rows(
                 row, past = _point(index_ptr, row, inside, rows, True)
                 weight = tl.where(past, float("nan"), weight)
             else:
-                row = row // plane // bins * plane + row % plane
+                narrow = row.to(tl.int32)  # a division of 64 bits takes about ten times as many instructions
+                row = (narrow // plane // bins * plane + narrow % plane).to(tl.int64)
         exists = inside[:, None] & (column < columns)[None, :]
         value = widen(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=exists, other=empty))
         if WEIGHT:
@@ -306,12 +310,14 @@ def segment_reduce_chunks_kernel(
 
 
 @kernel(
-    "*T *T *i64 *i64 *i64 *T *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+    "*T *T *i64 *i64 *i64 *T *A *i64 *T *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
     FLOATING,
     _REDUCE_VARIANTS,
     streams=_TILE,
 )
-@triton.jit(do_not_specialize=["points", "rows", "segments", "bins", "plane", "pieces", "chunks", "mean", "own"])
+@triton.jit(
+    do_not_specialize=["points", "rows", "segments", "bins", "plane", "pieces", "chunks", "mean", "own", "each"]
+)
 def segment_reduce_kernel(
     x_ptr,
     weight_ptr,
@@ -333,6 +339,7 @@ def segment_reduce_kernel(
     chunks,
     mean,
     own,
+    each,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -344,87 +351,94 @@ def segment_reduce_kernel(
     program = tl.program_id(0)
     column = program % pieces * WIDTH + tl.arange(0, WIDTH)
     exists = column < columns
-    out_row = (program // pieces).to(tl.int64)
-    example, segment = out_row // segments, out_row % segments
+    blocks = tl.cdiv(segments, each)
+    example, first = (program // pieces // blocks).to(tl.int64), program // pieces % blocks * each
     indptr_ptr += example * own * (segments + 1)
     perm_ptr += example * own * points
     index_ptr += example * own * points
     x_ptr += example * rows * columns
     weight_ptr += example * points
-    start, stop, right = _boundaries(indptr_ptr, segment, points)
-    # The parts of a long segment are the one where it starts, then, row by row, those where it continues.
     before = example * 2 * chunks * columns
-    starting = before + (chunks + start // CHUNK) * columns + column
-    begin, end = start // CHUNK + 1, (stop - 1) // CHUNK + 1
-    if (KIND == _MAX) | (KIND == _MIN):
-        if stop - start <= CHUNK:
-            total, where = _max_rows(
-                x_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM, KIND == _MIN
-            )
+    for segment in range(first, tl.minimum(first + each, segments)):
+        out_row = example * segments + segment
+        start, stop, right = _boundaries(indptr_ptr, segment, points)
+        # The parts of a long segment are the one where it starts, then, row by row, those where it continues.
+        starting = before + (chunks + start // CHUNK) * columns + column
+        begin, end = start // CHUNK + 1, (stop - 1) // CHUNK + 1
+        if (KIND == _MAX) | (KIND == _MIN):
+            if start == stop:
+                total = tl.zeros([WIDTH], partial_ptr.dtype.element_ty)
+                where = tl.full([WIDTH], -1, tl.int64)
+            elif stop - start <= CHUNK:
+                total, where = _max_rows(
+                    x_ptr, perm_ptr, start, stop, points, columns, column, ROWS, WIDTH, PERM, KIND == _MIN
+                )
+            else:
+                total, chunk = _max_rows(
+                    partial_ptr + before, perm_ptr, begin, end, points, columns, column, ROWS, WIDTH, False, False
+                )
+                starts = tl.load(partial_ptr + starting, mask=exists, other=0)
+                earlier = (starts >= total) | (starts != starts)
+                total = tl.where(earlier, starts, total)
+                at = tl.where(earlier, starting, before + chunk * columns + column)
+                where = tl.load(partial_at_ptr + at, mask=exists, other=-1)
+            filled = (where >= 0) & (where < points)  # a corrupted indptr may give any place
+            point, _ = _point(perm_ptr, where, filled, points, PERM)
+            tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
+            total = tl.where(filled, -total if KIND == _MIN else total, 0)
         else:
-            total, chunk = _max_rows(
-                partial_ptr + before, perm_ptr, begin, end, points, columns, column, ROWS, WIDTH, False, False
-            )
-            first = tl.load(partial_ptr + starting, mask=exists, other=0)
-            earlier = (first >= total) | (first != first)
-            total = tl.where(earlier, first, total)
-            at = tl.where(earlier, starting, before + chunk * columns + column)
-            where = tl.load(partial_at_ptr + at, mask=exists, other=-1)
-        filled = (where >= 0) & (where < points)  # a corrupted indptr may give any place
-        point, _ = _point(perm_ptr, where, filled, points, PERM)
-        tl.store(argmax_ptr + out_row * columns + column, tl.where(filled, point, -1), mask=exists)
-        total = tl.where(filled, -total if KIND == _MIN else total, 0)
-    else:
-        if stop - start <= CHUNK:
-            total = _sum_rows(
-                x_ptr,
-                weight_ptr,
-                perm_ptr,
-                index_ptr,
-                start,
-                stop,
-                points,
-                rows,
-                columns,
-                bins,
-                plane,
-                column,
-                _shift(shift_ptr, out_row, columns, column, KIND == _EXP),
-                ROWS,
-                WIDTH,
-                PERM,
-                WEIGHT,
-                INDEX,
-                KIND,
-            )
-        else:
-            total = _sum_rows(
-                partial_ptr + before,
-                partial_ptr,
-                perm_ptr,
-                index_ptr,
-                begin,
-                end,
-                points,
-                rows,
-                columns,
-                bins,
-                plane,
-                column,
-                column,
-                ROWS,
-                WIDTH,
-                False,
-                False,
-                False,
-                _PROD if KIND == _PROD else _SUM,
-            )
-            starts = tl.load(partial_ptr + starting, mask=exists, other=0)
-            total = total * starts if KIND == _PROD else total + starts
-        if mean != 0:
-            total = total / tl.maximum((stop - start).to(tl.int32), 1)
-    total = tl.where(right, total, float("nan"))
-    tl.store(out_ptr + out_row * columns + column, total, mask=exists)
+            if start == stop:
+                total = tl.full([WIDTH], 1.0 if KIND == _PROD else 0.0, partial_ptr.dtype.element_ty)
+            elif stop - start <= CHUNK:
+                total = _sum_rows(
+                    x_ptr,
+                    weight_ptr,
+                    perm_ptr,
+                    index_ptr,
+                    start,
+                    stop,
+                    points,
+                    rows,
+                    columns,
+                    bins,
+                    plane,
+                    column,
+                    _shift(shift_ptr, out_row, columns, column, KIND == _EXP),
+                    ROWS,
+                    WIDTH,
+                    PERM,
+                    WEIGHT,
+                    INDEX,
+                    KIND,
+                )
+            else:
+                total = _sum_rows(
+                    partial_ptr + before,
+                    partial_ptr,
+                    perm_ptr,
+                    index_ptr,
+                    begin,
+                    end,
+                    points,
+                    rows,
+                    columns,
+                    bins,
+                    plane,
+                    column,
+                    column,
+                    ROWS,
+                    WIDTH,
+                    False,
+                    False,
+                    False,
+                    _PROD if KIND == _PROD else _SUM,
+                )
+                starts = tl.load(partial_ptr + starting, mask=exists, other=0)
+                total = total * starts if KIND == _PROD else total + starts
+            if mean != 0:
+                total = total / tl.maximum((stop - start).to(tl.int32), 1)
+        total = tl.where(right, total, float("nan"))
+        tl.store(out_ptr + out_row * columns + column, total, mask=exists)
 
 
 # ---------------------------------------------------------------- adjoints
@@ -459,7 +473,8 @@ def _points_of(program, blocks, rows, bins, plane, POINTS: tl.constexpr):
     """Return the program's example and rows of x, which of them exist, and the first point of each."""
     example = (program // blocks).to(tl.int64)
     row = (program % blocks).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    return example, row, row < rows, row // plane * (bins - 1) * plane + row
+    group = (row.to(tl.int32) // plane).to(tl.int64)  # as in _sum_rows
+    return example, row, row < rows, group * (bins - 1) * plane + row
 
 
 @triton.jit
@@ -853,7 +868,9 @@ def _reduce(
     sizes = (points, rows, count, columns, bins, plane, pieces, chunks)
     own = segments.own
     segment_reduce_chunks_kernel(examples * 2 * chunks * pieces, *tensors, *sizes, segments.steps, own, variant=variant)
-    segment_reduce_kernel(examples * count * pieces, *tensors, out, argmax, *sizes, int(mean), own, variant=variant)
+    each = min(_EACH, max(1, examples * count * pieces // _PROGRAMS))
+    programs = examples * triton.cdiv(count, each) * pieces
+    segment_reduce_kernel(programs, *tensors, out, argmax, *sizes, int(mean), own, each, variant=variant)
     return out, argmax
 
 
