@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -308,14 +309,25 @@ def reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduct
 
 
 class ListLossModule(torch.nn.Module):
-    """A list loss as a layer; subclasses name the ``function`` and pass its own arguments on."""
+    """A list loss as a layer; subclasses name the ``function`` and pass its own arguments on.
+
+    Each argument is an attribute, which may be set again: a call reads them as they are then.
+    """
 
     function: Callable[..., Tensor]
 
+    def __init_subclass__(cls) -> None:
+        shared = ListLossModule.forward
+        if cls.forward is shared:  # Dynamo counts compilations by code object, and would count those of all losses
+            own = FunctionType(shared.__code__.replace(co_name=cls.__name__), globals(), "forward")
+            own.__kwdefaults__, own.__annotations__ = shared.__kwdefaults__, shared.__annotations__
+            cls.forward = own  # type: ignore[method-assign]
+
     def __init__(self, reduction: str = "mean", empty: float | None = None, **own: Any) -> None:
         super().__init__()
-        given = own if empty is None else own | {"empty": empty}
-        self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in given.items()}
+        self.reduction, self.empty, self._own = reduction, _checks.plain(empty), (*own,)
+        for name, value in own.items():
+            setattr(self, name, _checks.plain(value))
         with torch.no_grad():
             nothing = torch.empty(0, device="cpu")
             self(nothing, nothing)  # the function checks the arguments
@@ -333,7 +345,9 @@ class ListLossModule(torch.nn.Module):
     ) -> Tensor:
         where: dict[str, Any] = {"mask": mask, "lengths": lengths, "cu_lengths": cu_lengths, "weights": weights}
         where["item_weights"] = item_weights
-        return type(self).function(scores, labels, **where, reduction=self.reduction, **self.own)
+        own = {name: getattr(self, name) for name in self._own}
+        return type(self).function(scores, labels, **where, reduction=self.reduction, empty=self.empty, **own)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in {**self.own, "reduction": self.reduction}.items())
+        shown = (*self._own, *(["empty"] if self.empty is not None else []), "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
