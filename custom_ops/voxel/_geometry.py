@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
@@ -51,6 +52,13 @@ class KeepsGeometry(torch.nn.Module):
                 f"{name}: can't be set again, because the kept geometry follows from it; make another layer"
             )
         super().__setattr__(name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.fx.Proxy):  # torch.fx.symbolic_trace keeps the layer, and its geometry, as a node
+                tracer: Any = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def clear_geometry(self) -> None:
         """Release the cached geometry and the one that was set."""
