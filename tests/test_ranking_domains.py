@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import custom_ops as co
 from benchmarks.memory import peak_bytes
@@ -511,6 +512,13 @@ def test_a_loss_beyond_float16_is_told_of():
         warnings.simplefilter("error")
         assert co.pairwise_hinge_loss(scores, torch.arange(1000), normalize=True) == 1
         co.pairwise_hinge_loss(scores.float(), torch.arange(1000))
+
+
+def test_a_program_of_float16_is_traced():
+    """The warning isn't in it, because it would read the loss."""
+    scores = SCORES.half()
+    program = make_fx(lambda s: co.lambda_loss(s, LABELS))(scores)
+    same(program(-scores), co.lambda_loss(-scores, LABELS))
 
 
 # ---------------------------------------------------------------- through torch

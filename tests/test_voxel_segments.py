@@ -209,6 +209,7 @@ def test_calls_of_bevfusion_and_bevdepth():
         if 0 <= h < 4 and 0 <= w < 5 and 0 <= d < 2 and 0 <= b < 2:
             expected[b, :, d, h, w] += row
     torch.testing.assert_close(out, expected)
+    assert out.is_contiguous()
     places = torch.stack([torch.randint(-1, n + 1, (2, 6, 4)) for n in (4, 5, 2)], -1).int()
     features = torch.randn(2, 6, 4, 3)
     pooled = custom_ops.voxel_pooling_train(places, features, torch.tensor([4, 5, 2]))

@@ -15,8 +15,9 @@ from torch.nn import Parameter
 
 from custom_ops import _checks, shards
 from custom_ops._enums import LabelUse, Reduction
+from custom_ops._leaf import have_values
 from custom_ops._wide import to_dtype, under_autocast
-from custom_ops.library._torch import OpOverload, transforms_are_active
+from custom_ops.library._torch import OpOverload
 from custom_ops.ranking._inputs import in_dtype, in_order, list_valid
 from custom_ops.ranking._list_loss import WEIGHTED, no_gradient
 from custom_ops.ranking._lists import list_total
@@ -174,9 +175,7 @@ def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
     device.
     """
     out = to_dtype(loss, dtype)
-    if dtype != torch.float16 or type(out) is not Tensor or torch.compiler.is_compiling() or transforms_are_active():
-        return out
-    if out.device.type == "cpu" and bool(out.isinf().any()):
+    if dtype == torch.float16 and out.device.type == "cpu" and have_values(out) and bool(out.isinf().any()):
         warnings.warn(
             "the loss is beyond the range of float16, or near it: where the loss is a sum over pairs, pass "
             "normalize=True to divide by their number; or pass float32 scores",
