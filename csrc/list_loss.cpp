@@ -4,15 +4,18 @@
 namespace custom_ops {
 namespace {
 
-// Calls kernel(list), except for a list with a NaN label, whose loss is NaN.
+// Calls kernel(list), except for a list with a NaN label, whose loss is NaN, and for the Hessian times a zero vector,
+// which is 0 even if a score is infinite or NaN.
 template <class A>
 void run_list(List<A>& list, const ListKernel& kernel) {
-  bool defined = true;
+  bool defined = true, moves = true;
   multiversion([&]() ALWAYS_INLINE {
-    int32_t other = 0;
+    int32_t other = 0, nonzero = !list.v;
     for (int64_t i = 0; i < list.n; ++i) other |= list.y[i] != list.y[i];
-    defined = !other;
+    for (int64_t i = 0; i < (list.v ? list.n : 0); ++i) nonzero |= list.v[i] != 0;
+    defined = !other, moves = nonzero;
   });
+  if (!moves) return list.fill_slope(0);
   if (defined) return kernel(list);
   list.active = true;
   list.fill_nan();

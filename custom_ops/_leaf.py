@@ -1,4 +1,4 @@
-"""Public functions under tracers that pass something else than tensors: torch.fx and torch.jit.script."""
+"""Public functions under tracers, some of which pass something else than tensors: torch.fx and torch.jit.script."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.fx
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn import Parameter
+
+from custom_ops.library._torch import transforms_are_active
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,3 +39,12 @@ def leaf(function: F) -> F:
     call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     call.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
+
+
+def have_values(*tensors: Tensor) -> bool:
+    """Return whether Python can read the numbers in the tensors, and nothing records what it then does."""
+    if torch.compiler.is_compiling() or transforms_are_active():
+        return False
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
+        return False
+    return all(type(t) in (Tensor, Parameter) and not t.is_meta for t in tensors)

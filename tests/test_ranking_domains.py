@@ -10,9 +10,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import custom_ops as co
 from benchmarks.memory import peak_bytes
+from custom_ops.ranking._arguments import ListLossModule
 from custom_ops.registry import FUNCTIONS
 
 T = torch.tensor
@@ -63,6 +65,30 @@ def test_an_undefined_list_of_weight_0_has_no_part_in_a_gradient(name):
     alone, of_alone = loss_and_gradient(name, SCORES, LABELS.float())
     same(loss, alone)
     same(gradient, torch.stack([of_alone, torch.zeros(4), torch.zeros(4)]))
+
+
+@pytest.mark.parametrize("form", ["padded", "masked", "jagged"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_undefined_list_of_weight_0_has_no_part_in_a_second_derivative(name, form):
+    labels, v = LABELS.float().repeat(3, 1), T([0.5, -1.0, 2.0, 0.25])
+
+    def second(x, function):
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+        return torch.autograd.grad((gradient * v).sum(), x)[0]
+
+    def weighted(x):
+        where = {"mask": torch.ones(3, 4, dtype=torch.bool)} if form == "masked" else {}
+        given = (x, labels)
+        if form == "jagged":
+            given, where = (x.flatten(), labels.flatten()), {"cu_lengths": T([0, 4, 8, 12])}
+        return getattr(co, name)(*given, **where, weights=T([1.0, 0.0, 0.0]))
+
+    alone = second(SCORES, lambda x: getattr(co, name)(x, LABELS.float()))
+    for value in (math.nan, math.inf, -math.inf):
+        scores = SCORES.repeat(3, 1)
+        scores[1], labels[2, 2] = value, math.nan
+        same(second(scores, weighted), torch.stack([alone, torch.zeros(4), torch.zeros(4)]))
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if n != "pairwise_mse_loss"])  # tied labels count in it
@@ -418,6 +444,25 @@ def test_arrays_where_lists_are_taken():
     same(co.ndcg(SCORES, LABELS, index=queries), co.ndcg(SCORES, LABELS, index=T(queries)))
 
 
+@pytest.mark.parametrize("layer", ListLossModule.__subclasses__())
+def test_an_option_of_a_layer_may_be_set_later(layer):
+    """Each option is an attribute, as a schedule of temperatures or cutoffs needs it."""
+    others = {"k": 1, "normalize": True, "empty": 0.5, "gain": "linear", "ties": "score", "squared": True}
+    others |= {"weighting": "ndcg2pp", "topk_mode": "and", "position_weights": "discount", "regularization": "kl"}
+    others |= {"score_normalize": True, "reduction": "sum"}
+    scores, labels = SCORES.repeat(2, 1), torch.stack([LABELS, torch.zeros_like(LABELS)])
+    changed = layer()
+    compiled = torch.compile(changed, backend="aot_eager", fullgraph=True)
+    own = {}
+    for name in inspect.signature(layer).parameters:
+        own[name] = others.get(name, 3.0)
+        assert getattr(changed, name) != own[name]
+        setattr(changed, name, own[name])
+        same(changed(scores, labels), layer(**own)(scores, labels))
+    same(compiled(scores, labels), changed(scores, labels))
+    assert repr(changed) == repr(layer(**own))
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [
@@ -467,6 +512,13 @@ def test_a_loss_beyond_float16_is_told_of():
         warnings.simplefilter("error")
         assert co.pairwise_hinge_loss(scores, torch.arange(1000), normalize=True) == 1
         co.pairwise_hinge_loss(scores.float(), torch.arange(1000))
+
+
+def test_a_program_of_float16_is_traced():
+    """The warning isn't in it, because it would read the loss."""
+    scores = SCORES.half()
+    program = make_fx(lambda s: co.lambda_loss(s, LABELS))(scores)
+    same(program(-scores), co.lambda_loss(-scores, LABELS))
 
 
 # ---------------------------------------------------------------- through torch

@@ -174,6 +174,27 @@ def test_compile(case, given):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["ranks given", "ranks set"])
+def test_symbolic_trace(case, given):
+    layer, draw, function = case
+    values, rank = draw()
+    layer.set_geometry(draw(7)[1] if given else rank)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = layer
+
+        def forward(self, given):
+            return self.pool(*(given[i] for i in range(arguments)))
+
+    arguments = len(values) + given
+    traced = torch.fx.symbolic_trace(Model())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["pool"]
+    values, rank = draw(1)[0], draw(1)[1] if given else rank
+    assert torch.equal(traced([*values, rank]), function(*values, rank))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("given", [True, False], ids=["ranks given", "ranks set"])
 def test_export(case, given, strict):

@@ -306,3 +306,11 @@ def test_offsets_past_2_to_the_31_in_the_triton_kernels():
         1, *(x, ones, bounds, rank, dots), *(rows, 2, width, 1, 1, 1, 0, 0), variant=width
     )
     assert torch.equal(dots, width * torch.tensor([5.0, 3.0]).half())
+
+
+def test_a_plane_without_pixels_after_others_in_a_compiled_program():
+    compiled = torch.compile(custom_ops.bev_pool, backend="aot_eager", dynamic=True, fullgraph=True)
+    for bins, height, width in ((3, 2, 2), (4, 3, 2), (3, 0, 2), (0, 2, 2), (3, 2, 0)):
+        depth, feat = torch.rand(2, 2, bins, height, width), torch.rand(2, 2, 4, height, width)
+        rank = torch.randint(-1, 6, depth.shape)
+        torch.testing.assert_close(compiled(depth, feat, rank, 6), custom_ops.bev_pool(depth, feat, rank, 6))

@@ -207,6 +207,11 @@ def test_calls_of_mmcv():
             torch.testing.assert_close(row, expected)
     empty = custom_ops.dynamic_scatter(points[:0], coors[:0])
     assert [t.shape for t in empty] == [(0, 4), (0, 3)]
+    for high in (0.25, 0.35):  # 2.5 and, in float32, 3.5 voxels of 0.1
+        point, corners = torch.tensor([[high - 0.03, 0.0, 0.0]]), (0, 0, 0, high, 1, 1)
+        for limits in ((1, 1), (-1, -1)):
+            coors = custom_ops.voxelization(point, (0.1, 1, 1), corners, *limits)
+            assert (coors if -1 in limits else coors[1]).tolist() == [[0, 0, int(high * 10)]]
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -219,6 +224,7 @@ def test_calls_of_bevfusion_and_bevdepth():
         if 0 <= h < 4 and 0 <= w < 5 and 0 <= d < 2 and 0 <= b < 2:
             expected[b, :, d, h, w] += row
     torch.testing.assert_close(out, expected)
+    assert out.is_contiguous()
     places = torch.stack([torch.randint(-1, n + 1, (2, 6, 4)) for n in (4, 5, 2)], -1).int()
     features = torch.randn(2, 6, 4, 3)
     pooled = custom_ops.voxel_pooling_train(places, features, torch.tensor([4, 5, 2]))

@@ -482,4 +482,5 @@ def lambda_pairs_slope(
     v: Tensor | None,
     *options: Any,
 ) -> Tensor:
-    return _pairs(Lists(scores, valid, offsets), scores, labels, item_weights, v, *options)[1]
+    lists = Lists(scores, valid, offsets)
+    return lists.moved(_pairs(lists, scores, labels, item_weights, v, *options)[1], v)

@@ -128,6 +128,15 @@ class Lists:
         list_scale_kernel(self.examples * blocks, *pointers, *sizes, variant=self.variant)
         return out
 
+    def moved(self, slope: Tensor, v: Tensor | None) -> Tensor:
+        """Return the slope or, given ``v``, the Hessian times it: 0 in a list where v is 0, even if a score is infinite
+        or NaN.
+        """
+        if v is None or slope.numel() == 0:
+            return slope
+        size = (v.abs() if not self.masked else torch.where(self.valid.view(v.shape) != 0, v.abs(), 0)).contiguous()
+        return self.scale((self.largest(size) != 0).to(slope.dtype), slope)
+
     def mark_undefined(self, labels: Tensor, loss: Tensor, active: Tensor) -> None:
         """Make the loss of each list with a NaN label NaN, in place."""
         pointers = (labels.contiguous(), self.valid, self.bounds, loss, active.view(torch.uint8))

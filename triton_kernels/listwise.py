@@ -171,7 +171,8 @@ def list_softmax_slope(
     v: Tensor | None,
     softmax_labels: bool,
 ) -> Tensor:
-    return _softmax(Lists(scores, valid, offsets), scores, labels, v, softmax_labels)[1]
+    lists = Lists(scores, valid, offsets)
+    return lists.moved(_softmax(lists, scores, labels, v, softmax_labels)[1], v)
 
 
 # ---------------------------------------------------------------- scans in label order
@@ -920,8 +921,8 @@ def _slope(
     v: Tensor | None,
     *params: Any,
 ) -> Tensor:
-    slope: Tensor = kind(Lists(scores, valid, offsets), scores, labels, item_weights, v, *params)[1]
-    return slope
+    lists = Lists(scores, valid, offsets)
+    return lists.moved(kind(lists, scores, labels, item_weights, v, *params)[1], v)
 
 
 list_mle, list_mle_slope = reducing(partial(_loss, _list_mle)), partial(_slope, _list_mle)

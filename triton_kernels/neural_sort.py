@@ -345,4 +345,4 @@ def neural_sort_slope(
         return torch.zeros_like(scores)
     ordered = _NeuralSort(lists, scores, labels, temperature, k, exponential)
     u, q = (ordered.x, ordered.x) if v is None else ordered.tangents(v)
-    return ordered.slope(ordered.rows(u, q, v is not None), u, q, v is not None)
+    return lists.moved(ordered.slope(ordered.rows(u, q, v is not None), u, q, v is not None), v)

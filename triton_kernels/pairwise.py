@@ -332,7 +332,8 @@ def pairwise_slope(
     normalize: bool,
 ) -> Tensor:
     lists = Lists(scores, valid, offsets)
-    return _pairs(lists, scores, labels, item_weights, v, PairFunction(phi), sigma, 0.0, normalize)[1]
+    slope = _pairs(lists, scores, labels, item_weights, v, PairFunction(phi), sigma, 0.0, normalize)[1]
+    return lists.moved(slope, v)
 
 
 # ---------------------------------------------------------------- hinge
@@ -364,7 +365,8 @@ def pairwise_hinge_slope(
     normalize: bool,
 ) -> Tensor:
     phi = SQUARED_HINGE.value if squared else HINGE.value
-    return _pairs(Lists(scores, valid, offsets), scores, labels, item_weights, v, phi, 1.0, -margin, normalize)[1]
+    lists = Lists(scores, valid, offsets)
+    return lists.moved(_pairs(lists, scores, labels, item_weights, v, phi, 1.0, -margin, normalize)[1], v)
 
 
 # ---------------------------------------------------------------- squared error: sums over the items
@@ -500,4 +502,5 @@ def pairwise_mse_slope(
     v: Tensor | None,
     normalize: bool,
 ) -> Tensor:
-    return _squares(Lists(scores, valid, offsets), scores, labels, item_weights, v, normalize)[1]
+    lists = Lists(scores, valid, offsets)
+    return lists.moved(_squares(lists, scores, labels, item_weights, v, normalize)[1], v)

@@ -420,4 +420,5 @@ def smooth_rank_slope(
     temperature: float,
     metric: int,
 ) -> Tensor:
-    return _losses(Lists(scores, valid, offsets), scores, labels, v, temperature, metric)[1]
+    lists = Lists(scores, valid, offsets)
+    return lists.moved(_losses(lists, scores, labels, v, temperature, metric)[1], v)

@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn import Parameter
 
 from custom_ops import _checks, shards
 from custom_ops._enums import LabelUse, Reduction
+from custom_ops._leaf import have_values
 from custom_ops._wide import to_dtype, under_autocast
-from custom_ops.library._torch import OpOverload, transforms_are_active
+from custom_ops.library._torch import OpOverload
 from custom_ops.ranking._inputs import in_dtype, in_order, list_valid
 from custom_ops.ranking._list_loss import WEIGHTED, no_gradient
 from custom_ops.ranking._lists import list_total
@@ -173,9 +175,7 @@ def rounded(loss: Tensor, dtype: torch.dtype) -> Tensor:
     device.
     """
     out = to_dtype(loss, dtype)
-    if dtype != torch.float16 or type(out) is not Tensor or torch.compiler.is_compiling() or transforms_are_active():
-        return out
-    if out.device.type == "cpu" and bool(out.isinf().any()):
+    if dtype == torch.float16 and out.device.type == "cpu" and have_values(out) and bool(out.isinf().any()):
         warnings.warn(
             "the loss is beyond the range of float16, or near it: where the loss is a sum over pairs, pass "
             "normalize=True to divide by their number; or pass float32 scores",
@@ -308,14 +308,25 @@ def reduce_by_torch(loss: Tensor, active: Tensor, weights: Tensor | None, reduct
 
 
 class ListLossModule(torch.nn.Module):
-    """A list loss as a layer; subclasses name the ``function`` and pass its own arguments on."""
+    """A list loss as a layer; subclasses name the ``function`` and pass its own arguments on.
+
+    Each argument is an attribute, which may be set again: a call reads them as they are then.
+    """
 
     function: Callable[..., Tensor]
 
+    def __init_subclass__(cls) -> None:
+        shared = ListLossModule.forward
+        if cls.forward is shared:  # Dynamo counts compilations by code object, and would count those of all losses
+            own = FunctionType(shared.__code__.replace(co_name=cls.__name__), globals(), "forward")
+            own.__kwdefaults__, own.__annotations__ = shared.__kwdefaults__, shared.__annotations__
+            cls.forward = own  # type: ignore[method-assign]
+
     def __init__(self, reduction: str = "mean", empty: float | None = None, **own: Any) -> None:
         super().__init__()
-        given = own if empty is None else own | {"empty": empty}
-        self.reduction, self.own = reduction, {name: _checks.plain(value) for name, value in given.items()}
+        self.reduction, self.empty, self._own = reduction, _checks.plain(empty), (*own,)
+        for name, value in own.items():
+            setattr(self, name, _checks.plain(value))
         with torch.no_grad():
             nothing = torch.empty(0, device="cpu")
             self(nothing, nothing)  # the function checks the arguments
@@ -333,7 +344,9 @@ class ListLossModule(torch.nn.Module):
     ) -> Tensor:
         where: dict[str, Any] = {"mask": mask, "lengths": lengths, "cu_lengths": cu_lengths, "weights": weights}
         where["item_weights"] = item_weights
-        return type(self).function(scores, labels, **where, reduction=self.reduction, **self.own)
+        own = {name: getattr(self, name) for name in self._own}
+        return type(self).function(scores, labels, **where, reduction=self.reduction, empty=self.empty, **own)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in {**self.own, "reduction": self.reduction}.items())
+        shown = (*self._own, *(["empty"] if self.empty is not None else []), "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.nn import Parameter
 
-from custom_ops.library._torch import transforms_are_active, tree_map
+from custom_ops._leaf import have_values
+from custom_ops.library._torch import tree_map
 
 Csr = tuple[Tensor, Tensor]
 
@@ -52,6 +52,13 @@ class KeepsGeometry(torch.nn.Module):
             )
         super().__setattr__(name, value)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.fx.Proxy):  # the layer, with its geometry, stays one node of torch.fx
+                tracer: Any = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return super().__call__(*args, **kwargs)
+
     def clear_geometry(self) -> None:
         """Release the cached geometry and the one that was set."""
         self._was_set = self._cached = None
@@ -76,7 +83,7 @@ class KeepsGeometry(torch.nn.Module):
             return Geometry(copies, *self._compute(*copies))
 
     def _geometry_of(self, *sources: Tensor) -> Geometry:
-        if not _have_values(sources):
+        if not have_values(*sources):
             return Geometry(sources, *self._compute(*sources))
         for kept in (self._was_set, self._cached):
             if kept is not None and kept.is_of(sources):
@@ -98,11 +105,3 @@ class KeepsGeometry(torch.nn.Module):
 
         self._was_set, self._cached = moved(self._was_set), moved(self._cached)
         return self
-
-
-def _have_values(tensors: tuple[Tensor, ...]) -> bool:
-    if torch.compiler.is_compiling() or transforms_are_active():
-        return False
-    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # type: ignore[attr-defined]
-        return False
-    return all(type(t) in (Tensor, Parameter) and not t.is_meta for t in tensors)

@@ -71,7 +71,7 @@ def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int
         B, D, H, W: the sizes of the result; as there, tensors on a GPU too, which are waited for.
 
     Returns:
-        ``[B, C, D, H, W]``. Differentiable to any order in ``feats``.
+        ``[B, C, D, H, W]``, contiguous. Differentiable to any order in ``feats``.
 
     Raises:
         TypeError: a wrong dtype, or not a tensor.
@@ -91,7 +91,7 @@ def bevfusion_pool(feats: Tensor, coords: Tensor, B: int, D: int, H: int, W: int
     shape = numbers_of("B, D, H, W", [on_host(size) for size in (B, D, H, W)], 4, _checks.as_count)
     rank = voxel_ravel(coords[:, [3, 2, 0, 1]], shape)
     out = voxel_sum(feats, rank, shape[0] * shape[1] * shape[2] * shape[3])
-    return out.view(*shape, out.shape[-1]).permute(0, 4, 1, 2, 3)
+    return out.view(*shape, out.shape[-1]).permute(0, 4, 1, 2, 3).contiguous()
 
 
 @leaf
@@ -187,7 +187,7 @@ def voxelization(
     Args:
         points: ``[N, 3 + k]``, x, y and z first; float16, bfloat16, float32 or float64.
         voxel_size: the edges of a voxel, (x, y, z).
-        coors_range: the corners of the grid, (x, y, z, x, y, z).
+        coors_range: the corners of the grid, (x, y, z, x, y, z); half a voxel at its end counts as one.
         max_points: the number P of points that a voxel keeps, or -1.
         max_voxels: the largest number of voxels, or -1.
         deterministic: ignored; the result is always that of mmcv's deterministic form.
@@ -221,10 +221,11 @@ def voxelization(
     max_voxels = _checks.as_int("max_voxels", max_voxels)
     size = numbers_of("voxel_size", voxel_size, 3, _checks.as_positive)
     corners = numbers_of("coors_range", coors_range, 6, _checks.as_float)
-    extent = [(high - low) / edge for low, high, edge in zip(corners[:3], corners[3:], size)]
+    low, high = torch.tensor(corners, dtype=torch.float32, device="cpu").view(2, 3)
+    extent = ((high - low) / torch.tensor(size, dtype=torch.float32, device="cpu")).tolist()  # in float32, as there
     if not all(0 <= edges < math.inf for edges in extent):
         raise ValueError(f"coors_range: expected the lower corner, then the upper one, got {corners}")
-    grid = [round(edges) for edges in extent]
+    grid = [math.floor(edges + 0.5) for edges in extent]
     rank = voxel_rank(points[:, :3], corners[:3], size, grid)
     if -1 in (max_points, max_voxels):
         return voxel_unravel(rank, grid).flip(-1).int()

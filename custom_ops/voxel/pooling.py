@@ -117,7 +117,7 @@ def _pool(depth: Tensor, feat: Tensor, csr: Csr) -> Tensor:
     dtype = torch.promote_types(depth.dtype, feat.dtype)
     pixels = feat.to(dtype).permute(0, 1, 3, 4, 2).flatten(1, 3)
     weight = depth.to(dtype).flatten(1)
-    if 0 in (bins, height * width):  # without points the result is an empty sum, which stays connected to both inputs
+    if bins * height * width == 0:  # without points the result is an empty sum, which stays connected to both inputs
         return segment_reduce(weight[..., None] * pixels.sum(1, keepdim=True), None, indptr, perm, False, 1, 1)
     return segment_reduce(pixels, weight, indptr, perm, False, bins, height * width)
 
