@@ -84,9 +84,9 @@ struct DivergenceLoss {
     const Logistic<A> f(z);
     if constexpr (kOrder == 0) return weigh(f.up, p - f.low) + weigh(f.down, q - f.high);
     const A rest = z - (q - p), both = f.up * f.down, slope = f.down - f.up;
-    if constexpr (kOrder == 1) return beta * (both * rest);
-    else if constexpr (kOrder == 2) return beta * beta * (both * (slope * rest + 1));
-    else return beta * beta * beta * (both * ((slope * slope - 2 * both) * rest + 2 * slope));
+    if constexpr (kOrder == 1) return beta * weigh(both, rest);
+    else if constexpr (kOrder == 2) return beta * beta * weigh(both, slope * rest + 1);
+    else return beta * beta * beta * weigh(both, (slope * slope - 2 * both) * rest + 2 * slope);
   }
 };
 
@@ -110,7 +110,7 @@ struct BlendLoss {
     const A z = beta * d;
     const Logistic<A> f(z), share(p * z);
     // exp(-z) sigmoid(p z), in which neither factor overflows
-    const A exponential = exp_nonpositive(z < 0 ? (p - 1) * z : -z) * (z < 0 ? share.down : share.up);
+    const A exponential = exp_nonpositive(z < 0 ? weigh(p - 1, z) : -z) * (z < 0 ? share.down : share.up);
     if constexpr (kOrder == 0) return weigh(share.down, f.low) + exponential;
     // The derivatives of the share sigmoid(p z), and the logarithmic slope of the exponential term with its derivatives
     const A m = p * (share.up * share.down), turn = p * (share.down - share.up), g = p * share.down - 1;

@@ -43,6 +43,24 @@ def _units(got, exact):
     return ((got.double() - exact).abs() / unit).max()
 
 
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [*((t, {"label_smoothing": s}) for t, s in DPO), ("discopop", {"discopop_tau": 1.0})]
+    + [(t, {}) for t in ("bco_pair", "sppo_hard", "nca_pair", "apo_zero", "apo_down")],
+)
+def test_dpo_at_infinity_is_its_limit(loss_type, options, sign):
+    results = []
+    for size in (1e30, torch.inf):
+        chosen, zero = torch.tensor([sign * size], requires_grad=True), torch.zeros(1)
+        loss = custom_ops.dpo_loss(chosen, zero, zero, zero, loss_type=loss_type, **options)
+        (slope,) = torch.autograd.grad(loss, chosen, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, chosen)
+        results.append((loss.clamp(-1e28, 1e28).item(), slope.clamp(-1e28, 1e28).item(), curvature.item()))
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize(("loss_type", "label_smoothing"), DPO)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_values_gradients_and_curvature_of_dpo(loss_type, label_smoothing, dtype):

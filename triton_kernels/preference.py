@@ -90,7 +90,7 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
             v = tl.exp(-tl.abs(p * z))
             own = tl.where(z < 0, v, 1.0) / (1 + v)
             other = tl.where(z < 0, 1.0, v) / (1 + v)
-            exponential = tl.exp(tl.where(z < 0, (p - 1) * z, -z)) * tl.where(z < 0, other, own)
+            exponential = tl.exp(tl.where(z < 0, weigh(p - 1, z), -z)) * tl.where(z < 0, other, own)
             if ORDER > 0:  # low, which the other losses need for their values only
                 low = tl.where(z < 0, -z, 0.0) + log1p_unit(u)
             m = p * (own * other)
@@ -113,11 +113,11 @@ def derivative(d, beta, p, q, KIND: tl.constexpr, ORDER: tl.constexpr):
             if ORDER == 0:
                 return weigh(up, p - low) + weigh(down, q - high)
             elif ORDER == 1:
-                return beta * (both * beyond)
+                return beta * weigh(both, beyond)
             elif ORDER == 2:
-                return beta * beta * (both * (slope * beyond + 1))
+                return beta * beta * weigh(both, slope * beyond + 1)
             else:
-                return beta * beta * beta * (both * ((slope * slope - 2 * both) * beyond + 2 * slope))
+                return beta * beta * beta * weigh(both, (slope * slope - 2 * both) * beyond + 2 * slope)
 
 
 @triton.jit

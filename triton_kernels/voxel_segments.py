@@ -473,8 +473,7 @@ def _points_of(program, blocks, rows, bins, plane, POINTS: tl.constexpr):
     """Return the program's example and rows of x, which of them exist, and the first point of each."""
     example = (program // blocks).to(tl.int64)
     row = (program % blocks).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    group = (row.to(tl.int32) // plane).to(tl.int64)  # as in _sum_rows
-    return example, row, row < rows, group * (bins - 1) * plane + row
+    return example, row, row < rows, row // plane * (bins - 1) * plane + row
 
 
 @triton.jit
