@@ -251,8 +251,8 @@ uint64_t difference(const I* rank, const int64_t* perm, const int64_t* at, int64
       int64_t v = voxel + 1, here = voxel, back = 0;
       uint64_t total = 0;
       for (int64_t k = 0; k < count; ++k) in[k] = 0;
-      for (; v <= voxels && at[v] < first + count; ++v) ++in[at[v] - first];
-      for (int64_t k = 0; k < count; ++k) in[k] = here += in[k];
+      for (; v <= voxels && at[v] < first + count; ++v) in[at[v] - first] = v;
+      for (int64_t k = 0; k < count; ++k) in[k] = here = std::max(here, in[k]);
       for (int64_t k = 0; k < count; ++k) total += hash_in(point[k], in[k]);
       for (int64_t k = 0; k < count; ++k)
         total -= hash_in(first + k, rank[first + k] < 0 ? voxels : static_cast<int64_t>(rank[first + k]));
@@ -268,7 +268,7 @@ uint64_t difference(const I* rank, const int64_t* perm, const int64_t* at, int64
 // Calls f(example, begin, end) for ranges that together cover n elements of each example.
 template <class F>
 void for_ranges(int64_t examples, int64_t n, const F& f) {
-  Chunks(examples * n, 1 << 14).parallel([&](int64_t, int64_t begin, int64_t end) {
+  Chunks(examples * n, 1 << 13).parallel([&](int64_t, int64_t begin, int64_t end) {
     for (int64_t at = begin, stop; at < end; at = stop) {
       const int64_t e = at / n, first = e * n;
       stop = std::min(end, first + n);
