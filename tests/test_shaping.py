@@ -204,6 +204,14 @@ def test_clipping_under_a_scaler(compiled):
     assert scales == [1024, 2048, 4096, 8192]
 
 
+@pytest.mark.parametrize("shape", [(2**22 + 5,), (2**11, 2**11 + 1)])
+def test_norms_of_many_are_exact_to_the_dtype(shape):
+    """Torch's own sum of 2^22 squares in float32 is 8e-5 off."""
+    x, grad = torch.zeros(shape, requires_grad=True), torch.randn(shape)
+    custom_ops.clip_gradient_norm(x, 1.0).backward(grad)
+    torch.testing.assert_close(x.grad.double(), grad.double() / grad.double().norm(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_of_16_bits_are_taken_in_32(dtype):
     x = torch.zeros(1 << 16, dtype=dtype, requires_grad=True)
