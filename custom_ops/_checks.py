@@ -16,6 +16,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
 INTEGER = (torch.uint8, torch.int8, torch.int16, *INDEX)
 IN_INT64 = (*INTEGER, torch.uint16, torch.uint32)  # all whose numbers an int64 holds
+REAL = (*FLOATING, *IN_INT64, torch.uint64)
 REDUCTIONS = Reduction.options()
 
 

@@ -73,6 +73,18 @@ def test_weights_of_1_change_nothing_and_all_of_0_leave_no_list(each_backend, na
         loss(scores, labels, item_weights=torch.ones(2, 6, requires_grad=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize("name", [*WEIGHTED, "ndcg", "softmax_loss"])
+def test_weights_may_be_counts(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    function, scores = getattr(custom_ops, name), torch.randn(2, 6, generator=generator)
+    labels, counts = torch.randint(0, 3, (2, 6), generator=generator), torch.tensor([2, 1, 0, 3, 1, 1]).to(dtype)
+    for given in [{"weights": counts[1:3]}, {"item_weights": counts.expand(2, 6)}]:
+        if name in WEIGHTED or "weights" in given:
+            expected = function(scores, labels, **{key: value.float() for key, value in given.items()})
+            torch.testing.assert_close(function(scores, labels, **given), expected)
+
+
 @pytest.mark.parametrize("name", WEIGHTED)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy warns while it interprets a kernel

@@ -33,8 +33,8 @@ _ARGUMENTS = """
     lengths: int ``[...]``, the number of items at the start of each list that count.
     cu_lengths: int ``[L + 1]``, non-decreasing: the last dimension holds L lists, and list l has the items from
         ``cu_lengths[l]`` to before ``cu_lengths[l + 1]``.
-    weights: floating ``[...]``, with ``cu_lengths`` ``[..., L]``: one for each list.
-    item_weights: floating ``[..., n]``, not negative, without gradient: one for each item, such as an inverse
+    weights: real ``[...]``, with ``cu_lengths`` ``[..., L]``: one for each list.
+    item_weights: real ``[..., n]``, not negative, without gradient: one for each item, such as an inverse
         propensity. The term of a pair is multiplied by the weights of both items, and the gain of an item, or its own
         term, by its weight.
     reduction: "mean" over the lists that contribute (weighted by ``weights``; 0 if there is none), "sum" or "none".
@@ -55,6 +55,8 @@ _RAISES = """Raises:
 
 _SECTION = re.compile(r"^(?=(?:Args|Returns|Raises|Source|Example):)", re.MULTILINE)
 _ENTRY = re.compile(r"^(?=    \w)", re.MULTILINE)
+
+_WEIGHTS = (*_checks.REAL, torch.bool)
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -207,11 +209,11 @@ def checked(
     _has_shape("labels", labels, scores, scores.shape)
     valid, offsets = valid_items("scores", scores, mask, lengths, cu_lengths)
     if weights is not None:
-        _checks.has_dtype("weights", weights, _checks.FLOATING)
+        _checks.has_dtype("weights", weights, _WEIGHTS)
         per_list = scores.shape[:-1] if offsets is None else (*scores.shape[:-1], offsets.shape[0] - 1)
         _has_shape("weights", weights, scores, torch.Size(per_list))
     if item_weights is not None:
-        _checks.has_dtype("item_weights", item_weights, _checks.FLOATING)
+        _checks.has_dtype("item_weights", item_weights, _WEIGHTS)
         _has_shape("item_weights", item_weights, scores, scores.shape)
         if item_weights.requires_grad:
             raise ValueError(

@@ -26,7 +26,6 @@ from custom_ops.ranking._lists import batch, per_list, shard
 
 _TIES = TiedScores.options()
 _ALL = 2**63 - 1  # the cutoff that lets all places count
-_REAL = (*_checks.FLOATING, *_checks.IN_INT64, torch.uint64)
 
 Cutoff = int | Sequence[int | None] | None
 
@@ -65,7 +64,7 @@ _ARGUMENTS = """
     ties: "average" over the orders of items tied in score, or "index" for their given order.
     empty: the value of a list for which the metric isn't defined, such as 0.0, 1.0 or ``math.nan``, which then is in
         the mean. With None such a list isn't in the mean, and its value is 0 for "none".
-    weights: floating ``[...]``, with ``cu_lengths`` or ``index`` ``[..., L]``: one for each list.
+    weights: real ``[...]``, with ``cu_lengths`` or ``index`` ``[..., L]``: one for each list.
     reduction: "mean" over the lists (weighted by ``weights``; 0 if there is none), "sum", or "none" for one number
         for each list.
 """
@@ -109,7 +108,7 @@ def _evaluate(
     labels = labels.detach()
     if index is not None:
         scores, labels, mask, cu_lengths = _by_query(scores, labels, mask, lengths, cu_lengths, index)
-    valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction, _REAL)
+    valid, offsets = checked(scores, labels, mask, lengths, cu_lengths, weights, reduction, _checks.REAL)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if not isinstance(gain, str):
         labels = _number_of_each("gain", gain, labels)
@@ -159,7 +158,7 @@ def _by_query(
     """Return the items in the order of their queries, and the bounds of the queries."""
     if lengths is not None or cu_lengths is not None:
         raise ValueError("index: expected neither lengths nor cu_lengths beside it")
-    _checks.has_dtype("scores", scores, _REAL)
+    _checks.has_dtype("scores", scores, _checks.REAL)
     index = integers("index", index, scores, unsigned=True)
     if scores.dim() != 1:
         raise ValueError(f"index: expected scores [n] beside it, got shape {list(scores.shape)}")
