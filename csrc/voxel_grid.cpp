@@ -236,12 +236,13 @@ ALWAYS_INLINE inline uint64_t hash_in(int64_t point, int64_t voxel) {
 
 // Compares the pairs of points and voxels at the positions [begin, end) of perm, given boundaries that don't decrease,
 // with those of the points [begin, end): returns the difference of the sums of their hashes. The points of no voxel are
-// in one more. `ordered` becomes false if the points of a voxel aren't in order. Differences are collected instead of
-// branching, because one misprediction takes longer than the rest of a point.
+// in one more, and a rank of no voxel is another. `ordered` becomes false if the points of a voxel aren't in order.
+// Differences are collected instead of branching, because one misprediction takes longer than the rest of a point.
 template <class I>
 uint64_t difference(const I* rank, const int64_t* perm, const int64_t* at, int64_t voxels, int64_t begin, int64_t end,
                     std::atomic<bool>& ordered) {
   constexpr int64_t kBlock = 1024;
+  const auto number = [voxels](int64_t r) ALWAYS_INLINE { return r < 0 ? voxels : r < voxels ? r : voxels + 1; };
   int64_t block[1 + kBlock], voxel = std::upper_bound(at, at + voxels + 1, begin) - at - 1, backward = 0;
   uint64_t sum = 0;
   block[0] = begin > 0 && at[voxel] < begin ? voxel : -1;
@@ -254,8 +255,7 @@ uint64_t difference(const I* rank, const int64_t* perm, const int64_t* at, int64
       for (; v <= voxels && at[v] < first + count; ++v) in[at[v] - first] = v;
       for (int64_t k = 0; k < count; ++k) in[k] = here = std::max(here, in[k]);
       for (int64_t k = 0; k < count; ++k) total += hash_in(point[k], in[k]);
-      for (int64_t k = 0; k < count; ++k)
-        total -= hash_in(first + k, rank[first + k] < 0 ? voxels : static_cast<int64_t>(rank[first + k]));
+      for (int64_t k = 0; k < count; ++k) total -= hash_in(first + k, number(rank[first + k]));
       for (int64_t k = first > 0 ? 0 : 1; k < count; ++k) back |= (in[k] == in[k - 1]) & (point[k] <= point[k - 1]);
       sum += total, backward |= back, voxel = here;
     });

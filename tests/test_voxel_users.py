@@ -99,6 +99,13 @@ def test_a_csr_that_differs_in_one_of_two_examples_gives_no_numbers(perm, indptr
 
 
 @each_backend
+@pytest.mark.parametrize("past", [2, 3, 2**63 - 1])
+def test_a_csr_of_dropped_points_is_not_that_of_ranks_past_the_end(past):
+    x, rank = torch.ones(2, 1), T([1, -1])
+    assert gives_no_numbers(x, T([1, past]), 2, custom_ops.voxel_csr(rank, 2))
+
+
+@each_backend
 def test_a_csr_of_cameras_a_millimetre_away_gives_no_numbers():
     points = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)) * 10
     grid = ((0, 0, 0), (0.5, 0.5, 10), (20, 20, 1))
