@@ -153,8 +153,8 @@ def _similarities(
     tensors, (scale, ignored, first, total, _) = checked_arguments(*named, scale, NONE_IGNORED, "temperature")
     if words is not None:
         first, total = words.first, words.total
-    # With several right keys, or none, the target is one beyond the last.
-    return (*tensors[:4], *left_out), (scale, ignored, first, total + (positive is not None), bias is not None)
+    # With several right keys, or none, the target is one beyond the last. Torch 2.10 can't add a boolean to a size.
+    return (*tensors[:4], *left_out), (scale, ignored, first, total + int(positive is not None), bias is not None)
 
 
 def _contrastive_in_shards(
