@@ -132,9 +132,9 @@ def list_bad_calls() -> list[BadCall]:
         BadCall((x, y), "lengths, cu_lengths: expected at most one", {"lengths": two, "cu_lengths": two}),
         BadCall((x, y), r"cu_lengths: expected \[L \+ 1\]", {"cu_lengths": two[None]}),
         BadCall((x, y), "cu_lengths: expected at least one element", {"cu_lengths": two[:0]}),
-        BadCall((x, y), "weights: expected one of float16", {"weights": two.cfloat()}),
+        BadCall((x, y), "weights: expected one of float16", {"weights": two.to(torch.complex64)}),
         BadCall((x, y), r"weights: expected shape \[2\], got \[2, 3\]", {"weights": y}),
-        BadCall((x, y), "item_weights: expected one of float16", {"item_weights": x.cfloat()}),
+        BadCall((x, y), "item_weights: expected one of float16", {"item_weights": x.to(torch.complex64)}),
         BadCall((x, y), r"item_weights: expected shape \[2, 3\], got \[3\]", {"item_weights": y[0]}),
         BadCall(
             (x, y),
