@@ -342,19 +342,21 @@ def _switching_often() -> Iterator[None]:
 
 def _interrupted(run: Callable[[], list[Tensor]], start: Callable[[], Future[list[Tensor]]]) -> list[Tensor]:
     """Return the results of ``run``, in which each built-in function is followed by all of what ``start`` starts."""
-    other: Future[list[Tensor]] | None = None
+    others: list[Future[list[Tensor]]] = []
 
     def interrupt(frame: FrameType, event: str, function: Any) -> None:
-        nonlocal other
-        if event == "c_return" and (other is None or other.done()):
-            other = start()
-            wait([other], timeout=_PATIENCE)  # for it may need a lock that this call holds
+        if event == "c_return" and all(other.done() for other in others[-1:]):
+            others.append(start())
+            wait(others[-1:], timeout=_PATIENCE)  # for it may need a lock that this call holds
 
     sys.setprofile(interrupt)  # it is this thread's own
     try:
-        return run()
+        results = run()
     finally:
         sys.setprofile(None)
+    for other in others:
+        other.result()  # it raises what the other call raised
+    return results
 
 
 def _repeat(run: Callable[[], list[Tensor]], barrier: threading.Barrier) -> list[list[Tensor]]:
