@@ -111,8 +111,10 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Returns a fresh, contiguous, uninitialised output. A large one asks for huge pages: filling fresh memory in 4 KiB
-// pages takes longer than most kernels here.
+// Asks for huge pages if the memory is large: filling fresh memory in 4 KiB pages takes longer than most kernels here.
+void advise_huge_pages(void* data, size_t bytes);
+
+// Returns a fresh, contiguous, uninitialised output, in huge pages if it is large.
 Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype);
 inline Tensor fresh(const Tensor& like, const Shape& shape) { return fresh(like, shape, like.scalar_type()); }
 

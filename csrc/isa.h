@@ -41,6 +41,16 @@ template <class Body>
 TARGET_AVX512 void run_avx512(const Body& body) {
   call<Registers<64>>(body);
 }
+// Few processors run this copy where there are others, so the compiler spends less time on it.
+#ifdef __clang__
+#define QUICKLY_COMPILED
+#else
+#define QUICKLY_COMPILED __attribute__((optimize("O1")))
+#endif
+template <class Body>
+QUICKLY_COMPILED void run_portable(const Body& body) {
+  call<Registers<16>>(body);
+}
 #endif
 
 // Compiles `body` twice, for AVX2 and portably, and runs the selected copy. `body` must be a lambda marked
@@ -49,8 +59,10 @@ template <class Body>
 void multiversion(const Body& body) {
 #ifdef CUSTOM_OPS_AVX2
   if (use_avx2) return run_avx2(body);
-#endif
+  run_portable(body);
+#else
   call<Registers<16>>(body);
+#endif
 }
 
 // Compiles a third copy, for AVX512. It is for loops that compute much for each number, such as exponentials: the

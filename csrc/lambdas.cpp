@@ -22,8 +22,8 @@ struct Ranked {
   A* s;                // s / 2, whose differences can't overflow; u is computed from it if `wide`
   A twice;             // 2 sigma
   bool wide;
-  // These are read only by a Special form, below.
-  A* item;             // the items' weights; a pair is weighted by their product
+  // These are read only by a Special form, below, which serves all lists that have them.
+  A* item;             // the items' weights or ones; a pair is weighted by their product
   A* far;              // the factor of `by_distance` for the lower item
   bool by_difference;  // a pair's weight is divided by 0.01 + |s_i - s_j|
   A* v;
@@ -101,8 +101,8 @@ struct Ranked {
   }
 };
 
-// The inputs that a weighting reads. `Differences`, `OneGain` and `EveryGain` also serve weightings that read less,
-// where speed doesn't matter.
+// The inputs that a weighting reads. As Special forms, `Differences`, `OneGain` and `EveryGain` also serve weightings
+// that read less.
 template <bool kG, bool kD, bool kDiscount, bool kDistance, bool kAll = false>
 struct Form {
   static constexpr bool kGains = kG, kDifferences = kD, kDiscounts = kDiscount, kDistances = kDistance;
@@ -111,7 +111,7 @@ struct Form {
 };
 template <class Form>
 struct Special : Form {
-  static constexpr bool kSpecial = true;  // items with weights, or an unusual normalisation
+  static constexpr bool kSpecial = true;  // weighted items, an unusual normalisation, a wide range, second derivatives
 };
 using Ones = Form<false, false, false, false>;
 using OneGain = Form<true, false, false, false>;
@@ -229,13 +229,13 @@ struct LambdaLoss {
       for (int64_t i = 0; i < length; ++i) out[i] = i >= n ? A(0) : of_items ? of_items[x.order[i]] : A(1);
       return out;
     };
-    const bool special = list.w || by_difference || normalize == PairNormalization::LAMBDAS || every_rank();
-    x.item = special ? ranked(list.w) : nullptr;
     x.v = list.v ? ranked(list.v) : nullptr;
     const Range range = list.range();
     x.by_difference = by_difference && range.low != range.high;
     // NaN, which isn't in the range, or infinity comes first in the order. With weight 0 both change nothing.
     x.wide = !has_ratios<A>(sigma * (range.high - range.low)) || !std::isfinite(x.s[0]);
+    const bool special = list.w || by_difference || normalize == PairNormalization::LAMBDAS || every_rank();
+    x.item = special || x.wide || x.v ? ranked(list.w) : nullptr;
     if (!x.wide) {
       const Ratios<A> ratios(gather(list.s, x.order, n, scratch), n, length, sigma, range, scratch);
       x.up = ratios.up, x.down = ratios.down;
@@ -325,13 +325,10 @@ struct LambdaLoss {
             [&]() ALWAYS_INLINE { of_parts[part] = sum_ranked<decltype(form), false, false>(x, part, parts, own); });
       };
       const auto rare = [&](auto form) {
-        using Form = decltype(form);
-        multiversion([&]() ALWAYS_INLINE {
-          of_parts[part] = x.item ? sum_rare<Special<Form>>(x, part, parts, own, hessian)
-                                  : sum_rare<Form>(x, part, parts, own, hessian);
-        });
+        using Form = Special<decltype(form)>;
+        multiversion([&]() ALWAYS_INLINE { of_parts[part] = sum_rare<Form>(x, part, parts, own, hessian); });
       };
-      if (x.wide || hessian || x.item) {
+      if (x.item) {
         return weighting == PairWeighting::NDCG1     ? rare(EveryGain{})
                : weighting == PairWeighting::RANKNET ? rare(OneGain{})
                                                      : rare(Differences{});
@@ -356,15 +353,14 @@ struct LambdaLoss {
     return sums;
   }
 
-  // Computes second derivatives, and slopes with weights or of scores without a common range.
+  // Computes second derivatives, and slopes with weights or of scores whose exponentials leave the range.
   template <class Form, class A>
   static ALWAYS_INLINE inline Sums sum_rare(const Ranked<A>& x, int64_t part, int64_t parts, double* sums,
                                             bool hessian) {
     if (x.wide && hessian) return sum_ranked<Form, true, true>(x, part, parts, sums);
     if (x.wide) return sum_ranked<Form, false, true>(x, part, parts, sums);
-    if constexpr (Form::kSpecial)
-      if (!hessian) return sum_ranked<Form, false, false>(x, part, parts, sums);
-    return sum_ranked<Form, true, false>(x, part, parts, sums);
+    if (hessian) return sum_ranked<Form, true, false>(x, part, parts, sums);
+    return sum_ranked<Form, false, false>(x, part, parts, sums);
   }
 };
 

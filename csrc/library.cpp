@@ -15,19 +15,6 @@ namespace custom_ops {
 
 namespace {
 
-void advise_huge_pages(void* data, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr size_t kThreshold = size_t{2} << 20;   // smaller blocks mostly reuse mapped memory
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // the advice covers all huge pages that overlap the block
-  if (bytes < kThreshold) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kHuge - 1) & ~(kHuge - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: a failure changes nothing
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 using Table = std::map<std::string, std::string>;
 
 Table& signatures() {
@@ -101,6 +88,19 @@ const std::string& choose(const char* name) {
 [[maybe_unused]] const std::string& at_load = choose(std::getenv("CUSTOM_OPS_ISA"));
 
 }  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr size_t kThreshold = size_t{2} << 20;   // smaller blocks mostly reuse mapped memory
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // the advice covers all huge pages that overlap the block
+  if (bytes < kThreshold) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kHuge - 1) & ~(kHuge - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: a failure changes nothing
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
   check(refusal.empty(), refusal);  // every op calls `fresh` first, so a program without Python gets the error here

@@ -12,6 +12,7 @@ CUSTOM_OPS_ENUM(Reduction, NONE, MEAN, SUM)
 // The smallest and largest score of a list. NaNs are ignored; if all scores are NaN, `low` is above `high`.
 struct Range {
   double low = std::numeric_limits<double>::infinity(), high = -low;
+  void add(double from, double to) { low = std::min(low, from), high = std::max(high, to); }
   double middle() const { return low <= high ? low + (high - low) / 2 : 0; }
 };
 
@@ -36,11 +37,13 @@ struct List {
   }
 
   Range range() const {
-    Range out;
-    for (int64_t i = 0; i < n; ++i) {
-      out.low = std::min(out.low, static_cast<double>(s[i]));
-      out.high = std::max(out.high, static_cast<double>(s[i]));
-    }
+    Range of_part[kParts], out;
+    each_part(n, [&](int64_t part, int64_t begin, int64_t end) {
+      Range own;
+      for (int64_t i = begin; i < end; ++i) own.add(static_cast<double>(s[i]), static_cast<double>(s[i]));
+      of_part[part] = own;
+    });
+    for (const Range& own : of_part) out.add(own.low, own.high);
     return out;
   }
 };

@@ -19,6 +19,7 @@ class Scratch {
       size_ = std::max(bytes, 2 * size_);
       used_ = 0;
       blocks_.emplace_back(new char[size_ + kAlign]);
+      advise_huge_pages(blocks_.back().get(), size_ + kAlign);
     }
     const uintptr_t base = reinterpret_cast<uintptr_t>(blocks_.back().get());
     char* at = blocks_.back().get() + (kAlign - base % kAlign) + used_;
@@ -98,22 +99,56 @@ inline int64_t count_active(const bool* active, int64_t n, bool mean) {
 // ---------------------------------------------------------------- long lists
 
 constexpr int64_t kParts = 8;
+constexpr int64_t kLong = 1 << 16;  // items from which on a pass over a list is worth its threads
 
 // Returns the number of parts of a list with so many pairs. It depends on the size only, so no sum depends on the
 // threads.
 inline int64_t parts_of(double pairs) { return pairs < (1 << 20) ? 1 : kParts; }
+
+// Calls run(part, begin, end) for the parts of [0, n): one, or kParts of a long list, in parallel if there is only one
+// list.
+template <class Run>
+void each_part(int64_t n, const Run& run) {
+  if (n < kLong) return run(0, 0, n);
+  torch::stable::parallel_for(0, kParts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) run(part, n * part / kParts, n * (part + 1) / kParts);
+  });
+}
+
+// Returns the sum of run(begin, end) over the parts of [0, n).
+template <class Run>
+double sum_each_part(int64_t n, const Run& run) {
+  if (n < kLong) return run(0, n);
+  double sums[kParts];
+  each_part(n, [&](int64_t part, int64_t begin, int64_t end) { sums[part] = run(begin, end); });
+  return std::accumulate(sums, sums + kParts, 0.0);
+}
+
+// Does the same for a sum that `multiversion_wide` compiles; `run` must be marked ALWAYS_INLINE.
+template <class Run>
+double sum_each_part_wide(int64_t n, const Run& run) {
+  return sum_each_part(n, [&](int64_t begin, int64_t end) {
+    double sum = 0;
+    multiversion_wide([&]() ALWAYS_INLINE { sum = run(begin, end); });
+    return sum;
+  });
+}
 
 // Calls run(part, sums) for each part, in parallel if there is only one list. `sums` are n zeros to which the part
 // adds. Returns the total of all parts, in scratch memory.
 template <class Run>
 double* sum_parts(int64_t n, int64_t parts, Scratch& scratch, const Run& run) {
   double* sums = scratch.get<double>(parts * n);
-  std::fill(sums, sums + parts * n, 0.0);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) run(part, sums + part * n);
+    for (int64_t part = first; part < last; ++part) {
+      std::fill(sums + part * n, sums + (part + 1) * n, 0.0);
+      run(part, sums + part * n);
+    }
   });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < n; ++i) sums[i] += sums[part * n + i];
+  each_part(parts > 1 ? n : 0, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = begin; i < end; ++i) sums[i] += sums[part * n + i];
+  });
   return sums;
 }
 
@@ -157,11 +192,9 @@ inline uint64_t rank_bits(double x) {
 
 constexpr int64_t kGrades = 16;
 
-// Computes the positions 0..n-1 in the order of descending x, ties by position. Returns false unless all x are integers
-// from 0 to 15.
+// Stores n grades and counts them; returns false unless all x are integers from 0 to 15.
 template <class A>
-ALWAYS_INLINE inline bool order_of_grades(const A* __restrict x, int64_t n, int32_t* __restrict grade,
-                                          int32_t* __restrict order) {
+ALWAYS_INLINE inline bool count_grades(const A* __restrict x, int64_t n, int32_t* __restrict grade, int32_t* counts) {
   int32_t other = 0, highest = 0;
   for (int64_t i = 0; i < n; ++i) {
     grade[i] = static_cast<int32_t>((x[i] >= 0) & (x[i] < kGrades) ? x[i] : A(0));
@@ -169,81 +202,57 @@ ALWAYS_INLINE inline bool order_of_grades(const A* __restrict x, int64_t n, int3
     highest = grade[i] > highest ? grade[i] : highest;
   }
   if (other) return false;
-  int32_t next[kGrades], before = 0;
-  for (int32_t g = highest; g >= 0; --g) {
-    next[g] = before;
-    for (int64_t i = 0; i < n; ++i) before += grade[i] == g;
-  }
-  for (int64_t i = 0; i < n; ++i) order[next[grade[i]]++] = static_cast<int32_t>(i);
+  for (int32_t g = 0; g < kGrades; ++g) counts[g] = 0;
+  for (int32_t g = highest; g >= 0; --g)
+    for (int64_t i = 0; i < n; ++i) counts[g] += grade[i] == g;
   return true;
 }
 
+// Computes the positions 0..n-1 in the order of descending x, ties by position. Returns false unless all x are integers
+// from 0 to 15.
 template <class A>
-struct Keyed {
-  decltype(rank_bits(A())) key;
-  int32_t at;
-};
-
-constexpr int64_t kLongSort = 1 << 16;  // items from which on two passes over each digit are worth their threads
-
-// Sorts the n items at `from` by ascending key, stably, in kParts parts at a time: each part counts its digits, and
-// then puts its items where those of all parts before it end. Returns where the items are: `from` or `to`.
-template <class A>
-Keyed<A>* sort_long(Keyed<A>* from, Keyed<A>* to, int64_t n, Scratch& scratch) {
-  int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kParts * 256));
-  const int64_t step = (n + kParts - 1) / kParts;
-  const auto each_part = [&](const auto& run) {
-    torch::stable::parallel_for(0, kParts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part)
-        for (int64_t i = part * step; i < std::min((part + 1) * step, n); ++i) run(counts[part], i);
-    });
-  };
-  for (size_t shift = 0; shift < 8 * sizeof(from->key); shift += 8) {
-    std::memset(counts, 0, kParts * sizeof(*counts));
-    each_part([&](int32_t* count, int64_t i) { ++count[from[i].key >> shift & 255]; });
-    int32_t start = 0, most = 0;
-    for (int k = 0; k < 256; ++k) {
-      const int32_t before = start;
-      for (int64_t part = 0; part < kParts; ++part) start += std::exchange(counts[part][k], start);
-      most = std::max(most, start - before);
-    }
-    if (most == n) continue;
-    each_part([&](int32_t* count, int64_t i) { to[count[from[i].key >> shift & 255]++] = from[i]; });
-    std::swap(from, to);
-  }
-  return from;
+bool order_of_grades(const A* x, int64_t n, int32_t* grade, int32_t* order) {
+  int32_t next[kParts][kGrades] = {};
+  bool graded[kParts];
+  std::fill(graded, graded + kParts, true);
+  each_part(n, [&](int64_t part, int64_t begin, int64_t end) {
+    multiversion([&]()
+                     ALWAYS_INLINE { graded[part] = count_grades(x + begin, end - begin, grade + begin, next[part]); });
+  });
+  if (!std::all_of(graded, graded + kParts, [](bool all) { return all; })) return false;
+  int32_t start = 0;
+  for (int32_t g = kGrades - 1; g >= 0; --g)
+    for (auto& of_part : next) start += std::exchange(of_part[g], start);
+  each_part(n, [&](int64_t part, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) order[next[part][grade[i]]++] = static_cast<int32_t>(i);
+  });
+  return true;
 }
 
-// Returns the positions 0..n-1 in the order of descending x, ties by position, in scratch memory. Except for small
-// integers it is a radix sort, which skips the digits that all keys share.
+// An item in the order of descending x. No two are equal, so a sort has one result.
 template <class A>
-const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
-  using Key = decltype(rank_bits(A()));
-  constexpr int kDigits = sizeof(Key);
-  using Item = Keyed<A>;
-  check(n <= INT32_MAX, "scores: expected lists of less than 2^31 items");
-  int32_t* order = scratch.get<int32_t>(n);
-  Item* from = scratch.get<Item>(n);
-  bool done;
-  multiversion([&]() ALWAYS_INLINE { done = order_of_grades(x, n, reinterpret_cast<int32_t*>(from), order); });
-  if (done) return order;
-  Item* to = scratch.get<Item>(n);
-  if (n >= kLongSort && torch::stable::get_num_threads() > 1) {
-    torch::stable::parallel_for(0, n, kLongSort / kParts, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) from[i] = {static_cast<Key>(~rank_bits(x[i])), static_cast<int32_t>(i)};
-    });
-    from = sort_long<A>(from, to, n, scratch);
-    for (int64_t i = 0; i < n; ++i) order[i] = from[i].at;
-    return order;
+struct Keyed {
+  int32_t at;
+  decltype(rank_bits(A())) key;
+
+  Keyed() = default;
+  Keyed(A x, int64_t at) : at(static_cast<int32_t>(at)), key(static_cast<decltype(key)>(~rank_bits(x))) {}
+  bool operator<(const Keyed& o) const {
+    if constexpr (sizeof(key) == 8) return (key < o.key) | ((key == o.key) & (at < o.at));
+    const auto both = [](const Keyed& k) { return uint64_t{k.key} << 32 | static_cast<uint32_t>(k.at); };
+    return both(*this) < both(o);
   }
-  int32_t (*counts)[256] = reinterpret_cast<int32_t (*)[256]>(scratch.get<int32_t>(kDigits * 256));
-  std::memset(counts, 0, kDigits * sizeof(*counts));
-  for (int64_t i = 0; i < n; ++i) {
-    const Key key = static_cast<Key>(~rank_bits(x[i]));
-    from[i] = {key, static_cast<int32_t>(i)};
-    for (int d = 0; d < kDigits; ++d) ++counts[d][key >> (8 * d) & 255];
-  }
-  for (int d = 0; d < kDigits; ++d) {
+};
+
+// Stores the positions of the n items at `from`, which are by position, in their order. It is a radix sort, which skips
+// the digits that all keys share.
+template <class A>
+void sort_keyed(Keyed<A>* from, Keyed<A>* to, int64_t n, int32_t* order) {
+  constexpr int kDigits = sizeof(from->key);
+  int32_t counts[kDigits][256] = {};
+  for (int64_t i = 0; i < n; ++i)
+    for (int d = 0; d < kDigits; ++d) ++counts[d][from[i].key >> (8 * d) & 255];
+  for (int d = 0; n && d < kDigits; ++d) {
     int32_t* count = counts[d];
     if (count[from[0].key >> (8 * d) & 255] == n) continue;
     int32_t start = 0;
@@ -252,6 +261,64 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
     std::swap(from, to);
   }
   for (int64_t i = 0; i < n; ++i) order[i] = from[i].at;
+}
+
+constexpr int64_t kBuckets = 16, kSamples = 16 * kBuckets;
+
+// Does the same as `sort_keyed` for the items of x, in parallel: it divides them into buckets of about the same size,
+// between the quantiles of a sample, and sorts each.
+template <class A>
+void sort_long(const A* x, Keyed<A>* items, Keyed<A>* spare, int64_t n, Scratch& scratch, int32_t* order) {
+  Keyed<A> sample[kSamples], bounds[kBuckets];
+  for (int64_t k = 0; k < kSamples; ++k) sample[k] = {x[k * n / kSamples], k * n / kSamples};
+  std::sort(sample, sample + kSamples);
+  for (int64_t b = 0; b < kBuckets; ++b) bounds[b] = sample[b * (kSamples / kBuckets)];
+  uint8_t* bucket = scratch.get<uint8_t>(n);
+  int64_t next[kParts][kBuckets], ends[kBuckets];
+  each_part(n, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t counts[kBuckets] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      const Keyed<A> item(x[i], i);
+      int64_t b = 0;
+      for (int64_t half = kBuckets / 2; half; half /= 2)  // without a branch, which nothing could predict
+        b += half & (static_cast<int64_t>(item < bounds[b + half]) - 1);
+      bucket[i] = static_cast<uint8_t>(b);
+      ++counts[b];
+    }
+    std::copy(counts, counts + kBuckets, next[part]);
+  });
+  int64_t start = 0;
+  for (int64_t b = 0; b < kBuckets; ++b) {
+    for (auto& of_part : next) start += std::exchange(of_part[b], start);
+    ends[b] = start;
+  }
+  each_part(n, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t put[kBuckets];
+    std::copy(next[part], next[part] + kBuckets, put);
+    for (int64_t i = begin; i < end; ++i) items[put[bucket[i]]++] = {x[i], i};
+  });
+  torch::stable::parallel_for(0, kBuckets, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b ? ends[b - 1] : 0;
+      sort_keyed(items + begin, spare + begin, ends[b] - begin, order + begin);
+    }
+  });
+}
+
+// Returns the positions 0..n-1 in the order of descending x, ties by position, in scratch memory.
+template <class A>
+const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
+  check(n <= INT32_MAX, "scores: expected lists of less than 2^31 items");
+  int32_t* order = scratch.get<int32_t>(n);
+  Keyed<A>* items = scratch.get<Keyed<A>>(n);
+  if (order_of_grades(x, n, reinterpret_cast<int32_t*>(items), order)) return order;
+  Keyed<A>* spare = scratch.get<Keyed<A>>(n);
+  if (n >= kLong && torch::stable::get_num_threads() > 1) {
+    sort_long(x, items, spare, n, scratch, order);
+  } else {
+    for (int64_t i = 0; i < n; ++i) items[i] = {x[i], i};
+    sort_keyed(items, spare, n, order);
+  }
   return order;
 }
 
@@ -259,7 +326,9 @@ const int32_t* order_descending(const A* x, int64_t n, Scratch& scratch) {
 template <class A>
 A* gather(const A* x, const int32_t* order, int64_t n, Scratch& scratch) {
   A* out = scratch.get<A>(n);
-  for (int64_t i = 0; i < n; ++i) out[i] = x[order[i]];
+  each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = x[order[i]];
+  });
   return out;
 }
 

@@ -28,16 +28,32 @@ double defined(double sum, double top) {
   return sum > 1 && std::isinf(top) ? std::numeric_limits<double>::quiet_NaN() : sum;
 }
 
+// Returns the largest of sign * x; NaNs are ignored.
+template <class A>
+A largest(const A* x, int64_t n, A sign = 1) {
+  A of_part[kParts];
+  each_part(n, [&](int64_t part, int64_t begin, int64_t end) {
+    multiversion_wide([&]() ALWAYS_INLINE {
+      const A* own = x + begin;
+      of_part[part] = largest_of<A>(end - begin, [=](int64_t i) ALWAYS_INLINE { return sign * own[i]; });
+    });
+  });
+  return *std::max_element(of_part, of_part + (n < kLong ? 1 : kParts));
+}
+
 // Stores e^(x - the largest x) in `out` and returns the sum.
 template <class A>
-ALWAYS_INLINE inline double exponentials(const A* __restrict x, int64_t n, A& top, A* __restrict out) {
-  const A largest = largest_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return x[i]; });
-  top = largest;
-  const double sum = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {
-    const A e = exp_nonpositive(x[i] - largest);
-    return out[i] = x[i] == largest ? A(1) : e;  // exact even if the largest is infinite
+double exponentials(const A* x, int64_t n, A& top, A* out) {
+  const A highest = top = largest(x, n);
+  const double sum = sum_each_part_wide(n, [=](int64_t begin, int64_t end) ALWAYS_INLINE {
+    const A* own = x + begin;
+    A* __restrict to = out + begin;
+    return sum_of<A>(end - begin, [=](int64_t i) ALWAYS_INLINE {
+      const A e = exp_nonpositive(own[i] - highest);
+      return to[i] = own[i] == highest ? A(1) : e;  // exact even if the largest is infinite
+    });
   });
-  return defined(sum, static_cast<double>(largest));
+  return defined(sum, static_cast<double>(highest));
 }
 
 // The sum of p_i (log sum e^s - s_i), where p is the labels or their softmax.
@@ -48,14 +64,8 @@ struct ListSoftmax {
   void operator()(List<A>& list) const {
     if (tied(list.y, list.n)) return list.fill_slope(0);
     list.active = true;
-    multiversion_wide([&]() ALWAYS_INLINE { run(list); });
-  }
-
-  template <class A>
-  ALWAYS_INLINE void run(List<A>& list) const {
     const int64_t n = list.n;
     const A* s = list.s;
-    A* __restrict slope = list.slope;
     A* q = list.scratch.template get<A>(n);
     A top;
     const double sum = exponentials(s, n, top, q);
@@ -67,19 +77,32 @@ struct ListSoftmax {
       scale = static_cast<A>(1 / exponentials(list.y, n, top_label, e));
       p = e;
     }
-    const double total = softmax_labels ? 1 : sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return p[i]; });
+    const double total = softmax_labels ? 1 : sum_each_part_wide(n, [=](int64_t begin, int64_t end) ALWAYS_INLINE {
+      return sum_of<A>(end - begin, [=](int64_t i) ALWAYS_INLINE { return p[begin + i]; });
+    });
     const A share = static_cast<A>(total / sum);
+    A* slope = list.slope;
     if (!list.v) {
-      const double behind = sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE {  // the difference of halves can't overflow
-        const A term = p[i] * scale * (top / 2 - s[i] / 2);
-        return (p[i] == 0) | (s[i] == top) ? A(0) : term;
+      const double behind = sum_each_part_wide(n, [=](int64_t begin, int64_t end) ALWAYS_INLINE {
+        A* __restrict to = slope;
+        const double behind = sum_of<A>(end - begin, [=](int64_t k) ALWAYS_INLINE {
+          const int64_t i = begin + k;
+          const A term = p[i] * scale * (top / 2 - s[i] / 2);  // the difference of halves can't overflow
+          return (p[i] == 0) | (s[i] == top) ? A(0) : term;
+        });
+        for (int64_t i = begin; i < end; ++i) to[i] = q[i] * share - p[i] * scale;
+        return behind;
       });
       list.loss = static_cast<A>(total * std::log(sum) + 2 * behind);
-      for (int64_t i = 0; i < n; ++i) slope[i] = q[i] * share - p[i] * scale;
     } else {
       const A* v = list.v;
-      const A mean = static_cast<A>(sum_of<A>(n, [&](int64_t i) ALWAYS_INLINE { return q[i] * v[i]; }) / sum);
-      for (int64_t i = 0; i < n; ++i) slope[i] = q[i] * share * (v[i] - mean);
+      const double moved = sum_each_part_wide(n, [=](int64_t begin, int64_t end) ALWAYS_INLINE {
+        return sum_of<A>(end - begin, [=](int64_t i) ALWAYS_INLINE { return q[begin + i] * v[begin + i]; });
+      });
+      const A mean = static_cast<A>(moved / sum);
+      each_part(n, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) slope[i] = q[i] * share * (v[i] - mean);
+      });
     }
   }
 };
@@ -120,21 +143,21 @@ struct Scan {
         whole(kGrouped ? scratch.get<double>(groups) : nullptr),
         top(scratch.get<double>(groups)),
         log(scratch.get<double>(groups)) {
-    bool narrow;
-    multiversion_wide([&]() ALWAYS_INLINE {
-      const double highest = largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return s[i]; });
-      const double lowest = -largest_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return -s[i]; });
-      narrow = scale * (highest - lowest) <= kExponents;
-      if (narrow) sum_narrow(highest);
-    });
-    if (!narrow) sum_wide();
+    const double highest = largest(s, n);
+    if (scale * (highest + largest(s, n, -1.0)) <= kExponents) sum_narrow(highest);
+    else sum_wide();
   }
 
  private:
   // Sums from the end, with exponentials relative to the highest score.
-  ALWAYS_INLINE void sum_narrow(double highest) {
-    for (int64_t i = 0; i < n; ++i) share[i] = exp_nonpositive(scale * (s[i] - highest));
-    for (int64_t i = 0; weight && i < n; ++i) share[i] *= weight[i];
+  void sum_narrow(double highest) {
+    each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+      multiversion_wide([=, s = s, weight = weight, scale = scale, share = share]() ALWAYS_INLINE {
+        double* __restrict e = share;
+        for (int64_t i = begin; i < end; ++i) e[i] = exp_nonpositive(scale * (s[i] - highest));
+        for (int64_t i = begin; weight && i < end; ++i) e[i] *= weight[i];
+      });
+    });
     double sum = 0;
     for (int64_t g = groups - 1; g >= 0; --g) {
       later[g] = sum;
@@ -143,13 +166,26 @@ struct Scan {
       if (kGrouped) whole[g] = own;
       log[g] = sum += own;
     }
-    each([&](int64_t i, int64_t g) ALWAYS_INLINE { share[i] /= log[g]; });
-    for (int64_t g = 0; g < groups; ++g) {
-      later[g] /= log[g];
-      if (kGrouped) whole[g] /= log[g];
-      log[g] = log_normal(log[g]);
-      top[g] = highest;
-    }
+    each_part(n, [&](int64_t, int64_t from, int64_t to) {
+      multiversion_wide([&]() ALWAYS_INLINE {
+        double* __restrict e = share;
+        const double* sum = log;
+        each(from, to, [=](int64_t i, int64_t g) ALWAYS_INLINE { e[i] /= sum[g]; });
+      });
+    });
+    each_part(groups, [&](int64_t, int64_t from, int64_t to) {
+      multiversion_wide([&]() ALWAYS_INLINE {
+        double* __restrict rest = later;
+        double* __restrict own = whole;
+        double* __restrict sum = log;
+        for (int64_t g = from; g < to; ++g) {
+          rest[g] /= sum[g];
+          if (kGrouped) own[g] /= sum[g];
+          sum[g] = log_normal(sum[g]);
+        }
+      });
+      std::fill(top + from, top + to, highest);
+    });
   }
 
   // Sums from the end, with exponentials relative to the highest score so far.
@@ -184,11 +220,16 @@ struct Scan {
   // Returns 1 - the share of item i in its group's L, which is exact for an item alone.
   double miss(int64_t i, int64_t group) const { return later[group] + (kGrouped ? whole[group] - share[i] : 0); }
 
-  // Calls f(item, group) for all items in order.
+  // Calls f(item, group) for the items [from, to) in order.
   template <class F>
-  ALWAYS_INLINE void each(const F& f) const {
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t i = begin(g); i < begin(g + 1); ++i) f(i, g);
+  ALWAYS_INLINE void each(int64_t from, int64_t to, const F& f) const {
+    if constexpr (!kGrouped) {
+      for (int64_t i = from; i < to; ++i) f(i, i);
+    } else {
+      int64_t g = from ? std::upper_bound(first, first + groups, from) - first - 1 : 0;
+      for (int64_t i = from; i < to; ++g)
+        for (const int64_t stop = std::min(first[g + 1], to); i < stop; ++i) f(i, g);
+    }
   }
 
   // Returns for each group the mean of v, weighted by e^s, over it and all later ones, and 0 at the end.
@@ -240,7 +281,9 @@ struct Ordered {
   template <class A>
   double* widened(const A* x, int64_t n, Scratch& scratch) const {
     double* out = scratch.get<double>(n);
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(x[order[i]]);
+    each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) out[i] = static_cast<double>(x[order[i]]);
+    });
     return out;
   }
 };
@@ -253,7 +296,9 @@ void in_label_order(List<A>& list, bool by_score, bool grouped, const Run& run) 
   const Ordered ordered(list, by_score, grouped);
   double* out = list.scratch.template get<double>(list.n);
   list.loss = static_cast<A>(run(ordered, list.n, list.scratch, out));
-  for (int64_t i = 0; i < list.n; ++i) list.slope[ordered.order[i]] = static_cast<A>(out[i]);
+  each_part(list.n, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) list.slope[ordered.order[i]] = static_cast<A>(out[i]);
+  });
 }
 
 // The sum of w_i (L - s_i) over the first k items in label order.
@@ -267,10 +312,12 @@ struct ListMle {
     double* w = scratch.get<double>(n);
     const int64_t last = std::min(k, n);
     const double least = std::exp2(static_cast<double>(1 - n));
-    for (int64_t i = 0; i < last; ++i)  // (2^(n-1-i) - 1) / (2^(n-1) - 1), 1 / log2(2 + i) or 1
-      w[i] = weights == PositionWeights::EXPONENTIAL ? (std::exp2(-static_cast<double>(i)) - least) / (1 - least)
-             : weights == PositionWeights::DISCOUNT  ? discount_at(i)
-                                                     : 1;
+    each_part(last, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)  // (2^(n-1-i) - 1) / (2^(n-1) - 1), 1 / log2(2 + i) or 1
+        w[i] = weights == PositionWeights::EXPONENTIAL ? (std::exp2(-static_cast<double>(i)) - least) / (1 - least)
+               : weights == PositionWeights::DISCOUNT  ? discount_at(i)
+                                                       : 1;
+    });
     std::fill(w + last, w + n, 0.0);
     return w;
   }
@@ -293,27 +340,34 @@ struct ListMle {
             std::fill(w + o.first[g], w + o.first[g + 1], sum / static_cast<double>(o.first[g + 1] - o.first[g]));
           }
           for (int64_t i = 0; o.w && i < n; ++i) w[i] *= o.w[i];
-          if (!o.v) return slope(scan, w, out);
+          if (!o.v) return slope(scan, w, out, scratch);
           product(scan, w, o.v, scan.means(o.v, scratch), out);
           return 0.0;
         });
   }
 
   template <bool kGrouped>
-  static double slope(const Scan<kGrouped>& scan, const double* w, double* out) {
+  static double slope(const Scan<kGrouped>& scan, const double* w, double* out, Scratch& scratch) {
+    double* totals = kGrouped ? scratch.get<double>(scan.groups) : nullptr;
+    double* carries = scratch.get<double>(scan.groups);
     // `carry`: the earlier groups' weights, each times the share of this group's L in that group's
-    double loss = 0, carry = 0;
+    double carry = 0;
     for (int64_t g = 0; g < scan.groups; ++g) {
       double total = 0;
       for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) total += w[i];
-      for (int64_t i = scan.begin(g); i < scan.begin(g + 1); ++i) {
-        const double miss = scan.miss(i, g);
-        loss += weigh(w[i], miss < 0.5 ? -std::log1p(-miss) : scan.above(g, scan.s[i]));
-        out[i] = weigh(carry + (total - w[i]), scan.share[i]) - weigh(w[i], miss);
-      }
+      if (kGrouped) totals[g] = total;
+      carries[g] = carry;
       carry = weigh(carry + total, scan.later[g]);
     }
-    return loss;
+    return sum_each_part(scan.n, [&](int64_t begin, int64_t end) {
+      double loss = 0;
+      scan.each(begin, end, [&](int64_t i, int64_t g) {
+        const double miss = scan.miss(i, g);
+        loss += weigh(w[i], miss < 0.5 ? -std::log1p(-miss) : scan.above(g, scan.s[i]));
+        out[i] = weigh(carries[g] + (kGrouped ? totals[g] - w[i] : 0), scan.share[i]) - weigh(w[i], miss);
+      });
+      return loss;
+    });
   }
 
   template <bool kGrouped>
@@ -339,10 +393,13 @@ struct UniqueSoftmax {
       const Scan<true> scan(o.s, n, o.first, o.groups, 1, scratch);
       double* w = o.y;
       const double highest = o.y[0], most = relative_gain(highest, highest, exponential);
-      for (int64_t g = 0; g < o.groups; ++g) {
-        const double gain = relative_gain(o.y[o.first[g]], highest, exponential) / most;
-        std::fill(w + o.first[g], w + o.first[g + 1], gain);
-      }
+      each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+        double gain = 0;
+        scan.each(begin, end, [&](int64_t i, int64_t g) {
+          if (i == begin || i == o.first[g]) gain = relative_gain(o.y[i], highest, exponential) / most;
+          w[i] = gain;
+        });
+      });
       const int64_t gaining = std::find(w, w + n, 0.0) - w;  // items, which come first
       for (int64_t i = 0; o.w && i < gaining; ++i) w[i] *= o.w[i];
       if (!o.v) return slope(scan, w, gaining, out, scratch);
@@ -353,26 +410,32 @@ struct UniqueSoftmax {
 
   static double slope(const Scan<true>& scan, const double* w, int64_t gaining, double* out, Scratch& scratch) {
     double *p = scratch.get<double>(scan.n), *term = scratch.get<double>(gaining);
-    scan.each([&](int64_t i, int64_t g) { p[i] = i < gaining ? scan.above(g + 1, scan.s[i]) : 0; });
-    double loss;
-    multiversion([&]() ALWAYS_INLINE {
-      for (int64_t i = 0; i < gaining; ++i) {
-        const double x = p[i], e = exp_nonpositive(x < 0 ? x : -x), t = 1 + e;
-        const double share = (x < 0 ? e : 1) / t, log = (x < 0 ? 0 : x) + (log_normal(t) + (e - (t - 1)) / t);
-        p[i] = w[i] == 0 ? 0 : w[i] * share;
-        term[i] = w[i] == 0 ? 0 : w[i] * log;
-      }
-      loss = sum_of<double>(gaining, [&](int64_t i) ALWAYS_INLINE { return term[i]; });
+    const double loss = sum_each_part(scan.n, [&](int64_t begin, int64_t end) {
+      scan.each(begin, end, [&](int64_t i, int64_t g) { p[i] = i < gaining ? scan.above(g + 1, scan.s[i]) : 0; });
+      const int64_t stop = std::max(begin, std::min(end, gaining));
+      double sum = 0;
+      multiversion([&]() ALWAYS_INLINE {
+        for (int64_t i = begin; i < stop; ++i) {
+          const double x = p[i], e = exp_nonpositive(x < 0 ? x : -x), t = 1 + e;
+          const double share = (x < 0 ? e : 1) / t, log = (x < 0 ? 0 : x) + (log_normal(t) + (e - (t - 1)) / t);
+          p[i] = w[i] == 0 ? 0 : w[i] * share;
+          term[i] = w[i] == 0 ? 0 : w[i] * log;
+        }
+        sum = sum_of<double>(stop - begin, [&](int64_t i) ALWAYS_INLINE { return term[begin + i]; });
+      });
+      return sum;
     });
+    double* carries = scratch.get<double>(scan.groups);
     double carry = 0;  // the earlier groups' p, each times the share of this L in its own
     for (int64_t g = 0; g < scan.groups; ++g) {
       double pushed = 0;
-      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) {
-        out[i] = weigh(carry, scan.share[i]) - p[i];
-        pushed += p[i];
-      }
+      for (int64_t i = scan.first[g]; i < scan.first[g + 1]; ++i) pushed += p[i];
+      carries[g] = carry;
       carry = weigh(carry, scan.later[g]) + pushed;
     }
+    each_part(scan.n, [&](int64_t, int64_t begin, int64_t end) {
+      scan.each(begin, end, [&](int64_t i, int64_t g) { out[i] = weigh(carries[g], scan.share[i]) - p[i]; });
+    });
     return loss;
   }
 
@@ -415,50 +478,72 @@ struct Cosent {
       // `down` sums e^s over lower labels; `up`, on the reversed list, sums e^-s over higher labels.
       const Scan<true> down(o.s, n, o.first, groups, scale, scratch, o.w);
       double* log_weight = scratch.get<double>(n);
-      for (int64_t i = 0; i < n; ++i) log_weight[i] = o.w ? std::log(o.w[i]) : 0;
       double* reversed = scratch.get<double>(n);
-      double* reversed_w = scratch.get<double>(n);
-      for (int64_t i = 0; o.w && i < n; ++i) reversed_w[i] = o.w[n - 1 - i];
+      double* reversed_w = scratch.get<double>(o.w ? n : 0);
+      each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          log_weight[i] = o.w ? std::log(o.w[i]) : 0;
+          reversed[i] = -o.s[n - 1 - i];
+          if (o.w) reversed_w[i] = o.w[n - 1 - i];
+        }
+      });
       int64_t* first = scratch.get<int64_t>(groups + 1);
-      for (int64_t i = 0; i < n; ++i) reversed[i] = -o.s[n - 1 - i];
       for (int64_t g = 0; g <= groups; ++g) first[g] = n - o.first[groups - g];
       const Scan<true> up(reversed, n, first, groups, scale, scratch, o.w ? reversed_w : nullptr);
 
       // The largest term is kept as a difference and a logarithm, both 0 for the term 1. All terms are relative to it.
-      Difference most(0, 0);
-      double log = 0;
-      const auto exponent = [&](double worse, double better, double logarithm) {
-        return scale * Difference(worse, better).over(most) + (logarithm - log);
+      struct Term {
+        Difference apart{0, 0};
+        double log = 0;
       };
-      down.each([&](int64_t i, int64_t g) {
-        if (g + 1 < groups && exponent(down.top[g + 1], o.s[i], down.log[g + 1] + log_weight[i]) > 0)
-          most = Difference(down.top[g + 1], o.s[i]), log = down.log[g + 1] + log_weight[i];
+      const auto over = [&](const Term& term, const Term& other) {
+        return scale * term.apart.over(other.apart) + (term.log - other.log);
+      };
+      const auto below = [&](int64_t i, int64_t g) {
+        return Term{Difference(down.top[g + 1], o.s[i]), down.log[g + 1] + log_weight[i]};
+      };
+      Term largest[kParts], most;
+      each_part(n, [&](int64_t part, int64_t begin, int64_t end) {
+        Term own;
+        down.each(begin, end, [&](int64_t i, int64_t g) {
+          if (g + 1 < groups && over(below(i, g), own) > 0) own = below(i, g);
+        });
+        largest[part] = own;
       });
-      const double top = scale * most.high + log;
+      for (const Term& of_part : largest)
+        if (over(of_part, most) > 0) most = of_part;
+      const double top = scale * most.apart.high + most.log;
       // `lower` and `higher` sum the terms of an item's pairs with lower and with higher labels, over all terms.
       double *lower = scratch.get<double>(n), *higher = scratch.get<double>(n);
-      down.each([&](int64_t i, int64_t g) {
-        lower[i] = g + 1 == groups ? -kInfinity : exponent(down.top[g + 1], o.s[i], down.log[g + 1] + log_weight[i]);
-        higher[i] = g == 0 ? -kInfinity : exponent(o.s[i], -up.top[groups - g], up.log[groups - g] + log_weight[i]);
+      const double sum = sum_each_part(n, [&](int64_t begin, int64_t end) {
+        down.each(begin, end, [&](int64_t i, int64_t g) {
+          const int64_t h = groups - g;
+          lower[i] = g + 1 == groups ? -kInfinity : over(below(i, g), most);
+          higher[i] = g == 0 ? -kInfinity : over({Difference(o.s[i], -up.top[h]), up.log[h] + log_weight[i]}, most);
+        });
+        double sum = 0;
+        multiversion([&]() ALWAYS_INLINE {
+          for (int64_t i = begin; i < end; ++i)
+            lower[i] = exp_nonpositive(lower[i]), higher[i] = exp_nonpositive(higher[i]);
+          sum = sum_of<double>(end - begin, [&](int64_t i) ALWAYS_INLINE { return lower[begin + i]; });
+        });
+        return sum;
       });
-      double sum, whole;
-      multiversion([&]() ALWAYS_INLINE {
-        for (int64_t i = 0; i < n; ++i) lower[i] = exp_nonpositive(lower[i]), higher[i] = exp_nonpositive(higher[i]);
-        sum = sum_of<double>(n, [&](int64_t i) ALWAYS_INLINE { return lower[i]; });
-        whole = std::exp(-top) + sum;
-        for (int64_t i = 0; i < n; ++i) lower[i] /= whole, higher[i] /= whole;
+      const double whole = std::exp(-top) + sum;
+      each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          lower[i] /= whole, higher[i] /= whole;
+          out[i] = scale * (higher[i] - lower[i]);
+        }
       });
-      if (!o.v) {
-        for (int64_t i = 0; i < n; ++i) out[i] = scale * (higher[i] - lower[i]);
-        return std::isinf(top) ? top : top > 0 ? top + std::log(whole) : std::log1p(sum);
-      }
+      if (!o.v) return std::isinf(top) ? top : top > 0 ? top + std::log(whole) : std::log1p(sum);
       const double* v = o.v;
       for (int64_t i = 0; i < n; ++i) reversed[i] = v[n - 1 - i];
       const double* mean_lower = down.means(v, scratch);
       const double* mean_higher = up.means(reversed, scratch);
       double mean = 0;
       for (int64_t i = 0; i < n; ++i) mean += (higher[i] - lower[i]) * v[i];
-      down.each([&](int64_t i, int64_t g) {
+      down.each(0, n, [&](int64_t i, int64_t g) {
         out[i] =
             weigh(higher[i], v[i] - mean_higher[groups - g] - mean) - weigh(lower[i], mean_lower[g + 1] - v[i] - mean);
         out[i] *= scale * scale;

@@ -31,10 +31,10 @@ struct Metric {
   TiedScores ties;
   bool exponential;
   const int64_t* cutoffs;
-  int64_t count;            // the number of cutoffs
-  const double* discounts;  // by place, or null for 1 / log2(1 + rank)
+  int64_t count;         // the number of cutoffs
+  const double* places;  // the discount of each place, or null for 1 / log2(1 + rank)
 
-  double discount(int64_t place) const { return discounts ? discounts[place] : discount_at(place); }
+  double discount(int64_t place) const { return places ? places[place] : discount_at(place); }
 
   // Stores the metric at each cutoff and returns whether it is defined; if not, the metric is 0.
   template <class A>
@@ -54,20 +54,24 @@ struct Metric {
     if (!relevant || (metric == RankMetric::AUC && relevant == n)) return false;
     const int32_t* order = order_descending(list.s, n, scratch);
     double* sums = scratch.get<double>(n + 1);  // over the places before each
-    double* value = scratch.get<double>(n);     // each item's gain or relevance
-    const bool graded = metric == RankMetric::DCG || metric == RankMetric::NDCG || metric == RankMetric::ERR;
-    for (int64_t p = 0; p < n; ++p) {
-      const double y = list.y[order[p]];
-      if (metric == RankMetric::NDCG) value[p] = relative_gain(y, highest, exponential);
-      else value[p] = graded ? y : static_cast<double>(y > 0);
-    }
+    const A* s = gather(list.s, order, n, scratch);
+    double* value = gather(list.y, order, n, scratch);  // each item's gain or relevance
+    const bool discounted = metric == RankMetric::DCG || metric == RankMetric::NDCG;
+    double* discounts = scratch.get<double>(discounted ? n : 0);
+    each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        if (metric == RankMetric::NDCG) value[p] = relative_gain(value[p], highest, exponential);
+        else if (!discounted && metric != RankMetric::ERR) value[p] = static_cast<double>(value[p] > 0);
+        if (discounted) discounts[p] = discount(p);
+      }
+    });
     const double pairs = static_cast<double>(relevant) * static_cast<double>(n - relevant);
     double before = 0, left = 1;  // the sum of all earlier groups, and the probability that a user looks further
     sums[0] = 0;
     for (int64_t start = 0, end; start < n; start = end) {
       end = start + 1;
       if (ties != TiedScores::INDEX)
-        while (end < n && list.s[order[end]] == list.s[order[start]]) ++end;
+        while (end < n && s[end] == s[start]) ++end;
       const double size = static_cast<double>(end - start), sum = std::accumulate(value + start, value + end, 0.0);
       double none = 1;  // the probability that no relevant item of the group is at an earlier place
       for (int64_t p = start; p < end; ++p) {
@@ -75,7 +79,7 @@ struct Metric {
         double term = 0;
         switch (metric) {
           case RankMetric::DCG:
-          case RankMetric::NDCG: term = mean == 0 ? 0 : mean * discount(p); break;
+          case RankMetric::NDCG: term = mean == 0 ? 0 : mean * discounts[p]; break;
           case RankMetric::ERR:
             term = left * value[p] / rank;
             left *= 1 - value[p];
@@ -104,7 +108,7 @@ struct Metric {
       }
       before += sum;
     }
-    double* ideal = metric == RankMetric::NDCG ? ideal_sums(list, highest, scratch) : nullptr;
+    double* ideal = metric == RankMetric::NDCG ? ideal_sums(list, highest, discounts, scratch) : nullptr;
     const double total = static_cast<double>(relevant);
     for (int64_t c = 0; c < count; ++c) {
       const int64_t k = cutoffs[c], last = std::min(k, n);
@@ -125,14 +129,19 @@ struct Metric {
  private:
   // Returns the sums of the best order.
   template <class A>
-  double* ideal_sums(const Items<A>& list, double highest, Scratch& scratch) const {
-    const int32_t* order = order_descending(list.y, list.n, scratch);
-    double* sums = scratch.get<double>(list.n + 1);
+  double* ideal_sums(const Items<A>& list, double highest, const double* discounts, Scratch& scratch) const {
+    const int64_t n = list.n;
+    const double* y = gather(list.y, order_descending(list.y, n, scratch), n, scratch);
+    double* sums = scratch.get<double>(n + 1);
     sums[0] = 0;
-    for (int64_t p = 0; p < list.n; ++p) {
-      const double gain = relative_gain(list.y[order[p]], highest, exponential);
-      sums[p + 1] = sums[p] + (gain == 0 ? 0 : gain * discount(p));
-    }
+    each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+      double gain = 0;
+      for (int64_t p = begin; p < end; ++p) {
+        if (p == begin || y[p] != y[p - 1]) gain = relative_gain(y[p], highest, exponential);
+        sums[p + 1] = gain == 0 ? 0 : gain * discounts[p];
+      }
+    });
+    for (int64_t p = 0; p < n; ++p) sums[p + 1] += sums[p];
     return sums;
   }
 };

@@ -178,7 +178,7 @@ template <class A>
 struct FromItems {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
-  static constexpr bool kProduct = true;
+  static constexpr bool kRatios = true;
   const A *up, *down;
   int64_t chunk;  // a product of so many factors stays in the range
 
@@ -197,7 +197,7 @@ template <class A, bool kUnbounded>
 struct FromPairs {
   using V = VectorOf<A>;
   using I = typename Vector<A>::I;
-  static constexpr bool kProduct = false;
+  static constexpr bool kRatios = false;
   const A* s;  // s / 2, whose differences can't overflow
   A twice;     // 2 sigma
   A share;     // a factor of q, which keeps its sums finite
@@ -229,7 +229,7 @@ ALWAYS_INLINE inline double sum_pairs(const ByLabel<A>& items, const A* w, const
   using I = typename Vector<A>::I;
   constexpr int64_t W = kWidth<A>;
   constexpr bool kLog = Phi::kLog && !kHessian;
-  constexpr bool kProduct = kLog && Terms::kProduct && !kWeighted;
+  constexpr bool kProduct = kLog && Terms::kRatios && !kWeighted;
   A columns[kPairColumns];
   LogSum<A> product;
   double values = 0;
@@ -319,28 +319,39 @@ void pair_loss(List<A>& list, const ByLabel<A>& items, double sigma, double scal
     std::fill(copy + n, copy + length, A(0));
     return copy;
   };
+  const bool ratios = has_ratios<A>(width) && !(Phi::kLog && items.w);  // a product of logarithms has no weights
   const A* w = padded_copy(items.w);
   const A* v = padded_copy(items.v);
+  if (!ratios && !w) {
+    A* ones = scratch.get<A>(length);
+    std::fill(ones, ones + length, A(1));
+    w = ones;
+  }
   const A share = static_cast<A>(Phi::kUnbounded ? std::exchange(scale, 1) : 1);
   const int64_t parts = parts_of(items.pairs);
   double losses[kParts] = {};
   const double* sums;
   const auto run = [&](const auto& terms) {
     sums = sum_parts(n, parts, scratch, [&](int64_t part, double* own) {
+      using Terms = std::decay_t<decltype(terms)>;
       multiversion([&]() ALWAYS_INLINE {
-        if (w && v) sum_pairs<Phi, true, true>(items, w, v, terms, part, parts, own);
-        else if (w) losses[part] = sum_pairs<Phi, false, true>(items, w, v, terms, part, parts, own);
-        else if (v) sum_pairs<Phi, true, false>(items, w, v, terms, part, parts, own);
-        else losses[part] = sum_pairs<Phi, false, false>(items, w, v, terms, part, parts, own);
+        if constexpr (!Terms::kRatios || !Phi::kLog) {
+          if (w && v) sum_pairs<Phi, true, true>(items, w, v, terms, part, parts, own);
+          else if (w) losses[part] = sum_pairs<Phi, false, true>(items, w, v, terms, part, parts, own);
+        }
+        if constexpr (Terms::kRatios) {
+          if (!w && v) sum_pairs<Phi, true, false>(items, w, v, terms, part, parts, own);
+          else if (!w) losses[part] = sum_pairs<Phi, false, false>(items, w, v, terms, part, parts, own);
+        }
       });
     });
   };
-  if (has_ratios<A>(width) && !(Phi::kLog && w)) {  // a product has no weights
-    const Ratios<A> ratios(items.s, n, length, sigma, range, scratch);
+  if (ratios) {
+    const Ratios<A> of_items(items.s, n, length, sigma, range, scratch);
     const int64_t chunk = width >= 0 ? static_cast<int64_t>((Vector<A>::kLogMax - 1) / (width + 0.7)) : 1;
     A* down = scratch.get<A>(n);
-    for (int64_t i = 0; i < n; ++i) down[i] = share * ratios.down[i];
-    run(FromItems<A>{ratios.up, down, std::max<int64_t>(chunk, 1)});
+    for (int64_t i = 0; i < n; ++i) down[i] = share * of_items.down[i];
+    run(FromItems<A>{of_items.up, down, std::max<int64_t>(chunk, 1)});
   } else {
     A* halves = scratch.get<A>(length);
     for (int64_t i = 0; i < n; ++i) halves[i] = items.s[i] / 2;

@@ -52,7 +52,7 @@ struct Softmax {
     }
   }
 
-  static ALWAYS_INLINE inline void finish(int64_t, int64_t columns, A* statistics) {
+  static void finish(int64_t, int64_t columns, A* statistics) {
     A* total = statistics + columns;
     for (int64_t c = 0; c < columns; ++c) total[c] = total[c] == 0 ? A(0) : 1 / total[c];
   }
@@ -88,7 +88,7 @@ struct SoftmaxAdjoint {
     Sum<T, false>::merge(parts, nullptr, n, columns, statistics, nullptr);
   }
 
-  static ALWAYS_INLINE inline void finish(int64_t, int64_t, A*) {}
+  static void finish(int64_t, int64_t, A*) {}
 
   template <class R>
   static ALWAYS_INLINE inline void write(const Mapped<T>& io, int64_t offset, const A* statistics) {
@@ -116,7 +116,7 @@ struct Center {
     Sum<T, false>::merge(parts, nullptr, n, columns, statistics, nullptr);
   }
 
-  static ALWAYS_INLINE inline void finish(int64_t points, int64_t columns, A* statistics) {
+  static void finish(int64_t points, int64_t columns, A* statistics) {
     for (int64_t c = 0; c < columns; ++c) statistics[c] /= static_cast<A>(points);
   }
 
@@ -130,15 +130,44 @@ struct Center {
   }
 };
 
+// The functions of a map. They are called by pointer, so that what is around them is compiled once for all.
+template <class T>
+struct Functions {
+  using A = Accumulator<T>;
+  int64_t statistics;  // numbers per column
+  void (*gather)(const Mapped<T>& io, const int64_t* offsets, int64_t n, A* statistics);
+  void (*merge)(const A* parts, int64_t n, int64_t columns, A* statistics);
+  void (*finish)(int64_t points, int64_t columns, A* statistics);
+  void (*write)(const Mapped<T>& io, const int64_t* offsets, int64_t n, const A* statistics);
+};
+
+template <class Map, class T>
+Functions<T> functions_of() {
+  using A = Accumulator<T>;
+  const auto gather = [](const Mapped<T>& io, const int64_t* offsets, int64_t n, A* statistics) {
+    multiversion([=](auto registers) ALWAYS_INLINE {
+      using R = decltype(registers);
+      Map::template gather<R>(io, offsets, n, statistics);
+    });
+  };
+  const auto write = [](const Mapped<T>& io, const int64_t* offsets, int64_t n, const A* statistics) {
+    multiversion([=](auto registers) ALWAYS_INLINE {
+      using R = decltype(registers);
+      for (int64_t i = 0; i < n; ++i) Map::template write<R>(io, offsets[i], statistics);
+    });
+  };
+  return {Map::kStatistics, gather, Map::merge, Map::finish, write};
+}
+
 // Maps whole segments at once. The parts of a long one come first, then its statistics, and its points at last. Points
 // in no segment get 0.
-template <class Map, class T>
-void map_segments(const Segments& segments, const Mapped<T>& io) {
+template <class T>
+void map_segments(const Functions<T>& map, const Segments& segments, const Mapped<T>& io) {
   using A = Accumulator<T>;
   segments.check_permutation();
   Plan plan(segments);
   plan.add_outside(segments);
-  const int64_t columns = io.columns, width = Map::kStatistics * columns;
+  const int64_t columns = io.columns, width = map.statistics * columns;
   std::unique_ptr<A[]> parts(new A[std::max<int64_t>(plan.parts * width, 1)]);
   const int64_t grain = std::max<int64_t>(1, kGrain / kTask / std::max<int64_t>(columns, 1));
   std::vector<Task> pieces;
@@ -162,32 +191,28 @@ void map_segments(const Segments& segments, const Mapped<T>& io) {
     const Mapped<T> at = example(task.example);
     offsets_of(task, offsets);
     const int64_t* bounds = segments.at(task.example);
-    multiversion([&](auto registers) ALWAYS_INLINE {
-      using R = decltype(registers);
-      if (task.segment < 0)
-        for (int64_t i = 0; i < task.stop - task.begin; ++i) std::fill_n(at.out + offsets[i], columns, T(0));
-      else
-        for (int64_t s = task.segment; s < task.end; ++s) {
-          const bool part = task.part >= 0;
-          const int64_t first = part ? 0 : bounds[s] - task.begin;
-          const int64_t last = part ? task.stop - task.begin : bounds[s + 1] - task.begin;
-          if (first == last) continue;
-          Map::template gather<R>(at, offsets + first, last - first,
-                                  part ? parts.get() + task.part * width : statistics.data());
-          if (part) continue;
-          Map::finish(last - first, columns, statistics.data());
-          for (int64_t i = first; i < last; ++i) Map::template write<R>(at, offsets[i], statistics.data());
-        }
-    });
+    if (task.segment < 0)
+      for (int64_t i = 0; i < task.stop - task.begin; ++i) std::fill_n(at.out + offsets[i], columns, T(0));
+    else
+      for (int64_t s = task.segment; s < task.end; ++s) {
+        const bool part = task.part >= 0;
+        const int64_t first = part ? 0 : bounds[s] - task.begin;
+        const int64_t last = part ? task.stop - task.begin : bounds[s + 1] - task.begin;
+        if (first == last) continue;
+        map.gather(at, offsets + first, last - first, part ? parts.get() + task.part * width : statistics.data());
+        if (part) continue;
+        map.finish(last - first, columns, statistics.data());
+        map.write(at, offsets + first, last - first, statistics.data());
+      }
   });
   // The statistics of a long segment take the place of its first part's.
   std::vector<int64_t> first_part(plan.parts);
   for (const Long& l : plan.longs) std::fill_n(first_part.begin() + l.part, l.parts, l.part);
   for_each_task(plan.longs, grain, [&](const Long& l) {
     std::vector<A> statistics(width);
-    Map::merge(parts.get() + l.part * width, l.parts, columns, statistics.data());
+    map.merge(parts.get() + l.part * width, l.parts, columns, statistics.data());
     const int64_t* bounds = segments.at(l.example) + l.segment;
-    Map::finish(bounds[1] - bounds[0], columns, statistics.data());
+    map.finish(bounds[1] - bounds[0], columns, statistics.data());
     std::copy(statistics.begin(), statistics.end(), parts.get() + l.part * width);
   });
   for_each_task(pieces, grain, [&](const Task& task) {
@@ -195,10 +220,7 @@ void map_segments(const Segments& segments, const Mapped<T>& io) {
     offsets_of(task, offsets);
     const Mapped<T> at = example(task.example);
     const A* statistics = parts.get() + first_part[task.part] * width;
-    multiversion([&](auto registers) ALWAYS_INLINE {
-      using R = decltype(registers);
-      for (int64_t i = 0; i < task.stop - task.begin; ++i) Map::template write<R>(at, offsets[i], statistics);
-    });
+    map.write(at, offsets, task.stop - task.begin, statistics);
   });
 }
 
@@ -327,7 +349,8 @@ Tensor mapped(const Tensor& x_in, const std::optional<Tensor>& y_in, const Tenso
   Tensor out = fresh(x, sizes(x));
   dispatch_floating(x, "x", [&](auto type) {
     using T = typename decltype(type)::type;
-    map_segments<Map<T>>(segments, Mapped<T>{data<T>(x), data_or_null<T>(y), mutable_data<T>(out), shapes.columns});
+    map_segments(functions_of<Map<T>, T>(), segments,
+                 Mapped<T>{data<T>(x), data_or_null<T>(y), mutable_data<T>(out), shapes.columns});
   });
   return out;
 }

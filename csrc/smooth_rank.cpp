@@ -197,18 +197,22 @@ Ranks* sum_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
 template <class A, class Row>
 double* give_rows(int64_t relevant, int64_t n, Scratch& scratch, const Row& row) {
   const int64_t parts = parts_of_rows(relevant, n);
-  return sum_parts(n, parts, scratch, [&](int64_t part, double* out) {
+  double* out = scratch.get<double>(n);
+  const double* own = sum_parts(relevant, parts, scratch, [&](int64_t part, double* rows) {
     each_tile(relevant, n, part, parts, [&](bool among, int64_t begin, int64_t columns) {
+      std::fill(out + begin, out + begin + columns, 0.0);
       for (int64_t first = 0; first < relevant; first += kRows) {
         A tile[kColumns] = {};
         multiversion([&]() ALWAYS_INLINE {
           for (int64_t i = first; i < std::min(first + kRows, relevant); ++i)
-            out[i] -= row(i, among, begin, columns, tile);
+            rows[i] -= row(i, among, begin, columns, tile);
         });
         for (int64_t j = 0; j < columns; ++j) out[begin + j] += tile[j];
       }
     });
   });
+  for (int64_t i = 0; i < relevant; ++i) out[i] += own[i];
+  return out;
 }
 
 // `item` has the item of each of the n columns, or -1 in a gap.
@@ -217,8 +221,10 @@ void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& p
                     const double* gain, int64_t relevant) {
   Scratch& scratch = list.scratch;
   A* kept = scratch.get<A>(n);
-  multiversion([&]() ALWAYS_INLINE {
-    for (int64_t i = 0; i < n; ++i) kept[i] = item[i] < 0 ? Pair::kNone : pair.keep(list.s[item[i]]);
+  each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+    multiversion([&]() ALWAYS_INLINE {
+      for (int64_t i = begin; i < end; ++i) kept[i] = item[i] < 0 ? Pair::kNone : pair.keep(list.s[item[i]]);
+    });
   });
   Ranks* rank = sum_rows<A>(relevant, n, scratch, [&](int64_t i, int64_t begin, int64_t columns) ALWAYS_INLINE {
     return sum_ranks<A>(pair, kept[i], kept + begin, columns);
@@ -262,8 +268,10 @@ void smooth_rank_of(List<A>& list, const int32_t* item, int64_t n, const Pair& p
                                                 w.moved[among], tile, columns);
                        });
   }
-  for (int64_t j = 0; j < n; ++j)
-    if (item[j] >= 0) list.slope[item[j]] = static_cast<A>(out[j]);
+  each_part(n, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      if (item[j] >= 0) list.slope[item[j]] = static_cast<A>(out[j]);
+  });
 }
 
 // Returns whether a relevant item and another one are at the same infinity, so their order has no limit.

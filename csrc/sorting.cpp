@@ -140,13 +140,18 @@ Tensor of_groups(const Tensor& x_in, const Tensor& groups_in, const std::optiona
       const int64_t row = lists.row_of(index);
       const int32_t* entries = all + row;
       std::fill(op + begin, op + end, A(0));
-      Group group{row, entries, begin - row, 0, begin - row, 0};
-      while (begin + group.count < end && all[begin + group.count] != n) ++group.count;
-      for (const int64_t stop = group.list + group.count; group.first < stop; group.first = group.last) {
-        group.last = group.first + 1;
-        while (group.last < stop && entries[group.last] >= 0) ++group.last;
-        f(xp + row, group, op + row);
-      }
+      int64_t count = 0;
+      while (begin + count < end && all[begin + count] != n) ++count;
+      const int64_t start = begin - row, stop = start + count;
+      each_part(count, [&](int64_t part, int64_t from, int64_t to) {  // the groups that begin in the part
+        Group group{row, entries, start, count, start + from, 0};
+        while (part && group.first < start + to && entries[group.first] >= 0) ++group.first;
+        for (; group.first < start + to; group.first = group.last) {
+          group.last = group.first + 1;
+          while (group.last < stop && entries[group.last] >= 0) ++group.last;
+          f(xp + row, group, op + row);
+        }
+      });
     });
   });
   return out;
@@ -189,19 +194,23 @@ std::tuple<Tensor, Tensor> isotonic(const Tensor& x_in, const std::optional<Tens
 
       const int32_t* order = order_descending(keys, m, scratch);
       double* s = scratch.get<double>(m);
-      for (int64_t p = 0; p < m; ++p) {
-        s[p] = static_cast<double>(keys[order[p]]);
-        group[p] = items[order[p]];
-      }
+      each_part(m, [&](int64_t, int64_t from, int64_t to) {
+        for (int64_t p = from; p < to; ++p) {
+          s[p] = static_cast<double>(keys[order[p]]);
+          group[p] = items[order[p]];
+        }
+      });
       const Sequences sequences{s, sort ? 1 : 1 / strength, sort ? 1 / strength : 1};
       // value(p, pool) is the result at place p of a pool.
       const auto put = [&](const auto* pools, int64_t count, const auto& value) {
-        for (int64_t k = 0; k < count; ++k) {
-          const int64_t last = k + 1 < count ? pools[k + 1].begin : m;
-          for (int64_t p = pools[k].begin; p < last; ++p)
-            (sort ? to[p] : row[group[p]]) = static_cast<A>(value(p, pools[k]));
-          group[pools[k].begin] = ~group[pools[k].begin];
-        }
+        each_part(count, [&](int64_t, int64_t from, int64_t stop) {
+          for (int64_t k = from; k < stop; ++k) {
+            const int64_t last = k + 1 < count ? pools[k + 1].begin : m;
+            for (int64_t p = pools[k].begin; p < last; ++p)
+              (sort ? to[p] : row[group[p]]) = static_cast<A>(value(p, pools[k]));
+            group[pools[k].begin] = ~group[pools[k].begin];
+          }
+        });
       };
       const auto fit = [&](auto* pools, const auto& weight, const auto& value) {
         using Pool = std::remove_pointer_t<decltype(pools)>;

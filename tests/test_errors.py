@@ -47,6 +47,7 @@ def test_what_is_taken_is_what_the_reference_takes(of_one_function):
             check(FUNCTIONS[answer.function], Sample((), answer.arguments))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize("function", sorted({a.function for a in ANSWERS} - {"convert_activations"}))
 def test_what_comes_from_elsewhere_is_named(function):

@@ -107,7 +107,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(same.all())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.skipif(len(ALL) == 1, reason="this processor has one instruction set only")
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_each_instruction_set_gives_the_same_bits(op: str) -> None:
@@ -134,19 +134,22 @@ def test_each_instruction_set_gives_the_same_bits(op: str) -> None:
 
 @pytest.mark.skipif(len(ALL) == 1, reason="this processor has one instruction set only")
 @pytest.mark.parametrize(
-    "op",
-    ["lambda_loss", "pairwise_logistic_loss", "approx_ndcg_loss", "neural_sort_ndcg_loss", "list_mle_loss"],
+    ("op", "n"),
+    [
+        *((op, 1501) for op in ("lambda_loss", "pairwise_logistic_loss", "approx_ndcg_loss", "neural_sort_ndcg_loss")),
+        *((op, 70_001) for op in ("list_mle_loss", "list_net_loss", "unique_softmax_loss", "cosent_loss")),
+    ],
 )
 @pytest.mark.parametrize("spread", [1.0, 300.0])
-def test_a_long_list_gives_the_same_bits(op: str, spread: float) -> None:
+def test_a_long_list_gives_the_same_bits(op: str, n: int, spread: float) -> None:
     """A list that is long enough to be divided gives the same bits, for scores of a narrow and of a wide range."""
     generator = torch.Generator().manual_seed(0)
-    scores = (spread * torch.randn(1, 1501, generator=generator)).requires_grad_()
-    labels = torch.randint(0, 5, (1, 1501), generator=generator).float()
+    scores = (spread * torch.randn(1, n, generator=generator)).requires_grad_()
+    labels = torch.randint(0, 5, (1, n), generator=generator).float()
     results = []
     for name in ALL:
         with isa(name):
-            loss = REGISTRY[op].function(scores, labels)
+            loss = FUNCTIONS[op].function(scores, labels)
             (slope,) = torch.autograd.grad(loss.sum(), scores, create_graph=True)
             (curvature,) = torch.autograd.grad(slope.square().sum(), scores)
             results.append([loss.detach(), slope.detach(), curvature])

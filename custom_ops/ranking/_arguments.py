@@ -168,7 +168,7 @@ def weighted_labels(labels: Tensor, item_weights: Tensor, use: int) -> Tensor:
     if use == LabelUse.VALUE:
         return torch.where(item_weights == 0, 0, y * item_weights)
     # 2^z - 1 = w (2^y - 1) for z = y + log2(w + (1 - w) 2^-y), in which nothing overflows.
-    raised = y + (item_weights + (1 - item_weights) * torch.exp2(-y)).log2()
+    raised = y + torch.addcmul(item_weights, 1 - item_weights, torch.exp2(-y)).log2()
     return torch.where(y <= 0, y, torch.where(item_weights == 0, 0, raised))
 
 

@@ -101,6 +101,20 @@ def dpo_loss_reference(
     )
 
 
+def _dpo_size(
+    *logps: Tensor,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    **options: Any,
+) -> Tensor:
+    """Return the loss with the absolute value of each term."""
+    types = [loss_type] if isinstance(loss_type, str) else loss_type
+    weights = loss_weights or [1.0] * len(types)
+    each = [dpo_loss_reference(*logps, loss_type=one, reduction="none", **options).abs() for one in types]
+    return torch.stack([abs(weight) * _reduced(x, reduction) for weight, x in zip(weights, each)]).sum(0)
+
+
 def _blended(z: Tensor, p: float) -> Tensor:
     low = torch.where(z < 0, z, 0)  # unlike clamp, it has no derivative at 0
     exponential = torch.where(z < 0, (p * low - low).exp() * (-p * z).sigmoid(), (low - z).exp() * (p * z).sigmoid())
@@ -221,6 +235,7 @@ register(
         function=dpo_loss,
         not_fuzzed={"infinite": "inf - inf"},
         reference=dpo_loss_reference,
+        term_size=_dpo_size,
         samples=_dpo_samples,
         modules=lambda: [
             (DPOLoss(), {}),
