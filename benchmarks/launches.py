@@ -115,7 +115,7 @@ class Trace(TorchDispatchMode):
                 "" if isinstance(a, float) else native_specialize_impl(BaseBackend, a, False, name not in plain, True)
                 for name, a in zip(kernel.fn.arg_names, args)
             ]
-            held = {a.data_ptr(): a.untyped_storage().nbytes() for a in args if isinstance(a, Tensor)}
+            held = {a.untyped_storage().data_ptr(): a.untyped_storage().nbytes() for a in args if isinstance(a, Tensor)}
             self.launches.append(Launch((kernel.name, variant, *seen), sum(held.values())))
         self.launching = True
         try:

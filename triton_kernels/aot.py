@@ -206,15 +206,16 @@ def compile_kernel(index: int, quick: bool) -> list[Report]:
     chosen = [found for found in sources(kernel) if found[0] in dtypes]
     others = [target for target in TARGETS if target != MAIN]
     if quick:
-        chosen, others = [chosen[index % len(chosen)]], [others[index % len(others)]]
+        turn = index % (3 * len(others))
+        chosen, others = [chosen[index % len(chosen)]], others[turn : turn + 1]
     return [compile_one(kernel, target, *source) for target in (MAIN, *others) for source in chosen]
 
 
 def compile_all(name: str = "", quick: bool = False) -> list[Report]:
     """Compile every kernel whose name contains ``name``, in as many processes as there are cores.
 
-    ``quick`` compiles one variant for one dtype, in turn the first and the last, for sm_90 and for one other target, in
-    turn too. Raises ``RuntimeError`` if Triton interprets instead of compiling.
+    ``quick`` compiles one variant for one dtype, in turn the first and the last, for sm_90, and every third of these
+    for one other target, in turn too. Raises ``RuntimeError`` if Triton interprets instead of compiling.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("custom_ops.triton_kernels.aot: unset TRITON_INTERPRET, under it nothing is compiled")
@@ -245,7 +246,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m custom_ops.triton_kernels.aot", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="only kernels with this in their name")
     parser.add_argument(
-        "--quick", action="store_true", help="one variant of one dtype of each kernel, for sm_90 and another target"
+        "--quick", action="store_true", help="one variant of one dtype of each kernel, for sm_90 and some for others"
     )
     options = parser.parse_args(argv)
     return show(compile_all(options.name, options.quick))

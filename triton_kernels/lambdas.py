@@ -18,6 +18,7 @@ from custom_ops.triton_kernels.lists import (
     WIDE,
     Lists,
     columns,
+    load_ranked,
     load_valid,
     reducing,
     relative_gain,
@@ -39,20 +40,6 @@ _PAIRS, _LAMBDAS = constant(PairNormalization.PAIRS), constant(PairNormalization
 _GAINLESS = (PairWeighting.RANKNET, PairWeighting.LABEL_DIFF)
 # These are the bits of a list's mark.
 _ACTIVE, _SOME_GAIN, _UNDEFINED, _ALIKE = (tl.constexpr(1 << bit) for bit in range(4))
-
-
-@triton.jit
-def _load_ranked(order_ptr, valid_ptr, stop, first, before, masked, BLOCK: tl.constexpr):
-    """Return a block of a list's items in their order, which of them are valid, their ranks among the valid ones, and
-    the number of valid items so far.
-    """
-    at = first + tl.arange(0, BLOCK)
-    item = tl.load(order_ptr + at, mask=at < stop, other=0)
-    valid = at < stop
-    if masked != 0:
-        valid = load_valid(valid_ptr, item, valid, True)
-    counts = valid.to(tl.int32)
-    return item, valid, before + tl.cumsum(counts) - counts, before + tl.sum(counts, axis=0, keep_dims=True)
 
 
 @kernel(
@@ -108,7 +95,7 @@ def lambda_rank_kernel(
     count = tl.zeros([1], tl.int32)
     limit = items if every_rank != 0 else k
     for first in range(start, stop, BLOCK):
-        item, valid, rank, count = _load_ranked(order_ptr + base, valid_ptr + base, stop, first, count, masked, BLOCK)
+        item, valid, rank, count = load_ranked(order_ptr + base, valid_ptr + base, stop, first, count, masked, BLOCK)
         exists = first + tl.arange(0, BLOCK) < stop
         y = tl.load(label_ptr + base + item, mask=valid, other=0)
         s = tl.load(score_ptr + base + item, mask=valid, other=0)
@@ -130,7 +117,7 @@ def lambda_rank_kernel(
     if GAINS:  # the valid labels in descending order, wherever masked items lie between them
         count = tl.zeros([1], tl.int32)
         for first in range(start, stop, BLOCK):
-            item, valid, place, count = _load_ranked(
+            item, valid, place, count = load_ranked(
                 ideal_ptr + base, valid_ptr + base, stop, first, count, masked, BLOCK
             )
             y = tl.load(label_ptr + base + item, mask=valid, other=0)
@@ -428,8 +415,8 @@ def _pairs(
         factor = mu if weighting == PairWeighting.NDCG2PP else 1.0
         distance = torch.diff(-factor / torch.log2(ranks)).to(scores.dtype)
 
-    order = _order(lists, scores)
-    ideal = _order(lists, labels) if gains else order
+    order = lists.order(scores)
+    ideal = lists.order(labels) if gains else order
     rank, owner = (torch.empty_like(scores, dtype=torch.int32) for _ in range(2))
     if lists.several:
         owner.fill_(-1)  # items in no list
@@ -455,11 +442,6 @@ def _pairs(
     factors = (scale, sigma, sigma if v is None else sigma * sigma)
     lambda_scale_kernel(loss.numel(), *pointers, *factors, normalize, int(by_difference), *sizes)
     return loss, slope, active
-
-
-def _order(lists: Lists, key: Tensor) -> Tensor:
-    """Return the order of each list by descending key; a single list has its masked items anywhere."""
-    return lists.sort(key) if lists.several else key.sort(dim=-1, descending=True, stable=True).indices
 
 
 @reducing

@@ -137,11 +137,6 @@ class Lists:
         size = (v.abs() if not self.masked else torch.where(self.valid.view(v.shape) != 0, v.abs(), 0)).contiguous()
         return self.scale((self.largest(size) != 0).to(slope.dtype), slope)
 
-    def mark_undefined(self, labels: Tensor, loss: Tensor, active: Tensor) -> None:
-        """Make the loss of each list with a NaN label NaN, in place."""
-        pointers = (labels.contiguous(), self.valid, self.bounds, loss, active.view(torch.uint8))
-        list_undefined_kernel(self.examples * self.lists, *pointers, self.items, self.lists, variant=self.masked)
-
     def largest(self, x: Tensor, least: float = 0) -> Tensor:
         """Return the largest [..., L] of ``least`` and x [..., T] over each list, masked items included."""
         if not self.several:
@@ -161,7 +156,7 @@ class Lists:
 
     def sort(self, key: Tensor, then: Tensor | None = None) -> Tensor:
         """Return the order [..., T] of each list by descending key, ties by ``then`` and position, masked items
-        last.
+        last. Several keys are stacked in the first dimension.
         """
         order = None if then is None else _then_by(None, then)
         if not self.masked and not self.several:
@@ -173,9 +168,14 @@ class Lists:
         places = self.places if self.several else self.bounds
         pointers = (key.contiguous(), keys if order is None else order.contiguous(), self.valid, places, keys)
         variant = (*self.variant, order is not None)
-        list_key_kernel(self.examples * blocks, *pointers, self.items, blocks, variant=variant)
+        programs = key.numel() // self.items * blocks if self.items else 0
+        list_key_kernel(programs, *pointers, self.examples, self.items, blocks, variant=variant)
         rest = keys.sort(dim=-1, stable=True).indices
         return rest if order is None else order.gather(-1, rest)
+
+    def order(self, key: Tensor) -> Tensor:
+        """Return the order of each list by descending key; a single list has its masked items anywhere."""
+        return self.sort(key) if self.several else _then_by(None, key)
 
 
 def _then_by(order: Tensor | None, key: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def relative_gain(label, highest, EXPONENTIAL: tl.constexpr):
     """Return what `relative_gains` does, in a kernel."""
     if EXPONENTIAL:
         x = label * -0.693147180559945309
-        u = tl.exp(x)  # e^x - 1 = (u - 1) x / log u, in which the error of u cancels
+        u = tl.exp2(-label)  # e^x - 1 = (u - 1) x / log u, in which the error of u cancels
         less = tl.where(u == 1, x, tl.where(u - 1 == -1, -1.0, (u - 1) * x / tl.log(u)))
         gain = -less * tl.exp2(label - highest)
     else:
@@ -222,6 +222,20 @@ def load_valid(valid_ptr, at, inside, MASKED: tl.constexpr):
         return inside & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
     else:
         return inside
+
+
+@triton.jit
+def load_ranked(order_ptr, valid_ptr, stop, first, before, masked, BLOCK: tl.constexpr):
+    """Return a block of a list's items in their order, which of them are valid, their ranks among the valid ones, and
+    the number of valid items so far.
+    """
+    at = first + tl.arange(0, BLOCK)
+    item = tl.load(order_ptr + at, mask=at < stop, other=0)
+    valid = at < stop
+    if masked != 0:
+        valid = load_valid(valid_ptr, item, valid, True)
+    counts = valid.to(tl.int32)
+    return item, valid, before + tl.cumsum(counts) - counts, before + tl.sum(counts, axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -268,7 +282,7 @@ def sum_of_rows(shares):
 
 
 @kernel(
-    "*T *i64 *u8 *i64 *i64 i32 i32",
+    "*T *i64 *u8 *i64 *i64 i32 i32 i32",
     WIDE,
     {
         (*key, ordered): {**variant, "ORDERED": ordered, "BLOCK": _BLOCK}
@@ -277,13 +291,14 @@ def sum_of_rows(shares):
     },
     narrow="gathers the keys in their order",
 )
-@triton.jit(do_not_specialize=["items", "blocks"])
+@triton.jit(do_not_specialize=["examples", "items", "blocks"])
 def list_key_kernel(
     key_ptr,
     order_ptr,
     valid_ptr,
     places_ptr,
     out_ptr,
+    examples,
     items,
     blocks,
     MASKED: tl.constexpr,
@@ -295,7 +310,7 @@ def list_key_kernel(
     descending one of the keys, as in torch's sort with NaN first. An item is the one at its place in ``order``.
     """
     program = tl.program_id(0).to(tl.int64)
-    base = program // blocks * items
+    base, example = program // blocks * items, program // blocks % examples
     at = program % blocks * BLOCK + tl.arange(0, BLOCK)
     item, inside = at, at < items
     if ORDERED:
@@ -304,7 +319,7 @@ def list_key_kernel(
     if SEVERAL:
         out += tl.load(places_ptr + item, mask=inside, other=0)
     if MASKED:
-        out = 2 * out + (tl.load(valid_ptr + base + item, mask=inside, other=0) == 0).to(tl.int64)
+        out = 2 * out + (tl.load(valid_ptr + example * items + item, mask=inside, other=0) == 0).to(tl.int64)
     if key_ptr.dtype.element_ty == tl.float32:
         key = tl.load(key_ptr + base + item, mask=inside, other=0)
         key = tl.where(key == key, tl.where(key == 0, 0.0, key), float("nan"))  # one zero and one NaN, a positive one
@@ -363,31 +378,6 @@ def list_dot_kernel(
         x, y = tl.load(x_ptr + at, mask=valid, other=0), tl.load(y_ptr + at, mask=valid, other=0)
         total += x.to(tl.float64) * y.to(tl.float64)
     tl.store(out_ptr + program, tl.sum(total).to(x_ptr.dtype.element_ty))
-
-
-@kernel(
-    "*T *u8 *i64 *T *u8 i32 i32",
-    WIDE,
-    {masked: {"MASKED": masked, "BLOCK": _BLOCK} for masked in (False, True)},
-    narrow=ANYWHERE,
-)
-@triton.jit(do_not_specialize=["items", "lists"])
-def list_undefined_kernel(
-    label_ptr, valid_ptr, bounds_ptr, loss_ptr, active_ptr, items, lists, MASKED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Store NaN as the loss of a list with a NaN label."""
-    program = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
-    base = program // lists * items
-    nan = tl.zeros([BLOCK], tl.int32)
-    for first in range(start, stop, BLOCK):
-        item = first + tl.arange(0, BLOCK)
-        valid = load_valid(valid_ptr, base + item, item < stop, MASKED)
-        label = tl.load(label_ptr + base + item, mask=valid, other=0)
-        nan += (label != label).to(tl.int32)
-    undefined = tl.sum(nan) > 0
-    tl.store(loss_ptr + program, float("nan"), mask=undefined)
-    tl.store(active_ptr + program, 1, mask=undefined)
 
 
 @kernel(

@@ -48,7 +48,7 @@ def kinds(calls: list[Call]) -> Iterator[Call]:
             yield call
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("op", REGISTRY)
 def test_several_blocks(op: str) -> None:
     """Results are near the reference in double precision; long lists add up many approximate exponentials."""
