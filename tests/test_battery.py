@@ -27,20 +27,38 @@ from custom_ops.verify._run import run
 
 CELLS = os.environ.get("CUSTOM_OPS_CELLS")
 
-# Rows in which an op goes through machinery that all ops share: torch's compiler, other processes and threads, the
-# rules for batches and layouts. "compile dynamic" has each op's public function and its derivatives compiled.
+# Rows in which an op goes through machinery that all ops share: torch's compiler and transforms, other processes and
+# threads, the rules for batches, layouts and memory.
 SHARED = {
     "cpp": {
         "compile",
+        "compile dynamic",
         "compiled composition",
         "compile(grad)",
         "compile(vmap(grad))",
         "compile(jvp)",
+        "deterministic",
+        "export",
+        "forward over forward",
+        "func.hessian",
+        "gradient layouts",
+        "inputs unmutated",
         "opcheck",
         "sharding",
         "threads",
+        "vmap",
     },
-    "triton": {"fake kernel", "vmap", "vmap(grad)", "gradient layouts", "input layouts", "inputs unmutated"},
+    "triton": {
+        "fake kernel",
+        "gradient layouts",
+        "input layouts",
+        "inputs unmutated",
+        "no uninitialised memory",
+        "ops functional",
+        "outputs own memory",
+        "vmap",
+        "vmap(grad)",
+    },
 }
 
 

@@ -67,6 +67,7 @@ def test_an_undefined_list_of_weight_0_has_no_part_in_a_gradient(name):
     same(gradient, torch.stack([of_alone, torch.zeros(4), torch.zeros(4)]))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", ["padded", "masked", "jagged"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_undefined_list_of_weight_0_has_no_part_in_a_second_derivative(name, form):
@@ -140,6 +141,7 @@ def test_dcg_of_labels_below_0_and_near_0(gain):
         same(co.dcg(scores.double(), 1e-17 * labels.double()), 1e-17 * T(math.log(2)).double(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", OF_ORDER)
 @pytest.mark.parametrize(
     "labels",
@@ -444,6 +446,7 @@ def test_arrays_where_lists_are_taken():
     same(co.ndcg(SCORES, LABELS, index=queries), co.ndcg(SCORES, LABELS, index=T(queries)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layer", ListLossModule.__subclasses__())
 def test_an_option_of_a_layer_may_be_set_later(layer):
     """Each option is an attribute, as a schedule of temperatures or cutoffs needs it."""

@@ -79,7 +79,7 @@ def close(ours, exact):
     torch.testing.assert_close(ours.double(), exact, rtol=rounding, atol=1e-6 * largest)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @on_both
 @each_loss
 def test_padded_jagged_and_nested_lists_give_the_same(name, own):
@@ -107,7 +107,7 @@ def test_padded_jagged_and_nested_lists_give_the_same(name, own):
         torch.testing.assert_close(others, (loss, slope), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @on_both
 @each_loss
 def test_jagged_lists_need_not_cover_the_items(name, own):
@@ -128,7 +128,7 @@ def test_jagged_lists_need_not_cover_the_items(name, own):
         assert LOSSES[name](scores, labels, **options) == 0
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @on_both
 @each_loss
 def test_the_mean_is_over_the_lists_that_contribute(name, own):
@@ -145,7 +145,7 @@ def test_the_mean_is_over_the_lists_that_contribute(name, own):
     torch.testing.assert_close(total, losses[0] + 3 * losses[3])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @on_both
 @each_loss
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -225,7 +225,7 @@ def test_scores_far_apart(name, own, dtype):
         close(ours[fits], exact[fits])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @on_both
 @each_loss
 @pytest.mark.parametrize("junk", [NAN, INF, -INF])
@@ -257,7 +257,7 @@ def test_a_valid_nan_spoils_its_own_list_only(name, own):
     assert slope[0].isnan().any() and slope[1].isfinite().all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @on_both
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
