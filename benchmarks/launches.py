@@ -91,7 +91,8 @@ class Trace(TorchDispatchMode):
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
         if func._opname in WAITS or (func._opname == "index" and any(t.dtype == torch.bool for t in flatten(args[1]))):
             self.waits.add(func._opname)
-        if not func.is_view and not func._opname.removeprefix("new_").startswith(("empty", "_unsafe_view", "detach")):
+        nothing = ("empty", "_unsafe_view", "detach", "promote_types")
+        if not func.is_view and not func._opname.removeprefix("new_").startswith(nothing):
             self.calls.append(func._opname)
         return func(*args, **(kwargs or {}))
 

@@ -68,6 +68,18 @@ def test_list_losses_are_few_kernels(op):
             assert len(forward.launches) <= 3 + masked and len(forward.calls) <= 15, forward.calls
 
 
+SUMS = [("voxel_sum", 4, 3), ("bev_pool", 3, 4), ("bev_pool_v2", 6, 17)]
+
+
+@pytest.mark.parametrize(("op", "launches", "calls"), SUMS)
+def test_sums_over_voxels_are_few_kernels(op, launches, calls):
+    """Forward casts and checks in few calls of torch and sorts in one; backward of one level has at most 7 of each."""
+    for sample in samples(FUNCTIONS[op]):
+        forward, backward = trace_of(FUNCTIONS[op], sample)
+        assert len(forward.launches) <= launches and len(forward.calls) <= calls, forward.calls
+        assert len(backward.launches) <= 7 and len(backward.calls) <= 7, backward.calls
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_new_sizes_compile_nothing(op):

@@ -149,17 +149,77 @@ def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cel
 # ---------------------------------------------------------------- voxels to points
 
 
+@kernel(
+    "*i64 *i64 *T i32 i32 i32",
+    INDEX,
+    {paired: {"PAIRED": paired, "BLOCK": BLOCK} for paired in (False, True)},
+    streams=BLOCK,
+)
+@triton.jit(do_not_specialize=["voxels", "rows"])
+def voxel_key_kernel(rank_ptr, row_ptr, key_ptr, points, voxels, rows, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+    """Store each point's rank, ``voxels`` for one in no voxel, and one more if its rank or row is past the end."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < points
+    rank = tl.load(rank_ptr + at, mask=inside, other=0)
+    past = rank >= voxels
+    if PAIRED:
+        row = tl.load(row_ptr + at, mask=inside, other=0)
+        past |= row >= rows
+        rank = tl.where(row < 0, -1, rank)
+    tl.store(key_ptr + at, tl.where(past, voxels + 1, tl.where(rank < 0, voxels, rank)), mask=inside)
+
+
+@kernel(
+    "*T *i64 i32 i32 i32 i32",
+    INDEX,
+    {None: {"BLOCK": 256}},
+    narrow="searches each voxel's first point",
+)
+@triton.jit(do_not_specialize=["points", "voxels", "blocks", "steps"])
+def voxel_edges_kernel(key_ptr, indptr_ptr, points, voxels, blocks, steps, BLOCK: tl.constexpr):
+    """Store how many of the sorted keys are below each voxel, or -1 if one is past ``voxels``."""
+    example, block = locate(blocks)
+    edge = block * BLOCK + tl.arange(0, BLOCK)
+    inside = edge <= voxels
+    key_ptr += example * points
+    low = tl.zeros([BLOCK], tl.int64)
+    high = low + points
+    for _ in range(steps):
+        searching = inside & (low < high)
+        middle = (low + high) >> 1
+        below = searching & (tl.load(key_ptr + middle, mask=searching, other=0) < edge)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    last = tl.load(key_ptr + points - 1, mask=points > 0, other=0)
+    tl.store(indptr_ptr + example * (voxels + 1) + edge, tl.where(last > voxels, -1, low), mask=inside)
+
+
+def sort_pairs(rank: Tensor, row: Tensor | None, voxels: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Sort points by voxel as `voxel_sort` does; with ``row``, those of a negative row are in no voxel, and a row past
+    the end is like a rank past the grid.
+    """
+    rank = rank.long().contiguous()
+    narrow = torch.int32 if voxels < 2**31 - 2 else torch.int64  # takes half as many passes
+    keys = torch.empty_like(rank, dtype=narrow)
+    row = rank if row is None else row.contiguous()
+    voxel_key_kernel(
+        triton.cdiv(rank.numel(), BLOCK), rank, row, keys, rank.numel(), voxels, rows, variant=row is not rank
+    )
+    keys, perm = keys.sort(dim=-1, stable=True)
+    indptr = rank.new_empty((*rank.shape[:-1], voxels + 1))
+    points, blocks = rank.shape[-1], triton.cdiv(voxels + 1, 256)
+    voxel_edges_kernel(
+        indptr.numel() // (voxels + 1) * blocks, keys, indptr, points, voxels, blocks, points.bit_length()
+    )
+    return perm, indptr
+
+
 def voxel_sort(rank: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
     """Sort by a stable radix sort, which needs no atomics; points in no voxel come last.
 
     The boundaries of an example with a rank past the grid are -1, so every reduction over them is NaN.
     """
-    rank = rank.contiguous()
-    narrow = torch.int32 if voxels < 2**31 - 1 else torch.int64  # takes half as many passes
-    past = rank >= voxels
-    ordered, perm = torch.where((rank < 0) | past, voxels, rank).to(narrow).sort(dim=-1, stable=True)
-    edges = torch.arange(voxels + 1, dtype=narrow, device=rank.device).expand(*rank.shape[:-1], voxels + 1)
-    return perm, torch.searchsorted(ordered, edges.contiguous()).masked_fill_(past.any(-1, keepdim=True), -1)
+    return sort_pairs(rank, None, voxels, 0)
 
 
 @kernel("*T *i64 *i64 *i32 i32 i32 i32", INDEX, {None: {"BLOCK": BLOCK}}, streams=BLOCK)

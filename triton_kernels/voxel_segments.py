@@ -11,7 +11,7 @@ from torch import Tensor
 
 from custom_ops.library._torch import assert_async
 from custom_ops.triton_kernels.common import FLOATING, accumulator, kernel, widen
-from custom_ops.triton_kernels.voxel_grid import voxel_sort
+from custom_ops.triton_kernels.voxel_grid import sort_pairs
 
 # A row of features is read in pieces of one of these widths, in tiles of _TILE elements.
 _WIDTHS = (16, 64)
@@ -1047,8 +1047,7 @@ def segment_spread(
 def pair_reduce(x: Tensor, weight: Tensor, rows: Tensor, ranks: Tensor, segments: int) -> Tensor:
     """Reduce the pairs; an example with a rank or row past the end is NaN."""
     x, rows = x.contiguous(), rows.contiguous()
-    past = (rows >= x.shape[-2]) | (ranks >= segments)
-    perm, indptr = voxel_sort(ranks.where(rows >= 0, -1).masked_fill(past, segments), segments)
+    perm, indptr = sort_pairs(ranks, rows, segments, x.shape[-2])
     weight = _check_like("weight", weight, x, *x.shape[:-2], rows.shape[-1])
     geometry = _Segments(indptr, perm, x.shape[:-2], rows.shape[-1])
     return _reduce(x, weight, geometry, False, 1, 1, index=rows)[0]

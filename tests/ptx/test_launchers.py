@@ -39,7 +39,7 @@ EACH_DTYPE = pytest.mark.parametrize(
     ],
 )
 EACH_OP = pytest.mark.parametrize("op", REGISTRY)
-WITHOUT_KERNEL = {"voxel_sort", "voxel_unique", "voxel_slots", "voxel_place", "voxel_take"}  # torch sorts and copies
+WITHOUT_KERNEL = {"voxel_unique", "voxel_slots", "voxel_place", "voxel_take"}  # torch sorts and copies
 SIZED_BY_DATA = {"voxel_bounds", "voxel_unique", "voxel_slots"}  # the number of voxels is read on the host
 
 
