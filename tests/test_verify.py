@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -69,6 +71,19 @@ def test_the_process_is_left_as_it_was() -> None:
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
     assert sys.excepthook is hook
+
+
+def test_the_threads_row_ends_though_a_pool_takes_a_busy_thread_for_an_idle_one(monkeypatch: Any) -> None:
+    """Python's pool starts no thread for a task if it counts one as idle, and may count one that has a new task."""
+
+    class Miscounting(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+            future = super().submit(*args, **kwargs)
+            future.add_done_callback(lambda _: self._idle_semaphore.release())  # type: ignore[attr-defined]
+            return future
+
+    monkeypatch.setattr("custom_ops.verify._effects.ThreadPoolExecutor", Miscounting)
+    assert verify(torch.sin, [(leaf(4),)], quick=True, only=["threads"]).ok
 
 
 def test_samples_may_be_tuples_and_have_tensors_in_kwargs() -> None:
