@@ -46,7 +46,15 @@ def test_pointwise_ops_launch_nothing_but_their_own_kernels(op):
     assert backward.launches and len(backward.calls) <= 3
 
 
-SORTED = ("list_mle_loss", "unique_softmax_loss", "cosent_loss", "lambda_loss", "neural_sort_ndcg_loss")
+SORTED = (
+    "soft_rank",
+    "soft_sort",
+    "list_mle_loss",
+    "unique_softmax_loss",
+    "cosent_loss",
+    "lambda_loss",
+    "neural_sort_ndcg_loss",
+)
 FEW = (
     "softmax_loss",
     "list_net_loss",

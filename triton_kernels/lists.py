@@ -248,6 +248,26 @@ def load_list(ids_ptr, item, inside, SEVERAL: tl.constexpr):
 
 
 @triton.jit
+def latest(place, marked, carry):
+    """Return for each lane the last marked place up to it, or the carry, and the next carry."""
+    lane = tl.arange(0, place.shape[0])
+    marked = tl.where(marked, place, -1)
+    found = tl.max(tl.where(lane[None, :] <= lane[:, None], marked[None, :], -1), axis=1)
+    return tl.maximum(found, carry), tl.maximum(tl.max(marked, axis=0, keep_dims=True), carry)
+
+
+@triton.jit
+def sum_of_group(x, first, carry_first, carry):
+    """Return the running sums of x along each item's group, which begins at ``first``, and the carry in float64."""
+    lane = tl.arange(0, x.shape[0])
+    among = (first[None, :] == first[:, None]) & (lane[None, :] <= lane[:, None])
+    sums = tl.sum(tl.where(among, x[None, :], 0.0), axis=1) + tl.where(first == carry_first, carry, 0.0).to(x.dtype)
+    latest = tl.max(first, axis=0, keep_dims=True)
+    total = tl.sum(tl.where(first == latest, x, 0.0), axis=0, keep_dims=True).to(tl.float64)
+    return sums, total + tl.where(latest == carry_first, carry, 0.0)
+
+
+@triton.jit
 def columns(bounds_ptr, ids, items, lists, SEVERAL: tl.constexpr):
     """Return the first and the last item of the lists with these ``ids``."""
     if SEVERAL:

@@ -18,9 +18,11 @@ from custom_ops.triton_kernels.lists import (
     WIDE,
     Lists,
     discount_of,
+    latest,
     load_valid,
     reducing,
     relative_gain,
+    sum_of_group,
 )
 from custom_ops.triton_kernels.pairwise import log1p_unit
 
@@ -252,15 +254,6 @@ def _running_sums(x, a, b, carry_top, carry_a, carry_b, scale, INCLUSIVE: tl.con
 
 
 @triton.jit
-def _latest(place, marked, carry):
-    """Return for each lane the last marked place up to it, or the carry, and the next carry."""
-    lane = tl.arange(0, place.shape[0])
-    marked = tl.where(marked, place, -1)
-    found = tl.max(tl.where(lane[None, :] <= lane[:, None], marked[None, :], -1), axis=1)
-    return tl.maximum(found, carry), tl.maximum(tl.max(marked, axis=0, keep_dims=True), carry)
-
-
-@triton.jit
 def _store_sums(sum_ptr, place, exists, top, a, b, PRODUCT: tl.constexpr, SUMS: tl.constexpr):
     """Store the first three of a place's SUMS numbers."""
     sum_ptr += place.to(tl.int64) * SUMS
@@ -312,7 +305,7 @@ def _store_later_sums(
             next_item = tl.load(order_ptr + place + 1, mask=inside & (back > 0), other=0)
             y = tl.load(label_ptr + item, mask=inside, other=0)
             next_y = tl.load(label_ptr + next_item, mask=inside, other=0)
-            last, carry_last = _latest(back, (back == 0) | (y != next_y), carry_last)
+            last, carry_last = latest(back, (back == 0) | (y != next_y), carry_last)
             tl.store(last_ptr + place, count - 1 - last, mask=inside)
 
 
@@ -333,19 +326,8 @@ def _group(last_ptr, place, inside, carry):
     """Return the first and the last place of each item's group; the carry is the first place of the item before."""
     last = tl.load(last_ptr + place, mask=inside, other=0)
     before = tl.load(last_ptr + place - 1, mask=inside & (place > 0), other=-1)
-    first, carry = _latest(place, before == place - 1, carry)
+    first, carry = latest(place, before == place - 1, carry)
     return first, last, carry
-
-
-@triton.jit
-def _sum_of_group(x, first, carry_first, carry):
-    """Return the running sums of x along each item's group, which begins at ``first``, and the carry in float64."""
-    lane = tl.arange(0, x.shape[0])
-    among = (first[None, :] == first[:, None]) & (lane[None, :] <= lane[:, None])
-    sums = tl.sum(tl.where(among, x[None, :], 0.0), axis=1) + tl.where(first == carry_first, carry, 0.0).to(x.dtype)
-    latest = tl.max(first, axis=0, keep_dims=True)
-    total = tl.sum(tl.where(first == latest, x, 0.0), axis=0, keep_dims=True).to(tl.float64)
-    return sums, total + tl.where(latest == carry_first, carry, 0.0)
 
 
 @triton.jit
@@ -451,12 +433,12 @@ def list_mle_kernel(
             inside = place < count
             begin, _, next_first = _group(last_ptr, place, inside, carry_first)
             placed = _place_weight(table_ptr, place, count, k, weighting, dtype)
-            placed, carry_placed = _sum_of_group(placed, begin, carry_first, carry_placed)
+            placed, carry_placed = sum_of_group(placed, begin, carry_first, carry_placed)
             tl.store(sum_ptr + place.to(tl.int64) * SUMS + 3, placed, mask=inside)
             if WEIGHTED:
                 item = tl.load(order_ptr + place, mask=inside, other=0)
                 weighed = tl.load(weight_ptr + item, mask=inside, other=0).to(dtype)
-                weighed, carry_weighed = _sum_of_group(weighed, begin, carry_first, carry_weighed)
+                weighed, carry_weighed = sum_of_group(weighed, begin, carry_first, carry_weighed)
                 tl.store(sum_ptr + place.to(tl.int64) * SUMS + 4, weighed, mask=inside)
             carry_first = next_first
         tl.debug_barrier()
@@ -608,11 +590,11 @@ def unique_softmax_kernel(
             v = tl.load(v_ptr + item, mask=inside, other=0).to(dtype)
             moves = _weigh(p, own / (lower + own) * (mean - v))
         # The earlier groups' p over the sums that they compete with; a group's is at its last item.
-        of_group, carry_p = _sum_of_group(p, begin, carry_first, carry_p)
+        of_group, carry_p = sum_of_group(p, begin, carry_first, carry_p)
         of_group = tl.where(some & (place == last) & (of_group != 0), of_group / a, 0.0)
         moved = of_group
         if PRODUCT:
-            moved, carry_moved = _sum_of_group(moves - _weigh(p, mean), begin, carry_first, carry_moved)
+            moved, carry_moved = sum_of_group(moves - _weigh(p, mean), begin, carry_first, carry_moved)
             moved = tl.where(of_group == 0, 0.0, moved / a)
         carry_first = next_first
         before_top, before_a, before_b, carry_top, carry_a, carry_b = _running_sums(

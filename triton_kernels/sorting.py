@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from custom_ops._enums import GroupValue
-from custom_ops.triton_kernels.common import kernel
-from custom_ops.triton_kernels.lists import Lists
+from custom_ops.triton_kernels.common import constant, kernel
+from custom_ops.triton_kernels.lists import ANYWHERE, WIDE, Lists, latest, load_valid, sum_of_group
 
-_BLOCK = 32
+_BLOCK = 32  # places of a list at a time
+_PLACES = 16  # the same in a running sum, which compares all of them
+_REDUCE, _SHARE, _SOFTMAX = (tl.constexpr(form) for form in range(3))
+_SUM, _CENTRED = constant(GroupValue.SUM), constant(GroupValue.CENTRED)
 
 
 @triton.jit
@@ -23,39 +24,68 @@ def _logaddexp(x, y):
 
 # The regression of a list is sequential, so a list has one program of one warp.
 @kernel(
-    "*fp64 *fp64 *i64 *i64 *fp64 *fp64 *i32 *fp64 *u8 fp64 fp64 i32 i32",
-    ("fp64",),
-    {(kl, sort): {"KL": kl, "SORT": sort} for kl in (False, True) for sort in (False, True)},
+    "*T *i64 *u8 *i64 *fp64 *fp64 *fp64 *i32 *T *i32 fp64 fp64 i32 i32 i32",
+    WIDE,
+    {(kl, sort): {"KL": kl, "SORT": sort, "BLOCK": _BLOCK} for kl in (False, True) for sort in (False, True)},
     num_warps=1,
-    narrow="reads one number after the other",
+    narrow=ANYWHERE,
 )
-@triton.jit(do_not_specialize=["items", "lists"])
+@triton.jit(do_not_specialize=["items", "lists", "masked"])
 def pool_adjacent_violators_kernel(
-    value_ptr,
-    b_ptr,
-    count_ptr,
+    x_ptr,
+    order_ptr,
+    valid_ptr,
     bounds_ptr,
+    value_ptr,
     pool_a_ptr,
     pool_b_ptr,
     pool_begin_ptr,
-    fit_ptr,
-    begins_ptr,
+    out_ptr,
+    groups_ptr,
     alpha: tl.float64,
     beta: tl.float64,
     items,
     lists,
+    masked,
     KL: tl.constexpr,
     SORT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Store the pools of each list's first ``count`` values, and where each pool begins; see csrc/sorting.cpp."""
+    """Store the soft ranks, or soft sort, of each list's valid items and their groups; see csrc/sorting.cpp.
+
+    ``order`` has the items of a list by descending value, or ascending for SORT, with the masked ones last. Weights of
+    places are read from ``pool_b`` before a pool replaces them.
+    """
     program = tl.program_id(0).to(tl.int64)
-    at = program // lists * items + tl.load(bounds_ptr + program % lists)
-    m = tl.load(count_ptr + program).to(tl.int32)
+    base = program // lists * items
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    at = base + start
+    x_ptr += base
+    counts = tl.zeros([BLOCK], tl.int32)
+    for block in range(start, stop, BLOCK):
+        item = block + tl.arange(0, BLOCK)
+        valid = item < stop
+        if masked != 0:
+            valid = load_valid(valid_ptr + base, item, valid, True)
+        counts += valid.to(tl.int32)
+    m = tl.sum(counts)
+    for block in range(0, m, BLOCK):
+        place = block + tl.arange(0, BLOCK)
+        item = tl.load(order_ptr + at + place, mask=place < m, other=0)
+        x = tl.load(x_ptr + item, mask=place < m, other=0).to(tl.float64)
+        tl.store(value_ptr + at + place, -x if SORT else x, mask=place < m)
+        if KL and not SORT:
+            left = tl.maximum(m - place, 1).to(tl.float64)
+            tl.store(pool_b_ptr + at + place, tl.log(left), mask=place < m)
+    tl.debug_barrier()  # the next loads see what other threads stored
     count = m * 0
     for p in range(m):
         value = tl.load(value_ptr + at + p)
-        b = tl.load(b_ptr + at + p)
-        a = b * 0.0
+        if KL and not SORT:
+            b = tl.load(pool_b_ptr + at + p)
+        else:
+            b = tl.full([], 0 if KL else 1, tl.float64)
+        a = tl.full([], 0, tl.float64)
         begin = p + m * 0
         merging = count > 0
         while merging:
@@ -90,176 +120,191 @@ def pool_adjacent_violators_kernel(
         tl.store(pool_begin_ptr + at + count, begin)
         tl.debug_barrier()  # the next loads see the stores
         count += 1
-    for k in range(count):
-        begin = tl.load(pool_begin_ptr + at + k)
-        a = tl.load(pool_a_ptr + at + k)
-        b = tl.load(pool_b_ptr + at + k)
+    for block in range(0, m, BLOCK):
+        place = block + tl.arange(0, BLOCK)
+        inside = place < m
+        pool, last = tl.zeros_like(place), tl.zeros_like(place) + (count - 1)
+        while tl.max(last - pool) > 0:
+            middle = (pool + last + 1) // 2
+            begun = tl.load(pool_begin_ptr + at + middle) <= place
+            pool, last = tl.where(begun, middle, pool), tl.where(begun, last, middle - 1)
+        begin = tl.load(pool_begin_ptr + at + pool)
+        a, b = tl.load(pool_a_ptr + at + pool), tl.load(pool_b_ptr + at + pool)
+        value = tl.load(value_ptr + at + place, mask=inside, other=0)
+        first = tl.load(value_ptr + at + begin)
+        below = tl.where(first == value, 0.0, first - value) * alpha
         if KL:
             fit = a - b
         else:
             fit = a / b
-        tl.store(fit_ptr + at + begin, fit)
-        tl.store(begins_ptr + at + begin, begin * 0 + 1)
+        if SORT:
+            found = -first + (fit + (place - begin).to(tl.float64) * beta)
+        elif KL:
+            found = tl.exp(-below - fit)
+        else:
+            found = (m - begin).to(tl.float64) - (below + fit)
+        item = tl.load(order_ptr + at + place, mask=inside, other=0)
+        to = start + place if SORT else item
+        tl.store(out_ptr + base + to, found.to(out_ptr.dtype.element_ty), mask=inside)
+        entry = item.to(tl.int32)
+        tl.store(groups_ptr + at + place, tl.where(place == begin, ~entry, entry), mask=inside)
+
+
+@triton.jit
+def _group_terms(x_ptr, rank_ptr, groups_ptr, place, stop, carry, items, from_order, scale, FORM: tl.constexpr):
+    """Return the items of a block of a list's places, which places hold one, their x, the two numbers of each that its
+    group sums, and the group's first place with the next block's carry.
+    """
+    entry = tl.load(groups_ptr + place, mask=place < stop, other=items)
+    item, holds = tl.where(entry < 0, ~entry, entry), entry != items
+    first, carry = latest(place, entry < 0, carry)
+    x = tl.load(x_ptr + tl.where(from_order != 0, place, item), mask=holds, other=0).to(tl.float64)
+    one = tl.where(holds, 1.0, 0.0).to(tl.float64)
+    if FORM == _REDUCE:
+        a, b = x, one
+    else:
+        head = ~tl.load(groups_ptr + first, mask=holds, other=-1)
+        above = tl.load(x_ptr + head, mask=holds, other=0).to(tl.float64)
+        if FORM == _SHARE:
+            x -= above  # makes the result of an item alone 0
+            b = tl.load(rank_ptr + item, mask=holds, other=0).to(tl.float64)
+            a = b * x
+        else:  # in the order of `isotonic` a group's first item is the top
+            a = one
+            b = tl.where(holds, tl.exp(scale * tl.where(x == above, 0.0, x - above)), 0.0)
+    return item, holds, x, a, b, first, carry
 
 
 @kernel(
-    "*fp64 *i64 *i64 *fp64 i32 i32",
-    ("fp64",),
-    {None: {"BLOCK": _BLOCK}},
-    narrow="reads 32 numbers at a time, which are fewer than its threads",
+    "*T *T *i32 *i64 *fp64 *fp64 *T fp64 i32 i32 i32 i32 i32",
+    WIDE,
+    {form.value: {"FORM": form.value, "BLOCK": _PLACES} for form in (_REDUCE, _SHARE, _SOFTMAX)},
+    num_warps=1,
+    narrow=ANYWHERE,
 )
-@triton.jit(do_not_specialize=["n", "blocks"])
-def group_sum_kernel(x_ptr, start_ptr, end_ptr, sum_ptr, n, blocks, BLOCK: tl.constexpr):
-    """Store, for each place, the sum of x over the places from the place's ``start`` to its ``end``."""
-    program = tl.program_id(0)
-    at = (program // blocks).to(tl.int64) * n
-    place = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < n
-    start = tl.load(start_ptr + at + place, mask=inside, other=n)
-    end = tl.load(end_ptr + at + place, mask=inside, other=0)
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in range(tl.min(start), tl.max(end), BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at + column, mask=column < n, other=0)
-        member = (column[None, :] >= start[:, None]) & (column[None, :] < end[:, None])
-        total += tl.sum(tl.where(member, x[None, :], 0.0), axis=1)
-    tl.store(sum_ptr + at + place, total, mask=inside)
+@triton.jit(do_not_specialize=["value", "from_order", "to_order", "items", "lists"])
+def group_kernel(
+    x_ptr,
+    rank_ptr,
+    groups_ptr,
+    bounds_ptr,
+    sum_a_ptr,
+    sum_b_ptr,
+    out_ptr,
+    scale: tl.float64,
+    value,
+    from_order,
+    to_order,
+    items,
+    lists,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum over the groups of each list, store the sums at the first place of each, and the results of its places."""
+    program = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(bounds_ptr + program % lists), tl.load(bounds_ptr + program % lists + 1)
+    base = program // lists * items
+    x_ptr, rank_ptr, groups_ptr, out_ptr = x_ptr + base, rank_ptr + base, groups_ptr + base, out_ptr + base
+    sum_a_ptr, sum_b_ptr = sum_a_ptr + base, sum_b_ptr + base
+    carry = tl.full([1], -1, tl.int64)
+    carry_a, carry_b = tl.zeros([1], tl.float64), tl.zeros([1], tl.float64)
+    counts = tl.zeros([BLOCK], tl.int32)
+    for block in range(start, stop, BLOCK):
+        place = block + tl.arange(0, BLOCK)
+        _, holds, _, a, b, first, next_carry = _group_terms(
+            x_ptr, rank_ptr, groups_ptr, place, stop, carry, items, from_order, scale, FORM
+        )
+        a, carry_a = sum_of_group(a, first, carry, carry_a)
+        b, carry_b = sum_of_group(b, first, carry, carry_b)
+        carry = next_carry
+        after = tl.load(groups_ptr + place + 1, mask=place + 1 < stop, other=items)
+        closes = holds & ((after < 0) | (after == items))
+        tl.store(sum_a_ptr + first, a, mask=closes)
+        tl.store(sum_b_ptr + first, b, mask=closes)
+        counts += holds.to(tl.int32)
+    count = tl.sum(counts)
+    tl.debug_barrier()  # the next loads see what other threads stored
+    carry = tl.full([1], -1, tl.int64)
+    for block in range(start, start + count, BLOCK):
+        place = block + tl.arange(0, BLOCK)
+        item, holds, x, _, b, first, carry = _group_terms(
+            x_ptr, rank_ptr, groups_ptr, place, stop, carry, items, from_order, scale, FORM
+        )
+        sum_a = tl.load(sum_a_ptr + first, mask=holds, other=0)
+        sum_b = tl.load(sum_b_ptr + first, mask=holds, other=1)
+        if FORM == _REDUCE:
+            shared = tl.where(value == _SUM, sum_a, sum_a / sum_b)
+            result = scale * tl.where(value == _CENTRED, x - shared, shared)
+        elif FORM == _SHARE:
+            result = scale * b * (x - sum_a / sum_b)
+        else:
+            ranks = sum_a * (2 * (count - first + start) - sum_a + 1) / 2  # the sum of the group's ranks
+            result = b / sum_b * tl.where(value != 0, ranks, 1.0)
+        to = tl.where(to_order != 0, place, item)
+        tl.store(out_ptr + to, result.to(out_ptr.dtype.element_ty), mask=holds)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _check_wide(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"x: expected float32 or float64, got {x.dtype}")
-    return x.double()
-
-
-class _Order(NamedTuple):
-    """The groups of rows [rows, n]: for each place its item, whether it holds one, and the bounds of its group."""
-
-    item: Tensor
-    holds: Tensor
-    place: Tensor
-    start: Tensor
-    end: Tensor
-
-    @staticmethod
-    def of(groups: Tensor, x: Tensor) -> _Order:
-        if groups.dtype != torch.int32 or groups.shape != x.shape:
-            raise RuntimeError("groups: expected int32 of the shape of x")
-        n = x.shape[-1]
-        groups = groups.reshape(-1, n).long()
-        item = torch.where(groups < 0, ~groups, groups)
-        holds = item < n
-        first = (groups < 0) | ~holds
-        place = torch.arange(n, device=x.device).expand(groups.shape)
-        start = torch.where(first, place, 0).cummax(-1).values
-        last = torch.nn.functional.pad(first[:, 1:], (0, 1), value=True)
-        end = torch.where(last, place + 1, n).flip(-1).cummin(-1).values.flip(-1)
-        return _Order(item, holds, place, start, end)
-
-    def read(self, x: Tensor) -> Tensor:
-        """Return the items of x in order, and 0 after the last one."""
-        found = x.reshape(self.item.shape).gather(-1, self.item.clamp(max=x.shape[-1] - 1))
-        return torch.where(self.holds, found, 0)
-
-    def write(self, x: Tensor) -> Tensor:
-        """Invert `read`; an item in no place gets 0."""
-        rows, n = x.shape
-        return x.new_zeros(rows, n + 1).scatter_(-1, self.item.clamp(max=n), x)[:, :n]
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return, for each place, the sum over its group."""
-        rows, n = x.shape
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        blocks = triton.cdiv(n, _BLOCK)
-        bounds = (self.start.contiguous(), self.end.contiguous())
-        group_sum_kernel(rows * blocks, x.contiguous(), *bounds, out, n, blocks)
-        return out
 
 
 def isotonic(
     x: Tensor, valid: Tensor | None, offsets: Tensor | None, strength: float, kl: bool, sort: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
+    _check_wide(x)
+    x = x.contiguous()  # as must be the order
     lists = Lists(x, valid, offsets)
     n = lists.items
     out, groups = x.new_zeros(x.shape), x.new_full(x.shape, n, dtype=torch.int32)
     if x.numel() == 0 or lists.lists == 0:
         return out, groups
-    key = -wide if sort else wide
-    order = lists.sort(key)
-    count = lists.sum(torch.ones_like(wide) if valid is None else valid.double()).long()
-    start = lists.to_items(lists.bounds[:-1].clamp_max(n - 1))
-    place = torch.arange(n, device=x.device)
-    left = lists.to_items(count) - (place - start)  # the number of the list's items from this place on
-    holds = (left > 0) & (lists.ids >= 0) if lists.several else left > 0
-    s = torch.where(holds, key.gather(-1, order), 0).contiguous()
+    order = lists.sort(-x if sort else x)
+    numbers = [x.new_empty(x.shape, dtype=torch.float64) for _ in range(3)]
+    begins = torch.empty_like(groups)
     alpha, beta = (1.0, 1 / strength) if sort else (1 / strength, 1.0)
-    if kl:
-        b = torch.zeros_like(s) if sort else torch.where(holds, left, 1).double().log()
-    else:
-        b = torch.ones_like(s)
-    pools: Any = (torch.empty_like(s), torch.empty_like(s), s.new_empty(s.shape, dtype=torch.int32))
-    fit, begins = torch.zeros_like(s), s.new_zeros(s.shape, dtype=torch.uint8)
-    arguments = (s, b.contiguous(), count, lists.bounds, *pools, fit, begins, alpha, beta, n, lists.lists)
-    pool_adjacent_violators_kernel(lists.examples * lists.lists, *arguments, variant=(kl, sort))
-    begun = begins != 0
-    begin = torch.where(begun, place, 0).cummax(-1).values
-    fit, first = fit.gather(-1, begin), s.gather(-1, begin)
-    below = torch.where(first == s, 0, first - s) * alpha
-    if sort:
-        found = -first + (fit + (place - begin).double() * beta)  # torch would multiply integers in float32
-    elif kl:
-        found = (-below - fit).exp()
-    else:
-        found = left.gather(-1, begin) - (below + fit)
-    found = torch.where(holds, found, 0)
-    out.copy_(found if sort else torch.zeros_like(found).scatter_(-1, order, found))
-    groups.copy_(torch.where(holds, torch.where(begun, ~order, order), n))
+    pointers = (x, order, lists.valid, lists.bounds, *numbers, begins, out, groups)
+    sizes = (n, lists.lists, int(lists.masked))
+    pool_adjacent_violators_kernel(lists.examples * lists.lists, *pointers, alpha, beta, *sizes, variant=(kl, sort))
     return out, groups
+
+
+def _by_group(
+    form: tl.constexpr,
+    x: Tensor,
+    ranks: Tensor,
+    groups: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    value: int = 0,
+    from_order: bool = False,
+    to_order: bool = False,
+) -> Tensor:
+    _check_wide(x)
+    if groups.dtype != torch.int32 or groups.shape != x.shape:
+        raise RuntimeError("groups: expected int32 of the shape of x")
+    if ranks.dtype != x.dtype or ranks.shape != x.shape:
+        raise RuntimeError("ranks: expected the shape and dtype of v")
+    lists = Lists(x, None, offsets)
+    out = x.new_zeros(x.shape)
+    if x.numel() == 0:
+        return out
+    sums = [x.new_empty(x.shape, dtype=torch.float64) for _ in range(2)]
+    pointers = (x.contiguous(), ranks.contiguous(), groups.contiguous(), lists.bounds, *sums, out)
+    options = (scale, int(value), int(from_order), int(to_order), lists.items, lists.lists)
+    group_kernel(lists.examples * lists.lists, *pointers, *options, variant=form.value)
+    return out
 
 
 def group_reduce(
     x: Tensor, groups: Tensor, offsets: Tensor | None, value: int, from_order: bool, to_order: bool, scale: float
 ) -> Tensor:
-    out = x.new_empty(x.shape)
-    wide = _wide(x)
-    if x.numel() == 0:
-        return out
-    order = _Order.of(groups, x)
-    values = torch.where(order.holds, wide.reshape(order.item.shape), 0) if from_order else order.read(wide)
-    shared = order.sum(values)
-    if GroupValue(value) != GroupValue.SUM:
-        shared = shared / (order.end - order.start)
-    own = torch.where(order.holds, scale * (values - shared if value == GroupValue.CENTRED else shared), 0)
-    return out.copy_((own if to_order else order.write(own)).view(x.shape))
+    return _by_group(_REDUCE, x, x, groups, offsets, scale, value, from_order, to_order)
 
 
 def group_share(v: Tensor, ranks: Tensor, groups: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
-    out = v.new_empty(v.shape)
-    if v.numel() == 0:
-        return out
-    order = _Order.of(groups, v)
-    values, weights = order.read(_wide(v)), order.read(_wide(ranks))
-    values = values - values.gather(-1, order.start)  # makes the result of an item alone 0
-    mean = order.sum(weights * values) / order.sum(weights)
-    share = torch.where(order.holds, scale * weights * (values - mean), 0)
-    return out.copy_(order.write(share).view(v.shape))
+    return _by_group(_SHARE, v, ranks, groups, offsets, scale)
 
 
 def group_softmax(x: Tensor, groups: Tensor, offsets: Tensor | None, scale: float, weighted: bool) -> Tensor:
-    out = x.new_zeros(x.shape)
-    wide = _wide(x)
-    lists = Lists(x, None, offsets)
-    if x.numel() == 0 or lists.lists == 0:
-        return out
-    order = _Order.of(groups, x)
-    values = order.read(wide)
-    top = values.gather(-1, order.start)  # in the order of `isotonic` a group's first item is the top
-    exponential = torch.where(order.holds, (scale * torch.where(values == top, 0, values - top)).exp(), 0)
-    softmax = exponential / order.sum(exponential)
-    if weighted:
-        count = lists.to_items(lists.sum(order.holds.view(x.shape).double())).reshape(softmax.shape)
-        first, last = (at - lists.to_items(lists.bounds[:-1]) for at in (order.start, order.end))
-        softmax = softmax * (last - first) * (2 * count - first - last + 1) / 2
-    softmax = torch.where(order.holds, softmax, 0)
-    return out.copy_(order.write(softmax).reshape(x.shape))
+    return _by_group(_SOFTMAX, x, x, groups, offsets, scale, int(weighted))
