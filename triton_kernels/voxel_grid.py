@@ -149,6 +149,20 @@ def voxel_index(points: Tensor, frame: Tensor, x_cells: int, y_cells: int, z_cel
 # ---------------------------------------------------------------- voxels to points
 
 
+@triton.jit
+def segment_of(indptr_ptr, boundaries, steps, position):
+    """Return the last segment that starts at or before ``position``, by binary search, or -1 before all of them."""
+    low = position * 0
+    high = low + boundaries
+    for _ in range(steps):
+        searching = low < high
+        middle = (low + high) >> 1
+        begun = searching & (tl.load(indptr_ptr + middle, mask=searching, other=0) <= position)
+        low = tl.where(begun, middle + 1, low)
+        high = tl.where(begun, high, middle)
+    return low - 1
+
+
 @kernel(
     "*i64 *i64 *T i32 i32 i32",
     INDEX,
@@ -182,16 +196,9 @@ def voxel_edges_kernel(key_ptr, indptr_ptr, points, voxels, blocks, steps, BLOCK
     edge = block * BLOCK + tl.arange(0, BLOCK)
     inside = edge <= voxels
     key_ptr += example * points
-    low = tl.zeros([BLOCK], tl.int64)
-    high = low + points
-    for _ in range(steps):
-        searching = inside & (low < high)
-        middle = (low + high) >> 1
-        below = searching & (tl.load(key_ptr + middle, mask=searching, other=0) < edge)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
+    below = segment_of(key_ptr, points, steps, edge - 1) + 1
     last = tl.load(key_ptr + points - 1, mask=points > 0, other=0)
-    tl.store(indptr_ptr + example * (voxels + 1) + edge, tl.where(last > voxels, -1, low), mask=inside)
+    tl.store(indptr_ptr + example * (voxels + 1) + edge, tl.where(last > voxels, -1, below), mask=inside)
 
 
 def sort_pairs(rank: Tensor, row: Tensor | None, voxels: int, rows: int) -> tuple[Tensor, Tensor]:

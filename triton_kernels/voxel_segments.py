@@ -11,7 +11,7 @@ from torch import Tensor
 
 from custom_ops.library._torch import assert_async
 from custom_ops.triton_kernels.common import FLOATING, accumulator, kernel, widen
-from custom_ops.triton_kernels.voxel_grid import sort_pairs
+from custom_ops.triton_kernels.voxel_grid import segment_of, sort_pairs
 
 # A row of features is read in pieces of one of these widths, in tiles of _TILE elements.
 _WIDTHS = (16, 64)
@@ -49,20 +49,6 @@ def _boundaries(indptr_ptr, segment, points):
     stop = tl.load(indptr_ptr + segment + 1).to(tl.int64)
     right = (start >= 0) & (start <= stop) & (stop <= points)
     return tl.where(right, start, 0), tl.where(right, stop, 0), right
-
-
-@triton.jit
-def _segment_of(indptr_ptr, boundaries, steps, position):
-    """Return the last segment that starts at or before ``position``, by binary search, or -1 before all of them."""
-    low = position * 0
-    high = low + boundaries
-    for _ in range(steps):
-        searching = low < high
-        middle = (low + high) >> 1
-        begun = searching & (tl.load(indptr_ptr + middle, mask=searching, other=0) <= position)
-        low = tl.where(begun, middle + 1, low)
-        high = tl.where(begun, high, middle)
-    return low - 1
 
 
 @triton.jit
@@ -270,7 +256,7 @@ def segment_reduce_chunks_kernel(
     indptr_ptr += example * own * (segments + 1)
     first = chunk * CHUNK
     end = tl.minimum(first + CHUNK, points)
-    segment = _segment_of(indptr_ptr, segments + 1, steps, tl.where(starts_here, end - 1, first))
+    segment = segment_of(indptr_ptr, segments + 1, steps, tl.where(starts_here, end - 1, first))
     if (segment >= 0) & (segment < segments):
         start, stop, _ = _boundaries(indptr_ptr, segment, points)
         if (stop - start > CHUNK) & ((start >= first) == starts_here):
@@ -459,7 +445,7 @@ def segment_rank_kernel(
     position = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < points
     indptr_ptr += example * (segments + 1)
-    segment = _segment_of(indptr_ptr, segments + 1, steps, position)
+    segment = segment_of(indptr_ptr, segments + 1, steps, position)
     point, stray = _point(perm_ptr + example * points, position, inside, points, PERM)
     within = (segment >= 0) & (segment < segments)
     stop = tl.load(indptr_ptr + segment + 1, mask=inside & within, other=0)
